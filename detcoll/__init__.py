@@ -1,0 +1,126 @@
+"""Collective communication for training that spans sites, with timing known before it starts.
+
+>>> import numpy as np
+>>> import detcoll
+>>> comm = detcoll.init()
+>>> gradients = np.ones(4, np.float32)
+>>> detcoll.all_reduce(gradients, op="avg")
+>>> detcoll.finalize()
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from typing import Any
+
+from detcoll import errors
+from detcoll.communicator import VERSION, Communicator, close_all, open_communicator
+from detcoll.errors import DetcollError, UsageError
+from detcoll.runtime import Work
+from detcoll.topology import Topology
+from detcoll.types import ReduceOp
+
+__version__ = VERSION
+
+__all__ = [
+    "Communicator",
+    "DetcollError",
+    "ReduceOp",
+    "Topology",
+    "Work",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "communicator",
+    "errors",
+    "finalize",
+    "init",
+]
+
+_lock = threading.Lock()
+_current: Communicator | None = None
+
+
+def init(
+    transport: str = "auto",
+    topology: Topology | str | os.PathLike[str] | None = None,
+    timeout: float = 60.0,
+    reproducible: bool | None = None,
+) -> Communicator:
+    """Meet the other ranks of this job and open the communicator that the functions of this module use.
+
+    Reads from the environment which rank this is: ``detcoll run``, ``mpirun``/``mpiexec`` (MPICH and Open MPI),
+    ``torchrun`` and ``srun`` are known. A process that nobody launched is a job of one rank.
+
+    Parameters
+    ----------
+    transport : str
+        ``auto``, or a name such as ``slotted``, ``shm``, ``mpi``, ``gloo``. DETCOLL_TRANSPORT wins.
+    topology : Topology or path, optional
+        Sites, their lines and delays; by default one site. DETCOLL_TOPOLOGY wins.
+    timeout : float
+        Seconds for assembling, and for each collective.
+    reproducible : bool, optional
+        True demands the promised fold order of any transport; by default each does what it does best.
+
+    Returns
+    -------
+    Communicator
+
+    Raises
+    ------
+    UsageError
+        If an argument or the environment cannot be used, ranks disagree, or this process has a communicator already.
+    ConnectError
+        If not all ranks came within ``timeout``; names those that did not.
+    TransportUnavailable
+        If the transport cannot be used here; says what is missing.
+    """
+    global _current
+    with _lock:
+        if _current is not None and _current.usable:
+            raise UsageError("init() was called twice; call detcoll.finalize() first")
+        _current = open_communicator(os.environ, transport, topology, timeout, reproducible)
+        return _current
+
+
+def communicator() -> Communicator:
+    """Return the communicator that `init` opened.
+
+    Raises
+    ------
+    UsageError
+        If there is none.
+    """
+    if _current is None:
+        raise UsageError("call detcoll.init() first")
+    return _current
+
+
+def all_reduce(x: Any, op: str | ReduceOp = "sum", async_op: bool = False) -> Work | None:
+    """Reduce ``x`` over all ranks, in place; see `Communicator.all_reduce`."""
+    return communicator().all_reduce(x, op, async_op)
+
+
+def broadcast(x: Any, root: int = 0, async_op: bool = False) -> Work | None:
+    """Copy ``x`` of rank ``root`` into ``x`` of all ranks; see `Communicator.broadcast`."""
+    return communicator().broadcast(x, root, async_op)
+
+
+def barrier(async_op: bool = False) -> Work | None:
+    """Return once every rank has called it; see `Communicator.barrier`."""
+    return communicator().barrier(async_op)
+
+
+def finalize(timeout: float = 10.0) -> None:
+    """Finish what is under way and give everything back; see `Communicator.finalize`. Harmless without `init`."""
+    global _current
+    with _lock:
+        current, _current = _current, None
+    if current is not None:
+        current.finalize(timeout)
+
+
+atexit.register(close_all)

@@ -1,0 +1,51 @@
+"""The ``detcoll`` command.
+
+Commands are imported when they are asked for, so that each starts as fast as what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from cyclopts import App, CycloptsError
+
+from detcoll.cli.splitting import keep_script_options
+from detcoll.errors import DetcollError, UsageError
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+app = App(
+    name="detcoll",
+    help="Collective communication for training that spans sites.",
+    version=lambda: version("detcoll"),
+    result_action="return_value",
+)
+app.command("detcoll.cli.run:run", name="run", help="Start the ranks of a program on this host.")
+app.command("detcoll.cli.lab:lab", name="lab", help="Run any command in an emulated wide-area network.")
+app.command("detcoll.cli.measure:measure", name="measure", help="Compare training across sites with one cluster.")
+app.command("detcoll.cli.bench:bench", name="bench", help="Time collectives.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` names (the process's own arguments unless given) and return its exit code.
+
+    An error that detcoll raises on purpose is shown as one line, with code 2 where the arguments are at fault and 1
+    otherwise; with ``DETCOLL_LOG=debug`` the traceback comes before it.
+    """
+    tokens = keep_script_options(sys.argv[1:] if argv is None else argv)
+    try:
+        result = app(tokens, exit_on_error=False)
+    except CycloptsError:  # cyclopts has shown it
+        return USAGE
+    except DetcollError as error:
+        if os.environ.get("DETCOLL_LOG", "").lower() == "debug":
+            traceback.print_exc()
+        print(f"detcoll: {error}", file=sys.stderr)
+        return USAGE if isinstance(error, UsageError) else FAILURE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,128 @@
+"""``detcoll bench``: times collectives over sizes, against the bound and the prediction."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from detcoll.errors import UsageError
+from detcoll.measure.bench import LabBench, run_here, run_in_lab
+from detcoll.measure.host import host_facts
+from detcoll.measure.options import comma_separated, present, wide_topology
+from detcoll.measure.places import ended_by_signals
+from detcoll.measure.results import BENCH_SCHEMA, BenchResult, LeftOut, require_writable, write_result
+from detcoll.measure.sweep import Sweep
+from detcoll.measure.tables import bench_table, output_console
+from detcoll.quantities import parse_duration_ns, parse_size_bytes
+
+
+def bench(
+    *,
+    collective: str = "all_reduce",
+    bytes: str = "256KiB,4MiB,16MiB",
+    dtype: str = "float32",
+    transport: str | None = None,
+    iterations: int = 20,
+    warmup: int = 3,
+    json: Path | None = None,
+    lab: bool = False,
+    sites: int | None = None,
+    ranks_per_site: int | None = None,
+    rate: str | None = None,
+    round_trip: str | None = None,
+    topology: Path | None = None,
+    queue: str = "2.5MB",
+    slotting: Literal["calendar", "share", "off"] = "calendar",
+    timeout: str = "60 s",
+    deadline: str = "10 min",
+) -> int:
+    """Time collectives over sizes; every result is checked.
+
+    Runs on the ranks of the launcher it is started under (detcoll run, mpiexec, torchrun), or with --lab on ranks of
+    emulated sites that it starts itself. There the slotted transport is audited: the exit code is 1 if the router saw
+    that it did not keep to its calendar.
+
+    Parameters
+    ----------
+    collective
+        all_reduce, broadcast, barrier; several separated by commas.
+    bytes
+        Sizes, such as 256KiB,64MiB.
+    dtype
+        Element type.
+    transport
+        One or several separated by commas, one after another; auto unless given, slotted with --lab.
+    iterations
+        Timed calls a size.
+    warmup
+        Calls before those.
+    json
+        File for the results.
+    lab
+        Start ranks in emulated sites; needs Linux and root.
+    sites
+        With --lab: number of sites; 2 unless given.
+    ranks_per_site
+        With --lab: ranks in each site; 2 unless given.
+    rate
+        With --lab: of each site's line; "1 Gbit/s" unless given.
+    round_trip
+        With --lab: between any two sites; "20 ms" unless given.
+    topology
+        A topology file; with --lab instead of the four above.
+    queue
+        With --lab: drop-tail queue at each end of a line.
+    slotting
+        With --lab, of slotted: calendar (windows and pacing), share (pacing alone) or off (neither).
+    timeout
+        Of a collective.
+    deadline
+        With --lab: how long one transport may take.
+    """
+    require_writable(json, "json")
+    sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(bytes))
+    sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup)
+    sweep.validate()
+    timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
+    if not lab:
+        _refuse_without_lab(sites=sites, ranks_per_site=ranks_per_site, rate=rate, round_trip=round_trip)
+        names = comma_separated(transport or "auto")
+        rank, rows = run_here(sweep, names, topology, timeout_s)
+        return _finish(BenchResult(BENCH_SCHEMA, host_facts(), rows), json) if rank == 0 else 0
+    transports, left_out = present(comma_separated(transport or "slotted"), "transport")
+    spec = LabBench(
+        sweep,
+        transports,
+        wide_topology(topology, sites, ranks_per_site, rate, round_trip),
+        parse_size_bytes(queue, "queue"),
+        slotting,
+        timeout_s,
+        parse_duration_ns(deadline, "deadline") / 1e9,
+    )
+    return _run_in_lab(spec, left_out, json)
+
+
+def _run_in_lab(spec: LabBench, left_out: tuple[LeftOut, ...], json: Path | None) -> int:
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with ended_by_signals():
+        result = run_in_lab(spec, say)
+    _finish(replace(result, left_out=(*left_out, *result.left_out)), json)
+    broken = result.audit is not None and not result.audit.passed and spec.slotting == "calendar"
+    return 1 if broken or result.left_out or not result.rows else 0
+
+
+def _finish(result: BenchResult, json: Path | None) -> int:
+    output_console().print(bench_table(result))
+    if json is not None:
+        write_result(json, result)
+    return 0
+
+
+def _refuse_without_lab(**given: object) -> None:
+    useless = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if useless:
+        raise UsageError(f"{', '.join(useless)} need --lab: without it the ranks are those of the launcher")

@@ -1,0 +1,165 @@
+"""``detcoll measure``: how close a run across sites comes to the same run inside one cluster."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from detcoll.errors import UsageError
+from detcoll.measure.experiment import Experiment, run_experiment
+from detcoll.measure.options import comma_separated, present, wide_topology
+from detcoll.measure.places import ended_by_signals
+from detcoll.measure.records import WorkloadName, WorkloadSpec
+from detcoll.measure.results import Measurement, require_writable, write_result
+from detcoll.measure.tables import measurement_table, output_console
+from detcoll.quantities import parse_duration_ns, parse_size_bytes
+
+_ITERATIONS = {"digits": 60, "synthetic": 20}
+
+
+def measure(
+    *script: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    workload: Literal["digits", "synthetic"] | None = None,
+    sites: int | None = None,
+    ranks_per_site: int | None = None,
+    rate: str | None = None,
+    round_trip: str | None = None,
+    topology: Path | None = None,
+    queue: str = "2.5MB",
+    iterations: int | None = None,
+    rounds: int = 2,
+    compute: str = "400 ms",
+    gradient_bytes: str = "16MiB",
+    bucket_bytes: str = "1MiB",
+    against: str = "gloo,mpi",
+    service: str = "best-effort",
+    cross_traffic: str = "0",
+    json: Path | None = None,
+    report: Path | None = None,
+    deadline: str = "10 min",
+) -> int:
+    """Compare training across emulated sites with the same training in one cluster.
+
+    The same ranks and grouping run a workload in a single cluster over shared memory, and across sites with the
+    slotted transport and the transports to compare with. Needs Linux and root for the emulated lines.
+
+    Parameters
+    ----------
+    script
+        A training script of your own and its arguments, as the workload; put ``--`` before it where its arguments
+        look like options. It is timed by its calls of ``detcoll.measure.step()``, once an iteration, or as a whole.
+    workload
+        digits: real training of a perceptron on handwritten digits (the default). synthetic: given compute time and
+        gradient size.
+    sites
+        Number of sites; 2 unless given.
+    ranks_per_site
+        Ranks in each site; 2 unless given.
+    rate
+        Of each site's line; "1 Gbit/s" unless given.
+    round_trip
+        Between any two sites; "20 ms" unless given.
+    topology
+        A topology file instead of the four above.
+    queue
+        Drop-tail queue at each end of a line.
+    iterations
+        Measured in each setting; 60 for digits and 20 for synthetic unless given.
+    rounds
+        In how many turns the settings share them.
+    compute
+        Compute time of a synthetic iteration, a third forward and two thirds backward.
+    gradient_bytes
+        Gradient of a synthetic iteration.
+    bucket_bytes
+        What is reduced at once while the backward pass goes on.
+    against
+        Transports to compare with, separated by commas, or none.
+    service
+        What the network promises; this version knows best-effort alone.
+    cross_traffic
+        Others' traffic on the lines; this version knows 0 alone.
+    json
+        File for the results.
+    report
+        Directory for a report; not available in this version.
+    deadline
+        How long one setting may take in one round.
+    """
+    _refuse_later(service, cross_traffic, report)
+    require_writable(json, "json")
+    name = workload or "digits"
+    if script and workload is not None:
+        raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
+    lines = wide_topology(topology, sites, ranks_per_site, rate, round_trip)
+    builtin = _workload(name, compute, gradient_bytes, bucket_bytes)
+    transports, left_out = present(comma_separated(against), "against")
+    experiment = Experiment(
+        topology=lines,
+        workload=None if script else builtin,
+        script=script,
+        iterations=_ITERATIONS[name] if iterations is None else iterations,
+        rounds=rounds,
+        against=transports,
+        left_out=left_out,
+        queue_bytes=parse_size_bytes(queue, "queue"),
+        deadline_s=parse_duration_ns(deadline, "deadline") / 1e9,
+    )
+    return _run(experiment, json)
+
+
+def _run(experiment: Experiment, json: Path | None) -> int:
+    console, progress = output_console(), Console(stderr=True)
+    for one in experiment.left_out:
+        progress.print(f"left out: {one.transport}: {one.why}", highlight=False, markup=False)
+    with ended_by_signals(), progress.status("starting") as status:
+
+        def say(line: str) -> None:
+            status.update(line)
+            if not progress.is_terminal:
+                print(line, file=sys.stderr, flush=True)
+
+        result = run_experiment(experiment, say)
+    console.print(measurement_table(result))
+    if json is not None:
+        write_result(json, result)
+    return _exit_code(result, experiment)
+
+
+def _exit_code(result: Measurement, experiment: Experiment) -> int:
+    """Return 1 where bits differ or a setting that was to be measured failed."""
+    failed = len(result.runs) < len(experiment.settings())
+    return 1 if result.digests_equal is False or failed else 0
+
+
+def _workload(name: WorkloadName, compute: str, gradient_bytes: str, bucket_bytes: str) -> WorkloadSpec:
+    bucket = parse_size_bytes(bucket_bytes, "bucket_bytes")
+    gradient, compute_ns = parse_size_bytes(gradient_bytes, "gradient_bytes"), parse_duration_ns(compute, "compute")
+    for option, size in (("gradient_bytes", gradient), ("bucket_bytes", bucket)):
+        if size < 4 or size % 4:
+            raise UsageError(f"{option}={size} must be a positive multiple of 4 bytes (float32)")
+    if name == "digits":
+        return WorkloadSpec("digits", bucket)
+    return WorkloadSpec("synthetic", bucket, compute_ns, gradient)
+
+
+def _refuse_later(service: str, cross_traffic: str, report: Path | None) -> None:
+    """Refuse what the options are there for but this version does not do."""
+    for name in comma_separated(service):
+        if name == "deterministic":
+            raise UsageError("service='deterministic' is not available in this version; expected best-effort")
+        if name != "best-effort":
+            raise UsageError(f"service={name!r} is not known; expected best-effort")
+    for text in comma_separated(cross_traffic):
+        try:
+            share = float(text)
+        except ValueError as error:
+            raise UsageError(f"cross_traffic={text!r} must be a number, the share of the line's rate") from error
+        if share != 0:
+            raise UsageError(f"cross_traffic={text} is not available in this version; expected 0")
+    if report is not None:
+        raise UsageError(f"report={str(report)!r}: reports are not available in this version; use --json")

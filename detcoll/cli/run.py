@@ -1,0 +1,149 @@
+"""``detcoll run``: the ranks of a program on this host.
+
+Ranks meet at a loopback socket that listens before the first of them starts; rank 0 inherits it, so nobody can take
+the port in between.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from detcoll.errors import UsageError
+from detcoll.processes import Guard, start, supervise
+from detcoll.quantities import parse_duration_ns
+from detcoll.tagging import Tagger
+from detcoll.topology import LARGEST_WORLD, Topology
+
+
+def run(
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    ranks: Annotated[int, Parameter(name=["-n", "--ranks"])],
+    sites: int | None = None,
+    topology: Path | None = None,
+    transport: str | None = None,
+    timeout: str | None = None,
+    tag_output: bool = False,
+) -> int:
+    """Start the ranks of a program on this host and wait for them.
+
+    When a rank fails, the others are ended soon after, and its exit code is the one of this command.
+
+    Parameters
+    ----------
+    command
+        SCRIPT.py, ``-m MODULE`` or a program, and its arguments. Options after it belong to it.
+    ranks
+        How many to start.
+    sites
+        Group the ranks into so many equal sites, with no lines between: the baseline of a wide-area run.
+    topology
+        A topology file; its ranks must add up to those started.
+    transport
+        What moves the data; chosen by itself unless given.
+    timeout
+        End the ranks after so long, such as "10 min".
+    tag_output
+        Begin each line that a rank prints with its number.
+    """
+    _check(ranks, sites, topology)
+    deadline_s = None if timeout is None else parse_duration_ns(timeout, "--timeout") / 1e9
+    program = _program(command)
+    settings = {
+        "DETCOLL_SITES": None if sites is None else str(sites),
+        "DETCOLL_TOPOLOGY": None if topology is None else str(topology.absolute()),
+        "DETCOLL_TRANSPORT": transport,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    pipe = subprocess.PIPE if tag_output else None
+    # Left in the opposite order: the guard must outlive the wait, and the tags need the ends of the pipes.
+    with ExitStack() as stack:
+        tagger = stack.enter_context(Tagger(sys.stdout.buffer, sys.stderr.buffer)) if tag_output else None
+        guard = stack.enter_context(Guard())
+        with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+            processes = []
+            for environment in rank_environments(ranks, {**os.environ, **given}, listener):
+                inherited = [listener.fileno()] if "DETCOLL_RENDEZVOUS_FD" in environment else []
+                processes.append(start(program, env=environment, pass_fds=inherited, stdout=pipe, stderr=pipe))
+                guard.watch(processes[-1])
+        if tagger is not None:
+            tagger.copy(processes, [f"[rank {rank}] " for rank in range(ranks)])
+        return supervise(processes, deadline_s=deadline_s)
+
+
+def rank_environments(size: int, inherited: Mapping[str, str], listener: socket.socket) -> list[dict[str, str]]:
+    """Return the environment of every rank: detcoll's own variables, and those that torch programs read.
+
+    Parameters
+    ----------
+    size : int
+        How many ranks there are.
+    inherited : mapping
+        What to add to.
+    listener : socket.socket
+        Listens where the ranks are to meet; rank 0 is told its descriptor.
+    """
+    common = {name: value for name, value in inherited.items() if name != "DETCOLL_RENDEZVOUS_FD"}
+    common["DETCOLL_RENDEZVOUS"] = f"127.0.0.1:{listener.getsockname()[1]}"
+    common["DETCOLL_JOB"] = secrets.token_hex(8)
+    common["MASTER_ADDR"], common["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    if size > 1:
+        common.setdefault("OMP_NUM_THREADS", "1")
+    environments = []
+    for rank in range(size):
+        numbers = {
+            f"{prefix}{local}{name}": str(value)
+            for prefix in ("", "DETCOLL_")
+            for local in ("", "LOCAL_")
+            for name, value in (("RANK", rank), ("WORLD_SIZE", size))
+        }
+        environments.append(common | numbers)
+    environments[0]["DETCOLL_RENDEZVOUS_FD"] = str(listener.fileno())
+    return environments
+
+
+def _check(ranks: int, sites: int | None, topology: Path | None) -> None:
+    if not 1 <= ranks <= LARGEST_WORLD:
+        raise UsageError(f"-n {ranks} must be a whole number from 1 to {LARGEST_WORLD}")
+    if sites is not None and topology is not None:
+        raise UsageError("--sites and --topology exclude each other: a topology names its sites")
+    if sites is not None and (sites < 1 or ranks % sites):
+        raise UsageError(f"--sites {sites} must divide the {ranks} ranks into equal sites")
+    if topology is not None:
+        Topology.from_file(topology, size=ranks)
+
+
+def _program(command: Sequence[str]) -> list[str]:
+    """Return what each rank executes."""
+    if not command:
+        raise UsageError("run needs a SCRIPT, -m MODULE or a program to start")
+    first = command[0]
+    if first == "-m":
+        if len(command) < 2:
+            raise UsageError("-m needs the name of a module")
+        return [sys.executable, *command]
+    if first.endswith(".py"):
+        if not Path(first).is_file():
+            raise UsageError(f"script {first!r} does not exist")
+        return [sys.executable, *command]
+    found = shutil.which(first)
+    if found is None:
+        raise UsageError(f"{first!r} is neither a Python script (.py) nor a program that can be run here")
+    return [found, *command[1:]]
+
+
+def _free_port() -> int:
+    """Return a port for torch's own meeting, should the program use it."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,513 @@
+"""What a user holds: this rank's place in the job, and the collectives.
+
+One all-reduce passes through here as: `bind` makes a flat view of the user's array, arguments are checked, a
+`Descriptor` says what was called, `Planner` compiles this rank's steps or finds them in its cache, and `Progress`
+carries them out on the endpoints. A transport that does collectives itself takes the same call through `NativeRunner`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import msgspec
+import numpy as np
+
+from detcoll.assembly import Assembled, assemble, deadline_after
+from detcoll.buffers import Bound, bind
+from detcoll.clock import clock_domain
+from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, PlanMismatch, TransportError, UsageError
+from detcoll.launchers import read_environment
+from detcoll.machine import Slots
+from detcoll.plan import Calendar, Collective, Planner, Slotting, build_calendar
+from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
+from detcoll.plan.layout import LARGEST_FRAME_BYTES
+from detcoll.rendezvous import Aborted, Session, meet
+from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
+from detcoll.runtime.native import NativeCall, NativeRunner
+from detcoll.settings import Facts, Settings, agree, configure_logging, place, read_settings
+from detcoll.topology import Topology
+from detcoll.trace import Trace
+from detcoll.transport import host_identity
+from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
+
+log = logging.getLogger("detcoll")
+
+VERSION = "0.1.0"
+SITE_CLOCK_ERROR_NS = 200_000
+"""What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
+_FINALIZE_S = 10.0
+_BARRIER = np.zeros(1, np.uint8)
+
+
+class _Members:
+    """The rendezvous as the progress thread sees it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def fileno(self) -> int:
+        return self._session.fileno()
+
+    def failure(self) -> DetcollError | None:
+        events = self._session.events()
+        for event in events:
+            if isinstance(event, Aborted):
+                return _told(event)
+        for event in events:
+            return PeerLost(f"rank {event.rank} is lost: its process ended without saying goodbye")
+        return None
+
+    def abort(self, kind: str, text: str) -> None:
+        self._session.abort(kind, text)
+
+
+def _told(event: Aborted) -> DetcollError:
+    """Return the error that another rank's giving up means here: of the same kind where that holds here too."""
+    if event.kind == PlanMismatch.__name__:
+        return PlanMismatch(event.text)
+    kind = {kind.__name__: kind for kind in (DeadlineMissed, PeerLost)}.get(event.kind, TransportError)
+    name = "" if event.kind == kind.__name__ else f"{event.kind}: "
+    return kind(f"rank {event.rank} gave up: {name}{event.text.removeprefix(f'rank {event.rank}: ')}")
+
+
+class Communicator:
+    """A group of ranks and this rank's place in it. Made by `detcoll.init`. Thread-safe.
+
+    Collectives must be called by all ranks in the same order. With ``async_op=True`` they return a `Work` at once, and
+    the array belongs to detcoll until its ``wait`` has returned.
+    """
+
+    def __init__(
+        self, session: Session, settings: Settings, topology: Topology, assembled: Assembled, calendar: Calendar,
+        facts: Sequence[Facts],
+    ) -> None:  # fmt: skip
+        self._session, self._settings, self._topology, self._assembled = session, settings, topology, assembled
+        self._calendar = calendar
+        self._planner = Planner(topology, session.rank, calendar)
+        self._sequence = itertools.count()
+        self._order = threading.Lock()
+        self._finalized = False
+        self._pid = os.getpid()
+        here = topology.site_of(session.rank)
+        self._trace = Trace(session.rank, here, time.monotonic_ns(), _calendar_facts(calendar, here, session.rank))
+        self._members = _Members(session)
+        self._runner = self._make_runner(here, [fact.clock for fact in facts])
+        _open.add(self)
+
+    def _make_runner(self, here: int, domains: Sequence[str]) -> Progress | NativeRunner:
+        members = self._members
+        native = self._assembled.native
+        if native is not None:
+            return NativeRunner(native, self._trace, lambda error: members.abort(type(error).__name__, str(error)))
+        slots: Slots[tuple[Operation, int]] = Slots(
+            self._calendar,
+            here,
+            self._session.rank,
+            frame_bytes=LARGEST_FRAME_BYTES,
+            ahead=self._assembled.transport.capabilities.timed,
+        )
+        routes = self._assembled.routes
+        timekeeper = Timekeeper(self._session.rank, self._topology.sites[here].ranks, domains, routes.endpoint_of)
+        return Progress(self._session.rank, self._session.size, routes, slots, timekeeper, members, self._trace)
+
+    def await_clock(self, deadline_ns: int) -> None:
+        """Return once this rank knows the time of its site.
+
+        Raises
+        ------
+        DeadlineMissed
+            If it does not by the deadline.
+        DetcollError
+            If something goes wrong meanwhile.
+        """
+        if isinstance(self._runner, Progress):
+            left_s = max(deadline_ns - time.monotonic_ns(), 0) / 1e9
+            is_known = self._runner.synchronised.wait(left_s)
+            if self._runner.failure is not None:
+                raise self._runner.failure
+            if not is_known:
+                raise DeadlineMissed(f"rank {self.rank} does not agree with its site about the time")
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank, from 0."""
+        return self._session.rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._session.size
+
+    @property
+    def topology(self) -> Topology:
+        """Sites, lines and delays; it fixes the order in which contributions are folded."""
+        return self._topology
+
+    @property
+    def transport(self) -> str:
+        """The name of the transport in use."""
+        return self._assembled.transport.name
+
+    @property
+    def usable(self) -> bool:
+        """Whether collectives may be called: made by this process and not finalized."""
+        return not self._finalized and os.getpid() == self._pid
+
+    @property
+    def calendar(self) -> Calendar:
+        """The windows and rates of the lines between sites."""
+        return self._calendar
+
+    @overload
+    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", async_op: Literal[False] = False) -> None: ...
+    @overload
+    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", *, async_op: Literal[True]) -> Work: ...
+    @overload
+    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False) -> Work | None: ...
+
+    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False) -> Work | None:
+        """Reduce ``x`` over all ranks, in place.
+
+        Parameters
+        ----------
+        x : Buffer, any shape, one of the types in `detcoll.types.DTYPES`, C-contiguous, writable, borrowed until wait
+            A NumPy or CuPy array, a torch tensor, or a list of them, which is coalesced. Equal shapes on all ranks.
+        op : str
+            ``sum``, ``avg``, ``min``, ``max`` or ``prod``.
+        async_op : bool
+            Return a `Work` at once instead of waiting.
+
+        Returns
+        -------
+        Work or None
+
+        Raises
+        ------
+        UsageError
+            If an argument cannot be used, before anything moves.
+        PlanMismatch, PeerLost, DeadlineMissed
+            See `detcoll.errors`.
+
+        Guarantees
+        ----------
+        With a transport or setting that keeps the promise (``slotted``, ``shm``, or ``reproducible=True``), the result
+        is the fold in rank order inside each site, then in site order, bit for bit on every rank, whatever the
+        transport, the chunks and the load. 16-bit floats fold in float32 and are rounded once per level.
+        """
+        parsed = ReduceOp.parse(op)
+        bound = bind(x)
+        if parsed is ReduceOp.AVG and is_integer(bound.dtype):
+            raise UsageError(f"op='avg' of {bound.dtype} has no exact result; use sum, or a float type")
+        return self._call("all_reduce", bound, parsed, 0, async_op, _count_of(x))
+
+    def broadcast(self, x: Any, root: int = 0, async_op: bool = False) -> Work | None:
+        """Copy ``x`` of rank ``root`` into ``x`` of all ranks.
+
+        Parameters
+        ----------
+        x : Buffer, as for `all_reduce`
+        root : int
+            From 0 to size - 1, the same on all ranks.
+        async_op : bool
+            Return a `Work` at once instead of waiting.
+
+        Raises
+        ------
+        UsageError
+            If an argument cannot be used, before anything moves.
+        """
+        if isinstance(root, bool) or not isinstance(root, int | np.integer) or not 0 <= root < self.size:
+            raise UsageError(f"root={root!r} must be a rank from 0 to {self.size - 1}")
+        return self._call("broadcast", bind(x), ReduceOp.SUM, int(root), async_op, _count_of(x))
+
+    def barrier(self, async_op: bool = False) -> Work | None:
+        """Return once every rank has called it."""
+        return self._call("barrier", bind(_BARRIER.copy()), ReduceOp.MAX, 0, async_op, 1)
+
+    def predict(self, kind: str, nbytes: int, dtype: object = "float32", called_ns: int | None = None) -> float | None:
+        """Return the predicted time of a collective, or None where the transport plans none.
+
+        Parameters
+        ----------
+        kind : str
+            ``all_reduce``, ``broadcast`` or ``barrier``.
+        nbytes : int
+            Size of the array.
+        dtype : dtype
+            Its element type.
+        called_ns : int, optional
+            When all ranks call, by this rank's monotonic clock: it decides how long the first window is away. By
+            default the mean over all times.
+
+        Returns
+        -------
+        float or None
+            Seconds until the slowest rank has its result.
+        """
+        if isinstance(self._runner, NativeRunner):
+            return None
+        phase_ns = None
+        if called_ns is not None:
+            cycle_ns = self._calendar.sites[self._topology.site_of(self.rank)].cycle_ns
+            phase_ns = (called_ns + self._runner.site_offset_ns) % cycle_ns
+        return self._planner.predict_ns(self._collective(kind, nbytes, dtype), phase_ns=phase_ns) / 1e9
+
+    def bound(self, kind: str, nbytes: int, dtype: object = "float32") -> float | None:
+        """Return the physical floor in seconds (see `detcoll.plan.bounds`), or None where there is no line."""
+        floor_ns = self._planner.floor_ns(self._collective(kind, nbytes, dtype))
+        return None if floor_ns is None else floor_ns / 1e9
+
+    def algorithm(self, kind: str, nbytes: int, dtype: object = "float32") -> str:
+        """Return which algorithm a collective of ``nbytes`` would use."""
+        native = self._assembled.native
+        if native is not None:
+            return native.algorithm
+        return self._planner.algorithm(self._collective(kind, nbytes, dtype))
+
+    def counters(self) -> dict[str, int]:
+        """Return what the transport and the calendar counted so far, by name.
+
+        ``slot_misses`` and ``slot_trims`` count windows: those in which all that was due came too late, and those in
+        which some did.
+        """
+        counted: dict[str, int] = {}
+        for endpoint in self._assembled.endpoints:
+            for name, value in endpoint.counters().items():
+                counted[name] = counted.get(name, 0) + value
+        if isinstance(self._runner, Progress):
+            counted["slot_misses"], counted["slot_trims"] = self._runner.late_windows
+        return counted
+
+    @property
+    def trace(self) -> Trace:
+        """What this rank did, beside what was planned."""
+        return self._trace
+
+    def finalize(self, timeout: float = _FINALIZE_S) -> None:
+        """Finish what is under way, meet all ranks once more, and give everything back. Idempotent.
+
+        Raises
+        ------
+        TransportError
+            If collectives were still under way at the deadline, or something ended them meanwhile.
+        PlanMismatch
+            If this rank is through with a collective that others called differently, and was not told yet.
+        """
+        if self._finalized or os.getpid() != self._pid:
+            return
+        self._finalized = True
+        _open.discard(self)
+        deadline_ns = deadline_after(timeout)
+        had_failed = self._runner.failure is not None
+        trouble: Exception | None = None
+        try:
+            if not self._runner.drain(deadline_ns) and not had_failed:
+                trouble = self._runner.failure
+            if self._runner.failure is None:
+                self._part(deadline_ns)
+        finally:
+            self._runner.close()
+            trouble = trouble or self._untold_mismatch()
+            self._note_connections()
+            for endpoint in self._assembled.endpoints:
+                if self._runner.failure is None:
+                    endpoint.close(deadline_ns)
+                else:
+                    endpoint.abort()
+            self._session.close(deadline_ns)
+            self._write_trace()
+        if trouble is not None:
+            raise trouble
+
+    def _untold_mismatch(self) -> PlanMismatch | None:
+        failure = self._runner.failure
+        if failure is None:
+            failure = self._members.failure()
+        elif self._runner.was_told:
+            return None
+        return failure if isinstance(failure, PlanMismatch) else None
+
+    def __enter__(self) -> Communicator:
+        """Return the communicator itself."""
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Finalize; after an error without waiting for anybody."""
+        if kind is None:
+            self.finalize()
+        else:
+            self.abort(f"{getattr(kind, '__name__', kind)}: {error}")
+
+    def abort(self, reason: str) -> None:
+        """Give up: every collective under way fails on all ranks, with ``reason`` shown to them. Idempotent."""
+        if self._finalized or os.getpid() != self._pid:
+            return
+        self._finalized = True
+        _open.discard(self)
+        self._session.abort("TransportError", reason)
+        self._runner.fail(TransportError(f"rank {self.rank} aborted: {reason}"))
+        self._runner.close()
+        for endpoint in self._assembled.endpoints:
+            endpoint.abort()
+        self._session.close(deadline_after(0.5))
+
+    def _call(self, kind: str, bound: Bound, op: ReduceOp, root: int, async_op: bool, arrays: int) -> Work | None:
+        self._check_usable()
+        called_ns = time.monotonic_ns()
+        bound.load()
+        with self._order:
+            work = self._start(kind, bound, op, root, arrays, called_ns, wait=not async_op)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+    def _start(
+        self, kind: str, bound: Bound, op: ReduceOp, root: int, arrays: int, called_ns: int, *, wait: bool
+    ) -> Work:
+        sequence = next(self._sequence)
+        work = Work(f"{kind} number {sequence}", bound.store if bound.staged else None)
+        deadline_ns = called_ns + round(self._settings.timeout_s * 1e9)
+        if isinstance(self._runner, NativeRunner):
+            call = NativeCall(sequence, kind, bound.array, op, root, deadline_ns, called_ns)
+            self._runner.run(call, work, wait=wait)
+            return work
+        collective = Collective(
+            kind, bound.array.size, bound.dtype.itemsize, accumulation_dtype(bound.dtype).itemsize, root
+        )
+        descriptor = Descriptor(sequence, kind, op.value, bound.dtype.name, bound.array.size, root, arrays)
+        predicted_ns = self._planner.predict_ns(collective) if self._settings.trace else 0
+        self._runner.submit(
+            Operation(
+                descriptor, self._planner.plan(collective), bound.array, op, work, deadline_ns, called_ns, predicted_ns
+            )
+        )
+        return work
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError("this communicator was made before a fork; call detcoll.init() in the new process")
+        if self._finalized:
+            raise Closed("the communicator was finalized")
+
+    def _collective(self, kind: str, nbytes: int, dtype: object) -> Collective:
+        element = parse_dtype(dtype)
+        if kind not in ("all_reduce", "broadcast", "barrier"):
+            raise UsageError(f"kind={kind!r} must be all_reduce, broadcast or barrier")
+        if nbytes < 0 or nbytes % element.itemsize:
+            raise UsageError(f"nbytes={nbytes} must be a multiple of {element.itemsize}, the size of {element}")
+        count = nbytes // element.itemsize
+        return Collective(kind, count, element.itemsize, accumulation_dtype(element).itemsize)
+
+    def _part(self, deadline_ns: int) -> None:
+        """Meet once more, so that nobody closes while another still needs an answer."""
+        try:
+            self._session.exchange("finalize", b"", deadline_ns)
+        except TransportError as error:
+            log.warning("rank %d: others did not finalize: %s", self.rank, error)
+
+    def _note_connections(self) -> None:
+        if self._trace.calendar is not None and isinstance(self._runner, Progress):
+            self._trace.calendar["offset_ns"] = self._runner.site_offset_ns
+        for endpoint in self._assembled.endpoints:
+            self._trace.connections.extend(endpoint.connections())
+
+    def _write_trace(self) -> None:
+        if self._settings.trace is None:
+            return
+        folder = Path(self._settings.trace)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank{self.rank}.json").write_text(json.dumps(self._trace.to_json()), encoding="utf-8")
+        except OSError as error:
+            log.warning("trace of rank %d was not written: %s", self.rank, error)
+
+
+_open: weakref.WeakSet[Communicator] = weakref.WeakSet()
+
+
+def open_communicator(
+    environ: Mapping[str, str],
+    transport: str,
+    topology: Topology | str | os.PathLike[str] | None,
+    timeout: float,
+    reproducible: bool | None,
+) -> Communicator:
+    """Meet all ranks and return this rank's communicator; see `detcoll.init`."""
+    configure_logging(environ.get("DETCOLL_LOG"))
+    world = read_environment(environ)
+    settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
+    deadline_ns = deadline_after(settings.timeout_s)
+    session = meet(world, deadline_ns, environ)
+    try:
+        facts = _introduce(session, settings, world.site or "", world.launcher, deadline_ns)
+        placed = place(settings.topology, [fact.site for fact in facts])
+        assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
+        try:
+            calendar = _calendar(settings, placed, facts, timed=assembled.transport.capabilities.timed)
+            communicator = Communicator(session, settings, placed, assembled, calendar, facts)
+        except BaseException:
+            for endpoint in assembled.endpoints:
+                endpoint.abort()
+            raise
+    except BaseException as error:
+        if not isinstance(error, UsageError):
+            session.abort(type(error).__name__, str(error))
+        session.close(deadline_after(1.0))
+        raise
+    try:
+        communicator.await_clock(deadline_ns)
+    except BaseException as error:
+        communicator.abort(str(error))
+        raise
+    return communicator
+
+
+def _calendar(settings: Settings, topology: Topology, facts: Sequence[Facts], *, timed: bool) -> Calendar:
+    """Lay out the lines; guards are longer where ranks of a site have to ask each other for the time."""
+    mode = settings.slotting or (Slotting.CALENDAR if timed else Slotting.OFF)
+    one_clock = all(len({facts[rank].clock for rank in site.ranks}) == 1 for site in topology.sites)
+    error_ns = DEFAULT_HOST_ERROR_NS + (0 if one_clock else SITE_CLOCK_ERROR_NS)
+    return build_calendar(topology, mode, error_ns=error_ns)
+
+
+def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:
+    facts = Facts(
+        VERSION, settings.transport, settings.topology.digest, settings.reproducible,
+        settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
+        clock_domain(), launcher,
+    )  # fmt: skip
+    answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
+    everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]
+    agree(everybody)
+    return everybody
+
+
+def _calendar_facts(calendar: Calendar, site: int, rank: int) -> dict[str, Any] | None:
+    windows = calendar.windows_of(site, rank)
+    if calendar.mode is not Slotting.CALENDAR:
+        return None
+    cycle = calendar.sites[site]
+    spans = [[w.start_ns, w.end_ns] for w in windows] or [[0, cycle.cycle_ns]]
+    return {"cycle_ns": cycle.cycle_ns, "windows": spans, "offset_ns": 0, "guard_ns": calendar.guard_ns}
+
+
+def _count_of(x: Any) -> int:
+    return len(x) if isinstance(x, list | tuple) else 1
+
+
+def close_all() -> None:
+    """Finalize communicators that were left open when the interpreter ends."""
+    for communicator in list(_open):
+        with contextlib.suppress(DetcollError):
+            communicator.finalize(1.0)

@@ -1,0 +1,30 @@
+"""The lab: an emulated wide-area network on one machine, with real processes and the kernel's own TCP.
+
+`Lab` makes the network, `run_ranks` runs a program in it once per rank, and `audit` holds what its router saw against
+the calendars that the ranks kept.
+"""
+
+from detcoll.lab.audit import Audit, audit, read_traces
+from detcoll.lab.emulation import DEFAULT_QUEUE_BYTES, Lab
+from detcoll.lab.launch import Launcher, Output, RanksResult, rank_environments, run_ranks
+from detcoll.lab.log import RECORD, read_log
+from detcoll.lab.statistics import DirectionStatistics, Statistics
+from detcoll.lab.tun import why_unavailable
+
+__all__ = [
+    "DEFAULT_QUEUE_BYTES",
+    "RECORD",
+    "Audit",
+    "DirectionStatistics",
+    "Lab",
+    "Launcher",
+    "Output",
+    "RanksResult",
+    "Statistics",
+    "audit",
+    "rank_environments",
+    "read_log",
+    "read_traces",
+    "run_ranks",
+    "why_unavailable",
+]

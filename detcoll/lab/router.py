@@ -1,0 +1,187 @@
+"""The router's process: moves units between the sites' TUN devices as `detcoll.lab.line` says, and counts.
+
+It sleeps in one `select` until a unit arrives or one is due; select's timeout has microseconds, and with a real-time
+priority the kernel adds no slack to it. The lab talks to it over a socket, one letter a request, one line of JSON an
+answer. When the lab's process goes away without saying goodbye, the router ends whatever runs in the lab's namespaces
+and then itself, so that nothing is left of a lab that was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from detcoll.lab.line import WideArea
+from detcoll.lab.log import ArrivalLog
+from detcoll.lab.namespaces import end_processes
+from detcoll.lab.statistics import Statistics
+from detcoll.topology import Topology
+
+ASK_STATISTICS = b"s"
+ASK_QUIT = b"q"
+READY = b"ready\n"
+
+_LARGEST_UNIT_BYTES = 65536 + 64
+# So many units are read from one device before the others, and what is due, get their turn.
+_BATCH_UNITS = 8
+_REAL_TIME_PRIORITY = 10
+_NICENESS = -10
+# The lowest descriptors that select takes are below 1024; the lab's own numbers may be beyond.
+_LOWEST_FREE = 3
+_ANSWER_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """What the router is told when it starts; descriptors are those of the router's process."""
+
+    topology: Topology
+    queue_bytes: int
+    loss: float
+    seed: int
+    log_path: str | None
+    tuns: tuple[int, ...]
+    namespaces: tuple[int, ...]
+    lab_process: int
+
+
+class _Router:
+    """One lab's router."""
+
+    def __init__(self, config: RouterConfig, area: WideArea, control: socket.socket, lab_process: int) -> None:
+        self._area = area
+        self._control = control
+        self._tuns = [fcntl.fcntl(tun, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FREE) for tun in config.tuns]
+        for tun in config.tuns:
+            os.close(tun)
+        self._site_of = {tun: site for site, tun in enumerate(self._tuns)}
+        self._lab_process = lab_process
+        self._started_ns = time.monotonic_ns()
+        self._handed_over = self._refused = 0
+        self._late_sum_ns = self._late_peak_ns = 0.0
+
+    def forward(self) -> bool:
+        """Forward until the lab says goodbye (True) or is gone (False)."""
+        area, site_of, control = self._area, self._site_of, self._control.fileno()
+        read, monotonic_ns, wait = os.read, time.monotonic_ns, select.select
+        arrive = area.arrive
+        watched = [*self._tuns, control, self._lab_process]
+        while True:
+            next_ns = area.next_ns
+            timeout_s = None if next_ns == math.inf else max(0.0, (next_ns - monotonic_ns()) / 1e9)
+            for ready in wait(watched, (), (), timeout_s)[0]:
+                site = site_of.get(ready)
+                if site is None:
+                    if ready == self._lab_process:
+                        return False
+                    if (goodbye := self._answer()) is not None:
+                        return goodbye
+                    continue
+                with suppress(BlockingIOError):
+                    for _ in range(_BATCH_UNITS):
+                        arrive(site, read(ready, _LARGEST_UNIT_BYTES), monotonic_ns())
+            if area.next_ns <= monotonic_ns():
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Write what is due to the devices of its destinations."""
+        monotonic_ns, write, tuns = time.monotonic_ns, os.write, self._tuns
+        for due_ns, destination, unit in self._area.due(monotonic_ns()):
+            late_ns = monotonic_ns() - due_ns
+            self._late_sum_ns += late_ns
+            if late_ns > self._late_peak_ns:
+                self._late_peak_ns = late_ns
+            self._handed_over += 1
+            try:
+                write(tuns[destination], unit)
+            except OSError:
+                self._refused += 1
+
+    def _answer(self) -> bool | None:
+        """Answer a request of the lab; returns whether it said goodbye, None if it goes on."""
+        try:
+            request = self._control.recv(1)
+            if request:
+                self._control.sendall(msgspec.json.encode(self.statistics()) + b"\n")
+        except OSError:
+            return False
+        return {ASK_QUIT: True, b"": False}.get(request)
+
+    def statistics(self) -> Statistics:
+        """Return the counts so far."""
+        up_peaks, down_peaks = self._area.peaks()
+        return Statistics(
+            directions=self._area.directions(),
+            uplink_peak_bytes=up_peaks,
+            downlink_peak_bytes=down_peaks,
+            unroutable=self._area.unroutable,
+            refused=self._refused,
+            late_mean_ns=self._late_sum_ns / max(1, self._handed_over),
+            late_peak_ns=round(self._late_peak_ns),
+            cpu_s=time.process_time(),
+            elapsed_s=(time.monotonic_ns() - self._started_ns) / 1e9,
+        )
+
+
+def _raise_priority() -> None:
+    """Ask for a real-time priority, or else for a better niceness; go on without where both are refused."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(_REAL_TIME_PRIORITY))
+    except OSError:
+        with suppress(OSError):
+            os.nice(_NICENESS)
+
+
+def _receive_line(control: socket.socket) -> bytes:
+    received = bytearray()
+    while not received.endswith(b"\n"):
+        piece = control.recv(65536)
+        if not piece:
+            raise EOFError("the lab went away before the router was configured")
+        received += piece
+    return bytes(received)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a router; ``arguments`` are the number of the control socket's descriptor."""
+    # Ctrl-C is for the lab, which ends its processes first and the router last.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=int(arguments[0]))
+    control.settimeout(_ANSWER_TIMEOUT_S)
+    config = msgspec.json.decode(_receive_line(control), type=RouterConfig)
+    with ExitStack() as stack:
+        stack.enter_context(control)
+        goodbye = False
+        try:
+            lab_process = os.pidfd_open(config.lab_process)
+            log = stack.enter_context(ArrivalLog(config.log_path)) if config.log_path is not None else None
+            area = WideArea(config.topology, config.queue_bytes, config.loss, config.seed, log)
+            router = _Router(config, area, control, lab_process)
+            gc.collect()
+            gc.disable()  # nothing here makes cycles
+            _raise_priority()
+            control.sendall(READY)
+            goodbye = router.forward()
+        except OSError as error:
+            with suppress(OSError):
+                control.sendall(f"{error}\n".encode())
+        finally:
+            if not goodbye:
+                end_processes(config.namespaces, grace_ns=0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,222 @@
+"""The machine: walks one rank's plan, without a clock, a socket or an array.
+
+`Machine` keeps the graph: told that a step has ended, it answers with the steps that may start now. `Slots` keeps the
+line: sends that need the wide area queue there, and it answers, for a time given as argument, which of them go into
+the current or the next window of this rank, and when to ask again. Both are pure state machines; the runtime carries
+their answers out on real endpoints, the simulator on modelled links, and tests step through them in virtual time.
+
+::
+
+    start/ended -> Machine -> SEND local, RECV, FOLD ----------------> runtime or simulator
+                           -> SEND wide -> Slots.add, Slots.due(now) -> send with a Window
+                                           Slots.next_ns(now) <- when to call due again
+                                           Slots.sent / missed <- what became of them
+
+Times are nanoseconds of the rank's local monotonic clock; `Slots.offset_ns` is what the site's clock adds to it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from detcoll.errors import PlanError
+from detcoll.plan.calendar import Calendar, SiteCycle, Slotting
+from detcoll.plan.ir import Buffer, Kind, Plan
+from detcoll.transport import Window
+
+Item = TypeVar("Item")
+
+SMALLEST_REST_NS = 20_000
+"""A window with less than this left is not worth starting."""
+
+
+class Machine:
+    """Progress through one plan.
+
+    Parameters
+    ----------
+    plan : Plan
+        This rank's part.
+    """
+
+    __slots__ = ("_blocked_by", "_left", "_left_for_result", "_retained", "_under_way", "plan")
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        rows = plan.rows
+        ends = [row.after_end for row in rows]
+        self._blocked_by = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        # A send from scratch may still be kept by the transport when the caller's array is finished.
+        self._retained = [row.kind == Kind.SEND and row.buffer != Buffer.USER for row in rows]
+        self._left = len(rows)
+        self._left_for_result = len(rows) - sum(self._retained)
+        self._under_way: set[int] = set()
+
+    @property
+    def done(self) -> bool:
+        """Whether every step has ended, so that scratch may be used again."""
+        return self._left == 0
+
+    @property
+    def result_ready(self) -> bool:
+        """Whether the caller's array is finished and nothing reads or writes it any more."""
+        return self._left_for_result == 0
+
+    def start(self) -> list[int]:
+        """Return the steps that wait for nothing."""
+        ready = [step for step, count in enumerate(self._blocked_by) if count == 0]
+        self._under_way.update(ready)
+        return ready
+
+    def ended(self, step: int) -> list[int]:
+        """Take note that ``step`` has ended and return the steps that may start now."""
+        self._under_way.remove(step)
+        self._left -= 1
+        self._left_for_result -= not self._retained[step]
+        ready = []
+        for following in self.plan.followers[step]:
+            self._blocked_by[following] -= 1
+            if not self._blocked_by[following]:
+                ready.append(following)
+        self._under_way.update(ready)
+        return ready
+
+    def waiting_for(self) -> dict[int, int]:
+        """Return how many messages are awaited from each peer, for the error that a missed deadline shows."""
+        awaited: dict[int, int] = {}
+        for step in self._under_way:
+            peer = self.plan.rows[step].peer
+            if peer >= 0:
+                awaited[peer] = awaited.get(peer, 0) + 1
+        return awaited
+
+
+@dataclass(slots=True)
+class Queued(Generic[Item]):
+    """A wide send that waits for its turn: whose it is, where to, and how large."""
+
+    item: Item
+    destination_site: int
+    peer: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Slots(Generic[Item]):
+    """What one rank may put on its site's uplink, and when.
+
+    ``frame_bytes`` is what a transport adds to each message. ``ahead``: sends are given out before their window opens,
+    to a transport that holds them; otherwise only inside it. In mode SHARE and OFF, and for a site of one rank,
+    everything goes at once, at its flow's rate.
+    """
+
+    calendar: Calendar
+    site: int
+    rank: int
+    offset_ns: int = 0
+    frame_bytes: int = 0
+    ahead: bool = True
+    queue: deque[Queued[Item]] = field(default_factory=deque)
+    misses: int = 0
+    trimmed: int = 0
+    _free_ns: int = 0
+    _last_peer: int = -1
+    _watched_ns: int = 0
+    _outcome: tuple[int, int] = (0, 0)
+
+    def add(self, send: Queued[Item]) -> None:
+        """Queue a send behind those already waiting."""
+        self.queue.append(send)
+
+    def sent(self, window: Window) -> None:
+        """Take note that a send used its window."""
+        self._count(window, 1, 0)
+
+    def missed(self, sends: Sequence[tuple[Queued[Item], Window]]) -> None:
+        """Put back, in order, sends that did not make their window."""
+        for _, window in sends:
+            self._count(window, 0, 1)
+            if window.not_after_ns is not None:  # what is left of it is too short for the next send as well
+                self._free_ns = max(self._free_ns, window.not_after_ns)
+        self.queue.extendleft(send for send, _ in reversed(sends))
+
+    def _count(self, window: Window, sent: int, missed: int) -> None:
+        """Count a window in which some sends came too late as trimmed, one in which all did as a miss."""
+        if window.not_after_ns is None:
+            return
+        if window.not_after_ns != self._watched_ns:
+            self._watched_ns, self._outcome = window.not_after_ns, (0, 0)
+        before = self._outcome
+        after = self._outcome = (before[0] + sent, before[1] + missed)
+        self.misses += (after[0] == 0 and after[1] > 0) - (before[0] == 0 and before[1] > 0)
+        self.trimmed += (after[0] > 0 and after[1] > 0) - (before[0] > 0 and before[1] > 0)
+
+    def due(self, now_ns: int) -> list[tuple[Queued[Item], Window | None]]:
+        """Take from the queue what goes into this rank's current or next window, each with its window.
+
+        A rank that is late for its window uses what is left of it. No send is given out that would end after its
+        window; the rest stays queued.
+        """
+        if not self.queue:
+            return []
+        if not self._cycle.windows:
+            return [(send, self._at_once(send, now_ns)) for send in self._drain()]
+        start_ns, end_ns = self._window(now_ns)
+        if now_ns < start_ns and not self.ahead:
+            return []
+        cursor_ns = max(start_ns, now_ns, self._free_ns)
+        taken: list[tuple[Queued[Item], Window | None]] = []
+        while self.queue:
+            send = self.queue[0]
+            rate = self.calendar.rate_bytes_per_s(self.site, send.destination_site)
+            takes_ns = int((send.nbytes + self.frame_bytes) / rate * 1e9)
+            if takes_ns > end_ns - start_ns:
+                raise PlanError(f"a send of {send.nbytes} bytes takes {takes_ns} ns, its window {end_ns - start_ns} ns")
+            if cursor_ns + takes_ns > end_ns:
+                break
+            # Kernel pacing keeps the order inside one connection; another connection must not start before it drained.
+            begin_ns = max(start_ns, cursor_ns) if send.peer != self._last_peer else start_ns
+            taken.append((self.queue.popleft(), Window(begin_ns, end_ns, rate)))
+            self._last_peer = send.peer
+            cursor_ns += takes_ns
+        if taken:
+            self._free_ns = cursor_ns
+        return taken
+
+    def next_ns(self, now_ns: int) -> int | None:
+        """Return when `due` should be asked again, or None while nothing waits."""
+        if not self.queue:
+            return None
+        if not self._cycle.windows:
+            return now_ns
+        start_ns, end_ns = self._window(now_ns)
+        return start_ns if now_ns < start_ns and not self.ahead else end_ns
+
+    @property
+    def _cycle(self) -> SiteCycle:
+        return self.calendar.sites[self.site]
+
+    def _drain(self) -> list[Queued[Item]]:
+        sends = list(self.queue)
+        self.queue.clear()
+        return sends
+
+    def _at_once(self, send: Queued[Item], now_ns: int) -> Window | None:
+        if self.calendar.mode is Slotting.OFF:
+            return None
+        return Window(now_ns, None, self.calendar.rate_bytes_per_s(self.site, send.destination_site))
+
+    def _window(self, now_ns: int) -> tuple[int, int]:
+        """Return the current window of this rank if there is time left in it, else its next, in local time."""
+        cycle = self._cycle
+        site_ns = now_ns + self.offset_ns
+        base_ns = site_ns - site_ns % cycle.cycle_ns - self.offset_ns
+        coming = (
+            (turn_ns + window.start_ns, turn_ns + window.end_ns)
+            for turn_ns in (base_ns, base_ns + cycle.cycle_ns)
+            for window in self.calendar.windows_of(self.site, self.rank)
+        )
+        return next((start, end) for start, end in coming if end - now_ns >= SMALLEST_REST_NS)

@@ -1,0 +1,182 @@
+"""Makes one result of what all ranks of a setting recorded; what the figures mean stands in `detcoll.measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.measure.records import Marks, RankRecord
+from detcoll.measure.results import Run
+from detcoll.measure.statistics import Summary, ratio, summarize
+from detcoll.topology import Topology
+
+SINGLE_CLUSTER = "single-cluster"
+WIDE_AREA = "wide-area"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where a workload runs: ``single-cluster`` or ``wide-area``, and by which transport."""
+
+    name: str
+    transport: str
+    place: str
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the ranks are apart."""
+        return self.place == WIDE_AREA
+
+
+Round = Sequence[RankRecord]
+"""The records of all ranks of one round, in rank order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptRound:
+    """One round of a user's script: how long it ran, and its ranks' marks where it left any."""
+
+    total_s: float
+    marks: tuple[Marks, ...]
+
+
+def iteration_times_s(records: Round) -> list[float]:
+    """Return the time of each iteration: from the last rank's end of one to the last rank's end of the next."""
+    start_ns = max(record.start_ns for record in records)
+    ends_ns = _stamps(records, "end_ns").max(axis=0)
+    return [float(step) for step in np.diff(ends_ns, prepend=start_ns) / 1e9]
+
+
+def sync_times_s(records: Round) -> list[float]:
+    """Return, of each iteration, the time from the last backward pass's end until the last rank has the gradient."""
+    waits_ns = _stamps(records, "reduced_ns").max(axis=0) - _stamps(records, "backward_end_ns").max(axis=0)
+    return [float(wait) for wait in waits_ns / 1e9]
+
+
+def wire_busy_fraction(rounds: Sequence[Round], topology: Topology) -> float | None:
+    """Return the share of the backward passes in which the busiest site's line was busy; None without a line."""
+    if not topology.is_wide:
+        return None
+    busy_s = [_site_busy_s(rounds, topology, site) for site in range(len(topology.sites))]
+    known_s = [value for value in busy_s if value is not None]
+    backward_ns = sum(_backward_ns(records) for records in rounds)
+    return min(1.0, max(known_s) * 1e9 / backward_ns) if known_s and backward_ns > 0 else None
+
+
+def make_run(
+    setting: Setting,
+    rounds: Sequence[Round],
+    topology: Topology,
+    baseline: Run | None,
+    arithmetic_s: float | None,
+) -> Run:
+    """Return the result of ``setting``; ``baseline`` is the single cluster's, None where this is it."""
+    iteration_s = summarize([time_s for records in rounds for time_s in iteration_times_s(records)])
+    efficiency, low, high = ratio(baseline.iteration_s if baseline else iteration_s, iteration_s)
+    last = rounds[-1]
+    return Run(
+        name=setting.name,
+        transport=setting.transport,
+        setting=setting.place,
+        service="best-effort",
+        cross_traffic=0.0,
+        iteration_s=iteration_s,
+        sync_s=summarize([time_s for records in rounds for time_s in sync_times_s(records)]),
+        efficiency=efficiency,
+        efficiency_spread=(low, high),
+        wire_busy_fraction=wire_busy_fraction(rounds, topology) if setting.is_wide else None,
+        algorithm=last[0].algorithm,
+        result_digest=common_digest(last),
+        retransmits=_retransmits(rounds, topology) if setting.is_wide else None,
+        slot_misses=_total([record.slot_misses for records in rounds for record in records]),
+        arithmetic_ratio=iteration_s.median / arithmetic_s if arithmetic_s else None,
+        losses=tuple(loss for records in rounds for loss in mean_losses(records)) or None,
+        accuracy=last[0].accuracy,
+    )
+
+
+def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: Run | None) -> Run:
+    """Return the result of a user's script: times between its marks, or of whole runs where it left none."""
+    iteration_s = _script_times(rounds)
+    efficiency, low, high = ratio(baseline.iteration_s if baseline else iteration_s, iteration_s)
+    return Run(
+        name=setting.name,
+        transport=setting.transport,
+        setting=setting.place,
+        service="best-effort",
+        cross_traffic=0.0,
+        iteration_s=iteration_s,
+        sync_s=None,
+        efficiency=efficiency,
+        efficiency_spread=(low, high),
+        wire_busy_fraction=None,
+        algorithm=None,
+        result_digest=None,
+        retransmits=None,
+        slot_misses=None,
+        total_s=float(np.median([one.total_s for one in rounds])),
+    )
+
+
+def common_digest(records: Round) -> str | None:
+    """Return the digest that all ranks share; None where they differ."""
+    digests = {record.digest for record in records}
+    return digests.pop() if len(digests) == 1 else None
+
+
+def mean_losses(records: Round) -> list[float]:
+    """Return the mean loss over ranks, one an iteration, added in rank order."""
+    losses = [record.losses for record in records]
+    return [sum(step) / len(losses) for step in zip(*losses, strict=True)]
+
+
+def marked_times_s(marks: Sequence[Marks]) -> list[float]:
+    """Return the time between marks, from the last rank's one to the last rank's next; none below two marks a rank."""
+    fewest = min((len(mark.marks_ns) for mark in marks), default=0)
+    if fewest < 2:
+        return []
+    ends_ns = np.array([mark.marks_ns[:fewest] for mark in marks], np.int64).max(axis=0)
+    return [float(step) for step in np.diff(ends_ns) / 1e9]
+
+
+def _script_times(rounds: Sequence[ScriptRound]) -> Summary:
+    marked = [time_s for one in rounds for time_s in marked_times_s(one.marks)]
+    return summarize(marked or [one.total_s for one in rounds])
+
+
+def _stamps(records: Round, name: str) -> NDArray[np.int64]:
+    """Return one mark of all iterations of all ranks: (ranks, iterations)."""
+    return np.array([[getattr(stamp, name) for stamp in record.stamps] for record in records], np.int64)
+
+
+def _backward_ns(records: Round) -> float:
+    """Return the time that the backward passes of a round took, mean over ranks."""
+    durations = _stamps(records, "backward_end_ns") - _stamps(records, "backward_begin_ns")
+    return float(durations.sum(axis=1).mean())
+
+
+def _site_busy_s(rounds: Sequence[Round], topology: Topology, site: int) -> float | None:
+    """Return how long the uplink of ``site`` needs for what the site sent, as its first rank read it."""
+    rate_bytes_per_s = topology.sites[site].uplink_bytes_per_s
+    sent_bytes = _total([_first_of(records, topology, site).sent_bytes for records in rounds])
+    if rate_bytes_per_s is None or sent_bytes is None:
+        return None
+    return sent_bytes / (rate_bytes_per_s * topology.payload_share)
+
+
+def _retransmits(rounds: Sequence[Round], topology: Topology) -> int | None:
+    sites = range(len(topology.sites))
+    return _total([_first_of(records, topology, site).retransmits for records in rounds for site in sites])
+
+
+def _first_of(records: Round, topology: Topology, site: int) -> RankRecord:
+    return records[topology.sites[site].ranks[0]]
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    """Return the sum of what is known; None where nothing is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None

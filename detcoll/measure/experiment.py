@@ -1,0 +1,248 @@
+"""Runs one workload in every setting, in turns, and compares.
+
+A machine is noisy, and what it is busy with changes over minutes. So the settings take turns: every setting runs a
+part of its iterations in each round, odd rounds in reverse order. The digits go on in each round from where the setting
+left them.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detcoll.errors import DetcollError, UsageError
+from detcoll.lab import Lab
+from detcoll.measure.aggregate import SINGLE_CLUSTER, WIDE_AREA, Round, ScriptRound, Setting, make_run, make_script_run
+from detcoll.measure.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
+from detcoll.measure.host import host_facts
+from detcoll.measure.marks import MARKS_VARIABLE
+from detcoll.measure.places import Places
+from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_marks, read_record, write_json
+from detcoll.measure.results import MEASURE_SCHEMA, LeftOut, Measurement, Run
+from detcoll.topology import Topology
+
+CLUSTER_TRANSPORT = "shm"
+SLOTTED = "slotted"
+WARMUP = 3
+
+Say = Callable[[str], None]
+"""Gets a line of progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What to measure.
+
+    ``workload`` : a built-in workload, or None where ``script`` (program and arguments) is the workload.
+    ``iterations`` : measured in each setting, all ``rounds`` together.
+    ``timeout_s`` : of a collective.  ``deadline_s`` : of one setting in one round.
+    """
+
+    topology: Topology
+    workload: WorkloadSpec | None
+    script: tuple[str, ...]
+    iterations: int
+    rounds: int
+    against: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    queue_bytes: int
+    timeout_s: float = 60.0
+    deadline_s: float = 600.0
+
+    def validate(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises
+        ------
+        UsageError
+            If a figure or the script cannot be used; names it and what was expected.
+        """
+        if self.rounds < 1:
+            raise UsageError(f"rounds={self.rounds} must be at least 1")
+        if SLOTTED in self.against or len(set(self.against)) < len(self.against):
+            raise UsageError(f"against={','.join(self.against)!r}: {SLOTTED} is measured anyway, and each other once")
+        if self.workload is not None and self.iterations < self.rounds:
+            raise UsageError(f"iterations={self.iterations} must be at least one for each of {self.rounds} rounds")
+        if self.workload is None and not Path(self.script[0]).is_file():
+            raise UsageError(f"script={self.script[0]!r} is not a file")
+        if self.workload is None and len({len(site.ranks) for site in self.topology.sites}) > 1:
+            raise UsageError("a script needs sites of equal size, so that a single cluster can be grouped like them")
+
+    def settings(self) -> tuple[Setting, ...]:
+        """Return the settings to measure; the single cluster is first."""
+        return (
+            Setting("single cluster", CLUSTER_TRANSPORT, SINGLE_CLUSTER),
+            *(Setting(name, name, WIDE_AREA) for name in (SLOTTED, *self.against)),
+        )
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Return the first iteration of each round and how many it has."""
+        whole, rest = divmod(self.iterations, self.rounds)
+        counts = [whole + (index < rest) for index in range(self.rounds)]
+        return [(sum(counts[:index]), count) for index, count in enumerate(counts)]
+
+
+def run_experiment(experiment: Experiment, say: Say) -> Measurement:
+    """Measure every setting and return the comparison.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to measure.
+    say : callable
+        Gets a line of progress before each run.
+
+    Raises
+    ------
+    UsageError, TransportUnavailable
+        If something cannot be used or is missing; nothing was started.
+    DetcollError
+        If the single cluster or the slotted run fails. Of the others a failure is kept in ``left_out``.
+    """
+    experiment.validate()
+    with tempfile.TemporaryDirectory(prefix="detcoll-measure-") as directory:
+        if experiment.workload is not None and experiment.workload.name == "digits":
+            save_digits(_digits_path(Path(directory)))
+        with Lab(experiment.topology, queue_bytes=experiment.queue_bytes) as lab:
+            session = _Session(experiment, Places(experiment.topology, lab, experiment.deadline_s), Path(directory))
+            session.run_all(say)
+    return session.result()
+
+
+@dataclass(slots=True)
+class _Session:
+    """What one measurement has gathered so far."""
+
+    experiment: Experiment
+    places: Places
+    directory: Path
+    rounds: dict[Setting, list[Round]] = field(default_factory=dict)
+    script_rounds: dict[Setting, list[ScriptRound]] = field(default_factory=dict)
+    failed: dict[Setting, LeftOut] = field(default_factory=dict)
+
+    def run_all(self, say: Say) -> None:
+        settings = self.experiment.settings()
+        for number in range(self.experiment.rounds):
+            for setting in settings if number % 2 == 0 else settings[::-1]:
+                if setting not in self.failed:
+                    say(f"round {number + 1} of {self.experiment.rounds}: {setting.name}, {setting.place}")
+                    self._run(setting, number, say)
+
+    def _run(self, setting: Setting, number: int, say: Say) -> None:
+        try:
+            if self.experiment.workload is None:
+                self._run_script(setting, number)
+            else:
+                self._run_workload(setting, number, self.experiment.workload)
+        except DetcollError as error:
+            if setting.transport not in self.experiment.against:
+                raise
+            self.failed[setting] = LeftOut(setting.transport, f"it failed: {error}")
+            say(f"{setting.name} failed and is left out: {error}")
+
+    def _run_workload(self, setting: Setting, number: int, workload: WorkloadSpec) -> None:
+        here = self._directory_of(setting, number)
+        config = self._config(setting, number, workload, here)
+        write_json(here / "config.json", config)
+        argv = [sys.executable, "-m", "detcoll.measure.worker", str(here / "config.json")]
+        self.places.run(setting, argv, here)
+        ranks = range(self.experiment.topology.size)
+        self.rounds.setdefault(setting, []).append([read_record(config.record_path(rank)) for rank in ranks])
+
+    def _config(self, setting: Setting, number: int, workload: WorkloadSpec, here: Path) -> WorkerConfig:
+        topology = self.experiment.topology
+        first, count = self.experiment.parts()[number]
+        if workload.name == "digits":
+            workload = WorkloadSpec(workload.name, workload.bucket_bytes, data_path=str(_digits_path(self.directory)))
+        before = self._directory_of(setting, number - 1) / "state.npz" if number else None
+        return WorkerConfig(
+            workload=workload,
+            transport=setting.transport,
+            topology=topology if setting.is_wide else topology.as_single_cluster(),
+            iterations=count,
+            warmup=WARMUP,
+            timeout_s=self.experiment.timeout_s,
+            output_dir=str(here),
+            first_iteration=first,
+            resume_path=str(before) if before is not None and workload.name == "digits" else None,
+            checkpoint_path=str(here / "state.npz"),
+        )
+
+    def _run_script(self, setting: Setting, number: int) -> None:
+        here = self._directory_of(setting, number)
+        program, *arguments = self.experiment.script
+        argv = [sys.executable, program, *arguments] if program.endswith(".py") else [program, *arguments]
+        env = {MARKS_VARIABLE: str(here), "DETCOLL_TRANSPORT": setting.transport}
+        if setting.is_wide:
+            path = self.directory / "topology.toml"
+            path.write_text(self.experiment.topology.to_toml(), encoding="utf-8")
+            env["DETCOLL_TOPOLOGY"] = str(path)
+        else:
+            env["DETCOLL_SITES"] = str(len(self.experiment.topology.sites))
+        total_s = self.places.run(setting, argv, here, env)
+        marks = tuple(read_marks(path) for path in sorted(here.glob("marks*.json")))
+        self.script_rounds.setdefault(setting, []).append(ScriptRound(total_s, marks))
+
+    def _directory_of(self, setting: Setting, number: int) -> Path:
+        place = self.directory / f"{setting.place}-{setting.transport}-{number}"
+        place.mkdir(exist_ok=True)
+        return place
+
+    def result(self) -> Measurement:
+        runs: list[Run] = []
+        for setting in self.experiment.settings():
+            if setting not in self.failed:
+                runs.append(self._make(setting, runs[0] if runs else None))
+        return Measurement(
+            schema=MEASURE_SCHEMA,
+            host=host_facts(),
+            workload=_describe(self.experiment),
+            runs=tuple(runs),
+            left_out=(*self.experiment.left_out, *self.failed.values()),
+            digests_equal=digests_equal(runs) if self.experiment.workload is not None else None,
+        )
+
+    def _make(self, setting: Setting, baseline: Run | None) -> Run:
+        workload = self.experiment.workload
+        if workload is None:
+            return make_script_run(setting, self.script_rounds[setting], baseline)
+        arithmetic_s = workload.compute_ns / 1e9 if workload.name == "synthetic" else None
+        return make_run(setting, self.rounds[setting], self.experiment.topology, baseline, arithmetic_s)
+
+
+def digests_equal(runs: Sequence[Run]) -> bool:
+    """Tell whether the slotted run across sites has the digest of the single cluster."""
+    digests = {run.transport: run.result_digest for run in runs}
+    return digests[CLUSTER_TRANSPORT] is not None and digests[CLUSTER_TRANSPORT] == digests[SLOTTED]
+
+
+def _digits_path(directory: Path) -> Path:
+    return directory / "digits.npz"
+
+
+def _describe(experiment: Experiment) -> dict[str, Any]:
+    """Return the ``workload`` of the result file: what ran, and over which lines."""
+    topology = experiment.topology
+    ranks = [len(site.ranks) for site in topology.sites]
+    described: dict[str, Any] = {
+        "iterations": experiment.iterations,
+        "rounds": experiment.rounds,
+        "sites": len(ranks),
+        "ranks_per_site": ranks[0] if len(set(ranks)) == 1 else None,
+        "uplink_bytes_per_s": [site.uplink_bytes_per_s for site in topology.sites],
+        "round_trip_s": [2 * link.one_way_ns / 1e9 for _, link in topology.links],
+        "mtu_bytes": topology.mtu_bytes,
+        "queue_bytes": experiment.queue_bytes,
+    }
+    workload = experiment.workload
+    if workload is None:
+        return {"name": "script", "script": Path(experiment.script[0]).name, **described, "iterations": None}
+    described |= {"name": workload.name, "bucket_bytes": workload.bucket_bytes, "warmup": WARMUP}
+    if workload.name == "synthetic":
+        return described | {"compute_s": workload.compute_ns / 1e9, "gradient_bytes": workload.gradient_bytes}
+    layers = list(LAYERS)
+    return described | {"gradient_bytes": PARAMETERS * 4, "layers": layers, "held_out": HELD_OUT, "dtype": "float32"}

@@ -1,0 +1,109 @@
+"""What passes between `detcoll measure` and its ranks: a configuration in, one record a rank out; both JSON files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from detcoll.topology import Topology
+
+WorkloadName = Literal["digits", "synthetic"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadSpec:
+    """A workload and its figures; ``compute_ns`` and ``gradient_bytes`` are the synthetic one's alone."""
+
+    name: WorkloadName
+    bucket_bytes: int
+    compute_ns: int = 0
+    gradient_bytes: int = 0
+    data_path: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One setting's part of a measurement, the same for all its ranks.
+
+    Iterations ``first_iteration`` and the ``iterations - 1`` that follow are measured, after ``warmup`` rehearsals.
+    State goes on from ``resume_path`` and is left in ``checkpoint_path``.
+    """
+
+    workload: WorkloadSpec
+    transport: str
+    topology: Topology
+    iterations: int
+    warmup: int
+    timeout_s: float
+    output_dir: str
+    first_iteration: int = 0
+    resume_path: str | None = None
+    checkpoint_path: str | None = None
+
+    def record_path(self, rank: int) -> Path:
+        """Return where ``rank`` writes its record."""
+        return Path(self.output_dir) / f"rank{rank}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Stamps:
+    """When one iteration passed its marks, in nanoseconds of the host's monotonic clock.
+
+    ``reduced_ns`` is when this rank had the whole reduced gradient, ``end_ns`` when it had applied it.
+    """
+
+    backward_begin_ns: int
+    backward_end_ns: int
+    reduced_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankRecord:
+    """What one rank saw of one setting."""
+
+    rank: int
+    start_ns: int
+    stamps: tuple[Stamps, ...]
+    losses: tuple[float, ...]
+    accuracy: float | None
+    digest: str
+    algorithm: str
+    predicted_s: float | None
+    sent_bytes: int | None
+    retransmits: int | None
+    slot_misses: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """When one rank of a user's script called `detcoll.measure.step`, in nanoseconds of the monotonic clock."""
+
+    rank: int
+    marks_ns: tuple[int, ...]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as JSON, so that a reader sees all of it or nothing."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_bytes(msgspec.json.encode(value))
+    draft.replace(path)
+
+
+def read_config(path: Path) -> WorkerConfig:
+    """Read the configuration of a rank."""
+    return msgspec.json.decode(path.read_bytes(), type=WorkerConfig)
+
+
+def read_record(path: Path) -> RankRecord:
+    """Read the record of a rank."""
+    return msgspec.json.decode(path.read_bytes(), type=RankRecord)
+
+
+def read_marks(path: Path) -> Marks:
+    """Read the marks of a rank of a user's script."""
+    return msgspec.json.decode(path.read_bytes(), type=Marks)

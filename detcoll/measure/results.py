@@ -1,0 +1,154 @@
+"""The result files of `detcoll measure` and `detcoll bench`. Times in seconds, sizes in bytes, null: does not apply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from detcoll.errors import UsageError
+from detcoll.measure.statistics import Summary
+
+MEASURE_SCHEMA = "detcoll.measure/1"
+BENCH_SCHEMA = "detcoll.bench/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One setting of a measurement.
+
+    ``efficiency_spread`` : the range that efficiency moves in, low and high.
+    ``arithmetic_ratio`` : median iteration time over the workload's own compute time, where that is given.
+    ``losses`` : mean loss over ranks, one an iteration.
+    """
+
+    name: str
+    transport: str
+    setting: str
+    service: str
+    cross_traffic: float
+    iteration_s: Summary
+    sync_s: Summary | None
+    efficiency: float
+    efficiency_spread: tuple[float, float]
+    wire_busy_fraction: float | None
+    algorithm: str | None
+    result_digest: str | None
+    retransmits: int | None
+    slot_misses: int | None
+    arithmetic_ratio: float | None = None
+    losses: tuple[float, ...] | None = None
+    accuracy: float | None = None
+    total_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A setting that was asked for and not measured, and why."""
+
+    transport: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The file of `detcoll measure --json`.
+
+    ``digests_equal`` : whether the slotted run across sites gave the bits of the single-cluster run; None where the
+    workload has no digest.
+    """
+
+    schema: str
+    host: dict[str, str | int | None]
+    workload: dict[str, Any]
+    runs: tuple[Run, ...]
+    left_out: tuple[LeftOut, ...]
+    digests_equal: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One collective at one size.
+
+    A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
+    began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
+    apart they began, where that is known.
+    """
+
+    collective: str
+    transport: str
+    algorithm: str | None
+    ranks: int
+    sites: int
+    dtype: str
+    bytes: int
+    median_s: float
+    min_s: float
+    max_s: float
+    p99_s: float
+    bound_s: float | None
+    predicted_s: float | None
+    fraction_of_bound: float | None
+    prediction_error: float | None
+    iterations: int
+    start: str
+    skew_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditResult:
+    """What the lab's router saw of a slotted run, held against the calendar.
+
+    ``passed`` : at least 99 % of the payload of bulk connections reached its site's uplink inside the sender's own
+    windows, no two windows of a site overlap, and no uplink queued more than a window. ``warm_up_bytes`` opened TCP's
+    windows before the last rank was ready and count nowhere else. ``inside_share`` counts bulk payload,
+    ``payload_inside_share`` all TCP payload with control messages. ``peak_queue_bytes`` is each uplink's longest queue,
+    to be read against ``window_capacity_bytes``, what it carries in one window.
+    """
+
+    slotting: str
+    passed: bool
+    inside_share: float
+    payload_inside_share: float
+    bulk_bytes: int
+    express_bytes: int
+    other_bytes: int
+    warm_up_bytes: int
+    overlap_ns: tuple[int, ...]
+    clock_spread_ns: tuple[int, ...]
+    peak_queue_bytes: tuple[int, ...]
+    window_capacity_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """The file of `detcoll bench --json`; ``audit`` is there for slotted runs in the lab."""
+
+    schema: str
+    host: dict[str, str | int | None]
+    rows: tuple[Row, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    audit: AuditResult | None = None
+
+
+def require_writable(path: Path | None, name: str) -> None:
+    """Refuse a result file that could not be written, before anything runs.
+
+    Raises
+    ------
+    UsageError
+        If its directory does not exist or ``path`` is a directory.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{name}={str(path)!r} is a directory; expected the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{name}={str(path)!r}: there is no directory {str(path.parent)!r}")
+
+
+def write_result(path: Path, result: Measurement | BenchResult) -> None:
+    """Write a result file, indented for people."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")

@@ -1,0 +1,170 @@
+"""Times collectives over sizes on the ranks of a communicator, and checks every result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.errors import UsageError
+from detcoll.measure.results import Row
+from detcoll.measure.start import CallTimes, Starter, combine
+from detcoll.measure.statistics import tails
+from detcoll.measure.verification import expected_all_reduce, expected_broadcast, fill, require_equal
+from detcoll.types import parse_dtype
+
+COLLECTIVES = ("all_reduce", "broadcast", "barrier")
+ROOT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What to time: each of ``collectives`` at each of ``sizes_bytes``, ``iterations`` times after ``warmup`` calls.
+
+    A barrier has no size and is timed once.
+    """
+
+    collectives: tuple[str, ...]
+    sizes_bytes: tuple[int, ...]
+    dtype: str
+    iterations: int
+    warmup: int
+
+    def validate(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises
+        ------
+        UsageError
+            If a collective, size, type or count is not usable; names it and what was expected.
+        """
+        itemsize = parse_dtype(self.dtype).itemsize
+        for name in self.collectives:
+            if name not in COLLECTIVES:
+                raise UsageError(f"collective={name!r} is not known; expected {', '.join(COLLECTIVES)}")
+        for size in self.sizes_bytes:
+            if size < itemsize or size % itemsize:
+                raise UsageError(f"bytes={size} must be a positive multiple of {itemsize}, the size of {self.dtype}")
+        if not self.collectives or not self.sizes_bytes:
+            raise UsageError("a sweep needs at least one collective and one size")
+        for name, count, least in (("iterations", self.iterations, 1), ("warmup", self.warmup, 0)):
+            if count < least:
+                raise UsageError(f"{name}={count} must be at least {least}")
+
+    def points(self) -> list[tuple[str, int]]:
+        """Return each collective with each of its sizes."""
+        return [(name, size) for name in self.collectives for size in ((0,) if name == "barrier" else self.sizes_bytes)]
+
+
+def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = None) -> tuple[Row, ...]:
+    """Time every point of ``sweep``; all ranks call it and get the same rows.
+
+    Parameters
+    ----------
+    comm : Communicator
+        Whose ranks take part.
+    sweep : Sweep
+        What to time.
+    on_row : callable, optional
+        Gets each row as soon as it is there.
+
+    Raises
+    ------
+    TransportError
+        If a result is wrong; names the first element that differs.
+    """
+    sweep.validate()
+    start = Starter(comm)
+    rows = []
+    for collective, nbytes in sweep.points():
+        case = _Case(comm, collective, nbytes, sweep.dtype)
+        row = _row(comm, sweep, case, _time_calls(comm, start, case, sweep), start.kind)
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return tuple(rows)
+
+
+class _Case:
+    """One collective at one size: its array, what goes in and what must come out."""
+
+    def __init__(self, comm: Any, collective: str, nbytes: int, dtype: str) -> None:
+        kind = parse_dtype(dtype)
+        elements = nbytes // kind.itemsize
+        self.collective, self.nbytes, self.dtype = collective, nbytes, dtype
+        self._comm = comm
+        self._array: NDArray[Any] = np.zeros(elements, kind)
+        self._input = np.zeros_like(self._array)
+        fill(self._input, comm.rank, comm.size)
+        self._expected = (
+            expected_broadcast(elements, kind, comm.size, ROOT)
+            if collective == "broadcast"
+            else expected_all_reduce(elements, kind, comm.size)
+        )
+
+    def prepare(self) -> None:
+        np.copyto(self._array, self._input)
+
+    def call(self) -> None:
+        if self.collective == "all_reduce":
+            self._comm.all_reduce(self._array, op="sum")
+        elif self.collective == "broadcast":
+            self._comm.broadcast(self._array, root=ROOT)
+        else:
+            self._comm.barrier()
+
+    def verify(self) -> None:
+        require_equal(self._array, self._expected, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
+
+
+def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> CallTimes:
+    entered, left = np.zeros(sweep.iterations, np.int64), np.zeros(sweep.iterations, np.int64)
+    for number in range(-sweep.warmup, sweep.iterations):
+        case.prepare()
+        start()
+        entered_ns = time.monotonic_ns()
+        case.call()
+        left_ns = time.monotonic_ns()
+        case.verify()
+        if number >= 0:
+            entered[number], left[number] = entered_ns, left_ns
+    return combine(comm, start.kind, entered, left)
+
+
+def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | None:
+    """Return the median of what was predicted for calls at these times."""
+    if case.collective == "barrier":
+        return None
+    each = [comm.predict(case.collective, case.nbytes, case.dtype, called_ns=at_ns) for at_ns in began_ns]
+    return None if None in each else float(np.median(each))
+
+
+def _row(comm: Any, sweep: Sweep, case: _Case, times: CallTimes, kind: str) -> Row:
+    seen = tails(times.calls_s)
+    has_size = case.collective != "barrier"
+    bound_s = comm.bound(case.collective, case.nbytes) if has_size else None
+    predicted_s = _predicted_s(comm, case, times.began_ns)
+    return Row(
+        collective=case.collective,
+        transport=comm.transport,
+        algorithm=comm.algorithm(case.collective, case.nbytes, case.dtype) if has_size else None,
+        ranks=comm.size,
+        sites=len(comm.topology.sites),
+        dtype=case.dtype,
+        bytes=case.nbytes,
+        median_s=seen.median,
+        min_s=seen.least,
+        max_s=seen.greatest,
+        p99_s=seen.p99,
+        bound_s=bound_s,
+        predicted_s=predicted_s,
+        fraction_of_bound=bound_s / seen.median if bound_s is not None else None,
+        prediction_error=predicted_s / seen.median - 1 if predicted_s is not None else None,
+        iterations=sweep.iterations,
+        start=kind,
+        skew_s=float(np.median(times.skew_s)) if times.skew_s is not None else None,
+    )

@@ -1,0 +1,138 @@
+"""The tables that `detcoll measure` and `detcoll bench` print."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from detcoll.measure.results import AuditResult, BenchResult, LeftOut, Measurement, Run
+from detcoll.measure.statistics import Summary
+from detcoll.quantities import format_bytes, format_duration
+
+NONE = "-"
+PIPE_WIDTH = 160
+LARGEST_ARITHMETIC_RATIO = 1.01
+LARGEST_UNEVENNESS = 1.5
+
+
+def output_console() -> Console:
+    """Return the console for tables: as wide as the terminal, and wide enough for every column where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def measurement_table(result: Measurement) -> RenderableType:
+    """Return the table of a measurement, with what was left out and what the digests say below."""
+    table = Table(title="Training across sites, compared with one cluster", title_justify="left")
+    table.add_column("setting", no_wrap=True)
+    for heading in ("iteration", "p01 .. p99", "sync", "efficiency", "spread", "line busy", "resent", "misses"):
+        table.add_column(heading, justify="right")
+    table.add_column("algorithm")
+    for run in result.runs:
+        table.add_row(*_cells(run))
+    return Group(table, *_notes(result))
+
+
+def bench_table(result: BenchResult) -> RenderableType:
+    """Return the table of a sweep, with what was left out and the audit below."""
+    table = Table(title="Time of a call, slowest rank", title_justify="left")
+    for heading in ("collective", "transport", "algorithm"):
+        table.add_column(heading)
+    for heading in ("size", "median", "min", "max", "p99", "bound", "of bound", "predicted", "error"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.collective,
+            row.transport,
+            row.algorithm or NONE,
+            format_bytes(row.bytes),
+            *(_time(value) for value in (row.median_s, row.min_s, row.max_s, row.p99_s, row.bound_s)),
+            _share(row.fraction_of_bound),
+            _time(row.predicted_s),
+            NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}",
+        )
+    notes = [left_out_line(one) for one in result.left_out]
+    return Group(table, *notes, *(audit_lines(result.audit) if result.audit is not None else []))
+
+
+def audit_lines(seen: AuditResult) -> list[Text]:
+    """Return what the router saw of a slotted run, and whether that is slotted."""
+    apart = "no two windows overlap" if not any(seen.overlap_ns) else f"windows overlap by {max(seen.overlap_ns)} ns"
+    if not any(seen.window_capacity_bytes):
+        apart = "there are no windows"
+    queues = ", ".join(
+        f"{format_bytes(peak)} of {format_bytes(room)}" if room else format_bytes(peak)
+        for peak, room in zip(seen.peak_queue_bytes, seen.window_capacity_bytes, strict=True)
+    )
+    verdict = Text("audit: PASS", style="green") if seen.passed else Text("audit: FAIL", style="bold red")
+    return [
+        verdict.append(f" ({seen.slotting}): {seen.inside_share:.2%} of payload inside its owner's windows, {apart}"),
+        Text(f"peak queue of each uplink, against one window: {queues}"),
+        Text(f"not counted: {format_bytes(seen.warm_up_bytes)} that opened TCP's windows before the first collective"),
+    ]
+
+
+def left_out_line(left_out: LeftOut) -> Text:
+    """Return the line that says what was not measured, and why."""
+    return Text(f"left out: {left_out.transport}: {left_out.why}", style="yellow")
+
+
+def _cells(run: Run) -> list[str]:
+    low, high = run.efficiency_spread
+    return [
+        run.name,
+        _time(run.iteration_s.median),
+        _range(run.iteration_s),
+        _time(run.sync_s.median if run.sync_s else None),
+        _share(run.efficiency),
+        f"{low:.1%} .. {high:.1%}",
+        _share(run.wire_busy_fraction),
+        NONE if run.retransmits is None else str(run.retransmits),
+        NONE if run.slot_misses is None else str(run.slot_misses),
+        run.algorithm or NONE,
+    ]
+
+
+def _notes(result: Measurement) -> list[Text]:
+    notes = [left_out_line(one) for one in result.left_out]
+    notes += [Text(f"a doubtful baseline: {doubt}", style="yellow") for doubt in _doubts(result.runs[0])]
+    if result.digests_equal is not None:
+        notes.append(_digest_line(result))
+    accuracies = [f"{run.name} {run.accuracy:.1%}" for run in result.runs if run.accuracy is not None]
+    if accuracies:
+        notes.append(Text(f"accuracy on held-out digits: {', '.join(accuracies)}"))
+    return notes
+
+
+def _doubts(baseline: Run) -> list[str]:
+    """Return why the single cluster's figures may flatter the others."""
+    doubts = []
+    if baseline.arithmetic_ratio is not None and baseline.arithmetic_ratio > LARGEST_ARITHMETIC_RATIO:
+        above = f"{100 * (baseline.arithmetic_ratio - 1):.1f} % above its own arithmetic"
+        doubts.append(f"the single cluster's median lies {above}")
+    unevenness = baseline.iteration_s.p99 / baseline.iteration_s.median
+    if unevenness > LARGEST_UNEVENNESS:
+        doubts.append(f"the single cluster's p99 is {unevenness:.1f} times its median; the machine is busy otherwise")
+    return doubts
+
+
+def _digest_line(result: Measurement) -> Text:
+    digests = {run.name: run.result_digest for run in result.runs}
+    if result.digests_equal:
+        shared = result.runs[0].result_digest
+        return Text(f"results: slotted across sites equals the single cluster bit for bit ({shared})", style="green")
+    shown = ", ".join(f"{name} {digest or 'differs between ranks'}" for name, digest in digests.items())
+    return Text(f"results: slotted across sites DIFFERS from the single cluster: {shown}", style="bold red")
+
+
+def _time(seconds: float | None) -> str:
+    return NONE if seconds is None else format_duration(seconds * 1e9)
+
+
+def _share(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1%}"
+
+
+def _range(summary: Summary) -> str:
+    return f"{_time(summary.p01)} .. {_time(summary.p99)}"

@@ -1,0 +1,41 @@
+"""Plans: from a collective, a topology and a calendar to steps, their proof and their predicted time.
+
+Everything here is pure: no clock, no socket, no array of the user's.
+"""
+
+from __future__ import annotations
+
+from detcoll.plan.algorithms import ALL_REDUCE, BROADCAST, compile_plan
+from detcoll.plan.bounds import floor_ns
+from detcoll.plan.calendar import Calendar, Slotting, build_calendar, check_calendar
+from detcoll.plan.check import check
+from detcoll.plan.ir import Buffer, Collective, Kind, Phase, Plan, PlanBuilder
+from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
+from detcoll.plan.planner import Planner, choose_algorithm, plan_for
+from detcoll.plan.predict import Costs, predict_ns
+
+__all__ = [
+    "ALL_REDUCE",
+    "BROADCAST",
+    "Buffer",
+    "Calendar",
+    "ChunkSize",
+    "Collective",
+    "Costs",
+    "Kind",
+    "Phase",
+    "Plan",
+    "PlanBuilder",
+    "Planner",
+    "Slotting",
+    "build_calendar",
+    "check",
+    "check_calendar",
+    "choose_algorithm",
+    "choose_chunk",
+    "compile_plan",
+    "floor_ns",
+    "plan_for",
+    "predict_ns",
+    "uses_window",
+]

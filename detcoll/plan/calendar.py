@@ -1,0 +1,244 @@
+"""The calendar: which rank may use its site's uplink when, and how fast.
+
+A calendar repeats for ever from time zero of the site's clock, so no collective has to negotiate its start. Three
+modes:
+
+- CALENDAR  the R ranks of a site own the uplink in turn, each in a window of ``slot_ns`` less the guard, at the full
+            rate. A site of one rank owns its line always and has no windows. Two sites: nobody else shares the
+            downlink, so arrivals need no alignment.
+- SHARE     no windows: every flow is paced at an equal share of the lines it crosses. Needs no clock.
+- OFF       no windows and no pacing: what an ordinary library does, kept for comparison.
+
+Rates are payload bytes per second. A calendar is laid out for `LAID_OUT` of the line's payload rate: what is left
+carries express messages, acknowledgements and what TCP sends by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import Enum
+from math import gcd
+
+import msgspec
+
+from detcoll.errors import PlanError, UsageError
+from detcoll.topology import Topology
+
+LAID_OUT = 0.99
+"""Share of the payload rate that windows and pacing use."""
+
+LARGEST_GUARD_SHARE = 0.02
+"""Guards may cost at most this share of a cycle."""
+
+DEFAULT_SLOT_NS = 12_000_000
+"""A host's wake-up lateness, some 0.1 ms, costs about one part in a hundred of a slot this long."""
+
+SMALLEST_SLOT_BYTES = 65_536
+"""On slow lines slots grow until they carry this much, so that chunks do not get too small to be worth a frame."""
+
+DEFAULT_HOST_ERROR_NS = 100_000
+"""How late kernel pacing and the sender's own wake-up may let the last byte of a window leave."""
+
+
+class Slotting(Enum):
+    """How flows share a line."""
+
+    CALENDAR = "calendar"
+    SHARE = "share"
+    OFF = "off"
+
+    @classmethod
+    def parse(cls, text: str) -> Slotting:
+        """Return the mode that ``text`` names.
+
+        Raises
+        ------
+        UsageError
+            If there is no such mode.
+        """
+        try:
+            return cls(text)
+        except ValueError:
+            raise UsageError(f"slotting={text!r} must be one of {', '.join(mode.value for mode in cls)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWindow:
+    """A window of ``rank`` within its site's cycle: ``[start_ns, end_ns)``, guard not included."""
+
+    rank: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SiteCycle:
+    """One site's cycle. No windows: every rank may send at any time (one rank, or no calendar)."""
+
+    cycle_ns: int
+    windows: tuple[SlotWindow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Calendar:
+    """Windows and rates for all sites; the same on every rank.
+
+    ``rates`` : payload bytes per second of a flow from site i to site j, by i * sites + j; 0 where it is not limited.
+    """
+
+    mode: Slotting
+    sites: tuple[SiteCycle, ...]
+    rates: tuple[float, ...]
+    guard_ns: int = 0
+
+    @property
+    def digest(self) -> str:
+        """A hexadecimal digest that is equal on ranks that hold the same calendar."""
+        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
+
+    def rate_bytes_per_s(self, source: int, destination: int) -> float:
+        """Return the payload rate of one flow from site ``source`` to site ``destination``; 0: not limited."""
+        return self.rates[source * len(self.sites) + destination]
+
+    def windows_of(self, site: int, rank: int) -> tuple[SlotWindow, ...]:
+        """Return the windows of ``rank`` in the cycle of ``site``, in order of time."""
+        return tuple(window for window in self.sites[site].windows if window.rank == rank)
+
+
+def build_calendar(
+    topology: Topology,
+    mode: Slotting = Slotting.CALENDAR,
+    slot_ns: int | None = None,
+    error_ns: int = DEFAULT_HOST_ERROR_NS,
+) -> Calendar:
+    """Lay out the lines of ``topology``.
+
+    Parameters
+    ----------
+    topology : Topology
+        With lines between its sites, else the calendar is empty.
+    mode : Slotting
+        CALENDAR becomes SHARE where there are more than two sites.
+    slot_ns : int, optional
+        Length of a slot, guard included; by default long enough for the guard to cost at most 2 %.
+    error_ns : int
+        What a guard has to cover: how far the ranks of a site disagree about time, and how late the last byte leaves.
+
+    Raises
+    ------
+    PlanError
+        If the guard would cost more than `LARGEST_GUARD_SHARE` of ``slot_ns``: the clock cannot honour such windows.
+    """
+    count = len(topology.sites)
+    if not topology.is_wide or mode is Slotting.OFF:
+        return Calendar(Slotting.OFF, tuple(SiteCycle(DEFAULT_SLOT_NS) for _ in range(count)), (0.0,) * count**2)
+    if mode is Slotting.CALENDAR and count == 2:
+        return _two_sites(topology, slot_ns, error_ns)
+    return _shared(topology)
+
+
+def _line_rate(topology: Topology, source: int, destination: int) -> float:
+    up = topology.sites[source].uplink_bytes_per_s
+    down = topology.sites[destination].downlink_bytes_per_s
+    assert up is not None
+    return min(up, down if down is not None else up) * topology.payload_share * LAID_OUT
+
+
+def _two_sites(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
+    rates = (0.0, _line_rate(topology, 0, 1) / _at_once(topology, 0, 1),
+             _line_rate(topology, 1, 0) / _at_once(topology, 1, 0), 0.0)  # fmt: skip
+    if slot_ns is None:
+        slowest = min(rates[1], rates[2])
+        slot_ns = max(
+            DEFAULT_SLOT_NS, int(SMALLEST_SLOT_BYTES / slowest * 1e9), int(error_ns / LARGEST_GUARD_SHARE) + 1
+        )
+    if error_ns > slot_ns * LARGEST_GUARD_SHARE:
+        raise PlanError(
+            f"slot_ns={slot_ns} is too short for errors of {error_ns} ns: the guard would cost "
+            f"{error_ns / slot_ns:.1%}, more than {LARGEST_GUARD_SHARE:.0%}"
+        )
+    return Calendar(
+        Slotting.CALENDAR, tuple(_turns(site.ranks, slot_ns, error_ns) for site in topology.sites), rates, error_ns
+    )
+
+
+def _at_once(topology: Topology, source: int, destination: int) -> int:
+    """Return how many flows of a site may send at once in mode CALENDAR: all of a lone rank's, else one."""
+    return flows_between(topology, source, destination) if len(topology.sites[source].ranks) == 1 else 1
+
+
+def _turns(ranks: tuple[int, ...], slot_ns: int, guard_ns: int) -> SiteCycle:
+    if len(ranks) == 1:
+        return SiteCycle(slot_ns)
+    windows = tuple(
+        SlotWindow(rank, index * slot_ns, (index + 1) * slot_ns - guard_ns) for index, rank in enumerate(ranks)
+    )
+    return SiteCycle(slot_ns * len(ranks), windows)
+
+
+def _shared(topology: Topology) -> Calendar:
+    """All flows of a site may send at once, so each gets an equal part of both lines it crosses."""
+    count = len(topology.sites)
+    rates = []
+    for i in range(count):
+        for j in range(count):
+            flows = (count - 1) * flows_between(topology, i, j)
+            rates.append(0.0 if i == j else _line_rate(topology, i, j) / flows)
+    return Calendar(Slotting.SHARE, tuple(SiteCycle(DEFAULT_SLOT_NS) for _ in range(count)), tuple(rates))
+
+
+def flows_between(topology: Topology, source: int, destination: int) -> int:
+    """Return how many rank pairs of two sites own a common piece of an array cut evenly over each site's ranks."""
+    here, there = len(topology.sites[source].ranks), len(topology.sites[destination].ranks)
+    return here + there - gcd(here, there)
+
+
+def check_calendar(calendar: Calendar, topology: Topology) -> None:
+    """Prove that no uplink and no downlink carries more than it may at any time.
+
+    Windows of one site must not overlap, every rank of a site with windows must have one, and guards must lie between
+    different owners. Rates are summed over everything that may send at once.
+
+    Raises
+    ------
+    PlanError
+        With the site, the windows or the rates that collide.
+    """
+    if calendar.mode is Slotting.OFF:
+        return
+    for index, (site, cycle) in enumerate(zip(topology.sites, calendar.sites, strict=True)):
+        _check_cycle(site.name, site.ranks, cycle, calendar.guard_ns)
+        _check_rates(calendar, topology, index)
+
+
+def _check_cycle(name: str, ranks: tuple[int, ...], cycle: SiteCycle, guard_ns: int) -> None:
+    if not cycle.windows:
+        return
+    ordered = sorted(cycle.windows, key=lambda window: window.start_ns)
+    idle = set(ranks) - {window.rank for window in ordered}
+    if idle:
+        raise PlanError(f"site {name!r}: ranks {sorted(idle)} own no window")
+    wrapped = SlotWindow(ordered[0].rank, ordered[0].start_ns + cycle.cycle_ns, ordered[0].end_ns + cycle.cycle_ns)
+    for window, following in zip(ordered, [*ordered[1:], wrapped], strict=True):
+        if not 0 <= window.start_ns < window.end_ns <= cycle.cycle_ns:
+            raise PlanError(f"site {name!r}: {window} does not lie in its cycle of {cycle.cycle_ns} ns")
+        gap_ns = following.start_ns - window.end_ns
+        if gap_ns < (guard_ns if following.rank != window.rank else 0):
+            raise PlanError(f"site {name!r}: {window} and {following} collide; the guard is {guard_ns} ns")
+
+
+def _check_rates(calendar: Calendar, topology: Topology, index: int) -> None:
+    site = topology.sites[index]
+    others = [other for other in range(len(topology.sites)) if other != index]
+
+    def at_once(i: int, j: int) -> int:
+        return 1 if calendar.sites[i].windows else flows_between(topology, i, j)
+
+    for label, rate, pairs in (
+        ("uplink", site.uplink_bytes_per_s, [(index, other) for other in others]),
+        ("downlink", site.downlink_bytes_per_s, [(other, index) for other in others]),
+    ):
+        used = sum(calendar.rate_bytes_per_s(i, j) * at_once(i, j) for i, j in pairs) / topology.payload_share
+        if rate is not None and used > rate * (1 + 1e-9):
+            raise PlanError(f"site {site.name!r}: its {label} of {rate:.0f} bytes/s would carry {used:.0f}")

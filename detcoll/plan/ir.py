@@ -1,0 +1,257 @@
+"""The plan: one rank's part of a collective, as data.
+
+A plan is a directed acyclic graph of steps. A step starts when all steps it comes ``after`` have ended:
+
+- SEND    moves ``length`` elements at ``offset`` of ``buffer`` to ``peer``; ends when that memory may be written again
+- RECV    takes ``length`` elements from ``peer``: into ``buffer`` (receive-copy), or, with ``buffer`` LENT, as a view
+          that a later FOLD reads where it arrived (receive-fold)
+- FOLD    folds its inputs, in the order given, into ``buffer``; with one input it is a copy
+
+Steps are rows of a structured array, what they come after and what they read are two flat arrays beside it: a quarter
+of a million steps stay cheap, and the digest is a hash of their bytes. Lengths and offsets count elements, so one plan
+serves every element type of one width.
+
+Buffers: USER is the caller's array. PARTIAL is scratch in the array's own type, ACCUMULATOR scratch in the type that
+folds use (float32 for 16-bit floats). Scratch is a ring of chunk-sized places that steps reuse in turn, so memory does
+not grow with the array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Kind(IntEnum):
+    """What a step does."""
+
+    SEND = 0
+    RECV = 1
+    FOLD = 2
+
+
+class Buffer(IntEnum):
+    """Where elements live."""
+
+    USER = 0
+    PARTIAL = 1
+    ACCUMULATOR = 2
+    LENT = 3
+
+
+class Phase(IntEnum):
+    """Which stage of the collective a step belongs to."""
+
+    LOCAL_REDUCE = 0
+    WIDE_REDUCE = 1
+    WIDE_GATHER = 2
+    LOCAL_GATHER = 3
+
+
+STEP = np.dtype(
+    [
+        ("kind", "u1"),
+        ("phase", "u1"),
+        ("buffer", "u1"),
+        ("wide", "u1"),
+        ("final", "u1"),
+        ("accumulated", "u1"),
+        ("peer", "i4"),
+        ("tag", "u4"),
+        ("offset", "i8"),
+        ("length", "i8"),
+        ("after_end", "i4"),
+        ("inputs_end", "i4"),
+    ]
+)
+"""One step. ``wide``: the peer is in another site. ``final``: an average divides here. ``accumulated``: the message is
+in the accumulation type. ``after_end``, ``inputs_end``: where this step's rows end in `Plan.after`, `Plan.inputs`."""
+
+INPUT = np.dtype([("buffer", "u1"), ("offset", "i8")])
+"""One input of a FOLD; with buffer LENT, ``offset`` is the index of the RECV step that lends it."""
+
+LARGEST_PLAN_TAG = 2**20 - 1
+"""Tags inside a plan stay below 20 bits; the rest of a transport's tag tells collectives apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """What is to be done, in terms that a plan depends on.
+
+    ``count`` elements of ``itemsize`` bytes that fold in ``accumulator_itemsize`` bytes; ``root`` for a broadcast.
+    """
+
+    kind: str
+    count: int
+    itemsize: int
+    accumulator_itemsize: int
+    root: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size V of the array in bytes."""
+        return self.count * self.itemsize
+
+
+class Step(NamedTuple):
+    """A row of `STEP` as Python numbers, which are quicker to read one by one than an array's."""
+
+    kind: int
+    phase: int
+    buffer: int
+    wide: int
+    final: int
+    accumulated: int
+    peer: int
+    tag: int
+    offset: int
+    length: int
+    after_end: int
+    inputs_end: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One rank's part. ``scratch_elems`` is how many elements PARTIAL and ACCUMULATOR must hold."""
+
+    collective: Collective
+    algorithm: str
+    rank: int
+    size: int
+    steps: NDArray[Any]
+    after: NDArray[np.int32]
+    inputs: NDArray[Any]
+    partial_elems: int = 0
+    accumulator_elems: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal hash of everything in this part."""
+        hashed = hashlib.blake2b(digest_size=16)
+        head = (self.collective, self.algorithm, self.rank, self.size, self.partial_elems, self.accumulator_elems)
+        hashed.update(repr(head).encode())
+        for array in (self.steps, self.after, self.inputs):
+            hashed.update(np.ascontiguousarray(array).tobytes())
+        return hashed.hexdigest()
+
+    @cached_property
+    def rows(self) -> list[Step]:
+        """The steps as Python numbers."""
+        return [Step._make(row) for row in self.steps.tolist()]
+
+    @cached_property
+    def followers(self) -> list[list[int]]:
+        """For each step those that come after it."""
+        followers: list[list[int]] = [[] for _ in self.rows]
+        after = self.after.tolist()
+        begin = 0
+        for step, row in enumerate(self.rows):
+            for earlier in after[begin : row.after_end]:
+                followers[earlier].append(step)
+            begin = row.after_end
+        return followers
+
+    @cached_property
+    def peers(self) -> frozenset[int]:
+        """The ranks that this part sends to or receives from."""
+        return frozenset(np.unique(self.steps["peer"][self.steps["kind"] != Kind.FOLD]).tolist())
+
+    @cached_property
+    def _input_rows(self) -> list[tuple[int, int]]:
+        return [(int(buffer), int(offset)) for buffer, offset in self.inputs.tolist()]
+
+    def after_of(self, step: int) -> list[int]:
+        """Return the steps that ``step`` comes after."""
+        begin = self.rows[step - 1].after_end if step else 0
+        return [int(earlier) for earlier in self.after[begin : self.rows[step].after_end]]
+
+    def inputs_of(self, step: int) -> list[tuple[int, int]]:
+        """Return the (buffer, offset) pairs that FOLD ``step`` reads, in fold order."""
+        begin = self.rows[step - 1].inputs_end if step else 0
+        return self._input_rows[begin : self.rows[step].inputs_end]
+
+    def message_bytes(self, step: int) -> int:
+        """Return the size of what SEND or RECV ``step`` moves."""
+        row = self.rows[step]
+        width = self.collective.accumulator_itemsize if row.accumulated else self.collective.itemsize
+        return row.length * width
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain lists, for golden files and other programs."""
+        names = [name for name in STEP.names or () if not name.endswith("_end")]
+        return {
+            "schema": "detcoll.plan/1",
+            "collective": {name: getattr(self.collective, name) for name in Collective.__slots__},
+            "algorithm": self.algorithm,
+            "rank": self.rank,
+            "size": self.size,
+            "partial_elems": self.partial_elems,
+            "accumulator_elems": self.accumulator_elems,
+            "steps": [
+                {name: int(row[name]) for name in names}
+                | {"kind": Kind(row["kind"]).name, "buffer": Buffer(row["buffer"]).name}
+                | {"phase": Phase(row["phase"]).name, "after": self.after_of(i), "inputs": self.inputs_of(i)}
+                for i, row in enumerate(self.steps)
+            ],
+        }
+
+
+@dataclass(slots=True)
+class PlanBuilder:
+    """Collects steps in any order that respects ``after`` and freezes them into a `Plan`."""
+
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    inputs: list[tuple[int, int]] = field(default_factory=list)
+
+    def send(
+        self, phase: Phase, peer: int, tag: int, source: tuple[Buffer, int], length: int, after: Sequence[int],
+        *, wide: bool = False, accumulated: bool = False,
+    ) -> int:  # fmt: skip
+        """Add a SEND of ``source`` (buffer, offset) and return its index."""
+        buffer, offset = source
+        return self._add(Kind.SEND, phase, buffer, wide, False, accumulated, peer, tag, offset, length, after)
+
+    def recv(
+        self, phase: Phase, peer: int, tag: int, target: tuple[Buffer, int], length: int, after: Sequence[int] = (),
+        *, wide: bool = False, accumulated: bool = False,
+    ) -> int:  # fmt: skip
+        """Add a RECV into ``target`` (buffer, offset), or lent, and return its index."""
+        buffer, offset = target
+        return self._add(Kind.RECV, phase, buffer, wide, False, accumulated, peer, tag, offset, length, after)
+
+    def fold(
+        self, phase: Phase, inputs: Sequence[tuple[int, int]], target: tuple[Buffer, int], length: int,
+        after: Sequence[int], *, final: bool = False,
+    ) -> int:  # fmt: skip
+        """Add a FOLD of ``inputs`` into ``target`` and return its index."""
+        self.inputs.extend(inputs)
+        buffer, offset = target
+        return self._add(Kind.FOLD, phase, buffer, False, final, False, -1, 0, offset, length, after)
+
+    def _add(
+        self, kind: Kind, phase: Phase, buffer: Buffer, wide: bool, final: bool, accumulated: bool, peer: int,
+        tag: int, offset: int, length: int, after: Sequence[int],
+    ) -> int:  # fmt: skip
+        self.after.extend(after)
+        ends = (len(self.after), len(self.inputs))
+        self.rows.append((kind, phase, buffer, wide, final, accumulated, peer, tag, offset, length, *ends))
+        return len(self.rows) - 1
+
+    def build(
+        self, collective: Collective, algorithm: str, rank: int, size: int, partial_elems: int = 0,
+        accumulator_elems: int = 0,
+    ) -> Plan:  # fmt: skip
+        """Return the finished plan."""
+        return Plan(
+            collective, algorithm, rank, size,
+            np.array(self.rows, dtype=STEP), np.array(self.after, dtype=np.int32),
+            np.array(self.inputs, dtype=INPUT), partial_elems, accumulator_elems,
+        )  # fmt: skip

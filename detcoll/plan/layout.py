@@ -1,0 +1,201 @@
+"""How an array is cut: segments with an owner in every site, and chunks that move.
+
+Each site cuts the array evenly over its ranks. The union of all sites' cuts gives segments, each owned by one rank in
+every site; owners of a segment exchange it over the wide area. With equal ranks a site these are the shards of a
+reduce-scatter; with unequal ones nothing changes but their number.
+
+Chunks are what moves at once. They are small against a window, so that a window is filled, and small against the
+array, so that stages overlap; and large against what a step costs a Python host.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from detcoll.plan.calendar import Calendar, Slotting, SlotWindow, flows_between
+from detcoll.plan.ir import LARGEST_PLAN_TAG, Collective
+from detcoll.topology import Topology
+
+CUT_ELEMS = 16
+"""Cuts of large arrays fall on multiples of this, so that no two ranks write one cache line."""
+
+CHUNKS_A_WINDOW = 8
+CHUNKS_A_FLOW = 128
+"""Flows that share lines are slow and many, so their chunks grow with the array until a flow has about this many: one
+more chunk's time costs less than a hundredth, and a step for each few kB would cost the host far more."""
+
+STEP_NS = 30_000
+"""What a step costs a Python host. The chunks that cross a line while the host does their steps should keep the line
+busy for twice as long, else the host sets the pace."""
+
+LARGEST_FRAME_BYTES = 128
+"""What a transport may add to a message; chunks leave room for it, or one less of them would fit into a window."""
+
+LATENESS_NS = 200_000
+"""How late a host may wake up for its window and still send all its chunks."""
+
+LOCAL_CHUNK_BYTES = 262_144
+SMALLEST_CHUNK_BYTES = 4_096
+LARGEST_CHUNK_BYTES = 1_048_576
+LARGEST_SCRATCH_BYTES = 33_554_432
+
+PHASE_TAGS = 8
+"""Tags a chunk may use, so that a chunk's messages never share one."""
+
+EXPRESS_BYTES = 4_096
+"""Messages up to this size leave at once, in the headroom that the calendar leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements ``[offset, offset + length)``, owned by ``owners[s]`` in site s.
+
+    ``number`` is its place in the order of all chunks, ``home`` the site that folds it where one site does.
+    """
+
+    number: int
+    home: int
+    offset: int
+    length: int
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSize:
+    """``elems`` a chunk, and how many chunks a rank keeps in scratch at once (``depth``)."""
+
+    elems: int
+    depth: int
+
+
+def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective) -> ChunkSize:
+    """Return the chunk for this line: a window's bytes over `CHUNKS_A_WINDOW`, and scratch for what is in flight.
+
+    In flight at a site's owners is what leaves until an acknowledgement is back, a round trip and a cycle later.
+    """
+    segments = max(len(cuts(topology, collective.count)) - 1, 1)
+    chunk_bytes, in_flight_bytes = LOCAL_CHUNK_BYTES, 8 * LOCAL_CHUNK_BYTES
+    if any(calendar.rates):
+        cycle_ns = max(cycle.cycle_ns for cycle in calendar.sites)
+        round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
+        chunk_bytes = _window_bytes(topology, calendar) // CHUNKS_A_WINDOW - LARGEST_FRAME_BYTES
+        host_bytes = _host_bytes(topology, segments)
+        if any(cycle.windows for cycle in calendar.sites):
+            host_bytes = min(host_bytes, _window_bytes(topology, calendar) // 2 - LARGEST_FRAME_BYTES)
+        chunk_bytes = max(chunk_bytes, host_bytes)
+        if calendar.mode is Slotting.SHARE:
+            flow_bytes = collective.nbytes // (segments * len(topology.sites))
+            chunk_bytes = max(chunk_bytes, flow_bytes // CHUNKS_A_FLOW)
+        in_flight_bytes = int(_owner_bytes_per_s(topology, calendar) * (round_trip_ns + 2 * cycle_ns) / 1e9)
+    chunk_bytes = min(max(chunk_bytes, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+    smallest_for_tags = collective.count * PHASE_TAGS // (LARGEST_PLAN_TAG // 2) + segments
+    elems = max(chunk_bytes // collective.itemsize, smallest_for_tags, 1)
+    segment_elems = -(-collective.count // segments)
+    if len(topology.sites) > 2 and segment_elems * collective.itemsize > SMALLEST_CHUNK_BYTES:
+        elems = _even(segment_elems, elems, len(topology.sites))
+    depth = min(in_flight_bytes, LARGEST_SCRATCH_BYTES) // (elems * collective.accumulator_itemsize)
+    return ChunkSize(elems, max(depth, 4))
+
+
+def _host_bytes(topology: Topology, segments: int) -> int:
+    """Return the least chunk that keeps the fastest line busy twice as long as the host with its steps.
+
+    One chunk of each segment costs a rank some 4 R + 5 steps and crosses an uplink 2 (S-1)/S times.
+    """
+    count = len(topology.sites)
+    steps = 4 * max(len(site.ranks) for site in topology.sites) + 5
+    fastest = max(site.uplink_bytes_per_s or 0.0 for site in topology.sites)
+    return int(steps * STEP_NS / 1e9 * fastest * count / (count - 1) / segments)
+
+
+def _window_bytes(topology: Topology, calendar: Calendar) -> int:
+    """Return what a host that is late puts into the shortest window, or the slowest flow into a cycle without any."""
+    lines = [
+        (_span_ns(window), calendar.rate_bytes_per_s(site, 1 - site))
+        for site, cycle in enumerate(calendar.sites)
+        for window in cycle.windows
+    ]
+    lines = lines or [(calendar.sites[0].cycle_ns, min(rate for rate in calendar.rates if rate > 0))]
+    return int(min(rate * span_ns for span_ns, rate in lines) / 1e9)
+
+
+def _span_ns(window: SlotWindow) -> int:
+    span_ns = window.end_ns - window.start_ns
+    return span_ns - min(LATENESS_NS, span_ns // 8)
+
+
+def _owner_bytes_per_s(topology: Topology, calendar: Calendar) -> float:
+    """Return the most that one rank sends over the wide area while the calendar lets it."""
+    count = len(topology.sites)
+
+    def flows(i: int, j: int) -> float:
+        if calendar.sites[i].windows:
+            return 1.0
+        return flows_between(topology, i, j) / len(topology.sites[i].ranks)
+
+    return max(sum(calendar.rate_bytes_per_s(i, j) * flows(i, j) for j in range(count) if j != i) for i in range(count))
+
+
+def _even(segment_elems: int, chunk_elems: int, sites: int) -> int:
+    """Return a chunk no larger than asked of which each site folds the same number in a segment."""
+    rounds = max(-(-segment_elems // (chunk_elems * sites)), 1)
+    return max(-(-segment_elems // (rounds * sites)), 1)
+
+
+def cuts(topology: Topology, count: int) -> list[int]:
+    """Return the sorted offsets at which segments begin, and ``count`` at the end."""
+    offsets = {0, count}
+    for site in topology.sites:
+        for index in range(1, len(site.ranks)):
+            offsets.add(_cut(count, index, len(site.ranks)))
+    return sorted(offsets)
+
+
+def _cut(count: int, index: int, parts: int) -> int:
+    even = count * index // parts
+    return even - even % CUT_ELEMS if count >= CUT_ELEMS * parts else even
+
+
+def partners(topology: Topology, rank: int) -> frozenset[int]:
+    """Return the ranks of other sites with which ``rank`` owns a common part of a large array."""
+    count = CUT_ELEMS * topology.size**2
+    site = topology.site_of(rank)
+    owners = [
+        [owner_of(topology, index, count, begin) for index in range(len(topology.sites))]
+        for begin in cuts(topology, count)[:-1]
+    ]
+    return frozenset(other for row in owners if row[site] == rank for other in row) - {rank}
+
+
+def owner_of(topology: Topology, site: int, count: int, offset: int) -> int:
+    """Return the rank of ``site`` whose even part of ``count`` elements holds ``offset``."""
+    ranks = topology.sites[site].ranks
+    begins = [_cut(count, index, len(ranks)) for index in range(len(ranks))]
+    return ranks[bisect_right(begins, offset) - 1]
+
+
+def chunks(topology: Topology, count: int, chunk_elems: int) -> list[Chunk]:
+    """Return all chunks, those of different segments taking turns, in the order in which they should move."""
+    bounds = cuts(topology, count)
+    rows: list[tuple[int, int, int, tuple[int, ...]]] = []
+    for index, (begin, end) in enumerate(pairwise(bounds)):
+        owners = tuple(owner_of(topology, site, count, begin) for site in range(len(topology.sites)))
+        rows.extend((turn, index, offset, owners) for turn, offset in enumerate(range(begin, end, chunk_elems)))
+    rows.sort(key=lambda row: row[:2])
+    ends = dict(pairwise(bounds))
+    result = []
+    for number, (turn, index, offset, owners) in enumerate(rows):
+        end = min(offset + chunk_elems, ends[bounds[index]])
+        result.append(Chunk(number, (turn + index) % len(owners), offset, end - offset, owners))
+    return result
+
+
+def uses_window(calendar: Calendar, nbytes: int) -> bool:
+    """Tell whether wide messages of a collective of ``nbytes`` in all wait for a window or a pace.
+
+    Those of smaller collectives leave at once, as express. The whole collective counts, not the message: the small
+    chunks of a large array would else flood the line.
+    """
+    return calendar.mode is not Slotting.OFF and nbytes > EXPRESS_BYTES

@@ -1,0 +1,134 @@
+"""The planner: picks algorithm and chunk by prediction, compiles, and remembers.
+
+A `Planner` belongs to one rank of one job, so topology and calendar are looked at once and a repeated call is one
+dictionary lookup. Plans are kept while their steps together stay below `LARGEST_KEPT_STEPS`; what was used longest ago
+goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import lru_cache
+
+from detcoll.plan.algorithms import ALL_REDUCE, BROADCAST, compile_plan
+from detcoll.plan.bounds import floor_ns
+from detcoll.plan.calendar import Calendar
+from detcoll.plan.ir import Collective, Plan
+from detcoll.plan.layout import choose_chunk
+from detcoll.plan.predict import Costs, predict_ns
+from detcoll.topology import Topology
+
+LARGEST_KEPT_STEPS = 2_000_000
+LARGEST_KEPT_PLANS = 4_096
+LARGEST_KEPT_CHOICES = 4_096
+
+DELAYS = ("exchange", "star", "direct", "relay", "ring")
+"""Algorithms by rising number of one-way delays."""
+
+WORTH_A_DELAY = 0.99
+"""An algorithm with more one-way delays must be predicted to take less than this part of one with fewer."""
+
+
+def algorithms_for(collective: Collective) -> tuple[str, ...]:
+    """Return the names of the algorithms that do this kind of collective."""
+    return BROADCAST if collective.kind == "broadcast" else ALL_REDUCE
+
+
+def choose_algorithm(collective: Collective, topology: Topology, calendar: Calendar, costs: Costs | None = None) -> str:
+    """Return the algorithm with the smallest prediction; of nearly equal ones, that with the fewest delays."""
+    names = sorted(algorithms_for(collective), key=DELAYS.index)
+    if len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
+        return names[0]
+    chunk_size = choose_chunk(topology, calendar, collective)
+    taken, least_ns = "", 0.0
+    for name in names:
+        needs_ns = predict_ns(collective, topology, calendar, name, chunk_size, costs)
+        if not taken or needs_ns < least_ns * WORTH_A_DELAY:
+            taken, least_ns = name, needs_ns
+    return taken
+
+
+class Planner:
+    """Plans of one rank.
+
+    Parameters
+    ----------
+    topology : Topology
+        Where all ranks are.
+    rank : int
+        Whose part is compiled.
+    calendar : Calendar
+        Who may send when.
+    costs : Costs, optional
+        What a host costs; all ranks must give the same, since the choice of algorithm depends on it.
+    """
+
+    def __init__(self, topology: Topology, rank: int, calendar: Calendar, costs: Costs | None = None) -> None:
+        topology.site_of(rank)
+        self.topology = topology
+        self.rank = rank
+        self.calendar = calendar
+        self.costs = costs or Costs()
+        self._plans: OrderedDict[tuple[Collective, str], Plan] = OrderedDict()
+        self._kept_steps = 0
+        self._choose = lru_cache(LARGEST_KEPT_CHOICES)(self._choose_now)
+        self._predict = lru_cache(LARGEST_KEPT_CHOICES)(self._predict_now)
+
+    def algorithm(self, collective: Collective) -> str:
+        """Return the algorithm that `plan` takes for this collective."""
+        return self._choose(collective)
+
+    def plan(self, collective: Collective, algorithm: str | None = None) -> Plan:
+        """Return this rank's part, by the algorithm named or the one predicted to be fastest.
+
+        Raises
+        ------
+        UsageError
+            If the algorithm does not do this kind of collective.
+        PlanError
+            If the collective is too large for the tags of a plan.
+        """
+        key = (collective, algorithm or self._choose(collective))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = compile_plan(
+                collective, self.topology, self.rank, key[1], choose_chunk(self.topology, self.calendar, collective)
+            )
+            self._keep(key, plan)
+        else:
+            self._plans.move_to_end(key)
+        return plan
+
+    def predict_ns(self, collective: Collective, algorithm: str | None = None, phase_ns: int | None = None) -> int:
+        """Return the predicted time of the slowest rank; see `detcoll.plan.predict.predict_ns`."""
+        return self._predict(collective, algorithm or self._choose(collective), phase_ns)
+
+    def floor_ns(self, collective: Collective) -> float | None:
+        """Return the physical floor, or None where there is no line; see `detcoll.plan.bounds.floor_ns`."""
+        return floor_ns(self.topology, collective.kind, collective.nbytes, collective.root)
+
+    def _choose_now(self, collective: Collective) -> str:
+        return choose_algorithm(collective, self.topology, self.calendar, self.costs)
+
+    def _predict_now(self, collective: Collective, algorithm: str, phase_ns: int | None) -> int:
+        chunk_size = choose_chunk(self.topology, self.calendar, collective)
+        return predict_ns(collective, self.topology, self.calendar, algorithm, chunk_size, self.costs, phase_ns)
+
+    def _keep(self, key: tuple[Collective, str], plan: Plan) -> None:
+        self._plans[key] = plan
+        self._kept_steps += len(plan.steps)
+        while len(self._plans) > 1 and (self._kept_steps > LARGEST_KEPT_STEPS or len(self._plans) > LARGEST_KEPT_PLANS):
+            _, dropped = self._plans.popitem(last=False)
+            self._kept_steps -= len(dropped.steps)
+
+
+@lru_cache(maxsize=16)
+def _planner(topology: Topology, calendar: Calendar, rank: int) -> Planner:
+    return Planner(topology, rank, calendar)
+
+
+def plan_for(
+    collective: Collective, topology: Topology, calendar: Calendar, rank: int, algorithm: str | None = None
+) -> Plan:
+    """Return ``rank``'s part of ``collective``, remembered by value; who calls often keeps a `Planner`."""
+    return _planner(topology, calendar, rank).plan(collective, algorithm)

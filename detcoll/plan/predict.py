@@ -1,0 +1,338 @@
+"""How long a collective takes, in closed form, before it starts.
+
+All ranks call at time zero; the answer is when the slowest has its result. Letters as in `detcoll.plan.algorithms`, c a
+chunk, q(c) its time on the line, s what a step costs the host, m(n) = n / copy rate, l the local latency, n the chunks
+that a rank owns.
+
+Local reduce    A rank sends its part to the R-1 other owners and folds what it gets. The first chunk is there after
+                f = max((R-1)(s + m(c)), s + m(c) + l) + (R-1) s + s + R m(c). Every other one follows D later, which
+                is what the host spends on one chunk of each segment up to here. The last is there at f + (n-1) D.
+A wide hop      Chunks ready from a to z end on the line at e = max(E(a, all), E(z, one)), with E from
+                `detcoll.plan.lines`: no line is faster than its bytes, and the last chunk cannot leave before it is
+                ready. They arrive a one-way delay and a wake-up later.
+exchange, star  One hop.
+direct          Two hops over the same flows. With halves of T each on the line, the second ends at
+                max(2 T, T + L + q) + L: either the line is never idle, or the last sum arrives and only then the last
+                result leaves. This is max(E(a, both), E(z', one)) with z' = E(a, first) + L.
+ring, relay     As many hops as sites to pass, each begun when the one before delivered; where sums and results use
+                one line, E counts both.
+Scratch         A rank keeps ``depth`` chunks until acknowledged, so the last cannot start before
+                floor((n-1) / depth) round trips.
+Local gather    max((R-1)(s + m(c)), s + m(c) + l) + (R-1)(s + m(c)), after the last fold. In all of this R-1 is the
+                number of segments where that is smaller.
+One site        The same without the wide area, or what all steps of the busiest rank cost.
+Acknowledged    What is sent from the caller's array (ring, star, relay) must be acknowledged, a delay after it arrived.
+Host            Nothing ends before the busiest rank has done all its steps.
+
+With windows the answer depends on where in the cycle the call falls; without a phase it is the mean over
+`PHASES` of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from detcoll.plan.calendar import Calendar
+from detcoll.plan.ir import Collective
+from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS, ChunkSize, cuts, owner_of, uses_window
+from detcoll.plan.lines import Flows, Indices, Lines
+from detcoll.topology import Topology
+
+PHASES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a host and its local network cost.
+
+    The defaults are those of a Python host on one machine: a step some 30 us, memory at 5 GB/s, a local message 60 us,
+    a wake-up from a wait 100 us. ``frame_bytes`` is what a transport adds to a wide message.
+    """
+
+    step_ns: int = STEP_NS
+    copy_bytes_per_s: float = 5e9
+    local_latency_ns: int = 60_000
+    wake_ns: int = 100_000
+    frame_bytes: int = LARGEST_FRAME_BYTES
+
+    def copy_ns(self, nbytes: float) -> float:
+        """Return how long the host takes to read or write ``nbytes``."""
+        return nbytes / self.copy_bytes_per_s * 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The chunks of an array by segment: ``owners`` (segments, sites), and by segment the elements and chunks."""
+
+    owners: Indices
+    elems: Indices
+    chunks: Indices
+    chunk_elems: int
+
+    def of_home(self, homes: Indices) -> tuple[Indices, Indices]:
+        """Return, by segment and site in ``homes``, how many elements and chunks have that home."""
+        segments, sites = self.owners.shape
+        first = (homes[None, :] - np.arange(segments)[:, None]) % sites
+        number = np.maximum((self.chunks[:, None] - first + sites - 1) // sites, 0)
+        short = self.chunks * self.chunk_elems - self.elems
+        last = (self.chunks - 1 + np.arange(segments)) % sites
+        return number * self.chunk_elems - short[:, None] * (last[:, None] == homes[None, :]), number
+
+
+def predict_ns(
+    collective: Collective,
+    topology: Topology,
+    calendar: Calendar,
+    algorithm: str,
+    chunk_size: ChunkSize,
+    costs: Costs | None = None,
+    phase_ns: int | None = None,
+) -> int:
+    """Return when the slowest rank has its result, in nanoseconds after all ranks called at once.
+
+    Parameters
+    ----------
+    collective, topology, calendar, algorithm, chunk_size
+        As for `detcoll.plan.algorithms.compile_plan`.
+    costs : Costs, optional
+        What a host costs.
+    phase_ns : int, optional
+        Where in the cycle of the calendar the call falls; by default the mean over phases.
+    """
+    if topology.size == 1 or collective.count == 0:
+        return 0
+    return _Prediction(collective, topology, calendar, algorithm, chunk_size, costs or Costs()).mean_ns(phase_ns)
+
+
+class _Prediction:
+    """The terms of one prediction that do not depend on the phase."""
+
+    def __init__(
+        self, collective: Collective, topology: Topology, calendar: Calendar, algorithm: str, chunk_size: ChunkSize,
+        costs: Costs,
+    ) -> None:  # fmt: skip
+        self.collective, self.topology, self.calendar = collective, topology, calendar
+        self.algorithm, self.chunk_size, self.costs = algorithm, chunk_size, costs
+        self.cut = _cut(topology, collective.count, chunk_size.elems)
+        self.sites = len(topology.sites)
+        self.ranks_at = np.array([len(site.ranks) for site in topology.sites])
+        self.chunk_bytes = min(int(self.cut.elems.max()), chunk_size.elems) * collective.itemsize
+        self.root_site = topology.site_of(collective.root)
+        self.most_ranks = int(self.ranks_at.max())
+        self.local_step_ns = costs.step_ns + costs.copy_ns(self.chunk_bytes)
+
+    def mean_ns(self, phase_ns: int | None) -> int:
+        """Return the prediction for a phase, or the mean over phases where they matter."""
+        cycles = self.calendar.sites if any(cycle.windows for cycle in self.calendar.sites) else ()
+        if phase_ns is not None or not cycles or not self._paced:
+            return round(self._finish_ns(phase_ns or 0))
+        cycle_ns = max(cycle.cycle_ns for cycle in cycles)
+        return round(sum(self._finish_ns(cycle_ns * k // PHASES) for k in range(PHASES)) / PHASES)
+
+    @property
+    def _paced(self) -> bool:
+        return uses_window(self.calendar, self.collective.nbytes)
+
+    def _finish_ns(self, phase_ns: int) -> float:
+        reduces = self.collective.kind != "broadcast"
+        first_ns = self._fill_ns() if reduces else self._scatter_ns()
+        if self.sites == 1:
+            if not reduces:
+                last_ns = self._busiest_ns() + self.costs.local_latency_ns + self.local_step_ns
+                return max(first_ns + self._gather_ns(), last_ns)
+            return max(first_ns + self._gather_ns(), self._busiest_ns())
+        lines = Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns)
+        stages = _Stages(self, lines, first_ns, first_ns + self._supply_ns(lines))
+        return max(stages.done_ns() + self._gather_ns(), stages.acknowledged_ns, self._busiest_ns())
+
+    def _supply_ns(self, lines: Lines) -> float:
+        """Return how long after the first chunk the last one is ready: what the host and scratch allow."""
+        turns = int(self.cut.chunks.max()) - 1
+        if self.collective.kind == "broadcast":
+            return turns * len(self.cut.elems) * self.local_step_ns
+        rounds = int(self._chunks_owned().max() - 1) // self.chunk_size.depth
+        held_ns = float((lines.delay_ns + lines.delay_ns.T).max()) + self.costs.wake_ns
+        return max(turns * self._turn_ns(reduce_only=True), rounds * held_ns)
+
+    def _turn_ns(self, *, reduce_only: bool = False) -> float:
+        """Return what one chunk of every segment costs the busiest rank."""
+        return self._busiest_ns(reduce_only=reduce_only) / max(int(self.cut.chunks.max()), 1)
+
+    def _fill_ns(self) -> float:
+        """Return when the first chunk is folded inside the slowest site."""
+        fold_ns = self.costs.step_ns + self.most_ranks * self.costs.copy_ns(self.chunk_bytes)
+        if self.most_ranks == 1:
+            return fold_ns
+        return self._across_site_ns() + (self.most_ranks - 1) * self.costs.step_ns + fold_ns
+
+    def _scatter_ns(self) -> float:
+        """Return when the owners of the root's site have their first chunk."""
+        foreign = int((self.cut.owners[:, self.root_site] != self.collective.root).sum())
+        return foreign * self.local_step_ns + self.costs.local_latency_ns + self.local_step_ns if foreign else 0.0
+
+    def _gather_ns(self) -> float:
+        """Return how long the last chunk takes from its owner to the rest of the largest site."""
+        if self.most_ranks == 1:
+            return 0.0
+        sends_ns, receives_ns = (self.most_ranks - 1) * self.local_step_ns, self._parallel * self.local_step_ns
+        one_ns = sends_ns + self.costs.local_latency_ns + self.local_step_ns
+        return max(one_ns, self._across_site_ns() + receives_ns)
+
+    def _across_site_ns(self) -> float:
+        """Return how long the first of the messages takes that a rank sends to the others of its site."""
+        return max(self._parallel * self.local_step_ns, self.local_step_ns + self.costs.local_latency_ns)
+
+    @property
+    def _parallel(self) -> int:
+        """How many other owners of its site a rank has to do with at once."""
+        return min(self.most_ranks - 1, len(self.cut.elems))
+
+    def _chunks_owned(self) -> Indices:
+        owned = np.zeros(self.topology.size, dtype=np.int64)
+        for site in range(self.sites):
+            np.add.at(owned, self.cut.owners[:, site], self.cut.chunks)
+        return owned
+
+    def _busiest_ns(self, *, reduce_only: bool = False) -> float:
+        """Return what all steps of the busiest rank cost its host, or those of the local reduce."""
+        itemsize, total_chunks = self.collective.itemsize, float(self.cut.chunks.sum())
+        total = float(self.cut.elems.sum()) * itemsize
+        chunks = self._chunks_owned().astype(np.float64)
+        owned = np.zeros(self.topology.size)
+        peers = np.zeros(self.topology.size)
+        for index, site in enumerate(self.topology.sites):
+            np.add.at(owned, self.cut.owners[:, index], self.cut.elems * float(itemsize))
+            peers[list(site.ranks)] = len(site.ranks) - 1
+        if self.collective.kind == "broadcast":
+            at_root = list(self.topology.sites[self.root_site].ranks)
+            peers[at_root] -= 1
+            steps, moved = total_chunks + chunks * peers, total + owned * peers
+            sends = (self.sites - 1 if self.algorithm == "star" else 1) * (self.sites > 1)
+            steps[at_root] += chunks[at_root] * sends
+        else:
+            both_ways = (1 if reduce_only else 2) * (peers > 0)
+            steps = (total_chunks - chunks) * both_ways + chunks * ((1 if reduce_only else 2) * peers + 1)
+            moved = (total - owned) * both_ways + owned * ((1 if reduce_only else 2) * peers + 1)
+            if self.sites > 1:
+                wide_steps, wide_moves = self._wide_steps()
+                steps, moved = steps + chunks * wide_steps, moved + owned * wide_moves * (not reduce_only)
+        return float((steps * self.costs.step_ns + moved / self.costs.copy_bytes_per_s * 1e9).max())
+
+    def _wide_steps(self) -> tuple[float, float]:
+        """Return steps and copies of a chunk that its owner does for the wide stage of an all-reduce."""
+        others = self.sites - 1
+        if self.algorithm == "exchange":
+            return 2 * others + 1, self.sites
+        if self.algorithm == "direct":
+            return (2 * others + 2 + 2 * others) / self.sites, (self.sites + 1 + others) / self.sites
+        return 5, 3
+
+
+class _Stages:
+    """The wide stage: hops over lines, from when owners have chunks to when every owner has its result."""
+
+    def __init__(self, given: _Prediction, lines: Lines, first_ns: float, last_ns: float) -> None:
+        self.given, self.lines = given, lines
+        self.first = np.full(given.topology.size, first_ns)
+        self.last = np.full(given.topology.size, last_ns)
+        self.begun = self.first
+        self.acknowledged_ns = 0.0
+        self.from_user = given.algorithm in ("star", "relay")
+        self.fold_ns = given.costs.step_ns + given.costs.copy_ns(given.chunk_bytes)
+
+    def done_ns(self) -> float:
+        """Return when the last owner has its last chunk."""
+        everyone = np.arange(self.given.sites)
+        match self.given.algorithm:
+            case "exchange":
+                return self._hop(self._flows(*_all_pairs(everyone))) + self.fold_ns * 2
+            case "star":
+                others = everyone[everyone != self.given.root_site]
+                return self._hop(self._flows(np.full_like(others, self.given.root_site), others)) + self.fold_ns
+            case "direct":
+                return self._direct(*_all_pairs(everyone))
+            case "relay":
+                order = [(self.given.root_site + step) % self.given.sites for step in range(self.given.sites)]
+                return self._chain(list(pairwise(order)))
+            case _:
+                return self._ring()
+
+    def _direct(self, here: Indices, there: Indices) -> float:
+        sums, results = self._flows(here, there, home=there), self._flows(here, there, home=here)
+        arrived_ns = self._hop(sums)
+        self.first, self.last = self.first + 2 * self.fold_ns, self.last + 2 * self.fold_ns
+        return max(arrived_ns, self._hop(results, sums)) + self.fold_ns
+
+    def _chain(self, hops: list[tuple[int, int]]) -> float:
+        end_ns = 0.0
+        for source, destination in hops:
+            end_ns = self._hop(self._flows(np.array([source]), np.array([destination])))
+        return end_ns + self.fold_ns
+
+    def _ring(self) -> float:
+        last = self.given.sites - 1
+        scale = self.given.collective.accumulator_itemsize / self.given.collective.itemsize
+        begun, sums = self.first, []
+        for site in range(last):
+            flows = self._flows(np.array([site]), np.array([site + 1]))
+            sums.append(Flows(flows.src, flows.dst, flows.nbytes * (scale if site else 1.0), flows.messages))
+            self._hop(sums[-1])
+            self.first, self.last = self.first + 2 * self.fold_ns, self.last + 2 * self.fold_ns
+        self.begun, self.from_user, end_ns = begun, True, 0.0
+        for site in [last, *range(last - 1)]:
+            flows = self._flows(np.array([site]), np.array([(site + 1) % (last + 1)]))
+            end_ns = self._hop(flows, sums[site] if site < last else None) + self.fold_ns
+        return end_ns
+
+    def _hop(self, flows: Flows, before: Flows | None = None) -> float:
+        """Send ``flows`` behind what ``before`` put on the same lines; return when the last one has arrived."""
+        one, over_ns = flows.only_one(), self.lines.delays_ns(flows) + self.given.costs.wake_ns
+        one_ns = self.lines.end_ns(one, self.first[flows.src])
+        end_ns = np.maximum(
+            self.lines.end_ns(flows, self.first[flows.src]), self.lines.end_ns(one, self.last[flows.src])
+        )
+        if before is not None:
+            end_ns = np.maximum(end_ns, self.lines.end_ns(flows.with_more(before), self.begun[flows.src]))
+        used = flows.messages > 0
+        if self.from_user:
+            back = Flows(flows.dst, flows.src, flows.nbytes, flows.messages)
+            acknowledged = end_ns + self.lines.delays_ns(flows) + self.lines.delays_ns(back)
+            self.acknowledged_ns = max(self.acknowledged_ns, float(acknowledged[used].max(initial=0.0)))
+        first, last = np.zeros_like(self.first), np.zeros_like(self.last)
+        np.maximum.at(first, flows.dst[used], (one_ns + over_ns)[used])
+        np.maximum.at(last, flows.dst[used], (end_ns + over_ns)[used])
+        heard = last > 0
+        self.first, self.last = np.where(heard, first, self.first), np.where(heard, last, self.last)
+        return float(last.max())
+
+    def _flows(self, here: Indices, there: Indices, home: Indices | None = None) -> Flows:
+        """Return the flows from sites ``here[k]`` to ``there[k]``: all chunks, or those with home ``home[k]``."""
+        cut, size = self.given.cut, self.given.topology.size
+        if home is None:
+            elems = np.repeat(cut.elems[:, None], len(here), axis=1)
+            chunks = np.repeat(cut.chunks[:, None], len(here), axis=1)
+        else:
+            elems, chunks = cut.of_home(home)
+        keys = cut.owners[:, here] * size + cut.owners[:, there]
+        pairs, where = np.unique(keys, return_inverse=True)
+        messages = np.asarray(np.bincount(where.ravel(), chunks.ravel()), dtype=np.float64)
+        itemsize = float(self.given.collective.itemsize)
+        nbytes = np.asarray(np.bincount(where.ravel(), elems.ravel() * itemsize), dtype=np.float64)
+        return Flows(pairs // size, pairs % size, nbytes + messages * self.given.costs.frame_bytes, messages)
+
+
+def _all_pairs(sites: Indices) -> tuple[Indices, Indices]:
+    here, there = np.meshgrid(sites, sites, indexing="ij")
+    different = here != there
+    return here[different], there[different]
+
+
+def _cut(topology: Topology, count: int, chunk_elems: int) -> _Cut:
+    bounds = cuts(topology, count)
+    owners = [[owner_of(topology, site, count, b) for site in range(len(topology.sites))] for b in bounds[:-1]]
+    edges = np.array(bounds, dtype=np.int64)
+    elems = edges[1:] - edges[:-1]
+    return _Cut(np.array(owners, dtype=np.int64), elems, -(-elems // chunk_elems), chunk_elems)

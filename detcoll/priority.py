@@ -1,0 +1,62 @@
+"""Scheduling priority for threads that must wake up in time.
+
+A window that its owner sleeps through is lost. Where the process may (root, ``CAP_SYS_NICE`` or ``RLIMIT_RTPRIO``),
+threads that keep time run at the lowest real-time priorities, ahead of the training they serve, which they interrupt
+only for what the line needs. Where it may not, nothing changes. Niceness would not do: with automatic task groups it
+counts inside one session only. ``DETCOLL_REALTIME=0`` leaves everything as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+PROGRESS, OWNER, LINE = 1, 2, 3
+"""Real-time priorities. Threads that hand bytes to the line go first, then the one whose window it is, and last those
+that decide and fold."""
+
+
+def make_prompt(priority: int = PROGRESS) -> bool:
+    """Put the calling thread ahead of ordinary ones; False where that is not allowed or not wanted."""
+    if os.environ.get("DETCOLL_REALTIME") == "0":
+        return False
+    try:
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_RR, os.sched_param(priority))
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def prompt_threads() -> Iterator[None]:
+    """Put threads that are started inside, by a library too, ahead: they inherit their creator's class."""
+    thread = threading.get_native_id()
+    before = (os.sched_getscheduler(thread), os.sched_getparam(thread))
+    raised = make_prompt(LINE)
+    try:
+        yield
+    finally:
+        if raised:
+            os.sched_setscheduler(thread, *before)
+
+
+class Urgency:
+    """The priority of one thread, if it has a real-time one: changed only where it differs, since it is asked often."""
+
+    def __init__(self) -> None:
+        self._thread = 0
+        self._priority = 0
+
+    def set(self, priority: int) -> None:
+        """Give the calling thread this priority, unless it runs in the ordinary class."""
+        thread = threading.get_native_id()
+        if thread != self._thread:
+            self._thread = thread
+            is_prompt = os.sched_getscheduler(0) == os.SCHED_RR
+            self._priority = os.sched_getparam(0).sched_priority if is_prompt else 0
+        if self._priority and priority != self._priority:
+            with contextlib.suppress(OSError):
+                os.sched_setparam(0, os.sched_param(priority))
+                self._priority = priority

@@ -1,0 +1,334 @@
+"""Starts processes that never outlive their launcher, and waits for them as one crew.
+
+Three things together leave nothing behind, whatever dies first:
+
+- Each process leads a process group of its own, so that what it starts in turn is ended with it.
+- It asks the kernel to be killed when the launcher dies (``PR_SET_PDEATHSIG``). A tiny program sets that and then
+  becomes the real one, since running Python between fork and exec is not safe in a process with threads.
+- A guard process holds a pipe from the launcher. When the pipe ends without a goodbye, the launcher was killed, and
+  the guard kills whole groups, grandchildren included.
+
+`supervise` does not reap a process before its group was ended: the number of a zombie is not used again, so a signal
+to its group cannot reach a stranger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+TIMED_OUT = 124
+"""The exit code of `supervise` at its deadline, as of timeout(1)."""
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_EXEC = """
+import ctypes, os, sys
+parent, program = int(sys.argv[1]), sys.argv[2:]
+ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0)
+if os.getppid() != parent:
+    os._exit(137)
+try:
+    os.execvp(program[0], program)
+except OSError as error:
+    sys.stderr.write("detcoll: cannot run %s: %s\\n" % (program[0], error.strerror))
+    sys.stderr.flush()
+    os._exit(126 if isinstance(error, PermissionError) else 127)
+"""
+
+_GUARD = """
+import os, sys
+groups = []
+for line in sys.stdin:
+    if line == "done\\n":
+        os._exit(0)
+    groups.append(int(line))
+for group in groups:
+    try:
+        os.killpg(group, 9)
+    except OSError:
+        pass
+"""
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    pass_fds: Sequence[int] = (),
+    stdin: int | IO[Any] | None = subprocess.DEVNULL,
+    stdout: int | IO[Any] | None = None,
+    stderr: int | IO[Any] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start ``argv`` in a process group of its own; it is killed when this process dies.
+
+    The kernel ties it to the *thread* that calls, so call from one that lasts as long as the process.
+
+    Parameters
+    ----------
+    argv : sequence of str
+        Program and arguments; the program is looked up in PATH. One that cannot be run exits with 126 or 127.
+    env, cwd, pass_fds, stdin, stdout, stderr
+        As for `subprocess.Popen`, except that standard input is empty unless given.
+    """
+    wrapper = [sys.executable, "-I", "-S", "-c", _EXEC, str(os.getpid())]
+    return subprocess.Popen(
+        [*wrapper, *argv],
+        env=env, cwd=cwd, pass_fds=pass_fds, stdin=stdin, stdout=stdout, stderr=stderr, process_group=0,
+    )  # fmt: skip
+
+
+class Guard:
+    """Kills the groups of the processes it was told about if this process dies; a context manager.
+
+    Leaving the context says goodbye, and whatever still runs is left alone; leaving it by an exception kills that too.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True, text=True,
+        )  # fmt: skip
+
+    def watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Guard the group that ``process`` leads."""
+        self._tell(str(process.pid))
+
+    def close(self) -> None:
+        """Say goodbye and end the guard. Idempotent."""
+        self._end(goodbye=True)
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._end(goodbye=error is None)
+
+    def _end(self, *, goodbye: bool) -> None:
+        if self._process.returncode is None:
+            if goodbye:
+                self._tell("done")
+            with contextlib.suppress(OSError):
+                self._stdin.close()
+            self._process.wait()
+
+    @property
+    def _stdin(self) -> IO[str]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # a guard that was itself killed cannot help; the kernel's tie still does
+            self._stdin.write(f"{line}\n")
+            self._stdin.flush()
+
+
+def supervise(
+    processes: Sequence[subprocess.Popen[bytes]],
+    *,
+    names: Sequence[str] | None = None,
+    deadline_s: float | None = None,
+    settle_s: float = 1.0,
+    grace_s: float = 5.0,
+    announce: Callable[[str], None] | None = None,
+) -> int:
+    """Wait for ``processes``; when one fails, end the others.
+
+    SIGINT, SIGTERM and SIGHUP to this process are forwarded to all (in the main thread), a second one kills them.
+    Whatever happens, also an exception, no process and nothing in its group is left when this returns.
+
+    Parameters
+    ----------
+    processes : sequence of Popen
+        Best from `start`: those that lead a process group are signalled with all of it.
+    names : sequence of str, optional
+        How to call them in messages; ``rank 0``, ``rank 1``, ... unless given.
+    deadline_s : float, optional
+        End all of them after so many seconds.
+    settle_s : float
+        How long the others may go on after a failure, to notice it and tell about it, before SIGTERM.
+    grace_s : float
+        How long after SIGTERM, or a forwarded signal, SIGKILL follows.
+    announce : callable, optional
+        Gets each message; it goes to standard error unless given.
+
+    Returns
+    -------
+    int
+        0 if all succeeded, else the code of the first that failed (128 + n if signal n ended it); 128 + n after
+        a forwarded signal n; `TIMED_OUT` at the deadline.
+    """
+    crew = _Crew(processes, names or [f"rank {i}" for i in range(len(processes))], announce or _say)
+    crew.settle_ns, crew.grace_ns = round(settle_s * 1e9), round(grace_s * 1e9)
+    if deadline_s is not None:
+        crew.deadline_ns = time.monotonic_ns() + round(deadline_s * 1e9)
+    try:
+        with _signals() as received:
+            crew.watch(received)
+    finally:
+        crew.clear()
+    return crew.code or 0
+
+
+def exit_code(returncode: int) -> int:
+    """Return a Popen return code as a shell shows it: 128 + n where signal n ended the process."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def describe_exit(returncode: int) -> str:
+    """Return how a process ended, in words."""
+    if returncode >= 0:
+        return f"exited with code {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    return f"was ended by {name}"
+
+
+def _say(message: str) -> None:
+    print(f"detcoll: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[int]:
+    """Give a descriptor on which the numbers of forwarded signals arrive, one byte each."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(writing, bytes([number]))
+
+    handled = _FORWARDED if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, receive) for number in handled}
+    try:
+        yield reading
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        os.close(reading)
+        os.close(writing)
+
+
+class _Crew:
+    """The state of one `supervise`."""
+
+    def __init__(
+        self, processes: Sequence[subprocess.Popen[bytes]], names: Sequence[str], announce: Callable[[str], None]
+    ) -> None:
+        self.processes, self.names, self.announce = list(processes), list(names), announce
+        self.running = set(range(len(self.processes)))
+        self.code: int | None = None
+        self.settle_ns = self.grace_ns = 0
+        self.deadline_ns: int | None = None
+        self.ahead: deque[tuple[int, int | None]] = deque()  # (when, signal), the last one None: give up
+
+    def watch(self, received: int) -> None:
+        """Wait until none is running, ending them when there is cause to."""
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
+            selector.register(received, selectors.EVENT_READ, None)
+            for index, process in enumerate(self.processes):
+                if process.returncode is None:
+                    descriptor = os.pidfd_open(process.pid)
+                    opened.callback(os.close, descriptor)
+                    selector.register(descriptor, selectors.EVENT_READ, index)
+                else:
+                    self._ended([(index, process.returncode)])
+            while self.running:
+                keys = [key for key, _ in selector.select(self._wait_s())]
+                self._on_signals(received, [key for key in keys if key.data is None])
+                gone = [key for key in keys if key.data is not None]
+                for key in gone:
+                    selector.unregister(key.fileobj)
+                self._ended([(key.data, _peek(self.processes[key.data])) for key in gone])
+                self._on_time(time.monotonic_ns())
+
+    def clear(self) -> None:
+        """Kill what is left of every group, then reap."""
+        for process in self.processes:
+            _signal_group(process, signal.SIGKILL)
+        for index, process in enumerate(self.processes):
+            try:
+                process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                self.announce(f"{self.names[index]} (pid {process.pid}) does not end even after SIGKILL")
+
+    def _wait_s(self) -> float | None:
+        times = [at_ns for at_ns, _ in list(self.ahead)[:1]]
+        if self.deadline_ns is not None:
+            times.append(self.deadline_ns)
+        return max(0.0, (min(times) - time.monotonic_ns()) / 1e9) if times else None
+
+    def _on_signals(self, received: int, keys: Sequence[selectors.SelectorKey]) -> None:
+        for number in os.read(received, 64) if keys else b"":
+            if self.code is None:
+                self.announce(f"{signal.Signals(number).name} received, forwarding it")
+                self.code = 128 + number
+                self._end_with(number, 0)
+            else:
+                self._end_with(signal.SIGKILL, 0)
+
+    def _ended(self, exits: Sequence[tuple[int, int]]) -> None:
+        """Take note of processes that ended; the first failure decides the code."""
+        self.running -= {index for index, _ in exits}
+        # Of those seen at once, one that a signal ended is the likelier cause: the others report a lost peer.
+        failed = sorted((code > 0, index, code) for index, code in exits if code != 0)
+        if failed and self.code is None:
+            _, index, returncode = failed[0]
+            self.code = exit_code(returncode)
+            rest = "; ending the others" if self.running else ""
+            self.announce(f"{self.names[index]} failed first: it {describe_exit(returncode)}{rest}")
+            self._end_with(signal.SIGTERM, self.settle_ns)
+
+    def _on_time(self, now_ns: int) -> None:
+        if self.deadline_ns is not None and now_ns >= self.deadline_ns:
+            self.deadline_ns = None
+            if self.code is None and self.running:
+                self.announce(f"the time is over; ending {', '.join(self.names[i] for i in sorted(self.running))}")
+                self.code = TIMED_OUT
+                self._end_with(signal.SIGTERM, 0)
+        while self.ahead and now_ns >= self.ahead[0][0]:
+            _, number = self.ahead.popleft()
+            if number is None:
+                self.running.clear()
+            for index in self.running:
+                _signal_group(self.processes[index], number)
+
+    def _end_with(self, number: int, after_ns: int) -> None:
+        """Lay out how the rest is ended: ``number`` after a while, then SIGKILL, then no more waiting."""
+        first_ns = time.monotonic_ns() + after_ns
+        last_ns = first_ns + (0 if number == signal.SIGKILL else self.grace_ns)
+        self.ahead = deque([(first_ns, number), (last_ns, signal.SIGKILL), (last_ns + 2 * 10**9, None)])
+
+
+def _peek(process: subprocess.Popen[bytes]) -> int:
+    """Return how an ended process ended without reaping it."""
+    try:
+        seen = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:  # reaped by somebody else
+        return process.poll() or 0
+    assert seen is not None
+    return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int | None) -> None:
+    """Send a signal to the group that ``process`` leads, else to it alone; never once it is reaped."""
+    if number is None or process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid, number)

@@ -1,0 +1,61 @@
+"""Finds transports by the name that users type: the entry points of group ``detcoll.transports``.
+
+`register` adds one in-process, for a transport that is not installed (an example, a test).
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.transport import Transport
+
+GROUP = "detcoll.transports"
+
+_registered: dict[str, type[Transport]] = {}
+
+
+def register(transport: type[Transport]) -> type[Transport]:
+    """Make ``transport`` known under its name in this process; returns it, so it serves as a decorator.
+
+    Raises
+    ------
+    UsageError
+        If it is no `Transport`, or its name is taken by another.
+    """
+    if not (isinstance(transport, type) and issubclass(transport, Transport)):
+        raise UsageError(f"transport={transport!r} must be a subclass of detcoll.transport.Transport")
+    known = _registered.setdefault(transport.name, transport)
+    if known is not transport:
+        raise UsageError(f"transport name {transport.name!r} is already taken by {known!r}")
+    return transport
+
+
+def names() -> list[str]:
+    """Return the names of all transports that can be asked for, sorted."""
+    return sorted({entry.name for entry in entry_points(group=GROUP)} | set(_registered))
+
+
+def load(name: str) -> Transport:
+    """Return the transport that ``name`` means.
+
+    Raises
+    ------
+    UsageError
+        If no transport has that name.
+    TransportUnavailable
+        If its package does not import here.
+    """
+    if name in _registered:
+        return _registered[name]()
+    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
+    if not found:
+        raise UsageError(f"transport={name!r} is not known; expected auto or one of {', '.join(names())}")
+    try:
+        kind = found[0].load()
+    except ImportError as error:
+        raise TransportUnavailable(f"transport {name!r} does not import: {error}") from error
+    transport = kind()
+    if not isinstance(transport, Transport):
+        raise UsageError(f"entry point {name!r} gives {kind!r}, which is no detcoll.transport.Transport")
+    return transport

@@ -1,0 +1,432 @@
+"""How ranks find each other: where rank 0 listens, and how the others get to know.
+
+- At an address that all know: DETCOLL_RENDEZVOUS, or one that the launcher implies. ``detcoll run`` leaves rank 0 a
+  socket that listens already, so that nobody can take the port in between.
+- Through torchrun's store, where rank 0 puts the address of a port that was free.
+- Under mpirun with all ranks on one host: through an abstract Unix socket named after the job, or after the launcher's
+  process. It vanishes with its owner, and both ends check whose process is at the other.
+- Under mpirun across hosts: through MPI's broadcast. MPI is not started where it can be avoided: it would abort a
+  process whose mpi4py belongs to another MPI than the launcher, and one that later dies without finalizing it.
+
+There is no encryption yet, so nothing off loopback opens unless DETCOLL_INSECURE=1 says that this is accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import socket
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from detcoll.errors import ConnectError, UsageError
+from detcoll.rendezvous import wire
+from detcoll.rendezvous.hub import Hub, peer_uid
+from detcoll.rendezvous.session import Refusal, Session
+from detcoll.rendezvous.sockets import (
+    LONGEST_NAP_S,
+    SHORTEST_NAP_S,
+    Address,
+    adopt,
+    connect,
+    is_loopback,
+    left,
+    listen,
+    own_host,
+    parse_ports,
+    resolve_in_time,
+    source_address,
+)
+
+_log = logging.getLogger("detcoll")
+
+_LINGER_NS = 10**9
+"""How long rank 0 stays to tell late ranks why the world failed."""
+
+_MPI_LAUNCHERS = frozenset(
+    {"mpiexec", "mpirun", "mpiexec.hydra", "hydra_pmi_proxy", "pmi_proxy"}
+    | {"orterun", "orted", "prterun", "prted", "prte"}
+)
+_MPI_ADDRESS_BYTES = 256
+
+_epochs: Counter[tuple[int, str, str | None, str]] = Counter()
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+_warned: set[str] = set()
+
+
+class Place(Protocol):
+    """What `meet` asks of a `detcoll.launchers.World`."""
+
+    @property
+    def rank(self) -> int:
+        """Which rank this process is."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+
+    @property
+    def local_size(self) -> int | None:
+        """How many of them are on this host, if known."""
+
+    @property
+    def launcher(self) -> str:
+        """Who started it."""
+
+    @property
+    def meeting(self) -> str:
+        """One of alone, address, store, mpi."""
+
+    @property
+    def rendezvous(self) -> str | None:
+        """Where to meet, or where the store is."""
+
+    @property
+    def job(self) -> str:
+        """What tells this job from others."""
+
+
+class Store(Protocol):
+    """The part of a torch store that is used here."""
+
+    def set(self, key: str, value: str) -> Any:
+        """Put ``value`` under ``key``."""
+
+    def get(self, key: str) -> bytes:
+        """Return what is under ``key``, waiting for it as long as the store was told to."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """Where to meet; rank 0 has the sockets that listen."""
+
+    address: Address
+    listener: socket.socket | None = None
+    directory: socket.socket | None = None
+
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Give the listener back if the others cannot be told of it."""
+        try:
+            yield
+        except BaseException:
+            if self.listener is not None:
+                self.listener.close()
+            raise
+
+
+def meet(
+    world: Place, deadline_ns: int, environ: Mapping[str, str] | None = None, store: Store | None = None
+) -> Session:
+    """Join all ranks of ``world`` and return the standing connection with them.
+
+    Parameters
+    ----------
+    world : Place
+        A `detcoll.launchers.World`.
+    deadline_ns : int
+        On this process's `time.monotonic_ns`. The earliest deadline among the ranks counts for all.
+    environ : mapping, optional
+        The process's own unless given. Read are DETCOLL_INSECURE, DETCOLL_INTERFACE, DETCOLL_ADVERTISE, DETCOLL_PORTS
+        and DETCOLL_RENDEZVOUS_FD.
+    store : Store, optional
+        Meet through this store, whatever the launcher.
+
+    Raises
+    ------
+    UsageError
+        If an address cannot be used, would need keys, or this rank does not fit into the world.
+    ConnectError
+        If not every rank came before the deadline; names those that did not.
+    """
+    environ = os.environ if environ is None else environ
+    host = own_host(environ) if world.size > 1 else None
+    parse_ports(environ.get("DETCOLL_PORTS", ""))
+    key = (world.rank, world.launcher, world.rendezvous, world.job)
+    meeting = _Meeting(world, deadline_ns, environ, _epochs[key], host)
+    if host is not None:
+        meeting.require_permission(Address(host, 0), "this rank's address")
+    spot = meeting.find(store)
+    hub = meeting.serve(spot) if spot.listener is not None else None
+    try:
+        session = meeting.join(spot.address, hub)
+    except BaseException as error:
+        if hub is not None:
+            is_worth_telling = isinstance(error, UsageError | ConnectError) and left(deadline_ns) > 0
+            hub.close(min(deadline_ns, time.monotonic_ns() + _LINGER_NS) if is_worth_telling else 0)
+        raise
+    _epochs[key] += 1
+    _sessions.add(session)
+    return session
+
+
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    """One attempt of a rank to join."""
+
+    world: Place
+    deadline_ns: int
+    environ: Mapping[str, str]
+    epoch: int
+    host: str | None
+
+    def find(self, store: Store | None) -> _Spot:
+        """Return where to meet; on rank 0, listen there."""
+        if self.world.size == 1:
+            return self._listening(Address("127.0.0.1", 0))
+        if store is not None:
+            return self._through_store(store)
+        match self.world.meeting:
+            case "store":
+                return self._through_store(_open_store(self._known_address(), self.deadline_ns))
+            case "mpi":
+                return self._through_mpi()
+            case _:
+                return self._at_address()
+
+    def serve(self, spot: _Spot) -> Hub:
+        """Start the hub of rank 0."""
+        assert spot.listener is not None
+        hub = Hub(spot.listener, self.world.size, self.world.job, self.epoch, spot.directory, str(spot.address))
+        hub.start()
+        return hub
+
+    def join(self, address: Address, hub: Hub | None) -> Session:
+        """Connect and say hello, again while the hub says that it is too early."""
+        nap_s = SHORTEST_NAP_S
+        while True:
+            remaining_ms = round(left(self.deadline_ns) * 1000)
+            hello = wire.Hello(wire.VERSION, self.world.job, self.epoch, self.world.rank, self.world.size, remaining_ms)
+            session = Session(connect(address, self.deadline_ns), hello, str(address), self.host, hub)
+            try:
+                session.join(hello, self.deadline_ns)
+            except Refusal as refusal:
+                session.drop()
+                if refusal.fault != "later" or left(self.deadline_ns) == 0:
+                    kind = UsageError if refusal.fault == "usage" else ConnectError
+                    raise kind(f"rendezvous {address}: {refusal}") from refusal
+            except BaseException:
+                session.drop()
+                raise
+            else:
+                return session
+            time.sleep(min(nap_s, left(self.deadline_ns)))
+            nap_s = min(2 * nap_s, LONGEST_NAP_S)
+
+    def require_permission(self, address: Address, what: str = "rendezvous") -> bool:
+        """Return True on loopback; else False if the environment allows to be without encryption."""
+        is_looped = all(is_loopback(where[0]) for _, where in resolve_in_time(address, self.deadline_ns))
+        is_sure = is_loopback(address.host) or self.world.local_size is None or self._is_local
+        if is_looped and is_sure:
+            return True
+        if self.environ.get("DETCOLL_INSECURE", "") in ("", "0"):
+            raise UsageError(
+                f"{what} {address} is not on loopback, and encryption keys are not available in this version: "
+                "everything would cross the network readable and open to all. DETCOLL_INSECURE=1 (--insecure) opts out "
+                "of this protection"
+            )
+        if "insecure" not in _warned and self.world.rank == 0:
+            _warned.add("insecure")
+            _log.warning("DETCOLL_INSECURE is set: nothing is encrypted or authenticated (%s %s)", what, address)
+        return False
+
+    @property
+    def _is_local(self) -> bool:
+        return self.world.local_size == self.world.size
+
+    def _known_address(self) -> Address:
+        if not self.world.rendezvous:
+            raise UsageError(
+                f"{self.world.launcher}: no address to meet at; set DETCOLL_RENDEZVOUS=host:port, or MASTER_ADDR and "
+                "MASTER_PORT, to an address of the host of rank 0"
+            )
+        return Address.parse(self.world.rendezvous)
+
+    def _at_address(self) -> _Spot:
+        address = self._known_address()
+        self.require_permission(address)
+        if self.world.rank != 0:
+            return _Spot(address)
+        inherited = adopt(self.environ.get("DETCOLL_RENDEZVOUS_FD"), address)
+        return _Spot(address, inherited) if inherited is not None else self._listening(address)
+
+    def _through_store(self, store: Store) -> _Spot:
+        key = f"detcoll/{self.world.job}/{self.epoch}/rendezvous"
+        if self.world.rank == 0:
+            spot = self._listening(Address(self._reachable_host(), 0))
+            with spot.closed_on_error():
+                store.set(key, str(spot.address))
+            return spot
+        try:
+            text = bytes(store.get(key)).decode()
+        except RuntimeError as error:  # of torch's stores
+            raise ConnectError(f"rank 0 never came: it put no address into the store ({error})") from error
+        return self._told(text)
+
+    def _through_mpi(self) -> _Spot:
+        if self._is_local:
+            return self._through_directory()
+        world = _mpi_world(self.world.launcher, self.world.size)
+        if world is None:
+            raise UsageError(
+                f"{self.world.launcher}: ranks on several hosts find each other through mpi4py, which is missing here "
+                "or belongs to another MPI (pip install mpi4py); or set DETCOLL_RENDEZVOUS=host:port to an address of "
+                "the host of rank 0"
+            )
+        if self.world.rank != 0:
+            return self._told(_broadcast(world, "", self.deadline_ns))
+        spot = self._listening(Address(self._reachable_host(), 0))
+        with spot.closed_on_error():
+            _broadcast(world, str(spot.address), self.deadline_ns)
+        return spot
+
+    def _through_directory(self) -> _Spot:
+        identity = f"{self.world.job or _launcher_process()}/{self.epoch}"
+        name = f"\0detcoll-{os.getuid()}-{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}"
+        if self.world.rank == 0:
+            spot = self._listening(Address("127.0.0.1", 0))
+            with spot.closed_on_error():
+                return _Spot(spot.address, spot.listener, _listen_unix(name))
+        return self._told(_ask(name, self.deadline_ns))
+
+    def _told(self, text: str) -> _Spot:
+        address = Address.parse(text, "the address of rank 0")
+        self.require_permission(address)
+        return _Spot(address)
+
+    def _listening(self, address: Address) -> _Spot:
+        """Listen, and return where others reach this."""
+        is_private = self.require_permission(address)
+        advertised = self.environ.get("DETCOLL_ADVERTISE")
+        looped = not is_private and all(is_loopback(where[0]) for _, where in address.resolve())
+        listener = listen(address, self.environ, everywhere=looped or bool(advertised and not is_private))
+        port = listener.getsockname()[1]
+        listener_host = advertised if advertised and not is_private and not address.port else address.host
+        return _Spot(Address(listener_host, port), listener)
+
+    def _reachable_host(self) -> str:
+        """Return the address of this host to be met at by others."""
+        if self._is_local:
+            return "127.0.0.1"
+        if self.host:
+            return self.host
+        if self.world.meeting == "store" and self.world.rendezvous:
+            return source_address(Address.parse(self.world.rendezvous))
+        with contextlib.suppress(ConnectError):
+            for _, where in Address(socket.gethostname(), 9).resolve():
+                if not is_loopback(where[0]):
+                    return where[0]
+        return source_address(Address("192.0.2.1", 9))  # an address for documentation: the default route's source
+
+
+def _open_store(address: Address, deadline_ns: int) -> Store:
+    """Connect to torchrun's store."""
+    try:
+        from torch.distributed import TCPStore
+    except ImportError as error:
+        raise UsageError(
+            f"torchrun's store needs torch, which does not import ({error}); set DETCOLL_RENDEZVOUS=host:port instead"
+        ) from error
+    timeout = timedelta(seconds=max(left(deadline_ns), 0.001))
+    try:
+        store: Store = TCPStore(address.host, address.port, is_master=False, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise ConnectError(f"torchrun's store at {address} did not answer: {error}") from error
+    return store
+
+
+def _mpi_world(launcher: str, size: int) -> Any:
+    """Return MPI's world where mpi4py works and belongs to the MPI that launched us, else None."""
+    try:
+        import mpi4py
+
+        if "mpi4py.MPI" not in sys.modules:
+            mpi4py.rc(initialize=False, finalize=True)
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # the latter where no MPI library can be loaded
+        _log.debug("mpi4py does not import: %s", error)
+        return None
+    if MPI.Is_finalized():
+        return None
+    if not MPI.Is_initialized():
+        if (MPI.get_vendor()[0] == "Open MPI") != (launcher == "openmpi"):
+            return None
+        MPI.Init_thread()
+    return MPI.COMM_WORLD if MPI.COMM_WORLD.Get_size() == size else None
+
+
+def _broadcast(world: Any, text: str, deadline_ns: int) -> str:
+    """Return what rank 0 broadcasts through MPI."""
+    buffer = bytearray(text.encode().ljust(_MPI_ADDRESS_BYTES, b"\0"))
+    request = world.Ibcast(buffer, root=0)
+    while not request.Test():
+        if left(deadline_ns) == 0:
+            raise ConnectError("rank 0 never came to MPI's broadcast of the address to meet at")
+        time.sleep(0.001)
+    return buffer.rstrip(b"\0").decode()
+
+
+def _launcher_process() -> str:
+    """Return number and start time of the closest ancestor that is an MPI launcher, else of the parent."""
+    pid = parent = os.getppid()
+    while pid > 1:
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            break
+        name, fields = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+        if name in _MPI_LAUNCHERS:
+            return f"{pid}.{fields[19]}"
+        pid = int(fields[1])
+    return str(parent)
+
+
+def _listen_unix(name: str) -> socket.socket:
+    directory = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        directory.bind(name)
+        directory.listen(4096)
+    except OSError as error:
+        directory.close()
+        raise ConnectError(
+            f"the local meeting place {name[1:]} is already in use; set DETCOLL_RENDEZVOUS=127.0.0.1:port"
+        ) from error
+    return directory
+
+
+def _ask(name: str, deadline_ns: int) -> str:
+    """Return what rank 0 says at its Unix socket, waiting for it to listen."""
+    nap_s = SHORTEST_NAP_S
+    while left(deadline_ns) > 0:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            asking.settimeout(left(deadline_ns))
+            asking.connect(name)
+            text = asking.recv(256).decode(errors="replace")
+            if peer_uid(asking) != os.getuid():
+                raise ConnectError("another user's process answers at this job's local meeting place")
+            if re.fullmatch(r"\S+:\d+", text):
+                return text
+        time.sleep(min(nap_s, left(deadline_ns)))
+        nap_s = min(2 * nap_s, LONGEST_NAP_S)
+    raise ConnectError(
+        "rank 0 never came: nobody listens at this job's local meeting place (if ranks run in containers of their own, "
+        "set DETCOLL_RENDEZVOUS=host:port)"
+    )
+
+
+def _forget_all() -> None:
+    for session in list(_sessions):
+        session.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)

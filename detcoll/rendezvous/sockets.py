@@ -1,0 +1,277 @@
+"""Addresses and sockets of the rendezvous: parsing, resolving, listening, connecting, telling loopback from network."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import ipaddress
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from detcoll.errors import ConnectError, UsageError
+
+SHORTEST_NAP_S, LONGEST_NAP_S = 0.02, 0.5
+_ATTEMPT_S = 3.0
+_SIOCGIFADDR = 0x8915
+
+Where = tuple[str, *tuple[int, ...]]
+"""A socket address of IPv4 (host, port) or IPv6 (host, port, flow, scope)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A host, by name or number, and a TCP port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, name: str = "DETCOLL_RENDEZVOUS") -> Address:
+        """Return the address that ``host:port`` or ``[IPv6]:port`` means.
+
+        Raises
+        ------
+        UsageError
+            If it is neither.
+        """
+        match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:\s]+)):(\d{1,5})", text)
+        if match is None or not 0 < int(match[3]) < 65536:
+            raise UsageError(f"{name}={text!r} must be host:port or [IPv6 address]:port, with a port from 1 to 65535")
+        return cls(match[1] or match[2], int(match[3]))
+
+    @classmethod
+    def of(cls, bound: socket.socket) -> Address:
+        """Return where ``bound`` is bound."""
+        host, port = bound.getsockname()[:2]
+        return cls(host, port)
+
+    def resolve(self) -> list[tuple[socket.AddressFamily, Where]]:
+        """Return families and socket addresses, the resolver's favourite first.
+
+        Raises
+        ------
+        ConnectError
+            If the name is not known.
+        """
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectError(f"the host of rendezvous {self} is not known here: {error}") from error
+        return [(family, (str(where[0]), *map(int, where[1:]))) for family, _, _, _, where in found]
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether ``host`` is this machine itself: 127.0.0.0/8, ::1 or localhost."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def listen(address: Address, environ: Mapping[str, str], *, everywhere: bool = False) -> socket.socket:
+    """Return a socket that listens at ``address``; port 0 takes a free one, from DETCOLL_PORTS where that is set.
+
+    With ``everywhere`` it listens on all interfaces, for an address that is not this host's own: one behind
+    DETCOLL_ADVERTISE, or a name that means loopback on the host itself but not elsewhere.
+
+    Raises
+    ------
+    ConnectError
+        If the port is taken, or the address is not one of this host.
+    """
+    ports = [address.port] if address.port else list(parse_ports(environ.get("DETCOLL_PORTS", "")))
+    failures: list[OSError] = []
+    for family, where in address.resolve():
+        host = where[0] if not everywhere else "::" if family == socket.AF_INET6 else "0.0.0.0"
+        for port in ports:
+            try:
+                return _bind(family, (host, port, where[2], where[3]) if len(where) == 4 else (host, port))
+            except OSError as error:
+                failures.append(error)
+    raise _cannot_listen(address, failures, environ) from failures[0]
+
+
+def parse_ports(text: str) -> range:
+    """Return the ports that ``first-last`` means; empty text means any, as port 0.
+
+    Raises
+    ------
+    UsageError
+        If it is no such range.
+    """
+    if not text:
+        return range(1)
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2]) < 65536:
+        raise UsageError(f"DETCOLL_PORTS={text!r} must be first-last, such as 5000-5100")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def adopt(descriptor: str | None, address: Address) -> socket.socket | None:
+    """Return the listening socket that the launcher left under ``descriptor``, None if it is not there any more."""
+    if descriptor is None or not descriptor.isdigit():
+        return None
+    try:
+        found = socket.socket(fileno=int(descriptor))
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        if (
+            found.family in (socket.AF_INET, socket.AF_INET6)
+            and found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            and found.getsockname()[1] == address.port
+        ):
+            found.set_inheritable(False)
+            return found
+    found.detach()  # somebody else's
+    return None
+
+
+def connect(address: Address, deadline_ns: int) -> socket.socket:
+    """Return a connection to ``address``, trying again until the deadline.
+
+    Raises
+    ------
+    ConnectError
+        If nothing answers in time.
+    """
+    nap_s, why = SHORTEST_NAP_S, "the time was over before the first attempt"
+    while (left_s := left(deadline_ns)) > 0:
+        try:
+            for family, where in address.resolve():
+                try:
+                    return _connect_once(family, where, min(left_s, _ATTEMPT_S))
+                except OSError as error:
+                    why = error.strerror or str(error)
+        except ConnectError as error:  # a name may become known while its host starts
+            why = str(error)
+        time.sleep(min(nap_s, left(deadline_ns)))
+        nap_s = min(2 * nap_s, LONGEST_NAP_S)
+    raise ConnectError(f"the rendezvous at {address} did not answer: rank 0 never came, or is already gone ({why})")
+
+
+def resolve_in_time(address: Address, deadline_ns: int) -> list[tuple[socket.AddressFamily, Where]]:
+    """Resolve an address, again while its name is unknown: it may become known while its host starts."""
+    while True:
+        try:
+            return address.resolve()
+        except ConnectError:
+            if left(deadline_ns) == 0:
+                raise
+        time.sleep(min(LONGEST_NAP_S, left(deadline_ns)))
+
+
+def left(deadline_ns: int) -> float:
+    """Return the seconds until ``deadline_ns``, never less than zero."""
+    return max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Let a vanished host show within half a minute, and small messages leave at once."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+
+
+def own_host(environ: Mapping[str, str]) -> str | None:
+    """Return this rank's address where DETCOLL_ADVERTISE or DETCOLL_INTERFACE (a name or an address) gives it.
+
+    Raises
+    ------
+    UsageError
+        If the interface is not here or has no address.
+    """
+    if advertised := environ.get("DETCOLL_ADVERTISE"):
+        return advertised
+    interface = environ.get("DETCOLL_INTERFACE")
+    if not interface:
+        return None
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(interface))
+    return _interface_address(interface)
+
+
+def source_address(towards: Address) -> str:
+    """Return the local address from which this host reaches ``towards``.
+
+    Raises
+    ------
+    ConnectError
+        If there is no route.
+    """
+    family, where = towards.resolve()[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(where)  # sends nothing, but picks the route
+        except OSError as error:
+            raise ConnectError(f"there is no route to {towards}: {error.strerror}") from error
+        return str(probe.getsockname()[0])
+
+
+def _interface_address(name: str) -> str:
+    """Return the IPv4 address of an interface, else its first global IPv6 address."""
+    if name not in (known for _, known in socket.if_nameindex()):
+        names = ", ".join(known for _, known in socket.if_nameindex())
+        raise UsageError(f"DETCOLL_INTERFACE={name!r} is neither an address nor an interface here; there are {names}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, contextlib.suppress(OSError):
+        answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", os.fsencode(name)))
+        return socket.inet_ntoa(answer[20:24])
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as table:
+        for digits, _, _, scope, _, interface in (line.split() for line in table):
+            if interface == name and scope in ("00", "10"):  # global, or loopback itself
+                return str(ipaddress.IPv6Address(bytes.fromhex(digits)))
+    raise UsageError(f"DETCOLL_INTERFACE={name!r} has no IPv4 address and no global IPv6 address")
+
+
+def _bind(family: socket.AddressFamily, where: Where) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(4096)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _cannot_listen(address: Address, failures: list[OSError], environ: Mapping[str, str]) -> ConnectError:
+    codes = {error.errno for error in failures}
+    if errno.EADDRINUSE in codes and not address.port:
+        return ConnectError(f"no port of DETCOLL_PORTS={environ.get('DETCOLL_PORTS')!r} is free on {address.host}")
+    if errno.EADDRINUSE in codes:
+        hint = "perhaps by another job; set DETCOLL_RENDEZVOUS to a free one"
+        return ConnectError(f"rendezvous {address}: the port is already in use, {hint}")
+    if errno.EADDRNOTAVAIL in codes:
+        return ConnectError(f"rendezvous {address}: not an address of this host, where rank 0 runs")
+    return ConnectError(f"rendezvous {address}: cannot listen there: {failures[0].strerror}")
+
+
+def _connect_once(family: socket.AddressFamily, where: Where, timeout_s: float) -> socket.socket:
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(where)
+        if connection.getsockname() == connection.getpeername():
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")  # TCP met itself on that port
+        keep_alive(connection)
+    except OSError:
+        connection.close()
+        raise
+    return connection

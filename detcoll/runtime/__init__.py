@@ -1,0 +1,10 @@
+"""Carries plans out: one progress thread a communicator walks machines over endpoints."""
+
+from __future__ import annotations
+
+from detcoll.runtime.operation import Descriptor, Operation
+from detcoll.runtime.progress import Membership, Progress, Routes
+from detcoll.runtime.timekeeping import Timekeeper
+from detcoll.runtime.work import Work
+
+__all__ = ["Descriptor", "Membership", "Operation", "Progress", "Routes", "Timekeeper", "Work"]

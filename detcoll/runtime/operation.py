@@ -1,0 +1,146 @@
+"""One collective on its way: a machine, the arrays it works on, and what it was asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.errors import PlanMismatch, UsageError
+from detcoll.machine import Machine
+from detcoll.plan.ir import Buffer, Plan
+from detcoll.runtime.work import Work
+from detcoll.transport import Ticket, byte_view
+from detcoll.types import ReduceOp, accumulation_dtype
+
+HELLO_BYTES = 256
+"""Size of the record that neighbours exchange about every collective."""
+
+
+class Descriptor(msgspec.Struct, frozen=True):
+    """What a collective was called with; equal on all ranks, or the call is an error."""
+
+    sequence: int
+    kind: str
+    op: str
+    dtype: str
+    count: int
+    root: int
+    arrays: int = 1
+
+    def encode(self) -> bytes:
+        """Return the record that neighbours compare: its length, its text, and padding."""
+        text = msgspec.json.encode(self)
+        if len(text) > HELLO_BYTES - 2:
+            raise UsageError(f"{self} is too long to describe")
+        return (len(text).to_bytes(2, "little") + text).ljust(HELLO_BYTES, b"\0")
+
+    def compare(self, rank: int, other: int, record: bytes) -> None:
+        """Hold this rank's descriptor against the record that rank ``other`` sent.
+
+        Raises
+        ------
+        PlanMismatch
+            If they differ; shows both in full.
+        """
+        if record != self.encode():
+            text = record[2 : 2 + int.from_bytes(record[:2], "little")].decode(errors="replace")
+            raise PlanMismatch(
+                f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
+                f"rank {other} called {text}"
+            )
+
+
+class ScratchPool:
+    """Scratch memory that operations use one after another, so that its pages are touched once."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return ``nbytes`` of memory, content unspecified."""
+        free = self._free.get(nbytes)
+        return free.pop() if free else np.empty(nbytes, np.uint8)
+
+    def give(self, memory: NDArray[np.uint8]) -> None:
+        """Take memory back; sizes that are no longer asked for are forgotten."""
+        if memory.nbytes not in self._free and len(self._free) >= 4:
+            self._free.pop(next(iter(self._free)))
+        self._free.setdefault(memory.nbytes, []).append(memory)
+
+
+@dataclass(eq=False, slots=True)
+class Operation:
+    """What the progress thread knows about one collective.
+
+    ``array`` : (count,), the caller's memory or its staging copy; written in place.
+    """
+
+    descriptor: Descriptor
+    plan: Plan
+    array: NDArray[Any]
+    op: ReduceOp
+    work: Work
+    deadline_ns: int
+    called_ns: int
+    predicted_ns: int
+    machine: Machine = field(init=False)
+    lent: dict[int, Ticket] = field(default_factory=dict)
+    strangers: set[int] = field(default_factory=set)
+    """Ranks that have not said yet what they called; what comes from them is held."""
+    held: list[Ticket] = field(default_factory=list)
+    unasked_bytes: dict[int, int] = field(default_factory=dict)
+    """What was sent to each stranger."""
+    unsent: dict[int, list[int]] = field(default_factory=dict)
+    """SEND steps that wait until a stranger has called, by rank."""
+    reported: bool = False
+    _buffers: dict[int, NDArray[Any]] = field(default_factory=dict)
+    _scratch: list[NDArray[np.uint8]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Make the machine for the plan."""
+        self.machine = Machine(self.plan)
+
+    def open(self, pool: ScratchPool) -> None:
+        """Lay out scratch for the plan."""
+        self._buffers[Buffer.USER] = self.array
+        for buffer, elems, dtype in (
+            (Buffer.PARTIAL, self.plan.partial_elems, self.array.dtype),
+            (Buffer.ACCUMULATOR, self.plan.accumulator_elems, self.accumulator_dtype),
+        ):
+            memory = pool.take(elems * dtype.itemsize)
+            self._scratch.append(memory)
+            self._buffers[buffer] = memory.view(dtype)
+
+    def close(self, pool: ScratchPool) -> None:
+        """Give scratch back; nothing may be under way any more."""
+        self._buffers.clear()
+        while self._scratch:
+            pool.give(self._scratch.pop())
+
+    @property
+    def accumulator_dtype(self) -> np.dtype[Any]:
+        """The type in which this operation folds."""
+        return accumulation_dtype(self.array.dtype)
+
+    @property
+    def divisor(self) -> int | None:
+        """By what the last fold divides, or None where it does not."""
+        return self.plan.size if self.op is ReduceOp.AVG else None
+
+    def elements(self, buffer: int, offset: int, length: int) -> NDArray[Any]:
+        """Return elements of a buffer that the plan names."""
+        return self._buffers[buffer][offset : offset + length]
+
+    def view(self, buffer: int, offset: int, length: int) -> memoryview:
+        """Return the same as `elements`, as bytes."""
+        return byte_view(self.elements(buffer, offset, length))
+
+    def arrived(self, step: int, accumulated: bool) -> NDArray[Any]:
+        """Return what the RECV ``step`` lent."""
+        view = self.lent[step].view
+        dtype = self.accumulator_dtype if accumulated else self.array.dtype
+        return np.frombuffer(view if view is not None else b"", dtype)

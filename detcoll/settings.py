@@ -1,0 +1,173 @@
+"""What a job is started with: arguments of `detcoll.init`, overridden by the environment.
+
+All ranks must agree on them. What a rank says about itself is exchanged at the rendezvous, and a difference is an
+error that shows both sides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from detcoll.errors import UsageError
+from detcoll.plan.calendar import Slotting
+from detcoll.rendezvous.sockets import parse_ports
+from detcoll.topology import Topology
+
+log = logging.getLogger("detcoll")
+
+_TRUE = {"1", "true", "yes", "on"}
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Everything that decides how this rank opens its communicator.
+
+    ``transport`` : a name or ``"auto"``.  ``timeout_s`` : deadline of each collective and of assembling.
+    ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
+    does best.  ``ports`` : range to bind in.  ``trace`` : folder for trace files.
+    """
+
+    transport: str
+    topology: Topology
+    timeout_s: float
+    reproducible: bool
+    slotting: Slotting | None
+    insecure: bool
+    ports: tuple[int, int] | None
+    congestion: str
+    trace: str | None
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What transports are opened with; each takes what means something to it."""
+        return {"insecure": self.insecure, "ports": self.ports, "congestion": self.congestion}
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What a rank tells the others before anything is opened."""
+
+    version: str
+    transport: str
+    topology: str
+    reproducible: bool
+    slotting: str
+    congestion: str
+    site: str
+    host: str
+    clock: str
+    launcher: str
+
+
+_MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion")
+
+
+def read_settings(
+    environ: Mapping[str, str],
+    size: int,
+    transport: str,
+    topology: Topology | str | os.PathLike[str] | None,
+    timeout: float,
+    reproducible: bool | None,
+) -> Settings:
+    """Combine arguments and environment; what the environment says wins.
+
+    Raises
+    ------
+    UsageError
+        If one of them cannot be used.
+    """
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < 1e6:
+        raise UsageError(f"timeout={timeout!r} must be a number of seconds greater than zero")
+    if not isinstance(transport, str):
+        raise UsageError(f"transport={transport!r} must be a name such as 'auto' or 'slotted'")
+    slotting = environ.get("DETCOLL_SLOTTING")
+    return Settings(
+        transport=environ.get("DETCOLL_TRANSPORT") or transport,
+        topology=_topology(environ, size, topology),
+        timeout_s=float(timeout),
+        reproducible=bool(reproducible),
+        slotting=Slotting.parse(slotting) if slotting else None,
+        insecure=environ.get("DETCOLL_INSECURE", "").lower() in _TRUE,
+        ports=_ports(environ.get("DETCOLL_PORTS")),
+        congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
+        trace=environ.get("DETCOLL_TRACE") or None,
+    )
+
+
+def configure_logging(level: str | None) -> None:
+    """Show detcoll's log on standard error from ``level`` up, for DETCOLL_LOG."""
+    if not level:
+        return
+    number = logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise UsageError(f"DETCOLL_LOG={level!r} must be one of debug, info, warning, error")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("detcoll %(levelname)s: %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(number)
+
+
+def agree(facts: Sequence[Facts]) -> None:
+    """Compare what all ranks say.
+
+    Raises
+    ------
+    UsageError
+        If two ranks differ in something that must be the same; names both and their values.
+    """
+    for rank, other in enumerate(facts):
+        for name in _MUST_AGREE:
+            ours, theirs = getattr(facts[0], name), getattr(other, name)
+            if ours != theirs:
+                raise UsageError(f"ranks disagree about {name}: rank 0 has {ours!r}, rank {rank} has {theirs!r}")
+
+
+def place(topology: Topology, sites: Sequence[str]) -> Topology:
+    """Return ``topology`` with ranks in the sites that they say they are in; as numbered where none says.
+
+    Raises
+    ------
+    UsageError
+        If only some say, or the sites do not add up.
+    """
+    if not any(sites):
+        return topology
+    silent = [rank for rank, site in enumerate(sites) if not site]
+    if silent:
+        raise UsageError(f"DETCOLL_SITE must be set on all ranks or on none; ranks {silent} lack it")
+    return topology.placed(sites)
+
+
+def _topology(environ: Mapping[str, str], size: int, given: Topology | str | os.PathLike[str] | None) -> Topology:
+    path = environ.get("DETCOLL_TOPOLOGY")
+    if path:
+        return Topology.from_file(path, size)
+    groups = environ.get("DETCOLL_SITES")
+    if groups and given is None:
+        return _grouping(groups, size)
+    if given is None:
+        return Topology.single_site(size)
+    if not isinstance(given, Topology):
+        return Topology.from_file(Path(given), size)
+    if given.size != size:
+        raise UsageError(f"topology declares {given.size} ranks but the world has {size}")
+    return given
+
+
+def _grouping(text: str, size: int) -> Topology:
+    count = int(text) if text.isdecimal() else 0
+    if not 1 <= count <= size or size % count:
+        raise UsageError(f"DETCOLL_SITES={text!r} must divide the world of {size} ranks")
+    return Topology.uniform(count, size // count, 1.0, 0).as_single_cluster()
+
+
+def _ports(text: str | None) -> tuple[int, int] | None:
+    if not text:
+        return None
+    ports = parse_ports(text)
+    return ports[0], ports[-1]

@@ -1,0 +1,99 @@
+"""A modelled rank: one core that does its steps one after another, and the memory they work on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.errors import UsageError
+from detcoll.fold import fold
+from detcoll.machine import Machine, Queued, Slots
+from detcoll.plan.ir import Buffer, Plan
+from detcoll.transport import Window
+from detcoll.types import ReduceOp, accumulation_dtype
+
+Job = tuple[int, Callable[..., None], tuple[Any, ...]]
+"""Something for the core: how long it takes, and what happens then."""
+
+
+@dataclass(slots=True)
+class Memory:
+    """The arrays of one rank, when a simulation carries data."""
+
+    plan: Plan
+    op: ReduceOp
+    user: NDArray[Any]
+    lent: dict[int, NDArray[Any]] = field(default_factory=dict)
+    buffers: dict[int, NDArray[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Lay out scratch, and refuse an array that does not fit the plan."""
+        wide = accumulation_dtype(self.user.dtype)
+        given = (self.user.shape, self.user.dtype.itemsize, wide.itemsize)
+        collective = self.plan.collective
+        wanted = ((collective.count,), collective.itemsize, collective.accumulator_itemsize)
+        if given != wanted:
+            raise UsageError(f"data of rank {self.plan.rank}: shape and item sizes are {given}; expected {wanted}")
+        self.user = self.user.copy()
+        self.buffers = {
+            Buffer.USER: self.user,
+            Buffer.PARTIAL: np.zeros(self.plan.partial_elems, self.user.dtype),
+            Buffer.ACCUMULATOR: np.zeros(self.plan.accumulator_elems, wide),
+        }
+
+    def read(self, step: int) -> NDArray[Any]:
+        """Return a copy of what SEND ``step`` sends."""
+        row = self.plan.rows[step]
+        return self.buffers[row.buffer][row.offset : row.offset + row.length].copy()
+
+    def take(self, step: int, values: NDArray[Any]) -> None:
+        """Put what RECV ``step`` received where it belongs."""
+        row = self.plan.rows[step]
+        if row.buffer == Buffer.LENT:
+            self.lent[step] = values
+        else:
+            self.buffers[row.buffer][row.offset : row.offset + row.length] = values
+
+    def fold(self, step: int) -> None:
+        """Do FOLD ``step``."""
+        row = self.plan.rows[step]
+        inputs = [
+            self.lent.pop(offset) if buffer == Buffer.LENT else self.buffers[buffer][offset : offset + row.length]
+            for buffer, offset in self.plan.inputs_of(step)
+        ]
+        divisor = self.plan.size if row.final and self.op is ReduceOp.AVG else None
+        fold(self.op, inputs, self.buffers[row.buffer][row.offset : row.offset + row.length], divisor)
+
+
+@dataclass(slots=True)
+class Host:
+    """One rank: its machine, its slots, and what its transport holds.
+
+    ``work`` : what waits for the core.  ``working``, ``taking`` : whether it does something, and just now ends it.
+    ``follow`` : what that makes ready.
+    ``arrived`` : messages nobody has asked for yet, by (source, tag).  ``posted`` : receives that wait, by the same.
+    ``timed`` : sends that wait for their window to open.  ``connection_free_ns`` : when kernel pacing lets the next
+    message to a peer begin.
+    """
+
+    site: int
+    machine: Machine
+    slots: Slots[int]
+    memory: Memory | None
+    working: bool = False
+    taking: bool = False
+    work: deque[Job] = field(default_factory=deque)
+    follow: list[Job] = field(default_factory=list)
+    line_free_ns: int = 0
+    finish_ns: int = -1
+    drained_ns: int = -1
+    asks_ns: int = -1
+    arrived: dict[tuple[int, int], NDArray[Any] | None] = field(default_factory=dict)
+    posted: dict[tuple[int, int], int] = field(default_factory=dict)
+    timed: deque[tuple[Queued[int], Window]] = field(default_factory=deque)
+    connection_free_ns: dict[int, int] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The programs that `detcoll.testing.TransportContract` runs on every rank."""

@@ -1,0 +1,158 @@
+"""Programs about the collectives that a transport does itself.
+
+Values are small whole numbers, exact in every element type, so that the result does not depend on the fold order.
+They name the rank and the position they come from, so that a wrong chunk names itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, UsageError
+from detcoll.testing.fabric import Here
+from detcoll.transport import NativeCollectives
+from detcoll.types import DTYPES, ReduceOp, is_integer
+
+AHEAD_NS = 50 * 10**6
+
+
+def _native(here: Here) -> NativeCollectives:
+    assert isinstance(here.endpoint, NativeCollectives)
+    return here.endpoint
+
+
+def _contribution(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
+    positions = np.arange(count)
+    if op is ReduceOp.PROD:
+        return np.asarray(1 + (positions + rank) % 5 // 4).astype(dtype)
+    return np.asarray((positions * 3 + rank * 5) % 11).astype(dtype)
+
+
+def _expected(size: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
+    parts = np.stack([_contribution(rank, count, op, dtype).astype(np.float64) for rank in range(size)])
+    fold = {
+        ReduceOp.SUM: parts.sum(axis=0),
+        ReduceOp.MIN: parts.min(axis=0),
+        ReduceOp.MAX: parts.max(axis=0),
+        ReduceOp.PROD: parts.prod(axis=0),
+    }
+    if op is not ReduceOp.AVG:
+        return np.asarray(fold[op].astype(dtype))
+    wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+    return np.asarray((parts.sum(axis=0).astype(wide) / wide.type(size)).astype(dtype))
+
+
+def supported(dtype_names: frozenset[str], ops: frozenset[ReduceOp]) -> list[tuple[str, ReduceOp]]:
+    """Return the pairs of type and operation that make sense: there is no average of integers."""
+    return [
+        (name, op)
+        for name in sorted(dtype_names)
+        for op in sorted(ops, key=lambda op: op.value)
+        if not (op is ReduceOp.AVG and is_integer(DTYPES[name]))
+    ]
+
+
+def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = None) -> None:
+    """Every operation on every type gives the exact result, in place and on every rank."""
+    native = _native(here)
+    names = here.capabilities.native_dtypes if dtype_names is None else frozenset(dtype_names)
+    for name, op in supported(names & here.capabilities.native_dtypes, here.capabilities.native_ops):
+        dtype = DTYPES[name]
+        for count in counts:
+            array = _contribution(here.rank, count, op, dtype)
+            native.all_reduce(array, op, here.deadline_ns())
+            np.testing.assert_array_equal(
+                array.astype(np.float64),
+                _expected(here.size, count, op, dtype).astype(np.float64),
+                f"{op.value} of {count} {name} on rank {here.rank} of {here.size}",
+            )
+
+
+def all_reduce_part(here: Here, count: int = 1000) -> None:
+    """Elements beside a slice that is reduced are not touched."""
+    array = np.full(count + 20, -1.0, np.float32)
+    array[10:-10] = here.rank + 1
+    _native(here).all_reduce(array[10:-10], ReduceOp.SUM, here.deadline_ns())
+    assert (array[10:-10] == here.size * (here.size + 1) / 2).all()
+    assert (array[:10] == -1).all()
+    assert (array[-10:] == -1).all()
+
+
+def broadcast(here: Here, counts: list[int]) -> None:
+    """Every rank in turn is the root, for every type."""
+    for name in sorted(here.capabilities.native_dtypes):
+        for root in range(here.size):
+            for count in counts:
+                array = _contribution(here.rank + 1, count, ReduceOp.SUM, DTYPES[name])
+                expected = _contribution(root + 1, count, ReduceOp.SUM, DTYPES[name])
+                _native(here).broadcast(array, root, here.deadline_ns())
+                assert array.tobytes() == expected.tobytes(), f"{count} {name} from {root} on rank {here.rank}"
+
+
+def barrier(here: Here, rounds: int = 5) -> list[tuple[int, int]]:
+    """Pass barriers; return when this rank entered and left each, for the caller to compare between ranks."""
+    times = []
+    for _ in range(rounds):
+        entered_ns = here.clock.now_ns()
+        _native(here).barrier(here.deadline_ns())
+        times.append((entered_ns, here.clock.now_ns()))
+    return times
+
+
+def mixed(here: Here, count: int = 5000) -> None:
+    """Check that collectives and messages of one endpoint do not disturb each other."""
+    native, endpoint = _native(here), here.endpoint
+    incoming = {src: endpoint.recv(src, 3, 1000) for src in here.others}
+    array = np.full(count, here.rank, np.float32)
+    native.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+    sent = [here.send(dst, 3, bytes([here.rank]) * 1000) for dst in here.others]
+    native.barrier(here.deadline_ns())
+    native.broadcast(array, here.size - 1, here.deadline_ns())
+    here.finish(*sent, *incoming.values())
+    assert (array == here.size * (here.size - 1) / 2).all()
+    for src, ticket in incoming.items():
+        assert ticket.view is not None
+        assert bytes(ticket.view) == bytes([src]) * 1000
+        ticket.release()
+
+
+def late_collective(here: Here, kind: str) -> None:
+    """Check that a collective which rank 0 never joins ends at the deadline and leaves the endpoint of no use."""
+    native = _native(here)
+    native.barrier(here.deadline_ns())
+    if here.rank == 0:
+        here.meet()
+        return
+    array = np.ones(1000, np.float32)
+    calls: dict[str, Callable[[int], None]] = {
+        "all_reduce": lambda deadline_ns: native.all_reduce(array, ReduceOp.SUM, deadline_ns),
+        "broadcast": lambda deadline_ns: native.broadcast(array, 0, deadline_ns),
+        "barrier": native.barrier,
+    }
+    with pytest.raises((DeadlineMissed, PeerLost)):
+        calls[kind](here.clock.now_ns() + AHEAD_NS)
+    with pytest.raises(TransportError):
+        calls[kind](here.clock.now_ns() + AHEAD_NS)
+    here.endpoint.abort()
+    with pytest.raises(Closed):
+        calls[kind](here.deadline_ns())
+    here.meet()
+
+
+def bad_arguments(here: Here) -> None:
+    """Check that what a collective cannot do is a UsageError before anything moves."""
+    native = _native(here)
+    with pytest.raises(UsageError):
+        native.broadcast(np.ones(3, np.float32), here.size, here.deadline_ns())
+    with pytest.raises(UsageError):
+        native.broadcast(np.ones(3, np.float32), -1, here.deadline_ns())
+    with pytest.raises(UsageError):
+        native.all_reduce(np.ones(3, np.complex64), ReduceOp.SUM, here.deadline_ns())
+    with pytest.raises(UsageError):
+        native.all_reduce(np.ones(3, np.int32), ReduceOp.AVG, here.deadline_ns())
+    native.barrier(here.deadline_ns())

@@ -1,0 +1,247 @@
+"""What ranks of a launched world do in tests: ``calls.py NAME [ARGUMENT ...]`` runs the function of that name.
+
+Each rank prints what it has to say as lines of JSON; see `ranks.Ended.said`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+
+import detcoll
+
+
+def say(something: object) -> None:
+    """Print one line, whole, whoever prints at the same time."""
+    rank = next((os.environ[name] for name in ("DETCOLL_RANK", "PMI_RANK") if name in os.environ), "0")
+    os.write(1, (json.dumps({"rank": int(rank), "said": something}, default=str) + "\n").encode())
+
+
+def describe(error: BaseException) -> list[str]:
+    """Return an error as its kind and text."""
+    return [type(error).__name__, str(error)]
+
+
+def small(transport: str = "auto") -> None:
+    """Sum once and tell the transport and the result."""
+    comm = detcoll.init(transport, timeout=20)
+    x = np.full(50_000, comm.rank + 1, np.float32)
+    detcoll.all_reduce(x)
+    assert (x == sum(range(1, comm.size + 1))).all()
+    say([comm.transport, comm.algorithm("all_reduce", x.nbytes), float(x[0])])
+    detcoll.finalize()
+
+
+def containers(transport: str) -> None:
+    """All collectives of a transport, on several containers."""
+    comm = detcoll.init(transport, timeout=20)
+    total = sum(range(1, comm.size + 1))
+    for dtype in (np.float32, np.float64, np.int32, np.uint8, ml_dtypes.bfloat16):
+        x = np.full((2, 3), comm.rank + 1, dtype)
+        detcoll.all_reduce(x)
+        assert (x == total).all(), x
+    scalar = np.array(comm.rank + 1.0)
+    detcoll.all_reduce(scalar, op="avg")
+    assert scalar == total / comm.size
+    listed = [np.full((4, 2), comm.rank + 1.0, ml_dtypes.bfloat16), np.ones(3, ml_dtypes.bfloat16)]
+    detcoll.all_reduce(listed)
+    assert (listed[0] == total).all()
+    assert (listed[1] == comm.size).all()
+    for root in range(comm.size):
+        y = np.arange(1000, dtype=np.int64) * (comm.rank == root)
+        detcoll.broadcast(y, root=root)
+        assert (y == np.arange(1000)).all()
+    works = [comm.all_reduce(np.ones(100, np.float32), async_op=True) for _ in range(40)]
+    for work in reversed(works):
+        work.wait()
+    detcoll.barrier()
+    say(comm.transport)
+    detcoll.finalize()
+
+
+def killed() -> None:
+    """The last rank is killed in the middle of collectives; the others tell what they saw and what is left."""
+    comm = detcoll.init(timeout=30)
+    x = np.ones(2_000_000, np.float32)
+    begun = time.monotonic()
+    try:
+        for number in range(10_000):
+            if comm.rank == comm.size - 1 and number == 5:
+                threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            detcoll.all_reduce(x)
+    except detcoll.DetcollError as error:
+        took = time.monotonic() - begun
+        seen = describe(error)
+    with contextlib.suppress(detcoll.DetcollError):
+        detcoll.finalize()
+    say({"seen": seen, "in_time": took < 25, "left": left_behind()})
+
+
+def left_behind() -> list[str]:
+    """Return sockets, shared memory and threads that this process still has."""
+    gc.collect()  # an error that was caught keeps what its traceback knows
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+    held = [name for name in names if name.startswith(("socket:", "/memfd:", "/dev/shm", "anon_inode"))]
+    return held + [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+
+
+def never_calls(timeout: str) -> None:
+    """The last rank leaves one collective out and waits until the others have given up."""
+    comm = detcoll.init(timeout=float(timeout))
+    detcoll.barrier()
+    try:
+        if comm.rank == comm.size - 1:
+            while comm.usable and comm._runner.failure is None:
+                threading.Event().wait(0.02)
+            detcoll.barrier()
+        else:
+            detcoll.all_reduce(np.ones(100_000, np.float32))
+    except detcoll.DetcollError as error:
+        say(describe(error))
+    detcoll.finalize()
+
+
+def no_finalize() -> None:
+    """Rank 0 just returns after the last collective; so do the others."""
+    comm = detcoll.init(timeout=20)
+    x = np.ones(10, np.float32)
+    detcoll.all_reduce(x)
+    say(float(x[0]) == comm.size)
+
+
+def leaves_early() -> None:
+    """Rank 0 exits while the others go on to a collective that needs it."""
+    comm = detcoll.init(timeout=20)
+    detcoll.barrier()
+    if comm.rank == 0:
+        return
+    try:
+        detcoll.all_reduce(np.ones(10, np.float32))
+    except detcoll.DetcollError as error:
+        say(describe(error))
+
+
+def raises() -> None:
+    """Rank 1 raises inside the with block, the others are in a collective."""
+    try:
+        with detcoll.init(timeout=20) as comm:
+            detcoll.barrier()
+            if comm.rank == 1:
+                raise KeyError("lost the key")
+            detcoll.all_reduce(np.ones(10, np.float32))
+    except (detcoll.DetcollError, KeyError) as error:
+        say(describe(error))
+
+
+def forked() -> None:
+    """A child made by fork may not use the communicator; the parent may go on."""
+    comm = detcoll.init(timeout=20)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            comm.barrier()
+        except detcoll.DetcollError as error:
+            os.write(writing, json.dumps(describe(error)).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading) as told:
+        said = json.loads(told.read())
+    x = np.ones(3, np.float32)
+    comm.all_reduce(x)
+    say([*said, float(x[0])])
+    detcoll.finalize()
+
+
+def lifecycle() -> None:
+    """Init twice, finalize twice, use after finalize, and init again."""
+    errors = []
+    comm = detcoll.init(timeout=20)
+    try:
+        detcoll.init()
+    except detcoll.DetcollError as error:
+        errors.append(describe(error))
+    detcoll.barrier()
+    detcoll.finalize()
+    detcoll.finalize()
+    comm.finalize()
+    for call in (detcoll.barrier, comm.barrier):
+        try:
+            call()
+        except detcoll.DetcollError as error:
+            errors.append(describe(error))
+    again = detcoll.init(timeout=20)
+    x = np.ones(3, np.float32)
+    again.all_reduce(x)
+    detcoll.finalize()
+    say([errors, float(x[0]), left_behind()])
+
+
+def open_only(transport: str = "auto", timeout: str = "20") -> None:
+    """Open a communicator and tell what came of it."""
+    try:
+        comm = detcoll.init(transport, timeout=float(timeout))
+    except detcoll.DetcollError as error:
+        say(describe(error))
+        return
+    x = np.ones(20_000, np.float32)
+    detcoll.all_reduce(x)
+    say([comm.transport, float(x[0])])
+    detcoll.finalize()
+
+
+def many_operations(count: str) -> None:
+    """Run many small operations and tell by how much memory grew over the last three quarters."""
+    comm = detcoll.init(timeout=60)
+    comm.trace.collectives.clear()
+
+    def resident_bytes() -> int:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    total = int(count)
+    before = 0
+    for number in range(total):
+        if number == total // 4:
+            before = resident_bytes()
+        works = [detcoll.all_reduce(np.ones(8, np.float32), async_op=True) for _ in range(8)]
+        for work in works:
+            work.wait()
+    grown = resident_bytes() - before
+    detcoll.finalize()
+    say(grown)
+
+
+def shifted(seconds: str) -> None:
+    """Sum many times, with the clocks of odd ranks ahead by ``seconds``; tell the site's offset and its bound."""
+    if int(os.environ["DETCOLL_RANK"]) % 2 and "SHIFTED" not in os.environ:
+        command = ["unshare", "--time", "--monotonic", seconds, "--fork", "--kill-child", sys.executable, *sys.argv]
+        os.execvpe(command[0], command, os.environ | {"SHIFTED": "1"})
+    comm = detcoll.init(timeout=20)
+    total = sum(range(1, comm.size + 1))
+    for _ in range(25):
+        x = np.full(100_000, comm.rank + 1, np.float32)
+        detcoll.all_reduce(x)
+        assert (x == total).all()
+    runner = comm._runner
+    now_ns = time.monotonic_ns()
+    say([runner.site_offset_ns, runner._timekeeper.bound_ns(now_ns), now_ns])
+    detcoll.finalize()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,153 @@
+"""Worlds of ranks for tests: as threads of this process, which is quick, or as processes under ``detcoll run``."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from detcoll.cli.run import rank_environments
+from detcoll.communicator import Communicator, open_communicator
+from detcoll.topology import Topology
+
+PROGRAMS = Path(__file__).parent / "programs"
+TIMEOUT_S = 20.0
+"""Deadline of what should succeed; nothing waits for it to pass."""
+
+FAST = 100e6
+"""Bytes per second of the lines in test topologies: fast enough to be done soon, slow enough to use many windows."""
+
+
+def lines(*ranks_of_sites: int, rate_bytes_per_s: float = FAST, one_way_ns: int = 1_000_000) -> Topology:
+    """Return a wide-area topology with so many ranks in each site."""
+    text = "".join(
+        f'[[site]]\nname = "s{index}"\nranks = {ranks}\nuplink = "{rate_bytes_per_s:.0f} B/s"\n'
+        for index, ranks in enumerate(ranks_of_sites)
+    )
+    for low in range(len(ranks_of_sites)):
+        for high in range(low + 1, len(ranks_of_sites)):
+            text += f'[[link]]\nbetween = ["s{low}", "s{high}"]\none_way = "{one_way_ns} ns"\n'
+    return Topology.parse(text)
+
+
+def grouped(*ranks_of_sites: int) -> Topology:
+    """Return the same grouping with no lines between."""
+    return lines(*ranks_of_sites).as_single_cluster()
+
+
+def attempt(
+    size: int,
+    function: Callable[[Communicator], Any],
+    *,
+    transport: str | Sequence[str] = "auto",
+    topology: Topology | Sequence[Topology | None] | None = None,
+    timeout: float = TIMEOUT_S,
+    patience: float | None = None,
+    environ: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
+    reproducible: bool | None = None,
+    absent: Sequence[int] = (),
+) -> list[Any]:
+    """Run ``function(communicator)`` on ``size`` ranks, each a thread; return its answers or what was raised.
+
+    Sequences give each rank its own setting. Ranks that are ``absent`` never come; their answer is None. ``patience``
+    is the deadline of collectives in seconds, where that of assembling should be longer.
+    """
+    answers: list[Any] = [None] * size
+
+    def mine(setting: Any, rank: int) -> Any:
+        return setting[rank] if isinstance(setting, list | tuple) else setting
+
+    def run_rank(rank: int, environment: Mapping[str, str]) -> None:
+        given = {**environment, **(mine(environ, rank) or {})}
+        try:
+            communicator = open_communicator(given, mine(transport, rank), mine(topology, rank), timeout, reproducible)
+            if patience is not None:
+                communicator._settings = msgspec.structs.replace(communicator._settings, timeout_s=patience)
+            with communicator:
+                answers[rank] = function(communicator)
+        except BaseException as error:  # pytest's own is no Exception
+            answers[rank] = error
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threads = [
+        threading.Thread(target=run_rank, args=(rank, environment), name=f"test rank {rank}", daemon=True)
+        for rank, environment in enumerate(rank_environments(size, {}, listener))
+        if rank not in absent
+    ]
+    listener.detach()  # rank 0 adopts it
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(3 * TIMEOUT_S)
+        assert not thread.is_alive(), f"{thread.name} hangs"
+    return answers
+
+
+def run_ranks(size: int, function: Callable[[Communicator], Any], **settings: Any) -> list[Any]:
+    """Do as `attempt`; raise what a rank raised."""
+    answers = attempt(size, function, **settings)
+    errors = [answer for answer in answers if isinstance(answer, BaseException)]
+    if errors:
+        raise BaseExceptionGroup("ranks failed", errors)
+    return answers
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a launched world ended, and the JSON lines that its ranks printed, by rank."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> dict[int, list[Any]]:
+        """What each rank printed with `say` of the program."""
+        said: dict[int, list[Any]] = {}
+        for line in self.out.splitlines():
+            if line.startswith('{"rank":'):
+                record = json.loads(line)
+                said.setdefault(record["rank"], []).append(record["said"])
+        return said
+
+
+def launch(
+    size: int,
+    program: str,
+    *arguments: object,
+    options: Sequence[str] = (),
+    topology: Topology | None = None,
+    folder: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    launcher: Sequence[str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 60.0,
+) -> Ended:
+    """Run a program of the folder ``programs`` on ``size`` processes under ``detcoll run`` or another launcher."""
+    if launcher is None:
+        interpreter: list[str] = []
+        launcher = [sys.executable, "-m", "detcoll", "run", "-n", str(size), "--timeout", f"{timeout_s:.0f} s"]
+    else:
+        interpreter = [sys.executable]
+    command = [*launcher, *options]
+    given = {name: value for name, value in os.environ.items() if not name.startswith("DETCOLL_")}
+    given |= environ or {}
+    if topology is not None:
+        assert folder is not None
+        path = folder / "topology.toml"
+        path.write_text(topology.to_toml())
+        given["DETCOLL_TOPOLOGY"] = str(path)
+    done = subprocess.run(
+        [*command, *interpreter, str(PROGRAMS / program), *map(str, arguments)],
+        env=given, cwd=cwd, capture_output=True, text=True, timeout=timeout_s + 30, check=False,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)

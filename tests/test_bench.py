@@ -1,0 +1,188 @@
+"""``detcoll bench``: its options, its tables, its file, and real runs on ranks of this host and of the lab."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detcoll.cli import main
+from detcoll.errors import DetcollError
+from detcoll.lab import why_unavailable
+from detcoll.measure import bench
+from detcoll.measure.bench import LabBench, run_in_lab
+from detcoll.measure.host import host_facts
+from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchResult, LeftOut, Row, write_result
+from detcoll.measure.sweep import Sweep
+from detcoll.measure.tables import bench_table, output_console
+from detcoll.topology import Topology
+
+TIMEOUT_S = 60
+ROW = Row(
+    "all_reduce", "slotted", "exchange", 4, 2, "float32", 2**20, 0.02, 0.018, 0.03, 0.029, 0.0187, 0.021, 0.935, 0.05,
+    20, "instant", 1e-4,
+)  # fmt: skip
+AUDIT = AuditResult("calendar", True, 0.999, 0.998, 10**6, 1000, 10, 0, (0, 0), (0, 0), (2**20, 2**19), (2**21, 2**21))
+SWEEP = Sweep(("all_reduce",), (4096,), "float32", 2, 1)
+PROMISED = {
+    "collective", "transport", "algorithm", "ranks", "sites", "dtype", "bytes", "median_s", "min_s", "max_s", "p99_s",
+    "bound_s", "predicted_s", "fraction_of_bound",
+}  # fmt: skip
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "detcoll", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text())
+    assert data["schema"] == "detcoll.bench/1"
+    assert data["host"]["python"] == host_facts()["python"]
+    assert all(set(row) >= PROMISED for row in data["rows"])
+    return data
+
+
+def test_file_has_the_promised_keys(tmp_path: Path) -> None:
+    write_result(tmp_path / "bench.json", BenchResult(BENCH_SCHEMA, host_facts(), (ROW,), (), AUDIT))
+    data = read_json(tmp_path / "bench.json")
+    assert data["rows"][0]["fraction_of_bound"] == 0.935
+    assert data["audit"]["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("passed", "overlap_ns", "verdict"),
+    [(True, (0, 0), "audit: PASS"), (False, (0, 7), "audit: FAIL")],
+)
+def test_table_tells_how_the_line_was_used(
+    passed: bool, overlap_ns: tuple[int, int], verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = AuditResult("calendar", passed, 0.5, 0.5, 1, 1, 1, 1, overlap_ns, (0, 0), (2**20, 2**19), (2**21, 0))
+    output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (ROW,), (LeftOut("mpi", "gone"),), seen)))
+    shown = capsys.readouterr().out
+    assert verdict in shown
+    assert ("overlap by 7 ns" in shown) == any(overlap_ns)
+    assert "left out: mpi: gone" in shown
+    assert "93.5%" in shown
+    assert "1 MiB of 2 MiB" in shown
+    assert "there are no windows" not in shown
+
+
+def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = replace(AUDIT, slotting="off", passed=False, window_capacity_bytes=(0, 0))
+    output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (ROW,), (), seen)))
+    assert "there are no windows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--collective", "gather"], "collective='gather'"),
+        (["--bytes", "64"], "bytes='64'"),
+        (["--bytes", "3B"], "bytes=3"),
+        (["--bytes", ""], "at least one"),
+        (["--dtype", "complex64"], "complex64"),
+        (["--iterations", "0"], "iterations=0"),
+        (["--sites", "2"], "--sites need --lab"),
+        (["--rate", "1 Gbit/s", "--round-trip", "1 ms"], "--rate, --round-trip need --lab"),
+        (["--lab", "--transport", "pigeon"], "transport='pigeon'"),
+        (["--lab", "--transport", "shm"], "one host only"),
+        (["--lab", "--sites", "1"], "sites=1"),
+        (["--lab", "--slotting", "sometimes"], "sometimes"),
+        (["--json", "/no/such/directory/x.json"], "no directory"),
+        (["--timeout", "60"], "timeout='60'"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+
+
+def _spec(*transports: str) -> LabBench:
+    return LabBench(SWEEP, transports, Topology.uniform(2, 1, 1e8, 10**6), 2_500_000, "calendar", 30.0, 60.0)
+
+
+def test_transport_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(spec: LabBench, transport: str) -> Any:
+        if transport == "gloo":
+            raise DetcollError("a rank ended with exit code 1")
+        return (ROW,), AUDIT if transport == "slotted" else None
+
+    monkeypatch.setattr(bench, "_run_transport", run)
+    said: list[str] = []
+    result = run_in_lab(_spec("slotted", "gloo", "mpi"), said.append)
+    assert result.rows == (ROW, ROW)
+    assert result.audit == AUDIT
+    assert result.left_out == (LeftOut("gloo", "it failed: a rank ended with exit code 1"),)
+    assert len(said) == 4
+    with pytest.raises(DetcollError, match="exit code 1"):
+        run_in_lab(_spec("gloo"), said.append)
+
+
+@pytest.mark.parametrize(
+    ("slotting", "passed", "failed", "code"),
+    [
+        ("calendar", True, (), 0),
+        ("calendar", False, (), 1),
+        ("off", False, (), 0),
+        ("calendar", True, (LeftOut("mpi", "it failed"),), 1),
+    ],
+)
+def test_exit_code_tells_whether_the_calendar_was_kept(
+    slotting: str, passed: bool, failed: tuple[LeftOut, ...], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = AuditResult(slotting, passed, 1.0, 1.0, 1, 1, 1, 1, (0, 0), (0, 0), (1, 1), (1, 1))
+    result = BenchResult(BENCH_SCHEMA, {}, (ROW,), failed, seen)
+    monkeypatch.setattr("detcoll.cli.bench.run_in_lab", lambda spec, say: result)
+    assert main(["bench", "--lab", "--slotting", slotting]) == code
+
+
+def test_runs_alone(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = run_cli("bench", "--transport", "shm", "--bytes", "4KiB", "--iterations", "2", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    [row] = read_json(path)["rows"]
+    assert (row["ranks"], row["sites"], row["bytes"], row["bound_s"]) == (1, 1, 4096, None)
+
+
+def test_runs_on_the_launchers_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    sweep = ["--collective", "all_reduce,broadcast,barrier", "--bytes", "4KiB,64KiB", "--dtype", "bfloat16"]
+    ranks = ["run", "-n", "2", "-m", "detcoll"]
+    done = run_cli(*ranks, "bench", "--transport", "shm", *sweep, "--iterations", "3", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Time of a call") == 1
+    rows = read_json(path)["rows"]
+    assert [(row["collective"], row["bytes"]) for row in rows] == [
+        ("all_reduce", 4096), ("all_reduce", 65536), ("broadcast", 4096), ("broadcast", 65536), ("barrier", 0),
+    ]  # fmt: skip
+    for row in rows:
+        assert (row["transport"], row["ranks"], row["dtype"], row["start"]) == ("shm", 2, "bfloat16", "instant")
+        assert 0 < row["min_s"] <= row["median_s"] <= row["p99_s"] <= row["max_s"]
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_runs_in_the_lab(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = run_cli(
+        "bench", "--lab", "--ranks-per-site", "1", "--rate", "200 Mbit/s", "--round-trip", "4 ms", "--bytes", "256KiB",
+        "--iterations", "3", "--slotting", "share", "--json", str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    data = read_json(path)
+    [row] = data["rows"]
+    assert (row["transport"], row["ranks"], row["sites"]) == ("slotted", 2, 2)
+    line_s = 2**18 / (200e6 / 8)
+    assert row["bound_s"] == pytest.approx(line_s * 1500 / 1448 + 0.002, rel=1e-3)
+    assert row["median_s"] > line_s
+    assert row["predicted_s"] >= row["bound_s"]
+    assert data["audit"]["slotting"] == "share"
+    assert data["audit"]["bulk_bytes"] >= 6 * 2**18

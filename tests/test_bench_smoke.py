@@ -1,0 +1,59 @@
+"""The benchmarks run with tiny sizes, alone and on the ranks of a launcher, and rank 0 alone reports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+TIMEOUT_S = 90
+TINY = ["-m", "pytest", str(BENCHMARKS), "--sizes", "4KiB", "--rounds", "2"]
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
+
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not installed")
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    # Where this suite itself runs in parallel, the pytest below must not take itself for one of its workers.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT, env=environ)
+
+
+def test_alone() -> None:
+    done = run(sys.executable, *TINY, "--transports", "shm")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
+    assert "all_reduce of 4096 bytes, 1 ranks" in done.stdout
+
+
+def test_on_ranks_of_detcoll_run() -> None:
+    done = run(sys.executable, "-m", "detcoll", "run", "-n", "2", *TINY, "--transports", "shm,slotted")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("8 passed") == 1
+    assert "bench_all_reduce[slotted-4KiB]" in done.stdout
+
+
+@pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="MPI is not installed")
+def test_under_mpirun() -> None:
+    assert MPIEXEC is not None
+    done = run(MPIEXEC, "-n", "2", sys.executable, *TINY, "--transports", "mpi", "-k", "barrier or bench_all_reduce[")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" passed") == 1
+    assert "bench_barrier[mpi]" in done.stdout
+
+
+def test_failure_of_another_rank_shows() -> None:
+    size = "'4B' if int(os.environ['RANK']) else '8B'"
+    fault = f"import os, sys, pytest; sys.exit(pytest.main([*sys.argv[1:], '--sizes', {size}]))"
+    arguments = [str(BENCHMARKS), "--rounds", "2", "--transports", "shm", "-k", "bench_broadcast["]
+    done = run(sys.executable, "-m", "detcoll", "run", "-n", "2", sys.executable, "-c", fault, *arguments)
+    assert done.returncode != 0
+    assert "rank 1: " in done.stderr
+    assert "PlanMismatch" in done.stderr

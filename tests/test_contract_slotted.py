@@ -1,0 +1,18 @@
+"""The transport contract on slotted ZeroMQ."""
+
+from __future__ import annotations
+
+from detcoll.testing import ThreadFabric, TransportContract
+from detcoll_slotted import SlottedTransport
+
+QUICK = {"reconnect_grace_ns": 300_000_000}
+
+
+class TestSlotted(TransportContract):
+    capabilities = SlottedTransport.capabilities
+
+    def fabric(self, n: int) -> ThreadFabric:
+        return ThreadFabric(SlottedTransport(), n, QUICK)
+
+    def clogged_fabric(self) -> ThreadFabric:
+        return ThreadFabric(SlottedTransport(), 2, QUICK | {"credit_bytes": 65_536})

@@ -1,0 +1,83 @@
+"""The examples run under every launcher that is installed, and the digits give one loss curve under all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+TIMEOUT_S = 90
+RANKS = "2"
+BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+MPIEXEC, TORCHRUN = shutil.which("mpiexec", path=BIN), shutil.which("torchrun", path=BIN)
+
+LAUNCHERS = {
+    "detcoll run": [sys.executable, "-m", "detcoll", "run", "-n", RANKS],
+    "mpiexec": [MPIEXEC or "mpiexec", "-n", RANKS, sys.executable],
+    "torchrun": [TORCHRUN or "torchrun", "--nproc-per-node", RANKS],
+}
+WHY_NOT = {
+    "mpiexec": None if MPIEXEC and find_spec("mpi4py") else "MPI is not installed",
+    "torchrun": None if TORCHRUN else "torchrun is not installed",
+}
+HAS_DIGITS = find_spec("sklearn") is not None
+
+pytestmark = [
+    pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are not installed"),
+    pytest.mark.timeout(200),
+]
+
+
+def run(launcher: str, script: str, *arguments: str) -> str:
+    if (reason := WHY_NOT.get(launcher)) is not None:
+        pytest.skip(reason)
+    argv = [*LAUNCHERS[launcher], str(EXAMPLES / script), *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def curve() -> list[str]:
+    if not HAS_DIGITS:
+        pytest.skip("scikit-learn is not installed")
+    return run("detcoll run", "02_digits.py", "--iterations", "21").splitlines()
+
+
+@pytest.mark.parametrize("launcher", ["detcoll run", "mpiexec"])
+def test_all_reduce(launcher: str) -> None:
+    assert run(launcher, "01_all_reduce.py").count("every element is 3") == 1
+
+
+def test_digits_learn(curve: list[str]) -> None:
+    losses = [float(line.split()[-1]) for line in curve if line.startswith("iteration")]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] / 2
+    assert float(curve[-1].split()[-1]) > 0.7
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_digits_have_one_loss_curve(launcher: str, curve: list[str]) -> None:
+    assert run(launcher, "02_digits.py", "--iterations", "21").splitlines() == curve
+
+
+def test_digits_over_mpi_have_the_same_loss_curve(curve: list[str]) -> None:
+    assert run("mpiexec", "03_digits_mpi.py", "--iterations", "21").splitlines() == curve
+
+
+def test_own_transport_serves_the_facade() -> None:
+    assert "2 ranks over unix: every element is 3" in run("detcoll run", "04_own_transport.py")
+
+
+def test_own_transport_passes_the_contract() -> None:
+    argv = [sys.executable, "-m", "pytest", "-q", str(EXAMPLES / "04_own_transport.py")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

@@ -1,0 +1,209 @@
+"""What is Gloo's own: who may join, which types it reduces, what is lost when, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
+from detcoll.testing import Here, LocalMeeting, MonotonicClock, ProcessFabric, ThreadFabric, WorldError, Worlds, pattern
+from detcoll.testing.fabric import in_threads
+from detcoll.testing.programs import collectives, messages
+from detcoll.transport import TicketStatus
+from detcoll.types import ReduceOp
+from detcoll_gloo import GlooTransport
+
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
+
+def average(here: Here) -> None:
+    """Averages of 16-bit floats do not overflow on the way."""
+    array = np.full(1000, 40_000, np.float16)
+    here.endpoint.all_reduce(array, ReduceOp.AVG, here.deadline_ns())
+    assert (array == 40_000).all()
+
+
+def unknown_types(here: Here) -> None:
+    """Types that Gloo does not know are refused, and the endpoint serves on."""
+    for dtype in (np.uint16, np.int16, np.uint64):
+        with pytest.raises(UsageError, match=np.dtype(dtype).name):
+            here.endpoint.all_reduce(np.ones(3, dtype), ReduceOp.SUM, here.deadline_ns())
+    here.endpoint.barrier(here.deadline_ns())
+
+
+def die(here: Here) -> None:
+    """Rank 1 ends without a word; rank 0 learns it in a receive, in a send, and in a collective."""
+    here.endpoint.barrier(here.deadline_ns())
+    if here.rank == 1:
+        os._exit(3)
+    ticket = here.endpoint.recv(1, 1, 1)
+    here.settle(ticket)
+    assert isinstance(ticket.error, PeerLost)
+    with pytest.raises(PeerLost):
+        here.send(1, 1, b"x")
+    with pytest.raises(PeerLost):
+        here.endpoint.all_reduce(np.ones(3), ReduceOp.SUM, here.deadline_ns())
+    print("rank 0 learnt it", file=sys.stderr, flush=True)
+
+
+def unexpected_is_bounded(here: Here) -> None:
+    """What exceeds ``unexpected_bytes`` stays with its sender until a receive is posted."""
+    messages.each_to_each(here, 10)  # what was never asked for a message reads none
+    for _ in range(3):
+        if here.rank == 0:
+            sent = [here.send(1, tag, pattern(tag, 4000)) for tag in range(4)]
+            here.finish(*sent[:2])
+            while here.endpoint.poll(here.clock.now_ns() + 10**7):
+                pass
+            assert sent[2].status is sent[3].status is TicketStatus.PENDING
+            assert here.endpoint.cancel(sent[3])
+        here.meet()
+        if here.rank == 0:
+            here.finish(sent[2])
+        else:
+            assert [here.take(0, tag, 4000) for tag in (1, 2, 0)] == [pattern(tag, 4000) for tag in (1, 2, 0)]
+
+
+def cancelled_while_it_arrives(here: Here, nbytes: int) -> None:
+    """Of receives that are cancelled at any moment, the next one of the tag gets the message."""
+    if here.rank == 0:
+        for tag in range(20):
+            sent = here.send(1, tag, pattern(tag, nbytes))
+            here.meet()
+            here.finish(sent)
+    else:
+        for tag in range(20):
+            first, second = here.endpoint.recv(0, tag, nbytes), here.endpoint.recv(0, tag, nbytes)
+            cancelled = here.endpoint.cancel(first)
+            here.meet()
+            got = second if cancelled else first
+            here.finish(got)
+            assert bytes(got.view) == pattern(tag, nbytes)
+            assert cancelled or here.endpoint.cancel(second)
+
+
+@needs_torch
+def test_average_of_half_floats() -> None:
+    with ThreadFabric(GlooTransport(), 3) as fabric:
+        fabric.run(average)
+
+
+@needs_torch
+def test_unknown_types() -> None:
+    with ThreadFabric(GlooTransport(), 2) as fabric:
+        fabric.run(unknown_types)
+
+
+@needs_torch
+def test_unexpected_is_bounded() -> None:
+    with ThreadFabric(GlooTransport(), 2, {"unexpected_bytes": 8000}) as fabric:
+        fabric.run(unexpected_is_bounded)
+
+
+@needs_torch
+@pytest.mark.parametrize("nbytes", [100, 300_000])
+def test_cancelled_while_it_arrives(nbytes: int) -> None:
+    with ThreadFabric(GlooTransport(), 2) as fabric:
+        fabric.run(cancelled_while_it_arrives, nbytes=nbytes)
+
+
+@needs_torch
+def test_no_thread_and_no_descriptor_stays() -> None:
+    def count() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    with ThreadFabric(GlooTransport(), 3) as fabric:  # the first use loads what stays loaded
+        fabric.run(messages.flood, count=10)
+    before = count()
+    for _ in range(3):
+        with ThreadFabric(GlooTransport(), 3) as fabric:
+            fabric.run(messages.flood, count=10)
+    deadline = time.monotonic() + 20
+    while count() != before and time.monotonic() < deadline:  # Gloo closes sockets a moment later, in its own thread
+        os.sched_yield()
+    assert count() == before
+
+
+@needs_torch
+def test_processes() -> None:
+    crews = Worlds()
+    try:
+        with ProcessFabric(crews.of(2), "detcoll_gloo:GlooTransport") as fabric:
+            fabric.run(messages.flood, count=20)
+            fabric.run(collectives.all_reduce, counts=[1001])
+            with pytest.raises(WorldError, match="rank 1 died"):
+                fabric.run(die)
+    finally:
+        crews.end()
+
+
+@needs_torch
+def test_a_program_that_never_closes_ends() -> None:
+    program = """
+from detcoll.testing import ThreadFabric
+from detcoll.testing.programs import messages
+from detcoll_gloo import GlooTransport
+fabric = ThreadFabric(GlooTransport(), 2).__enter__()
+fabric.run(messages.flood, count=5)
+print("leaving")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "leaving\n"), ended.stderr
+
+
+@needs_torch
+def test_interfaces_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with ThreadFabric(GlooTransport(), 2) as fabric:
+        fabric.run(messages.each_to_each, nbytes=10)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    with pytest.raises(TransportUnavailable, match="nowhere0"), ThreadFabric(GlooTransport(), 2):
+        pass
+
+
+@needs_torch
+def test_connect_names_who_never_came() -> None:
+    meeting, clock = LocalMeeting(3), MonotonicClock()
+    endpoints = in_threads(3, lambda rank: GlooTransport().open(rank, 3, meeting.member(rank), clock, {}))
+    addresses = {rank: endpoint.address for rank, endpoint in enumerate(endpoints)}
+    with pytest.raises(UsageError, match=r"lacks ranks \[2\]"):
+        endpoints[0].connect({0: addresses[0], 1: addresses[1]}, clock.now_ns())
+
+    def connect(rank: int) -> None:
+        with pytest.raises(ConnectError, match=r"ranks \[1\] never came"):
+            endpoints[rank].connect(addresses, clock.now_ns() + 5 * 10**8)
+
+    in_threads(3, lambda rank: rank == 1 or connect(rank))
+    for endpoint in endpoints:
+        endpoint.close(clock.now_ns())
+
+
+def test_missing_torch_is_said_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = importlib.import_module
+
+    def refuse(name: str) -> Any:
+        if name == "torch":
+            raise ImportError("No module named 'torch'")
+        return imported(name)
+
+    monkeypatch.setattr("detcoll_gloo.transport.importlib.import_module", refuse)
+    with (
+        pytest.raises(TransportUnavailable, match=r"No module named 'torch'.*pip install detcoll\[gloo\]"),
+        ThreadFabric(GlooTransport(), 2),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("options", [{"unexpected": 1}, {"unexpected_bytes": "1 MiB"}, {"open_timeout_ns": -1}])
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))), ThreadFabric(GlooTransport(), 1, options):
+        pass

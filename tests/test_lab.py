@@ -1,0 +1,461 @@
+"""The lab at work: namespaces, the router's process, ranks, and what is left afterwards (nothing)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import select
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detcoll.errors import Closed, DetcollError, UsageError
+from detcoll.lab import Lab, Launcher, Output, read_log, run_ranks, why_unavailable
+from detcoll.topology import Topology
+
+UNAVAILABLE = why_unavailable()
+needs_lab = [pytest.mark.lab, pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))]
+pytestmark = pytest.mark.timeout(90)
+
+PATIENCE_MS = 20_000
+
+SINK = """
+import os, socket, sys, time, json, hashlib
+os.nice(-10)
+with socket.create_server((sys.argv[1], 5000)) as server:
+    print("listening", flush=True)
+    connection, _ = server.accept()
+    server.close()
+    buffer, seen, got, digest = bytearray(1 << 20), [], 0, hashlib.sha256()
+    while count := connection.recv_into(buffer):
+        got += count
+        digest.update(buffer[:count])
+        seen.append((time.monotonic(), got))
+    connection.close()
+errors = [line.split() for line in open("/proc/net/snmp") if line.startswith(("Tcp:", "Ip:"))]
+counters = {n: int(v) for names, values in (errors[0:2], errors[2:4]) for n, v in zip(names[1:], values[1:])}
+print(json.dumps({"seen": seen, "digest": digest.hexdigest(), "checksum_errors": counters["InCsumErrors"],
+                  "header_errors": counters["InHdrErrors"]}))
+"""
+
+BLAST = """
+import os, socket, sys, time
+os.nice(-10)
+with socket.socket() as s:
+    try:
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+    except OSError:
+        pass
+    s.connect((sys.argv[1], 5000))
+    end, left, block = time.monotonic() + float(sys.argv[2]), int(sys.argv[3]), bytes(range(256)) * 256
+    while time.monotonic() < end and left > 0:
+        s.sendall(block)
+        left -= len(block)
+"""
+
+ECHO = """
+import os, socket, sys
+os.nice(-10)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.bind((sys.argv[1], 6000))
+    print("listening", flush=True)
+    while True:
+        s.sendto(*s.recvfrom(2000))
+"""
+
+PING = """
+import os, socket, sys, time, json
+os.nice(-10)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.settimeout(10)
+    s.connect((sys.argv[1], 6000))
+    took = []
+    for number in range(int(sys.argv[2])):
+        start = time.monotonic_ns()
+        s.send(number.to_bytes(4, "big"))
+        assert s.recv(2000) == number.to_bytes(4, "big")
+        took.append(time.monotonic_ns() - start)
+print(json.dumps(took))
+"""
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", code, *map(str, arguments)]
+
+
+def serve(lab: Lab, site: int, code: str) -> subprocess.Popen[str]:
+    """Start a program in a site and wait until it listens."""
+    server = lab.popen(site, python(code, lab.address(site)), stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "listening\n"
+    return server
+
+
+def blast(lab: Lab, seconds: float, most_bytes: int = 2**40) -> dict[str, Any]:
+    """Send from site 0 to site 1 over one TCP connection; return what the receiver saw."""
+    with serve(lab, 1, SINK) as sink, lab.popen(0, python(BLAST, lab.address(1), seconds, most_bytes)) as source:
+        assert source.wait(60) == 0
+        seen: dict[str, Any] = json.loads(sink.communicate(timeout=60)[0])
+    return seen
+
+
+def ping(lab: Lab, count: int) -> list[int]:
+    with (
+        serve(lab, 1, ECHO) as echo,
+        lab.popen(0, python(PING, lab.address(1), count), stdout=subprocess.PIPE, text=True) as asker,
+    ):
+        took: list[int] = json.loads(asker.communicate(timeout=60)[0])
+        echo.kill()
+    return took
+
+
+def await_gone(pids: Sequence[int]) -> None:
+    """Wait until none of the processes runs any more."""
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            waiting = select.poll()
+            waiting.register(handle, select.POLLIN)
+            assert waiting.poll(PATIENCE_MS), f"process {pid} still runs"
+        finally:
+            os.close(handle)
+
+
+def holders(inodes: Sequence[int]) -> list[str]:
+    """Return what still holds one of these network namespaces: processes in them, and descriptors of them."""
+    wanted = {f"net:[{inode}]" for inode in inodes}
+    found = []
+    for path in [*Path("/proc").glob("[0-9]*/ns/net"), *Path("/proc").glob("[0-9]*/fd/*")]:
+        try:
+            if os.readlink(path) in wanted:
+                found.append(str(path))
+        except OSError:
+            continue
+    return found
+
+
+def inodes_of(lab: Lab) -> list[int]:
+    return [os.stat(lab.namespace_paths(site)[0]).st_ino for site in range(len(lab.topology.sites))]
+
+
+def two_sites(rate_bytes_per_s: float = 12.5e6, one_way_ns: int = 1_000_000, ranks_per_site: int = 1) -> Topology:
+    return Topology.uniform(2, ranks_per_site, rate_bytes_per_s, one_way_ns)
+
+
+@pytest.fixture(scope="module")
+def shared_lab() -> Iterator[Lab]:
+    with Lab(two_sites(ranks_per_site=2)) as lab:
+        yield lab
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("topology", "options", "message"),
+        [
+            (Topology.single_site(2), {}, "has 1 sites; the lab takes from 2 to 200"),
+            (two_sites().as_single_cluster(), {}, "site 'site0' has no uplink"),
+            (two_sites(), {"queue_bytes": 1499}, "queue_bytes=1499 must be from one packet of 1500 bytes"),
+            (two_sites(), {"loss": 1.5}, "loss=1.5 must be from 0 to 1"),
+            (two_sites(), {"loss": math.nan}, "loss=nan must be from 0 to 1"),
+            (two_sites(), {"gso_max_bytes": 100}, "gso_max_bytes=100 must be from 6000 to 65536"),
+        ],
+    )
+    def test_bad_arguments_are_refused(self, topology: Topology, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            Lab(topology, **options)
+
+
+class TestLine:
+    pytestmark = needs_lab
+
+    def test_a_blast_carries_the_stated_rate_and_a_ping_takes_the_stated_round_trip(self, tmp_path: Path) -> None:
+        topology = two_sites(12.5e6, 20_000_000)
+        with Lab(topology, log_path=tmp_path / "log.npy") as lab:
+            took = ping(lab, 41)
+            seen = blast(lab, 3.5)["seen"]
+            counted = lab.statistics().direction(0, 1)
+        assert statistics.median(took) == pytest.approx(40e6, rel=0.02)
+        assert min(took) >= 40_000_000
+        # Rates over a fifth of a second each, past slow start.
+        rates, (since, base) = [], next(point for point in seen if point[0] > seen[0][0] + 1.0)
+        for at, got in seen:
+            if at - since >= 0.2:
+                rates.append((got - base) / (at - since))
+                since, base = at, got
+        assert len(rates) >= 5
+        assert statistics.median(rates) == pytest.approx(12.5e6 * topology.payload_share, rel=0.02)
+        records = read_log(tmp_path / "log.npy")
+        there = records[records["source_site"] == 0]
+        kept = there[~there["dropped"]]
+        after_counting_bytes = 20 * topology.mtu_bytes  # acknowledgements and the like, until the lab was closed
+        assert int(kept["wire_bytes"].sum()) - after_counting_bytes <= counted.wire_bytes
+        assert counted.wire_bytes <= there["wire_bytes"].sum()
+        assert counted.wire_bytes - counted.payload_bytes >= counted.segments * 28
+
+    def test_lost_segments_are_sent_again_and_what_arrives_is_whole(self) -> None:
+        with Lab(two_sites(25e6), loss=0.01, seed=3) as lab:
+            seen = blast(lab, 60, 4 * 2**20)
+            told = lab.statistics()
+        counted = told.direction(0, 1)
+        expected = 0.01 * counted.segments
+        assert seen["digest"] == hashlib.sha256(bytes(range(256)) * 256 * 64).hexdigest()
+        assert abs(counted.lost_segments - expected) < 5 * math.sqrt(expected)
+        assert counted.lost_segments > 0
+        assert (seen["checksum_errors"], seen["header_errors"], told.refused) == (0, 0, 0)
+
+    def test_what_overflows_the_queue_is_dropped_and_the_queue_never_exceeds_its_size(self, tmp_path: Path) -> None:
+        with Lab(two_sites(12.5e6, 5_000_000), queue_bytes=40_000, log_path=tmp_path / "log.npy") as lab:
+            seen = blast(lab, 60, 4 * 2**20)
+            told = lab.statistics()
+        records = read_log(tmp_path / "log.npy")
+        assert seen["digest"] == hashlib.sha256(bytes(range(256)) * 256 * 64).hexdigest()
+        assert told.direction(0, 1).uplink_dropped_segments > 0
+        assert told.direction(0, 1).uplink_dropped_segments == records["dropped_segments"].sum()
+        assert told.uplink_peak_bytes[0] == records["queue_bytes"][records["source_site"] == 0].max() <= 40_000
+        assert (seen["checksum_errors"], seen["header_errors"], told.refused) == (0, 0, 0)
+
+    def test_two_labs_at_once_are_apart(self) -> None:
+        with Lab(two_sites(one_way_ns=1_000_000)) as near, Lab(two_sites(one_way_ns=30_000_000)) as far:
+            with serve(near, 1, ECHO) as first, serve(far, 1, ECHO) as second:
+                asks = [
+                    lab.popen(0, python(PING, lab.address(1), 5), stdout=subprocess.PIPE, text=True)
+                    for lab in (near, far)
+                ]
+                quick, slow = (json.loads(ask.communicate(timeout=60)[0]) for ask in asks)
+                first.kill()
+                second.kill()
+            assert min(quick) >= 2_000_000
+            assert min(slow) >= 60_000_000 > min(quick)
+            assert not set(inodes_of(near)) & set(inodes_of(far))
+            for lab in (near, far):
+                assert lab.statistics().direction(0, 1).units >= 5
+
+    def test_slow_start_after_idle_is_a_choice(self, shared_lab: Lab) -> None:
+        show = python("print(open('/proc/sys/net/ipv4/tcp_slow_start_after_idle').read())")
+
+        def setting(lab: Lab) -> int:
+            with lab.popen(0, show, stdout=subprocess.PIPE) as shown:
+                return int(shown.communicate(timeout=20)[0])
+
+        here = int(Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle").read_text(encoding="ascii"))
+        assert setting(shared_lab) == 0
+        with Lab(two_sites(), slow_start_after_idle=True) as lab:
+            assert setting(lab) == here
+
+    def test_a_site_sees_its_own_devices_alone(self, shared_lab: Lab) -> None:
+        show = python("import os; print(sorted(os.listdir('/sys/class/net')), os.getcwd())")
+        with shared_lab.popen(1, show, stdout=subprocess.PIPE, text=True) as shown:
+            assert shown.communicate(timeout=20)[0] == f"['lo', 'wan0'] {os.getcwd()}\n"
+
+
+class TestEnds:
+    pytestmark = needs_lab
+
+    def test_closing_ends_processes_router_and_namespaces(self) -> None:
+        stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
+        lab = Lab(two_sites())
+        child = lab.popen(0, python(stubborn), stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"1\n"
+        inodes, router = inodes_of(lab), lab.router_pid
+        lab.close()
+        lab.close()
+        child.stdout.close()
+        assert child.returncode == -signal.SIGKILL
+        await_gone([router])
+        assert holders(inodes) == []
+        assert lab.statistics().direction(0, 1).units == 0
+        with pytest.raises(Closed):
+            lab.popen(0, ["true"])
+
+    def test_a_lab_that_is_killed_leaves_nothing(self, tmp_path: Path) -> None:
+        code = """
+import json, os, signal, subprocess, sys
+from detcoll.lab import Lab
+from detcoll.topology import Topology
+lab = Lab(Topology.uniform(2, 1, 1e7, 1000), log_path=sys.argv[1])
+# A rank, and a process that left its group and lost its parent.
+rank = lab.popen(0, ["sleep", "1000"])
+parent = lab.popen(1, ["sh", "-c", "setsid sleep 1000 >/dev/null & echo $!"], stdout=subprocess.PIPE, text=True)
+orphan = int(parent.stdout.readline())
+parent.wait()
+inodes = [os.stat(lab.namespace_paths(site)[0]).st_ino for site in (0, 1)]
+print(json.dumps([[lab.router_pid, rank.pid, orphan], inodes]), flush=True)
+signal.pause()
+"""
+        arguments = [sys.executable, "-c", code, str(tmp_path / "log.npy")]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as doomed:
+            assert doomed.stdout is not None
+            pids, inodes = json.loads(doomed.stdout.readline())
+            assert len(holders(inodes)) >= 4
+            doomed.kill()
+            doomed.wait(20)
+        await_gone(pids)
+        assert holders(inodes) == []
+        assert len(read_log(tmp_path / "log.npy")) == 0
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_signals_end_everything(self, number: signal.Signals, code: int, tmp_path: Path) -> None:
+        command = """
+import sys
+from detcoll.cli.lab import lab
+try:
+    sys.exit(lab(sys.executable, "-c", sys.argv[1], sites=2, ranks_per_site=2))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+        rank = """
+import os, signal
+os.write(1, f"{os.getpid()} {os.stat('/proc/self/ns/net').st_ino}\\n".encode())
+signal.pause()
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", command, rank], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        ) as running:
+            assert running.stdout is not None
+            told = [[int(word) for word in running.stdout.readline().split()] for _ in range(4)]
+            running.send_signal(number)
+            assert running.wait(30) == code
+        await_gone([pid for pid, _ in told])
+        assert holders([inode for _, inode in told]) == []
+
+    def test_a_dead_router_is_named(self) -> None:
+        with Lab(two_sites()) as lab:
+            os.kill(lab.router_pid, signal.SIGKILL)
+            with pytest.raises(DetcollError, match="router has ended"):
+                lab.statistics()
+            with pytest.raises(DetcollError, match="router has ended"):
+                run_ranks(lab, ["sleep", "1000"])
+
+    def test_a_log_that_cannot_be_written_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DetcollError, match=r"router does not start.*No such file"):
+            Lab(two_sites(), log_path=tmp_path / "missing" / "log.npy")
+
+    def test_a_program_that_is_missing_is_named(self, shared_lab: Lab) -> None:
+        with pytest.raises(FileNotFoundError):
+            shared_lab.popen(0, ["/nonexistent"])
+        with pytest.raises(UsageError, match="'/nonexistent' cannot be started"):
+            run_ranks(shared_lab, ["/nonexistent"])
+        with pytest.raises(UsageError, match="site=2 must be a number from 0 to 1"):
+            shared_lab.popen(2, ["true"])
+
+
+class TestRanks:
+    pytestmark = needs_lab
+
+    def test_every_rank_is_told_who_and_where_it_is(self, shared_lab: Lab) -> None:
+        show = """
+import json, os, socket
+names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "DETCOLL_RENDEZVOUS", "DETCOLL_SITE",
+         "DETCOLL_INSECURE", "GLOO_SOCKET_IFNAME", "MORE"]
+with socket.socket() as s:
+    try:
+        s.bind((f"10.77.{os.environ['DETCOLL_SITE'][-1]}.1", 0))
+        here = True
+    except OSError:
+        here = False
+print(json.dumps([[os.environ[name] for name in names], here, open(os.environ["DETCOLL_TOPOLOGY"]).read()]))
+"""
+        result = run_ranks(shared_lab, python(show), env={"MORE": "yes"}, output=Output.CAPTURE)
+        assert (result.exit_codes, result.exit_code, result.deadline_missed) == ((0,) * 4, 0, False)
+        for rank, text in enumerate(result.outputs):
+            told, here, topology = json.loads(text)
+            assert told == [str(rank), "4", str(rank % 2), "2", "10.77.0.1", "10.77.0.1:29400", f"site{rank // 2}",
+                            "1", "wan0", "yes"]  # fmt: skip
+            assert here
+            assert Topology.parse(topology) == shared_lab.topology
+
+    def test_the_first_failure_counts_and_the_others_are_ended(self, shared_lab: Lab) -> None:
+        code = "import os, signal, sys; sys.exit(3) if os.environ['RANK'] == '2' else signal.pause()"
+        result = run_ranks(shared_lab, python(code), grace_ns=0, deadline_ns=time.monotonic_ns() + 30 * 10**9)
+        assert result.exit_codes == (-signal.SIGTERM, -signal.SIGTERM, 3, -signal.SIGTERM)
+        assert (result.exit_code, result.deadline_missed) == (3, False)
+
+    def test_the_deadline_ends_ranks_that_will_not_stop(self, shared_lab: Lab) -> None:
+        code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.pause()"
+        result = run_ranks(shared_lab, python(code), deadline_ns=time.monotonic_ns() + 10**9)
+        assert (result.exit_codes, result.exit_code) == ((-signal.SIGKILL,) * 4, 124)
+        assert result.deadline_missed
+
+    def test_output_passes_through_with_a_prefix(self, shared_lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+        code = "import os, sys; r = os.environ['RANK']; print(f'one {r}\\ntwo {r}', end=''); print(r, file=sys.stderr)"
+        assert run_ranks(shared_lab, python(code), output=Output.PREFIX).exit_code == 0
+        out, err = capsys.readouterr()
+        assert "one 0\n" in out
+        for rank in (1, 2, 3):
+            assert f"[{rank}] one {rank}\n" in out
+            assert f"[{rank}] two {rank}" in out
+        assert sorted(err.split("\n")) == ["", "0", "[1] 1", "[2] 2", "[3] 3"]
+
+    def test_a_rank_leaves_nothing_behind_in_its_group(self, shared_lab: Lab) -> None:
+        result = run_ranks(shared_lab, ["sh", "-c", "sleep 1000 & echo $!"], output=Output.CAPTURE)
+        await_gone([int(text) for text in result.outputs])
+
+    @pytest.mark.skipif(
+        find_spec("mpi4py") is None or shutil.which("mpiexec", path=Path(sys.executable).parent) is None,
+        reason="needs mpi4py and MPICH",
+    )
+    def test_mpi_ranks_reach_each_other_over_the_line_alone(self, shared_lab: Lab) -> None:
+        code = """
+import os
+from mpi4py import MPI
+import numpy as np
+world, values = MPI.COMM_WORLD, np.ones(100_000)
+world.Allreduce(MPI.IN_PLACE, values)
+assert str(world.rank) == os.environ["RANK"]
+os.write(1, f"{values[0]} {os.environ['DETCOLL_SITE']}\\n".encode())
+"""
+        before = shared_lab.statistics().direction(0, 1).payload_bytes
+        result = run_ranks(
+            shared_lab, [sys.executable, "-c", code], launcher=Launcher.MPIEXEC, output=Output.CAPTURE,
+            deadline_ns=time.monotonic_ns() + 60 * 10**9,
+        )  # fmt: skip
+        assert result.exit_code == 0
+        assert sorted(result.outputs[0].split()) == sorted([b"4.0"] * 4 + [b"site0", b"site1"] * 2)
+        assert shared_lab.statistics().direction(0, 1).payload_bytes - before >= 100_000 * 8
+
+    def test_a_failing_mpi_rank_fails_the_run(self, shared_lab: Lab) -> None:
+        if shutil.which("mpiexec", path=Path(sys.executable).parent) is None:
+            pytest.skip("needs MPICH")
+        code = python("import os, sys; sys.exit(int(os.environ['RANK'] == '1') * 7)")
+        result = run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_ns=time.monotonic_ns() + 30 * 10**9)
+        assert (result.exit_code, len(result.exit_codes)) == (7, 1)
+
+
+class TestCommand:
+    def test_options_that_clash_or_are_missing_are_refused(self, tmp_path: Path) -> None:
+        from detcoll.cli.lab import lab
+
+        with pytest.raises(UsageError, match="COMMAND is missing"):
+            lab()
+        with pytest.raises(UsageError, match="--topology cannot be combined with --sites, --rate"):
+            lab("true", topology=tmp_path / "t.toml", sites=2, rate="1 Gbit/s")
+        with pytest.raises(UsageError, match="rate='1000'"):
+            lab("true", rate="1000")
+
+    @pytest.mark.lab
+    @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+    def test_it_runs_in_the_topology_of_a_file(self, tmp_path: Path) -> None:
+        from detcoll.cli.lab import lab
+
+        topology = replace(two_sites(ranks_per_site=1), mtu_bytes=1400)
+        (tmp_path / "t.toml").write_text(topology.to_toml(), encoding="utf-8")
+        code = "import os, sys; sys.exit(open('/sys/class/net/wan0/mtu').read() != '1400\\n')"
+        assert lab(*python(code), topology=tmp_path / "t.toml", log=tmp_path / "log.npy") == 0
+        assert (tmp_path / "log.npy").stat().st_size > 0
+        assert lab("sh", "-c", "kill -9 $$", rate="100 Mbit/s", round_trip="2 ms", queue="100 kB") == 137

@@ -1,0 +1,89 @@
+"""``detcoll measure`` for real, in the lab: short runs of each kind of workload."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detcoll.lab import why_unavailable
+
+TIMEOUT_S = 110
+LINES = ["--ranks-per-site", "1", "--rate", "200 Mbit/s", "--round-trip", "4 ms"]
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable())),
+]
+
+SCRIPT = """
+import sys
+import numpy as np
+import detcoll
+from detcoll.measure import step
+
+assert sys.argv[1:] == ["--epochs", "1"]
+comm = detcoll.init()
+x = np.ones(1000, np.float32)
+for _ in range(4):
+    detcoll.all_reduce(x, op="avg")
+    step()
+assert len(comm.topology.sites) == 2
+detcoll.finalize()
+"""
+
+
+def measure(path: Path, *arguments: str) -> dict[str, Any]:
+    argv = [sys.executable, "-m", "detcoll", "measure", *arguments, *LINES, "--json", str(path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data
+
+
+def test_synthetic(tmp_path: Path) -> None:
+    arguments = [
+        "--workload",
+        "synthetic",
+        "--compute",
+        "60 ms",
+        "--gradient-bytes",
+        "256KiB",
+        "--bucket-bytes",
+        "64KiB",
+    ]
+    data = measure(tmp_path / "m.json", *arguments, "--iterations", "4", "--rounds", "1", "--against", "none")
+    single, slotted = data["runs"]
+    assert data["digests_equal"] is True
+    assert single["iteration_s"]["median"] >= 0.06
+    assert slotted["iteration_s"]["median"] >= 0.06
+    assert (single["wire_busy_fraction"], single["retransmits"]) == (None, None)
+    line_s, backward_s = 2**18 / (200e6 / 8), 0.04
+    assert slotted["wire_busy_fraction"] == pytest.approx(line_s / backward_s, rel=0.25)
+    assert slotted["retransmits"] >= 0
+    assert slotted["slot_misses"] >= 0
+    assert len(slotted["iteration_s"]["samples"]) == 4
+
+
+def test_digits(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    data = measure(tmp_path / "m.json", "--iterations", "6", "--rounds", "2", "--against", "none")
+    single, slotted = data["runs"]
+    assert single["result_digest"] == slotted["result_digest"] is not None
+    assert single["losses"] == slotted["losses"]
+    assert len(single["losses"]) == 6
+    assert single["accuracy"] == slotted["accuracy"] > 0.2
+
+
+def test_script(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    data = measure(tmp_path / "m.json", str(script), "--epochs", "1", "--rounds", "1", "--against", "none")
+    assert [len(run["iteration_s"]["samples"]) for run in data["runs"]] == [3, 3]
+    assert data["digests_equal"] is None
+    slotted = data["runs"][1]
+    assert slotted["iteration_s"]["median"] >= 0.002  # a one-way delay, at the least

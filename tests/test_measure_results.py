@@ -1,0 +1,444 @@
+"""What is made of the ranks' records: statistics, efficiency, digests, the result file, the options."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from detcoll.cli import main
+from detcoll.errors import DetcollError, UsageError
+from detcoll.measure import experiment, marks, step
+from detcoll.measure.aggregate import (
+    ScriptRound,
+    Setting,
+    iteration_times_s,
+    make_run,
+    make_script_run,
+    marked_times_s,
+    sync_times_s,
+    wire_busy_fraction,
+)
+from detcoll.measure.experiment import Experiment, run_experiment
+from detcoll.measure.host import host_facts
+from detcoll.measure.kernel import network_counts, parse_retransmits, parse_sent_bytes
+from detcoll.measure.options import comma_separated, present, wide_topology
+from detcoll.measure.records import Marks, RankRecord, Stamps, WorkloadSpec, read_config, read_marks, write_json
+from detcoll.measure.results import LeftOut, Measurement, require_writable, write_result
+from detcoll.measure.statistics import ratio, summarize, tails
+from detcoll.measure.tables import measurement_table
+from detcoll.topology import Topology
+from detcoll.transport import Capabilities, Scope
+
+MS = 10**6
+WIDE = Topology.uniform(2, 1, 1e8, 10 * MS)
+SINGLE = Setting("single cluster", "shm", "single-cluster")
+SLOTTED = Setting("slotted", "slotted", "wide-area")
+SYNTHETIC = WorkloadSpec("synthetic", bucket_bytes=4096, compute_ns=30 * MS, gradient_bytes=8192)
+
+
+def record(
+    rank: int, iteration_ms: float = 40, iterations: int = 4, digest: str = "same", **changes: Any
+) -> RankRecord:
+    """Iterations of equal length; backward from a fourth to a half, rank 1 one millisecond behind."""
+    step_ns, late_ns = round(iteration_ms * MS), rank * MS
+    stamps = tuple(
+        Stamps(
+            begin_ns + step_ns // 4 + late_ns,
+            begin_ns + step_ns // 2 + late_ns,
+            begin_ns + step_ns - 2 * MS + late_ns,
+            begin_ns + step_ns + late_ns,
+        )
+        for begin_ns in range(0, iterations * step_ns, step_ns)
+    )
+    whole = RankRecord(
+        rank, late_ns, stamps, (), None, digest, "exchange", None, sent_bytes=None, retransmits=rank, slot_misses=3
+    )
+    return replace(whole, **changes)
+
+
+def rounds(iteration_ms: float = 40, **changes: Any) -> list[list[RankRecord]]:
+    return [[record(rank, iteration_ms, **changes) for rank in range(2)]]
+
+
+def test_summary_and_tails() -> None:
+    samples = [3.0, 1.0, 2.0]
+    summary = summarize(samples)
+    assert (summary.median, summary.samples) == (2.0, (3.0, 1.0, 2.0))
+    assert 1 <= summary.p01 < 1.1
+    assert 2.9 < summary.p99 <= 3
+    assert (tails(samples).least, tails(samples).greatest) == (1.0, 3.0)
+    with pytest.raises(UsageError):
+        summarize([])
+    with pytest.raises(UsageError):
+        tails([])
+
+
+def test_ratio_has_the_spread_of_the_other() -> None:
+    efficiency, low, high = ratio(summarize([1.0]), summarize([1.0, 2.0, 4.0]))
+    assert efficiency == 0.5
+    assert 0.25 <= low < efficiency < high <= 1.0
+
+
+def test_iterations_run_from_last_end_to_last_end() -> None:
+    [records] = rounds()
+    assert iteration_times_s(records) == pytest.approx([0.04] * 4)
+    assert sync_times_s(records) == pytest.approx([0.018] * 4)
+    late = [records[0], replace(records[1], start_ns=0)]
+    assert iteration_times_s(late)[0] == pytest.approx(0.041)
+
+
+def test_wire_busy_fraction_is_the_busiest_sites() -> None:
+    line_bytes_per_s = 1e8 * WIDE.payload_share
+    backward_s = 4 * 0.010
+    half = round(line_bytes_per_s * backward_s / 2)
+    [records] = rounds()
+    for counts, expected in (((half, half // 2), 0.5), ((half, 9 * half), 1.0), ((0, half // 5), 0.1)):
+        seen = [replace(one, sent_bytes=count) for one, count in zip(records, counts, strict=True)]
+        assert wire_busy_fraction([seen], WIDE) == pytest.approx(expected, rel=1e-3)
+    assert wire_busy_fraction([records], WIDE) is None
+    assert wire_busy_fraction([records], WIDE.as_single_cluster()) is None
+
+
+def test_run_is_compared_with_its_baseline() -> None:
+    baseline = make_run(SINGLE, rounds(30), WIDE, None, 0.03)
+    run = make_run(SLOTTED, rounds(40), WIDE, baseline, 0.03)
+    assert (baseline.efficiency, baseline.arithmetic_ratio) == pytest.approx((1.0, 1.0))
+    assert run.efficiency == pytest.approx(0.75)
+    assert run.arithmetic_ratio == pytest.approx(4 / 3)
+    assert run.retransmits == 0 + 1
+    assert run.slot_misses == 6
+    assert baseline.retransmits is None
+    assert run.result_digest == "same"
+
+
+def test_counts_that_nobody_knows_are_null() -> None:
+    run = make_run(SLOTTED, rounds(retransmits=None, slot_misses=None), WIDE, None, None)
+    assert (run.retransmits, run.slot_misses, run.losses, run.arithmetic_ratio) == (None, None, None, None)
+
+
+def test_ranks_that_differ_have_no_digest() -> None:
+    [records] = rounds()
+    run = make_run(SLOTTED, [[records[0], replace(records[1], digest="other")]], WIDE, None, None)
+    assert run.result_digest is None
+
+
+def test_losses_are_means_over_ranks_through_all_rounds() -> None:
+    first = [record(rank, losses=(1.0 + rank, 2.0)) for rank in range(2)]
+    second = [record(rank, losses=(4.0, 6.0 * rank)) for rank in range(2)]
+    assert make_run(SLOTTED, [first, second], WIDE, None, None).losses == (1.5, 2.0, 4.0, 3.0)
+
+
+def test_script_is_timed_by_marks_where_it_leaves_any() -> None:
+    marked = (Marks(0, (0, 10 * MS, 30 * MS)), Marks(1, (1 * MS, 12 * MS, 31 * MS, 99 * MS)))
+    assert marked_times_s(marked) == pytest.approx([0.011, 0.019])
+    assert marked_times_s((Marks(0, (1, 2)), Marks(1, (1,)))) == []
+    baseline = make_script_run(SINGLE, [ScriptRound(2.0, marked)], None)
+    assert baseline.iteration_s.samples == pytest.approx((0.011, 0.019))
+    assert baseline.total_s == 2.0
+    whole = make_script_run(SLOTTED, [ScriptRound(4.0, ()), ScriptRound(8.0, ())], baseline)
+    assert whole.iteration_s.samples == (4.0, 8.0)
+
+
+def test_step_leaves_marks_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Any] = []
+    monkeypatch.setattr(marks.atexit, "register", lambda *call: left.append(call))
+    step()
+    assert not left
+    monkeypatch.setenv("DETCOLL_MARKS", str(tmp_path))
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    step()
+    step()
+    [(leave, directory)] = left
+    leave(directory)
+    seen = read_marks(tmp_path / "marks2.json")
+    assert seen.rank == 2
+    assert len(seen.marks_ns) == 2
+    assert seen.marks_ns[0] <= seen.marks_ns[1]
+
+
+def test_kernel_counters() -> None:
+    device = (
+        "Inter-|   Receive                |  Transmit\n"
+        " face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop\n"
+        "    lo:   11339      96    0    0    0     0          0         0    11339      96    0    0\n"
+        "  wan0: 79459253    2022    0    0    0     0          0         0   151315    1239    0    0\n"
+    )
+    assert parse_sent_bytes(device) == 151315
+    assert parse_sent_bytes("") is None
+    assert parse_retransmits("Ip: 1\nTcp: OutSegs RetransSegs InErrs\nTcp: 100 7 0\n") == 7
+    assert parse_retransmits("Tcp: OutSegs\nTcp: 100\n") is None
+    assert parse_retransmits("") is None
+    counts = network_counts()
+    assert counts.since(counts).retransmits in (0, None)
+
+
+def test_host_facts_name_versions_and_nobody() -> None:
+    facts = host_facts()
+    assert {"cpu", "cores", "kernel", "python", "numpy", "pyzmq", "libzmq", "torch", "mpi4py", "mpi"} <= set(facts)
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert socket.gethostname() not in json.dumps(facts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Path("/nowhere.toml"), None, None, None, None), "cannot be read"),
+        ((Path("/nowhere.toml"), 2, None, "1 Gbit/s", None), "sites, rate"),
+        ((None, 1, None, None, None), "sites=1"),
+        ((None, 0, None, None, None), "sites=0"),
+        ((None, None, 0, None, None), "ranks_per_site=0"),
+        ((None, None, None, "1", None), "rate='1'"),
+        ((None, None, None, None, "20"), "round_trip='20'"),
+    ],
+)
+def test_lines_that_cannot_be_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        wide_topology(*arguments)
+
+
+def test_lines_from_options() -> None:
+    topology = wide_topology(None, 3, 1, "100 Mbit/s", "5 ms")
+    assert topology == Topology.uniform(3, 1, 12.5e6, 2_500_000)
+    assert wide_topology(None, None, None, None, None) == Topology.uniform(2, 2, 125e6, 10 * MS)
+
+
+class _Anywhere:
+    capabilities = Capabilities(scope=Scope.ANYWHERE)
+
+
+def test_transports_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detcoll.measure.options._NEEDS", {"gloo": ("no_such_package", "pip install it")})
+    monkeypatch.setattr("detcoll.measure.options.load", lambda name: _Anywhere)
+    monkeypatch.setattr("detcoll.measure.options.mpiexec", lambda: "/bin/mpiexec")
+    here, left_out = present(("gloo", "mpi"), "against")
+    assert here == ("mpi",)
+    assert left_out == (LeftOut("gloo", "no_such_package is not installed; install it with: pip install it"),)
+    monkeypatch.setattr("detcoll.measure.options.mpiexec", lambda: None)
+    assert present(("mpi",), "against")[1][0].why.startswith("there is no mpiexec")
+    with pytest.raises(UsageError, match="against='carrier-pigeon'"):
+        present(("carrier-pigeon",), "against")
+    assert comma_separated(" a, b,") == ("a", "b")
+    assert comma_separated("none") == comma_separated("") == ()
+
+
+class FakePlaces:
+    """Writes the records that ranks would; ``faults`` name what goes wrong for which transport."""
+
+    calls: list[tuple[str, str]]
+    faults: dict[str, str]
+
+    def __init__(self, topology: Topology, lab: Any, deadline_s: float) -> None:
+        self.topology = topology
+
+    def run(self, setting: Setting, argv: list[str], logs: Path, env: dict[str, str] | None = None) -> float:
+        self.calls.append((setting.name, Path(argv[-1]).name))
+        fault = self.faults.get(setting.transport)
+        if fault == "fails":
+            raise DetcollError("a rank ended with exit code 3")
+        if env is not None:
+            write_json(logs / "marks0.json", Marks(0, (0, MS, 3 * MS)))
+            return 2.0
+        config = read_config(logs / "config.json")
+        assert config.topology.is_wide == setting.is_wide
+        goes_on = config.first_iteration > 0 and config.workload.name == "digits"
+        assert (config.resume_path is not None) == goes_on
+        for rank in range(self.topology.size):
+            made = record(rank, 30 if setting == SINGLE else 40, config.iterations, digest=fault or "same")
+            write_json(config.record_path(rank), made)
+        return 1.0
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> type[FakePlaces]:
+    @contextmanager
+    def no_lab(topology: Topology, queue_bytes: int) -> Iterator[None]:
+        yield None
+
+    monkeypatch.setattr(experiment, "Lab", no_lab)
+    monkeypatch.setattr(experiment, "Places", FakePlaces)
+    monkeypatch.setattr(experiment, "save_digits", lambda path: None)
+    FakePlaces.calls, FakePlaces.faults = [], {}
+    return FakePlaces
+
+
+def an_experiment(**changes: Any) -> Experiment:
+    return replace(
+        Experiment(WIDE, SYNTHETIC, (), 5, 2, ("gloo",), (LeftOut("mpi", "not here"),), 2_500_000), **changes
+    )
+
+
+def test_settings_take_turns(places: type[FakePlaces]) -> None:
+    said: list[str] = []
+    result = run_experiment(an_experiment(), said.append)
+    names = ["single cluster", "slotted", "gloo"]
+    assert [name for name, _ in places.calls] == names + names[::-1]
+    assert [len(run.iteration_s.samples) for run in result.runs] == [5, 5, 5]
+    assert [run.setting for run in result.runs] == ["single-cluster", "wide-area", "wide-area"]
+    assert result.digests_equal is True
+    assert len(said) == 6
+    assert "round 2 of 2: gloo, wide-area" in said
+
+
+def test_digits_go_on_in_the_next_round(places: type[FakePlaces]) -> None:
+    result = run_experiment(an_experiment(workload=WorkloadSpec("digits", 4096), iterations=4), lambda line: None)
+    assert result.workload["gradient_bytes"] > 2**21
+    assert all(len(run.iteration_s.samples) == 4 for run in result.runs)
+
+
+def test_result_file_has_the_promised_keys(places: type[FakePlaces], tmp_path: Path) -> None:
+    result = run_experiment(an_experiment(), lambda line: None)
+    write_result(tmp_path / "results.json", result)
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["schema"] == "detcoll.measure/1"
+    assert {"host", "workload", "runs"} <= set(data)
+    for run in data["runs"]:
+        assert {
+            "name", "transport", "setting", "service", "cross_traffic", "iteration_s", "sync_s", "efficiency",
+            "wire_busy_fraction", "algorithm", "result_digest", "retransmits", "slot_misses",
+        } <= set(run)  # fmt: skip
+        assert set(run["iteration_s"]) == {"median", "p01", "p99", "samples"}
+    assert data["workload"]["name"] == "synthetic"
+    assert data["left_out"] == [{"transport": "mpi", "why": "not here"}]
+    assert data["runs"][0]["retransmits"] is None
+
+
+def test_other_bits_are_told(places: type[FakePlaces]) -> None:
+    places.faults = {"slotted": "other"}
+    result = run_experiment(an_experiment(), lambda line: None)
+    assert result.digests_equal is False
+    assert "DIFFERS" in _printed(result)
+    places.faults = {"gloo": "other"}
+    result = run_experiment(an_experiment(), lambda line: None)
+    assert result.digests_equal is True
+    assert "bit for bit" in _printed(result)
+    assert "left out: mpi: not here" in _printed(result)
+
+
+def test_baseline_that_cannot_be_trusted_is_told() -> None:
+    steady = make_run(SINGLE, rounds(40), WIDE, None, 0.04)
+    slow = make_run(SINGLE, rounds(40), WIDE, None, 0.039)
+    uneven = make_run(SINGLE, [*rounds(40), *rounds(90, iterations=1)], WIDE, None, None)
+    for run, words in ((steady, None), (slow, "2.6 % above its own arithmetic"), (uneven, "the machine is busy")):
+        shown = _printed(Measurement("detcoll.measure/1", {}, {}, (run,), (), None))
+        assert ("a doubtful baseline" in shown) == (words is not None)
+        assert words is None or words in shown
+
+
+def test_peer_that_fails_is_left_out(places: type[FakePlaces]) -> None:
+    places.faults = {"gloo": "fails"}
+    result = run_experiment(an_experiment(), lambda line: None)
+    assert [run.name for run in result.runs] == ["single cluster", "slotted"]
+    assert result.left_out[-1] == LeftOut("gloo", "it failed: a rank ended with exit code 3")
+    places.faults = {"slotted": "fails"}
+    with pytest.raises(DetcollError, match="exit code 3"):
+        run_experiment(an_experiment(), lambda line: None)
+
+
+def test_script_runs_under_every_setting(places: type[FakePlaces], tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    wanted = an_experiment(workload=None, script=(str(script),), rounds=1)
+    result = run_experiment(wanted, lambda line: None)
+    assert result.digests_equal is None
+    assert [run.iteration_s.samples for run in result.runs] == [(0.001, 0.002)] * 3
+    assert result.workload["name"] == "script"
+
+
+def test_experiment_that_cannot_be_is_refused() -> None:
+    for changes, message in (
+        ({"rounds": 0}, "rounds=0"),
+        ({"iterations": 1}, "iterations=1"),
+        ({"against": ("slotted",)}, "measured anyway"),
+        ({"against": ("gloo", "gloo")}, "each other once"),
+        ({"workload": None, "script": ("/no/such.py",)}, "script='/no/such.py'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            an_experiment(**changes).validate()
+
+
+def test_results_must_have_a_place(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new.json", "json")
+    require_writable(None, "json")
+    with pytest.raises(UsageError, match="is a directory"):
+        require_writable(tmp_path, "json")
+    with pytest.raises(UsageError, match="no directory"):
+        require_writable(tmp_path / "a" / "b.json", "json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--service", "deterministic"], "not available in this version"),
+        (["--service", "best-effort,deterministic"], "not available in this version"),
+        (["--service", "perfect"], "service='perfect' is not known"),
+        (["--cross-traffic", "0,1.0"], "cross_traffic=1.0 is not available in this version"),
+        (["--cross-traffic", "much"], "cross_traffic='much'"),
+        (["--report", "out"], "not available in this version"),
+        (["--json", "/no/such/directory/x.json"], "no directory"),
+        (["--against", "pigeon"], "against='pigeon'"),
+        (["--against", "shm"], "against='shm' joins ranks of one host only"),
+        (["--sites", "1"], "sites=1"),
+        (["--rate", "1"], "rate='1'"),
+        (["--workload", "synthetic", "--compute", "400"], "compute='400'"),
+        (["--workload", "synthetic", "--gradient-bytes", "10B"], "gradient_bytes=10"),
+        (["--bucket-bytes", "2B"], "bucket_bytes=2"),
+        (["--rounds", "0", "--against", "none"], "rounds=0"),
+        (["/no/such/script.py", "--against", "none"], "is not a file"),
+        (["--workload", "digits", "--against", "none", __file__], "two workloads"),
+    ],
+)
+def test_measure_refuses_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_measure_prints_and_writes(
+    places: type[FakePlaces], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = tmp_path / "results.json"
+    given = ["measure", "--workload", "synthetic", "--against", "none", "--ranks-per-site", "1", "--iterations", "4"]
+    assert main([*given, "--compute", "30 ms", "--json", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert "75.0%" in captured.out
+    assert "bit for bit" in captured.out
+    assert "round 1 of 2: single cluster, single-cluster" in captured.err
+    runs = json.loads(path.read_text())["runs"]
+    assert [run["arithmetic_ratio"] for run in runs] == pytest.approx([1.0, 4 / 3])
+    places.faults = {"slotted": "other"}
+    assert main(given) == 1
+
+
+def test_unknown_options_belong_to_the_script(
+    places: type[FakePlaces], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    seen: list[Experiment] = []
+
+    def keep(wanted: Experiment, say: Any) -> Any:
+        seen.append(wanted)
+        return run_experiment(wanted, say)
+
+    monkeypatch.setattr("detcoll.cli.measure.run_experiment", keep)
+    given = ["measure", str(script), "--epochs", "3", "--sites", "3", "--against", "none", "--rounds", "1"]
+    assert main(given) == 0
+    assert seen[0].script == (str(script), "--epochs", "3")
+    assert len(seen[0].topology.sites) == 3
+
+
+def _printed(result: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(measurement_table(result))
+    return captured.get()

@@ -1,0 +1,322 @@
+"""The workloads and the sweep on a crew of threads: values, buckets, marks, resuming, bits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detcoll.errors import TransportError, UsageError
+from detcoll.measure.buckets import Buckets, bucket_ends
+from detcoll.measure.digits import PARAMETERS, Digits
+from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_config, read_record, write_json
+from detcoll.measure.start import Starter, combine
+from detcoll.measure.sweep import Sweep, run_sweep
+from detcoll.measure.synthetic import Synthetic
+from detcoll.measure.verification import expected_all_reduce, fill, modulus, require_equal
+from detcoll.measure.worker import measure_rank
+from detcoll.topology import Topology
+from detcoll.types import DTYPES
+
+KiB = 1024
+SYNTHETIC = WorkloadSpec("synthetic", bucket_bytes=KiB, compute_ns=600_000, gradient_bytes=10 * KiB)
+
+_FOLDS: dict[str, Callable[[list[Any]], Any]] = {
+    "sum": lambda parts: sum(parts[1:], start=parts[0]),
+    "avg": lambda parts: (sum(parts[1:], start=parts[0]) / len(parts)).astype(parts[0].dtype),
+    "max": lambda parts: np.maximum.reduce(parts),
+    "min": lambda parts: np.minimum.reduce(parts),
+}
+
+
+class _Done:
+    def wait(self) -> None: ...
+
+
+class _Board:
+    """What the threads of a crew share; ``spoil`` changes a result before ranks take it."""
+
+    def __init__(self, size: int, spoil: Callable[[Any], Any] = lambda result: result) -> None:
+        self.parts: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=10)
+        self.spoil = spoil
+
+
+class _Member:
+    """A rank of the crew: the communicator's surface over shared memory of one process."""
+
+    transport = "crew"
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self.rank, self.size, self._board = rank, len(board.parts), board
+        self.topology = Topology.single_site(self.size)
+        self.reduced_bytes: list[int] = []
+
+    def _meet(self, mine: Any) -> list[Any]:
+        self._board.parts[self.rank] = mine
+        self._board.barrier.wait()
+        parts = list(self._board.parts)
+        self._board.barrier.wait()
+        return parts
+
+    def all_reduce(self, x: Any, op: str = "sum", async_op: bool = False) -> _Done:
+        self.reduced_bytes.append(x.nbytes)
+        x[:] = self._board.spoil(_FOLDS[op](self._meet(x.copy())))
+        return _Done()
+
+    def broadcast(self, x: Any, root: int = 0) -> None:
+        x[:] = self._meet(x.copy())[root]
+
+    def barrier(self) -> None:
+        self._meet(None)
+
+    def predict(self, kind: str, nbytes: int, dtype: str = "float32", called_ns: int | None = None) -> float | None:
+        return 2e-3
+
+    def bound(self, kind: str, nbytes: int) -> float | None:
+        return 1e-3
+
+    def algorithm(self, kind: str, nbytes: int, dtype: str = "float32") -> str:
+        return "crew"
+
+    def counters(self) -> dict[str, int]:
+        return {"slot_misses": self.rank}
+
+
+def on_crew(size: int, program: Callable[[Any], Any], spoil: Callable[[Any], Any] = lambda result: result) -> list[Any]:
+    board = _Board(size, spoil)
+
+    def rank_main(rank: int) -> Any:
+        try:
+            return program(_Member(board, rank))
+        except BaseException:
+            board.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(rank_main, rank) for rank in range(size)]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        return [future.result() for future in futures]
+
+
+@pytest.fixture(scope="module")
+def digits_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Blobs in the shape of the digits: ten classes of 64 pixels."""
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    generator = np.random.default_rng(5)
+    labels = np.arange(600) % 10
+    centres = generator.random((10, 64), dtype=np.float32)
+    pixels = centres[labels] + generator.random((600, 64), dtype=np.float32) / 4
+    np.savez(path, pixels=pixels, labels=labels)
+    return str(path)
+
+
+def _config(workload: WorkloadSpec, path: Path, iterations: int = 4, **more: Any) -> WorkerConfig:
+    return WorkerConfig(workload, "crew", Topology.single_site(2), iterations, 1, 30.0, str(path), **more)
+
+
+def test_buckets_start_as_soon_as_they_are_full() -> None:
+    def program(comm: Any) -> list[int]:
+        gradient = np.ones(10, np.float32)
+        buckets = Buckets(comm, gradient, 16, "sum")
+        started = []
+        for prefix in (3, 4, 9):
+            buckets.ready(prefix)
+            started.append(len(comm.reduced_bytes))
+        buckets.wait()
+        assert (gradient == 2).all()
+        buckets.wait()
+        return [*started, *comm.reduced_bytes]
+
+    assert on_crew(2, program) == [[0, 1, 2, 16, 16, 8, 16, 16, 8]] * 2
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, 2, 6])
+def test_bucket_of_no_whole_elements_is_refused(bucket_bytes: int) -> None:
+    with pytest.raises(UsageError, match=f"bucket_bytes={bucket_bytes}"):
+        bucket_ends(10, 4, bucket_bytes)
+
+
+def test_synthetic_measures_every_iteration(tmp_path: Path) -> None:
+    records = on_crew(2, lambda comm: measure_rank(comm, _config(SYNTHETIC, tmp_path)))
+    for record in records:
+        assert len(record.stamps) == 4
+        previous_ns = record.start_ns
+        for stamp in record.stamps:
+            assert stamp.backward_begin_ns >= previous_ns + 200_000
+            assert stamp.backward_end_ns >= stamp.backward_begin_ns + 400_000
+            assert stamp.end_ns >= stamp.reduced_ns >= stamp.backward_end_ns
+            previous_ns = stamp.end_ns
+    assert records[0].digest == records[1].digest
+    assert [record.slot_misses for record in records] == [0, 1]
+
+
+def test_record_survives_its_file(tmp_path: Path) -> None:
+    config = _config(SYNTHETIC, tmp_path)
+    write_json(tmp_path / "config.json", config)
+    assert read_config(tmp_path / "config.json") == config
+    [record] = on_crew(1, lambda comm: measure_rank(comm, config))
+    write_json(config.record_path(0), record)
+    assert read_record(config.record_path(0)) == record
+
+
+@pytest.mark.parametrize("element", [0, 1500, 2559])
+def test_synthetic_notices_one_wrong_element(element: int) -> None:
+    def spoil(result: Any) -> Any:
+        if result.size == 2560:
+            result[element] += 1
+        return result
+
+    whole = WorkloadSpec("synthetic", bucket_bytes=10 * KiB, compute_ns=1000, gradient_bytes=10 * KiB)
+    with pytest.raises(TransportError, match=f"element {element} of the reduced gradient"):
+        on_crew(2, lambda comm: Synthetic(comm, whole).rehearse(), spoil)
+
+
+def test_synthetic_notices_a_stale_result() -> None:
+    def program(comm: Any) -> None:
+        workload = Synthetic(comm, SYNTHETIC)
+        workload.rehearse()
+        comm.all_reduce = lambda *args, **kwargs: _Done()
+        workload.rehearse()
+
+    with pytest.raises(TransportError, match="iteration 0"):
+        on_crew(2, program)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_digits_learn_the_same_on_all_ranks(digits_file: str, tmp_path: Path, size: int) -> None:
+    spec = WorkloadSpec("digits", bucket_bytes=256 * KiB, data_path=digits_file)
+    records = on_crew(size, lambda comm: measure_rank(comm, _config(spec, tmp_path, 6)))
+    assert len({record.digest for record in records}) == 1
+    assert records[0].losses[-1] < records[0].losses[0] / 2
+    assert records[0].accuracy is not None
+    assert all(record.accuracy is None for record in records[1:])
+
+
+def test_digits_go_on_where_they_stopped(digits_file: str, tmp_path: Path) -> None:
+    spec = WorkloadSpec("digits", bucket_bytes=PARAMETERS * 4, data_path=digits_file)
+    state = str(tmp_path / "state.npz")
+    whole = on_crew(2, lambda comm: measure_rank(comm, _config(spec, tmp_path, 4)))
+    first = on_crew(2, lambda comm: measure_rank(comm, _config(spec, tmp_path, 2, checkpoint_path=state)))
+    rest = on_crew(2, lambda comm: measure_rank(comm, _config(spec, tmp_path, 2, first_iteration=2, resume_path=state)))
+    assert rest[0].digest == whole[0].digest != first[0].digest
+    assert first[0].losses + rest[0].losses == whole[0].losses
+
+
+def test_digits_depend_on_what_was_reduced(digits_file: str, tmp_path: Path) -> None:
+    spec = WorkloadSpec("digits", bucket_bytes=256 * KiB, data_path=digits_file)
+
+    def spoil(result: Any) -> Any:
+        result[0] = np.nextafter(result[0], np.float32(1), dtype=result.dtype)
+        return result
+
+    right = on_crew(2, lambda comm: measure_rank(comm, _config(spec, tmp_path, 2)))
+    wrong = on_crew(2, lambda comm: measure_rank(comm, _config(spec, tmp_path, 2)), spoil)
+    assert right[0].digest != wrong[0].digest
+
+
+def test_digits_refuse_more_ranks_than_samples(digits_file: str) -> None:
+    class Many:
+        rank, size = 0, 241
+
+    with pytest.raises(UsageError, match="size=241"):
+        Digits(Many(), WorkloadSpec("digits", 4, data_path=digits_file))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 300])
+def test_expected_sums_are_exact(dtype: str, size: int) -> None:
+    kind = DTYPES[dtype]
+    arrays = [np.zeros(600, kind) for _ in range(size)]
+    for rank, array in enumerate(arrays):
+        fill(array, rank, size)
+    exact = sum(array.astype(np.int64) for array in arrays)
+    expected = expected_all_reduce(600, kind, size)
+    if kind.kind not in "iu":
+        assert (expected.astype(np.int64) == exact).all()
+    require_equal(expected, np.asarray(exact).astype(kind), "sum")
+    assert modulus(kind, 1) > 100
+
+
+def test_wrong_value_is_named() -> None:
+    with pytest.raises(TransportError, match=r"here: element 2 is 7\.0, expected 2\.0"):
+        require_equal(np.array([0, 1, 7], np.float32), np.array([0, 1, 2], np.float32), "here")
+
+
+def test_sweep_gives_a_row_for_every_point() -> None:
+    sweep = Sweep(("all_reduce", "broadcast", "barrier"), (4, 4096), "float32", iterations=3, warmup=1)
+    first, second = on_crew(2, lambda comm: run_sweep(comm, sweep))
+    assert first == second
+    assert [(row.collective, row.bytes) for row in first] == sweep.points()
+    row = first[0]
+    assert row.min_s <= row.median_s <= row.p99_s <= row.max_s
+    assert row.fraction_of_bound == pytest.approx(1e-3 / row.median_s)
+    assert row.prediction_error == pytest.approx(2e-3 / row.median_s - 1)
+    assert (row.algorithm, row.ranks, row.sites, row.start) == ("crew", 2, 1, "instant")
+    assert first[-1].bound_s is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float64"])
+def test_sweep_notices_a_wrong_element(dtype: str) -> None:
+    def spoil(result: Any) -> Any:
+        if result.nbytes == 4096:
+            result[-1] += 1
+        return result
+
+    sweep = Sweep(("all_reduce",), (4096,), dtype, iterations=1, warmup=0)
+    with pytest.raises(TransportError, match="all_reduce of 4096 bytes"):
+        on_crew(2, lambda comm: run_sweep(comm, sweep), spoil)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"collectives": ("gather",)}, "collective='gather'"),
+        ({"sizes_bytes": (10,)}, "bytes=10"),
+        ({"sizes_bytes": (0,)}, "bytes=0"),
+        ({"sizes_bytes": ()}, "at least one"),
+        ({"dtype": "complex64"}, "dtype=complex64"),
+        ({"iterations": 0}, "iterations=0"),
+        ({"warmup": -1}, "warmup=-1"),
+    ],
+)
+def test_sweep_refuses_what_it_cannot_run(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {
+        "collectives": ("all_reduce",), "sizes_bytes": (4,), "dtype": "float32", "iterations": 1, "warmup": 0,
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=message):
+        Sweep(**(given | change)).validate()
+
+
+def test_call_times_run_from_last_entry_to_last_exit() -> None:
+    entered, left = [(100, 1000), (400, 1000)], [(900, 1500), (800, 2000)]
+
+    def program(comm: Any) -> Any:
+        starter = Starter(comm)
+        return combine(comm, starter.kind, np.array(entered[comm.rank]), np.array(left[comm.rank]))
+
+    for times in on_crew(2, program):
+        assert times.calls_s == pytest.approx((500e-9, 1000e-9))
+        assert times.skew_s == pytest.approx((300e-9, 0.0))
+
+
+def test_ranks_of_two_hosts_start_from_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(["one", "two"])
+    monkeypatch.setattr("detcoll.measure.start.host_identity", lambda: next(names))
+
+    def program(comm: Any) -> Any:
+        starter = Starter(comm)
+        assert starter.kind == "barrier"
+        return combine(comm, starter.kind, np.array([100, 0]), np.array([[900, 500], [800, 2000]][comm.rank]))
+
+    for times in on_crew(2, program):
+        assert times.calls_s == pytest.approx((800e-9, 2000e-9))
+        assert times.skew_s is None

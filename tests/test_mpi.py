@@ -1,0 +1,354 @@
+"""What is MPI's own: who may join, its fold of 16-bit floats, parts, leftovers, and what ends a job.
+
+The functions above the tests run in the ranks' processes, which import this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import detcoll_mpi.blocking
+import detcoll_mpi.collectives
+import detcoll_mpi.progress
+from detcoll.errors import DeadlineMissed, TransportUnavailable, UsageError
+from detcoll.testing import (
+    MPI_ENVIRONMENT,
+    Here,
+    ProcessFabric,
+    ThreadFabric,
+    WorldError,
+    Worlds,
+    mpi_launcher,
+    pattern,
+)
+from detcoll.testing.fabric import Program
+from detcoll.testing.programs import collectives, messages
+from detcoll.transport import TicketStatus
+from detcoll.types import ReduceOp
+from detcoll_mpi import MpiTransport
+from detcoll_mpi.blocking import BlockingCaller
+from detcoll_mpi.pool import LARGEST_IDLE_BYTES, Loan, Pool
+from detcoll_mpi.progress import Progress
+
+LAUNCHER = mpi_launcher()
+TRANSPORT = "detcoll_mpi:MpiTransport"
+needs_mpi = pytest.mark.skipif(
+    find_spec("mpi4py") is None or LAUNCHER is None, reason="mpi4py or mpiexec is not installed"
+)
+
+
+def half_floats(here: Here) -> None:
+    """Sums of 16-bit floats are rounded once, and their averages do not overflow on the way."""
+    first = 256 if here.rank == 0 else 1
+    total = np.full(1000, first, ml_dtypes.bfloat16)
+    here.endpoint.all_reduce(total, ReduceOp.SUM, here.deadline_ns())
+    assert (total == 256 + here.size - 1).all()
+    large = np.full(1000, 40_000, np.float16)
+    here.endpoint.all_reduce(large, ReduceOp.AVG, here.deadline_ns())
+    assert (large == 40_000).all()
+
+
+def in_parts(here: Here) -> None:
+    """An array that is larger than one call may take goes in parts."""
+    module = detcoll_mpi.collectives
+    before = module.LARGEST_PART_BYTES, module.STAGE_ELEMS
+    module.LARGEST_PART_BYTES, module.STAGE_ELEMS = 96, 10
+    try:
+        collectives.all_reduce(here, [1, 7, 101], ["float32", "float64", "bfloat16", "int8"])
+        collectives.broadcast(here, [101])
+    finally:
+        module.LARGEST_PART_BYTES, module.STAGE_ELEMS = before
+
+
+def blocking_everywhere(here: Here) -> None:
+    """The blocking calls give the same results."""
+    module = detcoll_mpi.collectives
+    before, module.WATCHED_BYTES = module.WATCHED_BYTES, 0
+    try:
+        collectives.all_reduce(here, [1, 7, 101], ["float32", "bfloat16", "int64"])
+        collectives.broadcast(here, [1, 101])
+        collectives.late_collective(here, "all_reduce")
+    finally:
+        module.WATCHED_BYTES = before
+
+
+def leave_mail(here: Here) -> None:
+    """Send what is never received."""
+    if here.rank == 0:
+        here.finish(here.send(1, 5, b"old mail"))
+        here.finish(here.send(1, 6, b"last"))
+    if here.rank == 1:
+        here.take(0, 6, 4)
+
+
+def expect_new_mail(here: Here) -> None:
+    """Receive what is sent now, not what an earlier endpoint left."""
+    if here.rank == 0:
+        here.finish(here.send(1, 5, b"new mail"))
+    if here.rank == 1:
+        assert here.take(0, 5, 8) == b"new mail"
+
+
+def die(here: Here) -> None:
+    """Rank 1 ends without a word; the others wait for it."""
+    if here.rank == 1:
+        os._exit(3)
+    here.take(1, 1, 1)
+
+
+def abort(here: Here) -> None:
+    """Rank 1 aborts; the others wait for it."""
+    if here.rank == 1:
+        here.endpoint.abort()
+    here.take(1, 1, 1)
+
+
+def raise_alone(here: Here) -> None:
+    """Rank 1 raises; the others come to their deadlines."""
+    if here.rank == 1:
+        raise ValueError("rank 1 has its reasons")
+    ticket = here.endpoint.recv(1, 1, 1)
+    assert not here.endpoint.poll(here.clock.now_ns() + 10**7)
+    assert ticket.status is TicketStatus.PENDING
+    with pytest.raises(DeadlineMissed):
+        here.endpoint.barrier(here.clock.now_ns() + 10**7)
+
+
+class _Inside:
+    """A rendezvous of the ranks ``members``, through the messages of an endpoint that joins more."""
+
+    host = "127.0.0.1"
+
+    def __init__(self, here: Here, members: list[int]) -> None:
+        self._here, self._members = here, members
+
+    def exchange(self, name: str, payload: bytes, deadline_ns: int) -> list[bytes]:
+        here, others = self._here, [rank for rank in self._members if rank != self._here.rank]
+        tickets = [here.send(rank, 9, payload.ljust(200, b"\0")) for rank in others]
+        answers = {rank: here.take(rank, 9, 200).rstrip(b"\0") for rank in others} | {here.rank: payload}
+        here.finish(*tickets)
+        return [answers[rank] for rank in self._members]
+
+
+def part_of_the_world(here: Here) -> None:
+    """Ranks 2 and 1 of three, in this order, make a job of two."""
+    members = [2, 1]
+    if here.rank not in members:
+        return
+    rank = members.index(here.rank)
+    inside: Any = _Inside(here, members)
+    endpoint = MpiTransport().open(rank, 2, inside, here.clock, {})
+    endpoint.connect({0: "", 1: ""}, here.deadline_ns())
+    there = Here(rank, 2, endpoint, here.capabilities, lambda: None)
+    array = np.full(10, rank + 1.0)
+    endpoint.broadcast(array, 0, here.deadline_ns())
+    assert (array == 1).all()
+    endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+    assert (array == 2).all()
+    sent = there.send(1 - rank, 1, pattern(rank, 100))
+    assert there.take(1 - rank, 1, 100) == pattern(1 - rank, 100)
+    there.finish(sent)
+    assert endpoint.counters()["bytes_sent"] == endpoint.counters()["bytes_received"] == 100
+    endpoint.close(here.deadline_ns())
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[Worlds]:
+    made = Worlds(LAUNCHER or (), MPI_ENVIRONMENT)
+    yield made
+    made.end()
+
+
+@needs_mpi
+def test_half_floats(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(3), TRANSPORT) as fabric:
+        fabric.run(half_floats)
+
+
+@needs_mpi
+def test_large_arrays_go_in_parts(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(in_parts)
+
+
+@needs_mpi
+def test_blocking_calls(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(blocking_everywhere)
+
+
+@needs_mpi
+def test_old_mail_is_not_delivered_to_the_next_endpoint(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(leave_mail)
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(expect_new_mail)
+
+
+@needs_mpi
+def test_part_of_the_world(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(3), TRANSPORT) as fabric:
+        fabric.run(part_of_the_world)
+
+
+@needs_mpi
+def test_ranks_in_another_order(worlds: Worlds) -> None:
+    shuffled = Worlds(LAUNCHER or (), {**MPI_ENVIRONMENT, "DETCOLL_TESTING_ORDER": "2,0,1"})
+    try:
+        with ProcessFabric(shuffled.of(3), TRANSPORT) as fabric:
+            fabric.run(messages.each_to_each, nbytes=1000)
+            fabric.run(collectives.broadcast, counts=[10])
+    finally:
+        shuffled.end()
+
+
+@needs_mpi
+def test_an_exception_on_one_rank_leaves_no_other_waiting(worlds: Worlds) -> None:
+    with (
+        pytest.raises(WorldError, match="rank 1 has its reasons") as caught,
+        ProcessFabric(worlds.of(2), TRANSPORT) as fabric,
+    ):
+        fabric.run(raise_alone)
+    assert "rank 0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "options"),
+    [(die, {}), (abort, {"abort_job": True})],
+    ids=["dead process", "abort_job"],
+)
+@needs_mpi
+def test_the_launcher_ends_the_job(worlds: Worlds, program: Program, options: dict[str, object]) -> None:
+    world = worlds.of(2)
+    with pytest.raises(WorldError, match="died"), ProcessFabric(world, TRANSPORT, options) as fabric:
+        fabric.run(program)
+    assert not world.is_alive
+
+
+@needs_mpi
+def test_ranks_without_a_launcher_are_refused(worlds: Worlds) -> None:
+    apart = Worlds()
+    try:
+        with pytest.raises(WorldError, match="mpiexec -n 2"), ProcessFabric(apart.of(2), TRANSPORT):
+            pass
+    finally:
+        apart.end()
+
+
+def fake_mpi(**changes: Any) -> SimpleNamespace:
+    world = SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 1, Get_attr=lambda key: changes.get("tags", 2**31 - 1))
+    levels = {"THREAD_MULTIPLE": 3, "Query_thread": lambda: changes.get("level", 3), "TAG_UB": 0}
+    return SimpleNamespace(COMM_WORLD=world, Is_finalized=lambda: changes.get("finalized", False), **levels)
+
+
+def without_mpi4py() -> Any:
+    raise ImportError("No module named 'mpi4py'")
+
+
+def without_library() -> Any:
+    raise RuntimeError("cannot load MPI library")
+
+
+@pytest.mark.parametrize(
+    ("load", "text"),
+    [
+        (without_mpi4py, r"No module named 'mpi4py'.*pip install detcoll\[mpi\]"),
+        (without_library, r"cannot load MPI library.*pip install detcoll\[mpi\]"),
+        (lambda: fake_mpi(level=2), "MPI_THREAD_MULTIPLE"),
+        (lambda: fake_mpi(tags=32767), "tags up to 32767"),
+        (lambda: fake_mpi(finalized=True), "finalized"),
+        (lambda: fake_mpi(), "mpiexec -n 2"),
+    ],
+)
+def test_what_is_missing_is_said_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[[], Any], text: str
+) -> None:
+    imported = importlib.import_module
+    monkeypatch.setattr(
+        "detcoll_mpi.transport.importlib.import_module", lambda name: load() if name == "mpi4py.MPI" else imported(name)
+    )
+    with pytest.raises(TransportUnavailable, match=text), ThreadFabric(MpiTransport(), 2):
+        pass
+
+
+@pytest.mark.parametrize(
+    "options", [{"abort_jobs": True}, {"abort_job": 1}, {"open_timeout_ns": "60 s"}, {"open_timeout_ns": True}]
+)
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))), ThreadFabric(MpiTransport(), 1, options):
+        pass
+
+
+def test_a_call_that_does_not_return_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(detcoll_mpi.blocking, "_stuck", [])
+    ended: list[int] = []
+    caller = BlockingCaller(SimpleNamespace(COMM_WORLD=SimpleNamespace(Abort=ended.append)))
+    release = threading.Event()
+    assert caller.call(lambda: None, 10)
+    with pytest.raises(ValueError, match="inside"):
+        caller.call(raise_inside, 10)
+    assert not caller.call(lambda: release.wait(30), 0.001)
+    assert caller.is_busy
+    detcoll_mpi.blocking._end_job_if_stuck()
+    assert ended == [1]
+    assert "stuck in MPI" in capsys.readouterr().err
+    caller.stop()
+    release.set()
+    caller._thread.join(30)
+    assert not caller.is_busy
+    detcoll_mpi.blocking._end_job_if_stuck()
+    assert ended == [1]
+
+
+def raise_inside() -> None:
+    raise ValueError("inside")
+
+
+def test_pool_keeps_a_bounded_amount() -> None:
+    pool = Pool()
+    first = pool.take(1000)
+    assert first.size == 1024
+    Loan(pool, first).take_back(None)
+    assert pool.take(600) is first
+    largest = [pool.take(LARGEST_IDLE_BYTES // 2 - 5) for _ in range(3)]
+    for buffer in largest:
+        pool.give(buffer)
+    again = [pool.take(LARGEST_IDLE_BYTES // 2) for _ in range(3)]
+    assert sum(any(buffer is old for old in largest) for buffer in again) == 2
+
+
+def test_progress_is_made_while_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = [threading.Event() for _ in range(3)]
+
+    def look(source: int, tag: int) -> None:
+        next(event for event in looked if not event.is_set() or event is looked[-1]).set()
+
+    world = SimpleNamespace(Iprobe=look)
+    mpi = SimpleNamespace(COMM_WORLD=world, ANY_SOURCE=-1, ANY_TAG=-1, Is_finalized=lambda: False)
+    monkeypatch.setattr(detcoll_mpi.progress, "LINGER_S", 0.0)
+    progress = Progress()
+    for _ in range(2):
+        progress.enter(mpi)
+    thread = progress._thread
+    assert thread is not None
+    assert all(event.wait(30) for event in looked)
+    progress.leave()
+    assert progress._thread is thread
+    progress.leave()
+    thread.join(30)
+    assert not thread.is_alive()
+    progress.enter(mpi)
+    progress.stop()
+    assert progress._thread is None

@@ -1,0 +1,197 @@
+"""Crews of processes: how they end, and that nothing of them is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from io import BytesIO
+
+import pytest
+
+from detcoll.processes import TIMED_OUT, Guard, describe_exit, exit_code, start, supervise
+from detcoll.tagging import Tagger
+
+FOREVER = "while :; do sleep 1000; done"
+
+
+def shells(*scripts: str) -> list[subprocess.Popen[bytes]]:
+    return [start(["bash", "-c", script]) for script in scripts]
+
+
+def run(*scripts: str, **options: float) -> tuple[int, list[str]]:
+    said: list[str] = []
+    code = supervise(shells(*scripts), settle_s=0.05, announce=said.append, **options)
+    return code, said
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until_gone(pids: Sequence[int]) -> None:
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, f"{[pid for pid in pids if is_running(pid)]} still run"
+        select.select([], [], [], 0.01)
+
+
+def test_success_of_all_is_zero() -> None:
+    assert run("true", "sleep 0.05", "exit 0") == (0, [])
+
+
+def test_the_first_failure_gives_the_code_and_ends_the_others() -> None:
+    code, said = run(FOREVER, "exit 7", FOREVER)
+    assert code == 7
+    assert said == ["rank 1 failed first: it exited with code 7; ending the others"]
+
+
+def test_a_signal_gives_128_and_its_number() -> None:
+    code, said = run(FOREVER, "kill -SEGV $$")
+    assert code == 128 + signal.SIGSEGV
+    assert "rank 1 failed first: it was ended by SIGSEGV" in said[0]
+
+
+def test_who_ignores_sigterm_is_killed_after_the_grace() -> None:
+    assert run(f"trap '' TERM; {FOREVER}", "exit 3", grace_s=0.1)[0] == 3
+
+
+def test_the_deadline_ends_all() -> None:
+    code, said = run(FOREVER, "true", deadline_s=0.2)
+    assert code == TIMED_OUT
+    assert said == ["the time is over; ending rank 0"]
+
+
+def test_grandchildren_end_with_their_group() -> None:
+    reading, writing = os.pipe()
+    crew = [
+        start(["bash", "-c", f"sleep 1000 & echo $! >&{writing}; wait"], pass_fds=[writing]),
+        start(["bash", "-c", f"read < /proc/self/fd/{reading}; kill -9 $$"], pass_fds=[reading]),
+    ]
+    os.close(writing)
+    supervise(crew, settle_s=0.0, announce=lambda _: None)
+    with os.fdopen(reading) as rest:
+        assert rest.read() in ("", "\n")  # at its end only when no process holds the pipe any more
+
+
+def test_leftovers_of_a_successful_rank_end_too() -> None:
+    reading, writing = os.pipe()
+    process = start(["bash", "-c", f"sleep 1000 & echo $! >&{writing}"], pass_fds=[writing])
+    os.close(writing)
+    assert supervise([process]) == 0
+    with os.fdopen(reading) as told:
+        wait_until_gone([int(told.read())])
+
+
+def test_a_program_that_cannot_be_run() -> None:
+    said: list[str] = []
+    process = start(["/nonexistent/program"], stderr=subprocess.DEVNULL)
+    assert supervise([process], names=["the program"], announce=said.append) == 127
+    assert said == ["the program failed first: it exited with code 127"]
+
+
+def test_one_that_ended_before_is_taken_into_account() -> None:
+    processes = shells("exit 4", FOREVER)
+    assert processes[0].wait() == 4
+    assert supervise(processes, settle_s=0.0, announce=lambda _: None) == 4
+
+
+def test_exit_codes_and_words() -> None:
+    assert [exit_code(code) for code in (0, 3, -9)] == [0, 3, 137]
+    assert describe_exit(3) == "exited with code 3"
+    assert describe_exit(-9) == "was ended by SIGKILL"
+    assert describe_exit(-40) == "was ended by signal 40"
+
+
+LAUNCHER = """
+import sys
+from detcoll.processes import Guard, start, supervise
+script = 'trap "echo caught; exit 0" INT TERM; sleep 1000 & echo $$ $!; wait; wait'
+with Guard() as guard:
+    crew = [start(["bash", "-c", script], stdout=sys.stdout) for _ in range(2)]
+    for process in crew:
+        guard.watch(process)
+    print(guard._process.pid, guard._process.pid, flush=True)
+    sys.exit(supervise(crew, grace_s=5.0))
+"""
+
+
+@contextlib.contextmanager
+def launched():  # type: ignore[no-untyped-def]
+    """Give a running launcher, and the processes of its crew and its guard."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert launcher.stdout is not None
+        pids = {int(word) for _ in range(3) for word in launcher.stdout.readline().split()}
+        assert len(pids) == 5
+        yield launcher, pids
+    finally:
+        launcher.kill()
+        launcher.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_forwarded(number: signal.Signals) -> None:
+    with launched() as (launcher, pids):
+        launcher.send_signal(number)
+        out, err = launcher.communicate(timeout=30)
+        assert launcher.returncode == 128 + number
+        assert f"{number.name} received, forwarding it" in err
+        if number != signal.SIGHUP:
+            assert out.split() == ["caught", "caught"]
+        wait_until_gone(list(pids))
+
+
+def test_nothing_is_left_when_the_launcher_is_killed() -> None:
+    with launched() as (launcher, pids):
+        launcher.kill()
+        wait_until_gone(list(pids))
+
+
+def test_the_guard_kills_when_left_by_an_exception() -> None:
+    with pytest.raises(KeyError), Guard() as guard:  # noqa: PT012
+        process = shells(FOREVER)[0]
+        guard.watch(process)
+        raise KeyError("anything")
+    assert process.wait(20) == -signal.SIGKILL
+
+
+def test_the_guard_spares_who_runs_on_after_a_goodbye() -> None:
+    with Guard() as guard:
+        process = start(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        guard.watch(process)
+    guard.close()
+    assert process.communicate(b"still here", timeout=20)[0] == b"still here"
+    assert process.returncode == 0
+
+
+def test_tags_mark_every_line_and_keep_lines_whole() -> None:
+    out, err = BytesIO(), BytesIO()
+    script = "for i in 1 2 3; do printf 'a%s' $i; printf 'b\\n'; done; echo wrong >&2; printf 'no end'"
+    with Tagger(out, err) as tagger:
+        crew = [start(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+        tagger.copy(crew, ["[0] ", "[1] "])
+        assert supervise(crew) == 0
+    lines = out.getvalue().decode().splitlines()
+    for tag in ("[0] ", "[1] "):
+        mine = [line for line in lines if line.startswith(tag)]
+        assert mine == [f"{tag}a1b", f"{tag}a2b", f"{tag}a3b", f"{tag}no end"]
+    assert sorted(err.getvalue().splitlines()) == [b"[0] wrong", b"[1] wrong"]
+
+
+def test_a_line_without_end_is_passed_on_in_parts() -> None:
+    out = BytesIO()
+    with Tagger(out, BytesIO()) as tagger:
+        crew = [start(["head", "-c", "300000", "/dev/zero"], stdout=subprocess.PIPE)]
+        tagger.copy(crew, [""])
+        assert supervise(crew) == 0
+    assert out.getvalue().replace(b"\n", b"") == bytes(300000)

@@ -1,0 +1,163 @@
+"""Quantities: a number and a unit, exactly, or an error that names what was given."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detcoll.errors import UsageError
+from detcoll.quantities import (
+    format_bytes,
+    format_duration,
+    format_rate,
+    parse_duration_ns,
+    parse_rate_bytes_per_s,
+    parse_size_bytes,
+)
+
+PARSERS = [parse_duration_ns, parse_size_bytes, parse_rate_bytes_per_s]
+
+
+@pytest.mark.parametrize(
+    ("text", "ns"),
+    [
+        ("20 ms", 20_000_000),
+        ("20ms", 20_000_000),
+        ("  1.5  us ", 1_500),
+        ("1.5 µs", 1_500),
+        ("1.5 μs", 1_500),
+        ("7 ns", 7),
+        ("0 s", 0),
+        ("2 min", 120 * 10**9),
+        ("1e3 ms", 10**9),
+        ("2.5E-3 s", 2_500_000),
+        (".5 s", 500_000_000),
+        ("3. s", 3 * 10**9),
+        ("9007199.254740993 s", 9_007_199_254_740_993),  # more digits than a float64 has
+    ],
+)
+def test_durations(text, ns):
+    assert parse_duration_ns(text) == ns
+    assert isinstance(parse_duration_ns(text), int)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("64MiB", 64 * 2**20),
+        ("64 MiB", 64 * 2**20),
+        ("64 MB", 64 * 10**6),
+        ("1 kB", 1000),
+        ("1 KB", 1000),
+        ("1 KiB", 1024),
+        ("1.5 KiB", 1536),
+        ("2 GiB", 2**31),
+        ("1 TB", 10**12),
+        ("0 B", 0),
+        ("9007199254740993 B", 2**53 + 1),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size_bytes(text) == size
+    assert isinstance(parse_size_bytes(text), int)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("1 Gbit/s", 125e6),
+        ("1Gbps", 125e6),
+        ("800 Mbit/s", 100e6),
+        ("8 kbit/s", 1000),
+        ("8 Kbit/s", 1000),
+        ("8 bit/s", 1),
+        ("1 Tbit/s", 125e9),
+        ("1 GB/s", 1e9),
+        ("1 MiB/s", 2**20),
+        ("5 B/s", 5),
+    ],
+)
+def test_rates(text, rate):
+    assert parse_rate_bytes_per_s(text) == rate
+    assert isinstance(parse_rate_bytes_per_s(text), float)
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+@pytest.mark.parametrize(
+    "text",
+    ["20", "1e9", "", " ", "ms", "Gbit/s", "MiB", "-5 ms", "+5 ms", "1,5 ms", "5 parsec", "5 MS", "5 gib", "1 2 ms",
+     "0x10 B", "nan s", "inf B", "1e400 s", "1e999999999 B", "٣ ms", 20, 2.5, None, b"20 ms", ["20 ms"]],
+)  # fmt: skip
+def test_what_is_no_quantity_is_refused(parse, text):
+    with pytest.raises(
+        UsageError, match=r"^speed=.* is not a quantity; expected a number and a unit such as"
+    ) as caught:
+        parse(text, "speed")
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (parse_duration_ns, "64 MiB"),
+        (parse_duration_ns, "1 Gbit/s"),
+        (parse_size_bytes, "20 ms"),
+        (parse_size_bytes, "1 Mbit"),
+        (parse_size_bytes, "64 MiB/s"),
+        (parse_rate_bytes_per_s, "1 Gbit"),
+        (parse_rate_bytes_per_s, "1 Gb/s"),  # bits or bytes? nobody knows
+        (parse_rate_bytes_per_s, "20 ms"),
+    ],
+)
+def test_units_of_another_kind_are_refused(parse, text):
+    with pytest.raises(UsageError, match="is not a quantity"):
+        parse(text)
+
+
+@pytest.mark.parametrize(("parse", "text"), [(parse_duration_ns, "1e12 s"), (parse_size_bytes, "1e99 B")])
+def test_quantities_beyond_64_bits_are_refused(parse, text):
+    with pytest.raises(UsageError, match="too large"):
+        parse(text)
+
+
+def test_sizes_are_whole_and_rates_are_not_zero():
+    with pytest.raises(UsageError, match=r"size='1.5 B' is not a whole number of bytes"):
+        parse_size_bytes("1.5 B")
+    with pytest.raises(UsageError, match=r"rate='0 Gbit/s' must be greater than zero"):
+        parse_rate_bytes_per_s("0 Gbit/s")
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_whole_numbers_are_exact(value):
+    assert parse_duration_ns(f"{value} ns") == value
+    assert parse_size_bytes(f"{value}B") == value
+
+
+@given(st.floats(1e-3, 1e15))
+def test_a_formatted_rate_is_read_back(rate):
+    assert parse_rate_bytes_per_s(format_rate(rate)) == pytest.approx(rate, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (format_bytes(0), "0 B"),
+        (format_bytes(1023), "1023 B"),
+        (format_bytes(1024), "1 KiB"),
+        (format_bytes(1536), "1.5 KiB"),
+        (format_bytes(64 * 2**20), "64 MiB"),
+        (format_bytes(5000 * 2**30), "5000 GiB"),
+        (format_bytes(-2048), "-2 KiB"),
+        (format_duration(0), "0 ns"),
+        (format_duration(999), "999 ns"),
+        (format_duration(1500), "1.5 us"),
+        (format_duration(20_000_000), "20 ms"),
+        (format_duration(-3 * 10**9), "-3 s"),
+        (format_rate(125e6), "1 Gbit/s"),
+        (format_rate(100), "800 bit/s"),
+        (format_rate(1000), "8 kbit/s"),
+    ],
+)
+def test_formats(text, expected):
+    assert text == expected

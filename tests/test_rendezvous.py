@@ -1,0 +1,585 @@
+"""Ranks that meet over real sockets on loopback, in threads and in processes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
+from detcoll.launchers import World
+from detcoll.rendezvous import Aborted, Address, Lost, Session, is_loopback, meet, wire
+from detcoll.rendezvous.sockets import connect, listen, own_host, parse_ports
+
+
+def ahead(seconds: float = 20.0) -> int:
+    return time.monotonic_ns() + round(seconds * 1e9)
+
+
+def free_address(host: str = "127.0.0.1") -> str:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as probe:
+        return str(Address(host, probe.getsockname()[1]))
+
+
+def world_at(rank: int, size: int, address: str | None, **changes: Any) -> World:
+    return World(rank, size, None, None, "environment", "address", address, **changes)
+
+
+def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Return what each call returned or raised."""
+    with ThreadPoolExecutor(max(1, len(calls))) as pool:
+        futures: list[Future[Any]] = [pool.submit(call) for call in calls]
+        return [future.exception() or future.result() for future in futures]
+
+
+def meet_all(worlds: Sequence[World], seconds: float = 20.0, environ: Mapping[str, str] | None = None) -> list[Any]:
+    return in_threads([lambda world=world: meet(world, ahead(seconds), environ or {}) for world in worlds])
+
+
+def exchange_all(met: Sequence[Session], payload: bytes = b"", seconds: float = 20.0) -> list[Any]:
+    """Let all of ``met`` exchange ``payload`` and their rank, and return what each got."""
+    return in_threads([lambda s=s: s.exchange("x", payload + b"%d" % s.rank, ahead(seconds)) for s in met])
+
+
+def close_all(met: Sequence[Session]) -> None:
+    in_threads([lambda s=s: s.close(ahead()) for s in met])
+
+
+@pytest.fixture
+def sessions() -> Iterator[Callable[..., list[Session]]]:
+    opened: list[Session] = []
+
+    def make(size: int, address: str | None = None) -> list[Session]:
+        where = address or free_address()
+        met = meet_all([world_at(rank, size, where) for rank in range(size)])
+        opened.extend(session for session in met if isinstance(session, Session))
+        assert [type(one) for one in met] == [Session] * size, met
+        return met
+
+    yield make
+    in_threads([lambda session=session: session.close(ahead(5)) for session in opened])
+
+
+def wait_for_event(session: Session) -> Any:
+    """Return the first event, waiting on the descriptor as a progress thread would."""
+    poll = select.poll()
+    poll.register(session.fileno(), select.POLLIN)
+    while poll.poll(10_000):  # sooner than the deadline of an exchange, which makes it readable too
+        if told := session.events():
+            return told[0]
+    raise AssertionError("nothing was told in time")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_exchange_gives_everybodys_payload_in_rank_order(sessions: Callable[..., list[Session]], size: int) -> None:
+    met = sessions(size)
+    for turn in (b"", b"second", bytes(range(256)) * 100):
+        assert exchange_all(met, turn) == [[turn + b"%d" % rank for rank in range(size)]] * size
+    assert [(session.rank, session.size, session.host) for session in met] == [
+        (rank, size, "127.0.0.1") for rank in range(size)
+    ]
+
+
+def test_large_payloads_pass_and_larger_ones_are_refused(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(3)
+    given = [bytes([rank]) * 2**20 for rank in range(3)]
+    assert in_threads([lambda s=s: s.exchange("large", given[s.rank], ahead()) for s in met]) == [given] * 3
+    with pytest.raises(UsageError, match="1048577 bytes exceed the 1048576"):
+        met[1].exchange("larger", bytes(2**20 + 1), ahead())
+
+
+def test_ipv6(sessions: Callable[..., list[Session]]) -> None:
+    try:
+        address = free_address("::1")
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise
+        pytest.skip("no IPv6 here")
+    met = sessions(2, address)
+    assert met[1].host == "::1"
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
+
+
+def test_ranks_may_come_in_any_order() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(meet, world_at(1, 2, address), ahead(), {})
+        late = meet(world_at(0, 2, address), ahead(), {})
+        in_threads([lambda: late.close(ahead()), lambda: early.result().close(ahead())])
+
+
+def test_all_that_came_learn_who_never_came() -> None:
+    address = free_address()
+    errors = meet_all([world_at(rank, 6, address) for rank in (0, 1, 3, 4)], seconds=1.0)
+    for error in errors:
+        assert isinstance(error, ConnectError)
+        assert "rank 2, 5 never came" in str(error)
+
+
+def test_without_rank_0_there_is_nobody_to_ask() -> None:
+    address = free_address()
+    for error in meet_all([world_at(rank, 3, address) for rank in (1, 2)], seconds=0.3):
+        assert isinstance(error, ConnectError)
+        assert f"the rendezvous at {address} did not answer: rank 0 never came" in str(error)
+
+
+def test_an_exchange_names_those_that_never_arrived(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(4)
+    for error in in_threads([lambda s=s: s.exchange("plans", b"", ahead(1)) for s in (met[0], met[3])]):
+        assert isinstance(error, ConnectError)
+        assert str(error) == "exchange 'plans': rank 1, 2 never arrived"
+    with pytest.raises(ConnectError, match="rank 1, 2 never arrived"):  # who comes too late is told at once
+        met[1].exchange("plans", b"", ahead())
+
+
+def test_different_exchanges_are_told_apart(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(2)
+    for error in in_threads([lambda s=s: s.exchange(f"of {s.rank}", b"", ahead()) for s in met]):
+        assert isinstance(error, ConnectError)
+        assert "'of 0'" in str(error)
+        assert "'of 1'" in str(error)
+
+
+def test_two_processes_of_one_rank() -> None:
+    address = free_address()
+    errors = meet_all([world_at(rank, 3, address) for rank in (0, 1, 1)])
+    assert sorted(type(error).__name__ for error in errors) == ["ConnectError", "ConnectError", "UsageError"]
+    assert all("two processes say that they are rank 1" in str(error) for error in errors)
+
+
+def test_a_rank_with_another_world_size() -> None:
+    address = free_address()
+    errors = meet_all([world_at(0, 3, address), world_at(1, 3, address), world_at(2, 4, address)])
+    assert [type(error) for error in errors] == [ConnectError, ConnectError, UsageError]
+    assert all("rank 2 says that the world has 4 ranks, rank 0 says 3" in str(error) for error in errors)
+
+
+def test_a_late_double_harms_nobody(sessions: Callable[..., list[Session]]) -> None:
+    address = free_address()
+    met = sessions(2, address)
+    with pytest.raises(UsageError, match="two processes say that they are rank 1"):
+        Probe(address).join(1, 2, epoch=0)
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
+
+
+def test_another_job_is_refused_and_harms_nobody() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, world_at(0, 2, address, job="ours"), ahead(), {})
+        with pytest.raises(ConnectError, match="belongs to another job"):
+            meet(world_at(1, 2, address, job="theirs"), ahead(), {})
+        second = meet(world_at(1, 2, address, job="ours"), ahead(), {})
+        in_threads([lambda: first.result().close(ahead()), lambda: second.close(ahead())])
+
+
+def test_a_port_in_use_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConnectError, match=f"rendezvous {address}: the port is already in use"):
+            meet(world_at(0, 2, address), ahead(), {})
+
+
+def test_two_jobs_at_once(sessions: Callable[..., list[Session]]) -> None:
+    jobs = [sessions(2), sessions(2)]
+    got = in_threads([lambda j=j: exchange_all(jobs[j], b"job%d/" % j) for j in range(2)])
+    assert got == [[[b"job%d/0" % j, b"job%d/1" % j]] * 2 for j in range(2)]
+
+
+def test_the_same_ranks_meet_again_and_again() -> None:
+    address = free_address()
+
+    def live(rank: int) -> list[list[bytes]]:
+        seen = []
+        for turn in range(4):
+            session = meet(world_at(rank, 3, address), ahead(), {})
+            seen.append(session.exchange("turn", b"%d" % turn, ahead()))
+            session.close(ahead())
+        return seen
+
+    expected = [[b"%d" % turn] * 3 for turn in range(4)]
+    assert in_threads([lambda rank=rank: live(rank) for rank in range(3)]) == [expected] * 3
+
+
+class Probe:
+    """Speaks to a hub in raw bytes."""
+
+    def __init__(self, address: str) -> None:
+        self.connection = connect(Address.parse(address), ahead())
+
+    def join(self, rank: int, size: int, epoch: int) -> None:
+        with self.connection:
+            self.connection.sendall(wire.pack(wire.Hello(wire.VERSION, "", epoch, rank, size, 1000)))
+            inbox = wire.Inbox(wire.HELLO_BYTES)
+            inbox.feed(self.connection.recv(4096))
+            answer = inbox.from_hub()
+            assert isinstance(answer, wire.Refused)
+            raise (UsageError if answer.fault == "usage" else ConnectError)(answer.text)
+
+    def is_dropped_after(self, data: bytes) -> bool:
+        with self.connection:
+            try:
+                self.connection.sendall(data)
+                return self.connection.recv(1) == b""
+            except ConnectionError:
+                return True
+
+
+NONSENSE = [
+    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\xff" * 64,
+    b"\0\0\0\0",
+    b"\0\0\0\4\xc1\xc1\xc1\xc1",
+    (2**24).to_bytes(4, "big"),
+    wire.pack(wire.Bye()),
+    wire.pack(wire.Gather(1, "x", b"", 1000)),
+    wire.pack(wire.Hello(wire.VERSION, "x" * 5000, 0, 0, 2, 1000)),
+    b"\0\0\0\x05\x91\xa3\xff\xfe\xfd",
+]
+
+
+@pytest.mark.parametrize("data", NONSENSE, ids=range(len(NONSENSE)))
+def test_nonsense_on_the_port_is_dropped_without_harm(sessions: Callable[..., list[Session]], data: bytes) -> None:
+    address = free_address()
+    met = sessions(2, address)
+    assert Probe(address).is_dropped_after(data)
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
+
+
+def test_nonsense_before_all_have_come() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, world_at(0, 2, address), ahead(), {})
+        assert Probe(address).is_dropped_after(NONSENSE[0])
+        second = meet(world_at(1, 2, address), ahead(), {})
+        in_threads([lambda: first.result().close(ahead()), lambda: second.close(ahead())])
+
+
+def test_another_service_at_the_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.recv(4096)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConnectError, match="is no rendezvous of detcoll"):
+            meet(world_at(1, 2, f"127.0.0.1:{server.getsockname()[1]}"), ahead(), {})
+        thread.join()
+
+
+def test_abort_is_shown_to_everybody_else(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(3)
+    met[1].abort("mismatch", "all_reduce(4) met broadcast(8)")
+    for other in (met[0], met[2]):
+        assert wait_for_event(other) == Aborted(1, "mismatch", "all_reduce(4) met broadcast(8)")
+    assert met[1].events() == []
+
+
+def test_abort_ends_a_pending_exchange_and_stays_to_be_told(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(2)
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(met[0].exchange, "slow", b"", ahead())
+        met[1].abort("error", "disk full")
+        with pytest.raises(PeerLost, match=r"exchange 'slow': rank 1 gave up \(error\): disk full"):
+            pending.result()
+    assert wait_for_event(met[0]) == Aborted(1, "error", "disk full")
+    assert met[0].events() == []
+    with pytest.raises(PeerLost):
+        met[0].exchange("later", b"", ahead())
+
+
+def test_an_answer_read_by_the_progress_thread_reaches_the_exchange(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(2)
+    stop = threading.Event()
+
+    def progress() -> None:
+        while not stop.is_set():
+            select.select([met[0].fileno()], [], [], 0.01)
+            met[0].events()
+
+    thread = threading.Thread(target=progress)
+    thread.start()
+    try:
+        for turn in range(200):
+            assert exchange_all(met, b"%d." % turn) == [[b"%d.0" % turn, b"%d.1" % turn]] * 2
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_leaving_in_good_order_is_no_loss(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(3)
+    met[1].close(ahead())
+    with pytest.raises(ConnectError, match="rank 1 has left"):
+        met[2].exchange("x", b"", ahead())
+    assert met[0].events() == met[2].events() == []
+    with pytest.raises(Closed):
+        met[1].exchange("x", b"", ahead())
+    met[1].close(ahead())
+    met[1].abort("error", "too late to matter")
+    assert met[1].events() == []
+
+
+def test_rank_0_stays_until_all_have_left(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(2)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(met[0].close, ahead())
+        with pytest.raises(ConnectError, match="rank 0 has left"):
+            met[1].exchange("x", b"", ahead())
+        assert not closing.done()
+        met[1].close(ahead())
+        closing.result()
+
+
+def test_rank_0_leaves_at_its_deadline_and_that_is_no_loss(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(2)
+    met[0].close(ahead(0.1))
+    with pytest.raises((PeerLost, ConnectError), match="rank 0 has left"):
+        met[1].exchange("x", b"", ahead())
+    assert met[1].events() == []
+    assert not select.select([met[1].fileno()], [], [], 0)[0]
+
+
+def test_no_thread_and_no_descriptor_is_left() -> None:
+    def live() -> None:
+        address = free_address()
+        met = meet_all([world_at(rank, 3, address) for rank in range(3)])
+        close_all(met)
+        meet_all([world_at(rank, 3, address) for rank in (0, 1, 1)])
+
+    live()
+    before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
+    live()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+CHILD = """
+import os, sys, time
+from detcoll.launchers import read_environment
+from detcoll.rendezvous import meet
+session = meet(read_environment(os.environ), time.monotonic_ns() + 20 * 10**9)
+if "fork" in sys.argv:
+    if os.fork() == 0:
+        os.close(1)
+        time.sleep(60)
+        os._exit(0)
+print("here", session.exchange("hello", b"child", time.monotonic_ns() + 20 * 10**9), flush=True)
+sys.stdin.read()
+session.close(time.monotonic_ns() + 20 * 10**9)
+"""
+
+
+def start_child(world: World, *arguments: str) -> subprocess.Popen[str]:
+    environ = dict(os.environ) | {"RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
+    environ["DETCOLL_RENDEZVOUS"] = world.rendezvous or ""
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments],
+        env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0,
+    )  # fmt: skip
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+
+
+@pytest.mark.parametrize("arguments", [(), ("fork",)], ids=["alone", "with a forked worker"])
+def test_a_killed_rank_is_lost(arguments: tuple[str, ...]) -> None:
+    address = free_address()
+    child = start_child(world_at(1, 2, address), *arguments)
+    try:
+        session = meet(world_at(0, 2, address), ahead(), {})
+        assert session.exchange("hello", b"parent", ahead()) == [b"parent", b"child"]
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(session.exchange, "never", b"", ahead())
+            child.kill()
+            with pytest.raises(PeerLost, match="rank 1 is lost"):
+                pending.result()
+        assert wait_for_event(session) == Lost(1)
+        session.close(ahead())  # the dead need not say goodbye
+    finally:
+        end(child)
+
+
+def test_when_rank_0_is_killed_the_others_lose_it() -> None:
+    address = free_address()
+    child = start_child(world_at(0, 2, address))
+    try:
+        session = meet(world_at(1, 2, address), ahead(), {})
+        session.exchange("hello", b"", ahead())
+        child.kill()
+        assert wait_for_event(session) == Lost(0)
+        with pytest.raises(PeerLost, match="rank 0 is lost"):
+            session.exchange("x", b"", ahead())
+        session.abort("error", "nobody hears it")
+        session.close(ahead())
+    finally:
+        end(child)
+
+
+def test_a_rank_that_dies_before_all_have_come() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(meet, world_at(0, 3, address), ahead(), {})
+        dying = connect(Address.parse(address), ahead())
+        dying.sendall(wire.pack(wire.Hello(wire.VERSION, "", 0, 1, 3, 20_000)))
+        dying.close()
+        with pytest.raises(ConnectError, match="rank 1 came, but was gone before all had come"):
+            pending.result()
+
+
+class Dictionary:
+    """A store as torch's are, with what the ranks of one process need."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.changed = threading.Condition()
+
+    def set(self, key: str, value: str) -> None:
+        with self.changed:
+            self.values[key] = value.encode()
+            self.changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, timeout=0.3):
+                raise RuntimeError("wait timeout")
+            return self.values[key]
+
+
+def test_meeting_through_a_store() -> None:
+    store = Dictionary()
+    worlds = [World(rank, 2, rank, 2, "torchrun", "store", "localhost:1", "run.0") for rank in range(2)]
+    for _ in range(2):
+        met = in_threads([lambda w=w: meet(w, ahead(), {}, store) for w in worlds])
+        assert exchange_all(met) == [[b"0", b"1"]] * 2
+        close_all(met)
+    assert len(store.values) == 2  # each meeting has a key of its own
+
+
+def test_a_store_without_rank_0() -> None:
+    with pytest.raises(ConnectError, match="rank 0 never came"):
+        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary())
+
+
+def local_mpi_world(rank: int, size: int, job: str) -> World:
+    return World(rank, size, rank, size, "openmpi", "mpi", None, job)
+
+
+def test_mpi_on_one_host_meets_at_a_socket_named_after_the_job() -> None:
+    jobs = [f"test-{os.getpid()}-{i}" for i in range(2)]
+    met = meet_all([local_mpi_world(rank, 3, job) for job in jobs for rank in range(3)])
+    got = in_threads([lambda j=j: exchange_all(met[3 * j : 3 * j + 3], b"job%d/" % j) for j in range(2)])
+    assert got == [[[b"job%d/%d" % (j, rank) for rank in range(3)]] * 3 for j in range(2)]
+    with open("/proc/net/unix", encoding="ascii") as table:
+        assert sum("@detcoll-" in line for line in table) >= 2
+    close_all(met)
+
+
+def test_mpi_on_one_host_without_rank_0() -> None:
+    with pytest.raises(ConnectError, match="rank 0 never came"):
+        meet(local_mpi_world(1, 2, f"test-{os.getpid()}-absent"), ahead(0.2), {})
+
+
+def test_mpi_across_hosts_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UsageError, match="set DETCOLL_RENDEZVOUS"):
+        meet(World(1, 4, 1, 2, "mpich", "mpi"), ahead(), {})
+
+
+@pytest.mark.parametrize(
+    ("world", "environ", "told"),
+    [
+        (world_at(0, 2, "192.0.2.7:5000"), {}, "encryption keys are not available.*DETCOLL_INSECURE=1"),
+        (world_at(1, 2, "192.0.2.7:5000"), {"DETCOLL_INSECURE": "0"}, "DETCOLL_INSECURE=1"),
+        (world_at(0, 2, "[2001:db8::1]:5000"), {}, "DETCOLL_INSECURE=1"),
+        (world_at(0, 2, "0.0.0.0:5000"), {}, "DETCOLL_INSECURE=1"),
+        (world_at(0, 2, "127.0.0.1:5000"), {"DETCOLL_ADVERTISE": "192.0.2.7"}, "this rank's address 192.0.2.7"),
+        (world_at(0, 2, None), {}, "environment: no address to meet at; set DETCOLL_RENDEZVOUS"),
+        (world_at(0, 2, "localhost"), {}, "DETCOLL_RENDEZVOUS='localhost' must be host:port"),
+        (world_at(0, 2, "::1:5000"), {}, "must be host:port"),
+        (world_at(0, 2, "localhost:70000"), {}, "port from 1 to 65535"),
+        (world_at(0, 2, "localhost:5000"), {"DETCOLL_INTERFACE": "nope0"}, "DETCOLL_INTERFACE='nope0'"),
+        (world_at(0, 2, "localhost:5000"), {"DETCOLL_PORTS": "9-5"}, "DETCOLL_PORTS='9-5' must be first-last"),
+    ],
+)
+def test_refused_before_anything_opens(world: World, environ: dict[str, str], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        meet(world, ahead(), environ)
+
+
+def test_insecure_use_is_warned_of_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detcoll.rendezvous.meeting._warned", set())
+    address = free_address("0.0.0.0")  # reached over loopback here, but open to all
+    with caplog.at_level(logging.WARNING, "detcoll"):
+        met = meet_all([world_at(rank, 2, address) for rank in range(2)], environ={"DETCOLL_INSECURE": "1"})
+    close_all(met)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "nothing is encrypted or authenticated" in caplog.text
+
+
+def test_an_address_that_is_not_this_hosts() -> None:
+    with pytest.raises(ConnectError, match="not an address of this host"):
+        meet(world_at(0, 2, "192.0.2.7:5000"), ahead(), {"DETCOLL_INSECURE": "1"})
+
+
+def test_an_inherited_socket_is_used_and_a_foreign_one_is_left_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as foreign:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        descriptor = os.dup(listener.fileno())
+        environ = {"DETCOLL_RENDEZVOUS_FD": str(descriptor)}
+        met = meet_all([world_at(rank, 2, address) for rank in range(2)], environ=environ)
+        close_all(met)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+        with pytest.raises(ConnectError, match="already in use"):
+            meet(world_at(0, 2, address, job="b"), ahead(), {"DETCOLL_RENDEZVOUS_FD": str(foreign.fileno())})
+        assert foreign.getsockname()
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.9.10", "::1", "localhost", "LOCALHOST", "::ffff:127.0.0.1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "fe80::1%eth0", "localhost.example.org", "")))
+
+
+def test_addresses_as_text() -> None:
+    assert Address.parse("[fe80::1%eth0]:80") == Address("fe80::1%eth0", 80)
+    assert Address.parse("node-7.example.org:65535").port == 65535
+    assert str(Address("::1", 5)) == "[::1]:5"
+    for wrong in ("", ":5", "a b:5", "[::1]", "host:0", "host:", "host:5x"):
+        with pytest.raises(UsageError):
+            Address.parse(wrong)
+
+
+def test_ports_of_a_range_are_taken_in_order() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        first = taken.getsockname()[1]
+        with pytest.raises(ConnectError, match=f"no port of DETCOLL_PORTS='{first}-{first}' is free"):
+            listen(Address("127.0.0.1", 0), {"DETCOLL_PORTS": f"{first}-{first}"})
+        last = min(first + 50, 65535)
+        with listen(Address("127.0.0.1", 0), {"DETCOLL_PORTS": f"{first}-{last}"}) as listener:
+            assert first < listener.getsockname()[1] <= last
+    assert list(parse_ports("7-9")) == [7, 8, 9]
+
+
+def test_the_interface_gives_the_address() -> None:
+    assert own_host({"DETCOLL_INTERFACE": "lo"}) == "127.0.0.1"
+    assert own_host({"DETCOLL_INTERFACE": "::1"}) == "::1"
+    assert own_host({"DETCOLL_INTERFACE": "lo", "DETCOLL_ADVERTISE": "203.0.113.5"}) == "203.0.113.5"
+    assert own_host({}) is None

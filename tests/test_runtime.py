@@ -1,0 +1,241 @@
+"""The runtime over the in-memory fabric, with faults by rule, and its parts alone."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from ranks import attempt, grouped, lines, run_ranks
+
+from detcoll import registry
+from detcoll.errors import Closed, DeadlineMissed, PlanMismatch, TransportError, UsageError
+from detcoll.fold import reference
+from detcoll.runtime import Descriptor, Work
+from detcoll.runtime.native import NativeCall, NativeRunner
+from detcoll.runtime.operation import HELLO_BYTES, ScratchPool
+from detcoll.testing import Delay, Drop, Faults, FaultyTransport, Kill, MemoryTransport
+from detcoll.trace import Trace
+from detcoll.transport import NativeCollectives, Transport
+from detcoll.types import ReduceOp
+
+TOPOLOGIES = {"1": None, "2+2": grouped(2, 2), "wide 2+2": lines(2, 2), "wide 1+1+2": lines(1, 1, 2)}
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Let ranks open a transport that this test made."""
+    load = registry.load
+
+    def with_transport(transport: Transport) -> str:
+        monkeypatch.setattr(registry, "load", lambda name: transport if name == "made" else load(name))
+        return "made"
+
+    return with_transport
+
+
+def sums(comm) -> None:
+    """Run all-reduces of several sizes, some at once, and check each bit."""
+    groups = [site.ranks for site in comm.topology.sites]
+    cases = []
+    for elems in (1, 7, 1000, 5001, 70_000):
+        given = [np.random.default_rng([elems, rank]).standard_normal(elems).astype(np.float32) for rank in range(4)]
+        mine = given[comm.rank].copy()
+        cases.append((comm.all_reduce(mine, async_op=True), mine, given))
+    for work, mine, given in cases:
+        work.wait()
+        assert mine.tobytes() == reference(ReduceOp.SUM, given, groups, np.dtype(np.float32)).tobytes()
+    comm.broadcast(mine, root=3)
+    comm.barrier()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("timed", [False, True])
+def test_over_memory(use, topology: str, timed: bool) -> None:
+    run_ranks(4, sums, transport=use(MemoryTransport(timed=timed)), topology=TOPOLOGIES[topology])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_delays_change_no_bit(use, topology: str, seed: int) -> None:
+    faults = Faults(seed=seed, delay=0.3, delay_ns=3_000_000)
+    run_ranks(4, sums, transport=use(FaultyTransport(MemoryTransport(), faults)), topology=TOPOLOGIES[topology])
+
+
+@pytest.mark.parametrize("step", [0, 2, 5, 9])
+@pytest.mark.parametrize("topology", ["1", "wide 2+2"])
+def test_a_message_that_never_arrives_is_missed_by_all(use, topology: str, step: int) -> None:
+    transport = FaultyTransport(MemoryTransport(), Faults({(1, step): Drop()}))
+    answers = attempt(4, sums, transport=use(transport), topology=TOPOLOGIES[topology], patience=1.0)
+    assert all(isinstance(answer, DeadlineMissed) for answer in answers), answers
+    assert all("not finished after 1 s; it waits for rank" in str(answer) for answer in answers)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 9])
+@pytest.mark.parametrize("topology", ["1", "wide 1+1+2"])
+def test_an_endpoint_that_dies_ends_all(use, topology: str, step: int) -> None:
+    transport = FaultyTransport(MemoryTransport(), Faults({(2, step): Kill()}))
+    answers = attempt(4, sums, transport=use(transport), topology=TOPOLOGIES[topology])
+    assert isinstance(answers[2], Closed)
+    for rank in (0, 1, 3):
+        assert isinstance(answers[rank], TransportError), answers[rank]
+        assert f"killed rank 2 at step {step}" in str(answers[rank])
+
+
+def test_a_late_message_is_no_loss(use) -> None:
+    transport = FaultyTransport(MemoryTransport(), Faults({(0, 1): Delay(200_000_000)}))
+    run_ranks(4, sums, transport=use(transport), timeout=20)
+
+
+def test_nothing_of_another_collective_is_passed_on(use) -> None:
+    """Rank 3 folds for all, and gets what rank 2 sends before it hears what rank 2 called."""
+    transport = FaultyTransport(MemoryTransport(), Faults({(2, 0): Delay(200_000_000)}))
+
+    def program(comm):
+        with pytest.raises(PlanMismatch, match='"op":"max"'):
+            comm.all_reduce(np.ones(1), op="max" if comm.rank == 2 else "sum")
+
+    run_ranks(4, program, transport=use(transport))
+
+
+def test_a_failing_progress_thread_fails_its_operations(use, monkeypatch) -> None:
+    def program(comm):
+        comm.barrier()
+        if comm.rank == 1:
+            comm._runner._fold = None
+        comm.all_reduce(np.ones(10, np.float32))
+
+    answers = attempt(2, program, transport=use(MemoryTransport()))
+    assert all(isinstance(answer, TransportError) for answer in answers)
+    assert str(answers[0]) == "rank 1 gave up: the progress thread failed: " + str(answers[1]).partition("failed: ")[2]
+    assert "rank 1: the progress thread failed: TypeError" in str(answers[1])
+
+
+def test_a_descriptor_fits_its_record_and_shows_both_sides() -> None:
+    ours = Descriptor(2**63 - 1, "all_reduce", "prod", "bfloat16", 2**40, 2**16 - 1, 10**6)
+    assert len(ours.encode()) == HELLO_BYTES
+    ours.compare(0, 1, ours.encode())
+    theirs = Descriptor(3, "broadcast", "sum", "int8", 5, 2)
+    with pytest.raises(PlanMismatch, match=r'rank 0 called \{.*"bfloat16".*rank 1 called \{.*"broadcast".*"count":5'):
+        ours.compare(0, 1, theirs.encode())
+    with pytest.raises(PlanMismatch, match="rank 1 called"):
+        ours.compare(0, 1, b"\xff" * HELLO_BYTES)
+    with pytest.raises(UsageError, match="too long"):
+        Descriptor(1, "x" * HELLO_BYTES, "sum", "int8", 5, 2).encode()
+
+
+def test_the_scratch_pool_gives_memory_again_and_forgets_old_sizes() -> None:
+    pool = ScratchPool()
+    first = pool.take(100)
+    pool.give(first)
+    assert pool.take(100) is first
+    assert pool.take(100) is not first
+    for nbytes in range(1, 50):
+        pool.give(pool.take(nbytes))
+    assert sum(len(free) for free in pool._free.values()) <= 5
+
+
+def test_work_stores_once_and_tells_its_error_every_time() -> None:
+    stored: list[int] = []
+    work = Work("sum number 5", lambda: stored.append(1))
+    assert not work.done()
+    with pytest.raises(DeadlineMissed, match="sum number 5 is not finished after 0 s"):
+        work.wait(0)
+    work.finish()
+    work.finish(TransportError("too late to matter"))
+    work.wait()
+    work.wait()
+    assert stored == [1]
+    failed = Work("other", lambda: stored.append(2))
+    failed.finish(TransportError("broken"))
+    for _ in range(2):
+        with pytest.raises(TransportError, match="broken"):
+            failed.wait()
+    assert failed.done()
+    assert stored == [1]
+
+
+class Recorded(NativeCollectives):
+    """Collectives that only note in which order they are called."""
+
+    algorithm = "recorded"
+
+    def __init__(self) -> None:
+        self.roots: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def all_reduce(self, array, op, deadline_ns) -> None:
+        raise ValueError("no sums today")
+
+    def broadcast(self, array, root, deadline_ns) -> None:
+        assert self.gate.wait(20)
+        self.roots.append(root)
+
+    def barrier(self, deadline_ns) -> None:
+        raise DeadlineMissed("nobody came")
+
+
+def deadline(seconds: float = 20.0) -> int:
+    return time.monotonic_ns() + int(seconds * 1e9)
+
+
+@pytest.fixture
+def native():
+    """Give a runner, its collectives, a way to call it, and the failures it told."""
+    collectives, told = Recorded(), []
+    runner = NativeRunner(collectives, Trace(0, 0), told.append)
+
+    def call(kind: str, root: int = 0, wait: bool = False, seconds: float = 20.0) -> Work:
+        work = Work(kind)
+        array = np.zeros(1)
+        runner.run(NativeCall(root, kind, array, ReduceOp.SUM, root, deadline(seconds), 0), work, wait=wait)
+        return work
+
+    yield runner, collectives, call, told
+    collectives.gate.set()
+    runner.drain(deadline())
+    assert not runner._thread.is_alive()
+
+
+def test_native_calls_keep_their_order_whether_waited_for_or_not(native) -> None:
+    runner, collectives, call, _ = native
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        works = [call("broadcast", root, wait=root % 3 == 0) for root in range(3000)]
+        for work in works:
+            work.wait(20)
+    finally:
+        sys.setswitchinterval(before)
+    assert collectives.roots == list(range(3000))
+    assert runner._queued == 0
+
+
+@pytest.mark.parametrize(("kind", "error"), [("all_reduce", TransportError), ("barrier", DeadlineMissed)])
+def test_a_native_failure_ends_what_is_queued_and_refuses_more(native, kind: str, error: type[Exception]) -> None:
+    _, collectives, call, told = native
+    collectives.gate.clear()
+    first, failing, behind = call("broadcast"), call(kind), call("broadcast")
+    collectives.gate.set()
+    first.wait(20)
+    for work in (failing, behind):
+        with pytest.raises(error):
+            work.wait(20)
+    assert [type(problem) for problem in told] == [error]
+    with pytest.raises(Closed):
+        call("broadcast")
+
+
+def test_draining_native_calls_waits_for_them_but_not_for_ever(native) -> None:
+    runner, collectives, call, _ = native
+    collectives.gate.clear()
+    work = call("broadcast")
+    assert not runner.drain(deadline(0.01))
+    assert isinstance(runner.failure, DeadlineMissed)
+    with pytest.raises(Closed):
+        call("broadcast")
+    collectives.gate.set()
+    work.wait(20)

@@ -1,0 +1,406 @@
+"""The slotted transport on real sockets: broken connections, strangers, credit, windows, and what is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import select
+import socket
+import struct
+import threading
+import time
+
+import pytest
+import zmq
+
+from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
+from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
+from detcoll.testing.fabric import in_threads
+from detcoll.transport import Ticket, TicketStatus, Window
+from detcoll_slotted import SlottedEndpoint, SlottedTransport
+from detcoll_slotted.line import SO_MAX_PACING_RATE
+from detcoll_slotted.wire import FrameKind, Header, Lane
+
+pytestmark = pytest.mark.timeout(60)
+
+GRACE_NS = 300_000_000
+MS = 1_000_000
+PENDING, DONE, MISSED, FAILED = TicketStatus.PENDING, TicketStatus.DONE, TicketStatus.MISSED, TicketStatus.FAILED
+
+
+def pair(**options: object) -> ThreadFabric:
+    return ThreadFabric(SlottedTransport(), 2, {"reconnect_grace_ns": 20_000_000_000} | options)
+
+
+def now_ns() -> int:
+    return time.monotonic_ns()
+
+
+def pump(fabric: ThreadFabric, until, *, ranks: tuple[int, ...] = (0, 1)) -> None:
+    """Poll both ends until ``until()`` holds."""
+    deadline_ns = now_ns() + 30_000 * MS
+    while not until():
+        assert now_ns() < deadline_ns, "it never came to that"
+        for rank in ranks:
+            fabric[rank].poll(now_ns() + MS)
+
+
+def settle(fabric: ThreadFabric, *tickets: Ticket) -> None:
+    pump(fabric, lambda: all(ticket.status is not PENDING for ticket in tickets))
+
+
+def line_of(endpoint: SlottedEndpoint, peer: int, lane: Lane):
+    return endpoint._peers[peer].lines[lane]
+
+
+def break_line(fabric: ThreadFabric, rank: int, lane: Lane) -> None:
+    """Cut the TCP connection under a line, and wait until the line has noticed."""
+    line = line_of(fabric[rank], 1 - rank, lane)
+    pump(fabric, lambda: line.connected)
+    cut = line._tcp
+    cut.shutdown(socket.SHUT_RDWR)
+    pump(fabric, lambda: line._tcp is not cut)
+
+
+def pacing_rate(line) -> int:
+    return struct.unpack("Q", line._tcp.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8))[0]
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("breaks", [1, 3])
+def test_a_broken_connection_loses_and_doubles_nothing(lane: Lane, breaks: int) -> None:
+    nbytes = {Lane.BULK: 200_000, Lane.EXPRESS: 3_000}[lane]
+    with pair(credit_bytes=64 * 2**20) as fabric:
+        data = [pattern(index, nbytes) for index in range(120)]
+        sends = []
+        for index, payload in enumerate(data):
+            sends.append(fabric[0].send(1, 7, memoryview(payload)))
+            if index % (120 // breaks) == 60 // breaks:
+                break_line(fabric, 0, lane)
+        receives = [fabric[1].recv(0, 7, nbytes) for _ in data]
+        settle(fabric, *sends, *receives)
+        assert [ticket.status for ticket in sends] == [DONE] * 120
+        assert [bytes(ticket.view) for ticket in receives] == data, "in order, each once"
+        extra = fabric[1].recv(0, 7, nbytes)
+        fabric[1].poll(now_ns() + 20 * MS)
+        assert extra.status is PENDING
+        assert fabric[0].counters()["resent_bytes"] % nbytes == 0
+        if lane is Lane.BULK:
+            assert fabric[0].counters()["resent_bytes"] > 0
+
+
+def test_traffic_in_both_directions_survives_cuts_of_every_line() -> None:
+    with pair(credit_bytes=1_000_000) as fabric:
+        tickets: list[Ticket] = []
+        wanted = []
+        for turn in range(8):
+            for rank in (0, 1):
+                for size in (100, 50_000, 3_000, 200_000):
+                    payload = pattern(turn * 8 + rank + size, size)
+                    tickets.append(fabric[rank].send(1 - rank, size, memoryview(payload)))
+                    into = memoryview(bytearray(size))
+                    wanted.append((fabric[1 - rank].recv(rank, size, size, into), into, payload))
+            break_line(fabric, turn % 2, Lane(turn // 2 % 2))
+        settle(fabric, *tickets, *(ticket for ticket, *_ in wanted))
+        for ticket, into, payload in wanted:
+            assert (ticket.status, bytes(into)) == (DONE, payload)
+
+
+def test_an_acknowledgement_that_went_with_its_connection_is_given_again() -> None:
+    with pair() as fabric:
+        ticket = fabric[0].send(1, 1, memoryview(b"x" * 10))
+        peer = fabric[1]._peers[0]
+        deadline_ns = now_ns() + 10_000 * MS
+        while not peer.inbound.received[Lane.EXPRESS] and now_ns() < deadline_ns:
+            fabric[1]._drain_pull()
+        peer.inbound.told()  # as if it had been handed to the connection that breaks now
+        break_line(fabric, 1, Lane.EXPRESS)
+        settle(fabric, ticket)
+        assert ticket.status is DONE
+
+
+def test_pace_and_congestion_control_are_set_again_after_a_reconnect() -> None:
+    with pair(congestion="reno") as fabric:
+        line = line_of(fabric[0], 1, Lane.BULK)
+        line.pace(12_345_678.9)
+        assert pacing_rate(line) == 12_345_678
+        break_line(fabric, 0, Lane.BULK)
+        pump(fabric, lambda: line._tcp is not None)
+        assert pacing_rate(line) == 12_345_678
+        assert line._tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"reno")
+        assert line.names()[1] == fabric[1].address.removeprefix("tcp://")
+
+
+def test_a_peer_that_does_not_come_back_is_lost_after_the_grace() -> None:
+    with pair(reconnect_grace_ns=GRACE_NS) as fabric:
+        kept = fabric[0].send(1, 1, memoryview(bytes(200_000)))
+        timed = fabric[0].send(1, 2, memoryview(bytes(10)), Window(now_ns() + 10**12, None, 1e6))
+        awaited = fabric[0].recv(1, 3, 10)
+        fabric[1].abort()
+        begun_ns = now_ns()
+        pump(fabric, lambda: awaited.status is not PENDING, ranks=(0,))
+        assert now_ns() - begun_ns >= GRACE_NS
+        assert [ticket.status for ticket in (timed, awaited)] == [FAILED] * 2
+        assert kept.status is FAILED
+        assert isinstance(kept.error, PeerLost)
+        assert "rank 1: connection broken for more than 0.3 s" in str(awaited.error)
+        with pytest.raises(PeerLost, match="rank 1 is lost"):
+            fabric[0].send(1, 4, memoryview(b"x"))
+        with pytest.raises(PeerLost, match="rank 1 is lost"):
+            fabric[0].recv(1, 4, 1)
+
+
+def test_a_port_that_somebody_else_took_over_is_no_return() -> None:
+    """Whoever accepts and hangs up again and again must not prolong the grace."""
+    with pair(reconnect_grace_ns=GRACE_NS) as fabric:
+        host, _, port = fabric[1].address.removeprefix("tcp://").rpartition(":")
+        awaited = fabric[0].recv(1, 3, 10)
+        fabric[1].abort()
+        stop = threading.Event()
+        with contextlib.closing(socket.socket()) as stranger:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            stranger.bind((host, int(port)))
+            stranger.listen()
+            stranger.settimeout(0.05)
+
+            def hang_up() -> None:
+                while not stop.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        stranger.accept()[0].close()
+
+            thread = threading.Thread(target=hang_up)
+            thread.start()
+            try:
+                pump(fabric, lambda: awaited.status is not PENDING, ranks=(0,))
+            finally:
+                stop.set()
+                thread.join()
+        assert isinstance(awaited.error, PeerLost)
+
+
+def foreign_frames(endpoint: SlottedEndpoint) -> list[list[bytes]]:
+    def header(**changes: object) -> bytes:
+        fields = {"kind": FrameKind.DATA, "lane": Lane.BULK, "source": 0, "tag": 1, "token": endpoint._token,
+                  "sequence": 0, "acks": (0, 0), "consumed": 0} | changes  # fmt: skip
+        return Header(**fields).encode()
+
+    return [
+        [b""],
+        [b"GET / HTTP/1.1"],
+        [os.urandom(len(header()))],
+        [header(token=endpoint._token ^ 1), b"payload"],
+        [header(source=5), b"payload"],
+        [header(source=1), b"from itself"],
+        [header()],
+        [header(), b"one", b"too many"],
+        [header(kind=FrameKind.BYE, token=0)],
+        [header(kind=FrameKind.HELLO, token=0)] * 3,
+    ]
+
+
+def test_strangers_on_the_port_are_counted_and_do_no_harm() -> None:
+    with pair() as fabric:
+        address = fabric[1].address
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        frames = foreign_frames(fabric[1])
+        with contextlib.ExitStack() as stack:
+            push = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.PUSH))
+            raw, mute = (stack.enter_context(socket.socket()) for _ in range(2))
+            push.linger = 1000
+            push.connect(address)
+            for message in frames:
+                push.send_multipart(message)
+            mute.connect((host, int(port)))
+            raw.connect((host, int(port)))
+            raw.sendall(b"\x16\x03\x01" + os.urandom(2000))
+            pump(fabric, lambda: fabric[1].counters()["foreign_frames"] >= len(frames))
+            ticket = fabric[1].recv(0, 1, 100_000)
+            sent = fabric[0].send(1, 1, memoryview(pattern(3, 100_000)))
+            settle(fabric, sent, ticket)
+            assert bytes(ticket.view) == pattern(3, 100_000)
+            assert fabric[1].counters()["duplicates"] == 0
+
+
+def test_little_credit_moves_everything_and_bounds_memory() -> None:
+    credit = 10_000
+    with pair(credit_bytes=credit) as fabric:
+        data = [pattern(index, 4_500 + index * 50) for index in range(100)] + [pattern(7, 50_000), pattern(8, 5_000)]
+        sends = [fabric[0].send(1, index, memoryview(payload)) for index, payload in enumerate(data)]
+        fabric[1].poll(now_ns() + 20 * MS)
+        for index, payload in enumerate(data):
+            held = sum(len(frame) for queue in fabric[1]._early.values() for frame, _ in queue)
+            assert held <= max(credit, len(payload))
+            ticket = fabric[1].recv(0, index, len(payload))
+            settle(fabric, ticket)
+            assert bytes(ticket.view) == payload
+            ticket.release()
+        settle(fabric, *sends)
+        assert {ticket.status for ticket in sends} == {DONE}
+
+
+def test_what_is_lent_counts_until_it_is_released() -> None:
+    with pair(credit_bytes=10_000) as fabric:
+        sends = [fabric[0].send(1, 1, memoryview(bytes(6_000))) for _ in range(2)]
+        first, second = (fabric[1].recv(0, 1, 6_000) for _ in range(2))
+        settle(fabric, first, sends[0])
+        for rank in (1, 0, 1):
+            fabric[rank].poll(now_ns() + 10 * MS)
+        assert second.status is PENDING
+        first.release()
+        settle(fabric, second, sends[1])
+        second.release()
+
+
+def test_small_ones_pass_a_clogged_lane_but_never_one_of_their_own_tag() -> None:
+    with pair(credit_bytes=10_000) as fabric:
+        large = [fabric[0].send(1, 1, memoryview(pattern(number, 9_000))) for number in range(3)]
+        same = fabric[0].send(1, 1, memoryview(b"same"))
+        other = fabric[0].send(1, 2, memoryview(b"other"))
+        received = fabric[1].recv(0, 2, 5)
+        settle(fabric, received, other)
+        assert same.status is PENDING
+        for number in range(3):
+            ticket = fabric[1].recv(0, 1, 9_000)
+            settle(fabric, ticket)
+            assert bytes(ticket.view) == pattern(number, 9_000)
+            ticket.release()
+        last = fabric[1].recv(0, 1, 4)
+        settle(fabric, last, same, *large)
+        assert bytes(last.view) == b"same"
+
+
+def test_a_window_that_has_passed_or_is_too_short_is_missed() -> None:
+    with pair() as fabric:
+        view = memoryview(bytes(100_000))
+        passed = fabric[0].send(1, 1, view, Window(now_ns() - 20 * MS, now_ns() - 10 * MS, 1e9))
+        short = fabric[0].send(1, 2, view, Window(now_ns(), now_ns() + 50 * MS, 1e6))
+        settle(fabric, passed, short)
+        assert [passed.status, short.status] == [MISSED] * 2
+        assert fabric[0].counters()["slot_misses"] == 2
+
+
+def test_a_send_waits_for_its_window_and_takes_its_rate() -> None:
+    with pair() as fabric:
+        begins_ns = now_ns() + 100 * MS
+        window = Window(begins_ns, begins_ns + 5_000 * MS, 50e6)
+        tickets = [fabric[0].send(1, tag, memoryview(bytes(20_000)), window) for tag in range(3)]
+        received = [fabric[1].recv(0, tag, 20_000) for tag in range(3)]
+        settle(fabric, *tickets, *received)
+        assert [ticket.status for ticket in tickets] == [DONE] * 3
+        assert all(ticket.started_ns >= begins_ns - MS for ticket in tickets)
+        assert all(ticket.ended_ns >= begins_ns for ticket in received)
+        assert pacing_rate(line_of(fabric[0], 1, Lane.BULK)) == 50_000_000
+
+
+def test_timed_sends_end_as_missed_where_credit_never_comes() -> None:
+    with pair(credit_bytes=10_000) as fabric:
+        fabric[0].send(1, 1, memoryview(bytes(9_000)))
+        window = Window(now_ns(), now_ns() + 100 * MS, 1e9)
+        ticket = fabric[0].send(1, 2, memoryview(bytes(9_000)), window)
+        settle(fabric, ticket)
+        assert ticket.status is MISSED
+        fabric[1].recv(0, 1, 9_000)
+
+
+def test_opened_and_closed_many_times_it_leaves_nothing() -> None:
+    def inventory() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    def once(abort: bool) -> None:
+        with pair() as fabric:
+            ticket = fabric[1].recv(0, 1, 100_000)
+            settle(fabric, fabric[0].send(1, 1, memoryview(bytes(100_000))), ticket)
+            if abort:
+                fabric[0].abort()
+
+    once(False)
+    before = inventory()
+    for number in range(20):
+        once(abort=number % 5 == 4)
+    deadline_ns = now_ns() + 10_000 * MS
+    while max(map(operator.sub, inventory(), before)) > 0 and now_ns() < deadline_ns:
+        select.select([], [], [], 0.001)  # threads that were joined still have to vanish
+    assert max(map(operator.sub, inventory(), before)) <= 0
+
+
+def test_it_closes_at_once_whatever_the_deadline_where_all_close() -> None:
+    with pair() as fabric:
+        settle(fabric, fabric[0].send(1, 1, memoryview(bytes(10))), fabric[1].recv(0, 1, 10))
+        deadline_ns = now_ns() + 10**15
+        threads = [threading.Thread(target=fabric[rank].close, args=(deadline_ns,), daemon=True) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_who_is_lost_while_others_connect_is_told_at_once() -> None:
+    meeting, clock = LocalMeeting(2), MonotonicClock()
+    endpoints: list[SlottedEndpoint] = [None, None]  # type: ignore[list-item]
+
+    def open_rank(rank: int) -> None:
+        options = {"reconnect_grace_ns": GRACE_NS}
+        endpoints[rank] = SlottedTransport().open(rank, 2, meeting.member(rank), clock, options)
+
+    in_threads(2, open_rank)
+    addresses = {rank: endpoint.address for rank, endpoint in enumerate(endpoints)}
+    try:
+        endpoints[0]._peers[1] = peer = endpoints[0]._make_peer(1, addresses[1])
+        deadline_ns = now_ns() + 20_000 * MS
+        while not all(line.connected for line in peer.lines) and now_ns() < deadline_ns:
+            endpoints[0]._look_at([peer])
+        endpoints[1].abort()
+        with pytest.raises(ConnectError, match="did not reach rank 1: rank 1: connection broken"):
+            endpoints[0].connect(addresses, now_ns() + 30_000 * MS)
+    finally:
+        for endpoint in endpoints:
+            endpoint.abort()
+
+
+class _Meeting:
+    """A rendezvous of one rank on a given address."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        self._inner = LocalMeeting(1).member(0)
+
+    def exchange(self, name: str, payload: bytes, deadline_ns: int) -> list[bytes]:
+        return self._inner.exchange(name, payload, deadline_ns)
+
+
+def test_an_address_off_loopback_is_refused_unless_insecure() -> None:
+    with pytest.raises(UsageError, match=r"192\.0\.2\.1, which is not a loopback.*DETCOLL_INSECURE"):
+        SlottedTransport().open(0, 1, _Meeting("192.0.2.1"), MonotonicClock(), {})
+    with pytest.raises(TransportUnavailable, match=r"cannot bind a free port on 192\.0\.2\.1"):
+        SlottedTransport().open(0, 1, _Meeting("192.0.2.1"), MonotonicClock(), {"insecure": True})
+
+
+@pytest.mark.parametrize("options", [{"credit": 5}, {"credit_bytes": "much"}, {"ports": 5}])
+def test_unknown_and_wrong_options_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="options of slotted"):
+        SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), options)
+
+
+def test_ports_are_taken_from_the_range_in_turn() -> None:
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(1)]
+        port = taken[0].getsockname()[1]
+        with pytest.raises(TransportUnavailable, match=f"a port from {port} to {port}"):
+            SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), {"ports": (port, port)})
+        endpoint = SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), {"ports": (port, port + 50)})
+        try:
+            assert port < int(endpoint.address.rpartition(":")[2]) <= port + 50
+        finally:
+            endpoint.abort()
+
+
+def test_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    endpoint = SlottedTransport().open(0, 1, _Meeting("::1"), MonotonicClock(), {})
+    assert endpoint.address.startswith("tcp://[::1]:")
+    endpoint.close(now_ns())

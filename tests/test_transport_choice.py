@@ -1,0 +1,117 @@
+"""Which transport ``auto`` takes, what it falls back to, and what it never falls back from."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+from ranks import attempt, launch, lines
+
+from detcoll import registry
+from detcoll.assembly import choose
+from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.settings import Facts, read_settings
+from detcoll.topology import Topology
+from detcoll_slotted import SlottedTransport
+
+
+@pytest.fixture
+def taken_port():
+    """A range of ports in which nothing can be bound."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        yield f"{port}-{port}"
+
+
+def elsewhere() -> str:
+    """Return an address for the meeting itself, which would take a port of the range too."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def facts(host: str = "here", launcher: str = "detcoll run") -> Facts:
+    return Facts("0.1", "auto", "digest", False, "", "cubic", "", host, "clock", launcher)
+
+
+@pytest.mark.parametrize(
+    ("topology", "ranks", "expected"),
+    [
+        (lines(1, 1), [facts(), facts()], "slotted"),
+        (lines(1, 1), [facts(launcher="mpich"), facts(launcher="mpich")], "slotted"),
+        (lines(1, 1).as_single_cluster(), [facts(), facts()], "shm"),
+        (None, [facts(launcher="mpich"), facts(launcher="mpich")], "shm"),
+        (None, [facts("a", "mpich"), facts("b", "mpich")], "mpi"),
+        (None, [facts("a", "openmpi"), facts("b", "detcoll run")], "slotted"),
+        (None, [facts("a"), facts("b")], "slotted"),
+    ],
+)
+def test_the_automatic_choice(topology: Topology | None, ranks: list[Facts], expected: str) -> None:
+    settings = read_settings({}, 2, "auto", topology, 10.0, None)
+    choice = choose(settings, ranks, settings.topology)
+    assert (choice.name, choice.automatic) == (expected, True)
+    assert choice.reason
+    settings = read_settings({"DETCOLL_TRANSPORT": "gloo"}, 2, "shm", topology, 10.0, None)
+    asked = choose(settings, ranks, settings.topology)
+    assert (asked.name, asked.automatic) == ("gloo", False)
+
+
+def test_mpi_takes_over_where_slotted_cannot_bind(tmp_path, taken_port: str, mpiexec: list[str]) -> None:
+    ended = launch(
+        2, "calls.py", "small", topology=lines(1, 1), folder=tmp_path, launcher=[*mpiexec, "-n", "2"],
+        environ={"DETCOLL_PORTS": taken_port, "DETCOLL_RENDEZVOUS": elsewhere(), "DETCOLL_LOG": "warning"},
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.said == {rank: [["mpi", "mpi-native", 3.0]] for rank in range(2)}
+    assert ended.err.count("falling back to mpi") == 1
+    assert f"slotted cannot bind a port from {taken_port.replace('-', ' to ')}" in ended.err
+
+
+def test_without_mpi_both_reasons_are_told(taken_port: str) -> None:
+    answers = attempt(2, lambda comm: None, topology=lines(1, 1), environ={"DETCOLL_PORTS": taken_port})
+    for answer in answers:
+        assert isinstance(answer, TransportUnavailable)
+        assert "could not open slotted: slotted cannot bind a port from" in str(answer)
+        assert "no fall-back to mpi, since MPI did not start all ranks (use mpiexec)" in str(answer)
+
+
+def test_what_was_asked_for_is_never_replaced(tmp_path, taken_port: str, mpiexec: list[str]) -> None:
+    ended = launch(
+        2, "calls.py", "open_only", "slotted", topology=lines(1, 1), folder=tmp_path, launcher=[*mpiexec, "-n", "2"],
+        environ={"DETCOLL_PORTS": taken_port, "DETCOLL_RENDEZVOUS": elsewhere()},
+    )  # fmt: skip
+    assert sorted(ended.said) == [0, 1]
+    for (said,) in ended.said.values():
+        assert said[0] == "TransportUnavailable"
+        assert "cannot bind" in said[1]
+
+
+def test_a_refused_address_is_no_reason_to_fall_back(monkeypatch) -> None:
+    opened = SlottedTransport.open
+
+    def open_elsewhere(self, rank, size, rendezvous, clock, options):
+        class Elsewhere:
+            host = "192.0.2.7" if rank == 1 else "127.0.0.1"
+            exchange = rendezvous.exchange
+
+        return opened(self, rank, size, Elsewhere(), clock, options)
+
+    monkeypatch.setattr(SlottedTransport, "open", open_elsewhere)
+    monkeypatch.setattr("detcoll.assembly._started_by_mpi", lambda facts: True)
+    for answer in attempt(2, lambda comm: None, topology=lines(1, 1)):
+        assert isinstance(answer, UsageError), answer
+        assert "rank 1 could not open slotted: slotted would open 192.0.2.7" in str(answer)
+
+
+def test_what_one_rank_lacks_all_ranks_lack(monkeypatch) -> None:
+    load = registry.load
+
+    def load_on_some(name: str):
+        if threading.current_thread().name == "test rank 1":
+            raise TransportUnavailable(f"{name} is not installed")
+        return load(name)
+
+    monkeypatch.setattr(registry, "load", load_on_some)
+    for answer in attempt(3, lambda comm: None, transport="shm"):
+        assert isinstance(answer, TransportUnavailable)
+        assert str(answer) == "rank 1 could not load shm: shm is not installed"

@@ -1,0 +1,24 @@
+"""Gloo, the CPU backend of torch.distributed, as a transport of detcoll: for comparison and as a fallback.
+
+It makes a process group of its own (``ProcessGroupGloo``), beside any default group of the program, and needs no
+environment variables: rank 0 opens a store at its rendezvous address, over which the ranks of the job find each
+other. ``GLOO_SOCKET_IFNAME`` chooses the network interfaces, otherwise the rendezvous address does.
+``pip install detcoll[gloo]`` brings torch.
+
+- all_reduce, broadcast and barrier are Gloo's, on the caller's memory. Its fold order is its own, and it folds 16-bit
+  floats in their own type; averages are divided once, after the last fold, and those of 16-bit floats fold in float32.
+- Messages: Gloo matches sends and receives of equal size only, and cannot be asked whether one is done. So the
+  messages of a pair travel one after the other, each led by a frame with its tag and size, and a thread for each
+  direction of each pair waits for them. What no receive was posted for is held, up to ``unexpected_bytes`` for each
+  sender; then that sender's messages wait at their source.
+- Gloo knows one way to end a wait: closing every connection of the group. So a collective that misses its deadline
+  ends the endpoint, and the peers see that it is gone.
+
+Options: ``unexpected_bytes`` (64 MiB) and ``open_timeout_ns`` (60 s).
+"""
+
+from __future__ import annotations
+
+from detcoll_gloo.transport import GlooTransport
+
+__all__ = ["GlooTransport"]

@@ -1,0 +1,106 @@
+"""Gloo's own collectives, on the caller's memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.errors import Closed, TransportError, UsageError
+from detcoll.fold import fold
+from detcoll.transport import Capabilities, Endpoint, NativeCollectives
+from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
+from detcoll_gloo.group import Group
+
+STAGE_ELEMS = 2**23
+"""So many 16-bit elements of an average are widened to float32 at a time."""
+
+
+class GlooCollectives(Endpoint, NativeCollectives):
+    """The collective half of an endpoint."""
+
+    def __init__(self, group: Group, capabilities: Capabilities) -> None:
+        self._group = group
+        self._capabilities = capabilities
+        self._is_broken = False
+        ops = group.torch.distributed.ReduceOp
+        self._ops = {
+            ReduceOp.SUM: ops.SUM,
+            ReduceOp.AVG: ops.SUM,
+            ReduceOp.MIN: ops.MIN,
+            ReduceOp.MAX: ops.MAX,
+            ReduceOp.PROD: ops.PRODUCT,
+        }
+
+    @property
+    def algorithm(self) -> str:
+        """The name in traces and results."""
+        return "gloo-native"
+
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
+        """Reduce ``array`` over all ranks, in place; averages are divided once at the end."""
+        self._check_usable()
+        dtype = parse_dtype(array.dtype)
+        if dtype.name not in self._capabilities.native_dtypes:
+            known = ", ".join(sorted(self._capabilities.native_dtypes))
+            raise UsageError(f"Gloo does not reduce {dtype}; expected one of {known}")
+        if op is ReduceOp.AVG and is_integer(dtype):
+            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        if op is ReduceOp.AVG and is_half(dtype):
+            for start in range(0, array.size, STAGE_ELEMS):
+                part = array[start : start + STAGE_ELEMS]
+                wide = part.astype(np.float32)
+                self._all_reduce(wide, op, deadline_ns)
+                fold(op, [wide], part, self._group.size)
+            return
+        self._all_reduce(array, op, deadline_ns)
+        if op is ReduceOp.AVG:
+            fold(op, [array], array, self._group.size)
+
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int) -> None:
+        """Copy ``array`` of ``root`` to all ranks."""
+        self._check_usable()
+        if not 0 <= root < self._group.size:
+            raise UsageError(f"root={root} must be a rank from 0 to {self._group.size - 1}")
+        options = self._group.torch.distributed.BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        self._run("broadcast", [self._group.tensor(array.view(np.uint8))], options, deadline_ns, array.size)
+
+    def barrier(self, deadline_ns: int) -> None:
+        """Return once every rank has called."""
+        self._check_usable()
+        if self._group.size == 1:
+            return
+        options = self._group.torch.distributed.BarrierOptions()
+        options.timeout = self._group.timeout(deadline_ns)
+        self._wait(lambda: self._group.gloo.barrier(options), deadline_ns)
+
+    def _all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
+        options = self._group.torch.distributed.AllreduceOptions()
+        options.reduceOp = self._ops[op]
+        self._run("allreduce", [self._group.tensor(array)], options, deadline_ns, array.size)
+
+    def _run(self, name: str, tensors: list[Any], options: Any, deadline_ns: int, elems: int) -> None:
+        if self._group.size == 1 or elems == 0:
+            return
+        options.timeout = self._group.timeout(deadline_ns)
+        self._wait(lambda: getattr(self._group.gloo, name)(tensors, options), deadline_ns)
+
+    def _wait(self, start: Callable[[], Any], deadline_ns: int) -> None:
+        try:
+            self._group.wait(start, deadline_ns)
+        except TransportError:
+            self._is_broken = True
+            raise
+
+    @abstractmethod
+    def _check_open(self) -> object:
+        """Raise Closed if the endpoint is closed."""
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._is_broken:
+            raise Closed("an earlier collective of this Gloo endpoint did not end")

@@ -1,0 +1,136 @@
+"""A rank's end of Gloo."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Mapping, Sequence
+
+from detcoll.errors import Closed, UsageError
+from detcoll.transport import LARGEST_TAG, Capabilities, Clock, Ticket, TicketKind, TicketStatus, Window
+from detcoll_gloo.collectives import GlooCollectives
+from detcoll_gloo.group import Group
+from detcoll_gloo.mail import Mail
+
+_open: set[GlooEndpoint] = set()
+"""Endpoints that were not closed yet; Gloo crashes a process that exits while a thread waits for it."""
+
+
+class GlooEndpoint(GlooCollectives):
+    """Messages and collectives of one rank; see the package's text.
+
+    Parameters
+    ----------
+    group : Group
+        Not yet joined.
+    address : str
+        Of the store, on rank 0.
+    """
+
+    def __init__(
+        self, group: Group, address: str, clock: Clock, capabilities: Capabilities, unexpected_bytes: int
+    ) -> None:
+        super().__init__(group, capabilities)
+        self._address = address
+        self._mail: Mail | None = Mail(group, clock, unexpected_bytes)
+        self._peers: set[int] = set()
+        self._counted: Mapping[str, int] = self._mail.counters
+        _open.add(self)
+
+    @property
+    def address(self) -> str:
+        """The address of the store on rank 0; nothing elsewhere, since Gloo exchanges addresses itself."""
+        return self._address
+
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int) -> None:
+        """Join all ranks of the job; Gloo has no part of a group.
+
+        Raises
+        ------
+        UsageError
+            If a rank is missing in ``addresses``.
+        ConnectError
+            If not all of them are joined at the deadline; names them.
+        """
+        self._check_open()
+        missing = sorted(set(range(self._group.size)) - set(addresses))
+        if missing:
+            raise UsageError(f"addresses lacks ranks {missing}; Gloo joins all {self._group.size} ranks of a job")
+        if self._group.size > 1:
+            self._group.join(addresses[0], deadline_ns)
+        self._peers = set(range(self._group.size)) - {self._group.rank}
+
+    def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
+        """Queue ``view`` behind what goes to ``dst`` already; windows are not kept."""
+        mail = self._check_open()
+        self._check_arguments("dst", dst, tag, view.nbytes)
+        ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
+        mail.post_send(ticket, view)
+        return ticket
+
+    def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
+        """Receive exactly ``nbytes``, straight into ``into`` where it is posted before they come."""
+        mail = self._check_open()
+        self._check_arguments("src", src, tag, nbytes)
+        if into is not None and (into.readonly or into.nbytes != nbytes):
+            raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable bytes")
+        ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
+        mail.post_recv(ticket, into)
+        return ticket
+
+    def poll(self, deadline_ns: int) -> Sequence[Ticket]:
+        """Return tickets that ended; see `Endpoint.poll`."""
+        return self._check_open().collect(deadline_ns)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """End a ticket as CANCELLED unless its message is on the move."""
+        mail = self._check_open()
+        return ticket.status is TicketStatus.PENDING and mail.cancel(ticket)
+
+    def abort(self) -> None:
+        """Close all connections at once; others see that this rank is gone."""
+        mail, self._mail = self._mail, None
+        if mail is not None:
+            mail.abort()
+            self._leave()
+
+    def close(self, deadline_ns: int) -> None:
+        """Wait until the receivers have seen what was sent, then close all connections."""
+        mail, self._mail = self._mail, None
+        if mail is not None:
+            mail.close(deadline_ns)
+            self._leave()
+
+    def fileno(self) -> int | None:
+        """Return an eventfd that is readable while tickets wait to be polled."""
+        return self._mail.fileno() if self._mail is not None else None
+
+    def arm(self, deadline_ns: int) -> bool:
+        """Prepare to be waited on; see `Endpoint.arm`."""
+        return self._check_open().arm()
+
+    def counters(self) -> Mapping[str, int]:
+        """Return messages and bytes sent and received; collectives are not counted."""
+        return dict(self._counted)
+
+    def _leave(self) -> None:
+        self._group.forget()
+        _open.discard(self)
+
+    def _check_open(self) -> Mail:
+        if self._mail is None:
+            raise Closed("the Gloo endpoint is closed")
+        return self._mail
+
+    def _check_arguments(self, name: str, peer: int, tag: int, nbytes: int) -> None:
+        if peer not in self._peers:
+            raise UsageError(f"{name}={peer} is not connected; expected one of {sorted(self._peers)}")
+        if not 0 <= tag <= LARGEST_TAG:
+            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
+        if not 0 <= nbytes <= self._capabilities.largest_message_bytes:
+            raise UsageError(f"a message has {nbytes} bytes; expected 0 to {self._capabilities.largest_message_bytes}")
+
+
+@atexit.register
+def _abort_all() -> None:
+    for endpoint in list(_open):
+        endpoint.abort()

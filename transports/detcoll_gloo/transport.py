@@ -1,0 +1,87 @@
+"""Opens endpoints of Gloo."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
+from detcoll.types import ReduceOp
+from detcoll_gloo.endpoint import GlooEndpoint
+from detcoll_gloo.group import Group, make_devices, open_store
+
+INSTALL = "pip install detcoll[gloo]"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Options of the transport."""
+
+    unexpected_bytes: int = 2**26
+    open_timeout_ns: int = 60 * 10**9
+
+
+class GlooTransport(Transport):
+    """Gloo's collectives, and messages over its connections; see the package's text."""
+
+    name = "gloo"
+    capabilities = Capabilities(
+        scope=Scope.ANYWHERE,
+        native=frozenset({"all_reduce", "broadcast", "barrier"}),
+        native_dtypes=frozenset({"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64"}),
+        native_ops=frozenset(ReduceOp),
+    )
+
+    def open(
+        self, rank: int, size: int, rendezvous: Rendezvous, clock: Clock, options: Mapping[str, Any]
+    ) -> GlooEndpoint:
+        """Open this rank's endpoint.
+
+        Raises
+        ------
+        UsageError
+            If an option is unknown or no whole number.
+        TransportUnavailable
+            On all ranks, if one of them lacks torch or its Gloo backend.
+        ConnectError
+            If not all ranks come before ``open_timeout_ns`` have passed.
+        """
+        settings = _settings(options)
+        torch, devices, trouble = _load(rendezvous.host)
+        answers = rendezvous.exchange("gloo", trouble.encode(), clock.now_ns() + settings.open_timeout_ns)
+        for peer, answer in enumerate(answers):
+            if answer:
+                raise TransportUnavailable(f"transport 'gloo' cannot be used: on rank {peer}, {answer.decode()}")
+        store, address = open_store(torch, rendezvous.host) if rank == 0 else (None, "")
+        group = Group(torch, rank, size, devices, store, clock)
+        return GlooEndpoint(group, address, clock, self.capabilities, settings.unexpected_bytes)
+
+
+def _settings(options: Mapping[str, Any]) -> Settings:
+    unknown = sorted(set(options) - {"unexpected_bytes", "open_timeout_ns"})
+    if unknown:
+        raise UsageError(f"options of transport 'gloo' has unknown keys {', '.join(unknown)}")
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise UsageError(f"{name}={value!r} must be a whole number, 0 or more")
+    return Settings(**options)
+
+
+def _load(host: str) -> tuple[Any, list[Any], str]:
+    """Return torch and what Gloo connects over, or why it cannot be used."""
+    try:
+        torch = importlib.import_module("torch")
+        distributed = importlib.import_module("torch.distributed")
+    except ImportError as error:
+        return None, [], f"torch does not import ({error}); install it with: {INSTALL}"
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        return None, [], f"torch was built without Gloo; install it with: {INSTALL}"
+    try:
+        return torch, make_devices(torch, host), ""
+    except RuntimeError as error:
+        where = os.environ.get("GLOO_SOCKET_IFNAME") or host
+        return None, [], f"Gloo cannot use the network at {where}: {error}"

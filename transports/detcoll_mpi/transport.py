@@ -1,0 +1,141 @@
+"""Finds the job's ranks in the MPI world and opens endpoints among them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from detcoll.errors import ConnectError, TransportUnavailable, UsageError
+from detcoll.transport import LARGEST_TAG, Capabilities, Clock, Rendezvous, Scope, Transport
+from detcoll.types import DTYPES, ReduceOp
+from detcoll_mpi.endpoint import MpiEndpoint
+from detcoll_mpi.waiting import Backoff
+
+OPEN_TIMEOUT_NS = 60 * 10**9
+MOST_LANES = 64
+INSTALL = "pip install detcoll[mpi]"
+_JOB_VARIABLES = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Options of the transport."""
+
+    abort_job: bool = False
+    open_timeout_ns: int = OPEN_TIMEOUT_NS
+
+
+class _Seat(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank tells the others about its place in MPI; ``trouble`` says why it has none."""
+
+    world_rank: int = -1
+    world_size: int = 0
+    job: str = ""
+    trouble: str = ""
+
+
+class MpiTransport(Transport):
+    """MPI's messages and collectives; see the package's text."""
+
+    name = "mpi"
+    capabilities = Capabilities(
+        scope=Scope.ANYWHERE,
+        native=frozenset({"all_reduce", "broadcast", "barrier"}),
+        native_dtypes=frozenset(DTYPES),
+        native_ops=frozenset(ReduceOp),
+    )
+
+    def open(
+        self, rank: int, size: int, rendezvous: Rendezvous, clock: Clock, options: Mapping[str, Any]
+    ) -> MpiEndpoint:
+        """Open this rank's endpoint in the MPI world that its launcher made.
+
+        Raises
+        ------
+        UsageError
+            If an option is unknown or of the wrong type.
+        TransportUnavailable
+            On all ranks, if one of them lacks mpi4py or was not started by the MPI launcher of the others.
+        ConnectError
+            If not all ranks come before ``open_timeout_ns`` have passed.
+        """
+        settings = _settings(options)
+        deadline_ns = clock.now_ns() + settings.open_timeout_ns
+        mpi, seat = _take_seat()
+        answers = rendezvous.exchange("mpi", msgspec.msgpack.encode(seat), deadline_ns)
+        seats = [msgspec.msgpack.decode(answer, type=_Seat) for answer in answers]
+        _check_seats(seats, size)
+        lanes = _make_lanes(mpi, [seat.world_rank for seat in seats], clock, deadline_ns)
+        return MpiEndpoint(mpi, lanes, rank, size, clock, self.capabilities, settings.abort_job)
+
+
+def _settings(options: Mapping[str, Any]) -> Settings:
+    unknown = sorted(set(options) - {"abort_job", "open_timeout_ns"})
+    if unknown:
+        raise UsageError(f"options of transport 'mpi' has unknown keys {', '.join(unknown)}")
+    settings = Settings(**options)
+    if not isinstance(settings.abort_job, bool):
+        raise UsageError(f"abort_job={settings.abort_job!r} must be True or False")
+    if isinstance(settings.open_timeout_ns, bool) or not isinstance(settings.open_timeout_ns, int):
+        raise UsageError(f"open_timeout_ns={settings.open_timeout_ns!r} must be a whole number of nanoseconds")
+    return settings
+
+
+def _take_seat() -> tuple[Any, _Seat]:
+    """Return mpi4py's MPI module and this process's place in it, or why there is none."""
+    try:
+        mpi = importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError where it finds no MPI library
+        return None, _Seat(trouble=f"mpi4py does not load ({error}); install it with: {INSTALL}")
+    if mpi.Is_finalized():
+        return None, _Seat(trouble="MPI was finalized")
+    if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
+        return None, _Seat(trouble="MPI runs without MPI_THREAD_MULTIPLE, which mpi4py asks for by default")
+    lanes = -(-(LARGEST_TAG + 1) // (_largest_tag(mpi) + 1))
+    if lanes > MOST_LANES:
+        return None, _Seat(trouble=f"this MPI has tags up to {_largest_tag(mpi)} only")
+    job = next((os.environ[name] for name in _JOB_VARIABLES if name in os.environ), "")
+    return mpi, _Seat(mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), job)
+
+
+def _largest_tag(mpi: Any) -> int:
+    return int(mpi.COMM_WORLD.Get_attr(mpi.TAG_UB))
+
+
+def _check_seats(seats: list[_Seat], size: int) -> None:
+    """Refuse a job whose ranks are not distinct processes of one MPI world."""
+    for rank, seat in enumerate(seats):
+        if seat.trouble:
+            raise TransportUnavailable(f"transport 'mpi' cannot be used: on rank {rank}, {seat.trouble}")
+    sizes = {seat.world_size for seat in seats}
+    distinct = {seat.world_rank for seat in seats}
+    if len(sizes) > 1 or len(distinct) < size or len({seat.job for seat in seats}) > 1:
+        raise TransportUnavailable(
+            f"transport 'mpi' cannot be used: the {size} ranks of the job are not in one MPI world (their worlds have "
+            f"{sorted(sizes)} ranks); start them all with one launcher: mpiexec -n {size} python ..."
+        )
+
+
+def _make_lanes(mpi: Any, world_ranks: list[int], clock: Clock, deadline_ns: int) -> list[Any]:
+    """Return communicators in the job's order of ranks, as many as it takes to carry all tags of the SPI.
+
+    All ranks are known to be here, so that making the first one, which MPI offers without a deadline only, does not
+    wait for one that never comes.
+    """
+    members = mpi.COMM_WORLD.Get_group().Incl(world_ranks)
+    first = mpi.COMM_WORLD.Create_group(members, 0)
+    members.Free()
+    lanes = [first]
+    while len(lanes) * (_largest_tag(mpi) + 1) <= LARGEST_TAG:
+        lane, request = first.Idup()
+        backoff = Backoff(clock, deadline_ns)
+        while not request.Test():
+            if not backoff.pause():
+                raise ConnectError("MPI did not set up its communicators before the deadline")
+        lanes.append(lane)
+    return lanes

@@ -1,0 +1,8 @@
+"""Shared memory between ranks of one host."""
+
+from __future__ import annotations
+
+from detcoll_shm.endpoint import Settings, ShmEndpoint
+from detcoll_shm.transport import ShmTransport
+
+__all__ = ["Settings", "ShmEndpoint", "ShmTransport"]

@@ -1,0 +1,126 @@
+"""The rules of one ordered pair of ranks: sequence, credit and retention, without any I/O.
+
+A sender numbers the messages of each lane from zero and keeps every one until the receiver has acknowledged it, so a
+connection that breaks and comes back loses nothing: everything unacknowledged is sent again in order, and the receiver
+drops what it has seen. What arrives out of order (the rest of a broken connection's queue) is dropped too, since what
+is missing before it will be sent again (go-back-N; RFC 3366, section 1.3 describes the family).
+
+Credit is standing: the receiver has promised to hold ``credit_bytes`` of payload, and the sender never has more than
+that sent and not yet consumed. One message larger than the credit may go when nothing else is under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from detcoll.transport import Ticket
+from detcoll_slotted.wire import Lane
+
+
+@dataclass(slots=True)
+class Kept:
+    """A message sent and not yet acknowledged."""
+
+    sequence: int
+    ticket: Ticket
+    view: memoryview
+
+
+@dataclass(slots=True)
+class Outbound:
+    """The sending side of an ordered pair."""
+
+    credit_bytes: int
+    next_sequence: list[int] = field(default_factory=lambda: [0, 0])
+    kept: tuple[deque[Kept], deque[Kept]] = field(default_factory=lambda: (deque(), deque()))
+    sent_bytes: int = 0
+    consumed_bytes: int = 0
+    lane_of_tag: dict[int, list[int]] = field(default_factory=dict)
+    """Tags with unacknowledged messages: their lane and how many, since one tag must not overtake itself."""
+
+    def has_credit(self, nbytes: int) -> bool:
+        """Tell whether a bulk message of ``nbytes`` may go now."""
+        held = self.sent_bytes - self.consumed_bytes
+        return held == 0 or held + nbytes <= self.credit_bytes
+
+    def lane_for(self, tag: int, preferred: Lane) -> Lane:
+        """Return the lane for a message with ``tag``: the one that its unacknowledged predecessors took."""
+        in_use = self.lane_of_tag.get(tag)
+        return Lane(in_use[0]) if in_use else preferred
+
+    def keep(self, lane: Lane, ticket: Ticket, view: memoryview) -> int:
+        """Retain a message that is about to be sent, and return its sequence number."""
+        sequence = self.next_sequence[lane]
+        self.next_sequence[lane] += 1
+        self.kept[lane].append(Kept(sequence, ticket, view))
+        self.lane_of_tag.setdefault(ticket.tag, [lane, 0])[1] += 1
+        if lane is Lane.BULK:
+            self.sent_bytes += ticket.nbytes
+        return sequence
+
+    def acknowledged(self, acks: tuple[int, int], consumed_bytes: int) -> list[Ticket]:
+        """Take in a cumulative acknowledgement; returns the tickets of messages that need not be kept any more."""
+        self.consumed_bytes = max(self.consumed_bytes, consumed_bytes)
+        ended = []
+        for lane in Lane:
+            kept = self.kept[lane]
+            while kept and kept[0].sequence < acks[lane]:
+                ticket = kept.popleft().ticket
+                in_use = self.lane_of_tag[ticket.tag]
+                in_use[1] -= 1
+                if not in_use[1]:
+                    del self.lane_of_tag[ticket.tag]
+                ended.append(ticket)
+        return ended
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything sent was acknowledged."""
+        return not self.kept[0] and not self.kept[1]
+
+
+@dataclass(slots=True)
+class Inbound:
+    """The receiving side of an ordered pair."""
+
+    tell_every_bytes: int
+    received: list[int] = field(default_factory=lambda: [0, 0])
+    consumed_bytes: int = 0
+    told_bytes: int = 0
+    owes_acknowledgement: bool = False
+    untold_since_ns: int = 0
+    warm_bytes: int = 0
+    hello: bool = False
+    bye: bool = False
+
+    def accept(self, lane: Lane, sequence: int) -> bool:
+        """Tell whether this is the next message of its lane; if so it counts as received."""
+        if sequence != self.received[lane]:
+            return False
+        self.received[lane] += 1
+        return True
+
+    def tell(self, now_ns: int, *, soon: bool) -> None:
+        """Take note that the sender has something to learn: at once with ``soon``, else it may wait for company."""
+        self.owes_acknowledgement |= soon
+        if not self.untold_since_ns:
+            self.untold_since_ns = now_ns
+
+    def consume(self, nbytes: int, now_ns: int) -> None:
+        """Take note that ``nbytes`` are no longer held."""
+        self.consumed_bytes += nbytes
+        if nbytes:
+            self.tell(now_ns, soon=False)
+
+    def told(self) -> None:
+        """Take note that everything was told to the sender."""
+        self.told_bytes = self.consumed_bytes
+        self.owes_acknowledgement = False
+        self.untold_since_ns = 0
+
+    def due_ns(self, delay_ns: int) -> int | None:
+        """Return when the sender must be told something, 0 for at once, or None while there is nothing to tell."""
+        if self.owes_acknowledgement or self.consumed_bytes - self.told_bytes >= self.tell_every_bytes:
+            return 0
+        return self.untold_since_ns + delay_ns if self.untold_since_ns else None

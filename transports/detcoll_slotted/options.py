@@ -1,0 +1,29 @@
+"""What can be set about the slotted transport."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What can be set.
+
+    ``credit_bytes`` : bulk payload that a receiver holds for each sender.  ``congestion`` : TCP congestion control,
+    empty for the kernel's default.  ``reconnect_grace_ns`` : how long a broken connection may take to come back.
+    ``acknowledge_delay_ns`` : how long the acknowledgement of a bulk message may wait for company.
+    ``insecure`` : open an address off loopback without keys.  ``ports`` : range to bind in, as ``(first, last)``.
+    ``dscp`` : differentiated services code point of both lanes.  ``warm_up_peers``, ``warm_up_bytes``,
+    ``warm_up_bytes_per_s`` : to whom this rank sends how much while connecting, and how fast, so that TCP's window is
+    open before the first message; the peers do the same.
+    """
+
+    credit_bytes: int = 16_777_216
+    congestion: str = "cubic"
+    reconnect_grace_ns: int = 3_000_000_000
+    acknowledge_delay_ns: int = 2_000_000
+    insecure: bool = False
+    ports: tuple[int, int] | None = None
+    dscp: int = 0
+    warm_up_peers: frozenset[int] = frozenset()
+    warm_up_bytes: int = 0
+    warm_up_bytes_per_s: float = 0.0

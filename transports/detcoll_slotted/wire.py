@@ -1,0 +1,92 @@
+"""The frames of the slotted transport.
+
+A message is one header frame, and for DATA and WARM a second frame with the payload, which means nothing in WARM. All
+integers are little-endian. Every frame carries a cumulative acknowledgement of the opposite direction, so a busy pair
+needs no frames of its own for it.
+
+========  =====  ==================================================================
+field     bytes  meaning
+========  =====  ==================================================================
+magic     4      ``DTC`` and the protocol version
+kind      1      HELLO, DATA, ACK, BYE or WARM
+lane      1      0 bulk, 1 express: which sequence ``sequence`` counts in
+(pad)     2
+source    4      rank of the sender
+tag       4      of a DATA message
+token     8      random number of the job; a frame with another is not ours
+sequence  8      of this message in its lane, from 0; for ACK and BYE unused
+bulk_ack  8      messages of the bulk lane received in order so far
+fast_ack  8      messages of the express lane received in order so far
+consumed  8      bytes of bulk payload received and no longer held
+========  =====  ==================================================================
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+from detcoll.errors import FrameError
+
+MAGIC = b"DTC\x01"
+_LAYOUT = struct.Struct("<4sBBxxIIQQQQQ")
+HEADER_BYTES = _LAYOUT.size
+FRAME_BYTES = HEADER_BYTES + 2 + 9
+"""What a DATA message adds to its payload on the wire: the header and ZMTP's lengths (RFC 23: 2 short, 9 long)."""
+
+
+class FrameKind(IntEnum):
+    """What a frame says."""
+
+    HELLO = 0
+    DATA = 1
+    ACK = 2
+    BYE = 3
+    WARM = 4
+
+
+class Lane(IntEnum):
+    """Which connection a message takes."""
+
+    BULK = 0
+    EXPRESS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A decoded header frame."""
+
+    kind: FrameKind
+    lane: Lane
+    source: int
+    tag: int
+    token: int
+    sequence: int
+    acks: tuple[int, int]
+    consumed: int
+
+    def encode(self) -> bytes:
+        """Return the bytes of the frame."""
+        return _LAYOUT.pack(
+            MAGIC, self.kind, self.lane, self.source, self.tag, self.token, self.sequence, *self.acks, self.consumed
+        )
+
+
+def decode(frame: bytes | memoryview) -> Header:
+    """Return the header in ``frame``.
+
+    Raises
+    ------
+    FrameError
+        If it is not a header of this protocol version.
+    """
+    if len(frame) != HEADER_BYTES:
+        raise FrameError(f"a header has {HEADER_BYTES} bytes, this frame {len(frame)}")
+    magic, kind, lane, source, tag, token, sequence, bulk, fast, consumed = _LAYOUT.unpack(frame)
+    if magic != MAGIC:
+        raise FrameError(f"frame begins with {magic!r}, expected {MAGIC!r}")
+    try:
+        return Header(FrameKind(kind), Lane(lane), source, tag, token, sequence, (bulk, fast), consumed)
+    except ValueError as error:
+        raise FrameError(f"frame of rank {source}: {error}") from error
