@@ -288,6 +288,16 @@ def test_processes_of_mpiexec(mpiexec: list[str]) -> None:
     assert ended.said == {rank: ["mpi"] for rank in range(3)}
 
 
+def test_mpi_starts_on_no_rank_unless_all_have_it(mpiexec: list[str]) -> None:
+    ended = launch(3, "calls.py", "one_without_mpi4py", launcher=[*mpiexec, "-n", "3"])
+    assert ended.code == 0, ended.err
+    for [[(kind, text), is_started]] in ended.said.values():
+        assert kind == "TransportUnavailable"
+        assert "on rank 1, mpi4py does not load" in text
+        assert not is_started
+    assert len(ended.said) == 3
+
+
 def test_a_thousand_random_all_reduces_have_the_same_bits_everywhere(tmp_path, mpiexec: list[str]) -> None:
     topology = lines(2, 2, rate_bytes_per_s=1e9)
     digests = {}

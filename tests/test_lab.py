@@ -189,7 +189,8 @@ class TestLine:
             took = ping(lab, 41)
             seen = blast(lab, 3.5)["seen"]
             counted = lab.statistics().direction(0, 1)
-        assert statistics.median(took) == pytest.approx(40e6, rel=0.02)
+        # Nothing is early, and the quickest shows the path: the others also waited for a busy processor.
+        assert min(took) == pytest.approx(40e6, rel=0.02)
         assert min(took) >= 40_000_000
         # Rates over a fifth of a second each, past slow start.
         rates, (since, base) = [], next(point for point in seen if point[0] > seen[0][0] + 1.0)

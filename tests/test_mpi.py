@@ -248,7 +248,8 @@ def test_ranks_without_a_launcher_are_refused(worlds: Worlds) -> None:
 def fake_mpi(**changes: Any) -> SimpleNamespace:
     world = SimpleNamespace(Get_rank=lambda: 0, Get_size=lambda: 1, Get_attr=lambda key: changes.get("tags", 2**31 - 1))
     levels = {"THREAD_MULTIPLE": 3, "Query_thread": lambda: changes.get("level", 3), "TAG_UB": 0}
-    return SimpleNamespace(COMM_WORLD=world, Is_finalized=lambda: changes.get("finalized", False), **levels)
+    state = {"Is_initialized": lambda: True, "Is_finalized": lambda: changes.get("finalized", False)}
+    return SimpleNamespace(COMM_WORLD=world, **state, **levels)
 
 
 def without_mpi4py() -> Any:

@@ -21,6 +21,7 @@ import pytest
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.launchers import World
 from detcoll.rendezvous import Aborted, Address, Lost, Session, is_loopback, meet, wire
+from detcoll.rendezvous.hub import Hub
 from detcoll.rendezvous.sockets import connect, listen, own_host, parse_ports
 
 
@@ -55,7 +56,7 @@ def exchange_all(met: Sequence[Session], payload: bytes = b"", seconds: float = 
 
 
 def close_all(met: Sequence[Session]) -> None:
-    in_threads([lambda s=s: s.close(ahead()) for s in met])
+    assert in_threads([lambda s=s: s.close(ahead()) for s in met]) == [None] * len(met)
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_ranks_may_come_in_any_order() -> None:
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(meet, world_at(1, 2, address), ahead(), {})
         late = meet(world_at(0, 2, address), ahead(), {})
-        in_threads([lambda: late.close(ahead()), lambda: early.result().close(ahead())])
+        assert in_threads([lambda: late.close(ahead()), lambda: early.result().close(ahead())]) == [None, None]
 
 
 def test_all_that_came_learn_who_never_came() -> None:
@@ -235,6 +236,81 @@ class Probe:
                 return self.connection.recv(1) == b""
             except ConnectionError:
                 return True
+
+
+class RawWorld:
+    """Ranks as bare sockets at a hub, rank 0 the first to come, all served by the test's own thread."""
+
+    def __init__(self, size: int) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = Address(*listener.getsockname())
+        self.hub = Hub(listener, size, "", 0)
+        self.hub.start()
+        self.ranks = []
+        for rank in range(size):
+            connection = connect(address, ahead())
+            connection.sendall(wire.pack(wire.Hello(wire.VERSION, "", 0, rank, size, 20_000)))
+            self.ranks.append((connection, wire.Inbox(wire.FRAME_BYTES)))
+        for rank in range(size):
+            assert isinstance(self.receive(rank), wire.Welcome)
+
+    def gather(self, payload: bytes) -> None:
+        for connection, _ in self.ranks:
+            connection.sendall(wire.pack(wire.Gather(1, "x", payload, 20_000)))
+
+    def receive(self, rank: int) -> wire.FromHub:
+        connection, inbox = self.ranks[rank]
+        connection.settimeout(20)
+        while (message := inbox.from_hub()) is None:
+            inbox.feed(connection.recv(2**18))
+        return message
+
+    def close(self) -> None:
+        for connection, _ in self.ranks:
+            connection.close()
+        self.hub.close(ahead())
+
+
+@pytest.fixture
+def raw_world() -> Iterator[Callable[[int], RawWorld]]:
+    worlds: list[RawWorld] = []
+
+    def make(size: int) -> RawWorld:
+        worlds.append(RawWorld(size))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+def test_rank_0_hears_after_all_others(raw_world: Callable[[int], RawWorld]) -> None:
+    world = raw_world(30)
+    world.gather(b"x")
+    others = [connection for connection, _ in world.ranks[1:]]
+    assert isinstance(world.receive(0), wire.Gathered)
+    assert len(select.select(others, [], [], 0)[0]) == 29
+
+
+def test_a_hub_that_is_over_before_it_is_woken_closes_without_harm() -> None:
+    hub = Hub(socket.create_server(("127.0.0.1", 0)), 1, "", 0)
+    hub._is_over = lambda now_ns: True  # type: ignore[method-assign]
+    hub.start()
+    hub._thread.join()
+    hub.close(ahead())
+    hub.close(ahead())
+
+
+def test_rank_0_waits_for_a_slow_reader_and_hears_then(raw_world: Callable[[int], RawWorld]) -> None:
+    world = raw_world(2)
+    world.gather(bytes(6 * 2**20))  # more than a socket's buffers take
+    first, second = (connection for connection, _ in world.ranks)
+    assert select.select([second], [], [], 20)[0]
+    assert not select.select([first], [], [], 0)[0]
+    for rank in (1, 0):
+        answer = world.receive(rank)
+        assert isinstance(answer, wire.Gathered)
+        assert [len(payload) for payload in answer.payloads] == [6 * 2**20] * 2
 
 
 NONSENSE = [

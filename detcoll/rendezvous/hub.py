@@ -3,6 +3,9 @@
 All ranks connect, rank 0 too. The hub lets them in once all are there, hands round what they exchange, and tells
 everybody when a connection ends without a goodbye or when a rank gives up. It answers a little before the earliest
 deadline among the waiting ranks, so that they learn who is missing before their own time is over.
+
+Rank 0 hears last, once what the others are to hear is in the hands of the kernel. What it does next may keep the
+interpreter, and so this thread, until all have come: mpi4py holds the interpreter's lock throughout ``MPI_Init``.
 """
 
 from __future__ import annotations
@@ -88,6 +91,7 @@ class Hub:
         self._broken: list[tuple[_Peer, str]] = []
         self._is_assembled = False
         self._finish_ns: int | None = None
+        self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name="detcoll-rendezvous", daemon=True)
 
     def start(self) -> None:
@@ -96,14 +100,21 @@ class Hub:
 
     def close(self, deadline_ns: int) -> None:
         """Serve until every rank has left, or was told why the world failed, or the deadline passed. Idempotent."""
-        if self._thread.is_alive():
-            self._finish_ns = deadline_ns
-            os.eventfd_write(self._wake, 1)
-            self._thread.join(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9) + 5.0)
+        if self._is_closed:
+            return
+        self._finish_ns = deadline_ns
+        os.eventfd_write(self._wake, 1)  # the thread may have ended by now, so closing this is not its task
+        self._thread.join(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9) + 5.0)
+        if not self._thread.is_alive():
+            self._is_closed = True
+            os.close(self._wake)
 
     def forget(self) -> None:
         """Close the descriptors in a forked child, where the thread does not exist."""
         self._release()
+        if not self._is_closed:
+            self._is_closed = True
+            os.close(self._wake)
 
     def _serve(self) -> None:
         try:
@@ -153,7 +164,6 @@ class Hub:
             if isinstance(key.fileobj, socket.socket):
                 key.fileobj.close()
         self._selector.close()
-        os.close(self._wake)
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the other side changed its mind
@@ -320,7 +330,7 @@ class Hub:
 
     def _tell_others(self, peer: _Peer | None, message: wire.FromHub) -> None:
         frame = wire.pack(message)
-        for other in list(self._ranks.values()):
+        for other in sorted(self._ranks.values(), key=_rank_of, reverse=True):
             if other is not peer:
                 self._send(other, frame)
 
@@ -343,7 +353,7 @@ class Hub:
             self._broken.append((peer, "it does not read"))
 
     def _flush(self, peer: _Peer) -> None:
-        if peer.connection.fileno() < 0:
+        if peer.connection.fileno() < 0 or self._must_wait(peer):
             return
         with contextlib.suppress(BlockingIOError):
             while peer.outbox:
@@ -353,6 +363,13 @@ class Hub:
         else:
             interest = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.outbox else 0)
             self._selector.modify(peer.connection, interest, peer)
+        first = self._ranks.get(0)
+        if first is not None and first is not peer and first.outbox and not peer.outbox:
+            self._send(first, b"")
+
+    def _must_wait(self, peer: _Peer) -> bool:
+        """Whether this is rank 0 and others have yet to hear."""
+        return peer.rank == 0 and any(other.outbox for other in self._ranks.values() if other is not peer)
 
     def _end(self, peer: _Peer) -> None:
         if peer.connection.fileno() >= 0:

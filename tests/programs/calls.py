@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 import detcoll
+from detcoll.errors import TransportUnavailable
 
 
 def say(something: object) -> None:
@@ -39,6 +40,16 @@ def small(transport: str = "auto") -> None:
     assert (x == sum(range(1, comm.size + 1))).all()
     say([comm.transport, comm.algorithm("all_reduce", x.nbytes), float(x[0])])
     detcoll.finalize()
+
+
+def one_without_mpi4py() -> None:
+    """Ask for MPI where one rank does not have it."""
+    if os.environ["PMI_RANK"] == "1":
+        sys.modules["mpi4py"] = None  # type: ignore[assignment]
+    try:
+        detcoll.init("mpi", timeout=20)
+    except TransportUnavailable as error:
+        say([describe(error), "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].Is_initialized()])
 
 
 def containers(transport: str) -> None:

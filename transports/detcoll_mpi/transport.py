@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ OPEN_TIMEOUT_NS = 60 * 10**9
 MOST_LANES = 64
 INSTALL = "pip install detcoll[mpi]"
 _JOB_VARIABLES = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID")
+
+_starting = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,10 @@ class MpiTransport(Transport):
         """
         settings = _settings(options)
         deadline_ns = clock.now_ns() + settings.open_timeout_ns
-        mpi, seat = _take_seat()
-        answers = rendezvous.exchange("mpi", msgspec.msgpack.encode(seat), deadline_ns)
+        mpi, trouble = _load()
+        _check_troubles([text.decode() for text in rendezvous.exchange("mpi4py", trouble.encode(), deadline_ns)])
+        _start(mpi)
+        answers = rendezvous.exchange("mpi", msgspec.msgpack.encode(_take_seat(mpi)), deadline_ns)
         seats = [msgspec.msgpack.decode(answer, type=_Seat) for answer in answers]
         _check_seats(seats, size)
         lanes = _make_lanes(mpi, [seat.world_rank for seat in seats], clock, deadline_ns)
@@ -86,21 +92,40 @@ def _settings(options: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _take_seat() -> tuple[Any, _Seat]:
-    """Return mpi4py's MPI module and this process's place in it, or why there is none."""
+def _load() -> tuple[Any, str]:
+    """Return mpi4py's MPI module, without starting MPI, or why there is none."""
     try:
+        if "mpi4py.MPI" not in sys.modules:
+            settings = importlib.import_module("mpi4py").rc
+            settings.initialize, settings.finalize = False, True
         mpi = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError where it finds no MPI library
-        return None, _Seat(trouble=f"mpi4py does not load ({error}); install it with: {INSTALL}")
-    if mpi.Is_finalized():
-        return None, _Seat(trouble="MPI was finalized")
+        return None, f"mpi4py does not load ({error}); install it with: {INSTALL}"
+    return mpi, "MPI was finalized" if mpi.Is_finalized() else ""
+
+
+def _start(mpi: Any) -> None:
+    """Start MPI. Waits until all ranks have come, with the interpreter's lock in its hands, so all must be sure to."""
+    with _starting:
+        if not mpi.Is_initialized():
+            mpi.Init_thread()
+
+
+def _check_troubles(troubles: list[str]) -> None:
+    for rank, trouble in enumerate(troubles):
+        if trouble:
+            raise TransportUnavailable(f"transport 'mpi' cannot be used: on rank {rank}, {trouble}")
+
+
+def _take_seat(mpi: Any) -> _Seat:
+    """Return this process's place in MPI, or why it has none."""
     if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
-        return None, _Seat(trouble="MPI runs without MPI_THREAD_MULTIPLE, which mpi4py asks for by default")
+        return _Seat(trouble="MPI runs without MPI_THREAD_MULTIPLE, which mpi4py asks for by default")
     lanes = -(-(LARGEST_TAG + 1) // (_largest_tag(mpi) + 1))
     if lanes > MOST_LANES:
-        return None, _Seat(trouble=f"this MPI has tags up to {_largest_tag(mpi)} only")
+        return _Seat(trouble=f"this MPI has tags up to {_largest_tag(mpi)} only")
     job = next((os.environ[name] for name in _JOB_VARIABLES if name in os.environ), "")
-    return mpi, _Seat(mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), job)
+    return _Seat(mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), job)
 
 
 def _largest_tag(mpi: Any) -> int:
@@ -109,9 +134,7 @@ def _largest_tag(mpi: Any) -> int:
 
 def _check_seats(seats: list[_Seat], size: int) -> None:
     """Refuse a job whose ranks are not distinct processes of one MPI world."""
-    for rank, seat in enumerate(seats):
-        if seat.trouble:
-            raise TransportUnavailable(f"transport 'mpi' cannot be used: on rank {rank}, {seat.trouble}")
+    _check_troubles([seat.trouble for seat in seats])
     sizes = {seat.world_size for seat in seats}
     distinct = {seat.world_rank for seat in seats}
     if len(sizes) > 1 or len(distinct) < size or len({seat.job for seat in seats}) > 1:
