@@ -115,6 +115,7 @@ class Communicator:
             self._session.rank,
             frame_bytes=LARGEST_FRAME_BYTES,
             ahead=self._assembled.transport.capabilities.timed,
+            splits=self._assembled.transport.capabilities.splits,
         )
         routes = self._assembled.routes
         timekeeper = Timekeeper(self._session.rank, self._topology.sites[here].ranks, domains, routes.endpoint_of)

@@ -96,12 +96,17 @@ class Machine:
 
 @dataclass(slots=True)
 class Queued(Generic[Item]):
-    """A wide send that waits for its turn: whose it is, where to, and how large."""
+    """A wide send that waits for its turn: whose it is, where to, and how much of it is left.
+
+    ``sent_bytes`` have left in earlier windows. ``fits``: when last given out, all of it should have left.
+    """
 
     item: Item
     destination_site: int
     peer: int
     nbytes: int
+    sent_bytes: int = 0
+    fits: bool = True
 
 
 @dataclass(slots=True)
@@ -109,8 +114,9 @@ class Slots(Generic[Item]):
     """What one rank may put on its site's uplink, and when.
 
     ``frame_bytes`` is what a transport adds to each message. ``ahead``: sends are given out before their window opens,
-    to a transport that holds them; otherwise only inside it. In mode SHARE and OFF, and for a site of one rank,
-    everything goes at once, at its flow's rate.
+    to a transport that holds them; otherwise only inside it. ``splits``: so is one of which only a part fits, to a
+    transport that sends that part. In mode SHARE and OFF, and for a site of one rank, everything goes at once, at its
+    flow's rate.
     """
 
     calendar: Calendar
@@ -119,6 +125,7 @@ class Slots(Generic[Item]):
     offset_ns: int = 0
     frame_bytes: int = 0
     ahead: bool = True
+    splits: bool = True
     queue: deque[Queued[Item]] = field(default_factory=deque)
     misses: int = 0
     trimmed: int = 0
@@ -135,13 +142,14 @@ class Slots(Generic[Item]):
         """Take note that a send used its window."""
         self._count(window, 1, 0)
 
-    def missed(self, sends: Sequence[tuple[Queued[Item], Window]]) -> None:
-        """Put back, in order, sends that did not make their window."""
-        for _, window in sends:
-            self._count(window, 0, 1)
+    def missed(self, sends: Sequence[tuple[Queued[Item], Window, int]]) -> None:
+        """Put back, in order, sends that left their window with only so many bytes (third) of them sent."""
+        for send, window, sent_bytes in sends:
+            self._count(window, int(sent_bytes > 0), int(send.fits or not sent_bytes))
+            send.sent_bytes, send.nbytes = send.sent_bytes + sent_bytes, send.nbytes - sent_bytes
             if window.not_after_ns is not None:  # what is left of it is too short for the next send as well
                 self._free_ns = max(self._free_ns, window.not_after_ns)
-        self.queue.extendleft(send for send, _ in reversed(sends))
+        self.queue.extendleft(send for send, _, _ in reversed(sends))
 
     def _count(self, window: Window, sent: int, missed: int) -> None:
         """Count a window in which some sends came too late as trimmed, one in which all did as a miss."""
@@ -157,8 +165,8 @@ class Slots(Generic[Item]):
     def due(self, now_ns: int) -> list[tuple[Queued[Item], Window | None]]:
         """Take from the queue what goes into this rank's current or next window, each with its window.
 
-        A rank that is late for its window uses what is left of it. No send is given out that would end after its
-        window; the rest stays queued.
+        A rank that is late for its window uses what is left of it. Of the last send that is given out perhaps only a
+        part fits, where parts can be sent; what fits not at all stays queued.
         """
         if not self.queue:
             return []
@@ -172,16 +180,19 @@ class Slots(Generic[Item]):
         while self.queue:
             send = self.queue[0]
             rate = self.calendar.rate_bytes_per_s(self.site, send.destination_site)
-            takes_ns = int((send.nbytes + self.frame_bytes) / rate * 1e9)
-            if takes_ns > end_ns - start_ns:
-                raise PlanError(f"a send of {send.nbytes} bytes takes {takes_ns} ns, its window {end_ns - start_ns} ns")
-            if cursor_ns + takes_ns > end_ns:
-                break
             # Kernel pacing keeps the order inside one connection; another connection must not start before it drained.
             begin_ns = max(start_ns, cursor_ns) if send.peer != self._last_peer else start_ns
-            taken.append((self.queue.popleft(), Window(begin_ns, end_ns, rate)))
+            window = Window(begin_ns, end_ns, rate)
+            takes_ns = window.takes_ns(send.nbytes + self.frame_bytes)
+            if takes_ns > end_ns - start_ns and not self.splits:
+                raise PlanError(f"a send of {send.nbytes} bytes takes {takes_ns} ns, its window {end_ns - start_ns} ns")
+            part_bytes = window.fitting_bytes(send.nbytes, cursor_ns, self.frame_bytes)
+            send.fits = part_bytes == send.nbytes
+            if not send.fits and not (self.splits and part_bytes):
+                break
+            taken.append((self.queue.popleft(), window))
             self._last_peer = send.peer
-            cursor_ns += takes_ns
+            cursor_ns = cursor_ns + takes_ns if send.fits else end_ns
         if taken:
             self._free_ns = cursor_ns
         return taken

@@ -32,6 +32,9 @@ from numpy.typing import NDArray
 
 from detcoll.types import ReduceOp
 
+SMALLEST_PART_BYTES = 16_384
+"""A window with room for less of a message than this is left alone: two more frames would cost more than it holds."""
+
 LARGEST_TAG = 2**31 - 1
 """Tags are whole numbers from 0 to this."""
 
@@ -49,6 +52,7 @@ class Capabilities:
     """What a transport can do, as data.
 
     ``timed``: holds a send until its window opens and ends it as MISSED when it no longer fits.
+    ``splits``: sends what does fit of it; see `Ticket`.
     ``native``: names of collectives done by the transport itself, on ``native_dtypes`` with ``native_ops``.
     ``ordered``: its native collectives keep the promised fold order, so no plan is needed for reproducible results.
     ``largest_message_bytes``: a larger send is a UsageError.
@@ -57,6 +61,7 @@ class Capabilities:
     scope: Scope
     devices: frozenset[str] = frozenset({"cpu"})
     timed: bool = False
+    splits: bool = False
     native: frozenset[str] = frozenset()
     native_dtypes: frozenset[str] = frozenset()
     native_ops: frozenset[ReduceOp] = frozenset()
@@ -68,13 +73,28 @@ class Capabilities:
 class Window:
     """When a send may use the line, in nanoseconds of the endpoint's clock, and how fast.
 
-    A timed transport starts the send at or after ``not_before_ns``, and only if at ``rate_bytes_per_s`` (payload) all
-    of it has left by ``not_after_ns``. ``not_after_ns`` None: no end, only the rate holds.
+    A timed transport starts the send at or after ``not_before_ns``, and sends only what at ``rate_bytes_per_s``
+    (payload) has left by ``not_after_ns``. ``not_after_ns`` None: no end, only the rate holds.
     """
 
     not_before_ns: int
     not_after_ns: int | None
     rate_bytes_per_s: float
+
+    def takes_ns(self, nbytes: int) -> int:
+        """Return how long ``nbytes`` are on the line."""
+        return int(nbytes / self.rate_bytes_per_s * 1e9)
+
+    def fitting_bytes(self, nbytes: int, begin_ns: int, frame_bytes: int) -> int:
+        """Return how much of a message can leave from ``begin_ns`` on: all, a part that is worth a frame, or nothing.
+
+        ``frame_bytes`` is what the transport adds to a message, and to a part of one.
+        """
+        begin_ns = max(begin_ns, self.not_before_ns)
+        if self.not_after_ns is None or begin_ns + self.takes_ns(nbytes + frame_bytes) <= self.not_after_ns:
+            return nbytes
+        part = int((self.not_after_ns - begin_ns) * self.rate_bytes_per_s / 1e9) - frame_bytes
+        return part if part >= SMALLEST_PART_BYTES else 0
 
 
 class TicketKind(Enum):
@@ -101,6 +121,8 @@ class Ticket:
     ``view`` : memoryview of bytes, for a finished receive without ``into``; valid until `release`.
     ``error`` : why it FAILED.  ``started_ns``/``ended_ns`` : when a send was handed to the line, and when the ticket
     ended; 0 where the transport does not know.  ``context`` : the caller's own, never touched by a transport.
+    ``sent_bytes`` : of a MISSED send, how many of its first bytes have left. The next send to the same peer with the
+    same tag must bring the rest, and the receiver gets one message.
     """
 
     kind: TicketKind
@@ -112,6 +134,7 @@ class Ticket:
     error: Exception | None = None
     started_ns: int = 0
     ended_ns: int = 0
+    sent_bytes: int = 0
     context: Any = None
     lender: Any = field(default=None, repr=False)
 

@@ -11,7 +11,7 @@ from detcoll.machine import SMALLEST_REST_NS, Machine, Queued, Slots
 from detcoll.plan import Buffer, ChunkSize, Collective, Kind, Slotting, build_calendar
 from detcoll.plan.calendar import Calendar, SiteCycle, SlotWindow
 from detcoll.testing.plans import all_parts, sites_of
-from detcoll.transport import Window
+from detcoll.transport import SMALLEST_PART_BYTES, Window
 
 MS = 1_000_000
 TWO_BY_TWO = sites_of([2, 2])
@@ -30,8 +30,8 @@ MESSAGE = 200_000
 Given = list[tuple[Queued[int], Window | None]]
 
 
-def slots(rank: int = 0, calendar: Calendar = CALENDAR, **options: int) -> Slots[int]:
-    return Slots(calendar, rank // 2, rank, **options)
+def slots(rank: int = 0, calendar: Calendar = CALENDAR, splits: bool = False, **options: int) -> Slots[int]:
+    return Slots(calendar, rank // 2, rank, splits=splits, **options)
 
 
 def queue(line: Slots[int], numbers: range, peer: int = 2, nbytes: int = MESSAGE) -> None:
@@ -120,7 +120,7 @@ def test_what_missed_its_window_goes_back_in_order() -> None:
     queue(line, range(6))
     given_out = [(send, window) for send, window in line.due(0) if window is not None]
     line.sent(given_out[0][1])
-    line.missed(given_out[1:])
+    line.missed([(send, window, 0) for send, window in given_out[1:]])
     assert [send.item for send in line.queue] == [1, 2, 3, 4, 5]
     again = line.due(9 * MS)
     assert numbers(again) == [1, 2, 3, 4]
@@ -132,13 +132,48 @@ def test_a_window_is_a_miss_only_if_nothing_was_sent_in_it() -> None:
     line = slots()
     queue(line, range(8))
     for start in (0, 9):
-        line.missed([(send, window) for send, window in line.due(start * MS) if window is not None])
+        line.missed([(send, window, 0) for send, window in line.due(start * MS) if window is not None])
     assert (line.misses, line.trimmed) == (2, 0)
     for send, window in line.due(29 * MS):
         assert window is not None
         line.sent(window)
         assert send.item < 4
     assert (line.misses, line.trimmed) == (2, 0)
+
+
+def test_a_send_that_fits_in_part_is_given_out_and_its_rest_opens_the_next_window() -> None:
+    line = slots(splits=True)
+    queue(line, range(10))
+    first = [(send, window) for send, window in line.due(0) if window is not None]
+    assert numbers(first) == [0, 1, 2, 3, 4]
+    for _, window in first[:4]:
+        line.sent(window)
+    line.missed([(*first[4], 100_000)])
+    assert (line.misses, line.trimmed) == (0, 0), "cut as planned"
+    second = line.due(9 * MS)
+    assert numbers(second) == [4, 5, 6, 7, 8]
+    assert [(send.nbytes, send.sent_bytes) for send, _ in second] == [(100_000, 100_000)] + [(MESSAGE, 0)] * 4
+    assert windows(second) == {(20 * MS, 29 * MS)}
+
+
+def test_a_send_that_should_have_fitted_counts_as_trimmed() -> None:
+    line = slots(splits=True)
+    queue(line, range(2))
+    (first, _), (second, window) = line.due(0)
+    assert window is not None
+    assert (first.fits, second.fits) == (True, True)
+    line.missed([(second, window, MESSAGE - 10)])
+    assert (line.misses, line.trimmed) == (0, 1)
+    assert [(send.nbytes, window.takes_ns(send.nbytes)) for send, window in line.due(9 * MS) if window] == [(10, 100)]
+
+
+def test_a_part_too_small_for_a_frame_is_left_alone() -> None:
+    line = slots(splits=True)
+    queue(line, range(2), nbytes=900_000 - SMALLEST_PART_BYTES + 1)
+    assert numbers(line.due(0)) == [0]
+    line = slots(splits=True)
+    queue(line, range(2), nbytes=900_000 - SMALLEST_PART_BYTES)
+    assert numbers(line.due(0)) == [0, 1]
 
 
 def test_an_offset_shifts_the_windows() -> None:
@@ -186,29 +221,39 @@ def test_shares_pace_without_a_window_and_off_does_not() -> None:
     start_ns=st.integers(0, 40 * MS),
     sends=st.lists(st.tuples(st.integers(2, 3), st.integers(1, 900_000)), min_size=1, max_size=30),
     waits=st.lists(st.integers(0, 15 * MS), max_size=10),
+    splits=st.booleans(),
 )
 def test_nothing_ever_leaves_its_window(
-    rank: int, start_ns: int, sends: list[tuple[int, int]], waits: list[int]
+    rank: int, start_ns: int, sends: list[tuple[int, int]], waits: list[int], splits: bool
 ) -> None:
-    line = slots(rank)
+    line = slots(rank, splits=splits)
     for number, (peer, nbytes) in enumerate(sends):
         line.add(Queued(number, 1, peer, nbytes))
-    now, drained, order, pending = start_ns, 0, [], list(waits)
+    now, drained, order, pending, sent_bytes = start_ns, 0, [], list(waits), 0
     while line.queue:
         for send, window in line.due(now):
             assert window is not None
             assert window.not_after_ns is not None
             assert (window.not_after_ns - (9 if rank == 0 else 19) * MS) % (20 * MS) == 0
             begin = max(window.not_before_ns, drained, now)
-            drained = begin + int(send.nbytes / window.rate_bytes_per_s * 1e9)
+            part_bytes = window.fitting_bytes(send.nbytes, begin, 0)
+            assert (
+                part_bytes == send.nbytes if send.fits else splits and SMALLEST_PART_BYTES <= part_bytes < send.nbytes
+            )
+            drained = begin + window.takes_ns(part_bytes)
             assert window.not_after_ns - 9 * MS <= begin
             assert drained <= window.not_after_ns
-            order.append(send.item)
+            sent_bytes += part_bytes
+            if part_bytes == send.nbytes:
+                order.append(send.item)
+            else:
+                line.missed([(send, window, part_bytes)])
         following = line.next_ns(now)
         if following is not None:
             now = following + (pending.pop() if pending else 0)
     assert order == sorted(order)
     assert len(order) == len(sends)
+    assert sent_bytes == sum(nbytes for _, nbytes in sends)
 
 
 def test_a_machine_starts_what_waits_for_nothing_and_then_what_became_ready() -> None:

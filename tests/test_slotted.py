@@ -182,7 +182,7 @@ def test_a_port_that_somebody_else_took_over_is_no_return() -> None:
 def foreign_frames(endpoint: SlottedEndpoint) -> list[list[bytes]]:
     def header(**changes: object) -> bytes:
         fields = {"kind": FrameKind.DATA, "lane": Lane.BULK, "source": 0, "tag": 1, "token": endpoint._token,
-                  "sequence": 0, "acks": (0, 0), "consumed": 0} | changes  # fmt: skip
+                  "total": 7, "offset": 0, "sequence": 0, "acks": (0, 0), "consumed": 0} | changes  # fmt: skip
         return Header(**fields).encode()
 
     return [
@@ -274,10 +274,50 @@ def test_a_window_that_has_passed_or_is_too_short_is_missed() -> None:
     with pair() as fabric:
         view = memoryview(bytes(100_000))
         passed = fabric[0].send(1, 1, view, Window(now_ns() - 20 * MS, now_ns() - 10 * MS, 1e9))
-        short = fabric[0].send(1, 2, view, Window(now_ns(), now_ns() + 50 * MS, 1e6))
+        short = fabric[0].send(1, 2, view, Window(now_ns(), now_ns() + 10 * MS, 1e6))
         settle(fabric, passed, short)
         assert [passed.status, short.status] == [MISSED] * 2
         assert fabric[0].counters()["slot_misses"] == 2
+
+
+def test_a_message_is_cut_where_its_window_ends_and_arrives_whole() -> None:
+    with pair() as fabric:
+        content = pattern(1, 200_000)
+        begins_ns = now_ns() + 20 * MS
+        first = fabric[0].send(1, 1, memoryview(content), Window(begins_ns, begins_ns + 100 * MS, 1e6))
+        other = fabric[0].send(1, 2, memoryview(pattern(2, 9_000)))
+        settle(fabric, first)
+        assert first.status is MISSED
+        assert 16_384 <= first.sent_bytes <= 100_000
+        with pytest.raises(UsageError, match=f"of the one before it {200_000 - first.sent_bytes} are left"):
+            fabric[0].send(1, 1, memoryview(content))
+        rest = fabric[0].send(1, 1, memoryview(content)[first.sent_bytes :], Window(now_ns(), None, 1e9))
+        again = fabric[0].send(1, 1, memoryview(pattern(3, 50)))
+        received = [fabric[1].recv(0, 1, 200_000), fabric[1].recv(0, 2, 9_000), fabric[1].recv(0, 1, 50)]
+        settle(fabric, rest, other, again, *received)
+        assert [bytes(ticket.view) for ticket in received] == [content, pattern(2, 9_000), pattern(3, 50)]
+        assert fabric[0].counters()["slot_misses"] == 0
+
+
+def test_parts_are_sent_again_after_a_break() -> None:
+    with pair(credit_bytes=200_000) as fabric:
+        content = pattern(5, 600_000)
+        begins_ns = now_ns() + 20 * MS
+        ticket = fabric[0].send(1, 1, memoryview(content), Window(begins_ns, begins_ns + 100 * MS, 4e6))
+        settle(fabric, ticket)
+        assert ticket.status is MISSED
+        sent_bytes = ticket.sent_bytes
+        assert sent_bytes > 0
+        break_line(fabric, 0, Lane.BULK)
+        into = bytearray(len(content))
+        received = fabric[1].recv(0, 1, len(content), memoryview(into))
+        while sent_bytes < len(content):
+            window = Window(now_ns(), now_ns() + 8 * MS, 40e6)
+            ticket = fabric[0].send(1, 1, memoryview(content)[sent_bytes:], window)
+            settle(fabric, ticket)
+            sent_bytes += ticket.sent_bytes if ticket.status is MISSED else ticket.nbytes
+        settle(fabric, received)
+        assert into == content
 
 
 def test_a_send_waits_for_its_window_and_takes_its_rate() -> None:

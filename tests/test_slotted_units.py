@@ -14,12 +14,12 @@ from detcoll.errors import FrameError
 from detcoll.transport import Ticket, TicketKind
 from detcoll_slotted.flow import Inbound, Outbound
 from detcoll_slotted.timer import Timer
-from detcoll_slotted.wire import HEADER_BYTES, FrameKind, Header, Lane, decode
+from detcoll_slotted.wire import HEADER_BYTES, MAGIC, FrameKind, Header, Lane, decode
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 HEADERS = st.builds(
-    Header, st.sampled_from(FrameKind), st.sampled_from(Lane), U32, U32, U64, U64, st.tuples(U64, U64), U64
+    Header, st.sampled_from(FrameKind), st.sampled_from(Lane), U32, U32, U32, U32, U64, U64, st.tuples(U64, U64), U64
 )
 
 
@@ -54,7 +54,7 @@ def test_a_changed_byte_is_refused_or_read_as_it_stands(header: Header, position
 
 @given(st.binary(max_size=2 * HEADER_BYTES))
 def test_garbage_raises_nothing_but_frame_error(frame: bytes) -> None:
-    if not frame.startswith(b"DTC\x01"):
+    if not frame.startswith(MAGIC):
         with pytest.raises(FrameError):
             decode(frame)
 
@@ -77,6 +77,35 @@ def test_messages_are_kept_until_acknowledged_in_order() -> None:
     assert [kept.sequence for kept in outbound.kept[Lane.BULK]] == [2]
     assert outbound.acknowledged((3, 1), 300) == tickets[2:]
     assert outbound.idle
+
+
+def test_the_parts_of_a_message_end_its_ticket_with_the_last() -> None:
+    outbound, ticket = Outbound(1000), Ticket(TicketKind.SEND, 1, 4, 100)
+    places = [outbound.keep(Lane.BULK, ticket, memoryview(bytes(nbytes))).place for nbytes in (30, 50, 20)]
+    assert places == [(100, 0), (100, 30), (100, 80)]
+    assert outbound.acknowledged((2, 0), 80) == []
+    assert outbound.acknowledged((3, 0), 100) == [ticket]
+    assert sent(outbound, Lane.BULK, 4, 7) in outbound.acknowledged((4, 0), 107), "the tag is free again"
+
+
+@given(st.lists(st.binary(min_size=1), min_size=2, max_size=5))
+def test_parts_are_joined_in_place(parts: list[bytes]) -> None:
+    inbound, whole, offset = Inbound(100), b"".join(parts), 0
+    for part in parts:
+        joined = inbound.join(7, len(whole), offset, memoryview(part))
+        offset += len(part)
+        assert (joined is None) == (offset < len(whole))
+    assert joined == whole
+    assert not inbound.begun
+
+
+@pytest.mark.parametrize(("total", "offset", "nbytes"), [(10, 1, 4), (10, 4, 7), (11, 4, 2), (10, 0, 4), (10, 5, 1)])
+def test_a_part_that_does_not_follow_is_refused(total: int, offset: int, nbytes: int) -> None:
+    inbound = Inbound(100)
+    if offset != 1:
+        inbound.join(7, 10, 0, memoryview(bytes(4)))
+    with pytest.raises(FrameError, match="do not follow"):
+        inbound.join(7, total, offset, memoryview(bytes(nbytes)))
 
 
 def test_credit_comes_back_with_consumption_not_with_acknowledgement() -> None:

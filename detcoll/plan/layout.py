@@ -4,8 +4,8 @@ Each site cuts the array evenly over its ranks. The union of all sites' cuts giv
 every site; owners of a segment exchange it over the wide area. With equal ranks a site these are the shards of a
 reduce-scatter; with unequal ones nothing changes but their number.
 
-Chunks are what moves at once. They are small against a window, so that a window is filled, and small against the
-array, so that stages overlap; and large against what a step costs a Python host.
+Chunks are what moves at once. They are small against the array, so that stages overlap, and large against what a
+step costs a Python host. Where a window ends before its chunk, the transport cuts it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from detcoll.plan.calendar import Calendar, Slotting, SlotWindow, flows_between
+from detcoll.plan.calendar import Calendar, Slotting, flows_between
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Collective
 from detcoll.topology import Topology
 
 CUT_ELEMS = 16
 """Cuts of large arrays fall on multiples of this, so that no two ranks write one cache line."""
 
-CHUNKS_A_WINDOW = 8
+CHUNKS_A_WINDOW = 2
+"""So one is on the line while the host prepares the next; more would cost a Python host more than they save."""
+
+CHUNKS_A_CYCLE = 8
+"""The same for flows without windows, whose chunks share a line: the last one is slow, so it should be small."""
+
 CHUNKS_A_FLOW = 128
 """Flows that share lines are slow and many, so their chunks grow with the array until a flow has about this many: one
 more chunk's time costs less than a hundredth, and a step for each few kB would cost the host far more."""
@@ -31,10 +36,7 @@ STEP_NS = 30_000
 busy for twice as long, else the host sets the pace."""
 
 LARGEST_FRAME_BYTES = 128
-"""What a transport may add to a message; chunks leave room for it, or one less of them would fit into a window."""
-
-LATENESS_NS = 200_000
-"""How late a host may wake up for its window and still send all its chunks."""
+"""What a transport may add to a message; chunks leave room for it, so that a whole number of them fill a window."""
 
 LOCAL_CHUNK_BYTES = 262_144
 SMALLEST_CHUNK_BYTES = 4_096
@@ -80,10 +82,8 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
     if any(calendar.rates):
         cycle_ns = max(cycle.cycle_ns for cycle in calendar.sites)
         round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
-        chunk_bytes = _window_bytes(topology, calendar) // CHUNKS_A_WINDOW - LARGEST_FRAME_BYTES
+        chunk_bytes = _turn_bytes(topology, calendar) - LARGEST_FRAME_BYTES
         host_bytes = _host_bytes(topology, segments)
-        if any(cycle.windows for cycle in calendar.sites):
-            host_bytes = min(host_bytes, _window_bytes(topology, calendar) // 2 - LARGEST_FRAME_BYTES)
         chunk_bytes = max(chunk_bytes, host_bytes)
         if calendar.mode is Slotting.SHARE:
             flow_bytes = collective.nbytes // (segments * len(topology.sites))
@@ -110,20 +110,17 @@ def _host_bytes(topology: Topology, segments: int) -> int:
     return int(steps * STEP_NS / 1e9 * fastest * count / (count - 1) / segments)
 
 
-def _window_bytes(topology: Topology, calendar: Calendar) -> int:
-    """Return what a host that is late puts into the shortest window, or the slowest flow into a cycle without any."""
-    lines = [
-        (_span_ns(window), calendar.rate_bytes_per_s(site, 1 - site))
+def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
+    """Return the part of the shortest window that a chunk fills, or of the slowest flow's cycle without any."""
+    windows = [
+        (window.end_ns - window.start_ns) * calendar.rate_bytes_per_s(site, 1 - site)
         for site, cycle in enumerate(calendar.sites)
         for window in cycle.windows
     ]
-    lines = lines or [(calendar.sites[0].cycle_ns, min(rate for rate in calendar.rates if rate > 0))]
-    return int(min(rate * span_ns for span_ns, rate in lines) / 1e9)
-
-
-def _span_ns(window: SlotWindow) -> int:
-    span_ns = window.end_ns - window.start_ns
-    return span_ns - min(LATENESS_NS, span_ns // 8)
+    if windows:
+        return int(min(windows) / 1e9) // CHUNKS_A_WINDOW
+    slowest = min(rate for rate in calendar.rates if rate > 0)
+    return int(calendar.sites[0].cycle_ns * slowest / 1e9) // CHUNKS_A_CYCLE
 
 
 def _owner_bytes_per_s(topology: Topology, calendar: Calendar) -> float:

@@ -4,15 +4,15 @@ A stage of a collective is a set of flows, each from one owner to another. `Line
 begins at a given time has put its bytes on the line:
 
 - share     at the flow's own rate: begin + bytes / rate.
-- calendar  n equal messages that take q each, in windows of length w: k = floor(w / q) go into a full window, what is
-            left of the first window takes floor(rest / q). After the first, floor((n - 1) / K) whole cycles of K = sum
-            of k pass, and the remaining messages end at q times their place in their window. This is the count that
-            `detcoll.machine.Slots` makes.
+- calendar  T of time on the line, in windows that add up to W a cycle: what is left of the first cycle's windows is
+            used first, then pass as many whole cycles as T has Ws, and the rest ends that far into its window. A
+            message is cut where a window ends, as `detcoll.machine.Slots` does.
 - off, express   all of a site's flows together at the line's rate, at both ends.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,38 +109,29 @@ class Lines:
         return ends
 
     def _end_in_windows(self, site: int, rank: int, flows: Flows, mine: NDArray[np.bool_], begin_ns: float) -> float:
-        messages = round(float(flows.messages[mine].sum()))
-        if not messages:
-            return begin_ns
-        mean_bytes = float(flows.nbytes[mine].sum()) / messages
-        largest_bytes = float((flows.nbytes[mine] / np.maximum(flows.messages[mine], 1)).max())
         rate = self.calendar.rate_bytes_per_s(site, 1 - site)
         windows = [(window.start_ns, window.end_ns) for window in self.calendar.windows_of(site, rank)]
         cycle_ns = self.calendar.sites[site].cycle_ns
-        takes_ns = int(max(mean_bytes, largest_bytes) / rate * 1e9)
-        end_ns = last_end_ns(windows, cycle_ns, begin_ns + self.phase_ns, messages, takes_ns)
-        return end_ns - self.phase_ns
+        takes_ns = float(flows.nbytes[mine].sum()) / rate * 1e9
+        return last_end_ns(windows, cycle_ns, begin_ns + self.phase_ns, takes_ns) - self.phase_ns
 
 
-def last_end_ns(windows: list[tuple[int, int]], cycle_ns: int, begin_ns: float, messages: int, takes_ns: int) -> float:
-    """Return when the last of ``messages`` that take ``takes_ns`` each ends, in ``windows`` of a repeating cycle."""
-    room = [(end - start) // max(takes_ns, 1) for start, end in windows]
-    if not sum(room):
-        return float("inf")
-    turn_ns = begin_ns - begin_ns % cycle_ns
-    left, end_ns = messages, begin_ns
+def last_end_ns(windows: list[tuple[int, int]], cycle_ns: int, begin_ns: float, takes_ns: float) -> float:
+    """Return when ``takes_ns`` of time on the line are over that begin at ``begin_ns``, in ``windows`` of a cycle."""
+    if takes_ns <= 0:
+        return begin_ns
+    turn_ns, left_ns = begin_ns - begin_ns % cycle_ns, takes_ns
     for start, end in windows:
         from_ns = max(turn_ns + start, begin_ns)
-        fits = min(max(int((turn_ns + end - from_ns) // max(takes_ns, 1)), 0), left)
-        if fits:
-            left, end_ns = left - fits, from_ns + fits * takes_ns
-    if not left:
-        return end_ns
-    cycles, left = divmod(left - 1, sum(room))
-    left += 1
+        room_ns = max(turn_ns + end - from_ns, 0.0)
+        if left_ns <= room_ns:
+            return from_ns + left_ns
+        left_ns -= room_ns
+    cycles = math.ceil(left_ns / sum(end - start for start, end in windows)) - 1
     turn_ns += (1 + cycles) * cycle_ns
-    for (start, _), most in zip(windows, room, strict=True):
-        if left <= most:
-            return turn_ns + start + left * takes_ns
-        left -= most
-    raise AssertionError("unreachable")
+    left_ns -= cycles * sum(end - start for start, end in windows)
+    for start, end in windows:
+        if left_ns <= end - start:
+            return turn_ns + start + left_ns
+        left_ns -= end - start
+    return turn_ns + windows[-1][1]  # what rounding left over

@@ -268,7 +268,7 @@ class Progress:
         self._give_the_line(now_ns)
         self._check_deadlines(now_ns)
         ready = self._wait(now_ns)
-        missed: list[tuple[Queued[Wide], Window]] = []
+        missed: list[tuple[Queued[Wide], Window, int]] = []
         for endpoint in self._endpoints:
             if ready is None or endpoint.fileno() is None or endpoint.fileno() in ready:
                 for ticket in endpoint.poll(0):
@@ -385,6 +385,8 @@ class Progress:
     def _launch(self, operation: Operation, step: int, queued: Queued[Wide] | None, window: Window | None) -> None:
         row = operation.plan.rows[step]
         view = operation.view(row.buffer, row.offset, row.length)
+        if queued is not None and queued.sent_bytes:
+            view = view[queued.sent_bytes :]
         tag = self._tag(operation, row.tag)
         ticket = self._routes.endpoint_of[row.peer].send(row.peer, tag, view, window)
         ticket.context = (operation, step, (queued, window))
@@ -414,7 +416,7 @@ class Progress:
         for lender in used:
             operation.lent.pop(lender).release()
 
-    def _take(self, ticket: Ticket, missed: list[tuple[Queued[Wide], Window]]) -> None:
+    def _take(self, ticket: Ticket, missed: list[tuple[Queued[Wide], Window, int]]) -> None:
         if not isinstance(ticket.context, tuple):
             if ticket.status is TicketStatus.FAILED and ticket.error is not None and not self._drained.is_set():
                 raise ticket.error
@@ -423,7 +425,8 @@ class Progress:
             return
         operation, step, wide = ticket.context
         if ticket.status is TicketStatus.MISSED:
-            missed.append(wide)
+            missed.append((*wide, ticket.sent_bytes))
+            self._note_send(operation, ticket, wide[1], ticket.sent_bytes)
             return
         if step >= 0 and self._must_hold(operation, ticket):
             operation.held.append(ticket)
@@ -436,7 +439,7 @@ class Progress:
         if ticket.view is not None:
             operation.lent[step] = ticket
         if wide is not None and ticket.peer in self._routes.wide:
-            self._note_send(operation, ticket, wide[1])
+            self._note_send(operation, ticket, wide[1], ticket.nbytes)
         self._carry_out(operation, operation.machine.ended(step))
 
     def _greeted(self, operation: Operation, ticket: Ticket) -> None:
@@ -458,14 +461,17 @@ class Progress:
             return False
         return ticket.status is TicketStatus.DONE or isinstance(ticket.error, FrameError)
 
-    def _note_send(self, operation: Operation, ticket: Ticket, window: Window | None) -> None:
+    def _note_send(self, operation: Operation, ticket: Ticket, window: Window | None, nbytes: int) -> None:
         begins_ns, ends_ns = 0, 0
         if window is not None:
-            self._slots.sent(window)
             begins_ns, ends_ns = window.not_before_ns, window.not_after_ns or 0
+            if ticket.status is TicketStatus.DONE:
+                self._slots.sent(window)
+        if not nbytes and ticket.nbytes:
+            return
         sequence = operation.descriptor.sequence
         self._trace.sends.append(
-            SendRecord(sequence, ticket.peer, ticket.nbytes, begins_ns, ends_ns, ticket.started_ns, ticket.ended_ns)
+            SendRecord(sequence, ticket.peer, nbytes, begins_ns, ends_ns, ticket.started_ns, ticket.ended_ns)
         )
 
     def _retire(self) -> None:

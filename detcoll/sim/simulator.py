@@ -330,30 +330,32 @@ class _Run:
                 break
             host.timed.popleft()
             begin_ns = max(self.now_ns, host.line_free_ns)
-            takes_ns = int((queued.nbytes + self.costs.frame_bytes) / window.rate_bytes_per_s * 1e9)
-            if window.not_after_ns is not None and begin_ns + takes_ns > window.not_after_ns:
-                missed.append((queued, window))
-                continue
-            host.line_free_ns = begin_ns + takes_ns
-            host.slots.sent(window)
-            self._launch(rank, queued, window)
+            part_bytes = window.fitting_bytes(queued.nbytes, begin_ns, self.costs.frame_bytes)
+            if part_bytes:
+                host.line_free_ns = begin_ns + window.takes_ns(part_bytes + self.costs.frame_bytes)
+                self._launch(rank, queued, window, part_bytes)
+            if part_bytes == queued.nbytes:
+                host.slots.sent(window)
+            else:
+                missed.append((queued, window, part_bytes))
         if missed:
             host.slots.missed(missed)
             self._give_the_line(rank)
 
-    def _launch(self, rank: int, queued: Queued[int], window: Window | None) -> None:
-        """Put a message on the uplink, parcel by parcel, as fast as its window or the line allows."""
+    def _launch(self, rank: int, queued: Queued[int], window: Window | None, part_bytes: int | None = None) -> None:
+        """Put a message or a part of one on the uplink, parcel by parcel, as fast as its window or the line allows."""
         assert self.area is not None
         host = self.hosts[rank]
         payload_rate = self.area.uplinks[host.site].rate_bytes_per_s * self.area.payload_share
         rate = window.rate_bytes_per_s if window is not None and window.rate_bytes_per_s else payload_rate
         begin_ns = max(self.now_ns, host.connection_free_ns.get(queued.peer, 0))
-        total = queued.nbytes + self.costs.frame_bytes
+        is_rest = part_bytes is None or part_bytes == queued.nbytes
+        total = (queued.nbytes if part_bytes is None else part_bytes) + self.costs.frame_bytes
         host.connection_free_ns[queued.peer] = begin_ns + int(total / rate * 1e9)
         values = self._read(rank, queued.item)
         for offset in range(0, total, PARCEL_BYTES):
             nbytes = min(PARCEL_BYTES, total - offset)
-            last = offset + nbytes == total
+            last = is_rest and offset + nbytes == total
             self.at(begin_ns + int(offset / rate * 1e9), self._depart, rank, queued, window, nbytes, last, values)
 
     def _depart(

@@ -209,6 +209,13 @@ class MessageContract(ABC):
         with self.fabric(2) as fabric:
             fabric.run(windows.window_too_short)
 
+    def test_window_cuts(self) -> None:
+        self._require_timed()
+        if not self.capabilities.splits:
+            pytest.skip("it does not send parts of messages")
+        with self.fabric(2) as fabric:
+            fabric.run(windows.window_cuts)
+
     def _require_timed(self) -> None:
         if not self.capabilities.timed:
             pytest.skip("it does not hold sends until a window opens")

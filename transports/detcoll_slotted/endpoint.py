@@ -9,14 +9,14 @@ import itertools
 import select
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import zmq
 
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, UsageError
 from detcoll.priority import OWNER, PROGRESS, Urgency, prompt_threads
 from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
-from detcoll_slotted.flow import Inbound, Outbound
+from detcoll_slotted.flow import Inbound, Kept, Outbound
 from detcoll_slotted.line import UNPACED, Line
 from detcoll_slotted.options import Options
 from detcoll_slotted.timer import Timer
@@ -52,10 +52,9 @@ class _Peer:
 
 @dataclass(eq=False, slots=True)
 class _Loan:
-    """The frame behind a lent view."""
+    """What a lent view counts against the credit of its sender."""
 
     endpoint: SlottedEndpoint
-    frame: zmq.Frame
 
     def take_back(self, ticket: Ticket) -> None:
         """Count the bytes as consumed, so that the sender's credit comes back."""
@@ -76,7 +75,7 @@ class SlottedEndpoint(Endpoint):
         self._urgency = Urgency()
         self._resume_ns = 0
         self._posted: dict[tuple[int, int], deque[tuple[Ticket, memoryview | None]]] = {}
-        self._early: dict[tuple[int, int], deque[tuple[zmq.Frame, Lane]]] = {}
+        self._early: dict[tuple[int, int], deque[tuple[memoryview, bool]]] = {}
         self._ended: list[Ticket] = []
         self._counted = dict.fromkeys(("resent_bytes", "duplicates", "foreign_frames", "slot_misses"), 0)
         self._closed: Exception | None = None
@@ -163,7 +162,7 @@ class SlottedEndpoint(Endpoint):
         for peer in peers:
             peer.lines[Lane.BULK].pace(self._options.warm_up_bytes_per_s)
             for _ in range(0, self._options.warm_up_bytes, _WARM_FRAME_BYTES):
-                self._transmit(peer, Lane.BULK, FrameKind.WARM, view=nothing)
+                self._transmit(peer, Lane.BULK, FrameKind.WARM, nothing)
         while cold := [peer.rank for peer in peers if peer.inbound.warm_bytes < self._options.warm_up_bytes]:
             if self._clock.now_ns() >= deadline_ns:
                 raise ConnectError(f"rank {self._rank}: warming up with rank {cold} took longer than the deadline")
@@ -194,6 +193,10 @@ class SlottedEndpoint(Endpoint):
         peer = self._peer(dst, tag, view.nbytes)
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
         ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
+        total, sent = peer.outbound.begun.get(tag, (view.nbytes, 0))
+        if sent + view.nbytes != total:
+            left = total - sent
+            raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
         if window is not None and (window.not_after_ns is not None or window.not_before_ns > self._clock.now_ns()):
             heapq.heappush(self._timed, (window.not_before_ns, next(self._order), ticket, view, window))
             self._send_timed(self._clock.now_ns())
@@ -214,10 +217,10 @@ class SlottedEndpoint(Endpoint):
         ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
         early = self._early.get((src, tag))
         if early:
-            frame, lane = early.popleft()
+            payload, counts = early.popleft()
             if not early:
                 del self._early[src, tag]
-            self._deliver(ticket, into, frame, lane)
+            self._deliver(ticket, into, payload, counts)
         else:
             self._posted.setdefault((src, tag), deque()).append((ticket, into))
         return ticket
@@ -232,8 +235,8 @@ class SlottedEndpoint(Endpoint):
         return ended
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Cancel a receive that nothing matched, or a send that has not left."""
-        if ticket.status is not TicketStatus.PENDING:
+        """Cancel a receive that nothing matched, or a send of which nothing has left."""
+        if ticket.status is not TicketStatus.PENDING or ticket.sent_bytes:
             return False
         if ticket.kind is TicketKind.RECV:
             posted = self._posted.pop((ticket.peer, ticket.tag), deque())
@@ -411,37 +414,54 @@ class SlottedEndpoint(Endpoint):
         if len(frames) != 2:
             self._counted["foreign_frames"] += 1
             return
-        payload = frames[1]
+        payload = memoryview(frames[1].buffer)
         if not peer.inbound.accept(header.lane, header.sequence):
             self._counted["duplicates"] += 1
             peer.inbound.tell(self._clock.now_ns(), soon=True)
             return
         # Each acknowledgement wakes up two hosts, so those of bulk messages wait a little for the next one.
         peer.inbound.tell(self._clock.now_ns(), soon=header.lane is Lane.EXPRESS)
+        counts = header.lane is Lane.BULK
+        if header.total != len(payload):
+            whole = self._join(peer, header, payload)
+            if whole is None:
+                return
+            payload, counts = whole, False
         key = (peer.rank, header.tag)
         posted = self._posted.get(key)
         if posted:
             ticket, into = posted.popleft()
             if not posted:
                 del self._posted[key]
-            self._deliver(ticket, into, payload, header.lane)
+            self._deliver(ticket, into, payload, counts)
         else:
-            self._early.setdefault(key, deque()).append((payload, header.lane))
+            self._early.setdefault(key, deque()).append((payload, counts))
 
-    def _deliver(self, ticket: Ticket, into: memoryview | None, frame: zmq.Frame, lane: Lane) -> None:
-        held = len(frame) if lane is Lane.BULK else 0
-        if len(frame) != ticket.nbytes:
+    def _join(self, peer: _Peer, header: Header, part: memoryview) -> memoryview | None:
+        """Put a part in its place, in memory of its own that no credit covers: one message for each tag at most."""
+        if header.lane is Lane.BULK:
+            self._consumed(peer.rank, len(part))
+        try:
+            return peer.inbound.join(header.tag, header.total, header.offset, part)
+        except FrameError:
+            self._counted["foreign_frames"] += 1
+            return None
+
+    def _deliver(self, ticket: Ticket, into: memoryview | None, payload: memoryview, counts: bool) -> None:
+        """End a receive with what arrived, which ``counts`` against its sender's credit while it is held."""
+        held = len(payload) if counts else 0
+        if len(payload) != ticket.nbytes:
             self._consumed(ticket.peer, held)
             ticket.error = FrameError(
-                f"rank {ticket.peer} sent {len(frame)} bytes with tag {ticket.tag}, expected {ticket.nbytes}"
+                f"rank {ticket.peer} sent {len(payload)} bytes with tag {ticket.tag}, expected {ticket.nbytes}"
             )
             self._end(ticket, TicketStatus.FAILED)
             return
         if into is None:
-            ticket.view = memoryview(frame.buffer).toreadonly()
-            ticket.lender = _Loan(self, frame) if held else None
+            ticket.view = payload.toreadonly()
+            ticket.lender = _Loan(self) if held else None
         else:
-            into[:] = frame.buffer
+            into[:] = payload
             self._consumed(ticket.peer, held)
         self._end(ticket, TicketStatus.DONE)
 
@@ -452,7 +472,7 @@ class SlottedEndpoint(Endpoint):
         """Send what is in its window now, as far as it will have left by the window's end."""
         self._resume_ns = 0
         while self._timed and self._timed[0][0] <= now_ns + _LEAD_NS:
-            _, _, ticket, view, window = self._timed[0]
+            opens_ns, order, ticket, view, window = self._timed[0]
             peer = self._peers[ticket.peer]
             if window.not_after_ns is None:
                 heapq.heappop(self._timed)
@@ -461,23 +481,30 @@ class SlottedEndpoint(Endpoint):
                 continue
             line = peer.lines[Lane.BULK]
             drained_ns = self._drained_at(now_ns, window.rate_bytes_per_s)
-            ends_ns = drained_ns + int((ticket.nbytes + FRAME_BYTES) / window.rate_bytes_per_s * 1e9)
-            if ends_ns > window.not_after_ns:
+            part_bytes = window.fitting_bytes(view.nbytes, drained_ns, FRAME_BYTES)
+            if not part_bytes and view.nbytes:
                 heapq.heappop(self._timed)
-                self._counted["slot_misses"] += 1
+                self._counted["slot_misses"] += not ticket.sent_bytes
                 self._end(ticket, TicketStatus.MISSED)
-            elif drained_ns - now_ns > (_AHEAD_NS if line is self._last_line else 0):
+                continue
+            if drained_ns - now_ns > (_AHEAD_NS if line is self._last_line else 0):
                 # Not yet: if the line is slower than said, what lies in the queues leaves after the window.
                 self._resume_ns = max(drained_ns - _AHEAD_NS // 2, now_ns + _SHORTEST_WAIT_NS)
                 return
-            elif peer.outbound.has_credit(ticket.nbytes):
-                heapq.heappop(self._timed)
-                self._last_line, self._handed_ns, self._drained_ns = line, now_ns, ends_ns
-                line.pace(window.rate_bytes_per_s)
-                self._put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
-                ticket.started_ns += _LEAD_NS  # when it reaches the line, at the earliest
-            else:
+            before_tail = replace(window, not_after_ns=window.not_after_ns - _AHEAD_NS)
+            part_bytes = before_tail.fitting_bytes(part_bytes, drained_ns, FRAME_BYTES) or part_bytes
+            if not peer.outbound.has_credit(part_bytes):
                 return
+            self._last_line, self._handed_ns = line, now_ns
+            self._drained_ns = drained_ns + window.takes_ns(part_bytes + FRAME_BYTES)
+            line.pace(window.rate_bytes_per_s)
+            self._put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
+            ticket.started_ns += _LEAD_NS  # when it reaches the line, at the earliest
+            if part_bytes == view.nbytes:
+                heapq.heappop(self._timed)
+            else:
+                ticket.sent_bytes += part_bytes
+                self._timed[0] = (opens_ns, order, ticket, view[part_bytes:], window)
 
     def _drained_at(self, now_ns: int, rate_bytes_per_s: float) -> int:
         """Return when everything given to the line so far will have left, at this rate.
@@ -499,16 +526,21 @@ class SlottedEndpoint(Endpoint):
 
     def _put(self, peer: _Peer, lane: Lane, ticket: Ticket, view: memoryview) -> None:
         ticket.started_ns = self._clock.now_ns()
-        sequence = peer.outbound.keep(lane, ticket, view)
-        self._transmit(peer, lane, FrameKind.DATA, ticket.tag, sequence, view)
+        self._transmit_kept(peer, lane, peer.outbound.keep(lane, ticket, view))
+
+    def _transmit_kept(self, peer: _Peer, lane: Lane, kept: Kept) -> None:
+        self._transmit(peer, lane, FrameKind.DATA, kept.view, kept.ticket.tag, kept.sequence, kept.place)
 
     def _transmit(
-        self, peer: _Peer, lane: Lane, kind: FrameKind, tag: int = 0, sequence: int = 0, view: memoryview | None = None
-    ) -> None:
+        self, peer: _Peer, lane: Lane, kind: FrameKind, view: memoryview | None = None,
+        tag: int = 0, sequence: int = 0, place: tuple[int, int] = (0, 0),
+    ) -> None:  # fmt: skip
         """Hand a frame to ZeroMQ, which copies it: giving memory back from its own thread would cost more."""
         inbound = peer.inbound
         acks = (inbound.received[0], inbound.received[1])
-        header = Header(kind, lane, self._rank, tag, self._token, sequence, acks, inbound.consumed_bytes).encode()
+        header = Header(
+            kind, lane, self._rank, tag, *place, self._token, sequence, acks, inbound.consumed_bytes
+        ).encode()
         push = peer.lines[lane].push
         with contextlib.suppress(zmq.Again):  # no connection yet: hellos are repeated, data comes after them
             if view is None:
@@ -523,8 +555,8 @@ class SlottedEndpoint(Endpoint):
         if peer.lines[lane].events(now_ns) and not peer.lost:
             peer.inbound.tell(now_ns, soon=True)  # what was said last may have gone with the connection
             for kept in peer.outbound.kept[lane]:
-                self._counted["resent_bytes"] += kept.ticket.nbytes
-                self._transmit(peer, lane, FrameKind.DATA, kept.ticket.tag, kept.sequence, kept.view)
+                self._counted["resent_bytes"] += kept.view.nbytes
+                self._transmit_kept(peer, lane, kept)
 
     def _give_up_if_late(self, peer: _Peer, now_ns: int) -> None:
         """Lose a peer whose connection stays broken."""

@@ -14,17 +14,26 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from detcoll.errors import FrameError
 from detcoll.transport import Ticket
 from detcoll_slotted.wire import Lane
 
 
 @dataclass(slots=True)
 class Kept:
-    """A message sent and not yet acknowledged."""
+    """A message, or a part of one, sent and not yet acknowledged; ``place`` is the whole's bytes and its offset."""
 
     sequence: int
     ticket: Ticket
     view: memoryview
+    place: tuple[int, int]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the message ends with this."""
+        return self.place[1] + self.view.nbytes == self.place[0]
 
 
 @dataclass(slots=True)
@@ -36,6 +45,8 @@ class Outbound:
     kept: tuple[deque[Kept], deque[Kept]] = field(default_factory=lambda: (deque(), deque()))
     sent_bytes: int = 0
     consumed_bytes: int = 0
+    begun: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Tags of messages of which a part has left: bytes of the whole, and how many have left."""
     lane_of_tag: dict[int, list[int]] = field(default_factory=dict)
     """Tags with unacknowledged messages: their lane and how many, since one tag must not overtake itself."""
 
@@ -49,29 +60,34 @@ class Outbound:
         in_use = self.lane_of_tag.get(tag)
         return Lane(in_use[0]) if in_use else preferred
 
-    def keep(self, lane: Lane, ticket: Ticket, view: memoryview) -> int:
-        """Retain a message that is about to be sent, and return its sequence number."""
-        sequence = self.next_sequence[lane]
+    def keep(self, lane: Lane, ticket: Ticket, view: memoryview) -> Kept:
+        """Retain a message, or the next part of one, that is about to be sent."""
+        total, offset = self.begun.pop(ticket.tag, (ticket.nbytes, 0))
+        if offset + view.nbytes < total:
+            self.begun[ticket.tag] = total, offset + view.nbytes
+        kept = Kept(self.next_sequence[lane], ticket, view, (total, offset))
         self.next_sequence[lane] += 1
-        self.kept[lane].append(Kept(sequence, ticket, view))
+        self.kept[lane].append(kept)
         self.lane_of_tag.setdefault(ticket.tag, [lane, 0])[1] += 1
         if lane is Lane.BULK:
-            self.sent_bytes += ticket.nbytes
-        return sequence
+            self.sent_bytes += view.nbytes
+        return kept
 
     def acknowledged(self, acks: tuple[int, int], consumed_bytes: int) -> list[Ticket]:
-        """Take in a cumulative acknowledgement; returns the tickets of messages that need not be kept any more."""
+        """Take in a cumulative acknowledgement; returns the tickets of messages that have arrived whole."""
         self.consumed_bytes = max(self.consumed_bytes, consumed_bytes)
         ended = []
         for lane in Lane:
             kept = self.kept[lane]
             while kept and kept[0].sequence < acks[lane]:
-                ticket = kept.popleft().ticket
+                first = kept.popleft()
+                ticket = first.ticket
                 in_use = self.lane_of_tag[ticket.tag]
                 in_use[1] -= 1
                 if not in_use[1]:
                     del self.lane_of_tag[ticket.tag]
-                ended.append(ticket)
+                if first.is_last:
+                    ended.append(ticket)
         return ended
 
     @property
@@ -93,6 +109,8 @@ class Inbound:
     warm_bytes: int = 0
     hello: bool = False
     bye: bool = False
+    begun: dict[int, tuple[memoryview, int]] = field(default_factory=dict)
+    """Tags of messages of which a part has come: memory for the whole, and how much of it is there."""
 
     def accept(self, lane: Lane, sequence: int) -> bool:
         """Tell whether this is the next message of its lane; if so it counts as received."""
@@ -100,6 +118,25 @@ class Inbound:
             return False
         self.received[lane] += 1
         return True
+
+    def join(self, tag: int, total: int, offset: int, part: memoryview) -> memoryview | None:
+        """Put a part of a message in its place, and return the whole once it is there.
+
+        Raises
+        ------
+        FrameError
+            If it does not go on where the part before ended.
+        """
+        whole, there = self.begun.pop(tag, (None, 0))
+        if whole is None:
+            whole = np.empty(total, np.uint8).data
+        if offset != there or len(whole) != total or offset + len(part) > total:
+            raise FrameError(f"{len(part)} bytes at {offset} of {total} do not follow {there} of {len(whole)}")
+        whole[offset : offset + len(part)] = part
+        if offset + len(part) == total:
+            return whole
+        self.begun[tag] = whole, offset + len(part)
+        return None
 
     def tell(self, now_ns: int, *, soon: bool) -> None:
         """Take note that the sender has something to learn: at once with ``soon``, else it may wait for company."""

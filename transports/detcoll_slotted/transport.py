@@ -23,7 +23,7 @@ class SlottedTransport(Transport):
     """ZeroMQ over TCP, with windows and kernel pacing."""
 
     name = "slotted"
-    capabilities = Capabilities(Scope.ANYWHERE, timed=True, largest_message_bytes=2**30)
+    capabilities = Capabilities(Scope.ANYWHERE, timed=True, splits=True, largest_message_bytes=2**30)
     options = frozenset(Options.__struct_fields__)
 
     def open(self, rank: int, size: int, rendezvous: Rendezvous, clock: Clock, options: Mapping[str, Any]) -> Endpoint:

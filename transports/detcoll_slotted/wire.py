@@ -1,6 +1,7 @@
 """The frames of the slotted transport.
 
-A message is one header frame, and for DATA and WARM a second frame with the payload, which means nothing in WARM. All
+A message is one header frame, and for DATA and WARM a second frame with the payload, which means nothing in WARM. A
+payload that was cut at the end of a window comes in several DATA messages, each with its place in the whole. All
 integers are little-endian. Every frame carries a cumulative acknowledgement of the opposite direction, so a busy pair
 needs no frames of its own for it.
 
@@ -13,6 +14,8 @@ lane      1      0 bulk, 1 express: which sequence ``sequence`` counts in
 (pad)     2
 source    4      rank of the sender
 tag       4      of a DATA message
+total     4      bytes of the whole payload of which this is a part, or all
+offset    4      where in it this part begins
 token     8      random number of the job; a frame with another is not ours
 sequence  8      of this message in its lane, from 0; for ACK and BYE unused
 bulk_ack  8      messages of the bulk lane received in order so far
@@ -29,8 +32,8 @@ from enum import IntEnum
 
 from detcoll.errors import FrameError
 
-MAGIC = b"DTC\x01"
-_LAYOUT = struct.Struct("<4sBBxxIIQQQQQ")
+MAGIC = b"DTC\x02"
+_LAYOUT = struct.Struct("<4sBBxxIIIIQQQQQ")
 HEADER_BYTES = _LAYOUT.size
 FRAME_BYTES = HEADER_BYTES + 2 + 9
 """What a DATA message adds to its payload on the wire: the header and ZMTP's lengths (RFC 23: 2 short, 9 long)."""
@@ -61,6 +64,8 @@ class Header:
     lane: Lane
     source: int
     tag: int
+    total: int
+    offset: int
     token: int
     sequence: int
     acks: tuple[int, int]
@@ -69,8 +74,9 @@ class Header:
     def encode(self) -> bytes:
         """Return the bytes of the frame."""
         return _LAYOUT.pack(
-            MAGIC, self.kind, self.lane, self.source, self.tag, self.token, self.sequence, *self.acks, self.consumed
-        )
+            MAGIC, self.kind, self.lane, self.source, self.tag, self.total, self.offset, self.token, self.sequence,
+            *self.acks, self.consumed,
+        )  # fmt: skip
 
 
 def decode(frame: bytes | memoryview) -> Header:
@@ -83,10 +89,10 @@ def decode(frame: bytes | memoryview) -> Header:
     """
     if len(frame) != HEADER_BYTES:
         raise FrameError(f"a header has {HEADER_BYTES} bytes, this frame {len(frame)}")
-    magic, kind, lane, source, tag, token, sequence, bulk, fast, consumed = _LAYOUT.unpack(frame)
+    magic, kind, lane, source, tag, total, offset, token, sequence, bulk, fast, consumed = _LAYOUT.unpack(frame)
     if magic != MAGIC:
         raise FrameError(f"frame begins with {magic!r}, expected {MAGIC!r}")
     try:
-        return Header(FrameKind(kind), Lane(lane), source, tag, token, sequence, (bulk, fast), consumed)
+        return Header(FrameKind(kind), Lane(lane), source, tag, total, offset, token, sequence, (bulk, fast), consumed)
     except ValueError as error:
         raise FrameError(f"frame of rank {source}: {error}") from error

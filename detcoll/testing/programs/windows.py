@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detcoll.testing.fabric import Here, pattern
-from detcoll.transport import TicketStatus, Window
+from detcoll.transport import SMALLEST_PART_BYTES, TicketStatus, Window
 
 RATE_BYTES_PER_S = 1e9
 AHEAD_NS = 20 * 10**6
@@ -46,10 +46,35 @@ def window_too_short(here: Here) -> None:
     """Check that a send that does not fit in its window at the given rate ends MISSED."""
     if here.rank == 0:
         now_ns = here.clock.now_ns()
-        window = Window(now_ns + AHEAD_NS, now_ns + AHEAD_NS + 10**6, 1e6)  # 1000 bytes fit
+        window = Window(now_ns + AHEAD_NS, now_ns + AHEAD_NS + 10**6, 1e6)  # 1000 bytes fit, not worth a frame
         missed = here.endpoint.send(1, 1, memoryview(pattern(1, 100_000)), window)
         here.settle(missed)
         assert missed.status is TicketStatus.MISSED
         here.finish(here.send(1, 1, pattern(2, 1000)))
     elif here.rank == 1:
+        assert here.take(0, 1, 1000) == pattern(2, 1000)
+
+
+def window_cuts(here: Here) -> None:
+    """Check that a send is cut where its window ends, goes on with the rest, and arrives as one message."""
+    nbytes = 300_000
+    if here.rank == 0:
+        content, sent_bytes, cuts = pattern(1, nbytes), 0, 0
+        while True:
+            not_before_ns = here.clock.now_ns() + AHEAD_NS
+            window = Window(not_before_ns, not_before_ns + 10**8, 1e6)  # 100,000 bytes fit
+            ticket = here.endpoint.send(1, 1, memoryview(content)[sent_bytes:], window)
+            here.settle(ticket)
+            if ticket.status is TicketStatus.DONE:
+                break
+            assert ticket.status is TicketStatus.MISSED
+            assert ticket.sent_bytes <= 100_000
+            assert ticket.sent_bytes == 0 or ticket.sent_bytes >= SMALLEST_PART_BYTES
+            sent_bytes, cuts = sent_bytes + ticket.sent_bytes, cuts + 1
+        assert cuts >= 2
+        here.finish(here.send(1, 1, pattern(2, 1000)))
+    elif here.rank == 1:
+        into = bytearray(nbytes)
+        here.finish(here.endpoint.recv(0, 1, nbytes, memoryview(into)))
+        assert into == pattern(1, nbytes)
         assert here.take(0, 1, 1000) == pattern(2, 1000)
