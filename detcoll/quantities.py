@@ -105,3 +105,8 @@ def format_rate(bytes_per_s: float) -> str:
         if bits >= factor:
             return f"{bits / factor:.6g} {unit}"
     return f"{bits:.6g} bit/s"
+
+
+def parse_flag(text: str) -> bool:
+    """Return whether a switch in the environment is on; ``lab`` says so where nobody else can be on the network."""
+    return text.strip().lower() in {"1", "true", "yes", "on", "lab"}

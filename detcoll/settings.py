@@ -15,12 +15,11 @@ import msgspec
 
 from detcoll.errors import UsageError
 from detcoll.plan.calendar import Slotting
+from detcoll.quantities import parse_flag
 from detcoll.rendezvous.sockets import parse_ports
 from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
-
-_TRUE = {"1", "true", "yes", "on"}
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -91,7 +90,7 @@ def read_settings(
         timeout_s=float(timeout),
         reproducible=bool(reproducible),
         slotting=Slotting.parse(slotting) if slotting else None,
-        insecure=environ.get("DETCOLL_INSECURE", "").lower() in _TRUE,
+        insecure=parse_flag(environ.get("DETCOLL_INSECURE", "")),
         ports=_ports(environ.get("DETCOLL_PORTS")),
         congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
         trace=environ.get("DETCOLL_TRACE") or None,

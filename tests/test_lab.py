@@ -377,7 +377,7 @@ print(json.dumps([[os.environ[name] for name in names], here, open(os.environ["D
         for rank, text in enumerate(result.outputs):
             told, here, topology = json.loads(text)
             assert told == [str(rank), "4", str(rank % 2), "2", "10.77.0.1", "10.77.0.1:29400", f"site{rank // 2}",
-                            "1", "wan0", "yes"]  # fmt: skip
+                            "lab", "wan0", "yes"]  # fmt: skip
             assert here
             assert Topology.parse(topology) == shared_lab.topology
 

@@ -584,6 +584,7 @@ def test_mpi_across_hosts_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (world_at(0, 2, "192.0.2.7:5000"), {}, "encryption keys are not available.*DETCOLL_INSECURE=1"),
         (world_at(1, 2, "192.0.2.7:5000"), {"DETCOLL_INSECURE": "0"}, "DETCOLL_INSECURE=1"),
+        (world_at(1, 2, "192.0.2.7:5000"), {"DETCOLL_INSECURE": "no"}, "DETCOLL_INSECURE=1"),
         (world_at(0, 2, "[2001:db8::1]:5000"), {}, "DETCOLL_INSECURE=1"),
         (world_at(0, 2, "0.0.0.0:5000"), {}, "DETCOLL_INSECURE=1"),
         (world_at(0, 2, "127.0.0.1:5000"), {"DETCOLL_ADVERTISE": "192.0.2.7"}, "this rank's address 192.0.2.7"),

@@ -87,8 +87,8 @@ def run_ranks(
     """Run ``argv`` once per rank of the lab's topology and wait for all of them.
 
     Every rank gets the environment of this process, then RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT, DETCOLL_TOPOLOGY, DETCOLL_RENDEZVOUS, DETCOLL_SITE, DETCOLL_INSECURE and GLOO_SOCKET_IFNAME, then
-    ``env``.
+    MASTER_PORT, DETCOLL_TOPOLOGY, DETCOLL_RENDEZVOUS, DETCOLL_SITE, DETCOLL_INSECURE, GLOO_SOCKET_IFNAME and
+    TORCH_CPP_LOG_LEVEL, then ``env``.
 
     Parameters
     ----------
@@ -152,8 +152,9 @@ def rank_environments(lab: Lab, topology_path: str) -> list[dict[str, str]]:
             "DETCOLL_TOPOLOGY": topology_path,
             "DETCOLL_RENDEZVOUS": f"{lab.address(0)}:{RENDEZVOUS_PORT}",
             "DETCOLL_SITE": site.name,
-            "DETCOLL_INSECURE": "1",
+            "DETCOLL_INSECURE": "lab",
             "GLOO_SOCKET_IFNAME": DEVICE,
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),  # no names are known in a lab
         })  # fmt: skip
     return environments
 

