@@ -237,6 +237,9 @@ class Endpoint(ABC):
         """
         return True
 
+    def keep_time(self) -> None:  # noqa: B027 - most have no windows
+        """Send what is due now. Cheap and never blocks; callers that are busy do it between two pieces of work."""
+
     def counters(self) -> Mapping[str, int]:
         """Return what the transport counted (retransmits, missed windows, ...), by name."""
         return {}

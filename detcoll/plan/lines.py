@@ -6,7 +6,8 @@ begins at a given time has put its bytes on the line:
 - share     at the flow's own rate: begin + bytes / rate.
 - calendar  T of time on the line, in windows that add up to W a cycle: what is left of the first cycle's windows is
             used first, then pass as many whole cycles as T has Ws, and the rest ends that far into its window. A
-            message is cut where a window ends, as `detcoll.machine.Slots` does.
+            message is cut where a window ends, as `detcoll.machine.Slots` does. Each window is shorter by what its
+            owner takes to wake up.
 - off, express   all of a site's flows together at the line's rate, at both ends.
 """
 
@@ -63,10 +64,15 @@ class Lines:
         Whether messages leave at once, at the line's rate.
     phase_ns : int
         Where in the cycle time zero falls.
+    late_ns : int
+        How long after a window has opened its owner begins to send.
     """
 
-    def __init__(self, topology: Topology, calendar: Calendar, *, express: bool, phase_ns: int = 0) -> None:
+    def __init__(
+        self, topology: Topology, calendar: Calendar, *, express: bool, phase_ns: int = 0, late_ns: int = 0
+    ) -> None:
         self.calendar = calendar
+        self.late_ns = late_ns
         self.phase_ns = phase_ns
         self.at_once = express or calendar.mode is Slotting.OFF
         self.site_of = np.zeros(topology.size, dtype=np.int64)
@@ -110,7 +116,10 @@ class Lines:
 
     def _end_in_windows(self, site: int, rank: int, flows: Flows, mine: NDArray[np.bool_], begin_ns: float) -> float:
         rate = self.calendar.rate_bytes_per_s(site, 1 - site)
-        windows = [(window.start_ns, window.end_ns) for window in self.calendar.windows_of(site, rank)]
+        windows = [
+            (min(window.start_ns + self.late_ns, window.end_ns - 1), window.end_ns)
+            for window in self.calendar.windows_of(site, rank)
+        ]
         cycle_ns = self.calendar.sites[site].cycle_ns
         takes_ns = float(flows.nbytes[mine].sum()) / rate * 1e9
         return last_end_ns(windows, cycle_ns, begin_ns + self.phase_ns, takes_ns) - self.phase_ns

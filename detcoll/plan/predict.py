@@ -144,7 +144,8 @@ class _Prediction:
                 last_ns = self._busiest_ns() + self.costs.local_latency_ns + self.local_step_ns
                 return max(first_ns + self._gather_ns(), last_ns)
             return max(first_ns + self._gather_ns(), self._busiest_ns())
-        lines = Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns)
+        late_ns = self.costs.wake_ns
+        lines = Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns, late_ns=late_ns)
         stages = _Stages(self, lines, first_ns, first_ns + self._supply_ns(lines))
         return max(stages.done_ns() + self._gather_ns(), stages.acknowledged_ns, self._busiest_ns())
 

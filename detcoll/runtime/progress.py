@@ -2,7 +2,9 @@
 
 A turn of its loop: take in new operations, carry out what their machines say, give the line what is due, then wait on
 everything at once until a ticket ends, a window opens or a deadline passes. Steps of several operations are under way
-at the same time, in the order in which they were called, so the wide area never idles between two collectives.
+at the same time, so the wide area never idles between two collectives. What costs processor time, folds and copies,
+is done in the order of calls and plans, a little in each turn: what the line needs first is ready first, and a window
+that opens meanwhile is not missed.
 
 Anything that goes wrong ends every operation with the error, tells all other ranks through the rendezvous, and leaves
 the communicator closed: after a lost message no later one can be trusted to match.
@@ -11,6 +13,7 @@ the communicator closed: after a lost message no later one can be trusted to mat
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import os
 import select
@@ -55,6 +58,9 @@ _HEARSAY_NS = 250_000_000
 
 _EXPLANATION_NS = 1_000_000_000
 """How long a rank that lost a peer waits to hear from the rendezvous why."""
+
+_BUSY_NS = 1_000_000
+"""How long a turn folds and copies before it looks at the endpoints again."""
 
 _UNWAITABLE_STEP_NS = 200_000
 _LONGEST_WAIT_NS = 500_000_000
@@ -104,6 +110,7 @@ class Progress:
         self._submitted: deque[Operation] = deque()
         self._room = threading.Semaphore(LARGEST_QUEUE)
         self._active: deque[Operation] = deque()
+        self._busywork: list[tuple[int, int, Operation]] = []
         self._unasked_bytes: dict[int, int] = {}
         self._failure: Exception | None = None
         self._was_told = False
@@ -263,6 +270,7 @@ class Progress:
             self._active.append(operation)
             self._start(operation)
         self._retire()  # with one rank, or nothing to move, an operation ends as it starts
+        self._do_busywork()
         now_ns = time.monotonic_ns()
         self._timekeeper.turn(now_ns)
         self._give_the_line(now_ns)
@@ -286,7 +294,7 @@ class Progress:
         self._asleep = True
         try:
             can_start = self._submitted and len(self._active) < LARGEST_ACTIVE
-            if can_start or self._failure is not None or self._stopping:
+            if can_start or self._busywork or self._failure is not None or self._stopping:
                 return None
             if not all(endpoint.arm(wake_ns) for endpoint in self._endpoints):
                 return None
@@ -340,20 +348,29 @@ class Progress:
         return (operation.descriptor.sequence % SEQUENCES) << 20 | plan_tag
 
     def _carry_out(self, operation: Operation, ready: list[int]) -> None:
-        """Carry out steps that may start, and those that become ready because folds end at once."""
+        """Carry out steps that may start and cost little; the others are put in order for `_do_busywork`."""
         rows = operation.plan.rows
-        pending = deque(ready)
-        while pending:
-            step = pending.popleft()
-            kind = rows[step].kind
-            if kind == Kind.FOLD:
-                self._fold(operation, step)
-                os.sched_yield()  # another rank of this host may have its window now
-                pending.extendleft(reversed(operation.machine.ended(step)))  # before other folds: sends come first
-            elif kind == Kind.RECV:
+        for step in ready:
+            row = rows[step]
+            if row.kind == Kind.RECV:
                 self._recv(operation, step)
+            elif row.kind == Kind.SEND and row.peer in self._routes.wide:
+                self._send(operation, step)
+            else:
+                heapq.heappush(self._busywork, (operation.descriptor.sequence, step, operation))
+
+    def _do_busywork(self) -> None:
+        """Fold and copy what comes first, for about `_BUSY_NS`."""
+        until_ns = time.monotonic_ns() + _BUSY_NS
+        while self._busywork and time.monotonic_ns() < until_ns:
+            _, step, operation = heapq.heappop(self._busywork)
+            if operation.plan.rows[step].kind == Kind.FOLD:
+                self._fold(operation, step)
+                self._carry_out(operation, operation.machine.ended(step))
             else:
                 self._send(operation, step)
+            for endpoint in self._endpoints:
+                endpoint.keep_time()
 
     def _recv(self, operation: Operation, step: int) -> None:
         row = operation.plan.rows[step]
@@ -523,6 +540,7 @@ class Progress:
             operations = [*self._active, *self._submitted]
             self._room.release(len(self._submitted) or 1)
             self._active.clear()
+            self._busywork.clear()
             self._submitted.clear()
             self._was_told = any(not operation.reported for operation in operations)
         try:

@@ -24,7 +24,7 @@ from detcoll_slotted.wire import FRAME_BYTES, FrameKind, Header, Lane, decode
 
 EXPRESS_BYTES = 4_096
 LARGEST_MESSAGE_BYTES = 2**30
-_LEAD_NS = 120_000
+_LEAD_NS = 150_000
 """What a send needs from here through ZeroMQ's thread and TCP to the line, at least: it starts that much earlier."""
 _AHEAD_NS = 2_000_000
 """How much of a window may lie in ZeroMQ's and TCP's queues: enough to sleep through, too little to spill far."""
@@ -274,6 +274,13 @@ class SlottedEndpoint(Endpoint):
             self._urgency.set(OWNER)
         return True
 
+    def keep_time(self) -> None:
+        """Give the line what is due."""
+        if self._timed:
+            now_ns = self._clock.now_ns()
+            if self._timed[0][0] <= now_ns + _LEAD_NS and self._resume_ns <= now_ns:
+                self._send_timed(now_ns)
+
     def counters(self) -> Mapping[str, int]:
         """Return retransmitted TCP segments, missed windows, and what was resent or refused."""
         retransmits = sum(line.info()[1] for peer in self._peers.values() for line in peer.lines)
@@ -480,6 +487,8 @@ class SlottedEndpoint(Endpoint):
                 self._unblock(peer)
                 continue
             line = peer.lines[Lane.BULK]
+            closes_ns = window.not_after_ns - _LEAD_NS
+            window = replace(window, not_after_ns=closes_ns)
             drained_ns = self._drained_at(now_ns, window.rate_bytes_per_s)
             part_bytes = window.fitting_bytes(view.nbytes, drained_ns, FRAME_BYTES)
             if not part_bytes and view.nbytes:
@@ -491,7 +500,7 @@ class SlottedEndpoint(Endpoint):
                 # Not yet: if the line is slower than said, what lies in the queues leaves after the window.
                 self._resume_ns = max(drained_ns - _AHEAD_NS // 2, now_ns + _SHORTEST_WAIT_NS)
                 return
-            before_tail = replace(window, not_after_ns=window.not_after_ns - _AHEAD_NS)
+            before_tail = replace(window, not_after_ns=closes_ns - _AHEAD_NS)
             part_bytes = before_tail.fitting_bytes(part_bytes, drained_ns, FRAME_BYTES) or part_bytes
             if not peer.outbound.has_credit(part_bytes):
                 return
@@ -504,7 +513,7 @@ class SlottedEndpoint(Endpoint):
                 heapq.heappop(self._timed)
             else:
                 ticket.sent_bytes += part_bytes
-                self._timed[0] = (opens_ns, order, ticket, view[part_bytes:], window)
+                self._timed[0] = (opens_ns, order, ticket, view[part_bytes:], self._timed[0][4])
 
     def _drained_at(self, now_ns: int, rate_bytes_per_s: float) -> int:
         """Return when everything given to the line so far will have left, at this rate.
