@@ -13,7 +13,7 @@ from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Topology
 
 MS = 1_000_000
-NOTHING = Costs(step_ns=0, copy_bytes_per_s=1e18, local_latency_ns=0, wake_ns=0, frame_bytes=0)
+NOTHING = Costs(step_ns=0, copy_bytes_per_s=1e18, local_latency_ns=0, wake_ns=0, late_ns=0, frame_bytes=0)
 WINDOWS = [(0, 9 * MS), (30 * MS, 35 * MS)]
 
 
