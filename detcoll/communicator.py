@@ -46,6 +46,7 @@ VERSION = "0.1.0"
 SITE_CLOCK_ERROR_NS = 200_000
 """What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
 _FINALIZE_S = 10.0
+_PARTING_AFTER_FAILURE_S = 2.0
 _BARRIER = np.zeros(1, np.uint8)
 
 
@@ -325,6 +326,8 @@ class Communicator:
                     endpoint.close(deadline_ns)
                 else:
                     endpoint.abort()
+            if self._runner.failure is not None:  # all have been told; a frozen rank 0 would not answer
+                deadline_ns = min(deadline_ns, deadline_after(_PARTING_AFTER_FAILURE_S))
             self._session.close(deadline_ns)
             self._write_trace()
         if trouble is not None:

@@ -133,6 +133,7 @@ def test_killing_the_launcher_kills_the_ranks() -> None:
     [
         (["-n", "0", "true"], "-n 0 must be a whole number from 1 to 65536"),
         (["-n", "2", "missing.py"], "script 'missing.py' does not exist"),
+        (["-n", "2", "--transprt", "shm", "train.py"], "'--transprt' is no option of run"),
         (["-n", "2", "no-such-program-here"], "'no-such-program-here' is neither a Python script"),
         (["-n", "2"], "run needs a SCRIPT"),
         (["-n", "2", "-m"], "-m needs the name of a module"),

@@ -288,6 +288,15 @@ def test_processes_of_mpiexec(mpiexec: list[str]) -> None:
     assert ended.said == {rank: ["mpi"] for rank in range(3)}
 
 
+def test_a_frozen_rank_keeps_no_mpi_job_alive(mpiexec: list[str]) -> None:
+    ended = launch(3, "calls.py", "freeze_one", launcher=[*mpiexec, "-n", "3"])
+    assert ended.code != 0
+    assert {rank: [kind for kind, _ in said] for rank, said in ended.said.items()} == {
+        0: ["DeadlineMissed"],
+        2: ["DeadlineMissed"],
+    }
+
+
 def test_mpi_starts_on_no_rank_unless_all_have_it(mpiexec: list[str]) -> None:
     ended = launch(3, "calls.py", "one_without_mpi4py", launcher=[*mpiexec, "-n", "3"])
     assert ended.code == 0, ended.err

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from detcoll.lab.router import ASK_QUIT, _receive_line
 from detcoll.lab.unit import NEEDS_CSUM, TCP, UDP, VNET_HEADER, cut, flow_of, shape_of
 
 ACK, PSH, FIN, CWR = 0x10, 0x08, 0x01, 0x80
@@ -117,3 +118,12 @@ def test_pieces_add_up_to_the_whole(case: tuple[int, int, set[int]]) -> None:
 def test_the_whole_unit_is_handed_on_as_it_is() -> None:
     unit = tcp_unit(bytes(500), 100)
     assert cut(unit, shape_of(unit), 0, 5) is unit
+
+
+def test_a_request_right_behind_the_configuration_is_left_for_later() -> None:
+    lab, router = socket.socketpair()
+    with lab, router:
+        router.settimeout(10)
+        lab.sendall(b'{"a": 1}\n' + ASK_QUIT)
+        assert _receive_line(router) == b'{"a": 1}\n'
+        assert router.recv(10) == ASK_QUIT

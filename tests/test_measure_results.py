@@ -394,6 +394,7 @@ def test_results_must_have_a_place(tmp_path: Path) -> None:
         (["--bucket-bytes", "2B"], "bucket_bytes=2"),
         (["--rounds", "0", "--against", "none"], "rounds=0"),
         (["/no/such/script.py", "--against", "none"], "is not a file"),
+        (["--iteration", "3"], "script='--iteration' is no option of measure"),
         (["--workload", "digits", "--against", "none", __file__], "two workloads"),
     ],
 )

@@ -132,6 +132,8 @@ def _program(command: Sequence[str]) -> list[str]:
         if len(command) < 2:
             raise UsageError("-m needs the name of a module")
         return [sys.executable, *command]
+    if first.startswith("-"):
+        raise UsageError(f"{first!r} is no option of run; see detcoll run --help")
     if first.endswith(".py"):
         if not Path(first).is_file():
             raise UsageError(f"script {first!r} does not exist")

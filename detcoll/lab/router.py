@@ -147,10 +147,10 @@ def _raise_priority() -> None:
 def _receive_line(control: socket.socket) -> bytes:
     received = bytearray()
     while not received.endswith(b"\n"):
-        piece = control.recv(65536)
+        piece = control.recv(65536, socket.MSG_PEEK)
         if not piece:
             raise EOFError("the lab went away before the router was configured")
-        received += piece
+        received += control.recv(piece.find(b"\n") + 1 or len(piece))  # what follows is a request
     return bytes(received)
 
 

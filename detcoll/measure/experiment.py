@@ -68,7 +68,9 @@ class Experiment:
         if self.workload is not None and self.iterations < self.rounds:
             raise UsageError(f"iterations={self.iterations} must be at least one for each of {self.rounds} rounds")
         if self.workload is None and not Path(self.script[0]).is_file():
-            raise UsageError(f"script={self.script[0]!r} is not a file")
+            is_option = self.script[0].startswith("-")
+            what = "no option of measure; see detcoll measure --help" if is_option else "not a file"
+            raise UsageError(f"script={self.script[0]!r} is {what}")
         if self.workload is None and len({len(site.ranks) for site in self.topology.sites}) > 1:
             raise UsageError("a script needs sites of equal size, so that a single cluster can be grouped like them")
 

@@ -143,10 +143,13 @@ def require_writable(path: Path | None, name: str) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise UsageError(f"{name}={str(path)!r} is a directory; expected the name of a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"{name}={str(path)!r}: there is no directory {str(path.parent)!r}")
+    try:
+        if path.is_dir():
+            raise UsageError(f"{name}={str(path)!r} is a directory; expected the name of a file")
+        if not path.parent.is_dir():
+            raise UsageError(f"{name}={str(path)!r}: there is no directory {str(path.parent)!r}")
+    except OSError as error:
+        raise UsageError(f"{name}={str(path)!r} cannot be used: {error.strerror}") from error
 
 
 def write_result(path: Path, result: Measurement | BenchResult) -> None:

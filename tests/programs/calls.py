@@ -52,6 +52,19 @@ def one_without_mpi4py() -> None:
         say([describe(error), "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].Is_initialized()])
 
 
+def freeze_one() -> None:
+    """Rank 1 freezes; the others wait for it, small as the array is."""
+    comm = detcoll.init("mpi", timeout=2)
+    detcoll.barrier()
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        detcoll.all_reduce(np.ones(4, np.float32))
+    except detcoll.DetcollError as error:
+        say(describe(error))
+    detcoll.finalize()
+
+
 def containers(transport: str) -> None:
     """All collectives of a transport, on several containers."""
     comm = detcoll.init(transport, timeout=20)

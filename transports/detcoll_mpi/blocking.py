@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+FINALIZE_S = 5
 _stuck: list[BlockingCaller] = []
+stuck_requests: list[tuple[Any, Any]] = []
+"""Collectives that missed their deadline, each with the MPI module: MPI may still use their memory, so it must stay."""
 
 
 class BlockingCaller:
@@ -65,8 +69,14 @@ class BlockingCaller:
 
 @atexit.register
 def _end_job_if_stuck() -> None:
-    """Leave at once where a thread is still inside MPI: to finalize MPI then would crash or never end."""
+    """Leave at once where a thread is still inside MPI: to finalize MPI then would crash or never end.
+
+    After a collective that never ended MPI may still finalize, unless a rank is frozen; so it gets some time.
+    """
     busy = [caller for caller in _stuck if caller.is_busy]
+    if any(not mpi.Is_finalized() and not request.Test() for mpi, request in stuck_requests):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(FINALIZE_S)
     if busy:
         print("detcoll: a collective is stuck in MPI, so the whole MPI job is ended", file=sys.stderr, flush=True)
         busy[0].mpi.COMM_WORLD.Abort(1)

@@ -20,7 +20,7 @@ from detcoll.errors import Closed, DeadlineMissed, PeerLost, UsageError
 from detcoll.fold import fold
 from detcoll.transport import Clock, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
-from detcoll_mpi.blocking import BlockingCaller
+from detcoll_mpi.blocking import BlockingCaller, stuck_requests
 from detcoll_mpi.progress import progress
 from detcoll_mpi.waiting import Backoff
 
@@ -32,10 +32,6 @@ LARGEST_PART_BYTES = 2**30
 
 STAGE_ELEMS = 2**23
 """So many 16-bit elements are widened to float32 at a time."""
-
-
-_unfinished: list[Any] = []
-"""Collectives that missed their deadline: MPI may still use their memory, so it must stay."""
 
 
 class MpiCollectives(Endpoint, NativeCollectives):
@@ -137,7 +133,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
             backoff = Backoff(self._clock, deadline_ns)
             while not request.Test():
                 if not backoff.pause():
-                    _unfinished.append(request)
+                    stuck_requests.append((self._mpi, request))
                     raise self._missed(name)
         except self._mpi.Exception as error:
             raise self._lost(name, error) from error
