@@ -371,6 +371,7 @@ class Progress:
                 self._send(operation, step)
             for endpoint in self._endpoints:
                 endpoint.keep_time()
+            os.sched_yield()  # real-time threads of equal priority would else wait up to 100 ms for each other
 
     def _recv(self, operation: Operation, step: int) -> None:
         row = operation.plan.rows[step]
