@@ -30,7 +30,7 @@ from detcoll.launchers import read_environment
 from detcoll.machine import Slots
 from detcoll.plan import Calendar, Collective, Planner, Slotting, build_calendar
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
-from detcoll.plan.layout import LARGEST_FRAME_BYTES
+from detcoll.plan.layout import LARGEST_FRAME_BYTES, partners
 from detcoll.rendezvous import Aborted, Session, meet
 from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
@@ -100,7 +100,7 @@ class Communicator:
         self._finalized = False
         self._pid = os.getpid()
         here = topology.site_of(session.rank)
-        self._trace = Trace(session.rank, here, time.monotonic_ns(), _calendar_facts(calendar, here, session.rank))
+        self._trace = Trace(session.rank, here, time.monotonic_ns(), _calendar_facts(calendar, topology, session.rank))
         self._members = _Members(session)
         self._runner = self._make_runner(here, [fact.clock for fact in facts])
         _open.add(self)
@@ -497,13 +497,23 @@ def _introduce(session: Session, settings: Settings, site: str, launcher: str, d
     return everybody
 
 
-def _calendar_facts(calendar: Calendar, site: int, rank: int) -> dict[str, Any] | None:
-    windows = calendar.windows_of(site, rank)
-    if calendar.mode is not Slotting.CALENDAR:
+def _calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[str, Any] | None:
+    """Return what the audit of a captured line needs to know: this rank's windows, rates, and share of its line."""
+    if calendar.mode is Slotting.OFF:
         return None
-    cycle = calendar.sites[site]
-    spans = [[w.start_ns, w.end_ns] for w in windows] or [[0, cycle.cycle_ns]]
-    return {"cycle_ns": cycle.cycle_ns, "windows": spans, "offset_ns": 0, "guard_ns": calendar.guard_ns}
+    site = topology.site_of(rank)
+    windows, cycle_ns = calendar.windows_of(site, rank), calendar.sites[site].cycle_ns
+    rates = [calendar.rate_bytes_per_s(site, other) for other in range(len(topology.sites))]
+    flows = [rates[topology.site_of(peer)] for peer in partners(topology, rank)]
+    line = (topology.sites[site].uplink_bytes_per_s or 0.0) * topology.payload_share
+    return {
+        "cycle_ns": cycle_ns,
+        "windows": [[w.start_ns, w.end_ns] for w in windows] or [[0, cycle_ns]],
+        "offset_ns": 0,
+        "guard_ns": calendar.guard_ns,
+        "rates_bytes_per_s": rates,
+        "line_share": (max(flows) if windows else sum(flows)) / line,
+    }
 
 
 def _count_of(x: Any) -> int:

@@ -131,6 +131,7 @@ def test_transport_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("calendar", True, (), 0),
         ("calendar", False, (), 1),
+        ("turns", False, (), 1),
         ("off", False, (), 0),
         ("calendar", True, (LeftOut("mpi", "it failed"),), 1),
     ],

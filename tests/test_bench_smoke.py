@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from detcoll.lab import why_unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -47,6 +50,16 @@ def test_under_mpirun() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" passed") == 1
     assert "bench_barrier[mpi]" in done.stdout
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_the_lab_line_is_held_against_what_it_was_told() -> None:
+    done = run(sys.executable, str(BENCHMARKS / "lab_line.py"), "--pings", "3", "--stretches", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["least_round_trip_over_stated"] >= 1
+    assert facts["rate_over_stated"] > 0
 
 
 def test_failure_of_another_rank_shows() -> None:

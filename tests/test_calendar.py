@@ -29,22 +29,30 @@ def test_every_calendar_proves_itself(ranks: list[int], up: float, down: float, 
     check_calendar(build_calendar(topology, mode), topology)
 
 
-def test_ranks_take_turns_with_a_guard_between() -> None:
-    calendar = build_calendar(TOPOLOGY, slot_ns=10_000_000, error_ns=100_000)
+def test_between_two_sites_the_slot_never_closes_and_ranks_share_it_by_rate() -> None:
+    calendar = build_calendar(TOPOLOGY)
     assert calendar.mode is Slotting.CALENDAR
+    assert not calendar.has_windows
+    line = 1e8 * TOPOLOGY.payload_share * LAID_OUT
+    assert calendar.rates == pytest.approx((0.0, line / 4, line / 4, 0.0))
+
+
+def test_ranks_take_turns_with_a_guard_between() -> None:
+    calendar = build_calendar(TOPOLOGY, Slotting.TURNS, slot_ns=10_000_000, error_ns=100_000)
+    assert calendar.mode is Slotting.TURNS
     assert calendar.sites[1].cycle_ns == 30_000_000
     assert calendar.windows_of(1, 3) == (SlotWindow(3, 10_000_000, 19_900_000),)
     assert calendar.rate_bytes_per_s(0, 1) == pytest.approx(1e8 * TOPOLOGY.payload_share * LAID_OUT)
 
 
 def test_a_lone_rank_has_no_windows() -> None:
-    calendar = build_calendar(sites_of([1, 1]))
+    calendar = build_calendar(sites_of([1, 1]), Slotting.TURNS)
     assert calendar.sites[0].windows == ()
 
 
 def test_a_lone_rank_with_several_peers_shares_its_line_among_them() -> None:
     topology = sites_of([1, 3])
-    calendar = build_calendar(topology)
+    calendar = build_calendar(topology, Slotting.TURNS)
     line = 1e8 * topology.payload_share * LAID_OUT
     assert calendar.rate_bytes_per_s(0, 1) == pytest.approx(line / 3)
     assert calendar.rate_bytes_per_s(1, 0) == pytest.approx(line)
@@ -52,15 +60,15 @@ def test_a_lone_rank_with_several_peers_shares_its_line_among_them() -> None:
 
 
 def test_guards_cost_two_percent_at_most() -> None:
-    calendar = build_calendar(TOPOLOGY, error_ns=1_000_000)
+    calendar = build_calendar(TOPOLOGY, Slotting.TURNS, error_ns=1_000_000)
     used = sum(window.end_ns - window.start_ns for window in calendar.sites[0].windows)
     assert used / calendar.sites[0].cycle_ns >= 0.98
     with pytest.raises(PlanError, match=r"slot_ns=1000000 is too short for errors of 100000 ns.*10.0%"):
-        build_calendar(TOPOLOGY, slot_ns=1_000_000, error_ns=100_000)
+        build_calendar(TOPOLOGY, Slotting.TURNS, slot_ns=1_000_000, error_ns=100_000)
 
 
 def test_slots_grow_on_slow_lines() -> None:
-    slow = build_calendar(sites_of([2, 2], 1e6))
+    slow = build_calendar(sites_of([2, 2], 1e6), Slotting.TURNS)
     window = slow.windows_of(0, 0)[0]
     assert (window.end_ns - window.start_ns) / 1e9 * slow.rate_bytes_per_s(0, 1) >= SMALLEST_SLOT_BYTES * 0.98
 
@@ -81,7 +89,7 @@ def test_flows_between_counts_the_pairs_that_share_a_piece(here: int, there: int
 
 
 def altered(index: int, cycle: SiteCycle) -> Calendar:
-    calendar = build_calendar(TOPOLOGY, slot_ns=10_000_000, error_ns=100_000)
+    calendar = build_calendar(TOPOLOGY, Slotting.TURNS, slot_ns=10_000_000, error_ns=100_000)
     sites = list(calendar.sites)
     sites[index] = cycle
     return replace(calendar, sites=tuple(sites))
@@ -123,17 +131,18 @@ def test_overcommitted_shares_are_found() -> None:
     calendar = build_calendar(topology)
     with pytest.raises(PlanError, match="uplink"):
         check_calendar(replace(calendar, rates=tuple(rate * 1.02 for rate in calendar.rates)), topology)
-    whole = build_calendar(sites_of([2, 1]))
+    whole = build_calendar(sites_of([2, 1]), Slotting.TURNS)
     with pytest.raises(PlanError, match="would carry 198"):  # full rate to each of two peers at once
         check_calendar(replace(whole, rates=(0.0, whole.rates[1], whole.rates[1], 0.0)), sites_of([2, 1]))
 
 
 def test_equal_calendars_have_equal_digests() -> None:
-    assert build_calendar(TOPOLOGY).digest == build_calendar(sites_of([2, 3])).digest
-    assert build_calendar(TOPOLOGY).digest != build_calendar(sites_of([3, 2])).digest
+    digest = build_calendar(TOPOLOGY, Slotting.TURNS).digest
+    assert digest == build_calendar(sites_of([2, 3]), Slotting.TURNS).digest
+    assert digest != build_calendar(sites_of([3, 2]), Slotting.TURNS).digest
 
 
 def test_modes_are_parsed() -> None:
     assert Slotting.parse("share") is Slotting.SHARE
-    with pytest.raises(UsageError, match="slotting='never' must be one of calendar, share, off"):
+    with pytest.raises(UsageError, match="slotting='never' must be one of calendar, turns, share, off"):
         Slotting.parse("never")

@@ -302,7 +302,7 @@ def test_steps_after_later_ones_are_refused() -> None:
 
 def test_a_message_larger_than_a_window_is_found() -> None:
     big = Collective("all_reduce", 400_000, 2, 4)
-    calendar = build_calendar(TOPOLOGY)
+    calendar = build_calendar(TOPOLOGY, Slotting.TURNS)
     check(all_parts(big, TOPOLOGY, "exchange", ChunkSize(100_000, 2)), TOPOLOGY, calendar)
     short = replace(
         calendar, sites=tuple(SiteCycle(c.cycle_ns, tuple(replace(w, end_ns=w.start_ns + 10**6) for w in c.windows))

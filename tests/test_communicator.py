@@ -194,7 +194,7 @@ def test_more_than_a_peer_may_hold() -> None:
     run_ranks(2, program, transport="slotted", topology=lines(1, 1, rate_bytes_per_s=2e9))
 
 
-@pytest.mark.parametrize("slotting", ["calendar", "share", "off"])
+@pytest.mark.parametrize("slotting", ["calendar", "turns", "share", "off"])
 def test_a_later_collective_does_not_use_up_what_an_earlier_one_needs(slotting: str) -> None:
     """Rank 0 broadcasts ahead to rank 2, which waits for the sum before, which waits for rank 1."""
     is_full = threading.Event()
@@ -226,7 +226,7 @@ def test_a_later_collective_does_not_use_up_what_an_earlier_one_needs(slotting: 
     run_ranks(3, program, topology=topology, environ={"DETCOLL_SLOTTING": slotting}, timeout=15.0)
 
 
-@pytest.mark.parametrize("slotting", ["calendar", "share", "off"])
+@pytest.mark.parametrize("slotting", ["calendar", "turns", "share", "off"])
 def test_slotting_changes_no_bit(slotting: str) -> None:
     topology = lines(2, 2)
     given = contributions(4, 100_001, np.float32)

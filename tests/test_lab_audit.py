@@ -108,6 +108,33 @@ def test_overlapping_windows_of_a_site_are_found_and_those_of_two_sites_are_none
     assert not found.is_slotted
 
 
+def sharing(rank: int, line_share: float = 0.495, rate: float = 1e8) -> dict[str, Any]:
+    """A rank whose window never closes and holds 100 bytes at its rate."""
+    shared = trace(rank, [[0, CYCLE_NS]])
+    rates = [0.0 if site == rank // 2 else rate for site in range(2)]
+    shared["calendar"] |= {"rates_bytes_per_s": rates, "line_share": line_share}
+    return shared
+
+
+def test_ranks_that_share_a_slot_are_held_to_their_rates() -> None:
+    shared = [sharing(rank) for rank in range(4)]
+    kept = log((0, 0, 4000, 100), (10, 0, 4010, 100), (500, 0, 4000, 50), (1000, 0, 4000, 50), (1000, 1, 4020, 100))
+    found = audit(kept, shared, TOPOLOGY)
+    assert (found.bulk_inside_share, found.overlap_ns, found.ranks_share) == (1.0, (0, 0), True)
+    assert found.is_slotted
+    hasty = log((0, 0, 4000, 100), (500, 0, 4000, 51), (999, 0, 4000, 99), (1000, 0, 4010, 100))
+    found = audit(hasty, shared, TOPOLOGY)
+    assert (found.bulk_bytes, found.bulk_inside_bytes) == (350, 299)  # a policer passes what comes after enough time
+    assert not found.is_slotted
+
+
+def test_shares_that_add_up_to_more_than_the_line_are_found() -> None:
+    greedy = [sharing(rank, 0.505 if rank < 2 else 0.5) for rank in range(4)]
+    found = audit(log((0, 0, 4000, 1)), greedy, TOPOLOGY)
+    assert found.overlap_ns == (CYCLE_NS, 0)
+    assert not found.is_slotted
+
+
 def test_lanes_and_strangers_are_told_apart() -> None:
     records = log((0, 0, 4000, 1000), (10, 0, 4001, 10), (600, 0, 4001, 20), (0, 0, 9999, 100))
     records = np.append(records, records[0])

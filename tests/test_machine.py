@@ -17,7 +17,7 @@ MS = 1_000_000
 TWO_BY_TWO = sites_of([2, 2])
 RATE = 1e8
 CALENDAR = Calendar(
-    Slotting.CALENDAR,
+    Slotting.TURNS,
     tuple(
         SiteCycle(20 * MS, (SlotWindow(a, 0, 9 * MS), SlotWindow(a + 1, 10 * MS, 19 * MS))) for a in (0, 2)
     ),
@@ -301,7 +301,7 @@ def test_an_empty_plan_is_done_at_once() -> None:
 
 
 def test_windows_of_unequal_sites_are_their_own() -> None:
-    calendar = build_calendar(sites_of([2, 3]), slot_ns=10 * MS)
+    calendar = build_calendar(sites_of([2, 3]), Slotting.TURNS, slot_ns=10 * MS)
     line: Slots[int] = Slots(replace(calendar, guard_ns=0), 1, 4)
     line.add(Queued(0, 0, 0, MESSAGE))
     assert windows(line.due(0)) == {(20 * MS, 30 * MS - calendar.guard_ns)}

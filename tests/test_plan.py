@@ -189,7 +189,7 @@ LARGE = Collective("all_reduce", 2**24, 4, 4)
 @pytest.mark.parametrize("ranks", [[2, 2], [4, 4], [1, 3]])
 def test_a_whole_number_of_chunks_fills_a_window(ranks: list[int], rate: float) -> None:
     topology = sites_of(ranks, rate)
-    calendar = build_calendar(topology)
+    calendar = build_calendar(topology, Slotting.TURNS)
     chunk = choose_chunk(topology, calendar, LARGE)
     nbytes = chunk.elems * LARGE.itemsize + LARGEST_FRAME_BYTES
     site = 1

@@ -46,7 +46,7 @@ def summed(
     collective = Collective("all_reduce", count, dtype.itemsize, accumulation_dtype(dtype).itemsize)
     data = contributions(topology.size, count, dtype)
     kept = [array.tobytes() for array in data]
-    calendar = build_calendar(topology, more.pop("mode", Slotting.CALENDAR))
+    calendar = build_calendar(topology, more.pop("mode", Slotting.TURNS))
     parts = all_parts(collective, topology, algorithm, chunk)
     result = simulate(parts, topology, calendar, data=data, op=op, **more)
     expected = reference(op, data, [site.ranks for site in topology.sites], dtype).tobytes()
@@ -94,7 +94,7 @@ def test_a_broadcast_gives_the_roots_bits(ranks: list[int], algorithm: str, coun
     assert all(array.tobytes() == given_arrays[root].tobytes() for array in result.arrays)
 
 
-def large(ranks: list[int], algorithm: str = "exchange", mode: Slotting = Slotting.CALENDAR, **more: Any) -> Simulation:
+def large(ranks: list[int], algorithm: str = "exchange", mode: Slotting = Slotting.TURNS, **more: Any) -> Simulation:
     topology = sites_of(ranks)
     calendar = build_calendar(topology, mode)
     collective = Collective("all_reduce", 1_000_000, 4, 4)
@@ -111,7 +111,7 @@ def test_with_a_calendar_everything_leaves_in_its_owners_window_and_nothing_queu
     assert result.window_share == 1.0
     assert sum(result.misses) == sum(result.trimmed) == 0
     topology = sites_of(ranks)
-    calendar = build_calendar(topology)
+    calendar = build_calendar(topology, Slotting.TURNS)
     window = calendar.sites[0].windows[0]
     window_bytes = (window.end_ns - window.start_ns) / 1e9 * calendar.rate_bytes_per_s(0, 1)
     assert 0 < max(result.peak_queue_bytes) <= 20_000 < window_bytes
@@ -119,7 +119,7 @@ def test_with_a_calendar_everything_leaves_in_its_owners_window_and_nothing_queu
 
 
 def test_uplinks_are_busy_only_inside_windows() -> None:
-    calendar = build_calendar(sites_of([2, 2]))
+    calendar = build_calendar(sites_of([2, 2]), Slotting.TURNS)
     cycle_ns = calendar.sites[0].cycle_ns
     for busy in large([2, 2]).uplink_busy_ns:
         for begin, end in busy:
@@ -135,7 +135,7 @@ def test_without_a_calendar_flows_queue_at_their_uplink() -> None:
 
 def test_wire_bytes_are_payload_and_frames_over_the_payload_share() -> None:
     topology = sites_of([2, 2])
-    calendar = build_calendar(topology)
+    calendar = build_calendar(topology, Slotting.TURNS)
     collective = Collective("all_reduce", 1_000_000, 4, 4)
     parts = all_parts(collective, topology, "exchange", choose_chunk(topology, calendar, collective))
     messages = sum(int(((p.steps["kind"] == Kind.SEND) & (p.steps["wide"] == 1)).sum()) for p in parts[:2])
@@ -195,7 +195,7 @@ def test_the_result_is_there_before_acknowledgements() -> None:
 
 def test_express_messages_leave_at_once() -> None:
     topology = sites_of([2, 2])
-    calendar = build_calendar(topology)
+    calendar = build_calendar(topology, Slotting.TURNS)
     parts = all_parts(Collective("barrier", 1, 1, 1), topology, "exchange", ChunkSize(1, 4))
     finishes = {simulate(parts, topology, calendar, phase_ns=phase).slowest_ns for phase in (0, 5 * MS, 12 * MS)}
     assert len(finishes) == 1
@@ -227,7 +227,7 @@ def test_a_plan_that_comes_to_a_halt_is_an_error() -> None:
 
 def test_arguments_are_checked() -> None:
     topology = sites_of([2, 2])
-    calendar = build_calendar(topology)
+    calendar = build_calendar(topology, Slotting.TURNS)
     parts = all_parts(Collective("all_reduce", 64, 4, 4), topology, "exchange", ChunkSize(64, 4))
     with pytest.raises(UsageError, match="plans has 3 entries; expected one for each of 4 ranks"):
         simulate(parts[:3], topology, calendar)

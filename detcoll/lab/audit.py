@@ -1,7 +1,10 @@
 """Holds what the router saw against the calendars that the ranks say they kept.
 
-A transport is slotted if payload reaches its site's uplink inside the windows of the rank that sent it, and no two
-windows of a site overlap. The router's arrival log is the witness: it runs in another process, on the machine's
+A transport is slotted if payload reaches its site's uplink inside the windows of the rank that sent it and within the
+rate reserved for it there, and the windows that are open at a site never add up to more than its line. Windows in which
+a rank owns the whole line must not overlap; ranks that share a slot have windows of a part of the line each, which may.
+Whether a flow keeps to its rate is judged as a policer does, by a token bucket that holds what the flow may send in its
+longest window. The router's arrival log is the witness: it runs in another process, on the machine's
 monotonic clock, and knows nothing of calendars. What ranks give is a trace file each: their windows, the difference
 between their site's time and the monotonic clock, and which connections are theirs, so that a record can be put down
 to its sender.
@@ -32,6 +35,8 @@ SLOTTED_SHARE = 0.99
 """The share of bulk payload that must lie in its owner's windows."""
 
 _BULK, _EXPRESS, _NOBODY = 0, 1, 2
+_WHOLE = 0.9
+"""A rank that may use less of its line shares it: calendars are laid out for 0.99."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,12 @@ class Audit:
 
     ``bulk_bytes`` and ``express_bytes`` are TCP payload that reached an uplink on a rank's bulk and express
     connections, ``other_bytes`` on connections that no rank claims, all of them since the last rank was ready;
-    ``warm_up_bytes`` came before and counts nowhere else. Those ending in ``_inside_bytes`` came while a
-    window of the sending rank was open. ``overlap_ns`` is, for each site, how much of a cycle belongs to more than one
-    of its ranks, and ``clock_spread_ns`` how far their ideas of the site's time lie apart. ``peak_queue_bytes`` is the
-    longest queue of each uplink, ``window_capacity_bytes`` what it carries in the longest window of one rank (0
-    without windows); both count wire bytes.
+    ``warm_up_bytes`` came before and counts nowhere else. Those ending in ``_inside_bytes`` came while a window of the
+    sending rank was open, bulk also within its flow's rate. ``overlap_ns`` is, for each site, for how much of a cycle
+    open windows add up to more than the line, and ``clock_spread_ns`` how far its ranks' ideas of the site's time lie
+    apart. ``peak_queue_bytes`` is the longest queue of each uplink, ``window_capacity_bytes`` what it carries in the
+    longest window of one rank (0 without windows); both count wire bytes. ``ranks_share``: windows are of a
+    part of the line each.
     """
 
     bulk_bytes: int
@@ -57,6 +63,7 @@ class Audit:
     clock_spread_ns: tuple[int, ...]
     peak_queue_bytes: tuple[int, ...]
     window_capacity_bytes: tuple[int, ...]
+    ranks_share: bool
 
     @property
     def bulk_inside_share(self) -> float:
@@ -71,7 +78,7 @@ class Audit:
 
     @property
     def windows_disjoint(self) -> bool:
-        """Whether no two windows of a site overlap."""
+        """Whether open windows of a site never add up to more than its line."""
         return not any(self.overlap_ns)
 
     @property
@@ -98,6 +105,8 @@ class _Calendar:
     cycle_ns: int
     windows: tuple[tuple[int, int], ...]
     offset_ns: int
+    rates_bytes_per_s: tuple[float, ...] = ()
+    line_share: float = 1.0
 
     def is_open(self, times_ns: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Tell for each monotonic time whether it lies in a window."""
@@ -167,6 +176,8 @@ def audit(records: NDArray[Any], traces: Sequence[Mapping[str, Any]], topology: 
         mine = owners == rank
         if trace.calendar is not None:
             inside[mine] = trace.calendar.is_open(payload["time_ns"][mine])
+            for destination, rate in enumerate(trace.calendar.rates_bytes_per_s):
+                inside &= ~_beyond_rate(payload, mine & (lanes == _BULK), destination, rate, trace.calendar)
     sizes = payload["payload_bytes"].astype(np.int64)
     sites = range(len(topology.sites))
     return Audit(
@@ -182,7 +193,29 @@ def audit(records: NDArray[Any], traces: Sequence[Mapping[str, Any]], topology: 
             int(records["queue_bytes"][records["source_site"] == site].max(initial=0)) for site in sites
         ),
         window_capacity_bytes=tuple(_capacity_bytes(known, topology, site) for site in sites),
+        ranks_share=any(trace.calendar is not None and trace.calendar.line_share < _WHOLE for trace in known.values()),
     )
+
+
+def _beyond_rate(
+    payload: NDArray[Any], mine: NDArray[np.bool_], destination: int, rate_bytes_per_s: float, calendar: _Calendar
+) -> NDArray[np.bool_]:
+    """Return which records a policer of this rank's flows to site ``destination`` would have dropped."""
+    beyond = np.zeros(len(payload), dtype=np.bool_)
+    if not rate_bytes_per_s:
+        return beyond
+    room_bytes = rate_bytes_per_s / 1e9 * max((end - start for start, end in calendar.windows), default=0)
+    mine = mine & (payload["destination_site"] == destination)
+    receivers = payload[["destination_address", "destination_port"]]
+    for receiver in np.unique(receivers[mine]):
+        flow = np.flatnonzero(mine & (receivers == receiver))
+        tokens, before_ns = room_bytes, 0
+        for index, at_ns, nbytes in zip(flow, payload["time_ns"][flow], payload["payload_bytes"][flow], strict=True):
+            tokens = min(room_bytes, tokens + (int(at_ns) - before_ns) * rate_bytes_per_s / 1e9)
+            before_ns = int(at_ns)
+            beyond[index] = nbytes > tokens
+            tokens -= 0 if beyond[index] else int(nbytes)
+    return beyond
 
 
 def _parsed(traces: Sequence[Mapping[str, Any]], topology: Topology) -> dict[int, _Trace]:
@@ -239,18 +272,18 @@ def _calendars(known: Mapping[int, _Trace], topology: Topology, site: int) -> li
 
 
 def _overlap_ns(calendars: Sequence[_Calendar]) -> int:
-    """Return for how long of a cycle more than one window is open."""
-    edges = []
+    """Return for how long of a cycle open windows add up to more than the line."""
+    edges: list[tuple[int, float]] = []
     for calendar in calendars:
         for start, end in calendar.windows:
-            edges += [(start, 1), (end, -1)]
+            edges += [(start, calendar.line_share), (end, -calendar.line_share)]
             if end > calendar.cycle_ns:  # goes on at the beginning of the next cycle
-                edges += [(start - calendar.cycle_ns, 1), (end - calendar.cycle_ns, -1)]
-    overlap = is_open = 0
+                edges += [(at - calendar.cycle_ns, change) for at, change in edges[-2:]]
+    overlap, is_open = 0, 0.0
     edges.sort()
     for (at, change), (following, _) in pairwise(edges):
         is_open += change
-        if is_open > 1:
+        if is_open > 1 + 1e-9:
             overlap += following - at
     return overlap
 

@@ -144,6 +144,11 @@ class WideArea:
         """When `due` has something to do next; infinite when nothing is under way."""
         return self._heap[0][0] if self._heap else math.inf
 
+    @property
+    def under_way(self) -> int:
+        """How many units are on their way."""
+        return len(self._heap)
+
     def arrive(self, source: int, unit: bytes, now_ns: int) -> None:
         """Take ``unit`` from site ``source`` into its uplink."""
         if len(unit) <= _DESTINATION + 3 or unit[_DESTINATION : _DESTINATION + 2] != NETWORK:

@@ -144,6 +144,7 @@ def _audit(bench: LabBench, log_path: Path, traces: Path) -> AuditResult:
         clock_spread_ns=seen.clock_spread_ns,
         peak_queue_bytes=seen.peak_queue_bytes,
         window_capacity_bytes=seen.window_capacity_bytes,
+        ranks_share=seen.ranks_share,
     )
 
 

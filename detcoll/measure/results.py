@@ -102,7 +102,8 @@ class AuditResult:
     """What the lab's router saw of a slotted run, held against the calendar.
 
     ``passed`` : at least 99 % of the payload of bulk connections reached its site's uplink inside the sender's own
-    windows, no two windows of a site overlap, and no uplink queued more than a window. ``warm_up_bytes`` opened TCP's
+    windows and reserved rates, windows open at a site never add up to more than its line, and no uplink queued more
+    than a window. ``ranks_share`` : windows of a part of the line each, open together. ``warm_up_bytes`` opened TCP's
     windows before the last rank was ready and count nowhere else. ``inside_share`` counts bulk payload,
     ``payload_inside_share`` all TCP payload with control messages. ``peak_queue_bytes`` is each uplink's longest queue,
     to be read against ``window_capacity_bytes``, what it carries in one window.
@@ -120,6 +121,7 @@ class AuditResult:
     clock_spread_ns: tuple[int, ...]
     peak_queue_bytes: tuple[int, ...]
     window_capacity_bytes: tuple[int, ...]
+    ranks_share: bool = False
 
 
 @dataclass(frozen=True, slots=True)

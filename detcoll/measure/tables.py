@@ -58,7 +58,11 @@ def bench_table(result: BenchResult) -> RenderableType:
 
 def audit_lines(seen: AuditResult) -> list[Text]:
     """Return what the router saw of a slotted run, and whether that is slotted."""
-    apart = "no two windows overlap" if not any(seen.overlap_ns) else f"windows overlap by {max(seen.overlap_ns)} ns"
+    apart = "no two windows overlap"
+    if seen.ranks_share:
+        apart = "open windows never exceed the line"
+    if any(seen.overlap_ns):
+        apart = f"windows overlap by {max(seen.overlap_ns)} ns"
     if not any(seen.window_capacity_bytes):
         apart = "there are no windows"
     queues = ", ".join(
@@ -67,7 +71,9 @@ def audit_lines(seen: AuditResult) -> list[Text]:
     )
     verdict = Text("audit: PASS", style="green") if seen.passed else Text("audit: FAIL", style="bold red")
     return [
-        verdict.append(f" ({seen.slotting}): {seen.inside_share:.2%} of payload inside its owner's windows, {apart}"),
+        verdict.append(
+            f" ({seen.slotting}): {seen.inside_share:.2%} of payload in its owner's windows and rate, {apart}"
+        ),
         Text(f"peak queue of each uplink, against one window: {queues}"),
         Text(f"not counted: {format_bytes(seen.warm_up_bytes)} that opened TCP's windows before the first collective"),
     ]

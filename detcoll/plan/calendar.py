@@ -1,13 +1,14 @@
 """The calendar: which rank may use its site's uplink when, and how fast.
 
-A calendar repeats for ever from time zero of the site's clock, so no collective has to negotiate its start. Three
-modes:
+A calendar repeats for ever from time zero of the site's clock, so no collective has to negotiate its start. Modes:
 
-- CALENDAR  the R ranks of a site own the uplink in turn, each in a window of ``slot_ns`` less the guard, at the full
-            rate. A site of one rank owns its line always and has no windows. Two sites: nobody else shares the
-            downlink, so arrivals need no alignment.
-- SHARE     no windows: every flow is paced at an equal share of the lines it crosses. Needs no clock.
-- OFF       no windows and no pacing: what an ordinary library does, kept for comparison.
+- CALENDAR  a site's uplink leads to one destination at a time, and the R ranks of the site share that slot by rate.
+            With two sites there is one destination and nobody else shares its downlink: the slot never closes, and no
+            clock is needed.
+- TURNS     two sites whose R ranks do not share the slot but own the uplink in turn, each in a window of ``slot_ns``
+            less the guard, at the full rate. A site of one rank owns its line always and has no windows.
+- SHARE     no slots: every flow is paced at an equal share of the lines it crosses. Needs no clock.
+- OFF       no slots and no pacing: what an ordinary library does, kept for comparison.
 
 Rates are payload bytes per second. A calendar is laid out for `LAID_OUT` of the line's payload rate: what is left
 carries express messages, acknowledgements and what TCP sends by itself.
@@ -45,6 +46,7 @@ class Slotting(Enum):
     """How flows share a line."""
 
     CALENDAR = "calendar"
+    TURNS = "turns"
     SHARE = "share"
     OFF = "off"
 
@@ -74,7 +76,7 @@ class SlotWindow:
 
 @dataclass(frozen=True, slots=True)
 class SiteCycle:
-    """One site's cycle. No windows: every rank may send at any time (one rank, or no calendar)."""
+    """One site's cycle. No windows: every rank may send at any time, at its flows' rates."""
 
     cycle_ns: int
     windows: tuple[SlotWindow, ...] = ()
@@ -101,6 +103,11 @@ class Calendar:
         """Return the payload rate of one flow from site ``source`` to site ``destination``; 0: not limited."""
         return self.rates[source * len(self.sites) + destination]
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether any rank has to wait for its turn."""
+        return any(cycle.windows for cycle in self.sites)
+
     def windows_of(self, site: int, rank: int) -> tuple[SlotWindow, ...]:
         """Return the windows of ``rank`` in the cycle of ``site``, in order of time."""
         return tuple(window for window in self.sites[site].windows if window.rank == rank)
@@ -119,7 +126,7 @@ def build_calendar(
     topology : Topology
         With lines between its sites, else the calendar is empty.
     mode : Slotting
-        CALENDAR becomes SHARE where there are more than two sites.
+        CALENDAR and TURNS become SHARE where there are more than two sites.
     slot_ns : int, optional
         Length of a slot, guard included; by default long enough for the guard to cost at most 2 %.
     error_ns : int
@@ -133,9 +140,9 @@ def build_calendar(
     count = len(topology.sites)
     if not topology.is_wide or mode is Slotting.OFF:
         return Calendar(Slotting.OFF, tuple(SiteCycle(DEFAULT_SLOT_NS) for _ in range(count)), (0.0,) * count**2)
-    if mode is Slotting.CALENDAR and count == 2:
-        return _two_sites(topology, slot_ns, error_ns)
-    return _shared(topology)
+    if mode is Slotting.TURNS and count == 2:
+        return _in_turns(topology, slot_ns, error_ns)
+    return _shared(topology, mode if count == 2 else Slotting.SHARE)
 
 
 def _line_rate(topology: Topology, source: int, destination: int) -> float:
@@ -145,7 +152,7 @@ def _line_rate(topology: Topology, source: int, destination: int) -> float:
     return min(up, down if down is not None else up) * topology.payload_share * LAID_OUT
 
 
-def _two_sites(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
+def _in_turns(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
     rates = (0.0, _line_rate(topology, 0, 1) / _at_once(topology, 0, 1),
              _line_rate(topology, 1, 0) / _at_once(topology, 1, 0), 0.0)  # fmt: skip
     if slot_ns is None:
@@ -159,12 +166,12 @@ def _two_sites(topology: Topology, slot_ns: int | None, error_ns: int) -> Calend
             f"{error_ns / slot_ns:.1%}, more than {LARGEST_GUARD_SHARE:.0%}"
         )
     return Calendar(
-        Slotting.CALENDAR, tuple(_turns(site.ranks, slot_ns, error_ns) for site in topology.sites), rates, error_ns
+        Slotting.TURNS, tuple(_turns(site.ranks, slot_ns, error_ns) for site in topology.sites), rates, error_ns
     )
 
 
 def _at_once(topology: Topology, source: int, destination: int) -> int:
-    """Return how many flows of a site may send at once in mode CALENDAR: all of a lone rank's, else one."""
+    """Return how many flows of a site may send at once in mode TURNS: all of a lone rank's, else one."""
     return flows_between(topology, source, destination) if len(topology.sites[source].ranks) == 1 else 1
 
 
@@ -177,7 +184,7 @@ def _turns(ranks: tuple[int, ...], slot_ns: int, guard_ns: int) -> SiteCycle:
     return SiteCycle(slot_ns * len(ranks), windows)
 
 
-def _shared(topology: Topology) -> Calendar:
+def _shared(topology: Topology, mode: Slotting) -> Calendar:
     """All flows of a site may send at once, so each gets an equal part of both lines it crosses."""
     count = len(topology.sites)
     rates = []
@@ -185,7 +192,7 @@ def _shared(topology: Topology) -> Calendar:
         for j in range(count):
             flows = (count - 1) * flows_between(topology, i, j)
             rates.append(0.0 if i == j else _line_rate(topology, i, j) / flows)
-    return Calendar(Slotting.SHARE, tuple(SiteCycle(DEFAULT_SLOT_NS) for _ in range(count)), tuple(rates))
+    return Calendar(mode, tuple(SiteCycle(DEFAULT_SLOT_NS) for _ in range(count)), tuple(rates))
 
 
 def flows_between(topology: Topology, source: int, destination: int) -> int:

@@ -27,9 +27,9 @@ CHUNKS_A_WINDOW = 2
 CHUNKS_A_CYCLE = 8
 """The same for flows without windows, whose chunks share a line: the last one is slow, so it should be small."""
 
-CHUNKS_A_FLOW = 128
-"""Flows that share lines are slow and many, so their chunks grow with the array until a flow has about this many: one
-more chunk's time costs less than a hundredth, and a step for each few kB would cost the host far more."""
+CHUNKS_A_FLOW = 32
+"""Flows that share lines are slow and many, so their chunks grow with the array until a flow has about this many: a
+step for each few kB would cost the host far more than the pipeline gains."""
 
 STEP_NS = 30_000
 """What a step costs a Python host. The chunks that cross a line while the host does their steps should keep the line
@@ -85,7 +85,7 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
         chunk_bytes = _turn_bytes(topology, calendar) - LARGEST_FRAME_BYTES
         host_bytes = _host_bytes(topology, segments)
         chunk_bytes = max(chunk_bytes, host_bytes)
-        if calendar.mode is Slotting.SHARE:
+        if not calendar.has_windows:
             flow_bytes = collective.nbytes // (segments * len(topology.sites))
             chunk_bytes = max(chunk_bytes, flow_bytes // CHUNKS_A_FLOW)
         in_flight_bytes = int(_owner_bytes_per_s(topology, calendar) * (round_trip_ns + 2 * cycle_ns) / 1e9)

@@ -27,7 +27,6 @@ from typing import NoReturn, Protocol
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, FrameError, PeerLost, TransportError
 from detcoll.fold import fold
 from detcoll.machine import Queued, Slots
-from detcoll.plan.calendar import Slotting
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
 from detcoll.priority import make_prompt
@@ -230,7 +229,7 @@ class Progress:
 
     def _run(self) -> None:
         try:
-            if self._slots.calendar.mode is Slotting.CALENDAR:  # nobody else waits for this thread's punctuality
+            if self._slots.calendar.has_windows:  # else the kernel keeps the line busy while this thread waits its turn
                 make_prompt()
             self._timekeeper.start()
             while self._failure is None and not self._stopping:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from detcoll.errors import PlanError, UsageError
 from detcoll.machine import Machine, Queued, Slots
-from detcoll.plan.calendar import Calendar, Slotting
+from detcoll.plan.calendar import Calendar
 from detcoll.plan.ir import Buffer, Kind, Plan
 from detcoll.plan.layout import uses_window
 from detcoll.plan.predict import Costs
@@ -366,7 +366,7 @@ class _Run:
         site = self.hosts[rank].site
         wire_bytes = nbytes / self.area.payload_share
         begin_ns, end_ns = self.area.uplinks[site].take(self.now_ns, wire_bytes)
-        if window is not None and self.calendar.mode is Slotting.CALENDAR and self.calendar.sites[site].windows:
+        if window is not None and self.calendar.sites[site].windows:
             self.windowed_bytes += nbytes
             self.inside_bytes += nbytes if self._owns(site, rank, begin_ns, end_ns) else 0
         there_ns = end_ns + self.area.delay_ns[site][queued.destination_site]
