@@ -9,9 +9,16 @@ counts inside one session only. ``DETCOLL_REALTIME=0`` leaves everything as it i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
+import struct
 import threading
 from collections.abc import Iterator
+
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+_ATTRIBUTES = struct.Struct("IIQiIQQQII")  # struct sched_attr of linux/sched/types.h
+_SLICE_NS = 100_000
 
 PROGRESS, OWNER, LINE = 1, 2, 3
 """Real-time priorities. Threads that hand bytes to the line go first, then the one whose window it is, and last those
@@ -27,6 +34,21 @@ def make_prompt(priority: int = PROGRESS) -> bool:
     except (OSError, AttributeError):
         return False
     return True
+
+
+def shorten_turns() -> bool:
+    """Ask that the calling thread runs often and briefly instead of seldom and long; False where that is not offered.
+
+    Linux 6.12 and newer take a time slice for ordinary threads (``sched_setattr(2)``, ``sched_runtime``, at least
+    0.1 ms): whoever asks for a short one waits less for threads with the usual one of some 3 ms. It needs no privilege.
+    """
+    number = _SCHED_SETATTR.get(platform.machine())
+    if os.environ.get("DETCOLL_REALTIME") == "0" or number is None or platform.system() != "Linux":
+        return False
+    nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, os.SCHED_OTHER, 0, nice, 0, _SLICE_NS, 0, 0, 0, 0)
+    made: int = ctypes.CDLL(None).syscall(number, 0, ctypes.create_string_buffer(attributes, len(attributes)), 0)
+    return made == 0
 
 
 @contextlib.contextmanager

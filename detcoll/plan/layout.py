@@ -27,13 +27,19 @@ CHUNKS_A_WINDOW = 2
 CHUNKS_A_CYCLE = 8
 """The same for flows without windows, whose chunks share a line: the last one is slow, so it should be small."""
 
-CHUNKS_A_FLOW = 32
+CHUNKS_A_FLOW = 16
 """Flows that share lines are slow and many, so their chunks grow with the array until a flow has about this many: a
 step for each few kB would cost the host far more than the pipeline gains."""
 
+HOST_SHARE = 0.1
+"""Of the time that a line is busy with chunks, their steps may take a host that has nothing else to do this part."""
+
+CHUNKS_A_RELAYED_FLOW, RELAYED_HOST_SHARE = 128, 0.5
+"""The same with more than two sites, where a chunk crosses the wide area twice: its result leaves only when all of its
+sum has come, and scratch is held longer, so chunks should be smaller."""
+
 STEP_NS = 30_000
-"""What a step costs a Python host. The chunks that cross a line while the host does their steps should keep the line
-busy for twice as long, else the host sets the pace."""
+"""What a step costs a Python host that has nothing else to do."""
 
 LARGEST_FRAME_BYTES = 128
 """What a transport may add to a message; chunks leave room for it, so that a whole number of them fill a window."""
@@ -83,11 +89,12 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
         cycle_ns = max(cycle.cycle_ns for cycle in calendar.sites)
         round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
         chunk_bytes = _turn_bytes(topology, calendar) - LARGEST_FRAME_BYTES
-        host_bytes = _host_bytes(topology, segments)
-        chunk_bytes = max(chunk_bytes, host_bytes)
+        relayed = len(topology.sites) > 2
+        host_share = RELAYED_HOST_SHARE if relayed or calendar.has_windows else HOST_SHARE
+        chunk_bytes = max(chunk_bytes, _host_bytes(topology, segments, host_share))
         if not calendar.has_windows:
             flow_bytes = collective.nbytes // (segments * len(topology.sites))
-            chunk_bytes = max(chunk_bytes, flow_bytes // CHUNKS_A_FLOW)
+            chunk_bytes = max(chunk_bytes, flow_bytes // (CHUNKS_A_RELAYED_FLOW if relayed else CHUNKS_A_FLOW))
         in_flight_bytes = int(_owner_bytes_per_s(topology, calendar) * (round_trip_ns + 2 * cycle_ns) / 1e9)
     chunk_bytes = min(max(chunk_bytes, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
     smallest_for_tags = collective.count * PHASE_TAGS // (LARGEST_PLAN_TAG // 2) + segments
@@ -99,15 +106,15 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
     return ChunkSize(elems, max(depth, 4))
 
 
-def _host_bytes(topology: Topology, segments: int) -> int:
-    """Return the least chunk that keeps the fastest line busy twice as long as the host with its steps.
+def _host_bytes(topology: Topology, segments: int, host_share: float) -> int:
+    """Return the least chunk whose steps keep the host busy for ``host_share`` of its time on the fastest line.
 
     One chunk of each segment costs a rank some 4 R + 5 steps and crosses an uplink 2 (S-1)/S times.
     """
     count = len(topology.sites)
     steps = 4 * max(len(site.ranks) for site in topology.sites) + 5
     fastest = max(site.uplink_bytes_per_s or 0.0 for site in topology.sites)
-    return int(steps * STEP_NS / 1e9 * fastest * count / (count - 1) / segments)
+    return int(steps * STEP_NS / host_share / 1e9 * fastest * count / (2 * (count - 1)) / segments)
 
 
 def _turn_bytes(topology: Topology, calendar: Calendar) -> int:

@@ -29,7 +29,7 @@ from detcoll.fold import fold
 from detcoll.machine import Queued, Slots
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
-from detcoll.priority import make_prompt
+from detcoll.priority import make_prompt, shorten_turns
 from detcoll.runtime.operation import HELLO_BYTES, Operation, ScratchPool
 from detcoll.runtime.timekeeping import Timekeeper
 from detcoll.trace import CollectiveRecord, SendRecord, Trace
@@ -58,7 +58,7 @@ _HEARSAY_NS = 250_000_000
 _EXPLANATION_NS = 1_000_000_000
 """How long a rank that lost a peer waits to hear from the rendezvous why."""
 
-_BUSY_NS = 1_000_000
+_BUSY_NS = 200_000
 """How long a turn folds and copies before it looks at the endpoints again."""
 
 _UNWAITABLE_STEP_NS = 200_000
@@ -110,6 +110,7 @@ class Progress:
         self._room = threading.Semaphore(LARGEST_QUEUE)
         self._active: deque[Operation] = deque()
         self._busywork: list[tuple[int, int, Operation]] = []
+        self._hellos: list[tuple[int, int, memoryview]] = []
         self._unasked_bytes: dict[int, int] = {}
         self._failure: Exception | None = None
         self._was_told = False
@@ -229,8 +230,10 @@ class Progress:
 
     def _run(self) -> None:
         try:
-            if self._slots.calendar.has_windows:  # else the kernel keeps the line busy while this thread waits its turn
+            if self._slots.calendar.has_windows:
                 make_prompt()
+            else:  # the kernel keeps the line busy while this thread waits for its turn, which should not be long
+                shorten_turns()
             self._timekeeper.start()
             while self._failure is None and not self._stopping:
                 self._turn()
@@ -270,6 +273,7 @@ class Progress:
             self._start(operation)
         self._retire()  # with one rank, or nothing to move, an operation ends as it starts
         self._do_busywork()
+        self._greet_others()
         now_ns = time.monotonic_ns()
         self._timekeeper.turn(now_ns)
         self._give_the_line(now_ns)
@@ -341,7 +345,16 @@ class Progress:
             self._routes.endpoint_of[peer].recv(peer, tag, HELLO_BYTES).context = (operation, -1, None)
         hello = memoryview(operation.descriptor.encode())
         for peer in {following, *operation.plan.peers}:
+            if peer in self._routes.wide:
+                self._hellos.append((peer, tag, hello))
+            else:
+                self._routes.endpoint_of[peer].send(peer, tag, hello)
+
+    def _greet_others(self) -> None:
+        """Send what other sites are to hear; they wait for it longer than this site for its first chunk."""
+        for peer, tag, hello in self._hellos:
             self._routes.endpoint_of[peer].send(peer, tag, hello)
+        self._hellos.clear()
 
     def _tag(self, operation: Operation, plan_tag: int) -> int:
         return (operation.descriptor.sequence % SEQUENCES) << 20 | plan_tag
@@ -368,9 +381,12 @@ class Progress:
                 self._carry_out(operation, operation.machine.ended(step))
             else:
                 self._send(operation, step)
-            for endpoint in self._endpoints:
-                endpoint.keep_time()
-            os.sched_yield()  # real-time threads of equal priority would else wait up to 100 ms for each other
+            if self._slots.queue:
+                self._give_the_line(time.monotonic_ns())
+            if self._slots.calendar.has_windows:
+                for endpoint in self._endpoints:
+                    endpoint.keep_time()
+                os.sched_yield()  # real-time threads of equal priority would else wait up to 100 ms for each other
 
     def _recv(self, operation: Operation, step: int) -> None:
         row = operation.plan.rows[step]
