@@ -164,6 +164,9 @@ def test_queues_are_held_against_a_window() -> None:
     assert found.window_capacity_bytes == (400, 400)
     assert not found.queues_within_windows
     assert audit(log((0, 0, 4000, 348)), traces(), wide).queues_within_windows
+    slept = audit(log((0, 0, 4000, 348), (0, 1, 4020, 349)), traces(), wide, router_late_ns=1)
+    assert slept.asleep_bytes == (1, 1)
+    assert slept.queues_within_windows
 
 
 def test_an_empty_log_proves_nothing() -> None:

@@ -11,7 +11,7 @@ from ranks import launch, lines
 
 MS = 1_000_000
 TOLERANCE_NS = 500 * MS
-"""What may lie between looking at the clock and handing a send over, on a busy machine; the clocks are seconds apart."""
+"""What may lie between looking at the clock and handing a send over, on a busy machine; clocks are seconds apart."""
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ class Audit:
     open windows add up to more than the line, and ``clock_spread_ns`` how far its ranks' ideas of the site's time lie
     apart. ``peak_queue_bytes`` is the longest queue of each uplink, ``window_capacity_bytes`` what it carries in the
     longest window of one rank (0 without windows); both count wire bytes. ``ranks_share``: windows are of a
-    part of the line each.
+    part of the line each. ``asleep_bytes``: what an uplink carries in the longest time that the router slept
+    while a unit was due; what comes meanwhile seems to come at once.
     """
 
     bulk_bytes: int
@@ -64,6 +65,7 @@ class Audit:
     peak_queue_bytes: tuple[int, ...]
     window_capacity_bytes: tuple[int, ...]
     ranks_share: bool
+    asleep_bytes: tuple[int, ...]
 
     @property
     def bulk_inside_share(self) -> float:
@@ -83,8 +85,9 @@ class Audit:
 
     @property
     def queues_within_windows(self) -> bool:
-        """Whether no uplink ever queued more than it carries in a window."""
-        return all(peak <= room for peak, room in zip(self.peak_queue_bytes, self.window_capacity_bytes, strict=True))
+        """Whether no uplink ever queued more than it carries in a window, and while the router slept."""
+        rooms = zip(self.window_capacity_bytes, self.asleep_bytes, strict=True)
+        return all(peak <= sum(room) for peak, room in zip(self.peak_queue_bytes, rooms, strict=True))
 
     @property
     def is_slotted(self) -> bool:
@@ -147,7 +150,9 @@ def read_traces(paths: Sequence[str | Path]) -> list[Mapping[str, Any]]:
     return traces
 
 
-def audit(records: NDArray[Any], traces: Sequence[Mapping[str, Any]], topology: Topology) -> Audit:
+def audit(
+    records: NDArray[Any], traces: Sequence[Mapping[str, Any]], topology: Topology, router_late_ns: int = 0
+) -> Audit:
     """Hold an arrival log against the ranks' calendars.
 
     Parameters
@@ -158,6 +163,8 @@ def audit(records: NDArray[Any], traces: Sequence[Mapping[str, Any]], topology: 
         The ranks' trace files, as `read_traces` gives them, one per rank.
     topology : Topology
         That of the lab.
+    router_late_ns : int
+        How late the router handed a unit over at most, by its own statistics.
 
     Raises
     ------
@@ -194,6 +201,7 @@ def audit(records: NDArray[Any], traces: Sequence[Mapping[str, Any]], topology: 
         ),
         window_capacity_bytes=tuple(_capacity_bytes(known, topology, site) for site in sites),
         ranks_share=any(trace.calendar is not None and trace.calendar.line_share < _WHOLE for trace in known.values()),
+        asleep_bytes=tuple(int(router_late_ns * (site.uplink_bytes_per_s or 0.0) / 1e9) for site in topology.sites),
     )
 
 

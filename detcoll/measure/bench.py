@@ -123,14 +123,15 @@ def _run_transport(bench: LabBench, transport: str) -> tuple[tuple[Row, ...], Au
             argv = [sys.executable, "-m", "detcoll.measure.bench", str(directory / "config.json")]
             setting = Setting(transport, transport, WIDE_AREA)
             Places(bench.topology, lab, bench.deadline_s).run(setting, argv, directory, env)
+            late_ns = lab.statistics().late_peak_ns
         rows = msgspec.json.decode(Path(config.rows_path).read_bytes(), type=tuple[Row, ...])
-        return rows, None if log_path is None else _audit(bench, log_path, directory)
+        return rows, None if log_path is None else _audit(bench, log_path, directory, late_ns)
 
 
-def _audit(bench: LabBench, log_path: Path, traces: Path) -> AuditResult:
+def _audit(bench: LabBench, log_path: Path, traces: Path, router_late_ns: int) -> AuditResult:
     """Hold the router's log against the ranks' calendars."""
     paths = [traces / f"rank{rank}.json" for rank in range(bench.topology.size)]
-    seen = audit(read_log(log_path), read_traces(paths), bench.topology)
+    seen = audit(read_log(log_path), read_traces(paths), bench.topology, router_late_ns)
     return AuditResult(
         slotting=bench.slotting,
         passed=seen.is_slotted and seen.queues_within_windows,
@@ -145,6 +146,7 @@ def _audit(bench: LabBench, log_path: Path, traces: Path) -> AuditResult:
         peak_queue_bytes=seen.peak_queue_bytes,
         window_capacity_bytes=seen.window_capacity_bytes,
         ranks_share=seen.ranks_share,
+        asleep_bytes=seen.asleep_bytes,
     )
 
 

@@ -106,7 +106,8 @@ class AuditResult:
     than a window. ``ranks_share`` : windows of a part of the line each, open together. ``warm_up_bytes`` opened TCP's
     windows before the last rank was ready and count nowhere else. ``inside_share`` counts bulk payload,
     ``payload_inside_share`` all TCP payload with control messages. ``peak_queue_bytes`` is each uplink's longest queue,
-    to be read against ``window_capacity_bytes``, what it carries in one window.
+    to be read against ``window_capacity_bytes``, what it carries in one window, and ``asleep_bytes``, what it carries
+    in the longest time that the router itself was late.
     """
 
     slotting: str
@@ -122,6 +123,7 @@ class AuditResult:
     peak_queue_bytes: tuple[int, ...]
     window_capacity_bytes: tuple[int, ...]
     ranks_share: bool = False
+    asleep_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

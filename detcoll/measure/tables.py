@@ -69,12 +69,15 @@ def audit_lines(seen: AuditResult) -> list[Text]:
         f"{format_bytes(peak)} of {format_bytes(room)}" if room else format_bytes(peak)
         for peak, room in zip(seen.peak_queue_bytes, seen.window_capacity_bytes, strict=True)
     )
+    asleep = ""
+    if any(seen.asleep_bytes):
+        asleep = f"; up to {format_bytes(max(seen.asleep_bytes))} came while the router itself slept"
     verdict = Text("audit: PASS", style="green") if seen.passed else Text("audit: FAIL", style="bold red")
     return [
         verdict.append(
             f" ({seen.slotting}): {seen.inside_share:.2%} of payload in its owner's windows and rate, {apart}"
         ),
-        Text(f"peak queue of each uplink, against one window: {queues}"),
+        Text(f"peak queue of each uplink, against one window: {queues}{asleep}"),
         Text(f"not counted: {format_bytes(seen.warm_up_bytes)} that opened TCP's windows before the first collective"),
     ]
 
