@@ -16,6 +16,7 @@ from detcoll.fold import reference
 from detcoll.runtime import Descriptor, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
 from detcoll.runtime.operation import HELLO_BYTES, ScratchPool
+from detcoll.runtime.progress import acquaintances
 from detcoll.testing import Delay, Drop, Faults, FaultyTransport, Kill, MemoryTransport
 from detcoll.trace import Trace
 from detcoll.transport import NativeCollectives, Transport
@@ -49,6 +50,20 @@ def sums(comm) -> None:
         assert mine.tobytes() == reference(ReduceOp.SUM, given, groups, np.dtype(np.float32)).tobytes()
     comm.broadcast(mine, root=3)
     comm.barrier()
+
+
+@pytest.mark.parametrize(
+    "site_of", [[0], [0, 0], [0, 1], [0, 0, 1, 1], [0] * 7, [0, 1, 1, 2, 2, 2], [2, 0, 1, 0, 2], list(range(7))]
+)
+def test_acquaintances_know_each_other_and_connect_all_ranks(site_of: list[int]) -> None:
+    known = [acquaintances(rank, site_of) for rank in range(len(site_of))]
+    assert all(rank in known[other] and other != rank for rank, others in enumerate(known) for other in others)
+    reached, border = {0}, [0]
+    while border:
+        found = known[border.pop()] - reached
+        reached |= found
+        border.extend(found)
+    assert reached == set(range(len(site_of)))
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

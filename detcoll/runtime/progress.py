@@ -94,6 +94,22 @@ class Routes:
         return list(dict.fromkeys(self.endpoint_of.values()))
 
 
+def acquaintances(rank: int, site_of: Sequence[int]) -> set[int]:
+    """Return with whom ``rank`` compares every call: the last rank of its site, which knows its site and its likes.
+
+    They connect all ranks, so two that called differently are found whatever they called. Plans of small arrays move
+    them between the last ranks, and plans of large ones between all of a site, so hardly a message is made for this.
+    """
+    last = {site: member for member, site in enumerate(site_of)}
+    here = site_of[rank]
+    if last[here] != rank:
+        return {last[here]}
+    sites = sorted(last)
+    at = sites.index(here)
+    neighbours = {last[sites[at - 1]], last[sites[(at + 1) % len(sites)]]}
+    return {member for member, site in enumerate(site_of) if site == here} ^ {rank} | neighbours - {rank}
+
+
 class Progress:
     """Owns the endpoints of one rank; see the module."""
 
@@ -102,6 +118,7 @@ class Progress:
         membership: Membership, trace: Trace,
     ) -> None:  # fmt: skip
         self._rank, self._size, self._routes, self._slots = rank, size, routes, slots
+        self._acquaintances = acquaintances(rank, routes.site_of) if size > 1 else set()
         self._timekeeper = timekeeper
         self._membership, self._trace = membership, trace
         self._pool = ScratchPool()
@@ -336,15 +353,14 @@ class Progress:
     def _greet(self, operation: Operation) -> None:
         """Exchange descriptors with every peer of the plan, so that nothing of another collective is taken in.
 
-        The next rank hears it too: ranks that called different collectives may have plans that share no message.
+        Acquaintances hear it too: ranks that called different collectives may have plans that share no message.
         """
-        following, before = (self._rank + 1) % self._size, (self._rank - 1) % self._size
-        operation.strangers = {before, *operation.plan.peers}
+        operation.strangers = self._acquaintances | operation.plan.peers
         tag = self._tag(operation, HELLO_TAG)
         for peer in operation.strangers:
             self._routes.endpoint_of[peer].recv(peer, tag, HELLO_BYTES).context = (operation, -1, None)
         hello = memoryview(operation.descriptor.encode())
-        for peer in {following, *operation.plan.peers}:
+        for peer in list(operation.strangers):
             if peer in self._routes.wide:
                 self._hellos.append((peer, tag, hello))
             else:

@@ -426,8 +426,8 @@ class SlottedEndpoint(Endpoint):
             self._counted["duplicates"] += 1
             peer.inbound.tell(self._clock.now_ns(), soon=True)
             return
-        # Each acknowledgement wakes up two hosts, so those of bulk messages wait a little for the next one.
-        peer.inbound.tell(self._clock.now_ns(), soon=header.lane is Lane.EXPRESS)
+        # Each acknowledgement wakes up two hosts, so it waits a little for the next one.
+        peer.inbound.tell(self._clock.now_ns(), soon=False)
         counts = header.lane is Lane.BULK
         if header.total != len(payload):
             whole = self._join(peer, header, payload)

@@ -10,7 +10,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``credit_bytes`` : bulk payload that a receiver holds for each sender.  ``congestion`` : TCP congestion control,
     empty for the kernel's default.  ``reconnect_grace_ns`` : how long a broken connection may take to come back.
-    ``acknowledge_delay_ns`` : how long the acknowledgement of a bulk message may wait for company.
+    ``acknowledge_delay_ns`` : how long the acknowledgement of a message may wait for company.
     ``insecure`` : open an address off loopback without keys.  ``ports`` : range to bind in, as ``(first, last)``.
     ``dscp`` : differentiated services code point of both lanes.  ``warm_up_peers``, ``warm_up_bytes``,
     ``warm_up_bytes_per_s`` : to whom this rank sends how much while connecting, and how fast, so that TCP's window is
