@@ -15,6 +15,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -31,6 +32,7 @@ from detcoll.machine import Slots
 from detcoll.plan import Calendar, Collective, Planner, Slotting, build_calendar
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, partners
+from detcoll.plan.predict import Costs, call_ns_of
 from detcoll.rendezvous import Aborted, Session, meet
 from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
@@ -94,7 +96,7 @@ class Communicator:
     ) -> None:  # fmt: skip
         self._session, self._settings, self._topology, self._assembled = session, settings, topology, assembled
         self._calendar = calendar
-        self._planner = Planner(topology, session.rank, calendar)
+        self._planner = Planner(topology, session.rank, calendar, _costs(facts))
         self._sequence = itertools.count()
         self._order = threading.Lock()
         self._finalized = False
@@ -485,11 +487,17 @@ def _calendar(settings: Settings, topology: Topology, facts: Sequence[Facts], *,
     return build_calendar(topology, mode, error_ns=error_ns)
 
 
+def _costs(facts: Sequence[Facts]) -> Costs:
+    """Return what hosts cost, which is the same on all ranks: the most crowded host sets the pace of a call."""
+    ranks_on = Counter(fact.host for fact in facts)
+    return Costs(call_ns=max(call_ns_of(ranks_on[fact.host], fact.cores) for fact in facts))
+
+
 def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:
     facts = Facts(
         VERSION, settings.transport, settings.topology.digest, settings.reproducible,
         settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
-        clock_domain(), launcher,
+        clock_domain(), launcher, len(os.sched_getaffinity(0)),
     )  # fmt: skip
     answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
     everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from detcoll.plan import ALL_REDUCE, Collective, Costs, Planner, Slotting, build_calendar, choose_chunk, predict_ns
 from detcoll.plan.lines import Lines, last_end_ns
+from detcoll.plan.predict import call_ns_of
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Topology
@@ -178,3 +179,19 @@ def test_lines_know_both_directions_of_a_link() -> None:
     topology = Topology.parse(text)
     lines = Lines(topology, build_calendar(topology), express=False)
     assert lines.delay_ns.tolist() == [[0, 11 * MS], [9 * MS, 0]]
+
+
+@pytest.mark.parametrize("algorithm", ["exchange", "direct"])
+def test_what_a_call_costs_before_its_first_step_is_added_across_sites_alone(algorithm: str) -> None:
+    crowded = Costs(call_ns=call_ns_of(4, 2))
+    assert crowded.call_ns == 2 * call_ns_of(1, 2) == 2 * call_ns_of(2, 2)
+    collective = Collective("all_reduce", 3_000_000, 4, 4)
+    for ranks, added_ns in (([2, 2], crowded.call_ns), ([4], 0)):
+        topology = sites_of(ranks)
+        calendar = build_calendar(topology)
+        chunk = choose_chunk(topology, calendar, collective)
+        given = (collective, topology, calendar, algorithm, chunk)
+        assert predict_ns(*given, costs=crowded) - predict_ns(*given) == pytest.approx(added_ns, abs=2)
+        parts = all_parts(collective, topology, algorithm, chunk)
+        late, plain = (simulate(parts, topology, calendar, costs=costs) for costs in (crowded, Costs()))
+        assert late.slowest_ns - plain.slowest_ns == pytest.approx(added_ns, abs=2)

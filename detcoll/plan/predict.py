@@ -22,6 +22,7 @@ Local gather    max((R-1)(s + m(c)), s + m(c) + l) + (R-1)(s + m(c)), after the 
                 number of segments where that is smaller.
 One site        The same without the wide area, or what all steps of the busiest rank cost.
 Acknowledged    What is sent from the caller's array (ring, star, relay) must be acknowledged, a delay after it arrived.
+Call            All of it begins when the hosts of a call across sites have woken up, `call_ns_of`.
 Host            Nothing ends before the busiest rank has done all its steps.
 
 With windows the answer depends on where in the cycle the call falls; without a phase it is the mean over
@@ -43,6 +44,9 @@ from detcoll.topology import Topology
 
 PHASES = 16
 
+CALL_WORK_NS = 1_000_000
+"""Processor time of a call at one rank of a Python host before its first step, ZeroMQ's thread included."""
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -51,7 +55,8 @@ class Costs:
     The defaults are those of a Python host on one machine: a step some 30 us, memory at 5 GB/s, a local message 60 us,
     a wake-up from a wait 100 us. ``frame_bytes`` is what a transport adds to a wide message. ``late_ns`` is what a
     window loses because its owner wakes up late: in the mean over the windows of a host with twice as many busy ranks
-    as cores, most of which begin on time and one in ten more than a millisecond late.
+    as cores, most of which begin on time and one in ten more than a millisecond late. ``call_ns`` is what passes in a
+    call across sites before the first step begins; see `call_ns_of`.
     """
 
     step_ns: int = STEP_NS
@@ -59,11 +64,20 @@ class Costs:
     local_latency_ns: int = 60_000
     wake_ns: int = 100_000
     late_ns: int = 300_000
+    call_ns: int = 0
     frame_bytes: int = LARGEST_FRAME_BYTES
 
     def copy_ns(self, nbytes: float) -> float:
         """Return how long the host takes to read or write ``nbytes``."""
         return nbytes / self.copy_bytes_per_s * 1e9
+
+
+def call_ns_of(ranks_on_host: int, cores: int) -> int:
+    """Return how long the ranks of one host need until the first step of a call across sites begins.
+
+    Each spends some `CALL_WORK_NS` of processor time on waking its threads, greeting and posting, all at once.
+    """
+    return CALL_WORK_NS * max(ranks_on_host, cores) // cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +163,10 @@ class _Prediction:
             return max(first_ns + self._gather_ns(), self._busiest_ns())
         late_ns = self.costs.late_ns
         lines = Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns, late_ns=late_ns)
+        first_ns += self.costs.call_ns
         stages = _Stages(self, lines, first_ns, first_ns + self._supply_ns(lines))
-        return max(stages.done_ns() + self._gather_ns(), stages.acknowledged_ns, self._busiest_ns())
+        busiest_ns = self.costs.call_ns + self._busiest_ns()
+        return max(stages.done_ns() + self._gather_ns(), stages.acknowledged_ns, busiest_ns)
 
     def _supply_ns(self, lines: Lines) -> float:
         """Return how long after the first chunk the last one is ready: what the host and scratch allow."""

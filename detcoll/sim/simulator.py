@@ -126,7 +126,8 @@ def simulate(
     for rank, host in enumerate(run.hosts):
         if data is not None:
             host.memory = Memory(plans[rank], op, data[rank])
-        run.at(phase_ns + (start_ns[rank] if start_ns is not None else 0), run.start, rank)
+        called_ns = phase_ns + (start_ns[rank] if start_ns is not None else 0)
+        run.at(called_ns + (run.costs.call_ns if run.area is not None else 0), run.start, rank)
     run.go(phase_ns + deadline_ns)
     return run.report(phase_ns)
 
