@@ -28,6 +28,7 @@ app.command("detcoll.cli.run:run", name="run", help="Start the ranks of a progra
 app.command("detcoll.cli.lab:lab", name="lab", help="Run any command in an emulated wide-area network.")
 app.command("detcoll.cli.measure:measure", name="measure", help="Compare training across sites with one cluster.")
 app.command("detcoll.cli.bench:bench", name="bench", help="Time collectives.")
+app.command("detcoll.cli.doctor:doctor", name="doctor", help="Say what this host lacks.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,38 @@
+"""``detcoll doctor``: what this host lacks, and what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from detcoll.doctor import Verdict, examine
+from detcoll.measure.results import require_writable
+from detcoll.topology import Topology
+
+_STYLES = {Verdict.GOOD: "green", Verdict.CHANGE: "bold red", Verdict.NOTE: "yellow"}
+
+
+def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
+    """Look at this host's buffers, clocks, scheduling and transports, and say what to change.
+
+    The exit code is 1 where something should be changed.
+
+    Parameters
+    ----------
+    topology
+        The topology file whose lines this host is to serve; a line of 1 Gbit/s over 20 ms is assumed without.
+    json
+        File for what was found.
+    """
+    require_writable(json, "json")
+    found = examine(None if topology is None else Topology.from_file(topology))
+    table = Table("what", "found", "", "what to do")
+    for one in found:
+        table.add_row(one.name, one.value, one.verdict.value, one.advice, style=_STYLES[one.verdict])
+    Console().print(table)
+    if json is not None:
+        json.write_bytes(msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
+    return 1 if any(one.verdict is Verdict.CHANGE for one in found) else 0
