@@ -29,7 +29,8 @@ def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
     """
     require_writable(json, "json")
     found = examine(None if topology is None else Topology.from_file(topology))
-    table = Table("what", "found", "", "what to do")
+    table = Table("what", "found", "")
+    table.add_column("what to do", overflow="fold")  # commands must be whole
     for one in found:
         table.add_row(one.name, one.value, one.verdict.value, one.advice, style=_STYLES[one.verdict])
     Console().print(table)
