@@ -62,6 +62,20 @@ def test_the_lab_line_is_held_against_what_it_was_told() -> None:
     assert facts["rate_over_stated"] > 0
 
 
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_the_figures_of_the_docs_can_be_taken(tmp_path: Path) -> None:
+    written, drawn = tmp_path / "performance.json", tmp_path / "performance.svg"
+    given = ["--iterations", "1", "--only", "growth: 2", "--json", str(written), "--plot", str(drawn)]
+    done = run(sys.executable, str(BENCHMARKS / "performance.py"), *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [case] = json.loads(written.read_bytes())["cases"]
+    assert case["command"].startswith("python -m detcoll bench --lab --sites 2")
+    assert case["rows"][0]["fraction_of_bound"] > 0
+    assert "| growth: 2 sites | slotted | 8,388,608 |" in done.stdout
+    assert drawn.read_text().count("<rect") == 1
+
+
 def test_failure_of_another_rank_shows() -> None:
     size = "'4B' if int(os.environ['RANK']) else '8B'"
     fault = f"import os, sys, pytest; sys.exit(pytest.main([*sys.argv[1:], '--sizes', {size}]))"

@@ -1,0 +1,195 @@
+"""Takes the figures of docs/performance.md, all in one session of one machine, and writes them as JSON and as a plot.
+
+    python benchmarks/performance.py --json performance.json --plot performance.svg
+
+Each case is a command of detcoll's own that anybody can run alone; the file holds it beside its rows. ``--only`` takes
+some of the cases, ``--rounds`` repeats them in turn, so that a busy minute does not fall on one case alone. Needs Linux
+and root for the emulated lines; peers that are not installed are left out, and the file says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from detcoll.measure.host import host_facts
+from detcoll.plan import Collective, Planner, build_calendar
+from detcoll.topology import Topology
+
+TWO_BY_TWO = ("--lab", "--sites", "2", "--ranks-per-site", "2", "--rate", "1 Gbit/s", "--round-trip", "20 ms")
+FOUR = ("--lab", "--sites", "4", "--ranks-per-site", "1", "--rate", "250 Mbit/s", "--round-trip", "20 ms")
+UNEQUAL = (("a", "b", 5), ("a", "c", 12), ("a", "d", 40), ("b", "c", 9), ("b", "d", 33), ("c", "d", 21))
+"""One-way delays between four sites in milliseconds."""
+
+DEADLINE_S = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A command that writes a file of `detcoll bench`, and what is asked by it."""
+
+    name: str
+    arguments: tuple[str, ...]
+    launcher: tuple[str, ...] = ()
+
+
+def cases(folder: Path, iterations: int) -> list[Case]:
+    """Return all cases; topology files that they need are written to ``folder``."""
+    unequal = folder / "unequal.toml"
+    sites = "".join(f'[[site]]\nname = "{name}"\nranks = 1\nuplink = "250 Mbit/s"\n' for name in "abcd")
+    links = "".join(f'[[link]]\nbetween = ["{a}", "{b}"]\none_way = "{ms} ms"\n' for a, b, ms in UNEQUAL)
+    unequal.write_text(sites + links, encoding="utf-8")
+    count = ("--iterations", str(iterations))
+    sizes = ("--bytes", "8B,256KiB,4MiB,64MiB", "--transport", "slotted,gloo,mpi")
+    found = [
+        Case("2 x 2 ranks, 1 Gbit/s, 20 ms", (*TWO_BY_TWO, *sizes, *count)),
+        Case("spread over 50 calls", (*TWO_BY_TWO, "--bytes", "64MiB", "--iterations", "50")),
+    ]
+    for slotting in ("calendar", "share"):
+        given = ("--bytes", "32MiB", "--slotting", slotting, *count)
+        found.append(Case(f"4 sites, equal distances, {slotting}", (*FOUR, *given)))
+        found.append(Case(f"4 sites, unequal distances, {slotting}", ("--lab", "--topology", str(unequal), *given)))
+    found += [
+        Case(f"growth: {count_} sites", ("--lab", "--sites", str(count_), "--ranks-per-site", "1", "--rate",
+             "100 Mbit/s", "--round-trip", "20 ms", "--bytes", "8MiB", *count))
+        for count_ in (2, 4, 8)
+    ]  # fmt: skip
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
+    for ranks in ("2", "4"):
+        local = ("--bytes", "8B,64KiB,1MiB,4MiB,64MiB", "--iterations", str(5 * iterations))
+        names = "shm,gloo" if mpiexec is None else "shm,gloo,mpi"
+        launcher = ("-m", "detcoll", "run", "-n", ranks) if mpiexec is None else (mpiexec, "-n", ranks)
+        found.append(Case(f"one host, {ranks} ranks", ("--transport", names, *local), launcher))
+    return found
+
+
+def run(case: Case, folder: Path) -> dict[str, Any]:
+    """Run a case and return its command and what it wrote, or why it did not."""
+    path = folder / "rows.json"
+    path.unlink(missing_ok=True)
+    python = [sys.executable, "-m", "detcoll", "bench"]
+    if case.launcher[:1] == ("-m",):
+        argv = [sys.executable, *case.launcher, *python[1:], *case.arguments]
+    else:
+        argv = [*case.launcher, *python, *case.arguments]
+    done = subprocess.run(
+        [*argv, "--json", str(path)], capture_output=True, text=True, timeout=DEADLINE_S, check=False, cwd=folder
+    )
+    shown = shlex.join(
+        ["python" if word == sys.executable else Path(word).name if "/" in word else word for word in argv]
+    )
+    result: dict[str, Any] = {"name": case.name, "command": shown, "rows": [], "exit_code": done.returncode}
+    if path.exists():
+        wrote = json.loads(path.read_bytes())
+        result |= {name: wrote.get(name) for name in ("rows", "left_out", "audit")}
+    else:
+        result["error"] = done.stderr[-2000:]
+    return result
+
+
+def planning() -> dict[str, Any]:
+    """Return what compiling costs: one rank's part of 1 GiB over 40 sites of 8, then again from the cache."""
+    topology = Topology.uniform(40, 8, 125e6, 10_000_000)
+    collective = Collective("all_reduce", 2**28, 4, 4)
+    calendar = build_calendar(topology)
+    tracemalloc.start()
+    planner = Planner(topology, 17, calendar)
+    planner.plan(collective)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    fresh = Planner(topology, 17, calendar)
+    begin_s = time.perf_counter()
+    plan = fresh.plan(collective)
+    compiled_s = time.perf_counter() - begin_s
+    begin_s = time.perf_counter()
+    fresh.plan(collective)
+    return {
+        "steps": len(plan.steps), "compile_s": compiled_s, "cached_s": time.perf_counter() - begin_s,
+        "peak_bytes": peak_bytes,
+    }  # fmt: skip
+
+
+def plot(results: Sequence[dict[str, Any]]) -> str:
+    """Return an SVG with a bar a row: the share of the physical floor, where there is one."""
+    rows = [
+        (f"{case['name']}: {row['transport']}, {row['bytes']:,} bytes", row["fraction_of_bound"])
+        for case in results
+        for row in case["rows"]
+        if row["fraction_of_bound"] is not None
+    ]
+    height = 20 * len(rows) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height}"',
+        ' font-family="sans-serif" font-size="12">',
+    ]
+    for index, (label, share) in enumerate(rows):
+        top = 20 * index + 10
+        color = "#1f6f8b" if "slotted" in label else "#b0b0b0"
+        parts.append(f'<text x="440" y="{top + 12}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<rect x="450" y="{top}" width="{400 * share:.0f}" height="15" fill="{color}"/>')
+        parts.append(f'<text x="{455 + 400 * share:.0f}" y="{top + 12}">{share:.1%}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "| case | transport | bytes | median | spread | of the floor | predicted |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in results:
+        for row in case["rows"]:
+            spread = (row["max_s"] - row["min_s"]) / row["median_s"]
+            share = "-" if row["fraction_of_bound"] is None else f"{row['fraction_of_bound']:.1%}"
+            off = "-" if row["predicted_s"] is None else f"{row['predicted_s'] / row['median_s'] - 1:+.1%}"
+            lines.append(
+                f"| {case['name']} | {row['transport']} | {row['bytes']:,} | {row['median_s'] * 1e3:.3f} ms | "
+                f"{spread:.1%} | {share} | {off} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the cases, print the table, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", default="", help="cases whose name contains this, such as planning")
+    given = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory(prefix="detcoll-performance-") as name:
+        folder = Path(name)
+        for _ in range(given.rounds):
+            for case in cases(folder, given.iterations):
+                if given.only in case.name:
+                    print(case.name, file=sys.stderr, flush=True)
+                    results.append(run(case, folder))
+    print(table(results))
+    for case in results:
+        if "error" in case:
+            print(f"{case['name']} failed: {case['error']}", file=sys.stderr)
+    if given.json is not None:
+        facts = {"schema": "detcoll.performance/1", "host": host_facts(), "planning": None, "cases": results}
+        if given.only in "planning":
+            facts["planning"] = planning()
+        given.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    if given.plot is not None:
+        given.plot.write_text(plot(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
