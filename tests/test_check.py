@@ -263,7 +263,7 @@ def crossed(first: str, second: str) -> list[Plan]:
     for rank, order in enumerate((first, second)):
         builder = PlanBuilder()
         for word in order.split():
-            after = [len(builder.rows) - 1] if builder.rows else []
+            after = [builder.count - 1] if builder.count else []
             if word == "send":
                 builder.send(Phase.LOCAL_REDUCE, 1 - rank, rank, (Buffer.USER, 0), 1, after)
             else:

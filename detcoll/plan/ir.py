@@ -19,10 +19,11 @@ not grow with the array.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +138,8 @@ class Plan:
         hashed = hashlib.blake2b(digest_size=16)
         head = (self.collective, self.algorithm, self.rank, self.size, self.partial_elems, self.accumulator_elems)
         hashed.update(repr(head).encode())
-        for array in (self.steps, self.after, self.inputs):
-            hashed.update(np.ascontiguousarray(array).tobytes())
+        for part in (self.steps, self.after, self.inputs):
+            hashed.update(np.ascontiguousarray(part).tobytes())
         return hashed.hexdigest()
 
     @cached_property
@@ -205,11 +206,16 @@ class Plan:
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """Collects steps in any order that respects ``after`` and freezes them into a `Plan`."""
+    """Collects steps in any order that respects ``after`` and freezes them into a `Plan`.
 
-    rows: list[tuple[int, ...]] = field(default_factory=list)
-    after: list[int] = field(default_factory=list)
-    inputs: list[tuple[int, int]] = field(default_factory=list)
+    ``rows`` and ``inputs`` are flat, field after field, since a quarter of a million tuples would take 60 MB. ``count``
+    steps were added so far.
+    """
+
+    rows: array[int] = field(default_factory=partial(array, "q"))
+    after: array[int] = field(default_factory=partial(array, "i"))
+    inputs: array[int] = field(default_factory=partial(array, "q"))
+    count: int = 0
 
     def send(
         self, phase: Phase, peer: int, tag: int, source: tuple[Buffer, int], length: int, after: Sequence[int],
@@ -232,7 +238,8 @@ class PlanBuilder:
         after: Sequence[int], *, final: bool = False,
     ) -> int:  # fmt: skip
         """Add a FOLD of ``inputs`` into ``target`` and return its index."""
-        self.inputs.extend(inputs)
+        for one in inputs:
+            self.inputs.extend(one)
         buffer, offset = target
         return self._add(Kind.FOLD, phase, buffer, False, final, False, -1, 0, offset, length, after)
 
@@ -241,9 +248,10 @@ class PlanBuilder:
         tag: int, offset: int, length: int, after: Sequence[int],
     ) -> int:  # fmt: skip
         self.after.extend(after)
-        ends = (len(self.after), len(self.inputs))
-        self.rows.append((kind, phase, buffer, wide, final, accumulated, peer, tag, offset, length, *ends))
-        return len(self.rows) - 1
+        ends = (len(self.after), len(self.inputs) // 2)
+        self.rows.extend((kind, phase, buffer, wide, final, accumulated, peer, tag, offset, length, *ends))
+        self.count += 1
+        return self.count - 1
 
     def build(
         self, collective: Collective, algorithm: str, rank: int, size: int, partial_elems: int = 0,
@@ -252,6 +260,16 @@ class PlanBuilder:
         """Return the finished plan."""
         return Plan(
             collective, algorithm, rank, size,
-            np.array(self.rows, dtype=STEP), np.array(self.after, dtype=np.int32),
-            np.array(self.inputs, dtype=INPUT), partial_elems, accumulator_elems,
+            _structured(self.rows, STEP), np.array(self.after, dtype=np.int32), _structured(self.inputs, INPUT),
+            partial_elems, accumulator_elems,
         )  # fmt: skip
+
+
+def _structured(flat: array[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return rows of ``dtype`` whose fields follow one another in ``flat``."""
+    names = dtype.names or ()
+    columns = np.frombuffer(flat, np.int64).reshape(-1, len(names)) if flat else np.empty((0, len(names)), np.int64)
+    rows = np.empty(len(columns), dtype)
+    for index, name in enumerate(names):
+        rows[name] = columns[:, index]
+    return rows
