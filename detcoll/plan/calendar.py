@@ -4,7 +4,8 @@ A calendar repeats for ever from time zero of the site's clock, so no collective
 
 - CALENDAR  a site's uplink leads to one destination at a time, and the R ranks of the site share that slot by rate.
             With two sites there is one destination and nobody else shares its downlink: the slot never closes, and no
-            clock is needed.
+            clock is needed. With more, windows are laid so that what arrives at a downlink comes from one site at a
+            time too (`detcoll.plan.alignment`), which needs a clock that all sites share.
 - TURNS     two sites whose R ranks do not share the slot but own the uplink in turn, each in a window of ``slot_ns``
             less the guard, at the full rate. A site of one rank owns its line always and has no windows.
 - SHARE     no slots: every flow is paced at an equal share of the lines it crosses. Needs no clock.
@@ -24,6 +25,7 @@ from math import gcd
 import msgspec
 
 from detcoll.errors import PlanError, UsageError
+from detcoll.plan.alignment import align
 from detcoll.topology import Topology
 
 LAID_OUT = 0.99
@@ -37,6 +39,10 @@ DEFAULT_SLOT_NS = 12_000_000
 
 SMALLEST_SLOT_BYTES = 65_536
 """On slow lines slots grow until they carry this much, so that chunks do not get too small to be worth a frame."""
+
+ALIGNED_SLOT_NS = 24_000_000
+"""The same between more than two sites, where each window has to be begun by waking up, some 0.3 ms late in the mean: of
+24 ms that is 1.25 %. A call ends half a turn of slots later than it might, so that longer ones cost as much again."""
 
 DEFAULT_HOST_ERROR_NS = 100_000
 """How late kernel pacing and the sender's own wake-up may let the last byte of a window leave."""
@@ -67,11 +73,16 @@ class Slotting(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SlotWindow:
-    """A window of ``rank`` within its site's cycle: ``[start_ns, end_ns)``, guard not included."""
+    """A window of ``rank`` within its site's cycle: ``[start_ns, end_ns)``, guard not included.
+
+    ``rank`` -1: of all ranks of the site, each at its flow's rate.  ``destination`` : the site to which it leads, -1
+    for any. One that leads to a site may run over the end of the cycle.
+    """
 
     rank: int
     start_ns: int
     end_ns: int
+    destination: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +121,11 @@ class Calendar:
 
     def windows_of(self, site: int, rank: int) -> tuple[SlotWindow, ...]:
         """Return the windows of ``rank`` in the cycle of ``site``, in order of time."""
-        return tuple(window for window in self.sites[site].windows if window.rank == rank)
+        return tuple(window for window in self.sites[site].windows if window.rank in (rank, -1))
+
+    def windows_to(self, site: int, rank: int, destination: int) -> tuple[SlotWindow, ...]:
+        """Return those of them that may carry something to site ``destination``."""
+        return tuple(window for window in self.windows_of(site, rank) if window.destination in (destination, -1))
 
 
 def build_calendar(
@@ -126,22 +141,25 @@ def build_calendar(
     topology : Topology
         With lines between its sites, else the calendar is empty.
     mode : Slotting
-        CALENDAR and TURNS become SHARE where there are more than two sites.
+        TURNS becomes SHARE where there are more than two sites.
     slot_ns : int, optional
         Length of a slot, guard included; by default long enough for the guard to cost at most 2 %.
     error_ns : int
-        What a guard has to cover: how far the ranks of a site disagree about time, and how late the last byte leaves.
+        What a guard has to cover: how far ranks disagree about time, and how late the last byte leaves.
 
     Raises
     ------
     PlanError
-        If the guard would cost more than `LARGEST_GUARD_SHARE` of ``slot_ns``: the clock cannot honour such windows.
+        If the guard would cost more than `LARGEST_GUARD_SHARE` of ``slot_ns``: the clock cannot honour such windows. If
+        arrivals of more than two sites cannot be aligned.
     """
     count = len(topology.sites)
     if not topology.is_wide or mode is Slotting.OFF:
         return Calendar(Slotting.OFF, tuple(SiteCycle(DEFAULT_SLOT_NS) for _ in range(count)), (0.0,) * count**2)
     if mode is Slotting.TURNS and count == 2:
         return _in_turns(topology, slot_ns, error_ns)
+    if mode is Slotting.CALENDAR and count > 2:
+        return _aligned(topology, slot_ns, error_ns)
     return _shared(topology, mode if count == 2 else Slotting.SHARE)
 
 
@@ -155,19 +173,45 @@ def _line_rate(topology: Topology, source: int, destination: int) -> float:
 def _in_turns(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
     rates = (0.0, _line_rate(topology, 0, 1) / _at_once(topology, 0, 1),
              _line_rate(topology, 1, 0) / _at_once(topology, 1, 0), 0.0)  # fmt: skip
+    slot_ns = _slot_ns(slot_ns, DEFAULT_SLOT_NS, min(rates[1], rates[2]), error_ns)
+    return Calendar(
+        Slotting.TURNS, tuple(_turns(site.ranks, slot_ns, error_ns) for site in topology.sites), rates, error_ns
+    )
+
+
+def _slot_ns(slot_ns: int | None, default_ns: int, slowest_bytes_per_s: float, error_ns: int) -> int:
+    """Return a slot that is long enough for its guard and for what it should carry, or the one asked for."""
     if slot_ns is None:
-        slowest = min(rates[1], rates[2])
         slot_ns = max(
-            DEFAULT_SLOT_NS, int(SMALLEST_SLOT_BYTES / slowest * 1e9), int(error_ns / LARGEST_GUARD_SHARE) + 1
+            default_ns, int(SMALLEST_SLOT_BYTES / slowest_bytes_per_s * 1e9), int(error_ns / LARGEST_GUARD_SHARE) + 1
         )
     if error_ns > slot_ns * LARGEST_GUARD_SHARE:
         raise PlanError(
             f"slot_ns={slot_ns} is too short for errors of {error_ns} ns: the guard would cost "
             f"{error_ns / slot_ns:.1%}, more than {LARGEST_GUARD_SHARE:.0%}"
         )
-    return Calendar(
-        Slotting.TURNS, tuple(_turns(site.ranks, slot_ns, error_ns) for site in topology.sites), rates, error_ns
-    )
+    return slot_ns
+
+
+def _aligned(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
+    """One destination at a time at each uplink, one source at a time at each downlink; equal bytes for all pairs."""
+    sites = range(len(topology.sites))
+    lines = [[_line_rate(topology, i, j) if i != j else 0.0 for j in sites] for i in sites]
+    slowest = min(lines[i][j] for i in sites for j in sites if i != j)
+    longest_ns = _slot_ns(slot_ns, ALIGNED_SLOT_NS, slowest, error_ns)
+    carried_bytes = (longest_ns - error_ns) * slowest
+    shortest_ns = int(error_ns / LARGEST_GUARD_SHARE) + 1
+    slots_ns = [
+        [max(round(carried_bytes / lines[i][j]) + error_ns, shortest_ns) if i != j else 0 for j in sites] for i in sites
+    ]
+    found = align([[topology.one_way_ns(i, j) for j in sites] for i in sites], slots_ns)
+    windows: list[list[SlotWindow]] = [[] for _ in sites]
+    for departure in sorted(found.departures, key=lambda each: each.start_ns):
+        i, j, start_ns = departure.source, departure.destination, departure.start_ns
+        windows[i].append(SlotWindow(-1, start_ns, start_ns + slots_ns[i][j] - error_ns, j))
+    rates = tuple(lines[i][j] / flows_between(topology, i, j) if i != j else 0.0 for i in sites for j in sites)
+    cycles = tuple(SiteCycle(found.cycle_ns, tuple(of_site)) for of_site in windows)
+    return Calendar(Slotting.CALENDAR, cycles, rates, error_ns)
 
 
 def _at_once(topology: Topology, source: int, destination: int) -> int:
@@ -205,7 +249,8 @@ def check_calendar(calendar: Calendar, topology: Topology) -> None:
     """Prove that no uplink and no downlink carries more than it may at any time.
 
     Windows of one site must not overlap, every rank of a site with windows must have one, and guards must lie between
-    different owners. Rates are summed over everything that may send at once.
+    different owners. Where windows lead to one site each, every site must have one to every other, and what arrives must
+    not overlap either, guards included. Rates are summed over everything that may send at once.
 
     Raises
     ------
@@ -217,35 +262,76 @@ def check_calendar(calendar: Calendar, topology: Topology) -> None:
     for index, (site, cycle) in enumerate(zip(topology.sites, calendar.sites, strict=True)):
         _check_cycle(site.name, site.ranks, cycle, calendar.guard_ns)
         _check_rates(calendar, topology, index)
+    if _leads(calendar):
+        for index in range(len(topology.sites)):
+            _check_arrivals(calendar, topology, index)
+
+
+def _leads(calendar: Calendar) -> bool:
+    """Tell whether windows lead to one site each."""
+    return any(window.destination >= 0 for cycle in calendar.sites for window in cycle.windows)
 
 
 def _check_cycle(name: str, ranks: tuple[int, ...], cycle: SiteCycle, guard_ns: int) -> None:
     if not cycle.windows:
         return
-    ordered = sorted(cycle.windows, key=lambda window: window.start_ns)
-    idle = set(ranks) - {window.rank for window in ordered}
-    if idle:
+    owners = {window.rank for window in cycle.windows}
+    idle = set(ranks) - owners
+    if idle and -1 not in owners:
         raise PlanError(f"site {name!r}: ranks {sorted(idle)} own no window")
-    wrapped = SlotWindow(ordered[0].rank, ordered[0].start_ns + cycle.cycle_ns, ordered[0].end_ns + cycle.cycle_ns)
-    for window, following in zip(ordered, [*ordered[1:], wrapped], strict=True):
-        if not 0 <= window.start_ns < window.end_ns <= cycle.cycle_ns:
+    for window in cycle.windows:
+        last_ns = cycle.cycle_ns + (window.start_ns if window.destination >= 0 else 0)
+        if not 0 <= window.start_ns < min(window.end_ns, cycle.cycle_ns) or window.end_ns > last_ns:
             raise PlanError(f"site {name!r}: {window} does not lie in its cycle of {cycle.cycle_ns} ns")
-        gap_ns = following.start_ns - window.end_ns
-        if gap_ns < (guard_ns if following.rank != window.rank else 0):
-            raise PlanError(f"site {name!r}: {window} and {following} collide; the guard is {guard_ns} ns")
+    _check_apart(f"site {name!r}", [(window.start_ns, window) for window in cycle.windows], cycle.cycle_ns, guard_ns)
+
+
+def _check_apart(where: str, begun: list[tuple[int, SlotWindow]], cycle_ns: int, guard_ns: int) -> None:
+    """Check that windows which begin at these times of a cycle do not overlap, with guards between owners."""
+    begun = sorted(begun, key=lambda entry: entry[0])
+    following = [*begun[1:], (begun[0][0] + cycle_ns, begun[0][1])]
+    for (start_ns, window), (next_ns, other) in zip(begun, following, strict=True):
+        gap_ns = next_ns - start_ns - (window.end_ns - window.start_ns)
+        same_owner = (window.rank, window.destination) == (other.rank, other.destination)
+        if gap_ns < (0 if same_owner else guard_ns):
+            raise PlanError(f"{where}: {window} and {other} collide; the guard is {guard_ns} ns")
+
+
+def _check_arrivals(calendar: Calendar, topology: Topology, receiver: int) -> None:
+    """Check that windows of all other sites to this one arrive one after another."""
+    name, cycle_ns = topology.sites[receiver].name, calendar.sites[receiver].cycle_ns
+    arrivals: list[tuple[int, SlotWindow]] = []
+    for sender, cycle in enumerate(calendar.sites):
+        if sender == receiver:
+            continue
+        if cycle.cycle_ns != cycle_ns:
+            raise PlanError(f"sites have cycles of {cycle.cycle_ns} and {cycle_ns} ns; expected one")
+        delay_ns = topology.one_way_ns(sender, receiver)
+        mine = [window for window in cycle.windows if window.destination == receiver]
+        if not mine or any(window.destination < 0 for window in cycle.windows):
+            raise PlanError(f"site {topology.sites[sender].name!r} has no window of its own to site {name!r}")
+        # A source is an owner here, so it stands where a rank would.
+        arrivals += [
+            ((window.start_ns + delay_ns) % cycle_ns, SlotWindow(sender, window.start_ns, window.end_ns, receiver))
+            for window in mine
+        ]
+    _check_apart(f"arrivals at site {name!r}", arrivals, cycle_ns, calendar.guard_ns)
 
 
 def _check_rates(calendar: Calendar, topology: Topology, index: int) -> None:
     site = topology.sites[index]
     others = [other for other in range(len(topology.sites)) if other != index]
+    leads = _leads(calendar)
 
     def at_once(i: int, j: int) -> int:
-        return 1 if calendar.sites[i].windows else flows_between(topology, i, j)
+        alone = calendar.sites[i].windows and not leads
+        return 1 if alone else flows_between(topology, i, j)
 
     for label, rate, pairs in (
         ("uplink", site.uplink_bytes_per_s, [(index, other) for other in others]),
         ("downlink", site.downlink_bytes_per_s, [(other, index) for other in others]),
     ):
-        used = sum(calendar.rate_bytes_per_s(i, j) * at_once(i, j) for i, j in pairs) / topology.payload_share
+        each = [calendar.rate_bytes_per_s(i, j) * at_once(i, j) for i, j in pairs]
+        used = (max(each, default=0.0) if leads else sum(each)) / topology.payload_share
         if rate is not None and used > rate * (1 + 1e-9):
             raise PlanError(f"site {site.name!r}: its {label} of {rate:.0f} bytes/s would carry {used:.0f}")

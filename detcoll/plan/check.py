@@ -258,14 +258,15 @@ def _in_order(plans: list[Plan], partners: dict[Place, Place]) -> list[Place]:
 def _check_windows(plan: Plan, topology: Topology, calendar: Calendar) -> None:
     """Check that every wide message fits into each window of its sender, frame included."""
     site = topology.site_of(plan.rank)
-    windows = calendar.windows_of(site, plan.rank)
-    if not windows or not uses_window(calendar, plan.collective.nbytes):
+    if not calendar.windows_of(site, plan.rank) or not uses_window(calendar, plan.collective.nbytes):
         return
-    shortest_ns = min(window.end_ns - window.start_ns for window in windows)
     for step, row in enumerate(plan.steps):
         if row["kind"] != Kind.SEND or not row["wide"]:
             continue
-        rate = calendar.rate_bytes_per_s(site, topology.site_of(int(row["peer"])))
+        destination = topology.site_of(int(row["peer"]))
+        windows = calendar.windows_to(site, plan.rank, destination)
+        shortest_ns = min((window.end_ns - window.start_ns for window in windows), default=0)
+        rate = calendar.rate_bytes_per_s(site, destination)
         nbytes = plan.message_bytes(step) + LARGEST_FRAME_BYTES
         if nbytes / rate * 1e9 > shortest_ns:
             raise PlanError(

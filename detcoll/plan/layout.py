@@ -120,7 +120,8 @@ def _host_bytes(topology: Topology, segments: int, host_share: float) -> int:
 def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
     """Return the part of the shortest window that a chunk fills, or of the slowest flow's cycle without any."""
     windows = [
-        (window.end_ns - window.start_ns) * calendar.rate_bytes_per_s(site, 1 - site)
+        (window.end_ns - window.start_ns)
+        * calendar.rate_bytes_per_s(site, window.destination if window.destination >= 0 else 1 - site)
         for site, cycle in enumerate(calendar.sites)
         for window in cycle.windows
     ]
@@ -135,11 +136,12 @@ def _owner_bytes_per_s(topology: Topology, calendar: Calendar) -> float:
     count = len(topology.sites)
 
     def flows(i: int, j: int) -> float:
-        if calendar.sites[i].windows:
+        if calendar.mode is Slotting.TURNS and calendar.sites[i].windows:
             return 1.0
         return flows_between(topology, i, j) / len(topology.sites[i].ranks)
 
-    return max(sum(calendar.rate_bytes_per_s(i, j) * flows(i, j) for j in range(count) if j != i) for i in range(count))
+    together = max if calendar.mode is Slotting.CALENDAR and calendar.has_windows else sum
+    return max(together([calendar.rate_bytes_per_s(i, j) * flows(i, j) for j in range(count) if j != i]) for i in range(count))
 
 
 def _even(segment_elems: int, chunk_elems: int, sites: int) -> int:

@@ -7,7 +7,7 @@ begins at a given time has put its bytes on the line:
 - calendar  T of time on the line, in windows that add up to W a cycle: what is left of the first cycle's windows is
             used first, then pass as many whole cycles as T has Ws, and the rest ends that far into its window. A
             message is cut where a window ends, as `detcoll.machine.Slots` does. Each window is shorter by what its
-            owner takes to wake up.
+            owner takes to wake up. Where windows lead to one site each, every flow has those of its own.
 - off, express   all of a site's flows together at the line's rate, at both ends.
 """
 
@@ -102,7 +102,9 @@ class Lines:
         ends: Floats = begin_ns + flows.nbytes / rates * 1e9
         for rank in np.unique(flows.src):
             site = int(self.site_of[rank])
-            if self.calendar.sites[site].windows:
+            if self.calendar.sites[site].windows and self.calendar.mode is Slotting.CALENDAR:
+                self._end_by_destination(site, int(rank), flows, rates, begin_ns, ends)
+            elif self.calendar.sites[site].windows:
                 mine = flows.src == rank
                 ends[mine] = self._end_in_windows(site, int(rank), flows, mine, float(begin_ns[mine].min()))
         return ends
@@ -113,6 +115,34 @@ class Lines:
         into = np.bincount(destinations, flows.nbytes, len(self._down)) / self._down
         ends: Floats = begin_ns + np.maximum(out[sources], into[destinations]) * 1e9
         return ends
+
+    def _end_by_destination(
+        self, site: int, rank: int, flows: Flows, rates: Floats, begin_ns: Floats, ends: Floats
+    ) -> None:
+        """Put in ``ends`` when flows of ``rank`` end, each in the windows that lead to its own destination."""
+        known: dict[tuple[int, float, float], float] = {}
+        for flow in np.flatnonzero(flows.src == rank):
+            key = (int(self.site_of[flows.dst[flow]]), float(begin_ns[flow]), float(flows.nbytes[flow]))
+            if key not in known:
+                windows = self._windows_to(site, rank, key[0])
+                takes_ns = key[2] / float(rates[flow]) * 1e9
+                cycle_ns = self.calendar.sites[site].cycle_ns
+                known[key] = last_end_ns(windows, cycle_ns, key[1] + self.phase_ns, takes_ns) - self.phase_ns
+            ends[flow] = known[key]
+
+    def _windows_to(self, site: int, rank: int, destination: int) -> list[tuple[int, int]]:
+        """Return when the line leads to ``destination``, lateness deducted, with no window over the cycle's end."""
+        cycle_ns = self.calendar.sites[site].cycle_ns
+        parts: list[tuple[int, int]] = []
+        for window in self.calendar.windows_to(site, rank, destination):
+            start, end = min(window.start_ns + self.late_ns, window.end_ns - 1), window.end_ns
+            if end <= cycle_ns:
+                parts.append((start, end))
+            else:
+                parts += [(start - cycle_ns, end - cycle_ns)] if start >= cycle_ns else [
+                    (start, cycle_ns), (0, end - cycle_ns)
+                ]  # fmt: skip
+        return sorted(parts)
 
     def _end_in_windows(self, site: int, rank: int, flows: Flows, mine: NDArray[np.bool_], begin_ns: float) -> float:
         rate = self.calendar.rate_bytes_per_s(site, 1 - site)
