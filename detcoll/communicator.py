@@ -25,11 +25,12 @@ import numpy as np
 
 from detcoll.assembly import Assembled, assemble, deadline_after
 from detcoll.buffers import Bound, bind
+from detcoll.calendars import agree_on_calendar
 from detcoll.clock import clock_domain
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, PlanMismatch, TransportError, UsageError
 from detcoll.launchers import read_environment
 from detcoll.machine import Slots
-from detcoll.plan import Calendar, Collective, Planner, Slotting, build_calendar
+from detcoll.plan import Calendar, Collective, Planner, Slotting
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, partners
 from detcoll.plan.predict import Costs, call_ns_of
@@ -460,7 +461,7 @@ def open_communicator(
         placed = place(settings.topology, [fact.site for fact in facts])
         assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
         try:
-            calendar = _calendar(settings, placed, facts, timed=assembled.transport.capabilities.timed)
+            calendar = _calendar(settings, placed, facts, session, deadline_ns, assembled)
             communicator = Communicator(session, settings, placed, assembled, calendar, facts)
         except BaseException:
             for endpoint in assembled.endpoints:
@@ -479,12 +480,22 @@ def open_communicator(
     return communicator
 
 
-def _calendar(settings: Settings, topology: Topology, facts: Sequence[Facts], *, timed: bool) -> Calendar:
+def _calendar(
+    settings: Settings, topology: Topology, facts: Sequence[Facts], session: Session, deadline_ns: int,
+    assembled: Assembled,
+) -> Calendar:  # fmt: skip
     """Lay out the lines; guards are longer where ranks of a site have to ask each other for the time."""
-    mode = settings.slotting or (Slotting.CALENDAR if timed else Slotting.OFF)
     one_clock = all(len({facts[rank].clock for rank in site.ranks}) == 1 for site in topology.sites)
     error_ns = DEFAULT_HOST_ERROR_NS + (0 if one_clock else SITE_CLOCK_ERROR_NS)
-    return build_calendar(topology, mode, error_ns=error_ns)
+    mode = settings.slotting
+    if mode is None and not assembled.transport.capabilities.timed:
+        mode = Slotting.OFF
+
+    def exchange(payload: bytes) -> list[bytes]:
+        return session.exchange("calendar", payload, deadline_ns)
+
+    clocks = [fact.clock for fact in facts]
+    return agree_on_calendar(topology, mode, error_ns, clocks, session.rank, exchange)
 
 
 def _costs(facts: Sequence[Facts]) -> Costs:
@@ -512,15 +523,19 @@ def _calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[s
     site = topology.site_of(rank)
     windows, cycle_ns = calendar.windows_of(site, rank), calendar.sites[site].cycle_ns
     rates = [calendar.rate_bytes_per_s(site, other) for other in range(len(topology.sites))]
-    flows = [rates[topology.site_of(peer)] for peer in partners(topology, rank)]
+    flows = dict.fromkeys(range(len(topology.sites)), 0.0)
+    for peer in partners(topology, rank):
+        flows[topology.site_of(peer)] += rates[topology.site_of(peer)]
+    if calendar.mode is Slotting.TURNS and windows:
+        flows = dict(enumerate(rates))
     line = (topology.sites[site].uplink_bytes_per_s or 0.0) * topology.payload_share
     return {
         "cycle_ns": cycle_ns,
-        "windows": [[w.start_ns, w.end_ns] for w in windows] or [[0, cycle_ns]],
+        "windows": [[w.start_ns, w.end_ns, w.destination] for w in windows] or [[0, cycle_ns, -1]],
         "offset_ns": 0,
         "guard_ns": calendar.guard_ns,
         "rates_bytes_per_s": rates,
-        "line_share": (max(flows) if windows else sum(flows)) / line,
+        "line_share": (max(flows.values()) if windows else sum(flows.values())) / line,
     }
 
 

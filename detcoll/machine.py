@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from detcoll.errors import PlanError
-from detcoll.plan.calendar import Calendar, SiteCycle, Slotting
+from detcoll.plan.calendar import Calendar, Slotting
 from detcoll.plan.ir import Buffer, Kind, Plan
 from detcoll.transport import Window
 
@@ -110,13 +110,26 @@ class Queued(Generic[Item]):
 
 
 @dataclass(slots=True)
+class _Lane(Generic[Item]):
+    """Sends that use the same windows one after another, and where they stand in them."""
+
+    windows: tuple[tuple[int, int], ...]
+    queue: deque[Queued[Item]] = field(default_factory=deque)
+    free_ns: int = 0
+    last_peer: int = -1
+    watched_ns: int = 0
+    outcome: tuple[int, int] = (0, 0)
+
+
+@dataclass(slots=True)
 class Slots(Generic[Item]):
     """What one rank may put on its site's uplink, and when.
 
     ``frame_bytes`` is what a transport adds to each message. ``ahead``: sends are given out before their window opens,
     to a transport that holds them; otherwise only inside it. ``splits``: so is one of which only a part fits, to a
-    transport that sends that part. In mode SHARE and OFF, and for a site of one rank, everything goes at once, at its
-    flow's rate.
+    transport that sends that part. In mode SHARE and OFF, and where nobody shares a downlink, everything goes at once,
+    at its flow's rate. Where windows lead to one site each, every peer has a queue and windows of its own, so that what
+    waits for one does not hold up another; else one queue serves all.
     """
 
     calendar: Calendar
@@ -126,62 +139,82 @@ class Slots(Generic[Item]):
     frame_bytes: int = 0
     ahead: bool = True
     splits: bool = True
-    queue: deque[Queued[Item]] = field(default_factory=deque)
     misses: int = 0
     trimmed: int = 0
-    _free_ns: int = 0
-    _last_peer: int = -1
-    _watched_ns: int = 0
-    _outcome: tuple[int, int] = (0, 0)
+    _lanes: dict[int, _Lane[Item]] = field(default_factory=dict)
+
+    @property
+    def queue(self) -> list[Queued[Item]]:
+        """What waits, by queue and in order."""
+        return [send for lane in self._lanes.values() for send in lane.queue]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything waits."""
+        return any(lane.queue for lane in self._lanes.values())
 
     def add(self, send: Queued[Item]) -> None:
         """Queue a send behind those already waiting."""
-        self.queue.append(send)
+        self._lane(send).queue.append(send)
 
-    def sent(self, window: Window) -> None:
+    def sent(self, send: Queued[Item], window: Window) -> None:
         """Take note that a send used its window."""
-        self._count(window, 1, 0)
+        self._count(self._lane(send), window, 1, 0)
 
     def missed(self, sends: Sequence[tuple[Queued[Item], Window, int]]) -> None:
         """Put back, in order, sends that left their window with only so many bytes (third) of them sent."""
         for send, window, sent_bytes in sends:
-            self._count(window, int(sent_bytes > 0), int(send.fits or not sent_bytes))
+            lane = self._lane(send)
+            self._count(lane, window, int(sent_bytes > 0), int(send.fits or not sent_bytes))
             send.sent_bytes, send.nbytes = send.sent_bytes + sent_bytes, send.nbytes - sent_bytes
             if window.not_after_ns is not None:  # what is left of it is too short for the next send as well
-                self._free_ns = max(self._free_ns, window.not_after_ns)
-        self.queue.extendleft(send for send, _, _ in reversed(sends))
+                lane.free_ns = max(lane.free_ns, window.not_after_ns)
+        for send, _, _ in reversed(sends):
+            self._lane(send).queue.appendleft(send)
 
-    def _count(self, window: Window, sent: int, missed: int) -> None:
+    def _lane(self, send: Queued[Item]) -> _Lane[Item]:
+        key = send.peer if self._leads else -1
+        if key not in self._lanes:
+            windows = self.calendar.windows_to(self.site, self.rank, send.destination_site)
+            self._lanes[key] = _Lane(tuple((window.start_ns, window.end_ns) for window in windows))
+        return self._lanes[key]
+
+    def _count(self, lane: _Lane[Item], window: Window, sent: int, missed: int) -> None:
         """Count a window in which some sends came too late as trimmed, one in which all did as a miss."""
         if window.not_after_ns is None:
             return
-        if window.not_after_ns != self._watched_ns:
-            self._watched_ns, self._outcome = window.not_after_ns, (0, 0)
-        before = self._outcome
-        after = self._outcome = (before[0] + sent, before[1] + missed)
+        if window.not_after_ns != lane.watched_ns:
+            lane.watched_ns, lane.outcome = window.not_after_ns, (0, 0)
+        before = lane.outcome
+        after = lane.outcome = (before[0] + sent, before[1] + missed)
         self.misses += (after[0] == 0 and after[1] > 0) - (before[0] == 0 and before[1] > 0)
         self.trimmed += (after[0] > 0 and after[1] > 0) - (before[0] > 0 and before[1] > 0)
 
     def due(self, now_ns: int) -> list[tuple[Queued[Item], Window | None]]:
-        """Take from the queue what goes into this rank's current or next window, each with its window.
+        """Take from the queues what goes into this rank's current or next windows, each with its window.
 
         A rank that is late for its window uses what is left of it. Of the last send that is given out perhaps only a
         part fits, where parts can be sent; what fits not at all stays queued.
         """
-        if not self.queue:
-            return []
-        if not self._cycle.windows:
-            return [(send, self._at_once(send, now_ns)) for send in self._drain()]
-        start_ns, end_ns = self._window(now_ns)
-        if now_ns < start_ns and not self.ahead:
-            return []
-        cursor_ns = max(start_ns, now_ns, self._free_ns)
         taken: list[tuple[Queued[Item], Window | None]] = []
-        while self.queue:
-            send = self.queue[0]
+        for lane in self._lanes.values():
+            if lane.queue and lane.windows:
+                self._fill(lane, now_ns, taken)
+            elif lane.queue:
+                taken += [(send, self._at_once(send, now_ns)) for send in lane.queue]
+                lane.queue.clear()
+        return taken
+
+    def _fill(self, lane: _Lane[Item], now_ns: int, taken: list[tuple[Queued[Item], Window | None]]) -> None:
+        start_ns, end_ns = self._window(lane, now_ns)
+        if now_ns < start_ns and not self.ahead:
+            return
+        cursor_ns, given_out = max(start_ns, now_ns, lane.free_ns), len(taken)
+        while lane.queue:
+            send = lane.queue[0]
             rate = self.calendar.rate_bytes_per_s(self.site, send.destination_site)
             # Kernel pacing keeps the order inside one connection; another connection must not start before it drained.
-            begin_ns = max(start_ns, cursor_ns) if send.peer != self._last_peer else start_ns
+            begin_ns = max(start_ns, cursor_ns) if send.peer != lane.last_peer and not self._leads else start_ns
             window = Window(begin_ns, end_ns, rate)
             takes_ns = window.takes_ns(send.nbytes + self.frame_bytes)
             if takes_ns > end_ns - start_ns and not self.splits:
@@ -190,44 +223,40 @@ class Slots(Generic[Item]):
             send.fits = part_bytes == send.nbytes
             if not send.fits and not (self.splits and part_bytes):
                 break
-            taken.append((self.queue.popleft(), window))
-            self._last_peer = send.peer
+            taken.append((lane.queue.popleft(), window))
+            lane.last_peer = send.peer
             cursor_ns = cursor_ns + takes_ns if send.fits else end_ns
-        if taken:
-            self._free_ns = cursor_ns
-        return taken
+        if len(taken) > given_out:
+            lane.free_ns = cursor_ns
 
     def next_ns(self, now_ns: int) -> int | None:
         """Return when `due` should be asked again, or None while nothing waits."""
-        if not self.queue:
-            return None
-        if not self._cycle.windows:
+        return min((self._ask_ns(lane, now_ns) for lane in self._lanes.values() if lane.queue), default=None)
+
+    def _ask_ns(self, lane: _Lane[Item], now_ns: int) -> int:
+        if not lane.windows:
             return now_ns
-        start_ns, end_ns = self._window(now_ns)
+        start_ns, end_ns = self._window(lane, now_ns)
         return start_ns if now_ns < start_ns and not self.ahead else end_ns
 
     @property
-    def _cycle(self) -> SiteCycle:
-        return self.calendar.sites[self.site]
-
-    def _drain(self) -> list[Queued[Item]]:
-        sends = list(self.queue)
-        self.queue.clear()
-        return sends
+    def _leads(self) -> bool:
+        """Whether windows lead to one site each."""
+        return self.calendar.mode is Slotting.CALENDAR and bool(self.calendar.sites[self.site].windows)
 
     def _at_once(self, send: Queued[Item], now_ns: int) -> Window | None:
         if self.calendar.mode is Slotting.OFF:
             return None
         return Window(now_ns, None, self.calendar.rate_bytes_per_s(self.site, send.destination_site))
 
-    def _window(self, now_ns: int) -> tuple[int, int]:
-        """Return the current window of this rank if there is time left in it, else its next, in local time."""
-        cycle = self._cycle
+    def _window(self, lane: _Lane[Item], now_ns: int) -> tuple[int, int]:
+        """Return the current window of a queue if there is time left in it, else its next, in local time."""
+        cycle_ns = self.calendar.sites[self.site].cycle_ns
         site_ns = now_ns + self.offset_ns
-        base_ns = site_ns - site_ns % cycle.cycle_ns - self.offset_ns
-        coming = (
-            (turn_ns + window.start_ns, turn_ns + window.end_ns)
-            for turn_ns in (base_ns, base_ns + cycle.cycle_ns)
-            for window in self.calendar.windows_of(self.site, self.rank)
+        base_ns = site_ns - site_ns % cycle_ns - self.offset_ns
+        coming = (  # one may run over the end of the cycle before
+            (turn_ns + start_ns, turn_ns + end_ns)
+            for turn_ns in (base_ns - cycle_ns, base_ns, base_ns + cycle_ns)
+            for start_ns, end_ns in lane.windows
         )
         return next((start, end) for start, end in coming if end - now_ns >= SMALLEST_REST_NS)

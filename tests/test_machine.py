@@ -119,7 +119,7 @@ def test_what_missed_its_window_goes_back_in_order() -> None:
     line = slots()
     queue(line, range(6))
     given_out = [(send, window) for send, window in line.due(0) if window is not None]
-    line.sent(given_out[0][1])
+    line.sent(*given_out[0])
     line.missed([(send, window, 0) for send, window in given_out[1:]])
     assert [send.item for send in line.queue] == [1, 2, 3, 4, 5]
     again = line.due(9 * MS)
@@ -136,7 +136,7 @@ def test_a_window_is_a_miss_only_if_nothing_was_sent_in_it() -> None:
     assert (line.misses, line.trimmed) == (2, 0)
     for send, window in line.due(29 * MS):
         assert window is not None
-        line.sent(window)
+        line.sent(send, window)
         assert send.item < 4
     assert (line.misses, line.trimmed) == (2, 0)
 
@@ -146,8 +146,8 @@ def test_a_send_that_fits_in_part_is_given_out_and_its_rest_opens_the_next_windo
     queue(line, range(10))
     first = [(send, window) for send, window in line.due(0) if window is not None]
     assert numbers(first) == [0, 1, 2, 3, 4]
-    for _, window in first[:4]:
-        line.sent(window)
+    for send, window in first[:4]:
+        line.sent(send, window)
     line.missed([(*first[4], 100_000)])
     assert (line.misses, line.trimmed) == (0, 0), "cut as planned"
     second = line.due(9 * MS)

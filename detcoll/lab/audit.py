@@ -1,7 +1,8 @@
 """Holds what the router saw against the calendars that the ranks say they kept.
 
-A transport is slotted if payload reaches its site's uplink inside the windows of the rank that sent it and within the
-rate reserved for it there, and the windows that are open at a site never add up to more than its line. Windows in which
+A transport is slotted if payload reaches its site's uplink inside windows of the rank that sent it, which lead to where
+it goes, and within the rate reserved for it there, and the windows that are open at a site never add up to more than
+its line. Windows in which
 a rank owns the whole line must not overlap; ranks that share a slot have windows of a part of the line each, which may.
 Whether a flow keeps to its rate is judged as a policer does, by a token bucket that holds what the flow may send in its
 longest window. The router's arrival log is the witness: it runs in another process, on the machine's
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -95,6 +96,10 @@ class Audit:
         return self.windows_disjoint and self.bulk_inside_share >= SLOTTED_SHARE
 
 
+_Window = Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=3)]
+"""Start, end, and the site to which it leads (-1 or none: any)."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Connection:
     dst: int
@@ -106,19 +111,24 @@ class _Connection:
 @dataclass(frozen=True, slots=True)
 class _Calendar:
     cycle_ns: int
-    windows: tuple[tuple[int, int], ...]
+    windows: tuple[_Window, ...]
     offset_ns: int
     rates_bytes_per_s: tuple[float, ...] = ()
     line_share: float = 1.0
 
-    def is_open(self, times_ns: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell for each monotonic time whether it lies in a window."""
+    def is_open(self, times_ns: NDArray[np.int64], destinations: NDArray[Any]) -> NDArray[np.bool_]:
+        """Tell for each monotonic time whether it lies in a window that leads to its destination."""
         phase = (times_ns + self.offset_ns) % self.cycle_ns
         inside = np.zeros(len(times_ns), dtype=np.bool_)
-        for start, end in self.windows:
-            inside |= (phase >= start) & (phase < end)
-            inside |= (phase + self.cycle_ns >= start) & (phase + self.cycle_ns < end)
+        for start, end, *leads in self.windows:
+            within = (phase >= start) & (phase < end)
+            within |= (phase + self.cycle_ns >= start) & (phase + self.cycle_ns < end)
+            inside |= within if leads in ([], [-1]) else within & (destinations == leads[0])
         return inside
+
+    def longest_ns(self) -> int:
+        """Return the length of the longest window."""
+        return max((end - start for start, end, *_ in self.windows), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +192,7 @@ def audit(
     for rank, trace in known.items():
         mine = owners == rank
         if trace.calendar is not None:
-            inside[mine] = trace.calendar.is_open(payload["time_ns"][mine])
+            inside[mine] = trace.calendar.is_open(payload["time_ns"][mine], payload["destination_site"][mine])
             for destination, rate in enumerate(trace.calendar.rates_bytes_per_s):
                 inside &= ~_beyond_rate(payload, mine & (lanes == _BULK), destination, rate, trace.calendar)
     sizes = payload["payload_bytes"].astype(np.int64)
@@ -212,7 +222,7 @@ def _beyond_rate(
     beyond = np.zeros(len(payload), dtype=np.bool_)
     if not rate_bytes_per_s:
         return beyond
-    room_bytes = rate_bytes_per_s / 1e9 * max((end - start for start, end in calendar.windows), default=0)
+    room_bytes = rate_bytes_per_s / 1e9 * calendar.longest_ns()
     mine = mine & (payload["destination_site"] == destination)
     receivers = payload[["destination_address", "destination_port"]]
     for receiver in np.unique(receivers[mine]):
@@ -283,7 +293,7 @@ def _overlap_ns(calendars: Sequence[_Calendar]) -> int:
     """Return for how long of a cycle open windows add up to more than the line."""
     edges: list[tuple[int, float]] = []
     for calendar in calendars:
-        for start, end in calendar.windows:
+        for start, end, *_ in calendar.windows:
             edges += [(start, calendar.line_share), (end, -calendar.line_share)]
             if end > calendar.cycle_ns:  # goes on at the beginning of the next cycle
                 edges += [(at - calendar.cycle_ns, change) for at, change in edges[-2:]]
@@ -303,5 +313,5 @@ def _clock_spread_ns(calendars: Sequence[_Calendar]) -> int:
 
 def _capacity_bytes(known: Mapping[int, _Trace], topology: Topology, site: int) -> int:
     """Return the wire bytes that the uplink carries in the longest window of one rank."""
-    lengths = [end - start for calendar in _calendars(known, topology, site) for start, end in calendar.windows]
+    lengths = [calendar.longest_ns() for calendar in _calendars(known, topology, site)]
     return int(max(lengths, default=0) * (topology.sites[site].uplink_bytes_per_s or 0.0) / 1e9)

@@ -1,7 +1,7 @@
 """Departures whose arrivals fit: when each site sends to each other site, in a cycle that repeats.
 
-Sites at different distances can send at different times and still meet at a receiver. So each ordered pair (i, j) gets m
-slots of length d_ij in a cycle of C, such that
+Sites at different distances can send at different times and still meet at a receiver. So each ordered pair (i, j) gets
+m slots of length d_ij in a cycle of C, such that
 
 - departures of one sender do not overlap, and
 - arrivals, departure + L_ij, of one receiver do not overlap,
@@ -9,9 +9,9 @@ slots of length d_ij in a cycle of C, such that
 both as intervals modulo C. With equal delays a Latin square does it: in slot k site i sends to site i + k + 1, so every
 site sends to one and receives from one. The slowest line of all fills its slot always, so nothing is lost.
 
-With other delays C has to be longer than the m rounds of the busiest site by a little slack, and OR-Tools' CP-SAT looks
-for departures, with the least slack first. Delays are not whole slots: each arrival has a phase of its own, so gaps stay
-at receivers, and slots of few rounds leave little to choose from. Every interval enters the model with all its copies
+With other delays C has to be longer than the m rounds of the busiest site by some slack, and OR-Tools' CP-SAT looks for
+departures, with the least slack first. Delays are not whole slots: each arrival has a phase of its own, so gaps stay at
+receivers, and slots of few rounds leave little to choose from. Every interval enters the model with all its copies
 that reach into one cycle, which makes its no-overlap constraint cyclic.
 """
 

@@ -41,8 +41,8 @@ SMALLEST_SLOT_BYTES = 65_536
 """On slow lines slots grow until they carry this much, so that chunks do not get too small to be worth a frame."""
 
 ALIGNED_SLOT_NS = 24_000_000
-"""The same between more than two sites, where each window has to be begun by waking up, some 0.3 ms late in the mean: of
-24 ms that is 1.25 %. A call ends half a turn of slots later than it might, so that longer ones cost as much again."""
+"""The same between more than two sites, where each window has to be begun by waking up, some 0.3 ms late in the mean:
+of 24 ms that is 1.25 %. A call ends half a turn of slots later than it might, so longer ones cost as much again."""
 
 DEFAULT_HOST_ERROR_NS = 100_000
 """How late kernel pacing and the sender's own wake-up may let the last byte of a window leave."""
@@ -249,8 +249,8 @@ def check_calendar(calendar: Calendar, topology: Topology) -> None:
     """Prove that no uplink and no downlink carries more than it may at any time.
 
     Windows of one site must not overlap, every rank of a site with windows must have one, and guards must lie between
-    different owners. Where windows lead to one site each, every site must have one to every other, and what arrives must
-    not overlap either, guards included. Rates are summed over everything that may send at once.
+    different owners. Where windows lead to one site each, every site must have one to every other, and what arrives
+    must not overlap either, guards included. Rates are summed over everything that may send at once.
 
     Raises
     ------

@@ -141,7 +141,9 @@ def _owner_bytes_per_s(topology: Topology, calendar: Calendar) -> float:
         return flows_between(topology, i, j) / len(topology.sites[i].ranks)
 
     together = max if calendar.mode is Slotting.CALENDAR and calendar.has_windows else sum
-    return max(together([calendar.rate_bytes_per_s(i, j) * flows(i, j) for j in range(count) if j != i]) for i in range(count))
+    return max(
+        together([calendar.rate_bytes_per_s(i, j) * flows(i, j) for j in range(count) if j != i]) for i in range(count)
+    )
 
 
 def _even(segment_elems: int, chunk_elems: int, sites: int) -> int:

@@ -397,7 +397,7 @@ class Progress:
                 self._carry_out(operation, operation.machine.ended(step))
             else:
                 self._send(operation, step)
-            if self._slots.queue:
+            if self._slots.waiting:
                 self._give_the_line(time.monotonic_ns())
             if self._slots.calendar.has_windows:
                 for endpoint in self._endpoints:
@@ -475,7 +475,7 @@ class Progress:
         operation, step, wide = ticket.context
         if ticket.status is TicketStatus.MISSED:
             missed.append((*wide, ticket.sent_bytes))
-            self._note_send(operation, ticket, wide[1], ticket.sent_bytes)
+            self._note_send(operation, ticket, wide, ticket.sent_bytes)
             return
         if step >= 0 and self._must_hold(operation, ticket):
             operation.held.append(ticket)
@@ -488,7 +488,7 @@ class Progress:
         if ticket.view is not None:
             operation.lent[step] = ticket
         if wide is not None and ticket.peer in self._routes.wide:
-            self._note_send(operation, ticket, wide[1], ticket.nbytes)
+            self._note_send(operation, ticket, wide, ticket.nbytes)
         self._carry_out(operation, operation.machine.ended(step))
 
     def _greeted(self, operation: Operation, ticket: Ticket) -> None:
@@ -510,12 +510,15 @@ class Progress:
             return False
         return ticket.status is TicketStatus.DONE or isinstance(ticket.error, FrameError)
 
-    def _note_send(self, operation: Operation, ticket: Ticket, window: Window | None, nbytes: int) -> None:
+    def _note_send(
+        self, operation: Operation, ticket: Ticket, wide: tuple[Queued[Wide] | None, Window | None], nbytes: int
+    ) -> None:
+        queued, window = wide
         begins_ns, ends_ns = 0, 0
         if window is not None:
             begins_ns, ends_ns = window.not_before_ns, window.not_after_ns or 0
-            if ticket.status is TicketStatus.DONE:
-                self._slots.sent(window)
+            if ticket.status is TicketStatus.DONE and queued is not None:
+                self._slots.sent(queued, window)
         if not nbytes and ticket.nbytes:
             return
         sequence = operation.descriptor.sequence

@@ -89,11 +89,11 @@ class Host:
     taking: bool = False
     work: deque[Job] = field(default_factory=deque)
     follow: list[Job] = field(default_factory=list)
-    line_free_ns: int = 0
+    line_free_ns: dict[int, int] = field(default_factory=dict)
     finish_ns: int = -1
     drained_ns: int = -1
     asks_ns: int = -1
     arrived: dict[tuple[int, int], NDArray[Any] | None] = field(default_factory=dict)
     posted: dict[tuple[int, int], int] = field(default_factory=dict)
-    timed: deque[tuple[Queued[int], Window]] = field(default_factory=deque)
+    timed: list[tuple[Queued[int], Window]] = field(default_factory=list)
     connection_free_ns: dict[int, int] = field(default_factory=dict)

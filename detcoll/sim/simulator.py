@@ -17,6 +17,7 @@ equal results.
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from detcoll.errors import PlanError, UsageError
 from detcoll.machine import Machine, Queued, Slots
-from detcoll.plan.calendar import Calendar
+from detcoll.plan.calendar import Calendar, Slotting
 from detcoll.plan.ir import Buffer, Kind, Plan
 from detcoll.plan.layout import uses_window
 from detcoll.plan.predict import Costs
@@ -41,6 +42,10 @@ PARCEL_BYTES = 16_384
 LONGEST_RUN_NS = 3_600_000_000_000
 
 Lateness = Callable[[int, int], int]
+
+
+def _closes_ns(send: tuple[Queued[int], Window]) -> int:
+    return send[1].not_after_ns or 0
 
 
 def _punctual(rank: int, opens_ns: int) -> int:
@@ -306,7 +311,7 @@ class _Run:
         host = self.hosts[rank]
         for queued, window in host.slots.due(self.now_ns):
             if window is not None and window.not_after_ns is not None:
-                host.timed.append((queued, window))
+                insort(host.timed, (queued, window), key=_closes_ns)
             else:
                 self._launch(rank, queued, window)
         self._send_timed(rank)
@@ -322,6 +327,7 @@ class _Run:
     def _send_timed(self, rank: int) -> None:
         """Send what is in its window now, as far as it will have left by the window's end."""
         host = self.hosts[rank]
+        by_peer = self.calendar.mode is Slotting.CALENDAR  # each flow at its own rate; else one after another
         missed = []
         while host.timed:
             queued, window = host.timed[0]
@@ -329,14 +335,15 @@ class _Run:
             if self.now_ns < opens_ns:
                 self.at(opens_ns, self._send_timed, rank)
                 break
-            host.timed.popleft()
-            begin_ns = max(self.now_ns, host.line_free_ns)
+            host.timed.pop(0)
+            flow = queued.peer if by_peer else -1
+            begin_ns = max(self.now_ns, host.line_free_ns.get(flow, 0))
             part_bytes = window.fitting_bytes(queued.nbytes, begin_ns, self.costs.frame_bytes)
             if part_bytes:
-                host.line_free_ns = begin_ns + window.takes_ns(part_bytes + self.costs.frame_bytes)
+                host.line_free_ns[flow] = begin_ns + window.takes_ns(part_bytes + self.costs.frame_bytes)
                 self._launch(rank, queued, window, part_bytes)
             if part_bytes == queued.nbytes:
-                host.slots.sent(window)
+                host.slots.sent(queued, window)
             else:
                 missed.append((queued, window, part_bytes))
         if missed:
@@ -369,15 +376,18 @@ class _Run:
         begin_ns, end_ns = self.area.uplinks[site].take(self.now_ns, wire_bytes)
         if window is not None and self.calendar.sites[site].windows:
             self.windowed_bytes += nbytes
-            self.inside_bytes += nbytes if self._owns(site, rank, begin_ns, end_ns) else 0
+            self.inside_bytes += nbytes if self._owns(rank, queued.destination_site, begin_ns, end_ns) else 0
         there_ns = end_ns + self.area.delay_ns[site][queued.destination_site]
         self.at(there_ns, self._cross, rank, queued, wire_bytes, last, values)
 
-    def _owns(self, site: int, rank: int, begin_ns: int, end_ns: int) -> bool:
-        turn_ns = begin_ns - begin_ns % self.calendar.sites[site].cycle_ns
+    def _owns(self, rank: int, destination: int, begin_ns: int, end_ns: int) -> bool:
+        site = self.hosts[rank].site
+        cycle_ns = self.calendar.sites[site].cycle_ns
+        turn_ns = begin_ns - begin_ns % cycle_ns
         return any(
-            window.start_ns <= begin_ns - turn_ns and end_ns - turn_ns <= window.end_ns
-            for window in self.calendar.windows_of(site, rank)
+            window.start_ns <= begin_ns - at_ns and end_ns - at_ns <= window.end_ns
+            for window in self.calendar.windows_to(site, rank, destination)
+            for at_ns in (turn_ns, turn_ns - cycle_ns)
         )
 
     def _cross(
