@@ -73,8 +73,8 @@ def test_slots_grow_on_slow_lines() -> None:
     assert (window.end_ns - window.start_ns) / 1e9 * slow.rate_bytes_per_s(0, 1) >= SMALLEST_SLOT_BYTES * 0.98
 
 
-def test_more_sites_share_and_a_mere_grouping_has_no_rates() -> None:
-    assert build_calendar(sites_of([2, 2, 2])).mode is Slotting.SHARE
+def test_turns_of_more_sites_share_and_a_mere_grouping_has_no_rates() -> None:
+    assert build_calendar(sites_of([2, 2, 2]), Slotting.TURNS).mode is Slotting.SHARE
     cluster = build_calendar(TOPOLOGY.as_single_cluster())
     assert cluster.mode is Slotting.OFF
     assert not any(cluster.rates)
