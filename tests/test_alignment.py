@@ -82,7 +82,7 @@ def moved(site: int, index: int, by_ns: int) -> Calendar:
 
 def test_a_departure_that_is_shifted_is_found() -> None:
     check_calendar(ALIGNED, FOUR)
-    with pytest.raises(PlanError, match="site 's1': .* collide; the guard is 100000 ns"):
+    with pytest.raises(PlanError, match=r"site 's1': .* collide; the guard is 100000 ns"):
         check_calendar(moved(1, 0, 1), FOUR)
 
 

@@ -99,6 +99,14 @@ def test_windows_that_run_over_the_end_of_the_cycle() -> None:
     assert audit(log(), touching, TOPOLOGY).overlap_ns == (10, 0)
 
 
+def test_windows_lead_to_one_site_or_to_any() -> None:
+    records = log((10_000, 0, 4000, 100), (10_200, 0, 4000, 10), (10_600, 0, 4010, 1))
+    led = traces(r0=trace(0, [[0, 100, 1], [100, 400, 0]]), r1=trace(1, [[500, 900, -1]]))
+    assert audit(records, led, TOPOLOGY).bulk_inside_bytes == 101
+    with pytest.raises(UsageError, match="is no trace"):
+        audit(records, traces(r0=trace(0, [[0]])), TOPOLOGY)
+
+
 def test_overlapping_windows_of_a_site_are_found_and_those_of_two_sites_are_none() -> None:
     overlapping = traces(r3=trace(3, [[300, 350], [390, 900]]))
     found = audit(log((0, 0, 4000, 1)), overlapping, TOPOLOGY)
