@@ -50,7 +50,7 @@ def test_equal_distances_need_no_solver_and_no_slack(
     assert calendar.sites[0].cycle_ns == (sites - 1) * (longest_ns + error_ns)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     delays_ns=st.lists(st.integers(2 * MS, 60 * MS), min_size=3, max_size=3, unique=True),
     asymmetry_ns=st.integers(-3 * MS, 3 * MS),

@@ -124,10 +124,15 @@ def _host_bytes(topology: Topology, segments: int, host_share: float) -> int:
 
 
 def _turn_ns(calendar: Calendar) -> int:
-    """Return how long it takes in the mean until windows have led to every other site once."""
-    cycle = calendar.sites[0]
-    rounds = len(cycle.windows) // max(len({window.destination for window in cycle.windows}), 1)
-    return cycle.cycle_ns // max(rounds, 1)
+    """Return the longest time from one window to the next that leads to the same site."""
+    longest_ns = 0
+    for cycle in calendar.sites:
+        starts: dict[int, list[int]] = {}
+        for window in sorted(cycle.windows, key=lambda each: each.start_ns):
+            starts.setdefault(window.destination, []).append(window.start_ns)
+        for begun in starts.values():
+            longest_ns = max(longest_ns, *(b - a for a, b in pairwise([*begun, begun[0] + cycle.cycle_ns])))
+    return longest_ns
 
 
 def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
