@@ -82,7 +82,8 @@ def agree_on_calendar(
         answer = msgspec.msgpack.decode(exchange(mine)[0], type=Answer)
         check_calendar(answer.calendar, topology)
     if answer.reason and rank == 0:
-        log.warning("flows share the lines without windows: %s", answer.reason)
+        level = logging.INFO if mode is None else logging.WARNING  # who asked for windows should hear
+        log.log(level, "flows share the lines without windows: %s", answer.reason)
     return answer.calendar
 
 

@@ -73,7 +73,7 @@ def test_what_the_planner_takes_within_stated_bounds(
     collective = Collective(kind, count if kind != "barrier" else 1, 4, 4)
     algorithm = Planner(topology, 0, build_calendar(topology, mode)).algorithm(collective)
     predicted, simulated = both_ns(collective, topology, algorithm, mode, phase_ns)
-    bound = 0.06 if len(set(ranks)) == 1 else 0.15  # flows of unequal sites wait for one another in more ways
+    bound = 0.1 if len(set(ranks)) == 1 else 0.15  # flows of unequal sites wait for one another in more ways
     if kind == "broadcast":  # its root begins with all sends of its own chunks, which the closed form does not follow
         bound = 0.2
     assert predicted == pytest.approx(simulated, rel=bound, abs=2 * MS)

@@ -34,7 +34,7 @@ step for each few kB would cost the host far more than the pipeline gains."""
 HOST_SHARE = 0.1
 """Of the time that a line is busy with chunks, their steps may take a host that has nothing else to do this part."""
 
-CHUNKS_A_RELAYED_FLOW, RELAYED_HOST_SHARE = 128, 0.5
+CHUNKS_A_RELAYED_FLOW, RELAYED_HOST_SHARE = 32, 0.2
 """The same with more than two sites, where a chunk crosses the wide area twice: its result leaves only when all of its
 sum has come, and scratch is held longer, so chunks should be smaller."""
 
@@ -53,6 +53,8 @@ LOCAL_CHUNK_BYTES = 262_144
 SMALLEST_CHUNK_BYTES = 4_096
 LARGEST_CHUNK_BYTES = 1_048_576
 LARGEST_SCRATCH_BYTES = 33_554_432
+
+CHUNKS_A_FLOW_HELD = 3
 
 PHASE_TAGS = 8
 """Tags a chunk may use, so that a chunk's messages never share one."""
@@ -108,6 +110,8 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
     segment_elems = -(-collective.count // segments)
     if len(topology.sites) > 2 and segment_elems * collective.itemsize > SMALLEST_CHUNK_BYTES:
         elems = _even(segment_elems, elems, len(topology.sites))
+    if len(topology.sites) > 2 and not calendar.has_windows:  # each flow has chunks that leave, cross and wait
+        in_flight_bytes += CHUNKS_A_FLOW_HELD * len(topology.sites) * elems * collective.itemsize
     depth = min(in_flight_bytes, LARGEST_SCRATCH_BYTES) // (elems * collective.accumulator_itemsize)
     return ChunkSize(elems, max(depth, 4))
 
