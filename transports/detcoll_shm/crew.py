@@ -55,7 +55,9 @@ class Host:
 class Crew:
     """All ranks, as one of them sees them."""
 
-    def __init__(self, rank: int, stage: Stage, mates: Sequence[Mate], host: Host, spin_ns: int, counts: Counts) -> None:
+    def __init__(
+        self, rank: int, stage: Stage, mates: Sequence[Mate], host: Host, spin_ns: int, counts: Counts
+    ) -> None:
         self.rank, self.stage, self.mates = rank, stage, tuple(mates)
         self.sequence = 0
         self._host, self._counts = host, counts
@@ -89,7 +91,7 @@ class Crew:
         word = DIGEST + (sequence & 1)
         for mate, words in self._mates:
             if words[ARRIVED] < sequence:
-                self._wait(mate, words, ARRIVED, sequence)
+                self._wait(words, ARRIVED, sequence)
             if words[word] != digest:
                 self._differ(mate)
 
@@ -115,22 +117,22 @@ class Crew:
         Closed
             If this endpoint is closed meanwhile.
         """
-        for mate, words in self._mates:
+        for _, words in self._mates:
             if words[word] < value:
-                self._wait(mate, words, word, value)
+                self._wait(words, word, value)
 
     def await_one(self, rank: int, word: int, value: int) -> None:
         """Do as `await_all` for one rank."""
         for mate, words in self._mates:
             if mate.rank == rank and words[word] < value:
-                self._wait(mate, words, word, value)
+                self._wait(words, word, value)
 
     def wake_all(self) -> None:
         """Ring every bell."""
         for mate in self.mates:
             ring(mate.bell_fd)
 
-    def _wait(self, mate: Mate, words: memoryview[int], word: int, value: int) -> None:
+    def _wait(self, words: memoryview[int], word: int, value: int) -> None:
         if self._is_crowded:
             for _ in range(LOOKS_WHERE_CROWDED):
                 os.sched_yield()
@@ -142,16 +144,16 @@ class Crew:
                 os.sched_yield()
                 if words[word] >= value:
                     return
-        self._sleep(mate, words, word, value)
+        self._sleep(words, word, value)
 
-    def _sleep(self, mate: Mate, words: memoryview[int], word: int, value: int) -> None:
+    def _sleep(self, words: memoryview[int], word: int, value: int) -> None:
         own = self._words
         own[ASLEEP] = 1
         with self._fence:
             pass
         try:
             while words[word] < value:
-                self._look_around(mate, words, word, value)
+                self._look_around(word, value)
                 if words[word] >= value:
                     return
                 self._counts.sleeps += 1
@@ -159,17 +161,17 @@ class Crew:
         finally:
             own[ASLEEP] = 0
 
-    def _look_around(self, mate: Mate, words: memoryview[int], word: int, value: int) -> None:
-        """Raise why the wait for ``mate`` has no end."""
+    def _look_around(self, word: int, value: int) -> None:
+        """Raise why the wait for others has no end."""
         if not self._host.is_open():
             raise Closed("the endpoint was closed during a collective")
-        for other in self.mates:
-            if other.state() == State.ABORTED:
-                self._compare_with_those_here()
-                raise self._host.why_lost(other.rank) or PeerLost(f"rank {other.rank} aborted")
-        error = self._host.why_lost(mate.rank)
-        if error is not None and words[word] < value:  # what it wrote last comes before its leaving
-            raise error
+        aborted = [other.rank for other in self.mates if other.state() == State.ABORTED]
+        if aborted:
+            self._compare_with_those_here()
+        # Who left or died comes before who aborted: often the one is the reason of the other.
+        lost = [other.rank for other, theirs in self._mates if self._host.why_lost(other.rank) and theirs[word] < value]
+        for rank in [*(rank for rank in lost if rank not in aborted), *aborted]:
+            raise self._host.why_lost(rank) or PeerLost(f"rank {rank} aborted")
         if time.monotonic_ns() >= self._deadline_ns:
             raise DeadlineMissed(self._late(word, value))
 
