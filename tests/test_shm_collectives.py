@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import signal
-import time
-
 import numpy as np
 import pytest
-from ranks import grouped, run_ranks
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
-from detcoll.topology import Topology
 from detcoll.types import DTYPES, ReduceOp, is_integer
 from detcoll_shm import ShmTransport
 
@@ -56,26 +49,6 @@ def test_the_fold_is_the_promised_one(groups: list[list[int]], options: dict[str
     counts = COUNTS if size < 7 or not options else (0, 1, 17, 100)
     with ThreadFabric(ShmTransport(), size, options) as fabric:
         fabric.run(all_reduces, groups=groups, counts=counts)
-
-
-@pytest.mark.parametrize("topology", [None, grouped(2, 2), grouped(1, 3)], ids=["4", "2+2", "1+3"])
-def test_plans_give_the_same_bits(topology: Topology | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def program(comm):
-        results = []
-        for name in ("float32", "float16", "bfloat16", "float64", "int32"):
-            for count in (1, 1000, 40_000, 300_001):
-                mine = contribution(comm.rank, count, DTYPES[name])
-                comm.all_reduce(mine)
-                results.append(mine.tobytes())
-        return comm.algorithm("all_reduce", 4), results
-
-    native = run_ranks(4, program, transport="shm", topology=topology)
-    planned = dataclasses.replace(ShmTransport.capabilities, native=frozenset())
-    monkeypatch.setattr(ShmTransport, "capabilities", planned)
-    plans = run_ranks(4, program, transport="shm", topology=topology)
-    assert [name for name, _ in native] == ["shared-memory"] * 4
-    assert [name for name, _ in plans] == ["exchange"] * 4
-    assert len({b"".join(bits) for _, bits in native + plans}) == 1
 
 
 def mixture(here: Here, rounds: int) -> None:
@@ -132,27 +105,6 @@ def one_is_missing(here: Here) -> None:
 def test_who_has_not_come_is_named() -> None:
     with ThreadFabric(ShmTransport(), 3) as fabric:
         fabric.run(one_is_missing)
-
-
-def dies(here: Here) -> None:
-    """A rank that dies ends what others wait for."""
-    if here.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    began_ns = time.monotonic_ns()
-    with pytest.raises(PeerLost, match="rank 1"):
-        here.endpoint.all_reduce(np.ones(100_000), ReduceOp.SUM, began_ns + 60 * 10**9)
-    raise RuntimeError("the survivor saw it")
-
-
-def test_a_rank_that_dies_is_named() -> None:
-    worlds = Worlds()
-    try:
-        fabric = ProcessFabric(worlds.of(2), "detcoll_shm:ShmTransport")
-        fabric.__enter__()
-        with pytest.raises(RuntimeError, match="rank 1 died|the survivor saw it"):
-            fabric.run(dies)
-    finally:
-        worlds.end()
 
 
 def test_groups_must_hold_every_rank_once() -> None:
