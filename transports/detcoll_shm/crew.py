@@ -56,12 +56,12 @@ class Crew:
     """All ranks, as one of them sees them."""
 
     def __init__(
-        self, rank: int, stage: Stage, mates: Sequence[Mate], host: Host, spin_ns: int, counts: Counts
+        self, rank: int, stage: Stage, mates: Sequence[Mate], host: Host, wait_ns: int, counts: Counts
     ) -> None:
         self.rank, self.stage, self.mates = rank, stage, tuple(mates)
         self.sequence = 0
         self._host, self._counts = host, counts
-        self._spin_ns = spin_ns
+        self._wait_ns = wait_ns
         self._is_crowded = len(mates) + 1 > len(os.sched_getaffinity(0))
         self._words = stage.words
         self._mates = tuple((mate, mate.stage.words) for mate in mates)
@@ -139,7 +139,7 @@ class Crew:
                 if words[word] >= value:
                     return
         else:
-            until_ns = time.monotonic_ns() + self._spin_ns
+            until_ns = time.monotonic_ns() + self._wait_ns
             while time.monotonic_ns() < until_ns:
                 os.sched_yield()
                 if words[word] >= value:

@@ -57,7 +57,8 @@ class Settings:
     ``unexpected_bytes`` : bound on messages copied out because they came before their receive was posted.
     ``pool_bytes`` : bound on used buffers that are kept.  ``spin_ns`` : how long to look again before each sleep.
     ``chunk_bytes`` : parts of arrays in collectives, equal on all ranks.  ``direct_bytes`` : arrays up to this size are
-    folded whole by every rank, which saves a round of waiting.
+    folded whole by every rank, which saves a round of waiting.  ``wait_ns`` : what ``spin_ns`` is, in collectives: all
+    ranks are about to come, and waking one that sleeps takes longer than most of them last.
     """
 
     ring_bytes: int = 4 * 2**20
@@ -68,6 +69,7 @@ class Settings:
     spin_ns: int = 20_000
     chunk_bytes: int = 512 * 2**10
     direct_bytes: int = 32 * 2**10
+    wait_ns: int = 200_000
 
 
 @dataclass(eq=False, slots=True)
@@ -316,7 +318,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         mates = [Mate(peer.rank, peer.stage, peer.bell_fd, peer.inbound.peer_state) for peer in peers]
         stages = [own if rank == self._rank else self._peers[rank].stage for rank in range(self._size)]
         host = Host(self._hear, lambda: self._open, self._why_lost)
-        crew = Crew(self._rank, own, mates, host, self._settings.spin_ns, self._counts)
+        crew = Crew(self._rank, own, mates, host, self._settings.wait_ns, self._counts)
         cutter = Cutter(self._rank, stages, self._groups, self._settings.chunk_bytes, self._settings.direct_bytes)
         self._collectives = Collectives(crew, cutter, self._give_up)
         return self._collectives
