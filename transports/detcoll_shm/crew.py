@@ -23,8 +23,9 @@ from detcoll_shm.stage import ARRIVED, ASLEEP, DIGEST, FOLDED, TOLD, Stage
 from detcoll_shm.stores import Counts
 
 RECHECK_NS = 10 * 10**6
-LOOKS_WHERE_CROWDED = 3
-"""With more ranks than processors: each look lets another rank run, and more would keep it from that."""
+LOOKS_WHERE_CROWDED = 30
+"""With more ranks than processors: each look lets another rank run. Alone on its processor a rank is through with them
+in some 15 us, and sleeps."""
 
 _LACKS = {ARRIVED: "has not called it", TOLD: "does not say what it called"}
 
