@@ -147,6 +147,8 @@ class _Opener:
             endpoint_of |= dict.fromkeys(local, near)
         wide = frozenset(rank for rank in others if sites[rank] != here) if self.topology.is_wide else frozenset()
         native = main if is_native and isinstance(main, NativeCollectives) else None
+        if native is not None:
+            native.arrange([site.ranks for site in self.topology.sites])
         return Assembled(transport, Routes(endpoint_of, sites, wide), opened, native)
 
     def _check_scope(self, transport: Transport) -> None:

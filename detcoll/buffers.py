@@ -30,6 +30,7 @@ _EXPECTED = (
     "a NumPy array, a torch tensor, a CuPy array, an object with DLPack or the CUDA array interface, "
     "or a list or tuple of those"
 )
+_TYPES = frozenset(DTYPES.values())
 _DLPACK_HOST = frozenset({1, 3, 11, 13})  # kDLCPU, kDLCUDAHost, kDLROCMHost, kDLCUDAManaged
 _DLPACK_DEVICE = frozenset({2, 10})  # kDLCUDA, kDLROCM
 
@@ -116,6 +117,8 @@ def bind(x: object, *, writable: bool = True, name: str = "x") -> Bound:
     UsageError
         If ``x`` cannot be used; the message names what, its value, and what was expected. Nothing was copied.
     """
+    if type(x) is np.ndarray and x.dtype in _TYPES and x.flags.c_contiguous and x.flags.writeable and writable:
+        return Bound(x.reshape(-1), "cpu", False, writable, ())  # the usual case, which small calls should not pay for
     if isinstance(x, list | tuple):
         if not x:
             raise UsageError(f"{name}={x!r} is empty; expected at least one array")

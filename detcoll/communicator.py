@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import select
 import threading
 import time
 import weakref
@@ -50,6 +51,7 @@ SITE_CLOCK_ERROR_NS = 200_000
 """What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
 _FINALIZE_S = 10.0
 _PARTING_AFTER_FAILURE_S = 2.0
+_EXPLANATION_NS = 1_000_000_000
 _BARRIER = np.zeros(1, np.uint8)
 
 
@@ -69,6 +71,18 @@ class _Members:
                 return _told(event)
         for event in events:
             return PeerLost(f"rank {event.rank} is lost: its process ended without saying goodbye")
+        return None
+
+    def explanation(self) -> DetcollError | None:
+        """Wait a little for why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        end_ns = time.monotonic_ns() + _EXPLANATION_NS
+        while (left_ns := end_ns - time.monotonic_ns()) > 0:
+            poll.poll(left_ns / 1e6)
+            failure = self.failure()
+            if failure is not None:
+                return failure
         return None
 
     def abort(self, kind: str, text: str) -> None:
@@ -112,7 +126,12 @@ class Communicator:
         members = self._members
         native = self._assembled.native
         if native is not None:
-            return NativeRunner(native, self._trace, lambda error: members.abort(type(error).__name__, str(error)))
+            return NativeRunner(
+                native,
+                self._trace,
+                lambda error: members.abort(type(error).__name__, str(error)),
+                members.explanation,
+            )
         slots: Slots[tuple[Operation, int]] = Slots(
             self._calendar,
             here,
@@ -259,13 +278,14 @@ class Communicator:
         float or None
             Seconds until the slowest rank has its result.
         """
+        collective = self._collective(kind, nbytes, dtype)
         if isinstance(self._runner, NativeRunner):
             return None
         phase_ns = None
         if called_ns is not None:
             cycle_ns = self._calendar.sites[self._topology.site_of(self.rank)].cycle_ns
             phase_ns = (called_ns + self._runner.site_offset_ns) % cycle_ns
-        return self._planner.predict_ns(self._collective(kind, nbytes, dtype), phase_ns=phase_ns) / 1e9
+        return self._planner.predict_ns(collective, phase_ns=phase_ns) / 1e9
 
     def bound(self, kind: str, nbytes: int, dtype: object = "float32") -> float | None:
         """Return the physical floor in seconds (see `detcoll.plan.bounds`), or None where there is no line."""
@@ -374,6 +394,9 @@ class Communicator:
         bound.load()
         with self._order:
             work = self._start(kind, bound, op, root, arrays, called_ns, wait=not async_op)
+        if work is None:  # a native collective, which has ended
+            bound.store()
+            return None
         if async_op:
             return work
         work.wait()
@@ -381,20 +404,25 @@ class Communicator:
 
     def _start(
         self, kind: str, bound: Bound, op: ReduceOp, root: int, arrays: int, called_ns: int, *, wait: bool
-    ) -> Work:
+    ) -> Work | None:
+        """Begin a collective; None where the caller would wait and it has ended already."""
         sequence = next(self._sequence)
-        work = Work(f"{kind} number {sequence}", bound.store if bound.staged else None)
         deadline_ns = called_ns + round(self._settings.timeout_s * 1e9)
-        if isinstance(self._runner, NativeRunner):
-            call = NativeCall(sequence, kind, bound.array, op, root, deadline_ns, called_ns)
-            self._runner.run(call, work, wait=wait)
+        runner = self._runner
+        if isinstance(runner, NativeRunner):
+            call = NativeCall(sequence, kind, bound.array, op, root, deadline_ns, called_ns, arrays)
+            if wait and runner.run_at_once(call):
+                return None
+        work = Work(f"{kind} number {sequence}", bound.store if bound.staged else None)
+        if isinstance(runner, NativeRunner):
+            runner.run(call, work)
             return work
         collective = Collective(
             kind, bound.array.size, bound.dtype.itemsize, accumulation_dtype(bound.dtype).itemsize, root
         )
         descriptor = Descriptor(sequence, kind, op.value, bound.dtype.name, bound.array.size, root, arrays)
         predicted_ns = self._planner.predict_ns(collective) if self._settings.trace else 0
-        self._runner.submit(
+        runner.submit(
             Operation(
                 descriptor, self._planner.plan(collective), bound.array, op, work, deadline_ns, called_ns, predicted_ns
             )

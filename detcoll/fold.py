@@ -88,6 +88,48 @@ def fold(op: ReduceOp, inputs: Sequence[NDArray[Any]], out: NDArray[Any], diviso
         _fold(_UFUNCS[op], inputs, out, divisor)
 
 
+def fold_groups(
+    op: ReduceOp,
+    inputs: Sequence[NDArray[Any]],
+    groups: Sequence[Sequence[int]],
+    out: NDArray[Any],
+    rooms: Sequence[NDArray[Any]],
+    divisor: int | None = None,
+) -> None:
+    """Combine the ``inputs`` of each group from the left, then the groups from the left, into ``out``.
+
+    Parameters
+    ----------
+    op : ReduceOp
+        The reduction.
+    inputs : sequence of arrays, (n,), all of the type of ``out``
+        Contributions by rank.
+    groups : sequence of sequences of int
+        The ranks of each site, in fold order.
+    out : array, (n,), writable
+        Where the result goes; see `fold`.
+    rooms : sequence of arrays, (n,), of the type of ``out``
+        One for each group, for its sum where it has more than one rank; unused with one group.
+    divisor : int, optional
+        What the result is divided by before its last rounding.
+
+    Guarantees
+    ----------
+    The bits are those of `reference`: each level rounds once.
+    """
+    if len(groups) == 1:
+        fold(op, [inputs[rank] for rank in groups[0]], out, divisor)
+        return
+    sums = []
+    for group, room in zip(groups, rooms, strict=True):
+        if len(group) == 1:
+            sums.append(inputs[group[0]])
+        else:
+            fold(op, [inputs[rank] for rank in group], room)
+            sums.append(room)
+    fold(op, sums, out, divisor)
+
+
 def reference(
     op: ReduceOp, contributions: Sequence[NDArray[Any]], groups: Sequence[Sequence[int]], dtype: np.dtype[Any]
 ) -> NDArray[Any]:

@@ -54,7 +54,8 @@ class Capabilities:
     ``timed``: holds a send until its window opens and ends it as MISSED when it no longer fits.
     ``splits``: sends what does fit of it; see `Ticket`.
     ``native``: names of collectives done by the transport itself, on ``native_dtypes`` with ``native_ops``.
-    ``ordered``: its native collectives keep the promised fold order, so no plan is needed for reproducible results.
+    ``ordered``: its native collectives fold in the order of the groups that `NativeCollectives.arrange` was given and
+    compare what ranks call, so no plan is needed for reproducible results.
     ``largest_message_bytes``: a larger send is a UsageError.
     """
 
@@ -253,15 +254,24 @@ class NativeCollectives(ABC):
     """Collectives done by a transport itself; its endpoint is one of these too.
 
     Arrays are one-dimensional, contiguous, writable, and reduced in place. Calls block the calling thread until the
-    collective is done or the deadline passes; one thread at a time calls.
+    collective is done or the deadline passes; one thread at a time calls. `Endpoint.abort` may come from another thread
+    meanwhile. ``arrays`` says how many arrays the caller coalesced into one, for transports that compare calls.
     """
 
+    def arrange(self, groups: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most fold in an order of their own
+        """Say how ranks are grouped, once, before the first collective; without it all ranks are one group.
+
+        An ``ordered`` transport folds the ranks of each group in the order given, then the groups in theirs, always
+        ``op(lower, higher)``. 16-bit floats fold in float32 and are rounded once per level; an average is divided once,
+        after the last fold.
+        """
+
     @abstractmethod
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
         """Reduce ``array`` over all ranks, in place."""
 
     @abstractmethod
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
         """Copy ``array`` of ``root`` to all ranks."""
 
     @abstractmethod

@@ -219,7 +219,7 @@ def test_who_has_nothing_to_do_with_the_missing_rank_names_it_too() -> None:
         called.set()
         work.wait()
 
-    answers = attempt(4, program, transport="shm", patience=0.5)
+    answers = attempt(4, program, transport="slotted", patience=0.5)
     for rank in (0, 2, 3):
         assert isinstance(answers[rank], DeadlineMissed)
         assert "waits for rank 1, which has not called it" in str(answers[rank])
@@ -237,7 +237,7 @@ def test_who_knows_nothing_better_names_its_peers() -> None:
             )
         comm.all_reduce(np.ones(50_000, np.float32))
 
-    answers = attempt(2, program, patience=0.5)
+    answers = attempt(2, program, transport="slotted", patience=0.5)
     assert all(isinstance(answer, DeadlineMissed) for answer in answers)
     for answer in answers:
         assert re.search(r"not finished after 0\.5 s; it waits for rank [01] \(\d messages\)$", str(answer))
@@ -335,7 +335,7 @@ def test_more_than_the_queue_holds_waits_no_longer_than_its_deadline(monkeypatch
         finally:
             full.set()
 
-    run_ranks(2, program, patience=1.0)
+    run_ranks(2, program, transport="slotted", patience=1.0)
 
 
 def test_the_progress_thread_sleeps_although_operations_wait_to_be_started() -> None:
@@ -361,7 +361,7 @@ def test_the_progress_thread_sleeps_although_operations_wait_to_be_started() -> 
         for work in works:
             work.wait()
 
-    run_ranks(2, program)
+    run_ranks(2, program, transport="slotted")
 
 
 def test_a_killed_rank_is_lost_to_all_others() -> None:

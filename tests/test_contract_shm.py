@@ -12,7 +12,7 @@ from detcoll.testing.fabric import Fabric, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll_shm import ShmTransport
 
-TINY = {"ring_bytes": 4096, "slots": 4, "fragment_bytes": 320, "spin_ns": 0}
+TINY = {"ring_bytes": 4096, "slots": 4, "fragment_bytes": 320, "spin_ns": 0, "wait_ns": 0, "chunk_bytes": 64}
 SMALL = {"ring_bytes": "64 KiB"}
 
 

@@ -142,6 +142,15 @@ class TestDeath:
             assert isinstance(ticket.error, PeerLost)
             assert "rank 1 ended" in str(ticket.error)
 
+    def test_ends_collectives(self, endpoint: ShmEndpoint) -> None:
+        with Child() as child:
+            child.join(endpoint)
+            killer = threading.Thread(target=child.kill)
+            killer.start()
+            with pytest.raises(PeerLost, match="rank 1 ended"):
+                endpoint.barrier(soon_ns())
+            killer.join()
+
     def test_ends_sends(self, endpoint: ShmEndpoint) -> None:
         with Child() as child:
             child.join(endpoint)

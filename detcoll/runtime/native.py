@@ -16,7 +16,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, DetcollError, TransportError
+from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError
+from detcoll.priority import shorten_turns
 from detcoll.runtime.work import Work
 from detcoll.trace import CollectiveRecord, Trace
 from detcoll.transport import NativeCollectives
@@ -36,13 +37,32 @@ class NativeCall:
     root: int
     deadline_ns: int
     called_ns: int
+    arrays: int = 1
 
 
 class NativeRunner:
-    """Owns an endpoint with native collectives."""
+    """Owns an endpoint with native collectives.
 
-    def __init__(self, collectives: NativeCollectives, trace: Trace, on_failure: Callable[[Exception], None]) -> None:
-        self._collectives, self._trace, self._on_failure = collectives, trace, on_failure
+    Parameters
+    ----------
+    collectives : NativeCollectives
+        What does the work.
+    trace : Trace
+        Where calls are noted.
+    on_failure : callable
+        Tells the other ranks.
+    explain : callable, optional
+        Returns what others said about a lost peer, or None: an endpoint sees only that it is gone.
+    """
+
+    def __init__(
+        self,
+        collectives: NativeCollectives,
+        trace: Trace,
+        on_failure: Callable[[Exception], None],
+        explain: Callable[[], DetcollError | None] = lambda: None,
+    ) -> None:
+        self._collectives, self._trace, self._on_failure, self._explain = collectives, trace, on_failure, explain
         self._turn = threading.Lock()
         self._queue: queue.Queue[tuple[NativeCall, Work] | None] = queue.Queue(LARGEST_QUEUE)
         self._queued = 0
@@ -57,18 +77,9 @@ class NativeRunner:
         """What ended this communicator, or None."""
         return self._failure
 
-    def run(self, call: NativeCall, work: Work, *, wait: bool) -> None:
-        """Run ``call``, at once if the caller will wait for it and nothing is ahead."""
-        if self._failure is not None or self._closing:
-            reason = f": {self._failure}" if self._failure is not None else ""
-            raise Closed(f"the communicator is closed{reason}") from self._failure
-        if wait and not self._queued and self._turn.acquire(blocking=False):
-            try:
-                if not self._queued:
-                    self._do(call, work)
-                    return
-            finally:
-                self._turn.release()
+    def run(self, call: NativeCall, work: Work) -> None:
+        """Queue ``call``; ``work`` ends when it does."""
+        self._check_usable()
         with self._count:
             self._queued += 1
         try:
@@ -77,6 +88,32 @@ class NativeRunner:
             with self._count:
                 self._queued -= 1
             raise DeadlineMissed(f"{call.kind}: {LARGEST_QUEUE} collectives before it are not finished") from None
+
+    def run_at_once(self, call: NativeCall) -> bool:
+        """Run ``call`` on this thread and return True, or return False where others are ahead of it.
+
+        Raises
+        ------
+        DetcollError
+            Whatever ended it.
+        """
+        self._check_usable()
+        if self._queued or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            if self._queued:
+                return False
+            error = self._do(call)
+        finally:
+            self._turn.release()
+        if error is not None:
+            raise error
+        return True
+
+    def _check_usable(self) -> None:
+        if self._failure is not None or self._closing:
+            reason = f": {self._failure}" if self._failure is not None else ""
+            raise Closed(f"the communicator is closed{reason}") from self._failure
 
     def fail(self, error: Exception) -> None:
         """Refuse further calls because of ``error``."""
@@ -92,7 +129,7 @@ class NativeRunner:
         self.close()
         self._thread.join(max(deadline_ns - time.monotonic_ns(), 0) / 1e9)
         if self._thread.is_alive():
-            self.fail(DeadlineMissed("closing: native collectives were still under way at the deadline"))
+            self.fail(DeadlineMissed("closing: collectives were still under way at the deadline"))
             return False
         return True
 
@@ -104,17 +141,20 @@ class NativeRunner:
                 self._queue.put_nowait(None)
 
     def _serve(self) -> None:
+        shorten_turns()
         while not (self._closing and self._queue.empty()) and (entry := self._queue.get()) is not None:
+            call, work = entry
             with self._turn:
-                self._do(*entry)
+                error = self._do(call)
             with self._count:
                 self._queued -= 1
+            work.finish(error)
 
-    def _do(self, call: NativeCall, work: Work) -> None:
+    def _do(self, call: NativeCall) -> Exception | None:
+        """Run ``call`` and return what ended it, if anything but success."""
         if self._failure is not None:
-            work.finish(self._failure)
-            return
-        error: Exception | None = None
+            return self._failure
+        error: Exception
         try:
             self._dispatch(call)
         except DetcollError as problem:
@@ -122,9 +162,6 @@ class NativeRunner:
         except Exception as problem:
             error = TransportError(f"{call.kind} number {call.sequence} failed: {problem!r}")
             error.__cause__ = problem
-        if error is not None:
-            self._failure = error
-            self._on_failure(error)
         else:
             self._trace.collectives.append(
                 CollectiveRecord(
@@ -132,12 +169,23 @@ class NativeRunner:
                     time.monotonic_ns(), 0,
                 )
             )  # fmt: skip
-        work.finish(error)
+            return None
+        return self._give_up(error)
+
+    def _give_up(self, error: Exception) -> Exception:
+        """Remember why no call can follow, tell the others unless it is they who told, and return the reason."""
+        if self._failure is not None:  # closed or aborted meanwhile, of which the error is a consequence
+            return self._failure
+        told = self._explain() if isinstance(error, PeerLost) else None
+        self._failure = told or error
+        if told is None:
+            self._on_failure(error)
+        return self._failure
 
     def _dispatch(self, call: NativeCall) -> None:
         if call.kind == "all_reduce":
-            self._collectives.all_reduce(call.array, call.op, call.deadline_ns)
+            self._collectives.all_reduce(call.array, call.op, call.deadline_ns, call.arrays)
         elif call.kind == "broadcast":
-            self._collectives.broadcast(call.array, call.root, call.deadline_ns)
+            self._collectives.broadcast(call.array, call.root, call.deadline_ns, call.arrays)
         else:
             self._collectives.barrier(call.deadline_ns)

@@ -5,53 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import PlanMismatch, UsageError
+from detcoll.descriptor import HELLO_BYTES, Descriptor
 from detcoll.machine import Machine
 from detcoll.plan.ir import Buffer, Plan
 from detcoll.runtime.work import Work
 from detcoll.transport import Ticket, byte_view
 from detcoll.types import ReduceOp, accumulation_dtype
 
-HELLO_BYTES = 256
-"""Size of the record that neighbours exchange about every collective."""
-
-
-class Descriptor(msgspec.Struct, frozen=True):
-    """What a collective was called with; equal on all ranks, or the call is an error."""
-
-    sequence: int
-    kind: str
-    op: str
-    dtype: str
-    count: int
-    root: int
-    arrays: int = 1
-
-    def encode(self) -> bytes:
-        """Return the record that neighbours compare: its length, its text, and padding."""
-        text = msgspec.json.encode(self)
-        if len(text) > HELLO_BYTES - 2:
-            raise UsageError(f"{self} is too long to describe")
-        return (len(text).to_bytes(2, "little") + text).ljust(HELLO_BYTES, b"\0")
-
-    def compare(self, rank: int, other: int, record: bytes) -> None:
-        """Hold this rank's descriptor against the record that rank ``other`` sent.
-
-        Raises
-        ------
-        PlanMismatch
-            If they differ; shows both in full.
-        """
-        if record != self.encode():
-            text = record[2 : 2 + int.from_bytes(record[:2], "little")].decode(errors="replace")
-            raise PlanMismatch(
-                f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
-                f"rank {other} called {text}"
-            )
+__all__ = ["HELLO_BYTES", "Descriptor", "Operation", "ScratchPool"]
 
 
 class ScratchPool:

@@ -240,6 +240,14 @@ class CollectiveContract(MessageContract):
         with self.fabric(2) as fabric:
             fabric.run(collectives.all_reduce, counts=[3 * MIB // 4 + 1], dtype_names=["float32", "bfloat16", "int64"])
 
+    @pytest.mark.parametrize("groups", [[[0, 1, 2]], [[0, 1], [2]], [[1, 2], [0]]], ids=["3", "2+1", "placed"])
+    def test_all_reduce_keeps_the_order(self, groups: list[list[int]]) -> None:
+        self._require("all_reduce")
+        if not self.capabilities.ordered:
+            pytest.skip("its collectives fold in an order of their own")
+        with self.fabric(3) as fabric:
+            fabric.run(collectives.ordered, groups=groups, counts=list(COUNTS))
+
     def test_all_reduce_of_a_slice(self) -> None:
         self._require("all_reduce")
         with self.fabric(3) as fabric:

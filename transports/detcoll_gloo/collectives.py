@@ -40,7 +40,7 @@ class GlooCollectives(Endpoint, NativeCollectives):
         """The name in traces and results."""
         return "gloo-native"
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
         """Reduce ``array`` over all ranks, in place; averages are divided once at the end."""
         self._check_usable()
         dtype = parse_dtype(array.dtype)
@@ -60,7 +60,7 @@ class GlooCollectives(Endpoint, NativeCollectives):
         if op is ReduceOp.AVG:
             fold(op, [array], array, self._group.size)
 
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._check_usable()
         if not 0 <= root < self._group.size:

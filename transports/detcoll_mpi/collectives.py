@@ -59,7 +59,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
         """The name in traces and results."""
         return "mpi-native"
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
         """Reduce ``array`` over all ranks, in place; 16-bit floats in float32, averages divided once at the end."""
         self._check_usable()
         dtype = parse_dtype(array.dtype)
@@ -73,7 +73,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
         if op is ReduceOp.AVG and array.size:
             fold(op, [array], array, self._size)
 
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._check_usable()
         if not 0 <= root < self._size:

@@ -16,14 +16,31 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
 
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportError, UsageError
-from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
+from detcoll.transport import (
+    LARGEST_TAG,
+    Clock,
+    Endpoint,
+    NativeCollectives,
+    Ticket,
+    TicketKind,
+    TicketStatus,
+    Window,
+)
+from detcoll.types import ReduceOp
 from detcoll_shm.bell import Bell, ring
+from detcoll_shm.collectives import Collectives
+from detcoll_shm.crew import Crew, Host, Mate
+from detcoll_shm.forms import Cutter
 from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
 from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
 from detcoll_shm.outbound import Outbound
+from detcoll_shm.stage import Stage
 from detcoll_shm.stores import Budget, Counts, Pool
 
 RECHECK_NS = 10 * 10**6
@@ -39,6 +56,9 @@ class Settings:
     peer may be under way.  ``fragment_bytes`` : parts of messages larger than a quarter of a ring.
     ``unexpected_bytes`` : bound on messages copied out because they came before their receive was posted.
     ``pool_bytes`` : bound on used buffers that are kept.  ``spin_ns`` : how long to look again before each sleep.
+    ``chunk_bytes`` : parts of arrays in collectives, equal on all ranks.  ``direct_bytes`` : arrays up to this size are
+    folded whole by every rank, which saves a round of waiting.  ``wait_ns`` : what ``spin_ns`` is, in collectives: all
+    ranks are about to come, and waking one that sleeps takes longer than most of them last.
     """
 
     ring_bytes: int = 4 * 2**20
@@ -47,6 +67,9 @@ class Settings:
     unexpected_bytes: int = 256 * 2**20
     pool_bytes: int = 64 * 2**20
     spin_ns: int = 20_000
+    chunk_bytes: int = 512 * 2**10
+    direct_bytes: int = 32 * 2**10
+    wait_ns: int = 200_000
 
 
 @dataclass(eq=False, slots=True)
@@ -57,11 +80,14 @@ class _Peer:
     bell_fd: int
     inbound: Inbound
     outbound: Outbound
+    stage: Stage
     error: TransportError | None = None
 
 
-class ShmEndpoint(Endpoint):
-    """One rank's rings and doorbell; see the module."""
+class ShmEndpoint(Endpoint, NativeCollectives):
+    """One rank's rings, stage and doorbell; see the module."""
+
+    algorithm = "shared-memory"
 
     def __init__(self, rank: int, size: int, clock: Clock, settings: Settings, largest_message_bytes: int) -> None:
         self._rank = rank
@@ -69,7 +95,7 @@ class ShmEndpoint(Endpoint):
         self._clock = clock
         self._settings = settings
         self._largest_message_bytes = largest_message_bytes
-        self._geometry = Geometry(settings.ring_bytes, settings.slots)
+        self._geometry = Geometry(settings.ring_bytes, settings.slots, settings.chunk_bytes)
         self._pool = Pool(settings.pool_bytes)
         self._budget = Budget(settings.unexpected_bytes)
         self._counts = Counts()
@@ -78,6 +104,8 @@ class ShmEndpoint(Endpoint):
         self._ended: list[Ticket] = []
         self._open = True
         self._asleep = False
+        self._groups: Sequence[Sequence[int]] = [range(size)]
+        self._collectives: Collectives | None = None
         self._bell = Bell()
         try:
             self._memory_fd, self._address = create(size, self._geometry, self._bell.reader)
@@ -158,6 +186,32 @@ class ShmEndpoint(Endpoint):
         ended, self._ended = self._ended, []
         return ended
 
+    def arrange(self, groups: Sequence[Sequence[int]]) -> None:
+        """Fold the ranks of each group in its order, then the groups; see `NativeCollectives.arrange`.
+
+        Raises
+        ------
+        UsageError
+            If they are not all ranks, each once, or a collective was called before.
+        """
+        if sorted(rank for group in groups for rank in group) != list(range(self._size)) or not all(groups):
+            raise UsageError(f"groups={groups} must hold each of {self._size} ranks once")
+        if self._collectives is not None:
+            raise UsageError("arrange() must come before the first collective")
+        self._groups = [list(group) for group in groups]
+
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
+        """Reduce ``array`` over all ranks, in place, in the promised order."""
+        (self._collectives or self._begin_collectives()).all_reduce(array, op, deadline_ns, arrays)
+
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
+        """Copy ``array`` of ``root`` to all ranks."""
+        (self._collectives or self._begin_collectives()).broadcast(array, root, deadline_ns, arrays)
+
+    def barrier(self, deadline_ns: int) -> None:
+        """Return once every rank has called."""
+        (self._collectives or self._begin_collectives()).barrier(deadline_ns)
+
     def cancel(self, ticket: Ticket) -> bool:
         """End a pending ticket of which no byte has moved; `poll` does not return it."""
         self._check_open()
@@ -221,6 +275,11 @@ class ShmEndpoint(Endpoint):
 
     def _join(self, rank: int, address: Address) -> None:
         """Map this rank's ring in the memory of ``rank``, and tell it."""
+        if address.chunk_bytes != self._settings.chunk_bytes:
+            raise ConnectError(
+                f"rank {rank} has chunk_bytes={address.chunk_bytes}, this rank {self._settings.chunk_bytes}; "
+                "expected the same on all ranks"
+            )
         if self._rank >= address.ranks or not 0 <= rank < self._size:
             raise ConnectError(f"rank {rank} expects {address.ranks} ranks; this is rank {self._rank} of {self._size}")
         check_reachable(rank, address)
@@ -231,6 +290,7 @@ class ShmEndpoint(Endpoint):
         try:
             bell_fd = open_descriptor(rank, address, address.bell_fd, os.O_WRONLY | os.O_NONBLOCK)
             theirs = Ring(memory_fd, address.geometry, self._rank)
+            stage = Stage(memory_fd, address.geometry, address.ranks)
         finally:
             os.close(memory_fd)
         settings, counts = self._settings, self._counts
@@ -242,9 +302,39 @@ class ShmEndpoint(Endpoint):
             rank, Ring(self._memory_fd, self._geometry, rank), self._geometry, self._pool, self._budget, counts,
             outbound.wake_sleeper, self._end,
         )  # fmt: skip
-        self._peers[rank] = _Peer(rank, bell_fd, inbound, outbound)
+        self._peers[rank] = _Peer(rank, bell_fd, inbound, outbound, stage)
         outbound.set_state(State.JOINED)
         ring(bell_fd)
+
+    def _begin_collectives(self) -> Collectives:
+        """Make what collectives need, when the first is called."""
+        self._check_open()
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        missing = [rank for rank in others if rank not in self._peers]
+        if missing:
+            raise UsageError(f"collectives need all ranks; ranks {missing} are not connected")
+        own = Stage(self._memory_fd, self._geometry, self._size)
+        peers = [self._peers[rank] for rank in others]
+        mates = [Mate(peer.rank, peer.stage, peer.bell_fd, peer.inbound.peer_state) for peer in peers]
+        stages = [own if rank == self._rank else self._peers[rank].stage for rank in range(self._size)]
+        host = Host(self._hear, lambda: self._open, self._why_lost)
+        crew = Crew(self._rank, own, mates, host, self._settings.wait_ns, self._counts)
+        cutter = Cutter(self._rank, stages, self._groups, self._settings.chunk_bytes, self._settings.direct_bytes)
+        self._collectives = Collectives(crew, cutter, self._give_up)
+        return self._collectives
+
+    def _why_lost(self, rank: int) -> TransportError | None:
+        """Return why ``rank`` is gone, or None while it is there."""
+        peer = self._peers[rank]
+        if peer.error is None and (state := peer.inbound.peer_state()) >= State.CLOSED:
+            return PeerLost(f"rank {rank} {_WENT[State(state)]}")
+        return peer.error
+
+    def _give_up(self) -> None:
+        """Tell all peers that a collective of this rank failed."""
+        for peer in self._peers.values():
+            peer.outbound.set_state(State.ABORTED)
+            ring(peer.bell_fd)
 
     def _await(self, joining: Sequence[int], deadline_ns: int) -> None:
         """Wait until the ranks in ``joining`` have mapped their rings in this rank's memory."""
@@ -351,6 +441,10 @@ class ShmEndpoint(Endpoint):
         if not self._open:
             return
         self._open = False
+        collectives, self._collectives = self._collectives, None
+        if collectives is not None:
+            ring(self._bell.writer)  # a collective on another thread ends at once
+            collectives.turn.acquire()
         for peer in self._peers.values():
             peer.outbound.set_state(state)
             ring(peer.bell_fd)

@@ -5,6 +5,7 @@ Each rank makes one memory file (``memfd``) for what others send to it::
     file header       one page: magic, layout version, geometry, a random key
     ring of source 0  `Geometry.stride_bytes` bytes
     ring of source 1  ...
+    stage             what this rank shows all others during collectives; see `detcoll_shm.stage`
 
 A ring belongs to one ordered pair of ranks: its producer is the source, its consumer the file's owner. Each maps that
 ring alone::
@@ -45,11 +46,11 @@ import msgspec
 
 from detcoll.errors import ConnectError
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"detcoll\0"
 KEY_BYTES = 16
-HEADER = struct.Struct(f"<8sqqqq{KEY_BYTES}s")
-"""Magic, version, ranks, ring bytes, slots, key."""
+HEADER = struct.Struct(f"<8sqqqqq{KEY_BYTES}s")
+"""Magic, version, ranks, ring bytes, slots, chunk bytes, key."""
 
 PAGE_BYTES = 4096
 WORD_BYTES = 8
@@ -101,13 +102,15 @@ def record_bytes(payload_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of one ring; the owner of the memory chooses them.
+    """Sizes of one ring and of the stage; the owner of the memory chooses them.
 
     ``ring_bytes`` : payload that four of the largest undivided messages hold.  ``slots`` : a power of two.
+    ``chunk_bytes`` : how much of an array the stage holds at once, a multiple of a cache line.
     """
 
     ring_bytes: int
     slots: int
+    chunk_bytes: int = LINE_BYTES
 
     @property
     def whole_bytes(self) -> int:
@@ -143,6 +146,20 @@ class Geometry:
         """Return the offset of the ring of ``source`` in the file."""
         return PAGE_BYTES + source * self.stride_bytes
 
+    def stage_at(self, ranks: int) -> int:
+        """Return the offset of the stage in a file with rings for ``ranks`` sources."""
+        return self.ring_at(ranks)
+
+    @property
+    def half_bytes(self) -> int:
+        """Room for one chunk, in whole pages."""
+        return _round_up(self.chunk_bytes, PAGE_BYTES)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of the stage: a page of words, two chunks given, and two folded."""
+        return PAGE_BYTES + 4 * self.half_bytes
+
 
 class Address(msgspec.Struct, frozen=True):
     """Where a rank's memory and doorbell are: descriptors of a process, to be opened through ``/proc``."""
@@ -156,6 +173,7 @@ class Address(msgspec.Struct, frozen=True):
     ranks: int
     ring_bytes: int
     slots: int
+    chunk_bytes: int
     key: str
 
     def encode(self) -> str:
@@ -184,9 +202,10 @@ class Address(msgspec.Struct, frozen=True):
 
     @property
     def geometry(self) -> Geometry:
-        """The sizes of this rank's rings."""
-        return Geometry(self.ring_bytes, self.slots)
+        """The sizes of this rank's rings and stage."""
+        return Geometry(self.ring_bytes, self.slots, self.chunk_bytes)
 
     def header(self) -> bytes:
         """Return the file header that the memory of this address starts with."""
-        return HEADER.pack(MAGIC, self.version, self.ranks, self.ring_bytes, self.slots, bytes.fromhex(self.key))
+        sizes = (self.ranks, self.ring_bytes, self.slots, self.chunk_bytes)
+        return HEADER.pack(MAGIC, self.version, *sizes, bytes.fromhex(self.key))

@@ -54,7 +54,7 @@ def create(ranks: int, geometry: Geometry, bell_fd: int) -> tuple[int, Address]:
     fd = -1
     try:
         fd = os.memfd_create("detcoll", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, geometry.ring_at(ranks))
+        os.ftruncate(fd, geometry.stage_at(ranks) + geometry.stage_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         address = Address(
             version=VERSION,
@@ -66,6 +66,7 @@ def create(ranks: int, geometry: Geometry, bell_fd: int) -> tuple[int, Address]:
             ranks=ranks,
             ring_bytes=geometry.ring_bytes,
             slots=geometry.slots,
+            chunk_bytes=geometry.chunk_bytes,
             key=os.urandom(KEY_BYTES).hex(),
         )
         os.pwrite(fd, address.header(), 0)

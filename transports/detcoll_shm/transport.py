@@ -11,8 +11,9 @@ from typing import Any
 from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
 from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
+from detcoll.types import DTYPES, ReduceOp
 from detcoll_shm.endpoint import Settings, ShmEndpoint
-from detcoll_shm.layout import SMALLEST_RING_BYTES
+from detcoll_shm.layout import LINE_BYTES, SMALLEST_RING_BYTES
 
 LARGEST_OPTION = 2**32
 
@@ -24,7 +25,13 @@ class ShmTransport(Transport):
     """
 
     name = "shm"
-    capabilities = Capabilities(scope=Scope.HOST)
+    capabilities = Capabilities(
+        scope=Scope.HOST,
+        native=frozenset({"all_reduce", "broadcast", "barrier"}),
+        native_dtypes=frozenset(DTYPES),
+        native_ops=frozenset(ReduceOp),
+        ordered=True,
+    )
 
     def open(
         self, rank: int, size: int, rendezvous: Rendezvous, clock: Clock, options: Mapping[str, Any]
@@ -67,13 +74,15 @@ def _settings(options: Mapping[str, Any]) -> Settings:
     if unknown:
         raise UsageError(f"transport 'shm' has no option {', '.join(unknown)}; expected some of {', '.join(known)}")
     values = known | {name: _whole(name, value) for name, value in options.items()}
-    lowest = {"ring_bytes": SMALLEST_RING_BYTES, "slots": 2, "fragment_bytes": 64}
+    lowest = {"ring_bytes": SMALLEST_RING_BYTES, "slots": 2, "fragment_bytes": 64, "chunk_bytes": LINE_BYTES}
     for name, value in values.items():
         low = lowest.get(name, 0)
         if not low <= value <= LARGEST_OPTION:
             raise UsageError(f"{name}={value} must be from {low} to {LARGEST_OPTION}")
     if values["slots"] & (values["slots"] - 1):
         raise UsageError(f"slots={values['slots']} must be a power of two")
+    if values["chunk_bytes"] % LINE_BYTES:
+        raise UsageError(f"chunk_bytes={values['chunk_bytes']} must be a multiple of {LINE_BYTES}")
     return Settings(**values)
 
 

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, UsageError
+from detcoll.fold import reference
 from detcoll.testing.fabric import Here
 from detcoll.transport import NativeCollectives
 from detcoll.types import DTYPES, ReduceOp, is_integer
@@ -71,6 +72,25 @@ def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = No
                 _expected(here.size, count, op, dtype).astype(np.float64),
                 f"{op.value} of {count} {name} on rank {here.rank} of {here.size}",
             )
+
+
+def ordered(here: Here, groups: list[list[int]], counts: list[int]) -> None:
+    """Values whose sum depends on the order of folding give the promised bits."""
+    native = _native(here)
+    native.arrange(groups)
+    for name, op in supported(here.capabilities.native_dtypes, here.capabilities.native_ops):
+        dtype = DTYPES[name]
+        for count in counts:
+            given = [_uneven(rank, count, dtype) for rank in range(here.size)]
+            array = given[here.rank].copy()
+            native.all_reduce(array, op, here.deadline_ns())
+            expected = reference(op, given, groups, dtype)
+            assert array.tobytes() == expected.tobytes(), f"{op.value} of {count} {name} on rank {here.rank}"
+
+
+def _uneven(rank: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    values = np.random.default_rng([rank, count]).standard_normal(count) * 10
+    return np.asarray(np.abs(values).astype(dtype) if is_integer(dtype) else values.astype(dtype))
 
 
 def all_reduce_part(here: Here, count: int = 1000) -> None:

@@ -1,0 +1,183 @@
+"""Collectives that ranks of one host do together in shared memory, in the promised order.
+
+Small arrays: every rank gives its array whole, and folds those of all. One round of waiting. Larger ones go in chunks,
+of which each rank folds a share from what the others give and shows the result, which all take::
+
+    step         k            k+1          k+2
+    this rank    give k       fold k       take k
+                 fold k-1     take k-1
+                 take k-2
+
+The stage has two halves in turn, so that ranks may be a step apart. A half may be given again once its last chunk was
+taken, since whoever shows a result has read what it was made from; and across calls, since whoever has arrived at a
+call is through with the one before.
+
+Letters: n ranks, V bytes. A rank copies (n-1)/n V into its stage, folds V/n, and copies V out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.descriptor import Descriptor
+from detcoll.errors import Closed, DetcollError, UsageError
+from detcoll.fold import fold_groups
+from detcoll.types import ReduceOp, is_integer, parse_dtype
+from detcoll_shm.crew import Crew
+from detcoll_shm.forms import Cut, Cutter, Form
+from detcoll_shm.stage import FOLDED, GIVEN
+
+LARGEST_KEPT_FORMS = 256
+_NOTHING = np.zeros(1, np.uint8)
+
+Call = Callable[[Form, NDArray[Any], int], None]
+
+
+class Collectives:
+    """The collectives of one rank. One thread at a time.
+
+    Parameters
+    ----------
+    crew
+        How ranks wait for each other.
+    cutter
+        Cuts arrays and stages.
+    on_failure
+        Called when a collective failed, so that others learn of it.
+    """
+
+    def __init__(self, crew: Crew, cutter: Cutter, on_failure: Callable[[], None]) -> None:
+        self._crew, self._cutter, self._on_failure = crew, cutter, on_failure
+        self._groups = cutter.groups
+        self._forms: OrderedDict[tuple[Any, ...], Form] = OrderedDict()
+        self._chunk = 0
+        """Chunks that went through the stages since the start, the same on all ranks between calls."""
+        self._error: Exception | None = None
+        self.turn = threading.Lock()
+        """Held while a collective uses shared memory."""
+
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int) -> None:
+        """Reduce ``array`` over all ranks, in place."""
+        form = self._form("all_reduce", op, array, 0, arrays)
+        self._run(self._all_reduce_in_chunks if form.chunks else self._all_reduce_whole, form, array, deadline_ns)
+
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int) -> None:
+        """Copy ``array`` of ``root`` to all ranks."""
+        self._run(
+            self._broadcast, self._form("broadcast", ReduceOp.SUM, array, root, arrays), array.view(np.uint8),
+            deadline_ns,
+        )  # fmt: skip
+
+    def barrier(self, deadline_ns: int) -> None:
+        """Return once every rank has called."""
+        self._run(self._barrier, self._form("barrier", ReduceOp.MAX, _NOTHING, 0, 1), _NOTHING, deadline_ns)
+
+    def _run(self, call: Call, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
+        if not self._crew.mates:
+            return
+        with self.turn:
+            if self._error is not None:
+                raise Closed(f"an earlier collective failed: {self._error}") from self._error
+            try:
+                call(form, array, deadline_ns)
+            except DetcollError as error:
+                self._error = error
+                self._on_failure()
+                raise
+
+    def _form(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> Form:
+        key = (kind, op, array.dtype, array.size, root, arrays)
+        form = self._forms.get(key)
+        if form is None:
+            dtype = parse_dtype(array.dtype)
+            if op is ReduceOp.AVG and is_integer(dtype):
+                raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+            if not 0 <= root <= len(self._crew.mates):
+                raise UsageError(f"root={root} must be a rank from 0 to {len(self._crew.mates)}")
+            descriptor = Descriptor(0, kind, op.value, dtype.name, array.size, root, arrays)
+            if len(self._forms) >= LARGEST_KEPT_FORMS:
+                self._forms.popitem(last=False)
+            form = self._forms[key] = self._cutter.form(descriptor, op, dtype)
+        return form
+
+    def _barrier(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
+        self._crew.arrive(form.descriptor, form.digest, deadline_ns)
+        self._crew.await_all_here()
+
+    def _all_reduce_whole(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
+        given = form.whole[self._chunk & 1]
+        np.copyto(given[self._crew.rank], array)
+        self._crew.arrive(form.descriptor, form.digest, deadline_ns)
+        self._crew.await_all_here()
+        fold_groups(form.op, given, self._groups, array, form.rooms, form.divisor)
+        self._chunk += 1
+
+    def _all_reduce_in_chunks(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
+        crew, chunks, memory = self._crew, form.chunks, array.view(np.uint8)
+        self._give(form, 0, memory)
+        crew.arrive(form.descriptor, form.digest, deadline_ns)
+        crew.await_all_here()
+        for step in range(1, chunks + 2):
+            if step >= 2:
+                self._take(form, step - 2, memory)
+            if step < chunks:
+                self._give(form, step, memory)
+            if step <= chunks:
+                self._fold(form, step - 1, memory)
+        self._chunk += chunks
+
+    def _give(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
+        at, chunk = number * form.chunk_bytes, self._chunk + number
+        for place, begin, end in form.cut(number, chunk & 1).gives:
+            np.copyto(place, memory[at + begin : at + end])
+        self._crew.publish(GIVEN, chunk + 1)
+
+    def _fold(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
+        at, chunk = number * form.chunk_bytes, self._chunk + number
+        cut: Cut = form.cut(number, chunk & 1)
+        begin, end = cut.share
+        own = memory[at + begin : at + end]
+        self._crew.await_all(GIVEN, chunk + 1)
+        if begin < end:
+            mine = own.view(form.dtype)
+            inputs = [mine if given is None else given for given in cut.inputs]
+            fold_groups(form.op, inputs, self._groups, cut.out, cut.rooms, form.divisor)
+        self._crew.publish(FOLDED, chunk + 1)
+        np.copyto(own, cut.out_bytes)
+
+    def _take(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
+        at, chunk = number * form.chunk_bytes, self._chunk + number
+        self._crew.await_all(FOLDED, chunk + 1)
+        for place, begin, end in form.cut(number, chunk & 1).takes:
+            np.copyto(memory[at + begin : at + end], place)
+
+    def _broadcast(self, form: Form, memory: NDArray[np.uint8], deadline_ns: int) -> None:
+        crew, step, root = self._crew, self._cutter.chunk_bytes, form.descriptor.root
+        parts = [memory[at : at + step] for at in range(0, memory.size, step)]
+        given = self._cutter.stages[root].given
+        is_root = crew.rank == root
+        if is_root and parts:
+            self._show(given, parts[0], self._chunk)
+        crew.arrive(form.descriptor, form.digest, deadline_ns)
+        crew.await_all_here()
+        for chunk, part in enumerate(parts, self._chunk):
+            if not is_root:
+                crew.await_one(root, GIVEN, chunk + 1)
+                np.copyto(part, given[chunk & 1][: part.size])
+                crew.publish(FOLDED, chunk + 1)
+            elif chunk > self._chunk:
+                crew.await_all(FOLDED, chunk - 1 if chunk > self._chunk + 1 else 0)
+                self._show(given, part, chunk)
+        self._chunk += len(parts)
+        if is_root and len(parts) > 1:
+            crew.await_all(FOLDED, self._chunk)
+
+    def _show(self, given: tuple[NDArray[np.uint8], ...], part: NDArray[np.uint8], chunk: int) -> None:
+        np.copyto(given[chunk & 1][: part.size], part)
+        self._crew.publish(GIVEN, chunk + 1)

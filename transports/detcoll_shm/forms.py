@@ -1,0 +1,140 @@
+"""Calls that were made before: what they are, and the pieces of shared memory that they use, cut once.
+
+An array goes through the stages in chunks. Of each chunk every rank folds one share; shares of large chunks begin at
+cache lines, so that no two ranks write one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.descriptor import Descriptor
+from detcoll.types import ReduceOp
+from detcoll_shm.layout import LINE_BYTES
+from detcoll_shm.stage import Stage
+
+CHUNKS_A_CALL = 4
+"""What an array is cut into at least, so that giving, folding and taking overlap, unless chunks would be too small."""
+
+SMALLEST_CHUNK_BYTES = 64 * 2**10
+
+Bytes = NDArray[np.uint8]
+Piece = tuple[Bytes, int, int]
+"""Memory in a stage, and the first and last offset in the chunk that it stands for, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One chunk in one half of the stages.
+
+    ``gives`` : where this rank puts what others fold.  ``inputs`` : contributions to this rank's share, by rank; None
+    for its own.  ``share`` : first and last byte of that share in the chunk.  ``out`` : where its result goes, as
+    elements and as bytes.  ``takes`` : other ranks' results.
+    """
+
+    gives: tuple[Piece, ...]
+    inputs: tuple[NDArray[Any] | None, ...]
+    share: tuple[int, int]
+    out: NDArray[Any]
+    out_bytes: Bytes
+    takes: tuple[Piece, ...]
+    rooms: tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One kind of call: equal for all calls with equal arguments.
+
+    ``chunks`` : how many there are; 0 where every rank folds everything from what all others give whole.
+    ``whole`` : by half of the stage, the memory for this rank's array and those of all ranks.
+    """
+
+    descriptor: Descriptor
+    digest: int
+    op: ReduceOp
+    dtype: np.dtype[Any]
+    divisor: int | None
+    chunk_bytes: int
+    nbytes: int
+    chunks: int
+    full: tuple[Cut, ...]
+    last: tuple[Cut, ...]
+    whole: tuple[tuple[NDArray[Any], ...], ...]
+    rooms: tuple[NDArray[Any], ...]
+
+    def cut(self, number: int, half: int) -> Cut:
+        """Return where chunk ``number`` of the call lies in a half of the stages."""
+        return (self.last if number == self.chunks - 1 else self.full)[half]
+
+
+def digest_of(descriptor: Descriptor) -> int:
+    """Return a number that differs for calls that differ."""
+    return int.from_bytes(hashlib.blake2b(descriptor.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cutter:
+    """Makes forms for one rank: ``stages`` of all ranks by rank, and how they are grouped."""
+
+    rank: int
+    stages: Sequence[Stage]
+    groups: Sequence[Sequence[int]]
+    chunk_bytes: int
+    direct_bytes: int
+
+    def form(self, descriptor: Descriptor, op: ReduceOp, dtype: np.dtype[Any]) -> Form:
+        """Return the form for calls that `descriptor` (of number 0) describes."""
+        nbytes = descriptor.count * dtype.itemsize
+        ranks = len(self.stages)
+        divisor = ranks if op is ReduceOp.AVG else None
+        digest = digest_of(descriptor)
+        step = self._step_bytes(nbytes, dtype.itemsize)
+        if nbytes <= min(self.direct_bytes, step):
+            whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
+            rooms = self._rooms(descriptor.count, dtype)
+            return Form(descriptor, digest, op, dtype, divisor, step, nbytes, 0, (), (), whole, rooms)
+        chunks = -(-nbytes // step)
+        full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
+        last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
+        return Form(descriptor, digest, op, dtype, divisor, step, nbytes, chunks, full, last, (), ())
+
+    def _step_bytes(self, nbytes: int, itemsize: int) -> int:
+        """Return the size of chunks: some for each call, so that giving, folding and taking overlap."""
+        wanted = max(min(self.chunk_bytes, nbytes // CHUNKS_A_CALL), SMALLEST_CHUNK_BYTES)
+        step = min(wanted // LINE_BYTES * LINE_BYTES, self.chunk_bytes)
+        return max(step, itemsize)
+
+    def _cut(self, nbytes: int, half: int, dtype: np.dtype[Any]) -> Cut:
+        edges = self._edges(nbytes, dtype.itemsize)
+        begin, end = edges[self.rank], edges[self.rank + 1]
+        own = self.stages[self.rank]
+        gives = tuple((own.given[half][a:b], a, b) for a, b in ((0, begin), (end, nbytes)) if a < b)
+        inputs = tuple(
+            None if rank == self.rank else stage.given[half][begin:end].view(dtype)
+            for rank, stage in enumerate(self.stages)
+        )
+        out_bytes = own.folded[half][: end - begin]
+        takes = tuple(
+            (stage.folded[half][: edges[rank + 1] - edges[rank]], edges[rank], edges[rank + 1])
+            for rank, stage in enumerate(self.stages)
+            if rank != self.rank and edges[rank] < edges[rank + 1]
+        )
+        rooms = self._rooms((end - begin) // dtype.itemsize, dtype)
+        return Cut(gives, inputs, (begin, end), out_bytes.view(dtype), out_bytes, takes, rooms)
+
+    def _edges(self, nbytes: int, itemsize: int) -> list[int]:
+        ranks = len(self.stages)
+        unit = LINE_BYTES if nbytes >= LINE_BYTES * ranks else itemsize
+        return [nbytes * rank // ranks // unit * unit for rank in range(ranks)] + [nbytes]
+
+    def _rooms(self, count: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], ...]:
+        """Return memory for the sums of groups, if there is more than one."""
+        if len(self.groups) == 1:
+            return ()
+        return tuple(np.empty(count if len(group) > 1 else 0, dtype) for group in self.groups)

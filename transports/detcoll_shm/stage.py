@@ -1,0 +1,59 @@
+"""What a rank shows all others during collectives: words that say how far it is, and chunks of arrays.
+
+A stage lies in the memory of its rank; that rank writes it and all others read it::
+
+    words             one page, see below
+    given 0, given 1  chunks of this rank's array, one after the other in turn
+    folded 0, 1       this rank's share of those chunks, folded over all ranks
+
+========= ====================================================================================================
+word      meaning
+========= ====================================================================================================
+ARRIVED   number of the collective that this rank is in, from 1
+DIGEST    of what it called, for collectives of even and odd number in turn, beside ARRIVED on its cache line
+GIVEN     chunks that lie in ``given``, counted since the start
+FOLDED    chunks of which this rank's share lies in ``folded``
+ASLEEP    1 while this rank waits on its doorbell, so that others ring it
+TOLD      number of the collective whose full descriptor lies at `TEXT_AT`
+========= ====================================================================================================
+
+Only the owner writes them. Data, digests and text are written before the word that announces them and read after it,
+which x86-64 keeps in order; ASLEEP follows Dekker, as in `detcoll_shm.layout`.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.descriptor import HELLO_BYTES
+from detcoll_shm.layout import PAGE_BYTES, Geometry
+
+ARRIVED, DIGEST = 0, 1
+GIVEN, FOLDED, ASLEEP, TOLD = 16, 32, 48, 64
+TEXT_AT = 1024
+
+
+class Stage:
+    """The stage of one rank, mapped into this process."""
+
+    __slots__ = ("_text", "folded", "given", "words")
+
+    def __init__(self, fd: int, geometry: Geometry, ranks: int) -> None:
+        memory = mmap.mmap(fd, geometry.stage_bytes, offset=geometry.stage_at(ranks))
+        self.words = memoryview(memory).cast("q")
+        self._text = memoryview(memory)[TEXT_AT : TEXT_AT + HELLO_BYTES]
+        chunk, half = geometry.chunk_bytes, geometry.half_bytes
+        halves = [np.frombuffer(memory, np.uint8, chunk, PAGE_BYTES + index * half) for index in range(4)]
+        self.given: tuple[NDArray[np.uint8], ...] = tuple(halves[:2])
+        self.folded: tuple[NDArray[np.uint8], ...] = tuple(halves[2:])
+
+    def write_text(self, record: bytes) -> None:
+        """Show what this rank called, before TOLD says so."""
+        self._text[:] = record
+
+    def read_text(self) -> bytes:
+        """Return what the rank showed."""
+        return bytes(self._text)
