@@ -84,9 +84,12 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         argv = [sys.executable, *case.launcher, *python[1:], *case.arguments]
     else:
         argv = [*case.launcher, *python, *case.arguments]
-    done = subprocess.run(
-        [*argv, "--json", str(path)], capture_output=True, text=True, timeout=DEADLINE_S, check=False, cwd=folder
-    )
+    try:
+        done = subprocess.run(
+            [*argv, "--json", str(path)], capture_output=True, text=True, timeout=DEADLINE_S, check=False, cwd=folder
+        )
+    except subprocess.TimeoutExpired as error:
+        done = subprocess.CompletedProcess(argv, 1, "", f"not done after {error.timeout:g} s")
     shown = shlex.join(
         ["python" if word == sys.executable else Path(word).name if "/" in word else word for word in argv]
     )
@@ -161,15 +164,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the cases, print the table, write the files."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose name contains this, such as planning")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the cases, print the table, write the files."""
+    given = _arguments()
     results = []
     with tempfile.TemporaryDirectory(prefix="detcoll-performance-") as name:
         folder = Path(name)
@@ -178,17 +185,22 @@ def main() -> None:
                 if given.only in case.name:
                     print(case.name, file=sys.stderr, flush=True)
                     results.append(run(case, folder))
+    costs = planning() if given.only in "planning" else None
+    if not results and costs is None:
+        sys.exit(f"--only {given.only!r} fits no case")
     print(table(results))
+    if costs is not None:
+        print(f"planning, 40 sites of 8, 1 GiB: {costs}")
     for case in results:
         if "error" in case:
             print(f"{case['name']} failed: {case['error']}", file=sys.stderr)
     if given.json is not None:
-        facts = {"schema": "detcoll.performance/1", "host": host_facts(), "planning": None, "cases": results}
-        if given.only in "planning":
-            facts["planning"] = planning()
+        facts = {"schema": "detcoll.performance/1", "host": host_facts(), "planning": costs, "cases": results}
         given.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if given.plot is not None:
         given.plot.write_text(plot(results), encoding="utf-8")
+    if any("error" in case for case in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ SITE_CLOCK_ERROR_NS = 200_000
 _FINALIZE_S = 10.0
 _PARTING_AFTER_FAILURE_S = 2.0
 _EXPLANATION_NS = 1_000_000_000
+BURST_NS, LEAST_BURST_BYTES = 4_000_000, 131_072
+"""How far a flow that never waits for a window may be ahead of its rate: the kernel paces in bursts of a millisecond,
+and whoever watches the line looks a little late. Never less than two of the largest units that the kernel sends at once."""
 _BARRIER = np.zeros(1, np.uint8)
 
 
@@ -529,14 +532,15 @@ def _calendar(
 def _costs(facts: Sequence[Facts]) -> Costs:
     """Return what hosts cost, which is the same on all ranks: the most crowded host sets the pace of a call."""
     ranks_on = Counter(fact.host for fact in facts)
-    return Costs(call_ns=max(call_ns_of(ranks_on[fact.host], fact.cores) for fact in facts))
+    cores_of = {host: set[int]().union(*(fact.cores for fact in facts if fact.host == host)) for host in ranks_on}
+    return Costs(call_ns=max(call_ns_of(count, len(cores_of[host])) for host, count in ranks_on.items()))
 
 
 def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:
     facts = Facts(
         VERSION, settings.transport, settings.topology.digest, settings.reproducible,
         settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
-        clock_domain(), launcher, len(os.sched_getaffinity(0)),
+        clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))),
     )  # fmt: skip
     answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
     everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]
@@ -557,12 +561,15 @@ def _calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[s
     if calendar.mode is Slotting.TURNS and windows:
         flows = dict(enumerate(rates))
     line = (topology.sites[site].uplink_bytes_per_s or 0.0) * topology.payload_share
+    burst_ns = max((window.end_ns - window.start_ns for window in windows), default=BURST_NS)
     return {
         "cycle_ns": cycle_ns,
         "windows": [[w.start_ns, w.end_ns, w.destination] for w in windows] or [[0, cycle_ns, -1]],
         "offset_ns": 0,
         "guard_ns": calendar.guard_ns,
+        "mode": calendar.mode.value,
         "rates_bytes_per_s": rates,
+        "burst_bytes": [max(rate / 1e9 * burst_ns, LEAST_BURST_BYTES) for rate in rates],
         "line_share": (max(flows.values()) if windows else sum(flows.values())) / line,
     }
 

@@ -43,6 +43,8 @@ def shorten_turns() -> bool:
     0.1 ms): whoever asks for a short one waits less for threads with the usual one of some 3 ms. It needs no privilege.
     """
     number = _SCHED_SETATTR.get(platform.machine())
+    if hasattr(os, "SCHED_OTHER") and os.sched_getscheduler(0) != os.SCHED_OTHER:  # who chose another class keeps it
+        return False
     if os.environ.get("DETCOLL_REALTIME") == "0" or number is None or platform.system() != "Linux":
         return False
     nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

@@ -59,7 +59,7 @@ class Facts(msgspec.Struct, frozen=True):
     host: str
     clock: str
     launcher: str
-    cores: int
+    cores: tuple[int, ...]
 
 
 _MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion")

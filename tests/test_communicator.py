@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from ranks import TIMEOUT_S, grouped, launch, lines, run_ranks
 
+from detcoll.communicator import _calendar_facts
 from detcoll.fold import reference
+from detcoll.plan import Slotting, build_calendar
 from detcoll.plan.layout import LOCAL_CHUNK_BYTES
 from detcoll.topology import Topology
 from detcoll.types import DTYPES, ReduceOp, is_integer
@@ -347,3 +349,26 @@ def test_two_jobs_at_once() -> None:
     for ended in answers:
         assert ended.code == 0, ended.err
         assert [said[0][0] for said in ended.said.values()] == ["slotted"] * 2
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (3, 2), (1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mode", list(Slotting))
+def test_what_a_trace_says_of_the_calendar_adds_up(ranks: tuple[int, ...], mode: Slotting) -> None:
+    topology = lines(*ranks)
+    calendar = build_calendar(topology, mode)
+    for index, site in enumerate(topology.sites):
+        facts = [_calendar_facts(calendar, topology, rank) for rank in site.ranks]
+        if mode is Slotting.OFF:
+            assert facts == [None] * len(site.ranks)
+            continue
+        windows = calendar.sites[index].windows
+        in_turn = calendar.mode is Slotting.TURNS and bool(windows)
+        shares = [fact["line_share"] for fact in facts]
+        assert 0.9 < (max(shares) if in_turn else sum(shares)) <= 0.99 + 1e-9
+        for fact in facts:
+            assert fact["mode"] == calendar.mode.value
+            assert fact["rates_bytes_per_s"] == [calendar.rate_bytes_per_s(index, j) for j in range(len(ranks))]
+            assert all(
+                burst >= rate * 0.004
+                for burst, rate in zip(fact["burst_bytes"], fact["rates_bytes_per_s"], strict=True)
+            )

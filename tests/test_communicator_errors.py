@@ -91,7 +91,7 @@ def test_settings_that_cannot_be_used(settings: dict[str, object], text: str) ->
 
 
 def test_another_version_is_refused() -> None:
-    facts = Facts("0.1", "auto", "digest", False, "", "cubic", "", "host", "clock", "none", 2)
+    facts = Facts("0.1", "auto", "digest", False, "", "cubic", "", "host", "clock", "none", (0, 1))
     agree([facts, facts])
     with pytest.raises(UsageError, match=r"disagree about version: rank 0 has '0\.1', rank 1 has '0\.2'"):
         agree([facts, msgspec.structs.replace(facts, version="0.2")])

@@ -35,9 +35,26 @@ def trace(
     ]  # fmt: skip
     calendar = None
     if windows is not None:
-        calendar = {"cycle_ns": CYCLE_NS, "windows": windows, "offset_ns": offset_ns, "guard_ns": 5}
+        calendar = {
+            "cycle_ns": CYCLE_NS,
+            "windows": windows,
+            "offset_ns": offset_ns,
+            "guard_ns": 5,
+            "mode": "turns",
+            "rates_bytes_per_s": [],
+            "burst_bytes": [],
+            "line_share": 1.0,
+        }
     return {"schema": "detcoll.trace/1", "rank": rank, "site": f"site{site}", "calendar": calendar,
             "connections": connections, "spans": []}  # fmt: skip
+
+
+def sharing(rank: int, line_share: float = 0.495, rate: float = 1e8) -> dict[str, Any]:
+    """A rank whose window never closes and holds 100 bytes at its rate."""
+    shared = trace(rank, [[0, CYCLE_NS]])
+    rates = [0.0 if site == rank // 2 else rate for site in range(2)]
+    shared["calendar"] |= {"rates_bytes_per_s": rates, "burst_bytes": [100.0, 100.0], "line_share": line_share}
+    return shared
 
 
 def traces(**changes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -116,14 +133,6 @@ def test_overlapping_windows_of_a_site_are_found_and_those_of_two_sites_are_none
     assert not found.is_slotted
 
 
-def sharing(rank: int, line_share: float = 0.495, rate: float = 1e8) -> dict[str, Any]:
-    """A rank whose window never closes and holds 100 bytes at its rate."""
-    shared = trace(rank, [[0, CYCLE_NS]])
-    rates = [0.0 if site == rank // 2 else rate for site in range(2)]
-    shared["calendar"] |= {"rates_bytes_per_s": rates, "line_share": line_share}
-    return shared
-
-
 def test_ranks_that_share_a_slot_are_held_to_their_rates() -> None:
     shared = [sharing(rank) for rank in range(4)]
     kept = log((0, 0, 4000, 100), (10, 0, 4010, 100), (500, 0, 4000, 50), (1000, 0, 4000, 50), (1000, 1, 4020, 100))
@@ -191,8 +200,8 @@ def test_an_empty_log_proves_nothing() -> None:
         (traces(r1=trace(1, None) | {"schema": "other/1"}), "traces\\[1\\] is no trace.*schema"),
         (traces(r1={"rank": 1}), "traces\\[1\\] is no trace"),
         (
-            traces(r1=trace(1, []) | {"calendar": {"cycle_ns": 7, "windows": [], "offset_ns": 0}}),
-            "cycles of \\[7, 1000\\]",
+            traces(r1=trace(1, []) | {"calendar": sharing(1)["calendar"] | {"cycle_ns": 7}}),
+            "site 0 have cycles of \\[7, 1000\\]",
         ),
     ],
 )

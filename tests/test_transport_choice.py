@@ -31,7 +31,7 @@ def elsewhere() -> str:
 
 
 def facts(host: str = "here", launcher: str = "detcoll run") -> Facts:
-    return Facts("0.1", "auto", "digest", False, "", "cubic", "", host, "clock", launcher, 2)
+    return Facts("0.1", "auto", "digest", False, "", "cubic", "", host, "clock", launcher, (0, 1))
 
 
 @pytest.mark.parametrize(

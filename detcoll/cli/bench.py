@@ -34,7 +34,7 @@ def bench(
     round_trip: str | None = None,
     topology: Path | None = None,
     queue: str = "2.5MB",
-    slotting: Literal["calendar", "turns", "share", "off"] = "calendar",
+    slotting: Literal["calendar", "turns", "share", "off"] | None = None,
     timeout: str = "60 s",
     deadline: str = "10 min",
 ) -> int:
@@ -75,7 +75,8 @@ def bench(
     queue
         With --lab: drop-tail queue at each end of a line.
     slotting
-        With --lab, of slotted: calendar, turns (ranks of a site one by one), share (pacing without slots), off.
+        With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one), share
+        (pacing without slots), off.
     timeout
         Of a collective.
     deadline
@@ -111,7 +112,7 @@ def _run_in_lab(spec: LabBench, left_out: tuple[LeftOut, ...], json: Path | None
     with ended_by_signals():
         result = run_in_lab(spec, say)
     _finish(replace(result, left_out=(*left_out, *result.left_out)), json)
-    broken = result.audit is not None and not result.audit.passed and spec.slotting != "off"
+    broken = result.audit is not None and not result.audit.passed and result.audit.slotting != "off"
     return 1 if broken or result.left_out or not result.rows else 0
 
 

@@ -30,10 +30,13 @@ def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
     require_writable(json, "json")
     found = examine(None if topology is None else Topology.from_file(topology))
     table = Table("what", "found", "")
-    table.add_column("what to do", overflow="fold")  # commands must be whole
     for one in found:
-        table.add_row(one.name, one.value, one.verdict.value, one.advice, style=_STYLES[one.verdict])
-    Console().print(table)
+        table.add_row(one.name, one.value, one.verdict.value, style=_STYLES[one.verdict])
+    console = Console()
+    console.print(table)
+    for one in found:
+        if one.advice:  # below, on lines of their own, so that commands can be copied
+            console.print(f"{one.name}: {one.advice}", style=_STYLES[one.verdict], soft_wrap=True)
     if json is not None:
         json.write_bytes(msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
     return 1 if any(one.verdict is Verdict.CHANGE for one in found) else 0

@@ -4,11 +4,11 @@ A transport is slotted if payload reaches its site's uplink inside windows of th
 it goes, and within the rate reserved for it there, and the windows that are open at a site never add up to more than
 its line. Windows in which
 a rank owns the whole line must not overlap; ranks that share a slot have windows of a part of the line each, which may.
-Whether a flow keeps to its rate is judged as a policer does, by a token bucket that holds what the flow may send in its
-longest window. The router's arrival log is the witness: it runs in another process, on the machine's
-monotonic clock, and knows nothing of calendars. What ranks give is a trace file each: their windows, the difference
-between their site's time and the monotonic clock, and which connections are theirs, so that a record can be put down
-to its sender.
+Whether a flow keeps to its rate is judged as a policer does, by a token bucket that holds what the flow may send in
+its longest window, or where its window never closes in a few milliseconds; arrays that fit into it prove nothing. The
+router's arrival log is the witness: it runs in another process, on the machine's monotonic clock, and knows nothing of
+calendars. What ranks give is a trace file each: their windows, the difference between their site's time and the
+monotonic clock, and which connections are theirs, so that a record can be put down to its sender.
 
 A unit counts as a whole at the moment it reaches the uplink. Only payload of TCP counts: acknowledgements without
 payload follow no window, nor could they.
@@ -67,6 +67,7 @@ class Audit:
     window_capacity_bytes: tuple[int, ...]
     ranks_share: bool
     asleep_bytes: tuple[int, ...]
+    mode: str
 
     @property
     def bulk_inside_share(self) -> float:
@@ -113,8 +114,10 @@ class _Calendar:
     cycle_ns: int
     windows: tuple[_Window, ...]
     offset_ns: int
-    rates_bytes_per_s: tuple[float, ...] = ()
-    line_share: float = 1.0
+    mode: str
+    rates_bytes_per_s: tuple[float, ...]
+    burst_bytes: tuple[float, ...]
+    line_share: float
 
     def is_open(self, times_ns: NDArray[np.int64], destinations: NDArray[Any]) -> NDArray[np.bool_]:
         """Tell for each monotonic time whether it lies in a window that leads to its destination."""
@@ -179,7 +182,7 @@ def audit(
     Raises
     ------
     UsageError
-        If a trace breaks the schema, a rank has none or two, or calendars have different cycles.
+        If a trace breaks the schema, a rank has none or two, or calendars of a site have different cycles.
     """
     known = _parsed(traces, topology)
     # What flows send while they connect, to open TCP's windows, belongs to no collective and no calendar.
@@ -193,8 +196,10 @@ def audit(
         mine = owners == rank
         if trace.calendar is not None:
             inside[mine] = trace.calendar.is_open(payload["time_ns"][mine], payload["destination_site"][mine])
-            for destination, rate in enumerate(trace.calendar.rates_bytes_per_s):
-                inside &= ~_beyond_rate(payload, mine & (lanes == _BULK), destination, rate, trace.calendar)
+            bulk = mine & (lanes == _BULK)
+            reserved = zip(trace.calendar.rates_bytes_per_s, trace.calendar.burst_bytes, strict=True)
+            for destination, (rate, burst) in enumerate(reserved):
+                inside &= ~_beyond_rate(payload, bulk & (payload["destination_site"] == destination), rate, burst)
     sizes = payload["payload_bytes"].astype(np.int64)
     sites = range(len(topology.sites))
     return Audit(
@@ -211,19 +216,18 @@ def audit(
         ),
         window_capacity_bytes=tuple(_capacity_bytes(known, topology, site) for site in sites),
         ranks_share=any(trace.calendar is not None and trace.calendar.line_share < _WHOLE for trace in known.values()),
+        mode=next((trace.calendar.mode for trace in known.values() if trace.calendar is not None), "off"),
         asleep_bytes=tuple(int(router_late_ns * (site.uplink_bytes_per_s or 0.0) / 1e9) for site in topology.sites),
     )
 
 
 def _beyond_rate(
-    payload: NDArray[Any], mine: NDArray[np.bool_], destination: int, rate_bytes_per_s: float, calendar: _Calendar
+    payload: NDArray[Any], mine: NDArray[np.bool_], rate_bytes_per_s: float, room_bytes: float
 ) -> NDArray[np.bool_]:
-    """Return which records a policer of this rank's flows to site ``destination`` would have dropped."""
+    """Return which of the records that are ``mine`` a policer of each flow would have dropped."""
     beyond = np.zeros(len(payload), dtype=np.bool_)
     if not rate_bytes_per_s:
         return beyond
-    room_bytes = rate_bytes_per_s / 1e9 * calendar.longest_ns()
-    mine = mine & (payload["destination_site"] == destination)
     receivers = payload[["destination_address", "destination_port"]]
     for receiver in np.unique(receivers[mine]):
         flow = np.flatnonzero(mine & (receivers == receiver))
@@ -249,9 +253,10 @@ def _parsed(traces: Sequence[Mapping[str, Any]], topology: Topology) -> dict[int
         known[trace.rank] = trace
     if sorted(known) != list(range(topology.size)):
         raise UsageError(f"traces are of ranks {sorted(known)}; expected one of each of {topology.size} ranks")
-    cycles = {trace.calendar.cycle_ns for trace in known.values() if trace.calendar is not None}
-    if len(cycles) > 1 or any(cycle <= 0 for cycle in cycles):
-        raise UsageError(f"traces have cycles of {sorted(cycles)} ns; expected one, greater than zero")
+    for site in range(len(topology.sites)):
+        cycles = {calendar.cycle_ns for calendar in _calendars(known, topology, site)}
+        if len(cycles) > 1 or any(cycle <= 0 for cycle in cycles):
+            raise UsageError(f"traces of site {site} have cycles of {sorted(cycles)} ns; expected one above zero")
     return known
 
 

@@ -49,7 +49,7 @@ class LabBench:
     transports: tuple[str, ...]
     topology: Topology
     queue_bytes: int
-    slotting: str
+    slotting: str | None
     timeout_s: float
     deadline_s: float
 
@@ -115,7 +115,7 @@ def _run_transport(bench: LabBench, transport: str) -> tuple[tuple[Row, ...], Au
         directory = Path(name)
         config = BenchConfig(bench.sweep, transport, bench.topology, str(directory / "rows.json"), bench.timeout_s)
         write_json(directory / "config.json", config)
-        env, log_path = {SLOTTING_VARIABLE: bench.slotting}, None
+        env, log_path = {SLOTTING_VARIABLE: bench.slotting} if bench.slotting else {}, None
         if transport == SLOTTED:
             env[TRACE_VARIABLE] = str(directory)
             log_path = directory / "arrivals.npy"
@@ -133,7 +133,7 @@ def _audit(bench: LabBench, log_path: Path, traces: Path, router_late_ns: int) -
     paths = [traces / f"rank{rank}.json" for rank in range(bench.topology.size)]
     seen = audit(read_log(log_path), read_traces(paths), bench.topology, router_late_ns)
     return AuditResult(
-        slotting=bench.slotting,
+        slotting=seen.mode,
         passed=seen.is_slotted and seen.queues_within_windows,
         inside_share=seen.bulk_inside_share,
         payload_inside_share=seen.payload_inside_share,
