@@ -78,6 +78,11 @@ class Collectives:
         """Return once every rank has called."""
         self._run(self._barrier, self._form("barrier", ReduceOp.MAX, _NOTHING, 0, 1), _NOTHING, deadline_ns)
 
+    @property
+    def error(self) -> Exception | None:
+        """What ended a collective, and with it all later ones, or None."""
+        return self._error
+
     def _run(self, call: Call, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
         if not self._crew.mates:
             return

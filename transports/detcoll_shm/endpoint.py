@@ -445,8 +445,11 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         if collectives is not None:
             ring(self._bell.writer)  # a collective on another thread ends at once
             collectives.turn.acquire()
-        for peer in self._peers.values():
+        if collectives is not None and collectives.error is not None:
+            state = State.ABORTED
+        for peer in self._peers.values():  # all at once, or who hears first aborts before others know the reason
             peer.outbound.set_state(state)
+        for peer in self._peers.values():
             ring(peer.bell_fd)
             self._cancelled(peer.outbound.drop())
             self._cancelled(peer.inbound.drop())
