@@ -174,9 +174,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Run the cases, print the table, write the files."""
-    given = _arguments()
+def _run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory(prefix="detcoll-performance-") as name:
         folder = Path(name)
@@ -185,22 +183,28 @@ def main() -> None:
                 if given.only in case.name:
                     print(case.name, file=sys.stderr, flush=True)
                     results.append(run(case, folder))
+    return results
+
+
+def main() -> None:
+    """Run the cases, print the table, write the files."""
+    given = _arguments()
+    results = _run_all(given)
     costs = planning() if given.only in "planning" else None
     if not results and costs is None:
         sys.exit(f"--only {given.only!r} fits no case")
     print(table(results))
     if costs is not None:
         print(f"planning, 40 sites of 8, 1 GiB: {costs}")
-    for case in results:
-        if "error" in case:
-            print(f"{case['name']} failed: {case['error']}", file=sys.stderr)
+    failed = [case for case in results if "error" in case]
+    for case in failed:
+        print(f"{case['name']} failed: {case['error']}", file=sys.stderr)
     if given.json is not None:
         facts = {"schema": "detcoll.performance/1", "host": host_facts(), "planning": costs, "cases": results}
         given.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     if given.plot is not None:
         given.plot.write_text(plot(results), encoding="utf-8")
-    if any("error" in case for case in results):
-        sys.exit(1)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ _PARTING_AFTER_FAILURE_S = 2.0
 _EXPLANATION_NS = 1_000_000_000
 BURST_NS, LEAST_BURST_BYTES = 4_000_000, 131_072
 """How far a flow that never waits for a window may be ahead of its rate: the kernel paces in bursts of a millisecond,
-and whoever watches the line looks a little late. Never less than two of the largest units that the kernel sends at once."""
+and whoever watches the line looks a little late. Never less than two of the largest units that leave at once."""
 _BARRIER = np.zeros(1, np.uint8)
 
 
