@@ -1,13 +1,14 @@
 """Holds what the router saw against the calendars that the ranks say they kept.
 
-A transport is slotted if payload reaches its site's uplink inside windows of the rank that sent it, which lead to where
-it goes, and within the rate reserved for it there, and the windows that are open at a site never add up to more than
-its line. Windows in which a rank owns the whole line must not overlap; ranks that share a slot have windows of a part of
-the line each, which may. Whether a flow keeps to its rate is judged as a policer does, by a token bucket that holds what the flow may send in
-its longest window, or where its window never closes in a few milliseconds; arrays that fit into it prove nothing. The
-router's arrival log is the witness: it runs in another process, on the machine's monotonic clock, and knows nothing of
-calendars. What ranks give is a trace file each: their windows, the difference between their site's time and the
-monotonic clock, and which connections are theirs, so that a record can be put down to its sender.
+A transport is slotted if payload reaches its site's uplink inside windows of the rank that sent it, which lead to
+where it goes, and within the rate reserved for it there, and the windows that are open at a site never add up to more
+than its line. Windows in which a rank owns the whole line must not overlap; ranks that share a slot have windows of a
+part of the line each, which may. Whether a flow keeps to its rate is judged as a policer does, by a token bucket that
+holds what the flow may send in its longest window, or where its window never closes in a few milliseconds; arrays that
+fit into it prove nothing. The router's arrival log is the witness: it runs in another process, on the machine's
+monotonic clock, and knows nothing of calendars. What ranks give is a trace file each: their windows, the difference
+between their site's time and the monotonic clock, and which connections are theirs, so that a record can be put down
+to its sender.
 
 A unit counts as a whole at the moment it reaches the uplink. Only payload of TCP counts: acknowledgements without
 payload follow no window, nor could they.
