@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.measure.host import host_facts
-from detcoll.plan import Collective, Planner, build_calendar
+from detcoll.plan import Collective, Planner, Slotting, build_calendar
 from detcoll.topology import Topology
 
 TWO_BY_TWO = ("--lab", "--sites", "2", "--ranks-per-site", "2", "--rate", "1 Gbit/s", "--round-trip", "20 ms")
@@ -106,7 +106,7 @@ def planning() -> dict[str, Any]:
     """Return what compiling costs: one rank's part of 1 GiB over 40 sites of 8, then again from the cache."""
     topology = Topology.uniform(40, 8, 125e6, 10_000_000)
     collective = Collective("all_reduce", 2**28, 4, 4)
-    calendar = build_calendar(topology)
+    calendar = build_calendar(topology, Slotting.SHARE)
     tracemalloc.start()
     planner = Planner(topology, 17, calendar)
     planner.plan(collective)

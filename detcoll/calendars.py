@@ -22,18 +22,13 @@ from pathlib import Path
 import msgspec
 
 from detcoll.errors import PlanError
-from detcoll.plan import Calendar, Collective, Slotting, build_calendar, check_calendar, choose_chunk, predict_ns
+from detcoll.plan import Calendar, Slotting, build_calendar, check_calendar
 from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
 
 FORMAT = 1
 """Of the calendars on disk; raised when equal arguments give other calendars."""
-
-LARGE_S = 1.0
-WORTH = 1.05
-"""Where nobody chooses, windows may be predicted to take so much longer than shares for an all-reduce that fills the
-slowest line for `LARGE_S`: what they give, downlinks without queues, no prediction shows. More is too much."""
 
 Exchange = Callable[[bytes], list[bytes]]
 """Gives this rank's payload and returns everybody's, in rank order."""
@@ -56,7 +51,7 @@ def agree_on_calendar(
     topology : Topology
         Where all ranks are.
     mode : Slotting, optional
-        What was asked for; None: CALENDAR where its prediction is good enough.
+        What was asked for; None: CALENDAR for two sites, SHARE for more.
     error_ns : int
         What guards have to cover.
     clocks : sequence of str
@@ -71,19 +66,18 @@ def agree_on_calendar(
     PlanError
         If the calendar of rank 0 breaks a rule.
     """
-    wanted = mode or Slotting.CALENDAR
+    wanted = mode or (Slotting.CALENDAR if len(topology.sites) <= 2 else Slotting.SHARE)
     if wanted is not Slotting.CALENDAR or len(topology.sites) <= 2 or not topology.is_wide:
         return build_calendar(topology, wanted, error_ns=error_ns)
     reason = _obstacle(topology, clocks)
     if reason:
         answer = Answer(build_calendar(topology, Slotting.SHARE), reason)
     else:
-        mine = msgspec.msgpack.encode(_decide(topology, mode, error_ns)) if rank == 0 else b""
+        mine = msgspec.msgpack.encode(_decide(topology, error_ns)) if rank == 0 else b""
         answer = msgspec.msgpack.decode(exchange(mine)[0], type=Answer)
         check_calendar(answer.calendar, topology)
     if answer.reason and rank == 0:
-        level = logging.INFO if mode is None else logging.WARNING  # who asked for windows should hear
-        log.log(level, "flows share the lines without windows: %s", answer.reason)
+        log.warning("flows share the lines without windows: %s", answer.reason)
     return answer.calendar
 
 
@@ -96,23 +90,11 @@ def _obstacle(topology: Topology, clocks: Sequence[str]) -> str:
     return ""
 
 
-def _decide(topology: Topology, mode: Slotting | None, error_ns: int) -> Answer:
-    share = build_calendar(topology, Slotting.SHARE)
+def _decide(topology: Topology, error_ns: int) -> Answer:
     try:
-        calendar = _kept(topology, error_ns)
+        return Answer(_kept(topology, error_ns))
     except PlanError as error:
-        return Answer(share, str(error))
-    if mode is None:
-        windows_ns, shares_ns = (_large_ns(topology, each) for each in (calendar, share))
-        if windows_ns > shares_ns * WORTH:
-            return Answer(share, f"with windows a large all-reduce would take {windows_ns / shares_ns:.2f} as long")
-    return Answer(calendar)
-
-
-def _large_ns(topology: Topology, calendar: Calendar) -> int:
-    slowest = min(rate for site in topology.sites if (rate := site.uplink_bytes_per_s) is not None)
-    collective = Collective("all_reduce", max(int(slowest * LARGE_S / 8), topology.size), 4, 4)
-    return predict_ns(collective, topology, calendar, "direct", choose_chunk(topology, calendar, collective))
+        return Answer(build_calendar(topology, Slotting.SHARE), str(error))
 
 
 def _kept(topology: Topology, error_ns: int) -> Calendar:

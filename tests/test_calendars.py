@@ -103,11 +103,16 @@ def test_where_no_calendar_is_found_flows_share(
 
 
 def test_nothing_is_exchanged_where_nothing_has_to_be_agreed() -> None:
-    for topology, mode in ((THREE, Slotting.SHARE), (sites_of([2, 2]), None), (THREE.as_single_cluster(), None)):
+    for topology, mode in (
+        (THREE, Slotting.SHARE),
+        (THREE, None),
+        (sites_of([2, 2]), None),
+        (THREE.as_single_cluster(), None),
+    ):
         assert agreed(topology, mode)[1] == []
 
 
-def test_unasked_the_prediction_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert agreed(mode=None)[0].mode is Slotting.CALENDAR
-    monkeypatch.setattr(calendars, "WORTH", 0.5)
-    assert agreed(mode=None)[0].mode is Slotting.SHARE
+def test_unasked_more_than_two_sites_share() -> None:
+    calendar, told = agreed(mode=None)
+    assert (calendar.mode, told) == (Slotting.SHARE, [])
+    assert agreed(sites_of([2, 2]), mode=None)[0].mode is Slotting.CALENDAR
