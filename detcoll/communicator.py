@@ -52,6 +52,7 @@ SITE_CLOCK_ERROR_NS = 200_000
 _FINALIZE_S = 10.0
 _PARTING_AFTER_FAILURE_S = 2.0
 _EXPLANATION_NS = 1_000_000_000
+"""How long a rank that lost a peer waits to hear from the rendezvous why."""
 BURST_NS, LEAST_BURST_BYTES = 4_000_000, 131_072
 """How far a flow that never waits for a window may be ahead of its rate: the kernel paces in bursts of a millisecond,
 and whoever watches the line looks a little late. Never less than two of the largest units that leave at once."""

@@ -55,6 +55,7 @@ LARGEST_CHUNK_BYTES = 1_048_576
 LARGEST_SCRATCH_BYTES = 33_554_432
 
 CHUNKS_A_FLOW_HELD = 3
+"""Of each flow between more than two sites that share their lines: one leaves, one crosses, one waits for its sum."""
 
 PHASE_TAGS = 8
 """Tags a chunk may use, so that a chunk's messages never share one."""

@@ -55,9 +55,6 @@ hold for each other, so that what an earlier collective needs always gets throug
 _HEARSAY_NS = 250_000_000
 """How long a rank whose peers all take part waits, after a deadline, for one that knows who does not."""
 
-_EXPLANATION_NS = 1_000_000_000
-"""How long a rank that lost a peer waits to hear from the rendezvous why."""
-
 _BUSY_NS = 200_000
 """How long a turn folds and copies before it looks at the endpoints again."""
 
@@ -75,6 +72,9 @@ class Membership(Protocol):
 
     def failure(self) -> DetcollError | None:
         """Return the error that a lost rank or another rank's abort means here, without waiting."""
+
+    def explanation(self) -> DetcollError | None:
+        """Wait a little for why a peer is lost, which an endpoint does not see; None if nobody says."""
 
     def abort(self, kind: str, text: str) -> None:
         """Tell all other ranks that this one has given up, and why."""
@@ -270,17 +270,12 @@ class Progress:
                 self._drained.set()
 
     def _explained(self, error: PeerLost) -> DetcollError:
-        """Return why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason."""
-        poll = select.poll()
-        poll.register(self._membership.fileno(), select.POLLIN)
-        end_ns = time.monotonic_ns() + _EXPLANATION_NS
-        while not self._heard and (left_ns := end_ns - time.monotonic_ns()) > 0:
-            poll.poll(left_ns / 1e6)
-            failure = self._membership.failure()
-            if failure is not None:
-                self._heard = True
-                return failure
-        return error
+        """Return why a peer is lost: what the rendezvous hears, or only that it is."""
+        told = None if self._heard else self._membership.explanation()
+        if told is None:
+            return error
+        self._heard = True
+        return told
 
     def _turn(self) -> None:
         while self._submitted and len(self._active) < LARGEST_ACTIVE:
