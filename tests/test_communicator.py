@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import ml_dtypes
@@ -270,9 +271,39 @@ def test_what_a_communicator_tells() -> None:
         return comm.trace
 
     for trace in run_ranks(2, program, topology=topology):
-        assert [(record.kind, record.nbytes) for record in trace.collectives] == [("all_reduce", 200_000)]
-        assert sum(record.nbytes for record in trace.sends) == 200_000
+        assert (len(trace.collectives), len(trace.sends)) == (0, 0), "nothing is kept unasked"
         assert [row["lane"] for row in trace.connections] == ["bulk", "express"]
+
+
+@pytest.mark.parametrize("slotting", ["turns", "calendar"])
+def test_a_trace_holds_what_was_planned_against_what_happened(tmp_path, slotting: str) -> None:
+    def program(comm):
+        comm.all_reduce(np.ones(500_000, np.float32))
+        comm.barrier()
+
+    run_ranks(4, program, topology=lines(2, 2), environ={"DETCOLL_SLOTTING": slotting, "DETCOLL_TRACE": str(tmp_path)})
+    for rank in range(4):
+        trace = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert [(call["kind"], call["nbytes"]) for call in trace["collectives"]] == [
+            ("all_reduce", 2_000_000),
+            ("barrier", 1),
+        ]
+        for call in trace["collectives"]:
+            assert call["called_ns"] < call["ended_ns"]
+            assert call["predicted_end_ns"] > call["called_ns"] + 1_000_000, "a one-way delay at the least"
+        reduced = [send for send in trace["sends"] if send["nbytes"] > 1]
+        assert sum(send["nbytes"] for send in reduced) == 1_000_000
+        rate = trace["calendar"]["rates_bytes_per_s"][1 - trace["site"]]
+        for send in reduced:
+            assert send["not_before_ns"] <= send["started_ns"]
+            line_ns = send["nbytes"] / rate * 1e9
+            assert send["left_ns"] - send["started_ns"] >= line_ns - 2_000_000, "the kernel paces in bursts"
+            assert (send["not_after_ns"] > 0) == (slotting == "turns")
+            if slotting == "turns":
+                assert send["left_ns"] <= send["not_after_ns"]
+        assert {"slot_misses", "slot_trims"} <= set(trace["counts"])
+        assert trace["counts"]["slot_misses"] == len(trace["misses"])
+        assert slotting == "turns" or trace["counts"]["slot_misses"] == trace["counts"]["slot_trims"] == 0
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted", "gloo"])

@@ -22,6 +22,8 @@ class Run:
     ``efficiency_spread`` : the range that efficiency moves in, low and high.
     ``arithmetic_ratio`` : median iteration time over the workload's own compute time, where that is given.
     ``losses`` : mean loss over ranks, one an iteration.
+    ``slot_misses``, ``slot_trims`` : windows of all ranks in which data waited and nothing was sent, and those in which
+    some of it came too late; None where lines have no slots, 0 where a slot never closes.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Run:
     losses: tuple[float, ...] | None = None
     accuracy: float | None = None
     total_s: float | None = None
+    slot_trims: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class Row:
 
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
-    apart they began, where that is known.
+    apart they began, where that is known. ``slot_misses`` and ``slot_trims`` are as in `Run`, of the timed calls.
     """
 
     collective: str
@@ -95,6 +98,8 @@ class Row:
     iterations: int
     start: str
     skew_s: float | None
+    slot_misses: int | None = None
+    slot_trims: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

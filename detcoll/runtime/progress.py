@@ -32,7 +32,7 @@ from detcoll.plan.layout import uses_window
 from detcoll.priority import make_prompt, shorten_turns
 from detcoll.runtime.operation import HELLO_BYTES, Operation, ScratchPool
 from detcoll.runtime.timekeeping import Timekeeper
-from detcoll.trace import CollectiveRecord, SendRecord, Trace
+from detcoll.trace import Call, Trace
 from detcoll.transport import Endpoint, Ticket, TicketKind, TicketStatus, Window
 
 log = logging.getLogger("detcoll")
@@ -220,6 +220,11 @@ class Progress:
     def late_windows(self) -> tuple[int, int]:
         """How many windows of this rank were missed, and how many trimmed."""
         return self._slots.misses, self._slots.trimmed
+
+    @property
+    def missed_windows(self) -> list[tuple[int, int, int]]:
+        """The last windows missed; see `detcoll.machine.Slots`."""
+        return list(self._slots.missed_windows)
 
     def fail(self, error: Exception) -> None:
         """End everything with ``error``, from any thread."""
@@ -514,12 +519,15 @@ class Progress:
             begins_ns, ends_ns = window.not_before_ns, window.not_after_ns or 0
             if ticket.status is TicketStatus.DONE and queued is not None:
                 self._slots.sent(queued, window)
-        if not nbytes and ticket.nbytes:
+        if not self._trace.recording or (not nbytes and ticket.nbytes):
             return
-        sequence = operation.descriptor.sequence
+        trimmed = ticket.status is TicketStatus.MISSED and queued is not None and queued.fits
         self._trace.sends.append(
-            SendRecord(sequence, ticket.peer, nbytes, begins_ns, ends_ns, ticket.started_ns, ticket.ended_ns)
-        )
+            (
+                operation.descriptor.sequence, ticket.peer, nbytes, begins_ns, ends_ns,
+                ticket.started_ns, ticket.left_ns, ticket.ended_ns, trimmed,
+            )
+        )  # fmt: skip
 
     def _retire(self) -> None:
         for operation in self._active:
@@ -533,13 +541,10 @@ class Progress:
             self._drained.set()
 
     def _note_end(self, operation: Operation) -> None:
-        descriptor, plan = operation.descriptor, operation.plan
-        self._trace.collectives.append(
-            CollectiveRecord(
-                descriptor.sequence, descriptor.kind, plan.collective.nbytes, plan.algorithm,
-                operation.called_ns, time.monotonic_ns(), operation.predicted_ns,
-            )
-        )  # fmt: skip
+        if self._trace.recording:
+            descriptor, plan = operation.descriptor, operation.plan
+            call = Call(descriptor.kind, plan.collective.nbytes, plan.algorithm, plan.collective)
+            self._trace.note_collective(descriptor.sequence, call, operation.called_ns, time.monotonic_ns())
 
     def _check_deadlines(self, now_ns: int) -> None:
         for operation in self._active:
