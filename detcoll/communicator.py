@@ -33,6 +33,7 @@ from detcoll.launchers import read_environment
 from detcoll.machine import Slots
 from detcoll.plan import Calendar, Collective, Planner, Slotting
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
+from detcoll.plan.headroom import Express, burst_bytes, headroom_bytes_per_s
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, partners
 from detcoll.plan.predict import Costs, call_ns_of
 from detcoll.rendezvous import Aborted, Session, meet
@@ -151,7 +152,9 @@ class Communicator:
         )
         routes = self._assembled.routes
         timekeeper = Timekeeper(self._session.rank, self._topology.sites[here].ranks, domains, routes.endpoint_of)
-        return Progress(self._session.rank, self._session.size, routes, slots, timekeeper, members, self._trace)
+        rank, reserved = self._session.rank, self._calendar.mode is not Slotting.OFF
+        express = Express.of(self._topology, rank) if reserved else None
+        return Progress(rank, self._session.size, routes, slots, timekeeper, members, self._trace, express)
 
     def await_clock(self, deadline_ns: int) -> None:
         """Return once this rank knows the time of its site.
@@ -591,6 +594,8 @@ def _calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[s
         "mode": calendar.mode.value,
         "rates_bytes_per_s": rates,
         "burst_bytes": [max(rate / 1e9 * burst_ns, LEAST_BURST_BYTES) for rate in rates],
+        "express_bytes_per_s": headroom_bytes_per_s(topology, rank),
+        "express_burst_bytes": 2 * burst_bytes(topology, rank),
         "line_share": (max(flows.values()) if windows else sum(flows.values())) / line,
     }
 

@@ -13,6 +13,7 @@ from ranks import TIMEOUT_S, grouped, launch, lines, run_ranks
 from detcoll.communicator import _calendar_facts
 from detcoll.fold import reference
 from detcoll.plan import Slotting, build_calendar
+from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LOCAL_CHUNK_BYTES
 from detcoll.topology import Topology
 from detcoll.types import DTYPES, ReduceOp, is_integer
@@ -304,6 +305,22 @@ def test_a_trace_holds_what_was_planned_against_what_happened(tmp_path, slotting
         assert {"slot_misses", "slot_trims"} <= set(trace["counts"])
         assert trace["counts"]["slot_misses"] == len(trace["misses"])
         assert slotting == "turns" or trace["counts"]["slot_misses"] == trace["counts"]["slot_trims"] == 0
+
+
+def test_small_messages_leave_at_once_until_the_headroom_is_used_up(tmp_path) -> None:
+    def program(comm):
+        comm.all_reduce(np.ones(100, np.float32))
+        assert 0 < comm._runner._express.rate_bytes_per_s < 0.01 * 100e6 / 2
+        comm._runner._express = Express(1.0, 1)
+        comm.all_reduce(np.ones(100, np.float32))
+
+    environ = {"DETCOLL_SLOTTING": "turns", "DETCOLL_TRACE": str(tmp_path)}
+    run_ranks(4, program, topology=lines(2, 2), environ=environ)
+    windows: dict[int, set[bool]] = {0: set(), 1: set()}
+    for rank in range(4):
+        for send in json.loads((tmp_path / f"rank{rank}.json").read_text())["sends"]:
+            windows[send["sequence"]].add(send["not_after_ns"] > 0)
+    assert windows == {0: {False}, 1: {True}}
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted", "gloo"])

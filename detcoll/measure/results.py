@@ -109,8 +109,9 @@ class AuditResult:
     ``passed`` : at least 99 % of the payload of bulk connections reached its site's uplink inside the sender's own
     windows and reserved rates, windows open at a site never add up to more than its line, and no uplink queued more
     than a window. ``ranks_share`` : windows of a part of the line each, open together. ``warm_up_bytes`` opened TCP's
-    windows before the last rank was ready and count nowhere else. ``inside_share`` counts bulk payload,
-    ``payload_inside_share`` all TCP payload with control messages. ``peak_queue_bytes`` is each uplink's longest queue,
+    windows before the last rank was ready and count nowhere else. ``inside_share`` counts bulk payload and, as outside,
+    ``express_beyond_bytes``: what small and control messages sent beyond the headroom that calendars leave them;
+    ``payload_inside_share`` counts all TCP payload. ``peak_queue_bytes`` is each uplink's longest queue,
     to be read against ``window_capacity_bytes``, what it carries in one window, and ``asleep_bytes``, what it carries
     in the longest time that the router itself was late.
     """
@@ -129,6 +130,7 @@ class AuditResult:
     window_capacity_bytes: tuple[int, ...]
     ranks_share: bool = False
     asleep_bytes: tuple[int, ...] = ()
+    express_beyond_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

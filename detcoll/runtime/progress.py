@@ -27,6 +27,7 @@ from typing import NoReturn, Protocol
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, FrameError, PeerLost, TransportError
 from detcoll.fold import fold
 from detcoll.machine import Queued, Slots
+from detcoll.plan.headroom import Express
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
 from detcoll.priority import make_prompt, shorten_turns
@@ -115,12 +116,12 @@ class Progress:
 
     def __init__(
         self, rank: int, size: int, routes: Routes, slots: Slots[Wide], timekeeper: Timekeeper,
-        membership: Membership, trace: Trace,
+        membership: Membership, trace: Trace, express: Express | None = None,
     ) -> None:  # fmt: skip
         self._rank, self._size, self._routes, self._slots = rank, size, routes, slots
         self._acquaintances = acquaintances(rank, routes.site_of) if size > 1 else set()
         self._timekeeper = timekeeper
-        self._membership, self._trace = membership, trace
+        self._membership, self._trace, self._express = membership, trace, express
         self._pool = ScratchPool()
         self._lock = threading.Lock()
         self._submitted: deque[Operation] = deque()
@@ -369,6 +370,8 @@ class Progress:
     def _greet_others(self) -> None:
         """Send what other sites are to hear; they wait for it longer than this site for its first chunk."""
         for peer, tag, hello in self._hellos:
+            if self._express is not None:
+                self._express.spend(len(hello), time.monotonic_ns())
             self._routes.endpoint_of[peer].send(peer, tag, hello)
         self._hellos.clear()
 
@@ -417,10 +420,16 @@ class Progress:
         if peer in operation.strangers and not self._may_send_unasked(operation, peer, nbytes):
             operation.unsent.setdefault(peer, []).append(step)
             return
-        if peer in self._routes.wide and uses_window(self._slots.calendar, operation.plan.collective.nbytes):
+        if peer in self._routes.wide and not self._leaves_at_once(operation, nbytes):
             self._slots.add(Queued((operation, step), self._routes.site_of[peer], peer, nbytes))
         else:
             self._launch(operation, step, None, None)
+
+    def _leaves_at_once(self, operation: Operation, nbytes: int) -> bool:
+        """Tell whether a wide message needs no window: one of a small collective that the headroom has room for."""
+        if uses_window(self._slots.calendar, operation.plan.collective.nbytes):
+            return False
+        return self._express is None or self._express.take(nbytes, time.monotonic_ns())
 
     def _may_send_unasked(self, operation: Operation, peer: int, nbytes: int) -> bool:
         """Take note of a send to a rank that has not called yet; False if it holds enough already."""
