@@ -564,7 +564,7 @@ def _introduce(session: Session, settings: Settings, site: str, launcher: str, d
     facts = Facts(
         VERSION, settings.transport, settings.topology.digest, settings.reproducible,
         settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
-        clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))),
+        clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
     )  # fmt: skip
     answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
     everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]

@@ -27,7 +27,8 @@ class Settings(msgspec.Struct, frozen=True):
 
     ``transport`` : a name or ``"auto"``.  ``timeout_s`` : deadline of each collective and of assembling.
     ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
-    does best.  ``ports`` : range to bind in.  ``trace`` : folder for trace files.
+    does best.  ``ports`` : range to bind in.  ``trace`` : folder for trace files.  ``compare`` : whether Gloo's ranks
+    compare what they call.
     """
 
     transport: str
@@ -39,11 +40,12 @@ class Settings(msgspec.Struct, frozen=True):
     ports: tuple[int, int] | None
     congestion: str
     trace: str | None
+    compare: bool = True
 
     @property
     def options(self) -> dict[str, object]:
         """What transports are opened with; each takes what means something to it."""
-        return {"insecure": self.insecure, "ports": self.ports, "congestion": self.congestion}
+        return {"insecure": self.insecure, "ports": self.ports, "congestion": self.congestion, "compare": self.compare}
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -60,9 +62,10 @@ class Facts(msgspec.Struct, frozen=True):
     clock: str
     launcher: str
     cores: tuple[int, ...]
+    compare: bool = True
 
 
-_MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion")
+_MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion", "compare")
 
 
 def read_settings(
@@ -95,6 +98,7 @@ def read_settings(
         ports=_ports(environ.get("DETCOLL_PORTS")),
         congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
         trace=environ.get("DETCOLL_TRACE") or None,
+        compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
     )
 
 

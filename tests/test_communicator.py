@@ -338,6 +338,19 @@ def test_processes_of_mpiexec(mpiexec: list[str]) -> None:
     assert ended.said == {rank: ["mpi"] for rank in range(3)}
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_calls_that_differ_under_mpi_raise_on_every_rank(mpiexec: list[str], ranks: int) -> None:
+    ended = launch(ranks, "calls.py", "differ", "mpi", launcher=[*mpiexec, "-n", str(ranks)])
+    assert ended.code == 0, ended.err
+    assert sorted(ended.said) == list(range(ranks))
+    for said in ended.said.values():
+        assert len(said) == 14
+        for kind, text in said:
+            assert kind == "PlanMismatch", text
+            assert text.count("called {") == 2
+            assert '"kind":"all_reduce","op":"sum","dtype":"float32","count":' in text
+
+
 def test_a_frozen_rank_keeps_no_mpi_job_alive(mpiexec: list[str]) -> None:
     ended = launch(3, "calls.py", "freeze_one", launcher=[*mpiexec, "-n", "3"])
     assert ended.code != 0
