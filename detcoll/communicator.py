@@ -39,7 +39,7 @@ from detcoll.plan.predict import Costs, call_ns_of
 from detcoll.rendezvous import Aborted, Session, meet
 from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
-from detcoll.settings import Facts, Settings, agree, configure_logging, place, read_settings
+from detcoll.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
 from detcoll.topology import Topology
 from detcoll.trace import Call, Trace
 from detcoll.transport import host_identity
@@ -508,6 +508,8 @@ def open_communicator(
     """Meet all ranks and return this rank's communicator; see `detcoll.init`."""
     configure_logging(environ.get("DETCOLL_LOG"))
     world = read_environment(environ)
+    if not world.local_rank:  # one rank of a host is enough
+        warn_of_unknown(environ)
     settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
     deadline_ns = deadline_after(settings.timeout_s)
     session = meet(world, deadline_ns, environ)

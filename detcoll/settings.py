@@ -6,6 +6,7 @@ error that shows both sides.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,20 @@ from detcoll.rendezvous.sockets import parse_ports
 from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
+
+
+PREFIX = "DETCOLL_"
+VARIABLES = frozenset(
+    PREFIX + name
+    for name in (
+        "ADVERTISE", "COMPARE", "CONGESTION", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOG",
+        "MARKS", "PORTS", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES", "SLOTTING",
+        "TESTING_ORDER", "TESTING_WORLD", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
+    )
+)  # fmt: skip
+"""Every variable of the environment that means something to detcoll, its launchers and its tests."""
+
+_warned: set[str] = set()
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -114,6 +129,14 @@ def configure_logging(level: str | None) -> None:
         handler.setFormatter(logging.Formatter("detcoll %(levelname)s: %(message)s"))
         log.addHandler(handler)
     log.setLevel(number)
+
+
+def warn_of_unknown(environ: Mapping[str, str]) -> None:
+    """Warn of variables that look like detcoll's and mean nothing to it, once each, and name the nearest that does."""
+    for name in sorted(name for name in environ if name.startswith(PREFIX) and name not in VARIABLES | _warned):
+        _warned.add(name)
+        nearest = difflib.get_close_matches(name, sorted(VARIABLES), 1, cutoff=0.0)[0]
+        log.warning("%s is set and means nothing to detcoll; did you mean %s?", name, nearest)
 
 
 def agree(facts: Sequence[Facts]) -> None:
