@@ -102,19 +102,36 @@ def read_settings(
         raise UsageError(f"timeout={timeout!r} must be a number of seconds greater than zero")
     if not isinstance(transport, str):
         raise UsageError(f"transport={transport!r} must be a name such as 'auto' or 'slotted'")
-    slotting = environ.get("DETCOLL_SLOTTING")
+    asked = environ.get("DETCOLL_SLOTTING")
+    slotting, ranks = Slotting.parse(asked) if asked else None, _topology(environ, size, topology)
+    check_slotting(slotting, ranks)
     return Settings(
         transport=environ.get("DETCOLL_TRANSPORT") or transport,
-        topology=_topology(environ, size, topology),
+        topology=ranks,
         timeout_s=float(timeout),
         reproducible=bool(reproducible),
-        slotting=Slotting.parse(slotting) if slotting else None,
+        slotting=slotting,
         insecure=parse_flag(environ.get("DETCOLL_INSECURE", "")),
         ports=_ports(environ.get("DETCOLL_PORTS")),
         congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
         trace=environ.get("DETCOLL_TRACE") or None,
         compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
     )
+
+
+def check_slotting(slotting: Slotting | None, topology: Topology) -> None:
+    """Refuse a way to share lines that ``topology`` does not allow: who asks for one by name wants to see that one.
+
+    Raises
+    ------
+    UsageError
+        If ranks are to take turns between more than two sites.
+    """
+    if slotting is Slotting.TURNS and topology.is_wide and len(topology.sites) > 2:
+        raise UsageError(
+            f"slotting='turns' is for two sites, and the topology has {len(topology.sites)}; "
+            "expected calendar, share or off"
+        )
 
 
 def configure_logging(level: str | None) -> None:

@@ -100,6 +100,12 @@ def test_settings_that_cannot_be_used(settings: dict[str, object], text: str) ->
             raise answer
 
 
+def test_turns_of_more_than_two_sites_are_refused() -> None:
+    for answer in attempt(3, lambda comm: None, topology=lines(1, 1, 1), environ={"DETCOLL_SLOTTING": "turns"}):
+        assert isinstance(answer, UsageError)
+        assert "slotting='turns' is for two sites, and the topology has 3; expected calendar" in str(answer)
+
+
 def test_another_version_is_refused() -> None:
     facts = Facts("0.1", "auto", "digest", False, "", "cubic", "", "host", "clock", "none", (0, 1))
     agree([facts, facts])
