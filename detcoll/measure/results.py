@@ -74,7 +74,7 @@ class Row:
 
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
-    apart they began, where that is known.
+    apart they began, where that is known. ``empty`` : the array came from `Communicator.empty`.
     """
 
     collective: str
@@ -95,6 +95,7 @@ class Row:
     iterations: int
     start: str
     skew_s: float | None
+    empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)
