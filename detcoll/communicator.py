@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import select
 import threading
@@ -23,6 +24,7 @@ from typing import Any, Literal, overload
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from detcoll.assembly import Assembled, assemble, deadline_after
 from detcoll.buffers import Bound, bind
@@ -269,6 +271,42 @@ class Communicator:
     def barrier(self, async_op: bool = False) -> Work | None:
         """Return once every rank has called it."""
         return self._call("barrier", bind(_BARRIER.copy()), ReduceOp.MAX, 0, async_op, 1)
+
+    def empty(self, shape: int | Sequence[int], dtype: object = "float32") -> NDArray[Any]:
+        """Return a new array in memory that collectives of this job's ranks need not stage.
+
+        On one host (transport ``shm``) an all-reduce of arrays that all ranks made here goes straight from array to
+        array. Anything else works too, without that gain: slices of such an array, one beside another rank's ordinary
+        array, or another transport, which gives ordinary memory. ``torch.from_numpy`` makes a tensor of it.
+
+        Parameters
+        ----------
+        shape : int or sequence of int
+            Not negative.
+        dtype : dtype
+            One of `detcoll.types.DTYPES`.
+
+        Returns
+        -------
+        array, ``shape``, ``dtype``, C-contiguous, host
+            Its values are arbitrary. After a collective failed its memory may still be written by other ranks.
+
+        Raises
+        ------
+        UsageError
+            If there are no such arrays.
+        TransportUnavailable
+            If the system has no more shared memory.
+        """
+        if not self.usable:
+            raise Closed("empty() on a communicator that is finalized, or in a forked process")
+        kind = parse_dtype(dtype)
+        sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+        if any(isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0 for size in sizes):
+            raise UsageError(f"shape={shape!r} must be a whole number, or some, none negative")
+        native, nbytes = self._assembled.native, math.prod(map(int, sizes)) * kind.itemsize
+        memory = native.allocate(nbytes) if native is not None else None
+        return np.empty(sizes, kind) if memory is None else np.frombuffer(memory, kind).reshape(sizes)
 
     def predict(self, kind: str, nbytes: int, dtype: object = "float32", called_ns: int | None = None) -> float | None:
         """Return the predicted time of a collective, or None where the transport plans none.

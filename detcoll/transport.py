@@ -268,6 +268,13 @@ class NativeCollectives(ABC):
         after the last fold.
         """
 
+    def allocate(self, nbytes: int) -> memoryview | None:
+        """Return writable memory that its collectives work on without staging; None if there is no such kind.
+
+        It lives as long as something refers to it, and any part of it may be handed to a collective.
+        """
+        return None
+
     @abstractmethod
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
         """Reduce ``array`` over all ranks, in place."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from detcoll.errors import PlanError, UsageError
 from detcoll.plan import Calendar, Slotting, build_calendar, check_calendar
 from detcoll.plan.calendar import LAID_OUT, SMALLEST_SLOT_BYTES, SiteCycle, SlotWindow, flows_between
-from detcoll.plan.layout import chunks
+from detcoll.plan.layout import ChunkSize, chunks
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Topology
 
@@ -84,7 +84,7 @@ def test_turns_of_more_sites_share_and_a_mere_grouping_has_no_rates() -> None:
 @given(here=st.integers(1, 9), there=st.integers(1, 9))
 def test_flows_between_counts_the_pairs_that_share_a_piece(here: int, there: int) -> None:
     topology = sites_of([here, there])
-    pairs = {chunk.owners for chunk in chunks(topology, here * there * 16, 10**9)}
+    pairs = {chunk.owners for chunk in chunks(topology, here * there * 16, ChunkSize(10**9, 1))}
     assert flows_between(topology, 0, 1) == len(pairs) == here + there - gcd(here, there)
 
 

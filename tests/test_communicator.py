@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import pytest
 from ranks import TIMEOUT_S, grouped, launch, lines, run_ranks
 
 from detcoll.communicator import _calendar_facts
+from detcoll.errors import UsageError
 from detcoll.fold import reference
 from detcoll.plan import Slotting, build_calendar
 from detcoll.plan.headroom import Express
@@ -258,6 +260,28 @@ def test_sites_by_name_place_the_ranks() -> None:
         assert mine.tobytes() == expected.tobytes()
 
     run_ranks(3, program, topology=topology, environ=[{"DETCOLL_SITE": site} for site in sites])
+
+
+@pytest.mark.parametrize(("transport", "topology"), [("shm", None), ("shm", grouped(2, 1)), ("slotted", lines(2, 1))])
+def test_empty_gives_arrays_like_any(transport: str, topology: Topology | None) -> None:
+    def program(comm):
+        whole, bits = comm.empty((3, 50_000)), comm.empty(100_000, "bfloat16")
+        whole[:], bits[:] = comm.rank, 1
+        comm.all_reduce(whole[1:])
+        comm.all_reduce(whole[0], op="avg")
+        comm.all_reduce(bits, op="avg")
+        assert (whole[1:] == 3).all()
+        assert (whole[0] == 1).all()
+        assert (bits == 1).all()
+        assert (whole.flags.writeable, whole.flags.c_contiguous, whole.shape) == (True, True, (3, 50_000))
+        assert (comm.empty(0).shape, comm.empty((2, 0, 3), "int8").shape, comm.empty(()).shape) == ((0,), (2, 0, 3), ())
+        for shape in (-1, (2, -3), 1.5, None, ("x",), True):
+            with pytest.raises(UsageError, match=re.escape(f"shape={shape!r} must be")):
+                comm.empty(shape)
+        with pytest.raises(UsageError, match="dtype"):
+            comm.empty(3, "complex64")
+
+    run_ranks(3, program, transport=transport, topology=topology)
 
 
 def test_what_a_communicator_tells() -> None:

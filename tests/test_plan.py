@@ -164,21 +164,29 @@ def test_direct_sends_results_from_scratch() -> None:
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 3000), st.integers(1, 200))
 def test_chunks_cover_the_array_once(ranks: list[int], count: int, elems: int) -> None:
     topology = sites_of(ranks)
-    covered = sorted((chunk.offset, chunk.length) for chunk in chunks(topology, count, elems))
+    covered = sorted((chunk.offset, chunk.length) for chunk in chunks(topology, count, ChunkSize(elems, 1)))
     ends = [0]
     for offset, length in covered:
         assert offset == ends[-1]
         assert 0 < length <= elems
         ends.append(offset + length)
     assert ends[-1] == count
-    for number, chunk in enumerate(chunks(topology, count, elems)):
+    for number, chunk in enumerate(chunks(topology, count, ChunkSize(elems, 1))):
         assert chunk.number == number
         assert all(owner in site.ranks for owner, site in zip(chunk.owners, topology.sites, strict=True))
     assert cuts(topology, count)[0] == 0
 
 
+def test_small_arrays_are_not_cut() -> None:
+    topology = sites_of([2, 3])
+    for count, owners in ((1024, {(1, 4)}), (1025, {(0, 2), (0, 3), (1, 3), (1, 4)})):
+        size = choose_chunk(topology, build_calendar(topology), Collective("all_reduce", count, 4, 4))
+        assert {chunk.owners for chunk in chunks(topology, count, size)} == owners
+    assert [chunk.length for chunk in chunks(topology, 100, ChunkSize(30, 1, whole=True))] == [30, 30, 30, 10]
+
+
 def test_chunks_of_a_segment_take_turns_at_every_home() -> None:
-    homes = [chunk.home for chunk in chunks(sites_of([1, 1, 1]), 90, 10)]
+    homes = [chunk.home for chunk in chunks(sites_of([1, 1, 1]), 90, ChunkSize(10, 1))]
     assert homes == [0, 1, 2] * 3
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
 
-from detcoll.priority import make_prompt, prompt_threads, shorten_turns
+from detcoll.errors import DeadlineMissed
+from detcoll.priority import make_prompt, prompt_threads, short_turns, shorten_turns
+from detcoll.runtime import work
 
 Result = TypeVar("Result")
 
@@ -24,6 +27,13 @@ def in_a_thread(action: Callable[[], Result]) -> Result:
     thread.start()
     thread.join()
     return results[0]
+
+
+def slice_of_this_thread() -> int:
+    told = ctypes.create_string_buffer(56)
+    ctypes.CDLL(None).syscall(315, 0, told, len(told), 0)
+    slice_ns: int = struct.unpack_from("Q", told, 24)[0]
+    return slice_ns
 
 
 def test_short_turns_leave_class_and_niceness_alone() -> None:
@@ -38,16 +48,41 @@ def test_short_turns_leave_class_and_niceness_alone() -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of sched_getattr is that of x86-64")
 def test_short_turns_are_what_the_kernel_was_asked_for() -> None:
-    def ask() -> tuple[bool, int]:
-        asked = shorten_turns()
-        told = ctypes.create_string_buffer(56)
-        ctypes.CDLL(None).syscall(315, 0, told, len(told), 0)
-        return asked, struct.unpack_from("Q", told, 24)[0]
-
-    asked, slice_ns = in_a_thread(ask)
+    asked, slice_ns = in_a_thread(lambda: (shorten_turns(), slice_of_this_thread()))
     if not asked:
         pytest.skip("this kernel takes no time slice")
     assert slice_ns in (0, 100_000)  # 0: a kernel before 6.12, which takes the call and ignores the slice
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of sched_getattr is that of x86-64")
+def test_short_turns_end() -> None:
+    def ask() -> tuple[int, int, int]:
+        before = slice_of_this_thread()
+        with short_turns():
+            within = slice_of_this_thread()
+        return before, within, slice_of_this_thread()
+
+    before, within, after = in_a_thread(ask)
+    assert (after, within != before) == (before, before != 0), "0: a kernel that tells no slice"
+
+
+def test_who_waits_for_a_result_has_short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[bool] = []
+
+    @contextlib.contextmanager
+    def noted() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    monkeypatch.setattr(work, "short_turns", noted)
+    under_way, ended = work.Work("ended"), work.Work("ended")
+    ended.finish()
+    ended.wait()
+    assert not inside
+    with pytest.raises(DeadlineMissed):
+        under_way.wait(0.0)
+    assert inside == [True, False]
 
 
 def test_another_class_is_kept() -> None:

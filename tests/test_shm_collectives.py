@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import numpy as np
 import pytest
 
-from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, UsageError
+from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import DTYPES, ReduceOp, is_integer
-from detcoll_shm import ShmTransport
+from detcoll_shm import ShmTransport, crew, processor, regions
+from detcoll_shm.stage import PROCESSOR
 
 GROUPINGS = {
     "1": [[0]], "2": [[0, 1]], "1+1": [[0], [1]], "3": [[0, 1, 2]], "2+1": [[0, 1], [2]], "placed": [[1, 2], [0]],
@@ -27,8 +31,17 @@ def contribution(rank: int, count: int, dtype: np.dtype) -> np.ndarray:
     return (draw.standard_normal(count) * 3).astype(dtype)
 
 
-def all_reduces(here: Here, groups: list[list[int]], counts: tuple[int, ...]) -> None:
-    """Every operation on every type gives the bits of the promise."""
+def placed(here: Here, values: np.ndarray) -> np.ndarray:
+    """Return a copy of ``values`` in memory that all ranks see, a little behind its beginning."""
+    ahead = here.rank * values.itemsize
+    memory = here.endpoint.allocate(ahead + values.nbytes)
+    array = np.frombuffer(memory, values.dtype, offset=ahead) if values.size else values.copy()
+    array[:] = values
+    return array
+
+
+def all_reduces(here: Here, groups: list[list[int]], counts: tuple[int, ...], shown: tuple[int, ...] = ()) -> None:
+    """Every operation on every type gives the bits of the promise; the arrays of some ranks are shown to all."""
     here.endpoint.arrange(groups)
     for dtype in DTYPES.values():
         for op in ReduceOp:
@@ -36,7 +49,7 @@ def all_reduces(here: Here, groups: list[list[int]], counts: tuple[int, ...]) ->
                 continue
             for count in counts:
                 given = [contribution(rank, count, dtype) for rank in range(here.size)]
-                mine = given[here.rank].copy()
+                mine = placed(here, given[here.rank]) if here.rank in shown else given[here.rank].copy()
                 here.endpoint.all_reduce(mine, op, here.deadline_ns())
                 expected = reference(op, given, groups, dtype)
                 assert mine.tobytes() == expected.tobytes(), f"{op.value} of {count} {dtype}, rank {here.rank}"
@@ -51,11 +64,118 @@ def test_the_fold_is_the_promised_one(groups: list[list[int]], options: dict[str
         fabric.run(all_reduces, groups=groups, counts=counts)
 
 
+@pytest.mark.parametrize("groups", GROUPINGS.values(), ids=GROUPINGS)
+@pytest.mark.parametrize("shown", [range(7), range(0, 7, 2)], ids=["all", "some"])
+def test_arrays_that_all_ranks_see_fold_to_the_same_bits(groups: list[list[int]], shown: range) -> None:
+    with ThreadFabric(ShmTransport(), sum(map(len, groups)), TINY) as fabric:
+        fabric.run(all_reduces, groups=groups, counts=(0, 1, 17, 100, 1001), shown=tuple(shown))
+
+
+def in_place(here: Here) -> None:
+    """Nothing goes through the stages: what lies there stays as it was."""
+    array = placed(here, np.full(1000, here.rank + 1.0, np.float32))
+    before = [bytes(half) for half in here.endpoint._begin_collectives()._cutter.stages[here.rank].given]
+    here.meet()
+    here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+    assert (array == 3).all()
+    assert [bytes(half) for half in here.endpoint._collectives._cutter.stages[here.rank].given] == before
+
+
+def test_arrays_that_all_ranks_see_are_not_staged() -> None:
+    with ThreadFabric(ShmTransport(), 2, TINY) as fabric:
+        fabric.run(in_place)
+
+
+def many_arrays(here: Here) -> None:
+    """More arrays than stay mapped; those that are gone leave no memory and no descriptor."""
+    for number in range(12):
+        array = placed(here, np.full(100, here.rank + number, np.int64))
+        here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+        assert (array == 2 * number + 1).all()
+    here.meet()
+
+
+def test_arrays_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "LARGEST_KEPT_MAPPINGS", 3)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadFabric(ShmTransport(), 2, TINY) as fabric:
+        fabric.run(many_arrays)
+        gc.collect()
+        assert all(not fabric[rank]._regions._living for rank in (0, 1))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_of_an_array_that_is_gone_is_given_back() -> None:
+    mine = regions.Regions(b"k" * 16)
+    array = np.frombuffer(mine.allocate(1 << 20), np.uint8)
+    place = mine.place_of(array)
+    theirs = regions.Mapped(0, b"k" * 16, os.dup)
+    view = theirs.view(place, array.nbytes)
+    array[:] = 7
+    assert (view == 7).all()
+    del array
+    gc.collect()
+    assert not view.any(), "whoever still maps it sees pages that hold nothing"
+
+
+def test_memory_of_another_rank_is_not_taken_for_an_array() -> None:
+    mine = regions.Regions(b"k" * 16)
+    array = np.frombuffer(mine.allocate(100), np.uint8)
+    place = mine.place_of(array)
+    assert mine.place_of(np.zeros(100, np.uint8)) == regions.NOWHERE
+    with pytest.raises(TransportError, match="is not its region 1"):
+        regions.Mapped(0, b"x" * 16, os.dup).view(place, 100)
+    with pytest.raises(TransportError, match="at bytes 0 to 101 of a region of 100"):
+        regions.Mapped(0, b"k" * 16, os.dup).view(place, 101)
+
+
+def crossed(here: Here) -> None:
+    """Both ranks say that they run on one processor, and the second is late: the first steps aside."""
+    if here.rank:
+        crew = here.endpoint._begin_collectives()._crew
+        here.meet()
+        while not here.endpoint._peers[0].stage.words[PROCESSOR]:
+            os.sched_yield()
+        crew._words[PROCESSOR] = here.endpoint._peers[0].stage.words[PROCESSOR]
+        while here.endpoint._peers[0].stage.words[PROCESSOR] == crew._words[PROCESSOR]:
+            os.sched_yield()
+    else:
+        here.meet()
+    here.endpoint.barrier(here.deadline_ns())
+
+
+def test_a_rank_leaves_the_processor_of_the_one_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = [5]
+
+    def leave(processor: int) -> None:
+        assert processor == 5
+        at[0] = 6
+
+    monkeypatch.setattr(crew, "current_processor", lambda: at[0])
+    monkeypatch.setattr(crew, "leave", leave)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with ThreadFabric(ShmTransport(), 2, {"wait_ns": 10**9}) as fabric:
+        fabric.run(crossed)
+        assert fabric[0].counters()["moves"] == 1
+
+
+def test_leaving_a_processor_keeps_where_a_thread_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, allowed: asked.append(allowed))
+    processor.leave(5)
+    assert asked == [{2}, {2, 5}]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
+    processor.leave(5)
+    assert len(asked) == 2, "there is nowhere to go"
+
+
 def mixture(here: Here, rounds: int) -> None:
     """Calls of all kinds and sizes follow each other; no half of a stage is written while another rank reads it."""
     draw = np.random.default_rng(5)
     for number in range(rounds):
-        kind, count, root = draw.integers(0, 4), int(draw.integers(0, 400)), int(draw.integers(0, here.size))
+        kind, count, root = draw.integers(0, 5), int(draw.integers(0, 400)), int(draw.integers(0, here.size))
         x = np.arange(count, dtype=np.int64) * 7 + number + here.rank
         if kind == 0:
             here.endpoint.broadcast(x, root, here.deadline_ns())
@@ -63,6 +183,7 @@ def mixture(here: Here, rounds: int) -> None:
         elif kind == 1:
             here.endpoint.barrier(here.deadline_ns())
         else:
+            x = placed(here, x) if kind == 2 or (kind == 3 and here.rank) else x
             here.endpoint.all_reduce(x, ReduceOp.SUM, here.deadline_ns())
             others = here.size * (here.size - 1) // 2
             np.testing.assert_array_equal(x, (np.arange(count) * 7 + number) * here.size + others)

@@ -66,14 +66,15 @@ def summed(
     elems=st.integers(8, 64),
     depth=st.integers(1, 4),
     mode=st.sampled_from(list(Slotting)),
+    whole=st.booleans(),
 )
 def test_an_all_reduce_gives_the_promised_bits(
     ranks: list[int], algorithm: str, dtype: np.dtype[Any], op: ReduceOp, count: int, elems: int, depth: int,
-    mode: Slotting,
+    mode: Slotting, whole: bool,
 ) -> None:  # fmt: skip
     if op is ReduceOp.AVG and dtype.kind in "iu":
         op = ReduceOp.SUM
-    summed(sites_of(ranks), algorithm, dtype, op, count, ChunkSize(elems, depth), mode=mode)
+    summed(sites_of(ranks), algorithm, dtype, op, count, ChunkSize(elems, depth, whole), mode=mode)
 
 
 @settings(max_examples=40, deadline=None)

@@ -35,6 +35,7 @@ def bench(
     transport: str | None = None,
     iterations: int = 20,
     warmup: int = 3,
+    empty: bool = False,
     json: Path | None = None,
     lab: bool = False,
     sites: int | None = None,
@@ -67,6 +68,8 @@ def bench(
         Timed calls a size.
     warmup
         Calls before those.
+    empty
+        Time arrays of comm.empty, which ranks of one host need not stage.
     json
         File for the results.
     lab
@@ -93,7 +96,7 @@ def bench(
     """
     require_writable(json, "json")
     sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(bytes))
-    sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup)
+    sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup, empty)
     sweep.validate()
     timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
     if not lab:

@@ -77,7 +77,8 @@ class Row:
 
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
-    apart they began, where that is known. ``slot_misses`` and ``slot_trims`` are as in `Run`, of the timed calls.
+    apart they began, where that is known. ``empty`` : the array came from `Communicator.empty`. ``slot_misses`` and
+    ``slot_trims`` are as in `Run`, of the timed calls.
     """
 
     collective: str
@@ -98,6 +99,7 @@ class Row:
     iterations: int
     start: str
     skew_s: float | None
+    empty: bool = False
     slot_misses: int | None = None
     slot_trims: int | None = None
 

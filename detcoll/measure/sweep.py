@@ -28,7 +28,7 @@ _LateWindows = tuple[int, int] | None
 class Sweep:
     """What to time: each of ``collectives`` at each of ``sizes_bytes``, ``iterations`` times after ``warmup`` calls.
 
-    A barrier has no size and is timed once.
+    A barrier has no size and is timed once. ``empty`` : arrays come from `Communicator.empty`.
     """
 
     collectives: tuple[str, ...]
@@ -36,6 +36,7 @@ class Sweep:
     dtype: str
     iterations: int
     warmup: int
+    empty: bool = False
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -84,7 +85,7 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
     start = Starter(comm)
     rows = []
     for collective, nbytes in sweep.points():
-        case = _Case(comm, collective, nbytes, sweep.dtype)
+        case = _Case(comm, collective, nbytes, sweep)
         times, late_windows = _time_calls(comm, start, case, sweep)
         row = _row(comm, sweep, case, times, start.kind, late_windows)
         rows.append(row)
@@ -96,12 +97,12 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
 class _Case:
     """One collective at one size: its array, what goes in and what must come out."""
 
-    def __init__(self, comm: Any, collective: str, nbytes: int, dtype: str) -> None:
-        kind = parse_dtype(dtype)
+    def __init__(self, comm: Any, collective: str, nbytes: int, sweep: Sweep) -> None:
+        kind = parse_dtype(sweep.dtype)
         elements = nbytes // kind.itemsize
-        self.collective, self.nbytes, self.dtype = collective, nbytes, dtype
+        self.collective, self.nbytes, self.dtype = collective, nbytes, sweep.dtype
         self._comm = comm
-        self._array: NDArray[Any] = np.zeros(elements, kind)
+        self._array: NDArray[Any] = comm.empty(elements, kind) if sweep.empty else np.zeros(elements, kind)
         self._input = np.zeros_like(self._array)
         fill(self._input, comm.rank, comm.size)
         self._expected = (
@@ -189,6 +190,7 @@ def _row(
         fraction_of_bound=bound_s / seen.median if bound_s is not None else None,
         prediction_error=predicted_s / seen.median - 1 if predicted_s is not None else None,
         iterations=sweep.iterations,
+        empty=sweep.empty,
         start=kind,
         skew_s=float(np.median(times.skew_s)) if times.skew_s is not None else None,
         slot_misses=late_windows[0] if late_windows else None,

@@ -45,7 +45,7 @@ def bench_table(result: BenchResult) -> RenderableType:
         table.add_row(
             row.collective,
             row.transport,
-            row.algorithm or NONE,
+            f"{row.algorithm or NONE}{', empty' if row.empty else ''}",
             format_bytes(row.bytes),
             *(_time(value) for value in (row.median_s, row.min_s, row.max_s, row.p99_s, row.bound_s)),
             _share(row.fraction_of_bound),

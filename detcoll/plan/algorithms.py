@@ -96,7 +96,7 @@ def compile_plan(collective: Collective, topology: Topology, rank: int, algorith
         raise UsageError(f"algorithm={algorithm!r} does not do {collective.kind}; expected one of {', '.join(known)}")
     part = _Part(topology, rank, topology.site_of(rank), chunk_size)
     add = _broadcast_chunk if collective.kind == "broadcast" else _all_reduce_chunk
-    cut = chunks(topology, collective.count, chunk_size.elems) if topology.size > 1 else []
+    cut = chunks(topology, collective.count, chunk_size) if topology.size > 1 else []
     if len(cut) * PHASE_TAGS > LARGEST_PLAN_TAG:
         raise PlanError(f"{collective} needs more tags than a plan has; use larger chunks than {chunk_size.elems}")
     for chunk in cut:

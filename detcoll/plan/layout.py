@@ -61,7 +61,8 @@ PHASE_TAGS = 8
 """Tags a chunk may use, so that a chunk's messages never share one."""
 
 EXPRESS_BYTES = 4_096
-"""Messages up to this size leave at once, in the headroom that the calendar leaves."""
+"""Messages up to this size leave at once, in the headroom that the calendar leaves. Arrays up to this size are not cut:
+what more messages cost the hosts is more than shorter ones gain on the line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ChunkSize:
-    """``elems`` a chunk, and how many chunks a rank keeps in scratch at once (``depth``)."""
+    """``elems`` a chunk, and how many chunks a rank keeps in scratch at once (``depth``).
+
+    ``whole`` : the array is one segment, owned by the last rank of each site.
+    """
 
     elems: int
     depth: int
+    whole: bool = False
 
 
 def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective) -> ChunkSize:
@@ -91,7 +96,8 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
 
     In flight at a site's owners is what leaves until an acknowledgement is back, a round trip and a cycle later.
     """
-    segments = max(len(cuts(topology, collective.count)) - 1, 1)
+    whole = collective.nbytes <= EXPRESS_BYTES
+    segments = 1 if whole else max(len(cuts(topology, collective.count)) - 1, 1)
     chunk_bytes, in_flight_bytes = LOCAL_CHUNK_BYTES, 8 * LOCAL_CHUNK_BYTES
     if any(calendar.rates):
         cycle_ns = max(cycle.cycle_ns for cycle in calendar.sites)
@@ -114,7 +120,7 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
     if len(topology.sites) > 2 and not calendar.has_windows:  # each flow has chunks that leave, cross and wait
         in_flight_bytes += CHUNKS_A_FLOW_HELD * len(topology.sites) * elems * collective.itemsize
     depth = min(in_flight_bytes, LARGEST_SCRATCH_BYTES) // (elems * collective.accumulator_itemsize)
-    return ChunkSize(elems, max(depth, 4))
+    return ChunkSize(elems, max(depth, 4), whole)
 
 
 def _host_bytes(topology: Topology, segments: int, host_share: float) -> int:
@@ -189,14 +195,21 @@ def _cut(count: int, index: int, parts: int) -> int:
     return even - even % CUT_ELEMS if count >= CUT_ELEMS * parts else even
 
 
+def segments(topology: Topology, count: int, *, whole: bool = False) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return where each segment of ``count`` elements begins and ends, and its owner in every site."""
+    if whole:
+        return [(0, count, tuple(site.ranks[-1] for site in topology.sites))]
+    sites = range(len(topology.sites))
+    return [
+        (begin, end, tuple(owner_of(topology, site, count, begin) for site in sites))
+        for begin, end in pairwise(cuts(topology, count))
+    ]
+
+
 def partners(topology: Topology, rank: int) -> frozenset[int]:
     """Return the ranks of other sites with which ``rank`` owns a common part of a large array."""
-    count = CUT_ELEMS * topology.size**2
     site = topology.site_of(rank)
-    owners = [
-        [owner_of(topology, index, count, begin) for index in range(len(topology.sites))]
-        for begin in cuts(topology, count)[:-1]
-    ]
+    owners = [owners for _, _, owners in segments(topology, CUT_ELEMS * topology.size**2)]
     return frozenset(other for row in owners if row[site] == rank for other in row) - {rank}
 
 
@@ -207,20 +220,19 @@ def owner_of(topology: Topology, site: int, count: int, offset: int) -> int:
     return ranks[bisect_right(begins, offset) - 1]
 
 
-def chunks(topology: Topology, count: int, chunk_elems: int) -> list[Chunk]:
+def chunks(topology: Topology, count: int, size: ChunkSize) -> list[Chunk]:
     """Return all chunks, those of different segments taking turns, in the order in which they should move."""
-    bounds = cuts(topology, count)
-    rows: list[tuple[int, int, int, tuple[int, ...]]] = []
-    for index, (begin, end) in enumerate(pairwise(bounds)):
-        owners = tuple(owner_of(topology, site, count, begin) for site in range(len(topology.sites)))
-        rows.extend((turn, index, offset, owners) for turn, offset in enumerate(range(begin, end, chunk_elems)))
+    rows: list[tuple[int, int, int, int, tuple[int, ...]]] = []
+    for index, (begin, end, owners) in enumerate(segments(topology, count, whole=size.whole)):
+        rows.extend(
+            (turn, index, offset, min(size.elems, end - offset), owners)
+            for turn, offset in enumerate(range(begin, end, size.elems))
+        )
     rows.sort(key=lambda row: row[:2])
-    ends = dict(pairwise(bounds))
-    result = []
-    for number, (turn, index, offset, owners) in enumerate(rows):
-        end = min(offset + chunk_elems, ends[bounds[index]])
-        result.append(Chunk(number, (turn + index) % len(owners), offset, end - offset, owners))
-    return result
+    return [
+        Chunk(number, (turn + index) % len(owners), offset, length, owners)
+        for number, (turn, index, offset, length, owners) in enumerate(rows)
+    ]
 
 
 def uses_window(calendar: Calendar, nbytes: int) -> bool:

@@ -38,7 +38,7 @@ import numpy as np
 
 from detcoll.plan.calendar import Calendar
 from detcoll.plan.ir import Collective
-from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS, ChunkSize, cuts, owner_of, uses_window
+from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS, ChunkSize, segments, uses_window
 from detcoll.plan.lines import Flows, Indices, Lines
 from detcoll.topology import Topology
 
@@ -133,7 +133,7 @@ class _Prediction:
     ) -> None:  # fmt: skip
         self.collective, self.topology, self.calendar = collective, topology, calendar
         self.algorithm, self.chunk_size, self.costs = algorithm, chunk_size, costs
-        self.cut = _cut(topology, collective.count, chunk_size.elems)
+        self.cut = _cut(topology, collective.count, chunk_size)
         self.sites = len(topology.sites)
         self.ranks_at = np.array([len(site.ranks) for site in topology.sites])
         self.chunk_bytes = min(int(self.cut.elems.max()), chunk_size.elems) * collective.itemsize
@@ -350,9 +350,8 @@ def _all_pairs(sites: Indices) -> tuple[Indices, Indices]:
     return here[different], there[different]
 
 
-def _cut(topology: Topology, count: int, chunk_elems: int) -> _Cut:
-    bounds = cuts(topology, count)
-    owners = [[owner_of(topology, site, count, b) for site in range(len(topology.sites))] for b in bounds[:-1]]
-    edges = np.array(bounds, dtype=np.int64)
-    elems = edges[1:] - edges[:-1]
-    return _Cut(np.array(owners, dtype=np.int64), elems, -(-elems // chunk_elems), chunk_elems)
+def _cut(topology: Topology, count: int, size: ChunkSize) -> _Cut:
+    cut = segments(topology, count, whole=size.whole)
+    elems = np.array([end - begin for begin, end, _ in cut], dtype=np.int64)
+    owners = np.array([owners for _, _, owners in cut], dtype=np.int64)
+    return _Cut(owners, elems, -(-elems // size.elems), size.elems)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from detcoll.errors import DeadlineMissed
+from detcoll.priority import short_turns
 
 
 class Work:
@@ -40,7 +41,10 @@ class Work:
         DetcollError
             Whatever ended the collective.
         """
-        if not self._finished.wait(timeout):
+        if not self._finished.is_set():
+            with short_turns():  # on a busy machine the caller would wait milliseconds for its result otherwise
+                self._finished.wait(timeout)
+        if not self._finished.is_set():
             raise DeadlineMissed(f"{self._name} is not finished after {timeout} s")
         if self._error is not None:
             raise self._error

@@ -12,6 +12,9 @@ The stage has two halves in turn, so that ranks may be a step apart. A half may 
 taken, since whoever shows a result has read what it was made from; and across calls, since whoever has arrived at a
 call is through with the one before.
 
+Where all arrays lie in regions (`detcoll_shm.regions`) nothing is given: every rank folds its share from all arrays
+and writes it into all of them.
+
 Letters: n ranks, V bytes. A rank copies (n-1)/n V into its stage, folds V/n, and copies V out.
 """
 
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from detcoll.fold import fold_groups
 from detcoll.types import ReduceOp, is_integer, parse_dtype
 from detcoll_shm.crew import Crew
 from detcoll_shm.forms import Cut, Cutter, Form
+from detcoll_shm.regions import NOWHERE, Mapped, Place, Regions
 from detcoll_shm.stage import FOLDED, GIVEN
 
 LARGEST_KEPT_FORMS = 256
@@ -48,12 +52,19 @@ class Collectives:
         How ranks wait for each other.
     cutter
         Cuts arrays and stages.
+    regions
+        Where this rank's arrays may lie.
+    mapped
+        The regions of all others, by rank.
     on_failure
         Called when a collective failed, so that others learn of it.
     """
 
-    def __init__(self, crew: Crew, cutter: Cutter, on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, crew: Crew, cutter: Cutter, regions: Regions, mapped: Mapping[int, Mapped], on_failure: Callable[[], None]
+    ) -> None:
         self._crew, self._cutter, self._on_failure = crew, cutter, on_failure
+        self._regions, self._mapped = regions, mapped
         self._groups = cutter.groups
         self._forms: OrderedDict[tuple[Any, ...], Form] = OrderedDict()
         self._chunk = 0
@@ -125,9 +136,17 @@ class Collectives:
 
     def _all_reduce_in_chunks(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
         crew, chunks, memory = self._crew, form.chunks, array.view(np.uint8)
-        self._give(form, 0, memory)
-        crew.arrive(form.descriptor, form.digest, deadline_ns)
+        place = self._regions.place_of(memory)
+        if place is NOWHERE:
+            self._give(form, 0, memory)
+        crew.arrive(form.descriptor, form.digest, deadline_ns, place)
         crew.await_all_here()
+        if place is not NOWHERE:
+            places = crew.places()
+            if all(place.region for place in places):
+                self._all_reduce_in_place(form, places, memory)
+                return
+            self._give(form, 0, memory)
         for step in range(1, chunks + 2):
             if step >= 2:
                 self._take(form, step - 2, memory)
@@ -136,6 +155,25 @@ class Collectives:
             if step <= chunks:
                 self._fold(form, step - 1, memory)
         self._chunk += chunks
+
+    def _all_reduce_in_place(self, form: Form, places: Sequence[Place], memory: NDArray[np.uint8]) -> None:
+        crew = self._crew
+        arrays = [
+            memory if rank == crew.rank else self._mapped[rank].view(place, form.nbytes)
+            for rank, place in enumerate(places)
+        ]
+        begin, end = self._cutter.share(form.nbytes, form.dtype.itemsize)
+        for at in range(begin, end, form.chunk_bytes):
+            inputs = [array[at : min(at + form.chunk_bytes, end)].view(form.dtype) for array in arrays]
+            own = inputs[crew.rank]
+            rooms = [room[: own.size] for room in form.rooms]
+            fold_groups(form.op, inputs, self._groups, own, rooms, form.divisor)
+            for rank, other in enumerate(inputs):
+                if rank != crew.rank:
+                    np.copyto(other, own)
+        self._chunk += 1
+        crew.publish(FOLDED, self._chunk)
+        crew.await_all(FOLDED, self._chunk)
 
     def _give(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
         at, chunk = number * form.chunk_bytes, self._chunk + number

@@ -19,10 +19,17 @@ from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError
 from detcoll_shm.bell import ring
 from detcoll_shm.layout import State
-from detcoll_shm.stage import ARRIVED, ASLEEP, DIGEST, FOLDED, TOLD, Stage
+from detcoll_shm.processor import current_processor, leave
+from detcoll_shm.regions import NOWHERE, Place
+from detcoll_shm.stage import ARRIVED, ASLEEP, DIGEST, FOLDED, PLACE, PLACE_WORDS, PROCESSOR, TOLD, Stage
 from detcoll_shm.stores import Counts
 
 RECHECK_NS = 10 * 10**6
+APART_NS = 50_000
+"""A rank with a processor of its own looks so long without offering it to others, who would keep it for milliseconds.
+Then it makes sure that it is not the one that keeps its peer from running."""
+
+LOOKS_A_GLANCE = 16
 LOOKS_WHERE_CROWDED = 30
 """With more ranks than processors: each look lets another rank run. Alone on its processor a rank is through with them
 in some 15 us, and sleeps."""
@@ -70,12 +77,15 @@ class Crew:
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
         self._digest = self._began_ns = self._deadline_ns = 0
 
-    def arrive(self, descriptor: Descriptor, digest: int, deadline_ns: int) -> None:
-        """Show that this rank is in its next collective, and what it called."""
+    def arrive(self, descriptor: Descriptor, digest: int, deadline_ns: int, place: Place = NOWHERE) -> None:
+        """Show that this rank is in its next collective, what it called, and where its array is."""
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
+        self._words[PROCESSOR] = current_processor()
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
+        at = PLACE + PLACE_WORDS * (sequence & 1)
+        self._words[at], self._words[at + 1], self._words[at + 2] = place
         self.publish(ARRIVED, sequence)
 
     def await_all_here(self) -> None:
@@ -95,6 +105,13 @@ class Crew:
                 self._wait(words, ARRIVED, sequence)
             if words[word] != digest:
                 self._differ(mate)
+
+    def places(self) -> list[Place]:
+        """Return where the arrays of all ranks are, by rank, in the collective at which all have arrived."""
+        at = PLACE + PLACE_WORDS * (self.sequence & 1)
+        found = [Place(words[at], words[at + 1], words[at + 2]) for _, words in self._mates]
+        found.insert(self.rank, Place(self._words[at], self._words[at + 1], self._words[at + 2]))
+        return found
 
     def publish(self, word: int, value: int) -> None:
         """Write one of this rank's words, and wake those who sleep."""
@@ -140,12 +157,23 @@ class Crew:
                 if words[word] >= value:
                     return
         else:
-            until_ns = time.monotonic_ns() + self._wait_ns
-            while time.monotonic_ns() < until_ns:
-                os.sched_yield()
-                if words[word] >= value:
-                    return
+            began_ns = now_ns = time.monotonic_ns()
+            while now_ns - began_ns < self._wait_ns:
+                if now_ns - began_ns >= APART_NS:
+                    self._move_apart(words)
+                    os.sched_yield()
+                for _ in range(LOOKS_A_GLANCE):
+                    if words[word] >= value:
+                        return
+                now_ns = time.monotonic_ns()
         self._sleep(words, word, value)
+
+    def _move_apart(self, words: memoryview[int]) -> None:
+        here = current_processor()
+        if words[PROCESSOR] == here >= 0:
+            leave(here)
+            self._counts.moves += 1
+        self._words[PROCESSOR] = current_processor()
 
     def _sleep(self, words: memoryview[int], word: int, value: int) -> None:
         own = self._words

@@ -20,7 +20,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportError, UsageError
+from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportError, TransportUnavailable, UsageError
 from detcoll.transport import (
     LARGEST_TAG,
     Clock,
@@ -40,6 +40,7 @@ from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
 from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
 from detcoll_shm.outbound import Outbound
+from detcoll_shm.regions import Mapped, Regions
 from detcoll_shm.stage import Stage
 from detcoll_shm.stores import Budget, Counts, Pool
 
@@ -81,6 +82,7 @@ class _Peer:
     inbound: Inbound
     outbound: Outbound
     stage: Stage
+    mapped: Mapped
     error: TransportError | None = None
 
 
@@ -112,6 +114,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         except TransportError:
             self._bell.close()
             raise
+        self._regions = Regions(self._address.key_bytes)
 
     @property
     def address(self) -> str:
@@ -199,6 +202,19 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         if self._collectives is not None:
             raise UsageError("arrange() must come before the first collective")
         self._groups = [list(group) for group in groups]
+
+    def allocate(self, nbytes: int) -> memoryview:
+        """Return memory for an array that all ranks can work on where it is.
+
+        Raises
+        ------
+        TransportUnavailable
+            If the system has no more.
+        """
+        try:
+            return self._regions.allocate(nbytes)
+        except OSError as error:
+            raise TransportUnavailable(f"transport 'shm' cannot make an array of {nbytes} bytes: {error}") from error
 
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
         """Reduce ``array`` over all ranks, in place, in the promised order."""
@@ -302,7 +318,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             rank, Ring(self._memory_fd, self._geometry, rank), self._geometry, self._pool, self._budget, counts,
             outbound.wake_sleeper, self._end,
         )  # fmt: skip
-        self._peers[rank] = _Peer(rank, bell_fd, inbound, outbound, stage)
+        mapped = Mapped(rank, address.key_bytes, lambda fd: open_descriptor(rank, address, fd, os.O_RDWR))
+        self._peers[rank] = _Peer(rank, bell_fd, inbound, outbound, stage, mapped)
         outbound.set_state(State.JOINED)
         ring(bell_fd)
 
@@ -320,7 +337,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         host = Host(self._hear, lambda: self._open, self._why_lost)
         crew = Crew(self._rank, own, mates, host, self._settings.wait_ns, self._counts)
         cutter = Cutter(self._rank, stages, self._groups, self._settings.chunk_bytes, self._settings.direct_bytes)
-        self._collectives = Collectives(crew, cutter, self._give_up)
+        mapped = {peer.rank: peer.mapped for peer in peers}
+        self._collectives = Collectives(crew, cutter, self._regions, mapped, self._give_up)
         return self._collectives
 
     def _why_lost(self, rank: int) -> TransportError | None:

@@ -52,7 +52,8 @@ class Form:
     """One kind of call: equal for all calls with equal arguments.
 
     ``chunks`` : how many there are; 0 where every rank folds everything from what all others give whole.
-    ``whole`` : by half of the stage, the memory for this rank's array and those of all ranks.
+    ``whole`` : by half of the stage, the memory for this rank's array and those of all ranks.  ``rooms`` : for the sums
+    of groups, of a small array or of a chunk.
     """
 
     descriptor: Descriptor
@@ -102,7 +103,13 @@ class Cutter:
         chunks = -(-nbytes // step)
         full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
         last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
-        return Form(descriptor, digest, op, dtype, divisor, step, nbytes, chunks, full, last, (), ())
+        rooms = self._rooms(step // dtype.itemsize, dtype)
+        return Form(descriptor, digest, op, dtype, divisor, step, nbytes, chunks, full, last, (), rooms)
+
+    def share(self, nbytes: int, itemsize: int) -> tuple[int, int]:
+        """Return the first and last byte of this rank's share of an array."""
+        edges = self._edges(nbytes, itemsize)
+        return edges[self.rank], edges[self.rank + 1]
 
     def _step_bytes(self, nbytes: int, itemsize: int) -> int:
         """Return the size of chunks: some for each call, so that giving, folding and taking overlap."""

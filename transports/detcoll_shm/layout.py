@@ -46,7 +46,7 @@ import msgspec
 
 from detcoll.errors import ConnectError
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"detcoll\0"
 KEY_BYTES = 16
 HEADER = struct.Struct(f"<8sqqqqq{KEY_BYTES}s")
@@ -205,7 +205,12 @@ class Address(msgspec.Struct, frozen=True):
         """The sizes of this rank's rings and stage."""
         return Geometry(self.ring_bytes, self.slots, self.chunk_bytes)
 
+    @property
+    def key_bytes(self) -> bytes:
+        """What marks memory of this rank."""
+        return bytes.fromhex(self.key)
+
     def header(self) -> bytes:
         """Return the file header that the memory of this address starts with."""
         sizes = (self.ranks, self.ring_bytes, self.slots, self.chunk_bytes)
-        return HEADER.pack(MAGIC, self.version, *sizes, bytes.fromhex(self.key))
+        return HEADER.pack(MAGIC, self.version, *sizes, self.key_bytes)

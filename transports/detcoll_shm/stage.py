@@ -14,11 +14,13 @@ DIGEST    of what it called, for collectives of even and odd number in turn, bes
 GIVEN     chunks that lie in ``given``, counted since the start
 FOLDED    chunks of which this rank's share lies in ``folded``
 ASLEEP    1 while this rank waits on its doorbell, so that others ring it
+PLACE     three words, for collectives of even and odd number in turn: where its array is (`detcoll_shm.regions`)
+PROCESSOR which one this rank ran on when it arrived or last waited long
 TOLD      number of the collective whose full descriptor lies at `TEXT_AT`
 ========= ====================================================================================================
 
-Only the owner writes them. Data, digests and text are written before the word that announces them and read after it,
-which x86-64 keeps in order; ASLEEP follows Dekker, as in `detcoll_shm.layout`.
+Only the owner writes them. Data, digests, places and text are written before the word that announces them and read
+after it, which x86-64 keeps in order; ASLEEP follows Dekker, as in `detcoll_shm.layout`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from detcoll.descriptor import HELLO_BYTES
 from detcoll_shm.layout import PAGE_BYTES, Geometry
 
 ARRIVED, DIGEST = 0, 1
-GIVEN, FOLDED, ASLEEP, TOLD = 16, 32, 48, 64
+GIVEN, FOLDED, ASLEEP, TOLD, PROCESSOR, PLACE = 16, 32, 48, 64, 80, 96
+PLACE_WORDS = 3
 TEXT_AT = 1024
 
 

@@ -26,6 +26,7 @@ class Counts:
     messages_kept: int = 0
     waits_for_room: int = 0
     bells_rung: int = 0
+    moves: int = 0
     sleeps: int = 0
 
 

@@ -1,0 +1,34 @@
+"""Which processor a thread runs on, and how it moves to another one.
+
+Threads that wake each other are drawn together: a scheduler likes to put the one that is woken beside its waker, and
+with other work on the machine two ranks may so share one processor for seconds, though each could have its own. Then
+whoever waits keeps the other from running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+
+
+def _find() -> Callable[[], int]:
+    try:
+        sched_getcpu = ctypes.CDLL(None).sched_getcpu
+    except (OSError, AttributeError):
+        return lambda: -1
+    sched_getcpu.restype, sched_getcpu.argtypes = ctypes.c_int, []
+    return sched_getcpu
+
+
+current_processor = _find()
+"""Return the number of the processor that runs the calling thread; -1 where the system does not tell."""
+
+
+def leave(processor: int) -> None:
+    """Move the calling thread off ``processor``, if it may run on others; where it may run stays as it is."""
+    allowed = os.sched_getaffinity(0)
+    others = allowed - {processor}
+    if others:
+        os.sched_setaffinity(0, others)
+        os.sched_setaffinity(0, allowed)
