@@ -257,7 +257,7 @@ def open_only(transport: str = "auto", timeout: str = "20") -> None:
 
 def many_operations(count: str) -> None:
     """Run many small operations and tell by how much memory grew over the last three quarters."""
-    comm = detcoll.init(timeout=60)
+    detcoll.init(timeout=60)
 
     def resident_bytes() -> int:
         with open("/proc/self/statm", encoding="ascii") as statm:
