@@ -16,8 +16,9 @@ import threading
 from typing import Any
 
 from detcoll import errors
-from detcoll.communicator import VERSION, Communicator, close_all, open_communicator
+from detcoll.communicator import Communicator, close_all
 from detcoll.errors import DetcollError, UsageError
+from detcoll.opening import VERSION, open_communicator
 from detcoll.runtime import Work
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp

@@ -13,98 +13,42 @@ import json
 import logging
 import math
 import os
-import select
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.assembly import Assembled, assemble, deadline_after
+from detcoll.assembly import Assembled, deadline_after
 from detcoll.buffers import Bound, bind
-from detcoll.calendars import agree_on_calendar
-from detcoll.clock import clock_domain
-from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, PlanMismatch, TransportError, UsageError
-from detcoll.launchers import read_environment
+from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
 from detcoll.machine import Slots
+from detcoll.membership import Members
 from detcoll.plan import Calendar, Collective, Planner, Slotting
-from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
-from detcoll.plan.headroom import Express, burst_bytes, headroom_bytes_per_s
-from detcoll.plan.layout import LARGEST_FRAME_BYTES, partners
+from detcoll.plan.headroom import Express
+from detcoll.plan.layout import LARGEST_FRAME_BYTES
 from detcoll.plan.predict import Costs, call_ns_of
-from detcoll.rendezvous import Aborted, Session, meet
+from detcoll.plan.promise import calendar_facts
+from detcoll.rendezvous import Session
 from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
-from detcoll.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
+from detcoll.settings import Facts, Settings
 from detcoll.topology import Topology
 from detcoll.trace import Call, Trace
-from detcoll.transport import host_identity
 from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
 
 log = logging.getLogger("detcoll")
 
-VERSION = "0.1.0"
-SITE_CLOCK_ERROR_NS = 200_000
-"""What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
 _FINALIZE_S = 10.0
 _PARTING_AFTER_FAILURE_S = 2.0
-_EXPLANATION_NS = 1_000_000_000
-"""How long a rank that lost a peer waits to hear from the rendezvous why."""
-BURST_NS, LEAST_BURST_BYTES = 4_000_000, 131_072
-"""How far a flow that never waits for a window may be ahead of its rate: the kernel paces in bursts of a millisecond,
-and whoever watches the line looks a little late. Never less than two of the largest units that leave at once."""
 TRACED_PHASES = 256
 """Predictions in a trace tell so many moments of a cycle apart."""
 _BARRIER = np.zeros(1, np.uint8)
-
-
-class _Members:
-    """The rendezvous as the progress thread sees it."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def fileno(self) -> int:
-        return self._session.fileno()
-
-    def failure(self) -> DetcollError | None:
-        events = self._session.events()
-        for event in events:
-            if isinstance(event, Aborted):
-                return _told(event)
-        for event in events:
-            return PeerLost(f"rank {event.rank} is lost: its process ended without saying goodbye")
-        return None
-
-    def explanation(self) -> DetcollError | None:
-        """Wait a little for why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason."""
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        end_ns = time.monotonic_ns() + _EXPLANATION_NS
-        while (left_ns := end_ns - time.monotonic_ns()) > 0:
-            poll.poll(left_ns / 1e6)
-            failure = self.failure()
-            if failure is not None:
-                return failure
-        return None
-
-    def abort(self, kind: str, text: str) -> None:
-        self._session.abort(kind, text)
-
-
-def _told(event: Aborted) -> DetcollError:
-    """Return the error that another rank's giving up means here: of the same kind where that holds here too."""
-    if event.kind == PlanMismatch.__name__:
-        return PlanMismatch(event.text)
-    kind = {kind.__name__: kind for kind in (DeadlineMissed, PeerLost)}.get(event.kind, TransportError)
-    name = "" if event.kind == kind.__name__ else f"{event.kind}: "
-    return kind(f"rank {event.rank} gave up: {name}{event.text.removeprefix(f'rank {event.rank}: ')}")
 
 
 class Communicator:
@@ -128,9 +72,9 @@ class Communicator:
         here = topology.site_of(session.rank)
         self._trace = Trace(
             session.rank, here, settings.trace is not None, time.monotonic_ns(),
-            _calendar_facts(calendar, topology, session.rank),
+            calendar_facts(calendar, topology, session.rank),
         )  # fmt: skip
-        self._members = _Members(session)
+        self._members = Members(session)
         self._runner = self._make_runner(here, [fact.clock for fact in facts])
         _open.add(self)
 
@@ -536,108 +480,11 @@ class Communicator:
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-def open_communicator(
-    environ: Mapping[str, str],
-    transport: str,
-    topology: Topology | str | os.PathLike[str] | None,
-    timeout: float,
-    reproducible: bool | None,
-) -> Communicator:
-    """Meet all ranks and return this rank's communicator; see `detcoll.init`."""
-    configure_logging(environ.get("DETCOLL_LOG"))
-    world = read_environment(environ)
-    if not world.local_rank:  # one rank of a host is enough
-        warn_of_unknown(environ)
-    settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
-    deadline_ns = deadline_after(settings.timeout_s)
-    session = meet(world, deadline_ns, environ)
-    try:
-        facts = _introduce(session, settings, world.site or "", world.launcher, deadline_ns)
-        placed = place(settings.topology, [fact.site for fact in facts])
-        assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
-        try:
-            calendar = _calendar(settings, placed, facts, session, deadline_ns, assembled)
-            communicator = Communicator(session, settings, placed, assembled, calendar, facts)
-        except BaseException:
-            for endpoint in assembled.endpoints:
-                endpoint.abort()
-            raise
-    except BaseException as error:
-        if not isinstance(error, UsageError):
-            session.abort(type(error).__name__, str(error))
-        session.close(deadline_after(1.0))
-        raise
-    try:
-        communicator.await_clock(deadline_ns)
-    except BaseException as error:
-        communicator.abort(str(error))
-        raise
-    return communicator
-
-
-def _calendar(
-    settings: Settings, topology: Topology, facts: Sequence[Facts], session: Session, deadline_ns: int,
-    assembled: Assembled,
-) -> Calendar:  # fmt: skip
-    """Lay out the lines; guards are longer where ranks of a site have to ask each other for the time."""
-    one_clock = all(len({facts[rank].clock for rank in site.ranks}) == 1 for site in topology.sites)
-    error_ns = DEFAULT_HOST_ERROR_NS + (0 if one_clock else SITE_CLOCK_ERROR_NS)
-    mode = settings.slotting
-    if mode is None and not assembled.transport.capabilities.timed:
-        mode = Slotting.OFF
-
-    def exchange(payload: bytes) -> list[bytes]:
-        return session.exchange("calendar", payload, deadline_ns)
-
-    clocks = [fact.clock for fact in facts]
-    return agree_on_calendar(topology, mode, error_ns, clocks, session.rank, exchange)
-
-
 def _costs(facts: Sequence[Facts]) -> Costs:
     """Return what hosts cost, which is the same on all ranks: the most crowded host sets the pace of a call."""
     ranks_on = Counter(fact.host for fact in facts)
     cores_of = {host: set[int]().union(*(fact.cores for fact in facts if fact.host == host)) for host in ranks_on}
     return Costs(call_ns=max(call_ns_of(count, len(cores_of[host])) for host, count in ranks_on.items()))
-
-
-def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:
-    facts = Facts(
-        VERSION, settings.transport, settings.topology.digest, settings.reproducible,
-        settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
-        clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
-    )  # fmt: skip
-    answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
-    everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]
-    agree(everybody)
-    return everybody
-
-
-def _calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[str, Any] | None:
-    """Return what the audit of a captured line needs to know: this rank's windows, rates, and share of its line."""
-    if calendar.mode is Slotting.OFF:
-        return None
-    site = topology.site_of(rank)
-    windows, cycle_ns = calendar.windows_of(site, rank), calendar.sites[site].cycle_ns
-    rates = [calendar.rate_bytes_per_s(site, other) for other in range(len(topology.sites))]
-    flows = dict.fromkeys(range(len(topology.sites)), 0.0)
-    for peer in partners(topology, rank):
-        flows[topology.site_of(peer)] += rates[topology.site_of(peer)]
-    if calendar.mode is Slotting.TURNS and windows:
-        flows = dict(enumerate(rates))
-    line = (topology.sites[site].uplink_bytes_per_s or 0.0) * topology.payload_share
-    burst_ns = max((window.end_ns - window.start_ns for window in windows), default=BURST_NS)
-    return {
-        "cycle_ns": cycle_ns,
-        "windows": [[w.start_ns, w.end_ns, w.destination] for w in windows] or [[0, cycle_ns, -1]],
-        "offset_ns": 0,
-        "guard_ns": calendar.guard_ns,
-        "mode": calendar.mode.value,
-        "rates_bytes_per_s": rates,
-        "burst_bytes": [max(rate / 1e9 * burst_ns, LEAST_BURST_BYTES) for rate in rates],
-        "express_bytes_per_s": headroom_bytes_per_s(topology, rank),
-        "express_burst_bytes": 2 * burst_bytes(topology, rank),
-        "line_share": (max(flows.values()) if windows else sum(flows.values())) / line,
-    }
 
 
 def _count_of(x: Any) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from detcoll.cli.run import rank_environments
-from detcoll.communicator import Communicator, open_communicator
+from detcoll.communicator import Communicator
+from detcoll.opening import open_communicator
 from detcoll.testing.leftovers import now_ns, remove_segments
 from detcoll.topology import Topology
 

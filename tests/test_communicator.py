@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from ranks import TIMEOUT_S, grouped, launch, lines, run_ranks
 
-from detcoll.communicator import _calendar_facts
 from detcoll.errors import UsageError
 from detcoll.fold import reference
 from detcoll.plan import Slotting, build_calendar
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LOCAL_CHUNK_BYTES
+from detcoll.plan.promise import calendar_facts
 from detcoll.topology import Topology
 from detcoll.types import DTYPES, ReduceOp, is_integer
 
@@ -442,7 +442,7 @@ def test_what_a_trace_says_of_the_calendar_adds_up(ranks: tuple[int, ...], mode:
     topology = lines(*ranks)
     calendar = build_calendar(topology, mode)
     for index, site in enumerate(topology.sites):
-        facts = [_calendar_facts(calendar, topology, rank) for rank in site.ranks]
+        facts = [calendar_facts(calendar, topology, rank) for rank in site.ranks]
         if mode is Slotting.OFF:
             assert facts == [None] * len(site.ranks)
             continue

@@ -16,7 +16,7 @@ from detcoll.fold import reference
 from detcoll.runtime import Descriptor, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
 from detcoll.runtime.operation import HELLO_BYTES, ScratchPool
-from detcoll.runtime.progress import acquaintances
+from detcoll.runtime.routes import acquaintances
 from detcoll.testing import Delay, Drop, Faults, FaultyTransport, Kill, MemoryTransport
 from detcoll.trace import Trace
 from detcoll.transport import NativeCollectives, Transport

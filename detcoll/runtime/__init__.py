@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from detcoll.runtime.operation import Descriptor, Operation
-from detcoll.runtime.progress import Membership, Progress, Routes
+from detcoll.runtime.progress import Progress
+from detcoll.runtime.routes import Membership, Routes
 from detcoll.runtime.timekeeping import Timekeeper
 from detcoll.runtime.work import Work
 

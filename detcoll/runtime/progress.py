@@ -20,9 +20,8 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from collections.abc import Container
+from typing import NoReturn
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, FrameError, PeerLost, TransportError
 from detcoll.fold import fold
@@ -32,9 +31,10 @@ from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
 from detcoll.priority import make_prompt, shorten_turns
 from detcoll.runtime.operation import HELLO_BYTES, Operation, ScratchPool
+from detcoll.runtime.routes import Membership, Routes, acquaintances
 from detcoll.runtime.timekeeping import Timekeeper
 from detcoll.trace import Call, Trace
-from detcoll.transport import Endpoint, Ticket, TicketKind, TicketStatus, Window
+from detcoll.transport import Ticket, TicketKind, TicketStatus, Window
 
 log = logging.getLogger("detcoll")
 
@@ -63,52 +63,6 @@ _UNWAITABLE_STEP_NS = 200_000
 _LONGEST_WAIT_NS = 500_000_000
 
 Wide = tuple[Operation, int]
-
-
-class Membership(Protocol):
-    """What the rendezvous tells while ranks work: who is gone, and who gave up."""
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable when `failure` has something to say."""
-
-    def failure(self) -> DetcollError | None:
-        """Return the error that a lost rank or another rank's abort means here, without waiting."""
-
-    def explanation(self) -> DetcollError | None:
-        """Wait a little for why a peer is lost, which an endpoint does not see; None if nobody says."""
-
-    def abort(self, kind: str, text: str) -> None:
-        """Tell all other ranks that this one has given up, and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """Which endpoint leads to which rank, and in which site it is. ``wide`` are those behind the line."""
-
-    endpoint_of: Mapping[int, Endpoint]
-    site_of: Sequence[int]
-    wide: frozenset[int]
-
-    @property
-    def endpoints(self) -> list[Endpoint]:
-        """Every endpoint once."""
-        return list(dict.fromkeys(self.endpoint_of.values()))
-
-
-def acquaintances(rank: int, site_of: Sequence[int]) -> set[int]:
-    """Return with whom ``rank`` compares every call: the last rank of its site, which knows its site and its likes.
-
-    They connect all ranks, so two that called differently are found whatever they called. Plans of small arrays move
-    them between the last ranks, and plans of large ones between all of a site, so hardly a message is made for this.
-    """
-    last = {site: member for member, site in enumerate(site_of)}
-    here = site_of[rank]
-    if last[here] != rank:
-        return {last[here]}
-    sites = sorted(last)
-    at = sites.index(here)
-    neighbours = {last[sites[at - 1]], last[sites[(at + 1) % len(sites)]]}
-    return {member for member, site in enumerate(site_of) if site == here} ^ {rank} | neighbours - {rank}
 
 
 class Progress:
