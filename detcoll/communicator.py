@@ -35,14 +35,15 @@ from detcoll.launchers import read_environment
 from detcoll.machine import Slots
 from detcoll.plan import Calendar, Collective, Planner, Slotting
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
+from detcoll.plan.headroom import Express, burst_bytes, headroom_bytes_per_s
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, partners
 from detcoll.plan.predict import Costs, call_ns_of
 from detcoll.rendezvous import Aborted, Session, meet
 from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
-from detcoll.settings import Facts, Settings, agree, configure_logging, place, read_settings
+from detcoll.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
 from detcoll.topology import Topology
-from detcoll.trace import Trace
+from detcoll.trace import Call, Trace
 from detcoll.transport import host_identity
 from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
 
@@ -58,6 +59,8 @@ _EXPLANATION_NS = 1_000_000_000
 BURST_NS, LEAST_BURST_BYTES = 4_000_000, 131_072
 """How far a flow that never waits for a window may be ahead of its rate: the kernel paces in bursts of a millisecond,
 and whoever watches the line looks a little late. Never less than two of the largest units that leave at once."""
+TRACED_PHASES = 256
+"""Predictions in a trace tell so many moments of a cycle apart."""
 _BARRIER = np.zeros(1, np.uint8)
 
 
@@ -123,7 +126,10 @@ class Communicator:
         self._finalized = False
         self._pid = os.getpid()
         here = topology.site_of(session.rank)
-        self._trace = Trace(session.rank, here, time.monotonic_ns(), _calendar_facts(calendar, topology, session.rank))
+        self._trace = Trace(
+            session.rank, here, settings.trace is not None, time.monotonic_ns(),
+            _calendar_facts(calendar, topology, session.rank),
+        )  # fmt: skip
         self._members = _Members(session)
         self._runner = self._make_runner(here, [fact.clock for fact in facts])
         _open.add(self)
@@ -148,7 +154,9 @@ class Communicator:
         )
         routes = self._assembled.routes
         timekeeper = Timekeeper(self._session.rank, self._topology.sites[here].ranks, domains, routes.endpoint_of)
-        return Progress(self._session.rank, self._session.size, routes, slots, timekeeper, members, self._trace)
+        rank, reserved = self._session.rank, self._calendar.mode is not Slotting.OFF
+        express = Express.of(self._topology, rank) if reserved else None
+        return Progress(rank, self._session.size, routes, slots, timekeeper, members, self._trace, express)
 
     def await_clock(self, deadline_ns: int) -> None:
         """Return once this rank knows the time of its site.
@@ -323,11 +331,13 @@ class Communicator:
         collective = self._collective(kind, nbytes, dtype)
         if isinstance(self._runner, NativeRunner):
             return None
-        phase_ns = None
-        if called_ns is not None:
-            cycle_ns = self._calendar.sites[self._topology.site_of(self.rank)].cycle_ns
-            phase_ns = (called_ns + self._runner.site_offset_ns) % cycle_ns
+        phase_ns = None if called_ns is None else self._phase_ns(called_ns)
         return self._planner.predict_ns(collective, phase_ns=phase_ns) / 1e9
+
+    def _phase_ns(self, at_ns: int) -> int:
+        """Return where in the calendar's cycle a time of this rank falls."""
+        offset_ns = self._runner.site_offset_ns if isinstance(self._runner, Progress) else 0
+        return (at_ns + offset_ns) % self._calendar.sites[self._topology.site_of(self.rank)].cycle_ns
 
     def bound(self, kind: str, nbytes: int, dtype: object = "float32") -> float | None:
         """Return the physical floor in seconds (see `detcoll.plan.bounds`), or None where there is no line."""
@@ -344,20 +354,20 @@ class Communicator:
     def counters(self) -> dict[str, int]:
         """Return what the transport and the calendar counted so far, by name.
 
-        ``slot_misses`` and ``slot_trims`` count windows: those in which all that was due came too late, and those in
-        which some did.
+        ``slot_misses`` and ``slot_trims`` count windows: those in which data waited and nothing was sent, and those in
+        which some of what was due came too late. They are there where lines have slots, also one that never closes.
         """
         counted: dict[str, int] = {}
         for endpoint in self._assembled.endpoints:
             for name, value in endpoint.counters().items():
                 counted[name] = counted.get(name, 0) + value
-        if isinstance(self._runner, Progress):
+        if isinstance(self._runner, Progress) and self._calendar.mode in (Slotting.CALENDAR, Slotting.TURNS):
             counted["slot_misses"], counted["slot_trims"] = self._runner.late_windows
         return counted
 
     @property
     def trace(self) -> Trace:
-        """What this rank did, beside what was planned."""
+        """What this rank did, beside what was planned; without DETCOLL_TRACE nothing is kept."""
         return self._trace
 
     def finalize(self, timeout: float = _FINALIZE_S) -> None:
@@ -385,7 +395,7 @@ class Communicator:
         finally:
             self._runner.close()
             trouble = trouble or self._untold_mismatch()
-            self._note_connections()
+            self._complete_trace()
             for endpoint in self._assembled.endpoints:
                 if self._runner.failure is None:
                     endpoint.close(deadline_ns)
@@ -463,11 +473,8 @@ class Communicator:
             kind, bound.array.size, bound.dtype.itemsize, accumulation_dtype(bound.dtype).itemsize, root
         )
         descriptor = Descriptor(sequence, kind, op.value, bound.dtype.name, bound.array.size, root, arrays)
-        predicted_ns = self._planner.predict_ns(collective) if self._settings.trace else 0
         runner.submit(
-            Operation(
-                descriptor, self._planner.plan(collective), bound.array, op, work, deadline_ns, called_ns, predicted_ns
-            )
+            Operation(descriptor, self._planner.plan(collective), bound.array, op, work, deadline_ns, called_ns)
         )
         return work
 
@@ -493,11 +500,25 @@ class Communicator:
         except TransportError as error:
             log.warning("rank %d: others did not finalize: %s", self.rank, error)
 
-    def _note_connections(self) -> None:
+    def _complete_trace(self) -> None:
+        """Note what is known at the end only."""
         if self._trace.calendar is not None and isinstance(self._runner, Progress):
             self._trace.calendar["offset_ns"] = self._runner.site_offset_ns
+            self._trace.misses = self._runner.missed_windows
+        self._trace.counts = self.counters()
         for endpoint in self._assembled.endpoints:
             self._trace.connections.extend(endpoint.connections())
+
+    def _predict_call(self, call: Call, called_ns: int) -> int | None:
+        """Return the predicted time of a call in the trace; phases are rounded, so that few have to be computed."""
+        if not isinstance(call.subject, Collective):
+            return None
+        phase_ns = None
+        if self._calendar.has_windows:
+            cycle_ns = self._calendar.sites[self._topology.site_of(self.rank)].cycle_ns
+            step_ns = max(cycle_ns // TRACED_PHASES, 1)
+            phase_ns = self._phase_ns(called_ns) // step_ns * step_ns
+        return self._planner.predict_ns(call.subject, phase_ns=phase_ns)
 
     def _write_trace(self) -> None:
         if self._settings.trace is None:
@@ -505,7 +526,9 @@ class Communicator:
         folder = Path(self._settings.trace)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank{self.rank}.json").write_text(json.dumps(self._trace.to_json()), encoding="utf-8")
+            (folder / f"rank{self.rank}.json").write_text(
+                json.dumps(self._trace.to_json(self._predict_call)), encoding="utf-8"
+            )
         except OSError as error:
             log.warning("trace of rank %d was not written: %s", self.rank, error)
 
@@ -523,6 +546,8 @@ def open_communicator(
     """Meet all ranks and return this rank's communicator; see `detcoll.init`."""
     configure_logging(environ.get("DETCOLL_LOG"))
     world = read_environment(environ)
+    if not world.local_rank:  # one rank of a host is enough
+        warn_of_unknown(environ)
     settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
     deadline_ns = deadline_after(settings.timeout_s)
     session = meet(world, deadline_ns, environ)
@@ -579,7 +604,7 @@ def _introduce(session: Session, settings: Settings, site: str, launcher: str, d
     facts = Facts(
         VERSION, settings.transport, settings.topology.digest, settings.reproducible,
         settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
-        clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))),
+        clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
     )  # fmt: skip
     answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
     everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]
@@ -609,6 +634,8 @@ def _calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[s
         "mode": calendar.mode.value,
         "rates_bytes_per_s": rates,
         "burst_bytes": [max(rate / 1e9 * burst_ns, LEAST_BURST_BYTES) for rate in rates],
+        "express_bytes_per_s": headroom_bytes_per_s(topology, rank),
+        "express_burst_bytes": 2 * burst_bytes(topology, rank),
         "line_share": (max(flows.values()) if windows else sum(flows.values())) / line,
     }
 

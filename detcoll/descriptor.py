@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
 import msgspec
+import numpy as np
 
 from detcoll.errors import PlanMismatch, UsageError
 
 HELLO_BYTES = 256
 """Size of the record that ranks compare about every collective."""
+
+LARGEST_KEPT_ANNOUNCEMENTS = 1024
 
 
 class Descriptor(msgspec.Struct, frozen=True):
@@ -42,3 +51,33 @@ class Descriptor(msgspec.Struct, frozen=True):
                 f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
                 f"rank {other} called {text}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A call as ranks compare it where a transport does it whole: its record, and a digest from 0 to 2**62 - 1."""
+
+    descriptor: Descriptor
+    record: bytes
+    digest: int
+
+    def compare(self, rank: int, records: Sequence[bytes]) -> None:
+        """Hold it against the records of all ranks.
+
+        Raises
+        ------
+        PlanMismatch
+            If one differs; shows it and this rank's in full.
+        """
+        for other, record in enumerate(records):
+            self.descriptor.compare(rank, other, record)
+
+
+@lru_cache(LARGEST_KEPT_ANNOUNCEMENTS)
+def announce(kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int) -> Announcement:
+    """Return the announcement of a call; calls are not numbered, since a transport sees them in order."""
+    descriptor = Descriptor(0, kind, op, dtype.name, count, root, arrays)
+    record = descriptor.encode()
+    return Announcement(
+        descriptor, record, int.from_bytes(hashlib.blake2b(record, digest_size=8).digest(), "big") >> 2
+    )  # fmt: skip

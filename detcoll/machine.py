@@ -18,7 +18,7 @@ Times are nanoseconds of the rank's local monotonic clock; `Slots.offset_ns` is 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -31,6 +31,11 @@ Item = TypeVar("Item")
 
 SMALLEST_REST_NS = 20_000
 """A window with less than this left is not worth starting."""
+
+LARGEST_MISSES = 65_536
+"""Missed windows that are remembered one by one, the oldest go first."""
+
+FROM_NOW = -1
 
 
 class Machine:
@@ -119,6 +124,10 @@ class _Lane(Generic[Item]):
     last_peer: int = -1
     watched_ns: int = 0
     outcome: tuple[int, int] = (0, 0)
+    waits_from_ns: int = FROM_NOW
+    """Windows that open from here on and pass with something in the queue are missed."""
+    given_ns: int = 0
+    """When the last window ends for which something was given out."""
 
 
 @dataclass(slots=True)
@@ -130,6 +139,9 @@ class Slots(Generic[Item]):
     transport that sends that part. In mode SHARE and OFF, and where nobody shares a downlink, everything goes at once,
     at its flow's rate. Where windows lead to one site each, every peer has a queue and windows of its own, so that what
     waits for one does not hold up another; else one queue serves all.
+
+    A window in which something waited and nothing was sent is a miss. ``missed_windows`` : the last of them, by
+    destination site (-1: any), begin and end in local time.
     """
 
     calendar: Calendar
@@ -141,6 +153,7 @@ class Slots(Generic[Item]):
     splits: bool = True
     misses: int = 0
     trimmed: int = 0
+    missed_windows: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=LARGEST_MISSES))
     _lanes: dict[int, _Lane[Item]] = field(default_factory=dict)
 
     @property
@@ -155,20 +168,24 @@ class Slots(Generic[Item]):
 
     def add(self, send: Queued[Item]) -> None:
         """Queue a send behind those already waiting."""
-        self._lane(send).queue.append(send)
+        lane = self._lane(send)
+        if not lane.queue:
+            lane.waits_from_ns = FROM_NOW
+        lane.queue.append(send)
 
     def sent(self, send: Queued[Item], window: Window) -> None:
         """Take note that a send used its window."""
-        self._count(self._lane(send), window, 1, 0)
+        self._count(self._lane(send), send, window, 1, 0)
 
     def missed(self, sends: Sequence[tuple[Queued[Item], Window, int]]) -> None:
         """Put back, in order, sends that left their window with only so many bytes (third) of them sent."""
         for send, window, sent_bytes in sends:
             lane = self._lane(send)
-            self._count(lane, window, int(sent_bytes > 0), int(send.fits or not sent_bytes))
+            self._count(lane, send, window, int(sent_bytes > 0), int(send.fits or not sent_bytes))
             send.sent_bytes, send.nbytes = send.sent_bytes + sent_bytes, send.nbytes - sent_bytes
             if window.not_after_ns is not None:  # what is left of it is too short for the next send as well
                 lane.free_ns = max(lane.free_ns, window.not_after_ns)
+                lane.waits_from_ns = max(lane.waits_from_ns, window.not_after_ns)
         for send, _, _ in reversed(sends):
             self._lane(send).queue.appendleft(send)
 
@@ -179,7 +196,7 @@ class Slots(Generic[Item]):
             self._lanes[key] = _Lane(tuple((window.start_ns, window.end_ns) for window in windows))
         return self._lanes[key]
 
-    def _count(self, lane: _Lane[Item], window: Window, sent: int, missed: int) -> None:
+    def _count(self, lane: _Lane[Item], send: Queued[Item], window: Window, sent: int, missed: int) -> None:
         """Count a window in which some sends came too late as trimmed, one in which all did as a miss."""
         if window.not_after_ns is None:
             return
@@ -187,8 +204,29 @@ class Slots(Generic[Item]):
             lane.watched_ns, lane.outcome = window.not_after_ns, (0, 0)
         before = lane.outcome
         after = lane.outcome = (before[0] + sent, before[1] + missed)
-        self.misses += (after[0] == 0 and after[1] > 0) - (before[0] == 0 and before[1] > 0)
+        was_missed, is_missed = before[0] == 0 and before[1] > 0, after[0] == 0 and after[1] > 0
         self.trimmed += (after[0] > 0 and after[1] > 0) - (before[0] > 0 and before[1] > 0)
+        if is_missed and not was_missed:
+            self._miss(send, window.not_before_ns, window.not_after_ns)
+        elif was_missed and not is_missed:  # something smaller went after all
+            self.misses -= 1
+            for entry in [entry for entry in self.missed_windows if entry[2] == window.not_after_ns]:
+                self.missed_windows.remove(entry)
+
+    def _miss(self, send: Queued[Item], begins_ns: int, ends_ns: int) -> None:
+        self.misses += 1
+        self.missed_windows.append((send.destination_site if self._leads else -1, begins_ns, ends_ns))
+
+    def _pass_windows(self, lane: _Lane[Item], now_ns: int) -> None:
+        """Count windows that have opened and closed while something waited in the queue and nobody looked."""
+        if lane.waits_from_ns == FROM_NOW:
+            lane.waits_from_ns = max(now_ns, lane.given_ns)
+        while True:
+            begins_ns, ends_ns = self._opening(lane, lane.waits_from_ns)
+            if ends_ns > now_ns:
+                return
+            self._miss(lane.queue[0], begins_ns, ends_ns)
+            lane.waits_from_ns = ends_ns
 
     def due(self, now_ns: int) -> list[tuple[Queued[Item], Window | None]]:
         """Take from the queues what goes into this rank's current or next windows, each with its window.
@@ -206,6 +244,7 @@ class Slots(Generic[Item]):
         return taken
 
     def _fill(self, lane: _Lane[Item], now_ns: int, taken: list[tuple[Queued[Item], Window | None]]) -> None:
+        self._pass_windows(lane, now_ns)
         start_ns, end_ns = self._window(lane, now_ns)
         if now_ns < start_ns and not self.ahead:
             return
@@ -228,6 +267,7 @@ class Slots(Generic[Item]):
             cursor_ns = cursor_ns + takes_ns if send.fits else end_ns
         if len(taken) > given_out:
             lane.free_ns = cursor_ns
+            lane.waits_from_ns = lane.given_ns = end_ns
 
     def next_ns(self, now_ns: int) -> int | None:
         """Return when `due` should be asked again, or None while nothing waits."""
@@ -251,12 +291,17 @@ class Slots(Generic[Item]):
 
     def _window(self, lane: _Lane[Item], now_ns: int) -> tuple[int, int]:
         """Return the current window of a queue if there is time left in it, else its next, in local time."""
+        return next((start, end) for start, end in self._around(lane, now_ns) if end - now_ns >= SMALLEST_REST_NS)
+
+    def _opening(self, lane: _Lane[Item], from_ns: int) -> tuple[int, int]:
+        """Return the first window of a queue that opens at or after a time."""
+        return next((start, end) for start, end in self._around(lane, from_ns) if start >= from_ns)
+
+    def _around(self, lane: _Lane[Item], at_ns: int) -> Iterator[tuple[int, int]]:
+        """Yield the windows of three cycles, the second of which holds ``at_ns``; one may run over a cycle's end."""
         cycle_ns = self.calendar.sites[self.site].cycle_ns
-        site_ns = now_ns + self.offset_ns
+        site_ns = at_ns + self.offset_ns
         base_ns = site_ns - site_ns % cycle_ns - self.offset_ns
-        coming = (  # one may run over the end of the cycle before
-            (turn_ns + start_ns, turn_ns + end_ns)
-            for turn_ns in (base_ns - cycle_ns, base_ns, base_ns + cycle_ns)
-            for start_ns, end_ns in lane.windows
-        )
-        return next((start, end) for start, end in coming if end - now_ns >= SMALLEST_REST_NS)
+        for turn_ns in (base_ns - cycle_ns, base_ns, base_ns + cycle_ns):
+            for start_ns, end_ns in lane.windows:
+                yield turn_ns + start_ns, turn_ns + end_ns

@@ -6,6 +6,7 @@ error that shows both sides.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,27 @@ from detcoll.topology import Topology
 log = logging.getLogger("detcoll")
 
 
+PREFIX = "DETCOLL_"
+VARIABLES = frozenset(
+    PREFIX + name
+    for name in (
+        "ADVERTISE", "COMPARE", "CONGESTION", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOG",
+        "MARKS", "PORTS", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES", "SLOTTING",
+        "TESTING_ORDER", "TESTING_WORLD", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
+    )
+)  # fmt: skip
+"""Every variable of the environment that means something to detcoll, its launchers and its tests."""
+
+_warned: set[str] = set()
+
+
 class Settings(msgspec.Struct, frozen=True):
     """Everything that decides how this rank opens its communicator.
 
     ``transport`` : a name or ``"auto"``.  ``timeout_s`` : deadline of each collective and of assembling.
     ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
-    does best.  ``ports`` : range to bind in.  ``trace`` : folder for trace files.
+    does best.  ``ports`` : range to bind in.  ``trace`` : folder for trace files.  ``compare`` : whether Gloo's ranks
+    compare what they call.
     """
 
     transport: str
@@ -39,11 +55,12 @@ class Settings(msgspec.Struct, frozen=True):
     ports: tuple[int, int] | None
     congestion: str
     trace: str | None
+    compare: bool = True
 
     @property
     def options(self) -> dict[str, object]:
         """What transports are opened with; each takes what means something to it."""
-        return {"insecure": self.insecure, "ports": self.ports, "congestion": self.congestion}
+        return {"insecure": self.insecure, "ports": self.ports, "congestion": self.congestion, "compare": self.compare}
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -60,9 +77,10 @@ class Facts(msgspec.Struct, frozen=True):
     clock: str
     launcher: str
     cores: tuple[int, ...]
+    compare: bool = True
 
 
-_MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion")
+_MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion", "compare")
 
 
 def read_settings(
@@ -84,18 +102,36 @@ def read_settings(
         raise UsageError(f"timeout={timeout!r} must be a number of seconds greater than zero")
     if not isinstance(transport, str):
         raise UsageError(f"transport={transport!r} must be a name such as 'auto' or 'slotted'")
-    slotting = environ.get("DETCOLL_SLOTTING")
+    asked = environ.get("DETCOLL_SLOTTING")
+    slotting, ranks = Slotting.parse(asked) if asked else None, _topology(environ, size, topology)
+    check_slotting(slotting, ranks)
     return Settings(
         transport=environ.get("DETCOLL_TRANSPORT") or transport,
-        topology=_topology(environ, size, topology),
+        topology=ranks,
         timeout_s=float(timeout),
         reproducible=bool(reproducible),
-        slotting=Slotting.parse(slotting) if slotting else None,
+        slotting=slotting,
         insecure=parse_flag(environ.get("DETCOLL_INSECURE", "")),
         ports=_ports(environ.get("DETCOLL_PORTS")),
         congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
         trace=environ.get("DETCOLL_TRACE") or None,
+        compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
     )
+
+
+def check_slotting(slotting: Slotting | None, topology: Topology) -> None:
+    """Refuse a way to share lines that ``topology`` does not allow: who asks for one by name wants to see that one.
+
+    Raises
+    ------
+    UsageError
+        If ranks are to take turns between more than two sites.
+    """
+    if slotting is Slotting.TURNS and topology.is_wide and len(topology.sites) > 2:
+        raise UsageError(
+            f"slotting='turns' is for two sites, and the topology has {len(topology.sites)}; "
+            "expected calendar, share or off"
+        )
 
 
 def configure_logging(level: str | None) -> None:
@@ -110,6 +146,14 @@ def configure_logging(level: str | None) -> None:
         handler.setFormatter(logging.Formatter("detcoll %(levelname)s: %(message)s"))
         log.addHandler(handler)
     log.setLevel(number)
+
+
+def warn_of_unknown(environ: Mapping[str, str]) -> None:
+    """Warn of variables that look like detcoll's and mean nothing to it, once each, and name the nearest that does."""
+    for name in sorted(name for name in environ if name.startswith(PREFIX) and name not in VARIABLES | _warned):
+        _warned.add(name)
+        nearest = difflib.get_close_matches(name, sorted(VARIABLES), 1, cutoff=0.0)[0]
+        log.warning("%s is set and means nothing to detcoll; did you mean %s?", name, nearest)
 
 
 def agree(facts: Sequence[Facts]) -> None:

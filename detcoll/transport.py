@@ -120,8 +120,9 @@ class Ticket:
     """One send or receive under way.
 
     ``view`` : memoryview of bytes, for a finished receive without ``into``; valid until `release`.
-    ``error`` : why it FAILED.  ``started_ns``/``ended_ns`` : when a send was handed to the line, and when the ticket
-    ended; 0 where the transport does not know.  ``context`` : the caller's own, never touched by a transport.
+    ``error`` : why it FAILED.  ``started_ns``/``left_ns``/``ended_ns`` : when a send was handed to the line, when at
+    its pace the last byte had left, and when the ticket ended; 0 where the transport does not know.  ``context`` : the
+    caller's own, never touched by a transport.
     ``sent_bytes`` : of a MISSED send, how many of its first bytes have left. The next send to the same peer with the
     same tag must bring the rest, and the receiver gets one message.
     """
@@ -134,6 +135,7 @@ class Ticket:
     view: memoryview | None = None
     error: Exception | None = None
     started_ns: int = 0
+    left_ns: int = 0
     ended_ns: int = 0
     sent_bytes: int = 0
     context: Any = None

@@ -17,6 +17,7 @@ import msgspec
 
 from detcoll.cli.run import rank_environments
 from detcoll.communicator import Communicator, open_communicator
+from detcoll.testing.leftovers import now_ns, remove_segments
 from detcoll.topology import Topology
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -146,8 +147,10 @@ def launch(
         path = folder / "topology.toml"
         path.write_text(topology.to_toml())
         given["DETCOLL_TOPOLOGY"] = str(path)
+    since_ns = now_ns()
     done = subprocess.run(
         [*command, *interpreter, str(PROGRAMS / program), *map(str, arguments)],
         env=given, cwd=cwd, capture_output=True, text=True, timeout=timeout_s + 30, check=False,
     )  # fmt: skip
+    remove_segments(since_ns)  # MPICH leaves its own where ranks are killed
     return Ended(done.returncode, done.stdout, done.stderr)

@@ -95,6 +95,7 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
         (["--lab", "--transport", "shm"], "one host only"),
         (["--lab", "--sites", "1"], "sites=1"),
         (["--lab", "--slotting", "sometimes"], "sometimes"),
+        (["--lab", "--slotting", "turns", "--sites", "3"], "slotting='turns' is for two sites, and the topology has 3"),
         (["--json", "/no/such/directory/x.json"], "no directory"),
         (["--timeout", "60"], "timeout='60'"),
     ],
@@ -151,6 +152,7 @@ def test_runs_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [row] = read_json(path)["rows"]
     assert (row["ranks"], row["sites"], row["bytes"], row["bound_s"]) == (1, 1, 4096, None)
+    assert "nobody launched this process, so it times 1 rank alone" in done.stderr
 
 
 def test_runs_on_the_launchers_ranks(tmp_path: Path) -> None:
@@ -160,6 +162,7 @@ def test_runs_on_the_launchers_ranks(tmp_path: Path) -> None:
     done = run_cli(*ranks, "bench", "--transport", "shm", *sweep, "--iterations", "3", "--json", str(path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Time of a call") == 1
+    assert "alone" not in done.stderr
     rows = read_json(path)["rows"]
     assert [(row["collective"], row["bytes"]) for row in rows] == [
         ("all_reduce", 4096), ("all_reduce", 65536), ("broadcast", 4096), ("broadcast", 65536), ("barrier", 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 
@@ -14,6 +15,7 @@ from detcoll.communicator import _calendar_facts
 from detcoll.errors import UsageError
 from detcoll.fold import reference
 from detcoll.plan import Slotting, build_calendar
+from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LOCAL_CHUNK_BYTES
 from detcoll.topology import Topology
 from detcoll.types import DTYPES, ReduceOp, is_integer
@@ -294,9 +296,55 @@ def test_what_a_communicator_tells() -> None:
         return comm.trace
 
     for trace in run_ranks(2, program, topology=topology):
-        assert [(record.kind, record.nbytes) for record in trace.collectives] == [("all_reduce", 200_000)]
-        assert sum(record.nbytes for record in trace.sends) == 200_000
+        assert (len(trace.collectives), len(trace.sends)) == (0, 0), "nothing is kept unasked"
         assert [row["lane"] for row in trace.connections] == ["bulk", "express"]
+
+
+@pytest.mark.parametrize("slotting", ["turns", "calendar"])
+def test_a_trace_holds_what_was_planned_against_what_happened(tmp_path, slotting: str) -> None:
+    def program(comm):
+        comm.all_reduce(np.ones(500_000, np.float32))
+        comm.barrier()
+
+    run_ranks(4, program, topology=lines(2, 2), environ={"DETCOLL_SLOTTING": slotting, "DETCOLL_TRACE": str(tmp_path)})
+    for rank in range(4):
+        trace = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert [(call["kind"], call["nbytes"]) for call in trace["collectives"]] == [
+            ("all_reduce", 2_000_000),
+            ("barrier", 1),
+        ]
+        for call in trace["collectives"]:
+            assert call["called_ns"] < call["ended_ns"]
+            assert call["predicted_end_ns"] > call["called_ns"] + 1_000_000, "a one-way delay at the least"
+        reduced = [send for send in trace["sends"] if send["nbytes"] > 1]
+        assert sum(send["nbytes"] for send in reduced) == 1_000_000
+        rate = trace["calendar"]["rates_bytes_per_s"][1 - trace["site"]]
+        for send in reduced:
+            assert send["not_before_ns"] <= send["started_ns"]
+            line_ns = send["nbytes"] / rate * 1e9
+            assert send["left_ns"] - send["started_ns"] >= line_ns - 2_000_000, "the kernel paces in bursts"
+            assert (send["not_after_ns"] > 0) == (slotting == "turns")
+            if slotting == "turns":
+                assert send["left_ns"] <= send["not_after_ns"]
+        assert {"slot_misses", "slot_trims"} <= set(trace["counts"])
+        assert trace["counts"]["slot_misses"] == len(trace["misses"])
+        assert slotting == "turns" or trace["counts"]["slot_misses"] == trace["counts"]["slot_trims"] == 0
+
+
+def test_small_messages_leave_at_once_until_the_headroom_is_used_up(tmp_path) -> None:
+    def program(comm):
+        comm.all_reduce(np.ones(100, np.float32))
+        assert 0 < comm._runner._express.rate_bytes_per_s < 0.01 * 100e6 / 2
+        comm._runner._express = Express(1.0, 1)
+        comm.all_reduce(np.ones(100, np.float32))
+
+    environ = {"DETCOLL_SLOTTING": "turns", "DETCOLL_TRACE": str(tmp_path)}
+    run_ranks(4, program, topology=lines(2, 2), environ=environ)
+    windows: dict[int, set[bool]] = {0: set(), 1: set()}
+    for rank in range(4):
+        for send in json.loads((tmp_path / f"rank{rank}.json").read_text())["sends"]:
+            windows[send["sequence"]].add(send["not_after_ns"] > 0)
+    assert windows == {0: {False}, 1: {True}}
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted", "gloo"])
@@ -312,6 +360,19 @@ def test_processes_of_mpiexec(mpiexec: list[str]) -> None:
     ended = launch(3, "calls.py", "containers", "mpi", launcher=[*mpiexec, "-n", "3"])
     assert ended.code == 0, ended.err
     assert ended.said == {rank: ["mpi"] for rank in range(3)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_calls_that_differ_under_mpi_raise_on_every_rank(mpiexec: list[str], ranks: int) -> None:
+    ended = launch(ranks, "calls.py", "differ", "mpi", launcher=[*mpiexec, "-n", str(ranks)])
+    assert ended.code == 0, ended.err
+    assert sorted(ended.said) == list(range(ranks))
+    for said in ended.said.values():
+        assert len(said) == 14
+        for kind, text in said:
+            assert kind == "PlanMismatch", text
+            assert text.count("called {") == 2
+            assert '"kind":"all_reduce","op":"sum","dtype":"float32","count":' in text
 
 
 def test_a_frozen_rank_keeps_no_mpi_job_alive(mpiexec: list[str]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import msgspec
 import numpy as np
@@ -22,6 +23,14 @@ from detcoll.settings import Facts, agree
 from detcoll.topology import Topology
 
 PLANNED = [("shm", None), ("slotted", None), ("slotted", lines(2, 2)), ("shm", grouped(2, 2)), ("slotted", lines(1, 3))]
+
+COMPARED = [
+    *PLANNED,
+    pytest.param(
+        "gloo", None, marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+    ),
+]  # fmt: skip
+"""Gloo does collectives itself, by other ways than plans or shared memory."""
 
 
 def read_only() -> np.ndarray:
@@ -80,6 +89,7 @@ def test_bad_arguments_are_refused_before_anything_moves(transport: str) -> None
         ({"environ": {"DETCOLL_SITE": "s0"}, "topology": lines(1, 1)}, "declares 1 ranks but 2 are in it"),
         ({"transport": ["shm", "slotted"]}, "disagree about transport: rank 0 has 'shm', rank 1 has 'slotted'"),
         ({"topology": [lines(1, 1), None]}, "ranks disagree about topology"),
+        ({"environ": [{"DETCOLL_COMPARE": "0"}, {}]}, "ranks disagree about compare"),
         ({"environ": [{"DETCOLL_CONGESTION": "reno"}, {}]}, "ranks disagree about congestion"),
     ],
 )
@@ -88,6 +98,12 @@ def test_settings_that_cannot_be_used(settings: dict[str, object], text: str) ->
         assert isinstance(answer, UsageError)
         with pytest.raises(UsageError, match=text):
             raise answer
+
+
+def test_turns_of_more_than_two_sites_are_refused() -> None:
+    for answer in attempt(3, lambda comm: None, topology=lines(1, 1, 1), environ={"DETCOLL_SLOTTING": "turns"}):
+        assert isinstance(answer, UsageError)
+        assert "slotting='turns' is for two sites, and the topology has 3; expected calendar" in str(answer)
 
 
 def test_another_version_is_refused() -> None:
@@ -137,7 +153,7 @@ DIFFERENT: dict[str, Callable[[Communicator], object]] = {
 }
 
 
-@pytest.mark.parametrize(("transport", "topology"), PLANNED)
+@pytest.mark.parametrize(("transport", "topology"), COMPARED)
 @pytest.mark.parametrize("text", DIFFERENT)
 def test_a_rank_that_calls_something_else(text: str, transport: str, topology: Topology | None) -> None:
     def program(comm):
@@ -153,7 +169,7 @@ def test_a_rank_that_calls_something_else(text: str, transport: str, topology: T
         assert '"kind":"all_reduce","op":"sum","dtype":"float32","count":100' in str(answer)
 
 
-@pytest.mark.parametrize(("transport", "topology"), PLANNED)
+@pytest.mark.parametrize(("transport", "topology"), COMPARED)
 def test_ranks_that_broadcast_from_different_roots(transport: str, topology: Topology | None) -> None:
     def program(comm):
         comm.broadcast(np.ones(100, np.float32), root=1 if comm.rank == 2 else 0)

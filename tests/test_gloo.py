@@ -32,6 +32,13 @@ def average(here: Here) -> None:
     assert (array == 40_000).all()
 
 
+def uncompared(here: Here) -> None:
+    """Without comparing, calls of equal size and different operations are not told apart, and a barrier still waits."""
+    array = np.full(3, here.rank + 1.0)
+    here.endpoint.all_reduce(array, ReduceOp.SUM if here.rank else ReduceOp.MAX, here.deadline_ns())
+    collectives.late_collective(here, "barrier")
+
+
 def unknown_types(here: Here) -> None:
     """Types that Gloo does not know are refused, and the endpoint serves on."""
     for dtype in (np.uint16, np.int16, np.uint64):
@@ -95,6 +102,12 @@ def cancelled_while_it_arrives(here: Here, nbytes: int) -> None:
 def test_average_of_half_floats() -> None:
     with ThreadFabric(GlooTransport(), 3) as fabric:
         fabric.run(average)
+
+
+@needs_torch
+def test_without_comparing() -> None:
+    with ThreadFabric(GlooTransport(), 2, {"compare": False}) as fabric:
+        fabric.run(uncompared)
 
 
 @needs_torch
@@ -203,7 +216,9 @@ def test_missing_torch_is_said_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> 
         pass
 
 
-@pytest.mark.parametrize("options", [{"unexpected": 1}, {"unexpected_bytes": "1 MiB"}, {"open_timeout_ns": -1}])
+@pytest.mark.parametrize(
+    "options", [{"unexpected": 1}, {"unexpected_bytes": "1 MiB"}, {"open_timeout_ns": -1}, {"compare": 1}]
+)
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))), ThreadFabric(GlooTransport(), 1, options):
         pass

@@ -162,6 +162,35 @@ def test_lanes_and_strangers_are_told_apart() -> None:
     assert found.payload_inside_share == pytest.approx(1010 / 2130)
 
 
+def with_headroom(rank: int, rate: float = 1e8, burst: float = 100.0) -> dict[str, Any]:
+    """A rank whose express connection may carry 100 bytes at once, and one every 10 ns."""
+    stated = trace(rank, [[0, 400]], lanes=("bulk", "express"))
+    stated["calendar"] |= {"express_bytes_per_s": rate, "express_burst_bytes": burst}
+    return stated
+
+
+def test_express_belongs_to_the_headroom_and_beyond_it_counts_as_outside() -> None:
+    kept = log((0, 0, 4000, 400), (500, 0, 4001, 100), (1000, 0, 4001, 50))
+    found = audit(kept, traces(r0=with_headroom(0)), TOPOLOGY)
+    assert (found.express_bytes, found.express_inside_bytes) == (150, 150)
+    assert (found.kept_share, found.payload_inside_share) == (1.0, 1.0)
+    assert found.is_slotted
+    hasty = log((0, 0, 4000, 400), (500, 0, 4001, 100), (999, 0, 4001, 50), (1000, 0, 4001, 50))
+    found = audit(hasty, traces(r0=with_headroom(0)), TOPOLOGY)
+    assert (found.express_bytes, found.express_inside_bytes) == (200, 150)
+    assert found.kept_share == pytest.approx(400 / 450)
+    assert found.bulk_inside_share == 1.0
+    assert not found.is_slotted
+
+
+def test_a_run_of_small_messages_alone_is_slotted_if_it_keeps_to_the_headroom() -> None:
+    found = audit(log((600, 0, 4001, 100)), traces(r0=with_headroom(0)), TOPOLOGY)
+    assert (found.bulk_bytes, found.kept_share) == (0, 1.0)
+    assert found.is_slotted
+    found = audit(log((600, 0, 4001, 101)), traces(r0=with_headroom(0)), TOPOLOGY)
+    assert (found.kept_share, found.is_slotted) == (0.0, False)
+
+
 def test_only_tcp_payload_counts() -> None:
     records = log((0, 0, 4000, 100), (500, 0, 4000, 0), (500, 0, 4000, 700))
     records["protocol"][2] = UDP

@@ -141,6 +141,75 @@ def test_a_window_is_a_miss_only_if_nothing_was_sent_in_it() -> None:
     assert (line.misses, line.trimmed) == (2, 0)
 
 
+def test_windows_that_pass_while_nobody_looks_are_missed() -> None:
+    line = slots()
+    queue(line, range(8))
+    for send, window in line.due(0):
+        assert window is not None
+        line.sent(send, window)
+    assert numbers(line.due(64 * MS)) == [4, 5], "of the window from 60 to 69 ms half is left"
+    assert (line.misses, line.trimmed) == (2, 0)
+    assert list(line.missed_windows) == [(-1, 20 * MS, 29 * MS), (-1, 40 * MS, 49 * MS)]
+    line.due(69 * MS)
+    assert line.misses == 2, "what was given out is counted when it was sent or was not"
+
+
+def test_a_window_passes_unused_only_if_something_waited_when_it_opened() -> None:
+    line = slots()
+    line.due(100 * MS)
+    queue(line, range(1))
+    assert line.due(108 * MS) == []
+    assert line.next_ns(108 * MS) == 109 * MS
+    assert windows(line.due(109 * MS)) == {(120 * MS, 129 * MS)}
+    assert line.misses == 0
+
+
+def test_a_window_that_is_full_already_is_not_missed_by_what_comes_later() -> None:
+    line = slots()
+    queue(line, range(4))
+    for send, window in line.due(15 * MS):
+        assert window is not None
+        line.sent(send, window)
+    queue(line, range(4, 6))
+    assert line.due(16 * MS) == []
+    assert windows(line.due(29 * MS)) == {(40 * MS, 49 * MS)}
+    assert line.misses == 0
+
+
+def test_what_comes_back_late_missed_the_windows_meanwhile_too() -> None:
+    line = slots()
+    queue(line, range(1))
+    ((send, window),) = line.due(0)
+    assert window is not None
+    line.missed([(send, window, 0)])
+    assert windows(line.due(50 * MS)) == {(60 * MS, 69 * MS)}
+    assert [begins_ns for _, begins_ns, _ in line.missed_windows] == [0, 20 * MS, 40 * MS]
+    assert line.misses == 3
+
+
+def test_misses_name_the_site_that_a_window_leads_to_and_an_offset_shifts_them() -> None:
+    cycle = SiteCycle(20 * MS, (SlotWindow(-1, 0, 9 * MS, 1), SlotWindow(-1, 15 * MS, 24 * MS, 2)))
+    line: Slots[int] = Slots(Calendar(Slotting.CALENDAR, (cycle,) * 3, (RATE,) * 9, MS), 0, 0, offset_ns=5 * MS)
+    line.add(Queued(0, 2, 4, MESSAGE))
+    ((send, window),) = line.due(0)
+    assert window is not None
+    assert (window.not_before_ns, window.not_after_ns) == (-10 * MS, -1 * MS) or window.not_before_ns == 10 * MS
+    line.missed([(send, window, 0)])
+    line.due(40 * MS)
+    assert [entry for entry in line.missed_windows] == [(2, 10 * MS, 19 * MS), (2, 30 * MS, 39 * MS)]
+
+
+def test_a_miss_is_taken_back_when_something_smaller_went_after_all() -> None:
+    line = slots()
+    queue(line, range(2))
+    (first, window), (second, _) = line.due(0)
+    assert window is not None
+    line.missed([(first, window, 0)])
+    assert (line.misses, len(line.missed_windows)) == (1, 1)
+    line.sent(second, window)
+    assert (line.misses, line.trimmed, len(line.missed_windows)) == (0, 1, 0)
+
+
 def test_a_send_that_fits_in_part_is_given_out_and_its_rest_opens_the_next_window() -> None:
     line = slots(splits=True)
     queue(line, range(10))

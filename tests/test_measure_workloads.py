@@ -56,6 +56,7 @@ class _Member:
         self.rank, self.size, self._board = rank, len(board.parts), board
         self.topology = Topology.single_site(self.size)
         self.reduced_bytes: list[int] = []
+        self.asked = 0
 
     def _meet(self, mine: Any) -> list[Any]:
         self._board.parts[self.rank] = mine
@@ -85,7 +86,9 @@ class _Member:
         return "crew"
 
     def counters(self) -> dict[str, int]:
-        return {"slot_misses": self.rank}
+        self.asked += 1
+        late = self.rank + self.asked - 1
+        return {"slot_misses": late, "slot_trims": 2 * late}
 
 
 def on_crew(size: int, program: Callable[[Any], Any], spoil: Callable[[Any], Any] = lambda result: result) -> list[Any]:
@@ -156,7 +159,7 @@ def test_synthetic_measures_every_iteration(tmp_path: Path) -> None:
             assert stamp.end_ns >= stamp.reduced_ns >= stamp.backward_end_ns
             previous_ns = stamp.end_ns
     assert records[0].digest == records[1].digest
-    assert [record.slot_misses for record in records] == [0, 1]
+    assert [(record.slot_misses, record.slot_trims) for record in records] == [(0, 0), (1, 2)]
 
 
 def test_record_survives_its_file(tmp_path: Path) -> None:

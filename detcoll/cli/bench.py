@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from detcoll.errors import UsageError
+from detcoll.launchers import read_environment
 from detcoll.measure.bench import LabBench, run_here, run_in_lab
 from detcoll.measure.host import host_facts
 from detcoll.measure.options import comma_separated, present, wide_topology
@@ -15,7 +17,14 @@ from detcoll.measure.places import ended_by_signals
 from detcoll.measure.results import BENCH_SCHEMA, BenchResult, LeftOut, require_writable, write_result
 from detcoll.measure.sweep import Sweep
 from detcoll.measure.tables import bench_table, output_console
+from detcoll.plan import Slotting
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
+from detcoll.settings import check_slotting
+
+ALONE = (
+    "bench: nobody launched this process, so it times 1 rank alone; "
+    "detcoll run -n 4 -m detcoll bench ... starts more on this host, --lab across emulated sites"
+)
 
 
 def bench(
@@ -78,8 +87,8 @@ def bench(
     queue
         With --lab: drop-tail queue at each end of a line.
     slotting
-        With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one), share
-        (pacing without slots), off.
+        With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one; two sites),
+        share (pacing without slots), off.
     timeout
         Of a collective.
     deadline
@@ -92,14 +101,18 @@ def bench(
     timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
     if not lab:
         _refuse_without_lab(sites=sites, ranks_per_site=ranks_per_site, rate=rate, round_trip=round_trip)
+        if read_environment(os.environ).launcher == "none":
+            print(ALONE, file=sys.stderr, flush=True)
         names = comma_separated(transport or "auto")
         rank, rows = run_here(sweep, names, topology, timeout_s)
         return _finish(BenchResult(BENCH_SCHEMA, host_facts(), rows), json) if rank == 0 else 0
     transports, left_out = present(comma_separated(transport or "slotted"), "transport")
+    lines = wide_topology(topology, sites, ranks_per_site, rate, round_trip)
+    check_slotting(Slotting(slotting) if slotting else None, lines)
     spec = LabBench(
         sweep,
         transports,
-        wide_topology(topology, sites, ranks_per_site, rate, round_trip),
+        lines,
         parse_size_bytes(queue, "queue"),
         slotting,
         timeout_s,

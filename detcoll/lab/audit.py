@@ -10,6 +10,9 @@ monotonic clock, and knows nothing of calendars. What ranks give is a trace file
 between their site's time and the monotonic clock, and which connections are theirs, so that a record can be put down
 to its sender.
 
+Small messages, descriptors and acknowledgements go express: they follow no window, and belong to the headroom that
+calendars leave. What exceeds it, by a token bucket for each rank, counts as payload outside windows.
+
 A unit counts as a whole at the moment it reaches the uplink. Only payload of TCP counts: acknowledgements without
 payload follow no window, nor could they.
 """
@@ -47,12 +50,12 @@ class Audit:
     ``bulk_bytes`` and ``express_bytes`` are TCP payload that reached an uplink on a rank's bulk and express
     connections, ``other_bytes`` on connections that no rank claims, all of them since the last rank was ready;
     ``warm_up_bytes`` came before and counts nowhere else. Those ending in ``_inside_bytes`` came while a window of the
-    sending rank was open, bulk also within its flow's rate. ``overlap_ns`` is, for each site, for how much of a cycle
-    open windows add up to more than the line, and ``clock_spread_ns`` how far its ranks' ideas of the site's time lie
-    apart. ``peak_queue_bytes`` is the longest queue of each uplink, ``window_capacity_bytes`` what it carries in the
-    longest window of one rank (0 without windows); both count wire bytes. ``ranks_share``: windows are of a
-    part of the line each. ``asleep_bytes``: what an uplink carries in the longest time that the router slept
-    while a unit was due; what comes meanwhile seems to come at once.
+    sending rank was open, bulk also within its flow's rate; for express the rank's headroom counts as a window.
+    ``overlap_ns`` is, for each site, for how much of a cycle open windows add up to more than the line, and
+    ``clock_spread_ns`` how far its ranks' ideas of the site's time lie apart. ``peak_queue_bytes`` is the longest queue
+    of each uplink, ``window_capacity_bytes`` what it carries in the longest window of one rank (0 without windows);
+    both count wire bytes. ``ranks_share``: windows are of a part of the line each. ``asleep_bytes``: what an uplink
+    carries in the longest time that the router slept while a unit was due; what comes meanwhile seems to come at once.
     """
 
     bulk_bytes: int
@@ -75,8 +78,20 @@ class Audit:
         return self.bulk_inside_bytes / self.bulk_bytes if self.bulk_bytes else 0.0
 
     @property
+    def kept_share(self) -> float:
+        """The share of payload that kept to its reservation: bulk to windows and rates, and what exceeds the headroom.
+
+        1 if all there was went express within the headroom; 0 if there was nothing.
+        """
+        held_bytes = self.bulk_bytes + self.express_bytes - self.express_inside_bytes
+        return self.bulk_inside_bytes / held_bytes if held_bytes else float(self.express_bytes > 0)
+
+    @property
     def payload_inside_share(self) -> float:
-        """The share of all TCP payload that came inside its owner's windows; what nobody claims is outside."""
+        """The share of all TCP payload that came inside its owner's windows or, if express, within its headroom.
+
+        What nobody claims is outside.
+        """
         everything = self.bulk_bytes + self.express_bytes + self.other_bytes
         return (self.bulk_inside_bytes + self.express_inside_bytes) / everything if everything else 0.0
 
@@ -93,8 +108,8 @@ class Audit:
 
     @property
     def is_slotted(self) -> bool:
-        """Whether at least 99 % of the bulk payload kept to its windows, and the windows apart."""
-        return self.windows_disjoint and self.bulk_inside_share >= SLOTTED_SHARE
+        """Whether at least 99 % of the payload kept to its windows, and the windows apart."""
+        return self.windows_disjoint and self.kept_share >= SLOTTED_SHARE
 
 
 _Window = Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=3)]
@@ -118,6 +133,8 @@ class _Calendar:
     rates_bytes_per_s: tuple[float, ...]
     burst_bytes: tuple[float, ...]
     line_share: float
+    express_bytes_per_s: float = 0.0
+    express_burst_bytes: float = 0.0
 
     def is_open(self, times_ns: NDArray[np.int64], destinations: NDArray[Any]) -> NDArray[np.bool_]:
         """Tell for each monotonic time whether it lies in a window that leads to its destination."""
@@ -200,6 +217,10 @@ def audit(
             reserved = zip(trace.calendar.rates_bytes_per_s, trace.calendar.burst_bytes, strict=True)
             for destination, (rate, burst) in enumerate(reserved):
                 inside &= ~_beyond_rate(payload, bulk & (payload["destination_site"] == destination), rate, burst)
+            rate, burst = trace.calendar.express_bytes_per_s, trace.calendar.express_burst_bytes
+            if rate:
+                express = np.flatnonzero(mine & (lanes == _EXPRESS))
+                inside[express] = ~_policed(payload[express], rate, burst)
     sizes = payload["payload_bytes"].astype(np.int64)
     sites = range(len(topology.sites))
     return Audit(
@@ -231,12 +252,21 @@ def _beyond_rate(
     receivers = payload[["destination_address", "destination_port"]]
     for receiver in np.unique(receivers[mine]):
         flow = np.flatnonzero(mine & (receivers == receiver))
-        tokens, before_ns = room_bytes, 0
-        for index, at_ns, nbytes in zip(flow, payload["time_ns"][flow], payload["payload_bytes"][flow], strict=True):
-            tokens = min(room_bytes, tokens + (int(at_ns) - before_ns) * rate_bytes_per_s / 1e9)
-            before_ns = int(at_ns)
-            beyond[index] = nbytes > tokens
-            tokens -= 0 if beyond[index] else int(nbytes)
+        beyond[flow] = _policed(payload[flow], rate_bytes_per_s, room_bytes)
+    return beyond
+
+
+def _policed(records: NDArray[Any], rate_bytes_per_s: float, room_bytes: float) -> NDArray[np.bool_]:
+    """Return which of these records a token bucket has no room for."""
+    beyond = np.zeros(len(records), dtype=np.bool_)
+    tokens, before_ns = room_bytes, 0
+    for index, (at_ns, nbytes) in enumerate(
+        zip(records["time_ns"].tolist(), records["payload_bytes"].tolist(), strict=True)
+    ):
+        tokens = min(room_bytes, tokens + (at_ns - before_ns) * rate_bytes_per_s / 1e9)
+        before_ns = at_ns
+        beyond[index] = nbytes > tokens
+        tokens -= 0 if beyond[index] else nbytes
     return beyond
 
 

@@ -92,6 +92,7 @@ def make_run(
         result_digest=common_digest(last),
         retransmits=_retransmits(rounds, topology) if setting.is_wide else None,
         slot_misses=_total([record.slot_misses for records in rounds for record in records]),
+        slot_trims=_total([record.slot_trims for records in rounds for record in records]),
         arithmetic_ratio=iteration_s.median / arithmetic_s if arithmetic_s else None,
         losses=tuple(loss for records in rounds for loss in mean_losses(records)) or None,
         accuracy=last[0].accuracy,

@@ -135,10 +135,11 @@ def _audit(bench: LabBench, log_path: Path, traces: Path, router_late_ns: int) -
     return AuditResult(
         slotting=seen.mode,
         passed=seen.is_slotted and seen.queues_within_windows,
-        inside_share=seen.bulk_inside_share,
+        inside_share=seen.kept_share,
         payload_inside_share=seen.payload_inside_share,
         bulk_bytes=seen.bulk_bytes,
         express_bytes=seen.express_bytes,
+        express_beyond_bytes=seen.express_bytes - seen.express_inside_bytes,
         other_bytes=seen.other_bytes,
         warm_up_bytes=seen.warm_up_bytes,
         overlap_ns=seen.overlap_ns,

@@ -24,6 +24,9 @@ from detcoll.topology import Topology
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Sums inside a rank run on one thread: more would round differently, and ranks share the processors."""
 
+AS_IT_IS = {"DETCOLL_COMPARE": "0"}
+"""Gloo is compared as it is, without the round trip that each call takes where ranks compare what they call."""
+
 _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE", "DETCOLL_RENDEZVOUS", "DETCOLL_RENDEZVOUS_FD")
 _LOOPBACK = "127.0.0.1"
 _ENDED_BY_USER = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP}
@@ -57,7 +60,7 @@ class Places:
         SystemExit
             If this process was told to end meanwhile.
         """
-        own = ONE_THREAD | {"DETCOLL_TRANSPORT": setting.transport} | dict(env or {})
+        own = ONE_THREAD | AS_IT_IS | {"DETCOLL_TRANSPORT": setting.transport} | dict(env or {})
         begin_s = time.monotonic()
         code = self._run_apart(setting, argv, own) if setting.is_wide else self._run_together(argv, own, logs)
         if code in _ENDED_BY_USER:

@@ -77,6 +77,7 @@ class RankRecord:
     sent_bytes: int | None
     retransmits: int | None
     slot_misses: int | None
+    slot_trims: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ class Run:
     ``efficiency_spread`` : the range that efficiency moves in, low and high.
     ``arithmetic_ratio`` : median iteration time over the workload's own compute time, where that is given.
     ``losses`` : mean loss over ranks, one an iteration.
+    ``slot_misses``, ``slot_trims`` : windows of all ranks in which data waited and nothing was sent, and those in which
+    some of it came too late; None where lines have no slots, 0 where a slot never closes.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Run:
     losses: tuple[float, ...] | None = None
     accuracy: float | None = None
     total_s: float | None = None
+    slot_trims: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Row:
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
     apart they began, where that is known. ``empty`` : the array came from `Communicator.empty`.
+    apart they began, where that is known. ``slot_misses`` and ``slot_trims`` are as in `Run`, of the timed calls.
     """
 
     collective: str
@@ -96,6 +100,8 @@ class Row:
     start: str
     skew_s: float | None
     empty: bool = False
+    slot_misses: int | None = None
+    slot_trims: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +111,9 @@ class AuditResult:
     ``passed`` : at least 99 % of the payload of bulk connections reached its site's uplink inside the sender's own
     windows and reserved rates, windows open at a site never add up to more than its line, and no uplink queued more
     than a window. ``ranks_share`` : windows of a part of the line each, open together. ``warm_up_bytes`` opened TCP's
-    windows before the last rank was ready and count nowhere else. ``inside_share`` counts bulk payload,
-    ``payload_inside_share`` all TCP payload with control messages. ``peak_queue_bytes`` is each uplink's longest queue,
+    windows before the last rank was ready and count nowhere else. ``inside_share`` counts bulk payload and, as outside,
+    ``express_beyond_bytes``: what small and control messages sent beyond the headroom that calendars leave them;
+    ``payload_inside_share`` counts all TCP payload. ``peak_queue_bytes`` is each uplink's longest queue,
     to be read against ``window_capacity_bytes``, what it carries in one window, and ``asleep_bytes``, what it carries
     in the longest time that the router itself was late.
     """
@@ -125,6 +132,7 @@ class AuditResult:
     window_capacity_bytes: tuple[int, ...]
     ranks_share: bool = False
     asleep_bytes: tuple[int, ...] = ()
+    express_beyond_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ from detcoll.types import parse_dtype
 COLLECTIVES = ("all_reduce", "broadcast", "barrier")
 ROOT = 0
 
+_LateWindows = tuple[int, int] | None
+"""How many windows were missed, and how many trimmed; None where lines have no slots."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
@@ -83,7 +86,8 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
     rows = []
     for collective, nbytes in sweep.points():
         case = _Case(comm, collective, nbytes, sweep)
-        row = _row(comm, sweep, case, _time_calls(comm, start, case, sweep), start.kind)
+        times, late_windows = _time_calls(comm, start, case, sweep)
+        row = _row(comm, sweep, case, times, start.kind, late_windows)
         rows.append(row)
         if on_row is not None:
             on_row(row)
@@ -122,9 +126,12 @@ class _Case:
         require_equal(self._array, self._expected, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
 
 
-def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> CallTimes:
+def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[CallTimes, _LateWindows]:
     entered, left = np.zeros(sweep.iterations, np.int64), np.zeros(sweep.iterations, np.int64)
+    before = _late_windows(comm)
     for number in range(-sweep.warmup, sweep.iterations):
+        if number == 0:
+            before = _late_windows(comm)
         case.prepare()
         start()
         entered_ns = time.monotonic_ns()
@@ -133,7 +140,22 @@ def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> CallTim
         case.verify()
         if number >= 0:
             entered[number], left[number] = entered_ns, left_ns
-    return combine(comm, start.kind, entered, left)
+    after = _late_windows(comm)
+    return combine(comm, start.kind, entered, left), _over_all_ranks(comm, before, after)
+
+
+def _late_windows(comm: Any) -> _LateWindows:
+    counted = comm.counters()
+    return (counted["slot_misses"], counted["slot_trims"]) if "slot_misses" in counted else None
+
+
+def _over_all_ranks(comm: Any, before: _LateWindows, after: _LateWindows) -> _LateWindows:
+    """Return how many windows of all ranks were missed and trimmed meanwhile."""
+    if before is None or after is None:
+        return None
+    total = np.array(after, np.int64) - np.array(before, np.int64)
+    comm.all_reduce(total, op="sum")
+    return int(total[0]), int(total[1])
 
 
 def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | None:
@@ -144,7 +166,9 @@ def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | N
     return None if None in each else float(np.median(each))
 
 
-def _row(comm: Any, sweep: Sweep, case: _Case, times: CallTimes, kind: str) -> Row:
+def _row(
+    comm: Any, sweep: Sweep, case: _Case, times: CallTimes, kind: str, late_windows: _LateWindows
+) -> Row:  # fmt: skip
     seen = tails(times.calls_s)
     has_size = case.collective != "barrier"
     bound_s = comm.bound(case.collective, case.nbytes) if has_size else None
@@ -169,4 +193,6 @@ def _row(comm: Any, sweep: Sweep, case: _Case, times: CallTimes, kind: str) -> R
         empty=sweep.empty,
         start=kind,
         skew_s=float(np.median(times.skew_s)) if times.skew_s is not None else None,
+        slot_misses=late_windows[0] if late_windows else None,
+        slot_trims=late_windows[1] if late_windows else None,
     )

@@ -78,6 +78,10 @@ def audit_lines(seen: AuditResult) -> list[Text]:
             f" ({seen.slotting}): {seen.inside_share:.2%} of payload in its owner's windows and rate, {apart}"
         ),
         Text(f"peak queue of each uplink, against one window: {queues}{asleep}"),
+        Text(
+            f"express, in the headroom of the calendar: {format_bytes(seen.express_bytes)}"
+            f", {format_bytes(seen.express_beyond_bytes)} beyond it"
+        ),
         Text(f"not counted: {format_bytes(seen.warm_up_bytes)} that opened TCP's windows before the first collective"),
     ]
 

@@ -69,6 +69,7 @@ def measure_rank(comm: Any, config: WorkerConfig) -> RankRecord:
     if config.checkpoint_path is not None and comm.rank == 0:
         workload.save(Path(config.checkpoint_path))
     bucket_bytes = largest_bucket_bytes(config.workload)
+    counters = comm.counters()
     return RankRecord(
         rank=comm.rank,
         start_ns=start_ns,
@@ -80,7 +81,8 @@ def measure_rank(comm: Any, config: WorkerConfig) -> RankRecord:
         predicted_s=comm.predict("all_reduce", bucket_bytes),
         sent_bytes=counts.sent_bytes,
         retransmits=counts.retransmits,
-        slot_misses=comm.counters().get("slot_misses"),
+        slot_misses=counters.get("slot_misses"),
+        slot_trims=counters.get("slot_trims"),
     )
 
 

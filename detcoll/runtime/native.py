@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError
 from detcoll.priority import shorten_turns
 from detcoll.runtime.work import Work
-from detcoll.trace import CollectiveRecord, Trace
+from detcoll.trace import Call, Trace
 from detcoll.transport import NativeCollectives
 from detcoll.types import ReduceOp
 
@@ -163,12 +163,9 @@ class NativeRunner:
             error = TransportError(f"{call.kind} number {call.sequence} failed: {problem!r}")
             error.__cause__ = problem
         else:
-            self._trace.collectives.append(
-                CollectiveRecord(
-                    call.sequence, call.kind, call.array.nbytes, self._collectives.algorithm, call.called_ns,
-                    time.monotonic_ns(), 0,
-                )
-            )  # fmt: skip
+            if self._trace.recording:
+                what = Call(call.kind, call.array.nbytes, self._collectives.algorithm)
+                self._trace.note_collective(call.sequence, what, call.called_ns, time.monotonic_ns())
             return None
         return self._give_up(error)
 

@@ -50,7 +50,6 @@ class Operation:
     work: Work
     deadline_ns: int
     called_ns: int
-    predicted_ns: int
     machine: Machine = field(init=False)
     lent: dict[int, Ticket] = field(default_factory=dict)
     strangers: set[int] = field(default_factory=set)

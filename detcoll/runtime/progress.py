@@ -27,12 +27,13 @@ from typing import NoReturn, Protocol
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, FrameError, PeerLost, TransportError
 from detcoll.fold import fold
 from detcoll.machine import Queued, Slots
+from detcoll.plan.headroom import Express
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
 from detcoll.priority import make_prompt, shorten_turns
 from detcoll.runtime.operation import HELLO_BYTES, Operation, ScratchPool
 from detcoll.runtime.timekeeping import Timekeeper
-from detcoll.trace import CollectiveRecord, SendRecord, Trace
+from detcoll.trace import Call, Trace
 from detcoll.transport import Endpoint, Ticket, TicketKind, TicketStatus, Window
 
 log = logging.getLogger("detcoll")
@@ -115,12 +116,12 @@ class Progress:
 
     def __init__(
         self, rank: int, size: int, routes: Routes, slots: Slots[Wide], timekeeper: Timekeeper,
-        membership: Membership, trace: Trace,
+        membership: Membership, trace: Trace, express: Express | None = None,
     ) -> None:  # fmt: skip
         self._rank, self._size, self._routes, self._slots = rank, size, routes, slots
         self._acquaintances = acquaintances(rank, routes.site_of) if size > 1 else set()
         self._timekeeper = timekeeper
-        self._membership, self._trace = membership, trace
+        self._membership, self._trace, self._express = membership, trace, express
         self._pool = ScratchPool()
         self._lock = threading.Lock()
         self._submitted: deque[Operation] = deque()
@@ -220,6 +221,11 @@ class Progress:
     def late_windows(self) -> tuple[int, int]:
         """How many windows of this rank were missed, and how many trimmed."""
         return self._slots.misses, self._slots.trimmed
+
+    @property
+    def missed_windows(self) -> list[tuple[int, int, int]]:
+        """The last windows missed; see `detcoll.machine.Slots`."""
+        return list(self._slots.missed_windows)
 
     def fail(self, error: Exception) -> None:
         """End everything with ``error``, from any thread."""
@@ -364,6 +370,8 @@ class Progress:
     def _greet_others(self) -> None:
         """Send what other sites are to hear; they wait for it longer than this site for its first chunk."""
         for peer, tag, hello in self._hellos:
+            if self._express is not None:
+                self._express.spend(len(hello), time.monotonic_ns())
             self._routes.endpoint_of[peer].send(peer, tag, hello)
         self._hellos.clear()
 
@@ -412,10 +420,16 @@ class Progress:
         if peer in operation.strangers and not self._may_send_unasked(operation, peer, nbytes):
             operation.unsent.setdefault(peer, []).append(step)
             return
-        if peer in self._routes.wide and uses_window(self._slots.calendar, operation.plan.collective.nbytes):
+        if peer in self._routes.wide and not self._leaves_at_once(operation, nbytes):
             self._slots.add(Queued((operation, step), self._routes.site_of[peer], peer, nbytes))
         else:
             self._launch(operation, step, None, None)
+
+    def _leaves_at_once(self, operation: Operation, nbytes: int) -> bool:
+        """Tell whether a wide message needs no window: one of a small collective that the headroom has room for."""
+        if uses_window(self._slots.calendar, operation.plan.collective.nbytes):
+            return False
+        return self._express is None or self._express.take(nbytes, time.monotonic_ns())
 
     def _may_send_unasked(self, operation: Operation, peer: int, nbytes: int) -> bool:
         """Take note of a send to a rank that has not called yet; False if it holds enough already."""
@@ -514,12 +528,15 @@ class Progress:
             begins_ns, ends_ns = window.not_before_ns, window.not_after_ns or 0
             if ticket.status is TicketStatus.DONE and queued is not None:
                 self._slots.sent(queued, window)
-        if not nbytes and ticket.nbytes:
+        if not self._trace.recording or (not nbytes and ticket.nbytes):
             return
-        sequence = operation.descriptor.sequence
+        trimmed = ticket.status is TicketStatus.MISSED and queued is not None and queued.fits
         self._trace.sends.append(
-            SendRecord(sequence, ticket.peer, nbytes, begins_ns, ends_ns, ticket.started_ns, ticket.ended_ns)
-        )
+            (
+                operation.descriptor.sequence, ticket.peer, nbytes, begins_ns, ends_ns,
+                ticket.started_ns, ticket.left_ns, ticket.ended_ns, trimmed,
+            )
+        )  # fmt: skip
 
     def _retire(self) -> None:
         for operation in self._active:
@@ -533,13 +550,10 @@ class Progress:
             self._drained.set()
 
     def _note_end(self, operation: Operation) -> None:
-        descriptor, plan = operation.descriptor, operation.plan
-        self._trace.collectives.append(
-            CollectiveRecord(
-                descriptor.sequence, descriptor.kind, plan.collective.nbytes, plan.algorithm,
-                operation.called_ns, time.monotonic_ns(), operation.predicted_ns,
-            )
-        )  # fmt: skip
+        if self._trace.recording:
+            descriptor, plan = operation.descriptor, operation.plan
+            call = Call(descriptor.kind, plan.collective.nbytes, plan.algorithm, plan.collective)
+            self._trace.note_collective(descriptor.sequence, call, operation.called_ns, time.monotonic_ns())
 
     def _check_deadlines(self, now_ns: int) -> None:
         for operation in self._active:

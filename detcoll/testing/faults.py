@@ -274,5 +274,5 @@ class FaultyEndpoint(Endpoint):
         if outer is None:
             return ticket
         outer.status, outer.error = ticket.status, ticket.error
-        outer.started_ns, outer.ended_ns = ticket.started_ns, ticket.ended_ns
+        outer.started_ns, outer.left_ns, outer.ended_ns = ticket.started_ns, ticket.left_ns, ticket.ended_ns
         return outer

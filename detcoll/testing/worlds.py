@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from detcoll.testing.fabric import Fabric, Program
+from detcoll.testing.leftovers import now_ns, remove_segments
 
 START_TIMEOUT_S = 60.0
 ORDER_TIMEOUT_S = 60.0
@@ -73,6 +74,7 @@ class World:
     def __init__(self, size: int, launcher: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         self.size = size
         self.is_alive = True
+        self._since_ns = now_ns()
         self._directory = tempfile.TemporaryDirectory(prefix="detcoll-world-")
         self._log = open(Path(self._directory.name) / "log", "w+b")  # noqa: SIM115 (closed in `end`)
         self._connections: dict[Connection, int] = {}
@@ -119,6 +121,7 @@ class World:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         self._processes.clear()
+        remove_segments(self._since_ns)
         self._log.close()
         self._directory.cleanup()
 

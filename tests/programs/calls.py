@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 import detcoll
-from detcoll.errors import TransportUnavailable
+from detcoll.errors import DetcollError, TransportUnavailable
 
 
 def say(something: object) -> None:
@@ -50,6 +50,33 @@ def one_without_mpi4py() -> None:
         detcoll.init("mpi", timeout=20)
     except TransportUnavailable as error:
         say([describe(error), "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].Is_initialized()])
+
+
+def differ(transport: str) -> None:
+    """The last rank calls something else, in job after job, and every rank tells how each ended."""
+    ones = np.ones
+    for count in (100, 400_000):
+        for other in (
+            lambda size: detcoll.all_reduce(ones(size + 1, np.float32)),
+            lambda size: detcoll.all_reduce(ones(900_000, np.float32)),
+            lambda size: detcoll.all_reduce(ones(0, np.float32)),
+            lambda size: detcoll.all_reduce(ones(size, np.int32)),
+            lambda size: detcoll.all_reduce(ones(size, np.float32), op="max"),
+            lambda size: detcoll.broadcast(ones(size, np.float32)),
+            lambda size: detcoll.barrier(),
+        ):
+            comm = detcoll.init(transport, timeout=20)
+            detcoll.barrier()
+            try:
+                if comm.rank == comm.size - 1:
+                    other(count)
+                else:
+                    detcoll.all_reduce(ones(count, np.float32))
+                say("no error")
+            except Exception as error:
+                say(describe(error))
+            with contextlib.suppress(DetcollError):
+                detcoll.finalize()
 
 
 def freeze_one() -> None:

@@ -14,7 +14,9 @@ other. ``GLOO_SOCKET_IFNAME`` chooses the network interfaces, otherwise the rend
 - Gloo knows one way to end a wait: closing every connection of the group. So a collective that misses its deadline
   ends the endpoint, and the peers see that it is gone.
 
-Options: ``unexpected_bytes`` (64 MiB) and ``open_timeout_ns`` (60 s).
+- Ranks tell each other what they are about to call before they call it, since Gloo compares nothing.
+
+Options: ``unexpected_bytes`` (64 MiB), ``open_timeout_ns`` (60 s) and ``compare`` (True).
 """
 
 from __future__ import annotations

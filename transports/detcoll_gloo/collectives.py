@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, TransportError, UsageError
+from detcoll.errors import Closed, PlanMismatch, TransportError, UsageError
 from detcoll.fold import fold
 from detcoll.transport import Capabilities, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
+from detcoll_gloo.agreement import Agreement
 from detcoll_gloo.group import Group
 
 STAGE_ELEMS = 2**23
 """So many 16-bit elements of an average are widened to float32 at a time."""
 
+_NOTHING = np.empty(0, np.uint8)
+
 
 class GlooCollectives(Endpoint, NativeCollectives):
     """The collective half of an endpoint."""
 
-    def __init__(self, group: Group, capabilities: Capabilities) -> None:
+    def __init__(self, group: Group, capabilities: Capabilities, compare: bool) -> None:
         self._group = group
         self._capabilities = capabilities
         self._is_broken = False
+        self._agreement = Agreement(group) if compare and group.size > 1 else None
         ops = group.torch.distributed.ReduceOp
         self._ops = {
             ReduceOp.SUM: ops.SUM,
@@ -49,6 +54,7 @@ class GlooCollectives(Endpoint, NativeCollectives):
             raise UsageError(f"Gloo does not reduce {dtype}; expected one of {known}")
         if op is ReduceOp.AVG and is_integer(dtype):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        self._agree("all_reduce", op, array, 0, arrays, deadline_ns)
         if op is ReduceOp.AVG and is_half(dtype):
             for start in range(0, array.size, STAGE_ELEMS):
                 part = array[start : start + STAGE_ELEMS]
@@ -65,6 +71,7 @@ class GlooCollectives(Endpoint, NativeCollectives):
         self._check_usable()
         if not 0 <= root < self._group.size:
             raise UsageError(f"root={root} must be a rank from 0 to {self._group.size - 1}")
+        self._agree("broadcast", ReduceOp.SUM, array, root, arrays, deadline_ns)
         options = self._group.torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         self._run("broadcast", [self._group.tensor(array.view(np.uint8))], options, deadline_ns, array.size)
@@ -72,11 +79,13 @@ class GlooCollectives(Endpoint, NativeCollectives):
     def barrier(self, deadline_ns: int) -> None:
         """Return once every rank has called."""
         self._check_usable()
-        if self._group.size == 1:
-            return
-        options = self._group.torch.distributed.BarrierOptions()
-        options.timeout = self._group.timeout(deadline_ns)
-        self._wait(lambda: self._group.gloo.barrier(options), deadline_ns)
+        if self._agreement is not None:
+            self._agree("barrier", ReduceOp.MAX, _NOTHING, 0, 1, deadline_ns)
+        elif self._group.size > 1:
+            options = self._group.torch.distributed.BarrierOptions()
+            options.timeout = self._group.timeout(deadline_ns)
+            with self._broken_by_errors():
+                self._group.wait(lambda: self._group.gloo.barrier(options), deadline_ns)
 
     def _all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
         options = self._group.torch.distributed.AllreduceOptions()
@@ -87,12 +96,22 @@ class GlooCollectives(Endpoint, NativeCollectives):
         if self._group.size == 1 or elems == 0:
             return
         options.timeout = self._group.timeout(deadline_ns)
-        self._wait(lambda: getattr(self._group.gloo, name)(tensors, options), deadline_ns)
+        with self._broken_by_errors():
+            self._group.wait(lambda: getattr(self._group.gloo, name)(tensors, options), deadline_ns)
 
-    def _wait(self, start: Callable[[], Any], deadline_ns: int) -> None:
+    def _agree(
+        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, deadline_ns: int
+    ) -> None:  # fmt: skip
+        """Return once all ranks are known to call the same, where they compare."""
+        if self._agreement is not None:
+            with self._broken_by_errors():
+                self._agreement.reach(kind, op, array, root, arrays, deadline_ns)
+
+    @contextmanager
+    def _broken_by_errors(self) -> Iterator[None]:
         try:
-            self._group.wait(start, deadline_ns)
-        except TransportError:
+            yield
+        except (TransportError, PlanMismatch):
             self._is_broken = True
             raise
 

@@ -27,9 +27,16 @@ class GlooEndpoint(GlooCollectives):
     """
 
     def __init__(
-        self, group: Group, address: str, clock: Clock, capabilities: Capabilities, unexpected_bytes: int
+        self,
+        group: Group,
+        address: str,
+        clock: Clock,
+        capabilities: Capabilities,
+        unexpected_bytes: int,
+        *,
+        compare: bool = True,
     ) -> None:
-        super().__init__(group, capabilities)
+        super().__init__(group, capabilities, compare)
         self._address = address
         self._mail: Mail | None = Mail(group, clock, unexpected_bytes)
         self._peers: set[int] = set()

@@ -19,16 +19,18 @@ INSTALL = "pip install detcoll[gloo]"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Options of the transport."""
+    """Options of the transport. ``compare`` : whether ranks compare what they call, which costs a round trip a call."""
 
     unexpected_bytes: int = 2**26
     open_timeout_ns: int = 60 * 10**9
+    compare: bool = True
 
 
 class GlooTransport(Transport):
     """Gloo's collectives, and messages over its connections; see the package's text."""
 
     name = "gloo"
+    options = frozenset({"compare"})
     capabilities = Capabilities(
         scope=Scope.ANYWHERE,
         native=frozenset({"all_reduce", "broadcast", "barrier"}),
@@ -58,15 +60,19 @@ class GlooTransport(Transport):
                 raise TransportUnavailable(f"transport 'gloo' cannot be used: on rank {peer}, {answer.decode()}")
         store, address = open_store(torch, rendezvous.host) if rank == 0 else (None, "")
         group = Group(torch, rank, size, devices, store, clock)
-        return GlooEndpoint(group, address, clock, self.capabilities, settings.unexpected_bytes)
+        return GlooEndpoint(
+            group, address, clock, self.capabilities, settings.unexpected_bytes, compare=settings.compare
+        )  # fmt: skip
 
 
 def _settings(options: Mapping[str, Any]) -> Settings:
-    unknown = sorted(set(options) - {"unexpected_bytes", "open_timeout_ns"})
+    unknown = sorted(set(options) - {"unexpected_bytes", "open_timeout_ns", "compare"})
     if unknown:
         raise UsageError(f"options of transport 'gloo' has unknown keys {', '.join(unknown)}")
+    if not isinstance(options.get("compare", True), bool):
+        raise UsageError(f"compare={options['compare']!r} must be True or False")
     for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if name != "compare" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise UsageError(f"{name}={value!r} must be a whole number, 0 or more")
     return Settings(**options)
 

@@ -4,7 +4,8 @@ A nonblocking collective can be watched, so that a rank that never comes is noti
 that has a price: with 2 ranks on one host, MPICH 5 took 1.3 times and Open MPI 5 three times as long for 16 MiB as
 with the blocking call (at 8 bytes and 64 KiB both took the same, and at 1 MiB MPICH was twice as fast). So large
 arrays go through a nonblocking barrier, where latecomers are noticed, and then through the blocking call in a thread
-of its own, on which the caller waits until the deadline. Should a peer freeze in the middle of that, the thread stays
+of its own, on which the caller waits until the deadline. The comparison of what ranks called (`Agreement`) is such a
+barrier too, and takes its place. Should a peer freeze in the middle of that, the thread stays
 in MPI, and since a process in that state cannot leave MPI in good order, the job is then ended when it exits.
 """
 
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, PeerLost, UsageError
+from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, UsageError
 from detcoll.fold import fold
 from detcoll.transport import Clock, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
+from detcoll_mpi.agreement import Agreement
 from detcoll_mpi.blocking import BlockingCaller, stuck_requests
 from detcoll_mpi.progress import progress
 from detcoll_mpi.waiting import Backoff
@@ -30,6 +32,8 @@ WATCHED_BYTES = 2**20
 LARGEST_PART_BYTES = 2**30
 """A larger array goes in parts, since counts of older MPI libraries end at 2**31."""
 
+_NOTHING = np.empty(0, np.uint8)
+
 STAGE_ELEMS = 2**23
 """So many 16-bit elements are widened to float32 at a time."""
 
@@ -37,8 +41,10 @@ STAGE_ELEMS = 2**23
 class MpiCollectives(Endpoint, NativeCollectives):
     """The collective half of an endpoint."""
 
-    def __init__(self, mpi: Any, comm: Any, size: int, clock: Clock) -> None:
+    def __init__(self, mpi: Any, comm: Any, size: int, clock: Clock, agreement: Agreement) -> None:
         self._mpi = mpi
+        self._agreement = agreement
+        self._comparing: Any = None
         self._comm = comm
         self._size = size
         self._clock = clock
@@ -65,11 +71,13 @@ class MpiCollectives(Endpoint, NativeCollectives):
         dtype = parse_dtype(array.dtype)
         if op is ReduceOp.AVG and is_integer(dtype):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        self._compare("all_reduce", op, array, 0, arrays)
         if is_half(dtype):
             self._all_reduce_half(array, op, deadline_ns)
             return
         for part in _parts(array, LARGEST_PART_BYTES // dtype.itemsize):
             self._all_reduce_part(part, op, deadline_ns)
+        self._agree("all_reduce", deadline_ns)
         if op is ReduceOp.AVG and array.size:
             fold(op, [array], array, self._size)
 
@@ -78,13 +86,18 @@ class MpiCollectives(Endpoint, NativeCollectives):
         self._check_usable()
         if not 0 <= root < self._size:
             raise UsageError(f"root={root} must be a rank from 0 to {self._size - 1}")
+        self._compare("broadcast", ReduceOp.SUM, array, root, arrays)
         for part in _parts(array.view(np.uint8), LARGEST_PART_BYTES):
             self._broadcast_part(part, root, deadline_ns)
+        self._agree("broadcast", deadline_ns)
 
     def barrier(self, deadline_ns: int) -> None:
         """Return once every rank has called."""
         self._check_usable()
-        self._watch("barrier", self._comm.Ibarrier, deadline_ns)
+        if self._size == 1:
+            return
+        self._compare("barrier", ReduceOp.MAX, _NOTHING, 0, 1)
+        self._agree("barrier", deadline_ns)
 
     def _broadcast_part(self, part: NDArray[np.uint8], root: int, deadline_ns: int) -> None:
         message = [part, self._mpi.BYTE]
@@ -101,6 +114,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
             wide = part.astype(np.float32)
             self._all_reduce_part(wide, op, deadline_ns)
             fold(op, [wide], part, self._size if op is ReduceOp.AVG else None)
+        self._agree("all_reduce", deadline_ns)
 
     def _all_reduce_part(self, part: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
         in_place, mpi_op = self._mpi.IN_PLACE, self._ops[op]
@@ -116,7 +130,9 @@ class MpiCollectives(Endpoint, NativeCollectives):
         if nbytes <= WATCHED_BYTES:
             self._watch(name, start, deadline_ns)
             return
-        self._watch(name, self._comm.Ibarrier, deadline_ns)
+        if self._comparing is None:
+            self._watch(name, self._comm.Ibarrier, deadline_ns)
+        self._agree(name, deadline_ns)
         if self._caller is None:
             self._caller = BlockingCaller(self._mpi)
         timeout_s = max(0, deadline_ns - self._clock.now_ns()) / 1e9
@@ -127,9 +143,48 @@ class MpiCollectives(Endpoint, NativeCollectives):
         if not done:
             raise self._missed(name)
 
+    def _compare(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> None:
+        """Begin to compare a call with what the others called; `_agree` ends it."""
+        if self._size > 1:
+            try:
+                self._comparing = self._agreement.start(kind, op, array, root, arrays)
+            except self._mpi.Exception as error:
+                raise self._lost(kind, error) from error
+
+    def _agree(self, name: str, deadline_ns: int) -> None:
+        """Wait until all ranks are known to have called the same, if that is still to be found out.
+
+        Raises
+        ------
+        PlanMismatch
+            If they called different collectives; shows this rank's and another.
+        """
+        comparing, self._comparing = self._comparing, None
+        if comparing is None:
+            return
+        self._await(name, comparing, deadline_ns)
+        if not self._agreement.is_reached:
+            self._is_broken = True
+            request, records = self._agreement.exchange()
+            self._await(name, request, deadline_ns)
+            self._agreement.explain(records)
+
     def _watch(self, name: str, start: Callable[[], Any], deadline_ns: int) -> None:
+        """Carry out a nonblocking collective, and give its result out when all ranks are known to have called it."""
         try:
             request = start()
+        except self._mpi.Exception as error:
+            self._agree(name, deadline_ns)
+            raise self._lost(name, error) from error
+        try:
+            self._agree(name, deadline_ns)
+        except DetcollError:
+            stuck_requests.append((self._mpi, request))
+            raise
+        self._await(name, request, deadline_ns)
+
+    def _await(self, name: str, request: Any, deadline_ns: int) -> None:
+        try:
             backoff = Backoff(self._clock, deadline_ns)
             while not request.Test():
                 if not backoff.pause():

@@ -8,6 +8,7 @@ from typing import Any
 
 from detcoll.errors import FrameError, PeerLost, TransportError, UsageError
 from detcoll.transport import LARGEST_TAG, Capabilities, Clock, Ticket, TicketKind, TicketStatus, Window
+from detcoll_mpi.agreement import Agreement
 from detcoll_mpi.collectives import MpiCollectives
 from detcoll_mpi.pool import Loan, Pool
 from detcoll_mpi.waiting import Backoff
@@ -34,7 +35,8 @@ class MpiEndpoint(MpiCollectives):
     mpi : module
         ``mpi4py.MPI``.
     lanes : list
-        Communicators in the job's order of ranks; tag t travels in lane t // (TAG_UB + 1).
+        Communicators in the job's order of ranks; tag t travels in lane t // (TAG_UB + 1). The last one is for what
+        collectives compare.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class MpiEndpoint(MpiCollectives):
         capabilities: Capabilities,
         abort_job: bool = False,
     ) -> None:
-        super().__init__(mpi, lanes[0], size, clock)
+        *lanes, dedicated = lanes
+        super().__init__(mpi, lanes[0], size, clock, Agreement(mpi, dedicated))
         self._rank = rank
         self._lanes = lanes
         self._tags_per_lane = int(mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)) + 1
@@ -248,7 +251,7 @@ class MpiEndpoint(MpiCollectives):
         clean = clean and not any(lane.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG) for lane in self._lanes)
         self._stop()
         if clean:
-            for lane in self._lanes:
+            for lane in (*self._lanes, self._agreement.comm):
                 lane.Free()
         self._lanes = []
 

@@ -145,7 +145,7 @@ def _check_seats(seats: list[_Seat], size: int) -> None:
 
 
 def _make_lanes(mpi: Any, world_ranks: list[int], clock: Clock, deadline_ns: int) -> list[Any]:
-    """Return communicators in the job's order of ranks, as many as it takes to carry all tags of the SPI.
+    """Return communicators in the job's order of ranks, as many as it takes to carry all tags of the SPI, and one more.
 
     All ranks are known to be here, so that making the first one, which MPI offers without a deadline only, does not
     wait for one that never comes.
@@ -154,7 +154,7 @@ def _make_lanes(mpi: Any, world_ranks: list[int], clock: Clock, deadline_ns: int
     first = mpi.COMM_WORLD.Create_group(members, 0)
     members.Free()
     lanes = [first]
-    while len(lanes) * (_largest_tag(mpi) + 1) <= LARGEST_TAG:
+    while (len(lanes) - 1) * (_largest_tag(mpi) + 1) <= LARGEST_TAG:
         lane, request = first.Idup()
         backoff = Backoff(clock, deadline_ns)
         while not request.Test():

@@ -77,7 +77,7 @@ class SlottedEndpoint(Endpoint):
         self._posted: dict[tuple[int, int], deque[tuple[Ticket, memoryview | None]]] = {}
         self._early: dict[tuple[int, int], deque[tuple[memoryview, bool]]] = {}
         self._ended: list[Ticket] = []
-        self._counted = dict.fromkeys(("resent_bytes", "duplicates", "foreign_frames", "slot_misses"), 0)
+        self._counted = dict.fromkeys(("resent_bytes", "duplicates", "foreign_frames", "missed_sends"), 0)
         self._closed: Exception | None = None
         self._context = zmq.Context()
         try:
@@ -282,7 +282,7 @@ class SlottedEndpoint(Endpoint):
                 self._send_timed(now_ns)
 
     def counters(self) -> Mapping[str, int]:
-        """Return retransmitted TCP segments, missed windows, and what was resent or refused."""
+        """Return retransmitted TCP segments, sends that missed their windows, and what was resent or refused."""
         retransmits = sum(line.info()[1] for peer in self._peers.values() for line in peer.lines)
         return self._counted | {"retransmits": retransmits}
 
@@ -493,7 +493,7 @@ class SlottedEndpoint(Endpoint):
             part_bytes = window.fitting_bytes(view.nbytes, drained_ns, FRAME_BYTES)
             if not part_bytes and view.nbytes:
                 heapq.heappop(self._timed)
-                self._counted["slot_misses"] += not ticket.sent_bytes
+                self._counted["missed_sends"] += not ticket.sent_bytes
                 self._end(ticket, TicketStatus.MISSED)
                 continue
             if drained_ns - now_ns > (_AHEAD_NS if line is self._last_line else 0):
@@ -508,7 +508,7 @@ class SlottedEndpoint(Endpoint):
             self._drained_ns = drained_ns + window.takes_ns(part_bytes + FRAME_BYTES)
             line.pace(window.rate_bytes_per_s)
             self._put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
-            ticket.started_ns += _LEAD_NS  # when it reaches the line, at the earliest
+            ticket.left_ns = self._drained_ns
             if part_bytes == view.nbytes:
                 heapq.heappop(self._timed)
             else:
@@ -531,10 +531,12 @@ class SlottedEndpoint(Endpoint):
             peer.lines[Lane.BULK].pace(UNPACED if window is None else window.rate_bytes_per_s)
             self._put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
             if window is not None:
-                ticket.started_ns += _LEAD_NS
+                ticket.left_ns = peer.lines[Lane.BULK].leaves_ns(ticket.started_ns, view.nbytes + FRAME_BYTES)
 
     def _put(self, peer: _Peer, lane: Lane, ticket: Ticket, view: memoryview) -> None:
-        ticket.started_ns = self._clock.now_ns()
+        if not ticket.sent_bytes:  # of several parts the first counts
+            lead_ns = _LEAD_NS if lane is Lane.BULK else 0  # when it reaches the line, at the earliest
+            ticket.started_ns = self._clock.now_ns() + lead_ns
         self._transmit_kept(peer, lane, peer.outbound.keep(lane, ticket, view))
 
     def _transmit_kept(self, peer: _Peer, lane: Lane, kept: Kept) -> None:

@@ -39,6 +39,7 @@ class Line:
         self.broken_since_ns = 0
         self._congestion = congestion
         self._rate_bytes_per_s = 0
+        self._free_ns = 0
         self._tcp: socket.socket | None = None
         self._past_retransmits = 0
 
@@ -67,6 +68,12 @@ class Line:
         if rate != self._rate_bytes_per_s:
             self._rate_bytes_per_s = rate
             self._apply_rate()
+
+    def leaves_ns(self, now_ns: int, nbytes: int) -> int:
+        """Return when ``nbytes`` handed over now will have left at the pace set, behind what was handed over before."""
+        takes_ns = int(nbytes / self._rate_bytes_per_s * 1e9) if self._rate_bytes_per_s else 0
+        self._free_ns = max(self._free_ns, now_ns) + takes_ns
+        return self._free_ns
 
     def unsent_bytes(self) -> int:
         """Return what the kernel was given and has not sent yet; 0 where there is no connection."""

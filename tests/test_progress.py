@@ -1,0 +1,87 @@
+"""One turn of the progress thread, step by step in virtual time."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detcoll.machine import Slots
+from detcoll.plan import ChunkSize, Collective, build_calendar, compile_plan
+from detcoll.runtime import Descriptor, Operation, Progress, Routes, Timekeeper, Work, progress
+from detcoll.testing.fake_clock import VirtualTime
+from detcoll.testing.plans import sites_of
+from detcoll.trace import Trace
+from detcoll.transport import Ticket, TicketKind
+from detcoll.types import ReduceOp
+
+FOLD_NS = 60_000
+ELEMS, CHUNK_ELEMS = 30_000, 10_000
+
+
+class Noted:
+    """An endpoint that only notes when it was given what."""
+
+    def __init__(self, time: VirtualTime) -> None:
+        self.time = time
+        self.sent: list[tuple[int, int]] = []
+
+    def fileno(self) -> None:
+        return None
+
+    def keep_time(self) -> None:
+        pass
+
+    def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
+        return Ticket(TicketKind.RECV, src, tag, nbytes)
+
+    def send(self, dst: int, tag: int, view: memoryview, window: object = None) -> Ticket:
+        if view.nbytes == CHUNK_ELEMS * 4:
+            self.sent.append((self.time.now_ns(), view.nbytes))
+        return Ticket(TicketKind.SEND, dst, tag, view.nbytes)
+
+
+class Unthreaded(Progress):
+    """Its thread does nothing, so that a test can take its steps."""
+
+    def _run(self) -> None:
+        pass
+
+
+@pytest.fixture
+def descriptor():
+    number = os.eventfd(0)
+    yield number
+    os.close(number)
+
+
+def test_what_a_fold_makes_ready_leaves_before_the_next_fold(monkeypatch, descriptor: int) -> None:
+    time = VirtualTime(1_000_000)
+    fold = progress.fold
+
+    def slow_fold(*arguments: Any) -> None:
+        time.advance(FOLD_NS)
+        fold(*arguments)
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic_ns=time.now_ns))
+    monkeypatch.setattr(progress, "fold", slow_fold)
+    topology, endpoint = sites_of([1, 1]), Noted(time)
+    calendar = build_calendar(topology)
+    routes: Any = Routes({1: endpoint}, [0, 1], frozenset({1}))
+    membership: Any = SimpleNamespace(fileno=lambda: descriptor)
+    keeper = Timekeeper(0, [0], ["clock", "clock"], routes.endpoint_of)
+    thread = Unthreaded(0, 2, routes, Slots(calendar, 0, 0), keeper, membership, Trace(0, 0))
+    try:
+        collective = Collective("all_reduce", ELEMS, 4, 4)
+        plan = compile_plan(collective, topology, 0, "exchange", ChunkSize(CHUNK_ELEMS, 4))
+        called = Descriptor(0, "all_reduce", "sum", "float32", ELEMS, 0)
+        operation = Operation(called, plan, np.ones(ELEMS, np.float32), ReduceOp.SUM, Work("sum"), 10**12, 0)
+        thread._start(operation)
+        began_ns = time.now_ns()
+        thread._do_busywork()
+        assert [sent_ns - began_ns for sent_ns, _ in endpoint.sent] == [FOLD_NS, 2 * FOLD_NS, 3 * FOLD_NS]
+    finally:
+        thread.close()

@@ -1,0 +1,45 @@
+"""Variables of the environment that detcoll does not know."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+import detcoll
+import detcoll_gloo
+import detcoll_mpi
+import detcoll_shm
+import detcoll_slotted
+from detcoll import settings
+
+
+@pytest.fixture(autouse=True)
+def _nothing_was_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_warned", set())
+
+
+def test_a_misspelt_name_is_warned_of_once_and_the_nearest_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"DETCOLL_SLOTING": "turns", "DETCOLL_TRACE": "x", "PATH": "/bin", "MYDETCOLL_SLOT": "1"}
+    settings.warn_of_unknown(environ)
+    settings.warn_of_unknown(environ | {"DETCOLL_TRANSPROT": "shm"})
+    assert [record.message for record in caplog.records] == [
+        "DETCOLL_SLOTING is set and means nothing to detcoll; did you mean DETCOLL_SLOTTING?",
+        "DETCOLL_TRANSPROT is set and means nothing to detcoll; did you mean DETCOLL_TRANSPORT?",
+    ]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_opening_a_communicator_warns(caplog: pytest.LogCaptureFixture) -> None:
+    run_ranks(2, lambda comm: None, transport="shm", environ={"DETCOLL_TOPLOGY": "x"})
+    assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["DETCOLL_TOPOLOGY?"]
+
+
+def test_every_variable_that_is_read_is_known() -> None:
+    packages = (detcoll, detcoll_gloo, detcoll_mpi, detcoll_shm, detcoll_slotted)
+    sources = [path for package in packages for path in Path(str(package.__file__)).parent.rglob("*.py")]
+    used = {name for path in sources for name in re.findall(r"\bDETCOLL_[A-Z_]*[A-Z]\b", path.read_text())}
+    assert used == settings.VARIABLES
