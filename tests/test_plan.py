@@ -47,6 +47,7 @@ from detcoll.plan.layout import (
     chunks,
     cuts,
 )  # fmt: skip
+from detcoll.plan.planner import predicted_chunk
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Topology
 
@@ -183,6 +184,19 @@ def test_small_arrays_are_not_cut() -> None:
         size = choose_chunk(topology, build_calendar(topology), Collective("all_reduce", count, 4, 4))
         assert {chunk.owners for chunk in chunks(topology, count, size)} == owners
     assert [chunk.length for chunk in chunks(topology, 100, ChunkSize(30, 1, whole=True))] == [30, 30, 30, 10]
+
+
+def test_a_chunk_is_the_one_predicted_to_be_fastest() -> None:
+    topology = Topology.uniform(2, 8, 1.25e9, 10_000_000)
+    calendar, costs = build_calendar(topology), Costs()
+    collective = Collective("all_reduce", 2**23, 4, 4)
+    rule = choose_chunk(topology, calendar, collective)
+    taken = predicted_chunk(collective, topology, calendar, "exchange", costs)
+    assert taken.elems < rule.elems
+    needs_ns = predict_ns(collective, topology, calendar, "exchange", taken, costs)
+    assert needs_ns < 0.99 * predict_ns(collective, topology, calendar, "exchange", rule, costs)
+    plan = Planner(topology, 0, calendar, costs).plan(collective)
+    assert plan.rows[0].length == taken.elems
 
 
 def test_chunks_of_a_segment_take_turns_at_every_home() -> None:

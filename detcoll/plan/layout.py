@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 from detcoll.plan.calendar import Calendar, Slotting, flows_between
@@ -91,10 +92,13 @@ class ChunkSize:
     whole: bool = False
 
 
-def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective) -> ChunkSize:
+def choose_chunk(
+    topology: Topology, calendar: Calendar, collective: Collective, scale: Fraction = Fraction(1)
+) -> ChunkSize:
     """Return the chunk for this line: a window's bytes over `CHUNKS_A_WINDOW`, and scratch for what is in flight.
 
     In flight at a site's owners is what leaves until an acknowledgement is back, a round trip and a cycle later.
+    ``scale`` : how much larger than by this rule it should be, within the same limits.
     """
     whole = collective.nbytes <= EXPRESS_BYTES
     segments = 1 if whole else max(len(cuts(topology, collective.count)) - 1, 1)
@@ -111,7 +115,7 @@ def choose_chunk(topology: Topology, calendar: Calendar, collective: Collective)
             chunk_bytes = max(chunk_bytes, flow_bytes // (CHUNKS_A_RELAYED_FLOW if relayed else CHUNKS_A_FLOW))
         turns_ns = TURNS_HELD * _turn_ns(calendar) if relayed and calendar.has_windows else 2 * cycle_ns
         in_flight_bytes = int(_owner_bytes_per_s(topology, calendar) * (round_trip_ns + turns_ns) / 1e9)
-    chunk_bytes = min(max(chunk_bytes, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+    chunk_bytes = min(max(int(chunk_bytes * scale), SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
     smallest_for_tags = collective.count * PHASE_TAGS // (LARGEST_PLAN_TAG // 2) + segments
     elems = max(chunk_bytes // collective.itemsize, smallest_for_tags, 1)
     segment_elems = -(-collective.count // segments)

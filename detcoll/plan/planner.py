@@ -8,13 +8,14 @@ goes first.
 from __future__ import annotations
 
 from collections import OrderedDict
+from fractions import Fraction
 from functools import lru_cache
 
 from detcoll.plan.algorithms import ALL_REDUCE, BROADCAST, compile_plan
 from detcoll.plan.bounds import floor_ns
 from detcoll.plan.calendar import Calendar
 from detcoll.plan.ir import Collective, Plan
-from detcoll.plan.layout import choose_chunk
+from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
 from detcoll.plan.predict import Costs, predict_ns
 from detcoll.topology import Topology
 
@@ -25,13 +26,37 @@ LARGEST_KEPT_CHOICES = 4_096
 DELAYS = ("exchange", "star", "direct", "relay", "ring")
 """Algorithms by rising number of one-way delays."""
 
-WORTH_A_DELAY = 0.99
-"""An algorithm with more one-way delays must be predicted to take less than this part of one with fewer."""
+WORTH_A_CHANGE = 0.99
+"""An algorithm with more one-way delays must be predicted to take less than this part of one with fewer, and so must
+another chunk than the rule's."""
+
+SCALES = (Fraction(1, 2), Fraction(2))
+"""Of the chunk that a rule gives, those that are predicted too."""
 
 
 def algorithms_for(collective: Collective) -> tuple[str, ...]:
     """Return the names of the algorithms that do this kind of collective."""
     return BROADCAST if collective.kind == "broadcast" else ALL_REDUCE
+
+
+def predicted_chunk(
+    collective: Collective, topology: Topology, calendar: Calendar, algorithm: str, costs: Costs | None = None
+) -> ChunkSize:
+    """Return the chunk with which ``algorithm`` is predicted to be fastest.
+
+    Tried are the one that `choose_chunk` has a rule for and its `SCALES`, which must be better by more than a
+    prediction is wrong. Where windows say what a chunk is, or nothing crosses a line, the rule decides.
+    """
+    taken = choose_chunk(topology, calendar, collective)
+    if calendar.has_windows or not uses_window(calendar, collective.nbytes) or not any(calendar.rates):
+        return taken
+    least_ns = predict_ns(collective, topology, calendar, algorithm, taken, costs)
+    for scale in SCALES:
+        chunk_size = choose_chunk(topology, calendar, collective, scale)
+        needs_ns = predict_ns(collective, topology, calendar, algorithm, chunk_size, costs)
+        if needs_ns < least_ns * WORTH_A_CHANGE:
+            taken, least_ns = chunk_size, needs_ns
+    return taken
 
 
 def choose_algorithm(collective: Collective, topology: Topology, calendar: Calendar, costs: Costs | None = None) -> str:
@@ -43,7 +68,7 @@ def choose_algorithm(collective: Collective, topology: Topology, calendar: Calen
     taken, least_ns = "", 0.0
     for name in names:
         needs_ns = predict_ns(collective, topology, calendar, name, chunk_size, costs)
-        if not taken or needs_ns < least_ns * WORTH_A_DELAY:
+        if not taken or needs_ns < least_ns * WORTH_A_CHANGE:
             taken, least_ns = name, needs_ns
     return taken
 
@@ -72,6 +97,7 @@ class Planner:
         self._plans: OrderedDict[tuple[Collective, str], Plan] = OrderedDict()
         self._kept_steps = 0
         self._choose = lru_cache(LARGEST_KEPT_CHOICES)(self._choose_now)
+        self._chunk = lru_cache(LARGEST_KEPT_CHOICES)(self._chunk_now)
         self._predict = lru_cache(LARGEST_KEPT_CHOICES)(self._predict_now)
 
     def algorithm(self, collective: Collective) -> str:
@@ -91,9 +117,7 @@ class Planner:
         key = (collective, algorithm or self._choose(collective))
         plan = self._plans.get(key)
         if plan is None:
-            plan = compile_plan(
-                collective, self.topology, self.rank, key[1], choose_chunk(self.topology, self.calendar, collective)
-            )
+            plan = compile_plan(collective, self.topology, self.rank, key[1], self._chunk(*key))
             self._keep(key, plan)
         else:
             self._plans.move_to_end(key)
@@ -110,8 +134,11 @@ class Planner:
     def _choose_now(self, collective: Collective) -> str:
         return choose_algorithm(collective, self.topology, self.calendar, self.costs)
 
+    def _chunk_now(self, collective: Collective, algorithm: str) -> ChunkSize:
+        return predicted_chunk(collective, self.topology, self.calendar, algorithm, self.costs)
+
     def _predict_now(self, collective: Collective, algorithm: str, phase_ns: int | None) -> int:
-        chunk_size = choose_chunk(self.topology, self.calendar, collective)
+        chunk_size = self._chunk(collective, algorithm)
         return predict_ns(collective, self.topology, self.calendar, algorithm, chunk_size, self.costs, phase_ns)
 
     def _keep(self, key: tuple[Collective, str], plan: Plan) -> None:

@@ -19,10 +19,10 @@ from detcoll.types import ReduceOp
 from detcoll_shm.layout import LINE_BYTES
 from detcoll_shm.stage import Stage
 
-CHUNKS_A_CALL = 4
+CHUNKS_A_CALL = 2
 """What an array is cut into at least, so that giving, folding and taking overlap, unless chunks would be too small."""
 
-SMALLEST_CHUNK_BYTES = 64 * 2**10
+SMALLEST_CHUNK_BYTES = 128 * 2**10
 
 Bytes = NDArray[np.uint8]
 Piece = tuple[Bytes, int, int]
