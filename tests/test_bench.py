@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from detcoll.measure.bench import LabBench, run_in_lab
 from detcoll.measure.host import host_facts
 from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchResult, LeftOut, Row, write_result
 from detcoll.measure.sweep import Sweep
-from detcoll.measure.tables import bench_table, output_console
+from detcoll.measure.tables import PIPE_WIDTH, bench_table, output_console
 from detcoll.topology import Topology
 
 TIMEOUT_S = 60
@@ -187,3 +188,16 @@ def test_runs_in_the_lab(tmp_path: Path) -> None:
     assert row["predicted_s"] >= row["bound_s"]
     assert data["audit"]["slotting"] == "share"
     assert data["audit"]["bulk_bytes"] >= 6 * 2**18
+
+
+@pytest.mark.parametrize(("columns", "width"), [(0, PIPE_WIDTH), (70, 70)])
+def test_a_terminal_without_a_width_gets_every_column(
+    monkeypatch: pytest.MonkeyPatch, columns: int, width: int
+) -> None:
+    ours, theirs = os.openpty()
+    with open(ours, "rb"), open(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr("os.get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
+        assert output_console().width == width

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +22,15 @@ LARGEST_UNEVENNESS = 1.5
 def output_console() -> Console:
     """Return the console for tables: as wide as the terminal, and wide enough for every column where there is none."""
     console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    return console if console.is_terminal and _has_width() else Console(width=PIPE_WIDTH)
+
+
+def _has_width() -> bool:
+    """Tell whether standard output is a terminal that knows its width; those that Open MPI gives its ranks do not."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def measurement_table(result: Measurement) -> RenderableType:
