@@ -26,7 +26,7 @@ from detcoll.topology import Topology
 TIMEOUT_S = 60
 ROW = Row(
     "all_reduce", "slotted", "exchange", 4, 2, "float32", 2**20, 0.02, 0.018, 0.03, 0.029, 0.0187, 0.021, 0.935, 0.05,
-    20, "instant", 1e-4,
+    20, "instant", 1e-4, 0.625, 3 * 2**20,
 )  # fmt: skip
 AUDIT = AuditResult("calendar", True, 0.999, 0.998, 10**6, 1000, 10, 0, (0, 0), (0, 0), (2**20, 2**19), (2**21, 2**21))
 SWEEP = Sweep(("all_reduce",), (4096,), "float32", 2, 1)
@@ -72,6 +72,8 @@ def test_table_tells_how_the_line_was_used(
     assert "left out: mpi: gone" in shown
     assert "93.5%" in shown
     assert "1 MiB of 2 MiB" in shown
+    assert "0.625" in shown
+    assert "3 MiB" in shown
     assert "there are no windows" not in shown
 
 

@@ -50,7 +50,19 @@ def bench_table(result: BenchResult) -> RenderableType:
     table = Table(title="Time of a call, slowest rank", title_justify="left")
     for heading in ("collective", "transport", "algorithm"):
         table.add_column(heading)
-    for heading in ("size", "median", "min", "max", "p99", "bound", "of bound", "predicted", "error"):
+    for heading in (
+        "size",
+        "median",
+        "min",
+        "max",
+        "p99",
+        "bound",
+        "of bound",
+        "predicted",
+        "error",
+        "CPU s/GB",
+        "memory",
+    ):
         table.add_column(heading, justify="right")
     for row in result.rows:
         table.add_row(
@@ -62,6 +74,8 @@ def bench_table(result: BenchResult) -> RenderableType:
             _share(row.fraction_of_bound),
             _time(row.predicted_s),
             NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}",
+            NONE if row.cpu_s_per_gb is None else f"{row.cpu_s_per_gb:.3g}",
+            NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes),
         )
     notes = [left_out_line(one) for one in result.left_out]
     return Group(table, *notes, *(audit_lines(result.audit) if result.audit is not None else []))
