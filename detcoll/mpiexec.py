@@ -72,9 +72,9 @@ class Mpiexec:
         return {}
 
 
-def find_mpiexec() -> Mpiexec | None:
-    """Return the launcher beside this Python, or else the first in PATH; None if there is none."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+def find_mpiexec(python: str | None = None) -> Mpiexec | None:
+    """Return the launcher beside ``python``, by default this one, or else the first in PATH; None if there is none."""
+    places = os.pathsep.join([str(Path(python or sys.executable).parent), os.environ.get("PATH", os.defpath)])
     path = shutil.which("mpiexec", path=places)
     if path is None:
         return None
