@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,13 +20,13 @@ from detcoll.measure.bench import LabBench, run_in_lab
 from detcoll.measure.host import host_facts
 from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchResult, LeftOut, Row, write_result
 from detcoll.measure.sweep import Sweep
-from detcoll.measure.tables import bench_table, output_console
+from detcoll.measure.tables import PIPE_WIDTH, bench_table, output_console
 from detcoll.topology import Topology
 
 TIMEOUT_S = 60
 ROW = Row(
     "all_reduce", "slotted", "exchange", 4, 2, "float32", 2**20, 0.02, 0.018, 0.03, 0.029, 0.0187, 0.021, 0.935, 0.05,
-    20, "instant", 1e-4,
+    20, "instant", 1e-4, cpu_s_per_gb=0.625, extra_memory_bytes=3 * 2**20,
 )  # fmt: skip
 AUDIT = AuditResult("calendar", True, 0.999, 0.998, 10**6, 1000, 10, 0, (0, 0), (0, 0), (2**20, 2**19), (2**21, 2**21))
 SWEEP = Sweep(("all_reduce",), (4096,), "float32", 2, 1)
@@ -71,6 +72,8 @@ def test_table_tells_how_the_line_was_used(
     assert "left out: mpi: gone" in shown
     assert "93.5%" in shown
     assert "1 MiB of 2 MiB" in shown
+    assert "0.625" in shown
+    assert "3 MiB" in shown
     assert "there are no windows" not in shown
 
 
@@ -190,3 +193,16 @@ def test_runs_in_the_lab(tmp_path: Path) -> None:
     assert row["predicted_s"] >= row["bound_s"]
     assert data["audit"]["slotting"] == "share"
     assert data["audit"]["bulk_bytes"] >= 6 * 2**18
+
+
+@pytest.mark.parametrize(("columns", "width"), [(0, PIPE_WIDTH), (70, 70)])
+def test_a_terminal_without_a_width_gets_every_column(
+    monkeypatch: pytest.MonkeyPatch, columns: int, width: int
+) -> None:
+    ours, theirs = os.openpty()
+    with open(ours, "rb"), open(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr("os.get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
+        assert output_console().width == width

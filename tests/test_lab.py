@@ -7,7 +7,6 @@ import json
 import math
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import pytest
 
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.lab import Lab, Launcher, Output, read_log, run_ranks, why_unavailable
+from detcoll.mpiexec import find_mpiexec
 from detcoll.testing.traffic import ECHO, PING, blast, ping, python, serve
 from detcoll.topology import Topology
 
@@ -312,10 +312,7 @@ print(json.dumps([[os.environ[name] for name in names], here, open(os.environ["D
         result = run_ranks(shared_lab, ["sh", "-c", "sleep 1000 & echo $!"], output=Output.CAPTURE)
         await_gone([int(text) for text in result.outputs])
 
-    @pytest.mark.skipif(
-        find_spec("mpi4py") is None or shutil.which("mpiexec", path=Path(sys.executable).parent) is None,
-        reason="needs mpi4py and MPICH",
-    )
+    @pytest.mark.skipif(find_spec("mpi4py") is None or find_mpiexec() is None, reason="needs mpi4py and mpiexec")
     def test_mpi_ranks_reach_each_other_over_the_line_alone(self, shared_lab: Lab) -> None:
         code = """
 import os
@@ -336,8 +333,8 @@ os.write(1, f"{values[0]} {os.environ['DETCOLL_SITE']}\\n".encode())
         assert shared_lab.statistics().direction(0, 1).payload_bytes - before >= 100_000 * 8
 
     def test_a_failing_mpi_rank_fails_the_run(self, shared_lab: Lab) -> None:
-        if shutil.which("mpiexec", path=Path(sys.executable).parent) is None:
-            pytest.skip("needs MPICH")
+        if find_mpiexec() is None:
+            pytest.skip("needs mpiexec")
         code = python("import os, sys; sys.exit(int(os.environ['RANK'] == '1') * 7)")
         result = run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_ns=time.monotonic_ns() + 30 * 10**9)
         assert (result.exit_code, len(result.exit_codes)) == (7, 1)

@@ -60,7 +60,7 @@ def lab(
     log : Path
         File for the router's arrival log (.npy).
     mpi : bool
-        Start the ranks through MPICH's mpiexec, for MPI programs.
+        Start the ranks through mpiexec of MPICH or Open MPI, for MPI programs.
     prefix : bool
         Put "[rank]" in front of every line that ranks other than 0 print.
     slow_start_after_idle : bool

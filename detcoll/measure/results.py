@@ -78,7 +78,10 @@ class Row:
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
     apart they began, where that is known. ``empty`` : the array came from `Communicator.empty`. ``slot_misses`` and
-    ``slot_trims`` are as in `Run`, of the timed calls.
+    ``slot_trims`` are as in `Run`, of the timed calls. ``cpu_s_per_gb`` is processor time in seconds of all ranks
+    together, for each 10**9 bytes of array that all together reduce or broadcast (bytes times ranks);
+    ``extra_memory_bytes`` is the greatest of the ranks' memory beyond their arrays. `detcoll.measure.consumption` says
+    what counts.
     """
 
     collective: str
@@ -102,6 +105,8 @@ class Row:
     empty: bool = False
     slot_misses: int | None = None
     slot_trims: int | None = None
+    cpu_s_per_gb: float | None = None
+    extra_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

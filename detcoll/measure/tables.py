@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +22,15 @@ LARGEST_UNEVENNESS = 1.5
 def output_console() -> Console:
     """Return the console for tables: as wide as the terminal, and wide enough for every column where there is none."""
     console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    return console if console.is_terminal and _has_width() else Console(width=PIPE_WIDTH)
+
+
+def _has_width() -> bool:
+    """Tell whether standard output is a terminal that knows its width; those that Open MPI gives its ranks do not."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def measurement_table(result: Measurement) -> RenderableType:
@@ -39,7 +50,19 @@ def bench_table(result: BenchResult) -> RenderableType:
     table = Table(title="Time of a call, slowest rank", title_justify="left")
     for heading in ("collective", "transport", "algorithm"):
         table.add_column(heading)
-    for heading in ("size", "median", "min", "max", "p99", "bound", "of bound", "predicted", "error"):
+    for heading in (
+        "size",
+        "median",
+        "min",
+        "max",
+        "p99",
+        "bound",
+        "of bound",
+        "predicted",
+        "error",
+        "CPU s/GB",
+        "memory",
+    ):
         table.add_column(heading, justify="right")
     for row in result.rows:
         table.add_row(
@@ -51,6 +74,8 @@ def bench_table(result: BenchResult) -> RenderableType:
             _share(row.fraction_of_bound),
             _time(row.predicted_s),
             NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}",
+            NONE if row.cpu_s_per_gb is None else f"{row.cpu_s_per_gb:.3g}",
+            NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes),
         )
     notes = [left_out_line(one) for one in result.left_out]
     return Group(table, *notes, *(audit_lines(result.audit) if result.audit is not None else []))

@@ -51,6 +51,7 @@ LARGEST_FRAME_BYTES = 128
 """What a transport may add to a message; chunks leave room for it, so that a whole number of them fill a window."""
 
 LOCAL_CHUNK_BYTES = 262_144
+"""Where there are no lines, at least; chunks of larger arrays grow like those of flows that share lines."""
 SMALLEST_CHUNK_BYTES = 4_096
 LARGEST_CHUNK_BYTES = 1_048_576
 LARGEST_SCRATCH_BYTES = 33_554_432
@@ -102,7 +103,8 @@ def choose_chunk(
     """
     whole = collective.nbytes <= EXPRESS_BYTES
     segments = 1 if whole else max(len(cuts(topology, collective.count)) - 1, 1)
-    chunk_bytes, in_flight_bytes = LOCAL_CHUNK_BYTES, 8 * LOCAL_CHUNK_BYTES
+    chunk_bytes = max(LOCAL_CHUNK_BYTES, collective.nbytes // (segments * CHUNKS_A_FLOW))
+    in_flight_bytes = 8 * min(chunk_bytes, LARGEST_CHUNK_BYTES)
     if any(calendar.rates):
         cycle_ns = max(cycle.cycle_ns for cycle in calendar.sites)
         round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
