@@ -27,7 +27,7 @@ from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
 
-FORMAT = 1
+FORMAT = 2
 """Of the calendars on disk; raised when equal arguments give other calendars."""
 
 Exchange = Callable[[bytes], list[bytes]]

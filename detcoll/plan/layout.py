@@ -153,7 +153,10 @@ def _turn_ns(calendar: Calendar) -> int:
 
 
 def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
-    """Return the part of the shortest window that a chunk fills, or of the slowest flow's cycle without any."""
+    """Return the part of a window that a chunk fills, or of the slowest flow's cycle without any.
+
+    Windows that lead to one site each have many lengths, and the mean counts; else all have one.
+    """
     windows = [
         (window.end_ns - window.start_ns)
         * calendar.rate_bytes_per_s(site, window.destination if window.destination >= 0 else 1 - site)
@@ -161,7 +164,7 @@ def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
         for window in cycle.windows
     ]
     if windows:
-        return int(min(windows) / 1e9) // CHUNKS_A_WINDOW
+        return int(sum(windows) / len(windows) / 1e9) // CHUNKS_A_WINDOW
     slowest = min(rate for rate in calendar.rates if rate > 0)
     return int(calendar.sites[0].cycle_ns * slowest / 1e9) // CHUNKS_A_CYCLE
 
