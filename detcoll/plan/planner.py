@@ -14,7 +14,7 @@ from detcoll.plan.algorithms import ALL_REDUCE, BROADCAST, compile_plan
 from detcoll.plan.bounds import floor_ns
 from detcoll.plan.calendar import Calendar
 from detcoll.plan.ir import Collective, Plan
-from detcoll.plan.layout import choose_chunk
+from detcoll.plan.layout import ChunkSize, choose_chunk
 from detcoll.plan.predict import Costs, predict_ns
 from detcoll.topology import Topology
 
@@ -34,12 +34,15 @@ def algorithms_for(collective: Collective) -> tuple[str, ...]:
     return BROADCAST if collective.kind == "broadcast" else ALL_REDUCE
 
 
-def choose_algorithm(collective: Collective, topology: Topology, calendar: Calendar, costs: Costs | None = None) -> str:
+def choose_algorithm(
+    collective: Collective, topology: Topology, calendar: Calendar, costs: Costs | None = None,
+    chunk_size: ChunkSize | None = None,
+) -> str:  # fmt: skip
     """Return the algorithm with the smallest prediction; of nearly equal ones, that with the fewest delays."""
     names = sorted(algorithms_for(collective), key=DELAYS.index)
     if len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
         return names[0]
-    chunk_size = choose_chunk(topology, calendar, collective)
+    chunk_size = chunk_size or choose_chunk(topology, calendar, collective)
     taken, least_ns = "", 0.0
     for name in names:
         needs_ns = predict_ns(collective, topology, calendar, name, chunk_size, costs)

@@ -20,10 +20,10 @@ equal results.
 from __future__ import annotations
 
 import gc
-import heapq
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from heapq import heappop, heappush
 from typing import Any
 
 from numpy.typing import NDArray
@@ -153,7 +153,7 @@ class _Run:
         for plan in plans:
             site = topology.site_of(plan.rank)
             slots: Slots[int] = Slots(calendar, site, plan.rank, frame_bytes=costs.frame_bytes)
-            self.hosts.append(Host(site, Machine(plan), Columns(plan), slots, None))
+            self.hosts.append(Host(site, Machine(plan), Columns(plan, costs, lines=topology.is_wide), slots, None))
         self._steps, self._steps_ended = sum(len(plan.steps) for plan in plans), 0
         self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
@@ -161,13 +161,13 @@ class _Run:
     def at(self, when_ns: int, what: Callable[..., None], *arguments: Any) -> None:
         """Let ``what`` happen at ``when_ns``; of two at one time the earlier asked for comes first."""
         self._number += 1
-        heapq.heappush(self._heap, (when_ns, self._number, what, arguments))
+        heappush(self._heap, (when_ns, self._number, what, arguments))
 
     def go(self, deadline_ns: int) -> None:
         """Let everything happen until the deadline."""
         with _no_collection():
             while self._heap and self.now_ns <= deadline_ns:
-                self.now_ns, _, what, arguments = heapq.heappop(self._heap)
+                self.now_ns, _, what, arguments = heappop(self._heap)
                 what(*arguments)
         for rank, host in enumerate(self.hosts):
             if not host.machine.done:
@@ -203,16 +203,14 @@ class _Run:
             if kind == Kind.RECV:
                 self._post(rank, step, (columns.peer[step], columns.tag[step]))
             elif kind == Kind.FOLD:
-                self._work(rank, columns.inputs[step] * self.costs.copy_ns(columns.nbytes[step]), self._folded, step)
-            elif columns.wide[step] and self.area is not None:
-                self._work(rank, 0.0, self._queue, step)
+                self._work(rank, self._folded, step)
             else:
-                self._work(rank, self.costs.copy_ns(columns.nbytes[step]), self._sent_locally, step)
+                self._work(rank, self._queue if columns.wide[step] else self._sent_locally, step)
 
-    def _work(self, rank: int, moving_ns: float, then: Callable[..., None], step: int, *arguments: Any) -> None:
+    def _work(self, rank: int, then: Callable[..., None], step: int, *arguments: Any) -> None:
         """Let the core of ``rank`` do a step as soon as it has done those that go before it."""
         host = self.hosts[rank]
-        job = (self.costs.step_ns + round(moving_ns), then, (rank, step, *arguments))
+        job = (host.columns.takes_ns[step], then, (rank, step, *arguments))
         if host.taking:
             host.follow.append(job)
         else:
@@ -231,14 +229,16 @@ class _Run:
         host.working = bool(host.work)
         if host.working:
             takes_ns, then, arguments = host.work.popleft()
-            self.at(self.now_ns + takes_ns, self._worked, host, then, arguments)
+            self._number += 1
+            heappush(self._heap, (self.now_ns + takes_ns, self._number, self._worked, (host, then, arguments)))
 
     def _worked(self, host: Host, then: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         host.taking = True
         then(*arguments)
         host.taking = False
-        host.work.extendleft(reversed(host.follow))
-        host.follow.clear()
+        if host.follow:
+            host.work.extendleft(reversed(host.follow))
+            host.follow.clear()
         self._next_work(host)
 
     def _ended(self, rank: int, step: int) -> None:
@@ -251,9 +251,9 @@ class _Run:
 
     def _note_end(self, rank: int) -> None:
         host = self.hosts[rank]
-        if host.machine.result_ready and host.finish_ns < 0:
+        if host.finish_ns < 0 and host.machine.result_ready:
             host.finish_ns = self.now_ns
-        if host.machine.done and host.drained_ns < 0:
+        if host.finish_ns >= 0 and host.drained_ns < 0 and host.machine.done:
             host.drained_ns = self.now_ns
 
     def _folded(self, rank: int, step: int) -> None:
@@ -287,9 +287,7 @@ class _Run:
             host.arrived[key] = values
 
     def _receive(self, rank: int, step: int, values: NDArray[Any] | None) -> None:
-        columns = self.hosts[rank].columns
-        moving_ns = 0.0 if columns.lent[step] else self.costs.copy_ns(columns.nbytes[step])
-        self._work(rank, moving_ns, self._received, step, values)
+        self._work(rank, self._received, step, values)
 
     def _received(self, rank: int, step: int, values: NDArray[Any] | None) -> None:
         memory = self.hosts[rank].memory
