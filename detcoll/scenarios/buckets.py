@@ -12,8 +12,8 @@ Gradients of hundreds of gigabytes would be millions of chunks and buckets are m
 For d across sites, ranks of a site are taken together: one rank a site, with the site's line and R times a rank's
 memory bandwidth, three buckets in a row less two. Ranks of a site do the same at the same time, so this loses what
 happens inside the site and nothing of the wide area; d is never less than that of the single cluster, which is one
-bucket and two simulated with every rank. Where many variants are asked for, all of a bucket's time is taken from there:
-`Together.about`.
+bucket and two simulated with every rank. Where many variants are asked for, all of a bucket's time is taken from there,
+with what the stages inside a site were seen to add where both were simulated: `Together.about`.
 """
 
 from __future__ import annotations
@@ -124,16 +124,22 @@ class Together:
         more = replace(costs, copy_bytes_per_s=costs.copy_bytes_per_s * ranks)
         self._buckets = Buckets(work, taken_together(topology), more)
         self._local = local
+        self.inside_ns = local.first_ns
+        """What the stages inside a site add to the first bucket: all of them at most, less where they overlap."""
 
-    def interval_ns(self, topology: Topology, calendar: Calendar) -> float:
-        """Return d over lines and calendar of one rank a site, never less than that of the single cluster."""
-        return self.about(topology, calendar).interval_ns
+    def alone(self, topology: Topology, calendar: Calendar) -> BucketTimes:
+        """Return the times over lines and calendar of one rank a site, of which nothing is inside a site.
 
-    def about(self, topology: Topology, calendar: Calendar) -> BucketTimes:
-        """Return both times, the local stages' being those of a bucket in the single cluster."""
+        The interval is never less than that of the single cluster.
+        """
         two_ns = self._buckets.end_ns(2, topology, calendar)
         interval_ns = max(self._buckets.end_ns(3, topology, calendar) - two_ns, self._local.interval_ns)
-        return BucketTimes(max(two_ns - interval_ns, 0) + self._local.first_ns, interval_ns)
+        return BucketTimes(max(two_ns - interval_ns, 0), interval_ns)
+
+    def about(self, topology: Topology, calendar: Calendar) -> BucketTimes:
+        """Return the times with what is inside a site."""
+        alone = self.alone(topology, calendar)
+        return BucketTimes(alone.first_ns + self.inside_ns, alone.interval_ns)
 
 
 def taken_together(topology: Topology) -> Topology:

@@ -224,6 +224,9 @@ def parse(text: str, name: str = "scenario") -> Scenario:
         raise UsageError(f"{name} is not TOML: {error}") from error
     except msgspec.ValidationError as error:
         raise UsageError(f"{name}: {error}") from error
+    names = [table.name for table in file.site]
+    if twice := sorted({each for each in names if names.count(each) > 1}):
+        raise UsageError(f"{name} has two sites of one name: {', '.join(twice)}")
     lines, longest_km = _topology(file, name, reserved=False)
     reserved, _ = _topology(file, name, reserved=True)
     for line, kept in zip(lines.sites, reserved.sites, strict=True):

@@ -77,8 +77,8 @@ class Needed:
 class Study:
     """The file of `detcoll simulate --json`.
 
-    ``together_error`` : by how much the quick figures (sensitivity, needed) differ from the full simulation where both
-    are known, of an iteration on the deterministic network.
+    ``together_error`` : by how much the quick figures (sensitivity, needed) differ from the full simulation, of an
+    iteration on the ordinary network. What is inside a site was taken from the deterministic one.
     """
 
     schema: str
@@ -91,7 +91,7 @@ class Study:
 
 
 class _Setting:
-    """A scenario whose single cluster has been simulated."""
+    """A scenario whose single cluster and deterministic network have been simulated."""
 
     def __init__(self, scenario: Scenario, mode: Slotting | None, say: Say) -> None:
         self.scenario, self.mode, self.work = scenario, mode, scenario.work
@@ -99,6 +99,13 @@ class _Setting:
         self.local = self.full.in_one_cluster(lambda share: say(SINGLE, share))
         self.baseline_ns = iteration_ns(scenario.work, self.local)
         self.together = Together(scenario.work, scenario.reserved, scenario.costs, self.local)
+        topology = taken_together(scenario.reserved)
+        alone = self.together.alone(topology, self.calendar(topology))
+        self.deterministic = self.full.across_sites(
+            scenario.reserved, self.calendar(scenario.reserved), alone.interval_ns,
+            lambda share: say(DETERMINISTIC, share),
+        )  # fmt: skip
+        self.together.inside_ns = self.deterministic.first_ns - alone.first_ns
 
     def calendar(self, topology: Topology) -> Calendar:
         """Return the calendar of the deterministic network."""
@@ -113,13 +120,6 @@ class _Setting:
             self.baseline_ns / takes_ns, (takes_ns - self.work.compute_ns) / 1e9, times.all_ns(self.work.buckets) / 1e9,
             times.first_ns / 1e9, times.interval_ns / 1e9, None if bound_ns is None else bound_ns / 1e9,
         )  # fmt: skip
-
-    def in_full(self, topology: Topology, calendar: Calendar, quick: Calendar, tell: Callable[[float], None]) -> (
-        BucketTimes
-    ):  # fmt: skip
-        """Simulate every rank; ``quick`` is the calendar of the ranks taken together."""
-        interval_ns = self.together.interval_ns(taken_together(topology), quick)
-        return self.full.across_sites(topology, calendar, interval_ns, tell)
 
     def about(self, rate_bytes_per_s: float) -> BucketTimes:
         """Return about what the deterministic network gives with lines of this rate at every site."""
@@ -165,27 +165,20 @@ def study(
     require_efficiency(target)
     setting = _Setting(scenario, mode, say)
     reserved, lines = scenario.reserved, scenario.lines
-    deterministic = setting.in_full(
-        reserved, setting.calendar(reserved), setting.calendar(taken_together(reserved)),
-        lambda share: say(DETERMINISTIC, share),
-    )  # fmt: skip
-    ordinary = setting.in_full(
-        lines, scenario.ordinary.calendar(lines),
-        together_ordinary(scenario.ordinary, lines).calendar(taken_together(lines)),
-        lambda share: say(ORDINARY, share),
-    )  # fmt: skip
-    topology = taken_together(reserved)
-    about = iteration_ns(scenario.work, setting.together.about(topology, setting.calendar(topology)))
+    about = setting.about_ordinary(lines, scenario.ordinary)
+    ordinary = setting.full.across_sites(
+        lines, scenario.ordinary.calendar(lines), about.interval_ns, lambda share: say(ORDINARY, share)
+    )
     return Study(
         SCHEMA, facts(scenario), setting.full.algorithm,
         (
             setting.result(SINGLE, setting.local, None),
-            setting.result(DETERMINISTIC, deterministic, reserved),
+            setting.result(DETERMINISTIC, setting.deterministic, reserved),
             setting.result(ORDINARY, ordinary, lines),
         ),
         tuple(_sensitivity(setting, say)) if variants else (),
         tuple(_needed(setting, target, say)) if variants else (),
-        about / iteration_ns(scenario.work, deterministic) - 1,
+        iteration_ns(scenario.work, about) / iteration_ns(scenario.work, ordinary) - 1,
     )  # fmt: skip
 
 
