@@ -106,6 +106,7 @@ class _Setting:
             lambda share: say(DETERMINISTIC, share),
         )  # fmt: skip
         self.together.inside_ns = self.deterministic.first_ns - alone.first_ns
+        self._about: dict[float, BucketTimes] = {}
 
     def calendar(self, topology: Topology) -> Calendar:
         """Return the calendar of the deterministic network."""
@@ -123,8 +124,10 @@ class _Setting:
 
     def about(self, rate_bytes_per_s: float) -> BucketTimes:
         """Return about what the deterministic network gives with lines of this rate at every site."""
-        topology = with_rate(taken_together(self.scenario.reserved), rate_bytes_per_s)
-        return self.together.about(topology, self.calendar(topology))
+        if rate_bytes_per_s not in self._about:
+            topology = with_rate(taken_together(self.scenario.reserved), rate_bytes_per_s)
+            self._about[rate_bytes_per_s] = self.together.about(topology, self.calendar(topology))
+        return self._about[rate_bytes_per_s]
 
     def about_ordinary(self, lines: Topology, ordinary: Ordinary) -> BucketTimes:
         """Return about what an ordinary network gives on ``lines``."""
