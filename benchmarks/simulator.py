@@ -72,6 +72,7 @@ CASES = (
     Case(2, 1, "50 Mbit/s", "20 ms", "4MiB"),
     Case(2, 1, "200 Mbit/s", "10 ms", "8MiB"),
     Case(2, 1, "250 Mbit/s", "60 ms", "32MiB"),
+    Case(2, 1, "500 Mbit/s", "80 ms", "32MiB"),
     Case(2, 2, "100 Mbit/s", "40 ms", "8MiB"),
     Case(2, 2, "500 Mbit/s", "20 ms", "32MiB"),
     Case(3, 1, "100 Mbit/s", "20 ms", "8MiB"),

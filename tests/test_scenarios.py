@@ -354,6 +354,18 @@ def test_required_rates_are_the_least(efficiency: float, plateau_ns: int) -> Non
     assert baseline_ns / iteration_ns(work, times(answer.rate_bytes_per_s / 1.01)) < efficiency
 
 
+def test_windows_far_apart_carry_no_more_than_they_are_open(small: Scenario) -> None:
+    pytest.importorskip("ortools")
+    shared = study(small, variants=False).runs[1]
+    windowed = study(small, mode=Slotting.CALENDAR, variants=False).runs[1]
+    assert windowed.interval_s >= shared.interval_s
+
+
+def test_slow_lines_take_as_long_as_they_take(small: Scenario) -> None:
+    slow = study(changed(small, line_bytes_per_s=1e3), variants=False).runs[1]
+    assert slow.iteration_s == pytest.approx(2 * 2 / 3 * 2e8 / (1e3 * small.lines.payload_share * 0.99), rel=0.02)
+
+
 def test_a_topology_without_lines_is_no_scenario() -> None:
     with pytest.raises(UsageError, match="no lines between sites"):
         from_topology(Topology.single_site(4), WORK, "x")

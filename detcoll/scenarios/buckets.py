@@ -33,6 +33,7 @@ from detcoll.plan import (
     choose_chunk,
     compile_plan,
 )
+from detcoll.plan.ir import Kind
 from detcoll.plan.layout import cuts
 from detcoll.scenarios.workload import BucketTimes, Workload
 from detcoll.sim import simulate
@@ -40,6 +41,9 @@ from detcoll.topology import Site, Topology
 
 LEAST_CHUNKS = 40
 """In a bucket; with fewer, its stages would wait for each other in the middle of it as well."""
+
+NEVER_NS = 2**62
+"""Slow lines are asked about as well."""
 
 Progress = Callable[[float], None]
 
@@ -92,7 +96,23 @@ class Buckets:
     def end_ns(self, number: int, topology: Topology, calendar: Calendar, progress: Progress | None = None) -> int:
         """Simulate ``number`` buckets in a row, all ready at once; return when the slowest rank has the last one."""
         plans = self.plans(number)
-        return simulate(plans, topology, calendar, self.costs, fluid=True, progress=progress).slowest_ns
+        return simulate(
+            plans, topology, calendar, self.costs, fluid=True, progress=progress, deadline_ns=NEVER_NS
+        ).slowest_ns  # fmt: skip
+
+    def on_the_line_ns(self, calendar: Calendar) -> float:
+        """Return how long the busiest flow needs for its part of a bucket at its mean rate, one rank a site."""
+        longest_ns = 0.0
+        for plan in self.plans(2):
+            wide = plan.steps[(plan.steps["wide"] == 1) & (plan.steps["kind"] == Kind.SEND)]
+            for peer in plan.peers:
+                cycle = calendar.sites[plan.rank]
+                windows = calendar.windows_to(plan.rank, plan.rank, peer)
+                open_ns = sum(window.end_ns - window.start_ns for window in windows) or cycle.cycle_ns
+                rate = calendar.rate_bytes_per_s(plan.rank, peer) * open_ns / cycle.cycle_ns
+                nbytes = int(wide["length"][wide["peer"] == peer].sum()) * plan.collective.itemsize / 2
+                longest_ns = max(longest_ns, nbytes / rate * 1e9 if rate else 0.0)
+        return longest_ns
 
     def in_one_cluster(self, progress: Progress | None = None) -> BucketTimes:
         """Return the times in a single cluster with the same ranks and grouping."""
@@ -130,10 +150,14 @@ class Together:
     def alone(self, topology: Topology, calendar: Calendar) -> BucketTimes:
         """Return the times over lines and calendar of one rank a site, of which nothing is inside a site.
 
-        The interval is never less than that of the single cluster.
+        The interval is never less than that of the single cluster, nor than what the lines need for a bucket: where
+        windows are far apart, one bucket more may just fit into one that was open anyway.
         """
         two_ns = self._buckets.end_ns(2, topology, calendar)
-        interval_ns = max(self._buckets.end_ns(3, topology, calendar) - two_ns, self._local.interval_ns)
+        interval_ns = max(
+            self._buckets.end_ns(3, topology, calendar) - two_ns, self._local.interval_ns,
+            self._buckets.on_the_line_ns(calendar),
+        )  # fmt: skip
         return BucketTimes(max(two_ns - interval_ns, 0), interval_ns)
 
     def about(self, topology: Topology, calendar: Calendar) -> BucketTimes:
