@@ -85,3 +85,19 @@ def test_failure_of_another_rank_shows() -> None:
     assert done.returncode != 0
     assert "rank 1: " in done.stderr
     assert "PlanMismatch" in done.stderr
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_the_simulator_is_held_against_the_lab(tmp_path: Path) -> None:
+    path = tmp_path / "simulator.json"
+    done = run(
+        sys.executable, str(BENCHMARKS / "simulator.py"), "--only", "2 x 1, 200 Mbit/s", "--iterations", "2", "--json",
+        str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| 2 x 1, 200 Mbit/s, 10 ms, 8MiB |" in done.stdout
+    [case] = json.loads(path.read_text())["cases"]
+    assert case["command"].startswith("python -m detcoll bench --lab --sites 2")
+    assert case["error_of_measured"] == case["simulated_s"] / case["row"]["median_s"] - 1
+    assert case["simulated_s"] == pytest.approx(8 * 2**20 / 25e6 / 0.955 + 0.005, rel=0.02)
