@@ -476,3 +476,20 @@ def test_what_is_sent_again_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         assert lent == [len(data)]
         assert bytes(received.view or b"") == data
         received.release()
+
+
+def test_flows_warm_up_one_after_another_where_each_shall_have_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(3)}
+    transmit = SlottedEndpoint._transmit
+
+    def watched(self, peer, lane, kind, view=None, *rest) -> None:
+        if kind is FrameKind.WARM:
+            begun[self._rank].append((peer.rank, now_ns()))
+        transmit(self, peer, lane, kind, view, *rest)
+
+    monkeypatch.setattr(SlottedEndpoint, "_transmit", watched)
+    options = {"warm_up_peers": frozenset(range(3)), "warm_up_bytes": 131_072, "warm_up_bytes_per_s": 1e7}
+    with ThreadFabric(SlottedTransport(), 3, options | {"warm_up_in_turn": True}):
+        for rank, order in ((0, [1, 2]), (1, [2, 0]), (2, [0, 1])):
+            assert [peer for peer, _ in begun[rank]] == [order[0]] * 2 + [order[1]] * 2
+            assert begun[rank][2][1] - begun[rank][0][1] >= 13.1072 * MS  # what the first takes at its pace

@@ -32,9 +32,8 @@ from detcoll.errors import PlanError
 from detcoll.plan.packing import Departure, Matrix, Pair, Rough, in_cells, in_slots, stretch
 
 LATE_NS = 1_000_000
-"""What a window loses because its owner begins late, in the mean where twice as many ranks as cores share a host: all
-of them wake up for windows of one line or another, often at the same moment, and hand over their first bytes in
-turn."""
+"""What a window loses because its owner begins late, in the mean where twice as many ranks as cores share a host: many
+of them wake up for windows of one line or another at the same moment, and hand their first bytes over in turn."""
 
 CALL_NS = 1_000_000_000
 """Time on the busiest line of the call that a calendar is chosen for."""

@@ -162,14 +162,22 @@ class SlottedEndpoint(Endpoint):
     def _warm_up(self, peers: Sequence[_Peer], deadline_ns: int) -> None:
         """Open TCP's windows, which start with ten segments, before the first message counts on them."""
         nothing = memoryview(bytes(_WARM_FRAME_BYTES))
-        for peer in peers:
+        for peer in sorted(peers, key=lambda peer: (peer.rank < self._rank, peer.rank)):
             peer.lines[Lane.BULK].pace(self._options.warm_up_bytes_per_s)
             for _ in range(0, self._options.warm_up_bytes, _WARM_FRAME_BYTES):
                 self._transmit(peer, Lane.BULK, FrameKind.WARM, nothing)
+            if self._options.warm_up_in_turn:
+                self._let_leave(peer.lines[Lane.BULK], self._options.warm_up_bytes, deadline_ns)
         while cold := [peer.rank for peer in peers if peer.inbound.warm_bytes < self._options.warm_up_bytes]:
             if self._clock.now_ns() >= deadline_ns:
                 raise ConnectError(f"rank {self._rank}: warming up with rank {cold} took longer than the deadline")
             self._wait(deadline_ns)
+
+    def _let_leave(self, line: Line, nbytes: int, deadline_ns: int) -> None:
+        """Wait until bytes given to a line at its pace have left, as far as the kernel knows of them."""
+        paced_ns = self._clock.now_ns() + int(nbytes / self._options.warm_up_bytes_per_s * 1e9)
+        while (now_ns := self._clock.now_ns()) < deadline_ns and (now_ns < paced_ns or line.unsent_bytes()):
+            self._wait(min(deadline_ns, max(paced_ns, now_ns + _AHEAD_NS)))
 
     def _joined(self, peer: _Peer) -> bool:
         return peer.inbound.hello and all(line.was_connected for line in peer.lines)
