@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from detcoll.errors import Closed, DetcollError, UsageError
-from detcoll.lab import Lab, Launcher, Output, read_log, run_ranks, why_unavailable
+from detcoll.lab import Conditions, Lab, Launcher, Output, read_log, run_ranks, why_unavailable
 from detcoll.testing.traffic import ECHO, PING, blast, ping, python, serve
 from detcoll.topology import Topology
 
@@ -80,9 +80,9 @@ class TestArguments:
         [
             (Topology.single_site(2), {}, "has 1 sites; the lab takes from 2 to 200"),
             (two_sites().as_single_cluster(), {}, "site 'site0' has no uplink"),
-            (two_sites(), {"queue_bytes": 1499}, "queue_bytes=1499 must be from one packet of 1500 bytes"),
-            (two_sites(), {"loss": 1.5}, "loss=1.5 must be from 0 to 1"),
-            (two_sites(), {"loss": math.nan}, "loss=nan must be from 0 to 1"),
+            (two_sites(), {"conditions": Conditions(1499)}, "queue_bytes=1499 must be from one packet of 1500 bytes"),
+            (two_sites(), {"conditions": Conditions(loss=1.5)}, "loss=1.5 must be from 0 to 1"),
+            (two_sites(), {"conditions": Conditions(loss=math.nan)}, "loss=nan must be from 0 to 1"),
             (two_sites(), {"gso_max_bytes": 100}, "gso_max_bytes=100 must be from 6000 to 65536"),
         ],
     )
@@ -114,7 +114,7 @@ class TestLine:
         assert counted.wire_bytes - counted.payload_bytes >= counted.segments * 28
 
     def test_lost_segments_are_sent_again_and_what_arrives_is_whole(self) -> None:
-        with Lab(two_sites(25e6), loss=0.01, seed=3) as lab:
+        with Lab(two_sites(25e6), Conditions(loss=0.01, seed=3)) as lab:
             seen = blast(lab, 60, 4 * 2**20)
             told = lab.statistics()
         counted = told.direction(0, 1)
@@ -125,7 +125,7 @@ class TestLine:
         assert (seen["checksum_errors"], seen["header_errors"], told.refused) == (0, 0, 0)
 
     def test_what_overflows_the_queue_is_dropped_and_the_queue_never_exceeds_its_size(self, tmp_path: Path) -> None:
-        with Lab(two_sites(12.5e6, 5_000_000), queue_bytes=40_000, log_path=tmp_path / "log.npy") as lab:
+        with Lab(two_sites(12.5e6, 5_000_000), Conditions(40_000), log_path=tmp_path / "log.npy") as lab:
             seen = blast(lab, 60, 4 * 2**20)
             told = lab.statistics()
         records = read_log(tmp_path / "log.npy")

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from detcoll.errors import UsageError
-from detcoll.lab import Lab, Launcher, Output, run_ranks
+from detcoll.lab import Conditions, Lab, Launcher, Output, run_ranks
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
 from detcoll.topology import Topology
 
@@ -76,7 +76,7 @@ def lab(
     with (
         _terminable(),
         Lab(
-            wanted, queue_bytes=queue_bytes, loss=loss, seed=seed, log_path=log,
+            wanted, Conditions(queue_bytes, loss, seed=seed), log_path=log,
             slow_start_after_idle=slow_start_after_idle,
         ) as network,
     ):  # fmt: skip

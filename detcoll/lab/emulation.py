@@ -22,13 +22,13 @@ from typing import Any
 import msgspec
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, TransportUnavailable, UsageError
+from detcoll.lab.conditions import Conditions
 from detcoll.lab.namespaces import Namespace, end_processes, new_namespace, run_inside
 from detcoll.lab.router import ASK_QUIT, ASK_STATISTICS, READY, RouterConfig
 from detcoll.lab.statistics import Statistics
 from detcoll.lab.tun import open_tun, why_unavailable
 from detcoll.topology import Topology
 
-DEFAULT_QUEUE_BYTES = 2_500_000
 LARGEST_LAB = 200
 
 _ROUTER = "import sys; from detcoll.lab.router import main; sys.exit(main(sys.argv[1:]))"
@@ -40,7 +40,6 @@ _LARGEST_GSO_BYTES = 65_536
 _SMALLEST_GSO_BYTES = 6_000
 # How long one unit may hold a line: at 1 Gbit/s that is 31 kB, and the router takes a quarter of a core per Gbit/s.
 _UNIT_NS = 500_000
-_LARGEST_QUEUE_BYTES = 2**32 - 1
 
 
 class Lab:
@@ -50,12 +49,8 @@ class Lab:
     ----------
     topology : Topology
         Two to 200 sites with uplinks, and the delays between them. Rates count IP packets with all their headers.
-    queue_bytes : int
-        Drop-tail queue of each uplink and each downlink.
-    loss : float
-        Probability with which a segment is lost, 0 to 1.
-    seed : int
-        Of the random losses.
+    conditions : Conditions
+        What the lines do to traffic beside rate and delay: queues, loss, classes, others' traffic, failures.
     log_path : str or Path, optional
         File for the arrival log (`detcoll.lab.log`), complete once the lab is closed.
     slow_start_after_idle : bool
@@ -82,19 +77,19 @@ class Lab:
     def __init__(
         self,
         topology: Topology,
+        conditions: Conditions | None = None,
         *,
-        queue_bytes: int = DEFAULT_QUEUE_BYTES,
-        loss: float = 0.0,
-        seed: int = 0,
         log_path: str | Path | None = None,
         slow_start_after_idle: bool = False,
         gso_max_bytes: int | None = None,
     ) -> None:
-        _check(topology, queue_bytes, loss)
+        conditions = conditions or Conditions()
+        _check(topology)
+        conditions.validate(topology)
         gso_max_bytes = _gso_max_bytes(topology, gso_max_bytes)
         if (reason := why_unavailable()) is not None:
             raise TransportUnavailable(reason)
-        self.topology = topology
+        self.topology, self.conditions = topology, conditions
         self._children: list[subprocess.Popen[Any]] = []
         self._final: Statistics | None = None
         self._lock = threading.Lock()
@@ -103,7 +98,7 @@ class Lab:
             self._namespaces: list[Namespace] = []
             tuns = self._open_sites(stack, devices, slow_start_after_idle, gso_max_bytes)
             config = RouterConfig(
-                topology, queue_bytes, loss, seed, None if log_path is None else os.path.abspath(log_path),
+                topology, conditions, None if log_path is None else os.path.abspath(log_path),
                 tuple(tuns), self._networks, os.getpid(),
             )  # fmt: skip
             self._start_router(stack, config)
@@ -273,19 +268,13 @@ class Lab:
         return site
 
 
-def _check(topology: Topology, queue_bytes: int, loss: float) -> None:
-    """Refuse arguments that cannot be used, before anything is made."""
+def _check(topology: Topology) -> None:
+    """Refuse a topology that cannot be emulated, before anything is made."""
     if not 2 <= len(topology.sites) <= LARGEST_LAB:
         raise UsageError(f"topology has {len(topology.sites)} sites; the lab takes from 2 to {LARGEST_LAB}")
     for site in topology.sites:
         if site.uplink_bytes_per_s is None or site.downlink_bytes_per_s is None:
             raise UsageError(f"topology: site {site.name!r} has no uplink; every site of a lab needs one")
-    if not topology.mtu_bytes <= queue_bytes <= _LARGEST_QUEUE_BYTES:
-        raise UsageError(
-            f"queue_bytes={queue_bytes} must be from one packet of {topology.mtu_bytes} bytes to {_LARGEST_QUEUE_BYTES}"
-        )
-    if not 0 <= loss <= 1:
-        raise UsageError(f"loss={loss} must be from 0 to 1")
 
 
 def _gso_max_bytes(topology: Topology, asked: int | None) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from detcoll.lab.conditions import Conditions, Service
 from detcoll.lab.line import WideArea
 from detcoll.lab.log import ArrivalLog
 from detcoll.lab.namespaces import end_processes
@@ -52,9 +53,7 @@ class RouterConfig:
     """What the router is told when it starts; descriptors are those of the router's process."""
 
     topology: Topology
-    queue_bytes: int
-    loss: float
-    seed: int
+    conditions: Conditions
     log_path: str | None
     tuns: tuple[int, ...]
     namespaces: tuple[int, ...]
@@ -128,10 +127,15 @@ class _Router:
     def statistics(self) -> Statistics:
         """Return the counts so far."""
         up_peaks, down_peaks = self._area.peaks()
+        reserved_up_peaks, reserved_down_peaks = self._area.peaks(Service.DETERMINISTIC)
         return Statistics(
             directions=self._area.directions(),
             uplink_peak_bytes=up_peaks,
             downlink_peak_bytes=down_peaks,
+            reserved_uplink_peak_bytes=reserved_up_peaks,
+            reserved_downlink_peak_bytes=reserved_down_peaks,
+            bursts=self._area.bursts(),
+            probe=self._area.probe(),
             unroutable=self._area.unroutable,
             refused=self._refused,
             late_mean_ns=self._late_sum_ns / max(1, self._handed_over),
@@ -173,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             lab_process = os.pidfd_open(config.lab_process)
             log = stack.enter_context(ArrivalLog(config.log_path)) if config.log_path is not None else None
-            area = WideArea(config.topology, config.queue_bytes, config.loss, config.seed, log)
+            area = WideArea(config.topology, config.conditions, log, time.monotonic_ns())
             router = _Router(config, area, control, lab_process)
             gc.collect()
             gc.disable()  # nothing here makes cycles

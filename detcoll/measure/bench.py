@@ -12,7 +12,7 @@ import msgspec
 
 import detcoll
 from detcoll.errors import DetcollError
-from detcoll.lab import Lab, read_log
+from detcoll.lab import Conditions, Lab, read_log
 from detcoll.lab.audit import audit, read_traces
 from detcoll.measure.aggregate import WIDE_AREA, Setting
 from detcoll.measure.host import host_facts
@@ -119,7 +119,7 @@ def _run_transport(bench: LabBench, transport: str) -> tuple[tuple[Row, ...], Au
         if transport == SLOTTED:
             env[TRACE_VARIABLE] = str(directory)
             log_path = directory / "arrivals.npy"
-        with Lab(bench.topology, queue_bytes=bench.queue_bytes, log_path=log_path) as lab:
+        with Lab(bench.topology, Conditions(bench.queue_bytes), log_path=log_path) as lab:
             argv = [sys.executable, "-m", "detcoll.measure.bench", str(directory / "config.json")]
             setting = Setting(transport, transport, WIDE_AREA)
             Places(bench.topology, lab, bench.deadline_s).run(setting, argv, directory, env)

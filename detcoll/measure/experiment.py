@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.errors import DetcollError, UsageError
-from detcoll.lab import Lab
+from detcoll.lab import Conditions, Lab
 from detcoll.measure.aggregate import SINGLE_CLUSTER, WIDE_AREA, Round, ScriptRound, Setting, make_run, make_script_run
 from detcoll.measure.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
 from detcoll.measure.host import host_facts
@@ -109,7 +109,7 @@ def run_experiment(experiment: Experiment, say: Say) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="detcoll-measure-") as directory:
         if experiment.workload is not None and experiment.workload.name == "digits":
             save_digits(_digits_path(Path(directory)))
-        with Lab(experiment.topology, queue_bytes=experiment.queue_bytes) as lab:
+        with Lab(experiment.topology, Conditions(experiment.queue_bytes)) as lab:
             session = _Session(experiment, Places(experiment.topology, lab, experiment.deadline_s), Path(directory))
             session.run_all(say)
     return session.result()
