@@ -115,13 +115,14 @@ class Communicator:
     ) -> None:  # fmt: skip
         self._session, self._settings, self._topology, self._assembled = session, settings, topology, assembled
         self._calendar = calendar
-        self._planner = Planner(topology, session.rank, calendar, _costs(facts))
+        self._planner = Planner(topology.granted, session.rank, calendar, _costs(facts))
         self._sequence = itertools.count()
         self._order = threading.Lock()
         self._finalized = False
         self._pid = os.getpid()
         here = topology.site_of(session.rank)
-        self._trace = Trace(session.rank, here, time.monotonic_ns(), _calendar_facts(calendar, topology, session.rank))
+        seen = _calendar_facts(calendar, topology.granted, session.rank)
+        self._trace = Trace(session.rank, here, time.monotonic_ns(), seen)
         self._members = _Members(session)
         self._runner = self._make_runner(here, [fact.clock for fact in facts])
         _open.add(self)
@@ -527,7 +528,7 @@ def _calendar(
         return session.exchange("calendar", payload, deadline_ns)
 
     clocks = [fact.clock for fact in facts]
-    return agree_on_calendar(topology, mode, error_ns, clocks, session.rank, exchange)
+    return agree_on_calendar(topology.granted, mode, error_ns, clocks, session.rank, exchange)
 
 
 def _costs(facts: Sequence[Facts]) -> Costs:

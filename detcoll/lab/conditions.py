@@ -23,8 +23,6 @@ from detcoll.quantities import format_duration, format_rate, parse_duration_ns
 from detcoll.topology import Topology
 
 DEFAULT_QUEUE_BYTES = 2_500_000
-EXPEDITED_DSCP = 46
-"""The code point of expedited forwarding (RFC 3246), which selects the deterministic class."""
 
 LARGEST_CROSS_TRAFFIC = 2.0
 
@@ -119,7 +117,7 @@ class Conditions:
     service: Service | None = None
     burst_bytes: int | None = None
     cross_traffic: float = 0.0
-    cross_tcp_share: float = 0.1
+    cross_tcp_share: float = 0.05
     failures: tuple[Failure, ...] = ()
     probe_gap_ns: int = 0
 

@@ -29,13 +29,14 @@ from enum import IntEnum
 from heapq import heappop, heappush
 from itertools import combinations, count
 
-from detcoll.lab.conditions import EXPEDITED_DSCP, Conditions, Service
+from detcoll.lab.conditions import Conditions, Service
 from detcoll.lab.cotenants import PROBE_HOST, Bursts, Probes
 from detcoll.lab.log import ArrivalLog
 from detcoll.lab.path import Path, Piece
 from detcoll.lab.port import Port
 from detcoll.lab.statistics import BurstStatistics, DirectionStatistics, ProbeStatistics
 from detcoll.lab.unit import VNET_HEADER_BYTES, Shape, cut, flow_of, shape_of
+from detcoll.settings import EXPEDITED_DSCP
 from detcoll.topology import Topology
 
 NETWORK = b"\x0a\x4d"
@@ -43,6 +44,11 @@ NETWORK = b"\x0a\x4d"
 
 _TOS = VNET_HEADER_BYTES + 1
 _DESTINATION = VNET_HEADER_BYTES + 16
+HOST = _DESTINATION + 3
+"""Where the last byte of a unit's destination is: 1 for ranks, 2 for others beside them, 3 for probes."""
+
+TENANT_HOST = 2
+
 # Bursts have no events of their own; they are caught up with before each unit, and at least this often.
 _CATCH_UP_NS = 10_000_000
 
@@ -106,9 +112,17 @@ class WideArea:
         """How many units are on their way, roughly."""
         return len(self._heap)
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a kernel waits for what is due next; nobody notices when a probe or a burst is looked at late."""
+        if not self._heap or self._heap[0][0] > min(self._catch_up_ns, self._probes.next_ns):
+            return False
+        what = self._heap[0][3]
+        return isinstance(what, int) or what[1][HOST] != PROBE_HOST
+
     def arrive(self, source: int, unit: bytes, now_ns: int, is_tenant: bool = False) -> None:
         """Take ``unit`` from site ``source`` into its uplink; what tenants send is best effort however it is marked."""
-        if len(unit) <= _DESTINATION + 3 or unit[_DESTINATION : _DESTINATION + 2] != NETWORK:
+        if len(unit) <= HOST or unit[_DESTINATION : _DESTINATION + 2] != NETWORK:
             self.unroutable += 1
             return
         destination = unit[_DESTINATION + 2]
@@ -278,7 +292,7 @@ class WideArea:
         """Give out a unit that has arrived, or send a probe back."""
         path, unit, _, came_ns = piece
         path.delays.add(due_ns - came_ns)
-        if unit[_DESTINATION + 3] != PROBE_HOST:
+        if unit[HOST] != PROBE_HOST:
             done.append((due_ns, path.destination, unit))
         elif (back := self._probes.arrived(unit, due_ns - came_ns)) is not None:
             self.arrive(*back, now_ns, is_tenant=True)

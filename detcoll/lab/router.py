@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import msgspec
 
 from detcoll.lab.conditions import Conditions, Service
-from detcoll.lab.line import WideArea
+from detcoll.lab.line import HOST, TENANT_HOST, WideArea
 from detcoll.lab.log import ArrivalLog
 from detcoll.lab.namespaces import end_processes
 from detcoll.lab.statistics import Statistics
@@ -50,12 +50,16 @@ _ANSWER_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """What the router is told when it starts; descriptors are those of the router's process."""
+    """What the router is told when it starts; descriptors are those of the router's process.
+
+    ``tenant_tuns`` : devices of others beside each site, none where there are no others.
+    """
 
     topology: Topology
     conditions: Conditions
     log_path: str | None
     tuns: tuple[int, ...]
+    tenant_tuns: tuple[int, ...]
     namespaces: tuple[int, ...]
     lab_process: int
 
@@ -66,10 +70,9 @@ class _Router:
     def __init__(self, config: RouterConfig, area: WideArea, control: socket.socket, lab_process: int) -> None:
         self._area = area
         self._control = control
-        self._tuns = [fcntl.fcntl(tun, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FREE) for tun in config.tuns]
-        for tun in config.tuns:
-            os.close(tun)
-        self._site_of = {tun: site for site, tun in enumerate(self._tuns)}
+        self._tuns, self._tenant_tuns = _low(config.tuns), _low(config.tenant_tuns)
+        self._site_of = {tun: (site, False) for site, tun in enumerate(self._tuns)}
+        self._site_of |= {tun: (site, True) for site, tun in enumerate(self._tenant_tuns)}
         self._lab_process = lab_process
         self._started_ns = time.monotonic_ns()
         self._handed_over = self._refused = 0
@@ -80,37 +83,39 @@ class _Router:
         area, site_of, control = self._area, self._site_of, self._control.fileno()
         read, monotonic_ns, wait = os.read, time.monotonic_ns, select.select
         arrive = area.arrive
-        watched = [*self._tuns, control, self._lab_process]
+        watched = [*self._tuns, *self._tenant_tuns, control, self._lab_process]
         while True:
             next_ns = area.next_ns
-            if area.under_way <= _FEW_UNITS:
+            if area.under_way <= _FEW_UNITS and area.is_urgent:
                 next_ns -= _AWAKE_NS
             timeout_s = None if next_ns == math.inf else max(0.0, (next_ns - monotonic_ns()) / 1e9)
             for ready in wait(watched, (), (), timeout_s)[0]:
-                site = site_of.get(ready)
-                if site is None:
+                owner = site_of.get(ready)
+                if owner is None:
                     if ready == self._lab_process:
                         return False
                     if (goodbye := self._answer()) is not None:
                         return goodbye
                     continue
+                site, is_tenant = owner
                 with suppress(BlockingIOError):
                     for _ in range(_BATCH_UNITS):
-                        arrive(site, read(ready, _LARGEST_UNIT_BYTES), monotonic_ns())
+                        arrive(site, read(ready, _LARGEST_UNIT_BYTES), monotonic_ns(), is_tenant)
             if area.next_ns <= monotonic_ns():
                 self._hand_over()
 
     def _hand_over(self) -> None:
         """Write what is due to the devices of its destinations."""
-        monotonic_ns, write, tuns = time.monotonic_ns, os.write, self._tuns
+        monotonic_ns, write, tuns, tenant_tuns = time.monotonic_ns, os.write, self._tuns, self._tenant_tuns
         for due_ns, destination, unit in self._area.due(monotonic_ns()):
             late_ns = monotonic_ns() - due_ns
             self._late_sum_ns += late_ns
             if late_ns > self._late_peak_ns:
                 self._late_peak_ns = late_ns
             self._handed_over += 1
+            is_tenant = tenant_tuns and unit[HOST] == TENANT_HOST
             try:
-                write(tuns[destination], unit)
+                write((tenant_tuns if is_tenant else tuns)[destination], unit)
             except OSError:
                 self._refused += 1
 
@@ -143,6 +148,14 @@ class _Router:
             cpu_s=time.process_time(),
             elapsed_s=(time.monotonic_ns() - self._started_ns) / 1e9,
         )
+
+
+def _low(descriptors: Sequence[int]) -> list[int]:
+    """Move descriptors to low numbers."""
+    low = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FREE) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return low
 
 
 def _raise_priority() -> None:

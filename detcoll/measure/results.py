@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from detcoll.errors import UsageError
+from detcoll.measure.lines import LineUse
 from detcoll.measure.statistics import Summary
 
 MEASURE_SCHEMA = "detcoll.measure/1"
@@ -22,6 +23,7 @@ class Run:
     ``efficiency_spread`` : the range that efficiency moves in, low and high.
     ``arithmetic_ratio`` : median iteration time over the workload's own compute time, where that is given.
     ``losses`` : mean loss over ranks, one an iteration.
+    ``line`` : what the lab's lines saw of it, None for the single cluster.
     """
 
     name: str
@@ -42,14 +44,16 @@ class Run:
     losses: tuple[float, ...] | None = None
     accuracy: float | None = None
     total_s: float | None = None
+    line: LineUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A setting that was asked for and not measured, and why."""
+    """A setting that was asked for and not measured, and why; ``network`` where it was left out on one alone."""
 
     transport: str
     why: str
+    network: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,8 @@ class Row:
 
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
-    apart they began, where that is known.
+    apart they began, where that is known. ``retransmits`` are TCP segments that the sites' kernels sent again from the
+    first call on, warm-up included.
     """
 
     collective: str
@@ -95,6 +100,9 @@ class Row:
     iterations: int
     start: str
     skew_s: float | None
+    retransmits: int | None = None
+    service: str = "best-effort"
+    cross_traffic: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +135,28 @@ class AuditResult:
 
 
 @dataclass(frozen=True, slots=True)
+class BenchLine:
+    """What the lab's lines saw of all rows of one transport on one network."""
+
+    transport: str
+    service: str
+    cross_traffic: float
+    use: LineUse
+
+
+@dataclass(frozen=True, slots=True)
 class BenchResult:
-    """The file of `detcoll bench --json`; ``audit`` is there for slotted runs in the lab."""
+    """The file of `detcoll bench --json`; ``audit`` is there for slotted runs in the lab, ``lines`` for all in it.
+
+    Of slotted runs on several networks the audit is the first that failed, or else the last.
+    """
 
     schema: str
     host: dict[str, str | int | None]
     rows: tuple[Row, ...]
     left_out: tuple[LeftOut, ...] = ()
     audit: AuditResult | None = None
+    lines: tuple[BenchLine, ...] = ()
 
 
 def require_writable(path: Path | None, name: str) -> None:
