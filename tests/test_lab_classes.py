@@ -180,6 +180,19 @@ class TestPolicing:
         assert shape_of(unit).segments == 2
         assert counted(wide, Service.DETERMINISTIC).policed_segments == 4
 
+    def test_what_came_while_nobody_looked_did_not_come_at_once(self) -> None:
+        wide = area(burst_bytes=3000)
+        for number in range(10):
+            wide.arrive(0, packet(600, EXPEDITED), number * 1000 * US)
+        wide.asleep_ns = 20 * MS
+        for _ in range(20):
+            wide.arrive(0, packet(600, EXPEDITED), 30_000 * US)
+        wide.asleep_ns = 0.0
+        assert counted(wide, Service.DETERMINISTIC).policed_segments == 0
+        for _ in range(20):
+            wide.arrive(0, packet(600, EXPEDITED), 50_000 * US)
+        assert counted(wide, Service.DETERMINISTIC).policed_segments == 15
+
     def test_the_burst_is_stated(self) -> None:
         assert Conditions(burst_bytes=5000).burst_for(1e8) == 5000
         assert Conditions().burst_for(1e8) == 500_000

@@ -100,6 +100,8 @@ class WideArea:
         self._heap: list[tuple[float, int, _Stage, Piece | int]] = []
         self._next_order: Callable[[], int] = count().__next__
         self.unroutable = 0
+        self.asleep_ns = 0.0
+        """For how long before now nobody could look for arrivals; a policer takes that into account."""
 
     @property
     def next_ns(self) -> float:
@@ -161,7 +163,7 @@ class WideArea:
         """Put a unit ahead of the best-effort queue of its uplink, as far as the policer lets it pass."""
         port, policer = path.up, path.policer
         assert policer is not None
-        taken, wire_bytes, tokens = shape.segments, shape.wire_bytes, policer.tokens(now_ns)
+        taken, wire_bytes, tokens = shape.segments, shape.wire_bytes, policer.tokens(now_ns, self.asleep_ns)
         if wire_bytes > tokens:
             taken, wire_bytes = _fitting(shape, tokens)
             path.policed += shape.segments - taken

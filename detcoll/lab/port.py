@@ -141,10 +141,14 @@ class Policer:
         self._tokens = float(burst_bytes)
         self._at_ns = 0
 
-    def tokens(self, now_ns: int) -> float:
-        """Return how many bytes may pass at ``now_ns``."""
+    def tokens(self, now_ns: int, asleep_ns: float = 0.0) -> float:
+        """Return how many bytes may pass at ``now_ns``, if nobody looked for the ``asleep_ns`` before.
+
+        What came meanwhile seems to come at once; the bucket does not overflow with what was gained in that time.
+        """
         gained = self._tokens + (now_ns - self._at_ns) * self._bytes_per_ns
-        self._tokens = gained if gained < self.burst_bytes else self.burst_bytes
+        most = self.burst_bytes + asleep_ns * self._bytes_per_ns
+        self._tokens = gained if gained < most else most
         self._at_ns = now_ns
         return self._tokens
 

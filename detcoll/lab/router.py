@@ -85,11 +85,15 @@ class _Router:
         arrive = area.arrive
         watched = [*self._tuns, *self._tenant_tuns, control, self._lab_process]
         while True:
-            next_ns = area.next_ns
+            next_ns = due_ns = area.next_ns
+            has_more = False
             if area.under_way <= _FEW_UNITS and area.is_urgent:
                 next_ns -= _AWAKE_NS
             timeout_s = None if next_ns == math.inf else max(0.0, (next_ns - monotonic_ns()) / 1e9)
-            for ready in wait(watched, (), (), timeout_s)[0]:
+            readable = wait(watched, (), (), timeout_s)[0]
+            # What came while the machine kept this process from waking up did not come at once.
+            area.asleep_ns = max(area.asleep_ns, monotonic_ns() - due_ns)
+            for ready in readable:
                 owner = site_of.get(ready)
                 if owner is None:
                     if ready == self._lab_process:
@@ -101,6 +105,9 @@ class _Router:
                 with suppress(BlockingIOError):
                     for _ in range(_BATCH_UNITS):
                         arrive(site, read(ready, _LARGEST_UNIT_BYTES), monotonic_ns(), is_tenant)
+                    has_more = True
+            if not has_more:
+                area.asleep_ns = 0.0
             if area.next_ns <= monotonic_ns():
                 self._hand_over()
 
