@@ -137,6 +137,22 @@ class TestPriority:
         assert wide.peaks()[0][0] <= 6000
         assert wide.peaks(Service.DETERMINISTIC)[0][0] <= 500 + MTU
 
+    def test_what_the_other_class_queues_takes_no_room_from_best_effort(self) -> None:
+        wide = area(queue_bytes=6000)
+        for mark in range(6):
+            wide.arrive(0, packet(1000, EXPEDITED, mark=mark), 0)
+        for mark in range(4):
+            wide.arrive(0, packet(1500, mark=100 + mark), 0)
+        assert len(drain(wide)) == 10
+        assert wide.peaks()[0][0] == wide.peaks(Service.DETERMINISTIC)[0][0] == 6000
+
+    def test_the_packet_on_a_downlink_is_not_held_up(self) -> None:
+        wide = area(3, 4e5)
+        wide.arrive(0, packet(1500, 0, 0, 2, 1), 0)
+        wide.arrive(1, packet(1500, 0, 1, 2, 2), 0)
+        wide.arrive(0, packet(100, EXPEDITED, 0, 2, 3), 2300 * US)
+        assert times(drain(wide)) == pytest.approx({1: 1500 * US, 2: 3000 * US, 3: 3100 * US})
+
     def test_two_deterministic_flows_meet_at_a_downlink_ahead_of_the_rest(self) -> None:
         wide = area(3, 4e5)
         for number in range(10):

@@ -450,6 +450,17 @@ def test_peer_that_fails_is_left_out(places: type[FakePlaces]) -> None:
         run_experiment(an_experiment(), lambda line: None)
 
 
+def test_slotted_may_fail_in_best_effort_beside_others_alone(places: type[FakePlaces]) -> None:
+    places.faults = {"slotted": "fails"}
+    busy = an_experiment(networks=parse_networks(("best-effort",), ("1.0",)))
+    result = run_experiment(busy, lambda line: None)
+    assert [run.name for run in result.runs] == ["single cluster", "gloo"]
+    assert result.left_out[-1].network == "best-effort, cross traffic 1"
+    reserved = an_experiment(networks=parse_networks(("deterministic",), ("1.0",)), topology=WIDE.with_reserved(6e7))
+    with pytest.raises(DetcollError, match="exit code 3"):
+        run_experiment(reserved, lambda line: None)
+
+
 def test_script_runs_under_every_setting(places: type[FakePlaces], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.touch()

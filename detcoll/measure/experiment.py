@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
-from detcoll.lab import Conditions, Lab, why_unavailable
+from detcoll.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.measure.aggregate import SINGLE_CLUSTER, WIDE_AREA, Round, ScriptRound, Setting, make_run, make_script_run
 from detcoll.measure.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
 from detcoll.measure.host import host_facts
@@ -112,7 +112,8 @@ def run_experiment(experiment: Experiment, say: Say) -> Measurement:
     UsageError, TransportUnavailable
         If something cannot be used or is missing; nothing was started.
     DetcollError
-        If the single cluster or the slotted run fails. Of the others a failure is kept in ``left_out``.
+        If the single cluster or the slotted run fails. Of the others, and in best effort beside others' traffic, a
+        failure is kept in ``left_out``.
     """
     experiment.validate()
     if (reason := why_unavailable()) is not None:
@@ -153,7 +154,7 @@ class _Session:
             else:
                 self._run_workload(setting, number, self.experiment.workload)
         except DetcollError as error:
-            if setting.transport not in self.experiment.against:
+            if not _may_fail(setting):
                 raise
             self.failed[setting] = LeftOut(setting.transport, f"it failed: {error}", setting.network.label)
             say(f"{setting.name} failed and is left out: {error}")
@@ -241,6 +242,12 @@ class _Session:
         topology = setting.network.topology(self.experiment.topology)
         lines = self.lines.get(setting, ())
         return make_run(setting, self.rounds[setting], topology, baseline, arithmetic_s, lines)
+
+
+def _may_fail(setting: Setting) -> bool:
+    """Tell whether the others are worth measuring without: peers, and whoever shares a full line in best effort."""
+    is_crowded = setting.network.service is Service.BEST_EFFORT and setting.network.cross_traffic > 0
+    return setting.transport not in (CLUSTER_TRANSPORT, SLOTTED) or is_crowded
 
 
 def digests_equal(runs: Sequence[Run]) -> bool:
