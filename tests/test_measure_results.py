@@ -391,6 +391,7 @@ def test_one_slotted_run_with_other_bits_is_enough() -> None:
     fine, other = (make_run(SLOTTED, rounds(digest=digest), WIDE, same, None) for digest in ("same", "other"))
     assert experiment.digests_equal([same, fine, fine]) is True
     assert experiment.digests_equal([same, fine, other, fine]) is False
+    assert experiment.digests_equal([same]) is None
 
 
 def test_digits_go_on_in_the_next_round(places: type[FakePlaces]) -> None:

@@ -250,10 +250,11 @@ def _may_fail(setting: Setting) -> bool:
     return setting.transport not in (CLUSTER_TRANSPORT, SLOTTED) or is_crowded
 
 
-def digests_equal(runs: Sequence[Run]) -> bool:
-    """Tell whether the slotted runs across sites all have the digest of the single cluster."""
+def digests_equal(runs: Sequence[Run]) -> bool | None:
+    """Tell whether the slotted runs across sites all have the digest of the single cluster; None where there is none."""
     wanted = next(run.result_digest for run in runs if run.transport == CLUSTER_TRANSPORT)
-    return wanted is not None and all(run.result_digest == wanted for run in runs if run.transport == SLOTTED)
+    slotted = [run.result_digest for run in runs if run.transport == SLOTTED]
+    return wanted is not None and all(digest == wanted for digest in slotted) if slotted else None
 
 
 def _digits_path(directory: Path) -> Path:

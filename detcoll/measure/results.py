@@ -60,8 +60,8 @@ class LeftOut:
 class Measurement:
     """The file of `detcoll measure --json`.
 
-    ``digests_equal`` : whether the slotted run across sites gave the bits of the single-cluster run; None where the
-    workload has no digest.
+    ``digests_equal`` : whether every slotted run across sites gave the bits of the single-cluster run; None where the
+    workload has no digest or there is no such run.
     """
 
     schema: str
