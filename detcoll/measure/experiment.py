@@ -251,7 +251,7 @@ def _may_fail(setting: Setting) -> bool:
 
 
 def digests_equal(runs: Sequence[Run]) -> bool | None:
-    """Tell whether the slotted runs across sites all have the digest of the single cluster; None where there is none."""
+    """Tell whether all slotted runs across sites have the digest of the single cluster; None where there is none."""
     wanted = next(run.result_digest for run in runs if run.transport == CLUSTER_TRANSPORT)
     slotted = [run.result_digest for run in runs if run.transport == SLOTTED]
     return wanted is not None and all(digest == wanted for digest in slotted) if slotted else None
