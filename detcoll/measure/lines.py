@@ -16,7 +16,8 @@ from detcoll.measure.kernel import parse_retransmits
 class CoTenant:
     """Round trips of somebody else's small best-effort packets on the same lines, in seconds.
 
-    ``answered`` of ``sent`` came back; ``sent`` counts the whole run, the times only what left while it was measured.
+    ``answered`` of ``sent`` came back, from the lab's opening on. The times are of what left while iterations were
+    measured; of scripts and of `detcoll bench`, which do not say when that was, of all.
     """
 
     median_s: float
