@@ -167,7 +167,7 @@ class _Opener:
         return frozenset(other for other in site.ranks if other != rank and self.facts[other].host == host)
 
     def _open_one(self, transport: Transport) -> Endpoint:
-        job = self.settings.options | _warm_up(self.topology, self.rank, self.settings.slotting)
+        job = self.settings.options | _warm_up(self.topology.granted, self.rank, self.settings.slotting)
         options = {name: value for name, value in job.items() if name in transport.options}
         return self._on_all(
             f"open {transport.name}",

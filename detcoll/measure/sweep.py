@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from detcoll.errors import UsageError
 from detcoll.measure.consumption import Meter
+from detcoll.measure.kernel import NetworkCounts, network_counts
 from detcoll.measure.results import Row
 from detcoll.measure.start import CallTimes, Starter, combine
 from detcoll.measure.statistics import tails
@@ -88,7 +89,10 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
     rows = []
     for collective, nbytes in sweep.points():
         case = _Case(comm, collective, nbytes, sweep)
-        row = _row(comm, sweep, case, *_time_calls(comm, start, case, sweep), start.kind)
+        before = network_counts()
+        times, cost = _time_calls(comm, start, case, sweep)
+        again = _retransmits(comm, network_counts().since(before))
+        row = _row(comm, sweep, case, times, cost, start.kind, again)
         rows.append(row)
         if on_row is not None:
             on_row(row)
@@ -189,7 +193,20 @@ def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | N
     return None if None in each else float(np.median(each))
 
 
-def _row(comm: Any, sweep: Sweep, case: _Case, times: CallTimes, cost: _Cost, kind: str) -> Row:
+def _retransmits(comm: Any, counts: NetworkCounts) -> int | None:
+    """Return what the kernels of all sites sent again, which the first rank of each tells; all ranks call it."""
+    if not comm.topology.is_wide:
+        return None
+    is_first = comm.topology.sites[comm.topology.site_of(comm.rank)].ranks[0] == comm.rank
+    known = counts.retransmits is not None
+    total = np.array([counts.retransmits if is_first and known else 0, 0 if known else 1], np.int64)
+    comm.all_reduce(total, op="sum")
+    return None if total[1] else int(total[0])
+
+
+def _row(
+    comm: Any, sweep: Sweep, case: _Case, times: CallTimes, cost: _Cost, kind: str, retransmits: int | None
+) -> Row:  # fmt: skip
     seen = tails(times.calls_s)
     has_size = case.collective != "barrier"
     bound_s = comm.bound(case.collective, case.nbytes) if has_size else None
@@ -218,4 +235,5 @@ def _row(comm: Any, sweep: Sweep, case: _Case, times: CallTimes, cost: _Cost, ki
         slot_trims=cost.late_windows[1] if cost.late_windows else None,
         cpu_s_per_gb=cost.processor_s / (case.nbytes * comm.size / GB) if has_size else None,
         extra_memory_bytes=cost.extra_bytes,
+        retransmits=retransmits,
     )
