@@ -74,42 +74,54 @@ class _Router:
         self._site_of = {tun: (site, False) for site, tun in enumerate(self._tuns)}
         self._site_of |= {tun: (site, True) for site, tun in enumerate(self._tenant_tuns)}
         self._lab_process = lab_process
-        self._started_ns = time.monotonic_ns()
+        self._started_ns = self._looked_ns = time.monotonic_ns()
+        self._has_more = False
         self._handed_over = self._refused = 0
         self._late_sum_ns = self._late_peak_ns = 0.0
 
     def forward(self) -> bool:
         """Forward until the lab says goodbye (True) or is gone (False)."""
         area, site_of, control = self._area, self._site_of, self._control.fileno()
-        read, monotonic_ns, wait = os.read, time.monotonic_ns, select.select
-        arrive = area.arrive
+        monotonic_ns, wait = time.monotonic_ns, select.select
         watched = [*self._tuns, *self._tenant_tuns, control, self._lab_process]
         while True:
             next_ns = due_ns = area.next_ns
-            has_more = False
             if area.under_way <= _FEW_UNITS and area.is_urgent:
                 next_ns -= _AWAKE_NS
             timeout_s = None if next_ns == math.inf else max(0.0, (next_ns - monotonic_ns()) / 1e9)
+            began_ns = monotonic_ns()
             readable = wait(watched, (), (), timeout_s)[0]
-            # What came while the machine kept this process from waking up did not come at once.
-            area.asleep_ns = max(area.asleep_ns, monotonic_ns() - due_ns)
+            self._look(began_ns, due_ns)
             for ready in readable:
                 owner = site_of.get(ready)
-                if owner is None:
-                    if ready == self._lab_process:
-                        return False
-                    if (goodbye := self._answer()) is not None:
-                        return goodbye
-                    continue
-                site, is_tenant = owner
-                with suppress(BlockingIOError):
-                    for _ in range(_BATCH_UNITS):
-                        arrive(site, read(ready, _LARGEST_UNIT_BYTES), monotonic_ns(), is_tenant)
-                    has_more = True
-            if not has_more:
-                area.asleep_ns = 0.0
+                if owner is not None:
+                    self._read(ready, *owner)
+                elif ready == self._lab_process:
+                    return False
+                elif (goodbye := self._answer()) is not None:
+                    return goodbye
             if area.next_ns <= monotonic_ns():
                 self._hand_over()
+
+    def _look(self, began_ns: int, due_ns: float) -> None:
+        """Note for how long nobody looked for arrivals before now: while at work, and past the time to wake up."""
+        now_ns = time.monotonic_ns()
+        asleep_ns = began_ns - self._looked_ns + max(0.0, now_ns - due_ns)
+        # What is left in a device since the time before may have come in that.
+        self._area.asleep_ns = max(self._area.asleep_ns, asleep_ns) if self._has_more else asleep_ns
+        self._looked_ns, self._has_more = now_ns, False
+
+    def _read(self, tun: int, site: int, is_tenant: bool) -> None:
+        """Take what waits at a device, up to a batch."""
+        area, read, monotonic_ns = self._area, os.read, time.monotonic_ns
+        with suppress(BlockingIOError):
+            for _ in range(_BATCH_UNITS):
+                unit = read(tun, _LARGEST_UNIT_BYTES)
+                now_ns = monotonic_ns()
+                if now_ns - self._looked_ns > area.asleep_ns:
+                    area.asleep_ns = now_ns - self._looked_ns
+                area.arrive(site, unit, now_ns, is_tenant)
+            self._has_more = True
 
     def _hand_over(self) -> None:
         """Write what is due to the devices of its destinations."""

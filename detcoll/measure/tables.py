@@ -15,7 +15,7 @@ from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration
 
 NONE = "-"
-PIPE_WIDTH = 160
+PIPE_WIDTH = 180
 LARGEST_ARITHMETIC_RATIO = 1.01
 LARGEST_UNEVENNESS = 1.5
 
