@@ -15,11 +15,12 @@ from detcoll.runtime import Descriptor, Operation, Progress, Routes, Timekeeper,
 from detcoll.testing.fake_clock import VirtualTime
 from detcoll.testing.plans import sites_of
 from detcoll.trace import Trace
-from detcoll.transport import Ticket, TicketKind
+from detcoll.transport import Ticket, TicketKind, TicketStatus
 from detcoll.types import ReduceOp
 
 FOLD_NS = 60_000
-ELEMS, CHUNK_ELEMS = 30_000, 10_000
+CHUNK_ELEMS = 10_000
+TWO = sites_of([1, 1])
 
 
 class Noted:
@@ -28,6 +29,7 @@ class Noted:
     def __init__(self, time: VirtualTime) -> None:
         self.time = time
         self.sent: list[tuple[int, int]] = []
+        self.posted: list[Ticket] = []
 
     def fileno(self) -> None:
         return None
@@ -36,7 +38,11 @@ class Noted:
         pass
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
-        return Ticket(TicketKind.RECV, src, tag, nbytes)
+        self.posted.append(Ticket(TicketKind.RECV, src, tag, nbytes))
+        return self.posted[-1]
+
+    def poll(self, deadline_ns: int) -> list[Ticket]:
+        return []
 
     def send(self, dst: int, tag: int, view: memoryview, window: object = None) -> Ticket:
         if view.nbytes == CHUNK_ELEMS * 4:
@@ -58,30 +64,55 @@ def descriptor():
     os.close(number)
 
 
-def test_what_a_fold_makes_ready_leaves_before_the_next_fold(monkeypatch, descriptor: int) -> None:
-    time = VirtualTime(1_000_000)
+@pytest.fixture
+def time(monkeypatch) -> VirtualTime:
+    virtual = VirtualTime(1_000_000)
     fold = progress.fold
 
     def slow_fold(*arguments: Any) -> None:
-        time.advance(FOLD_NS)
+        virtual.advance(FOLD_NS)
         fold(*arguments)
 
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic_ns=time.now_ns))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic_ns=virtual.now_ns))
     monkeypatch.setattr(progress, "fold", slow_fold)
-    topology, endpoint = sites_of([1, 1]), Noted(time)
-    calendar = build_calendar(topology)
-    routes: Any = Routes({1: endpoint}, [0, 1], frozenset({1}))
+    return virtual
+
+
+@pytest.fixture
+def thread(time: VirtualTime, descriptor: int):
+    routes: Any = Routes({1: Noted(time)}, [0, 1], frozenset({1}))
     membership: Any = SimpleNamespace(fileno=lambda: descriptor)
     keeper = Timekeeper(0, [0], ["clock", "clock"], routes.endpoint_of)
-    thread = Unthreaded(0, 2, routes, Slots(calendar, 0, 0), keeper, membership, Trace(0, 0))
-    try:
-        collective = Collective("all_reduce", ELEMS, 4, 4)
-        plan = compile_plan(collective, topology, 0, "exchange", ChunkSize(CHUNK_ELEMS, 4))
-        called = Descriptor(0, "all_reduce", "sum", "float32", ELEMS, 0)
-        operation = Operation(called, plan, np.ones(ELEMS, np.float32), ReduceOp.SUM, Work("sum"), 10**12, 0)
-        thread._start(operation)
-        began_ns = time.now_ns()
-        thread._do_busywork()
-        assert [sent_ns - began_ns for sent_ns, _ in endpoint.sent] == [FOLD_NS, 2 * FOLD_NS, 3 * FOLD_NS]
-    finally:
-        thread.close()
+    slots: Any = Slots(build_calendar(TWO), 0, 0)
+    made = Unthreaded(0, 2, routes, slots, keeper, membership, Trace(0, 0))
+    yield made
+    made.close()
+
+
+def sum_of(elems: int) -> Operation:
+    plan = compile_plan(Collective("all_reduce", elems, 4, 4), TWO, 0, "exchange", ChunkSize(CHUNK_ELEMS, 4))
+    called = Descriptor(0, "all_reduce", "sum", "float32", elems, 0)
+    return Operation(called, plan, np.ones(elems, np.float32), ReduceOp.SUM, Work("sum"), 10**12, 0)
+
+
+def test_what_a_fold_makes_ready_leaves_before_the_next_fold(time: VirtualTime, thread: Unthreaded) -> None:
+    thread._start(sum_of(3 * CHUNK_ELEMS))
+    began_ns = time.now_ns()
+    thread._do_busywork()
+    sent = [sent_ns - began_ns for sent_ns, _ in thread._endpoints[0].sent]
+    assert sent == [FOLD_NS, 2 * FOLD_NS, 3 * FOLD_NS]
+
+
+def test_what_ends_with_a_fold_ends_before_the_thread_waits(monkeypatch, thread: Unthreaded) -> None:
+    operation, ended = sum_of(CHUNK_ELEMS), []
+    monkeypatch.setattr(thread, "_wait", lambda now_ns: ended.append(operation.work.done()))
+    thread.submit(operation)
+    thread._turn()
+    hello, sums = thread._endpoints[0].posted
+    hello.view, sums.view = memoryview(operation.descriptor.encode()), memoryview(np.ones(CHUNK_ELEMS, np.float32))
+    for ticket in (hello, sums):
+        ticket.status = TicketStatus.DONE
+        thread._take(ticket, [])
+    thread._turn()
+    assert ended == [False, True]
+    assert (operation.array == 2).all()

@@ -243,8 +243,8 @@ class Progress:
             self._room.release()
             self._active.append(operation)
             self._start(operation)
-        self._retire()  # with one rank, or nothing to move, an operation ends as it starts
         self._do_busywork()
+        self._retire()  # what ends with a fold, or as it starts, must not wait until something else happens
         self._greet_others()
         now_ns = time.monotonic_ns()
         self._timekeeper.turn(now_ns)
