@@ -383,7 +383,7 @@ def test_results_must_have_a_place(tmp_path: Path) -> None:
         (["--service", "perfect"], "service='perfect' is not known"),
         (["--cross-traffic", "0,1.0"], "cross_traffic=1.0 is not available in this version"),
         (["--cross-traffic", "much"], "cross_traffic='much'"),
-        (["--report", "out"], "not available in this version"),
+        (["--report", __file__], "expected a folder"),
         (["--json", "/no/such/directory/x.json"], "no directory"),
         (["--against", "pigeon"], "against='pigeon'"),
         (["--against", "shm"], "against='shm' joins ranks of one host only"),

@@ -18,7 +18,7 @@ LARGEST_POINTS = 400
 LOG_FROM = 4.0
 """Values that lie further apart than this factor are set on a logarithmic scale, on which equal ratios look equal."""
 
-_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
+_DASHES = ("2 4", "", "7 3", "9 3 2 3", "12 4", "4 2")
 _MARKERS = ("circle", "square", "diamond", "up", "down", "cross")
 
 Format = Callable[[float], str]
@@ -78,7 +78,7 @@ def bar_chart(
         A value to be marked by a line through all bars, with ``mark_label`` above it.
     """
     narrow = width < NARROW_BELOW
-    room = max((text_width(bar.shown) for bar in bars), default=0.0) + 14
+    room = max((text_width(bar.shown) for bar in bars), default=0.0) + 26
     left = 0.0 if narrow else min(max((text_width(bar.label) for bar in bars), default=0.0) + 14, 0.34 * width)
     pitch = BAR_PITCH + (LABEL_ABOVE if narrow else 0.0)
     top = 22.0 if mark is not None else 4.0
@@ -88,12 +88,12 @@ def bar_chart(
     parts: list[Element | None] = []
     for tick in axis.ticks or place.ticks(5 if narrow else 8):
         parts.append(line(place(tick), top, place(tick), bottom, "rule"))
-        parts.append(_tick_words(place(tick), bottom + 16, axis.shown(tick), left, width))
+        parts.append(_tick_words(place(tick), bottom + 16, axis.shown(tick), width))
     for index, bar in enumerate(bars):
         parts += _bar(bar, place, top + pitch * index, width, left, narrow)
     if mark is not None:
         parts.append(line(place(mark), top - 4, place(mark), bottom, "mark dashed"))
-        parts.append(_tick_words(place(mark), 12, mark_label, left, width))
+        parts.append(_tick_words(place(mark), 12, mark_label, width))
     parts.append(words(left, bottom + 32, axis.label, "muted small"))
     told = "; ".join(f"{bar.label}: {bar.shown}" for bar in bars)
     return picture(width, bottom + 38, title, told, *parts)
@@ -114,14 +114,15 @@ def _bar(bar: Bar, place: Scale, top: float, width: float, left: float, narrow: 
 
 
 def _whisker(low: float, high: float, y: float) -> list[Element]:
-    ends = [line(x, y - 5, x, y + 5, "whisker") for x in (low, high)]
-    return [line(low, y, high, y, "whisker"), *ends]
+    """Return a spread: what it crosses is cut out around it, so that it is seen on a bar of any colour."""
+    strokes = [(low, y, high, y), *((x, y - 5, x, y + 5) for x in (low, high))]
+    return [line(*stroke, kind) for kind in ("halo", "whisker") for stroke in strokes]
 
 
-def _tick_words(x: float, y: float, text: str, left: float, right: float) -> Element:
+def _tick_words(x: float, y: float, text: str, right: float) -> Element:
     """Return a tick's label, kept inside the picture."""
     half = text_width(text, 11.5) / 2
-    anchor = "start" if x - half < left - 20 and x - half < 0 else "end" if x + half > right else "middle"
+    anchor = "start" if x - half < 0 else "end" if x + half > right else "middle"
     return words(x, y, text, "muted small number", anchor)
 
 
@@ -144,8 +145,8 @@ def curve_chart(curves: Sequence[Curve], x_axis: Axis, y_axis: Axis, title: str,
     """
     legend, top = _legend(curves, width)
     y = _y_scale(curves, y_axis, top + 22, top + 22 + CURVE_HEIGHT)
-    ticks = y_axis.ticks or tuple(y.ticks(6))
-    left = max(text_width(y_axis.shown(tick), 11.5) for tick in ticks) + 10 if ticks else 10.0
+    ticks = y_axis.ticks or tuple(y.ticks(7))
+    left = max((text_width(y_axis.shown(tick), 11.5) for tick in ticks), default=0.0) + 16
     every_x = [x for curve in curves for x, _ in curve.points] + list(x_axis.includes)
     is_log = x_axis.may_be_log and 0 < LOG_FROM * min(every_x) < max(every_x)
     x = Scale(min(every_x), max(every_x), left + 8, width - 12, is_log)
@@ -156,7 +157,7 @@ def curve_chart(curves: Sequence[Curve], x_axis: Axis, y_axis: Axis, title: str,
         parts.append(words(left - 8, y(tick) + 4, y_axis.shown(tick), "muted small number", "end"))
     for tick in x_axis.ticks or x.ticks(4 if width < NARROW_BELOW else 9):
         parts.append(line(x(tick), bottom, x(tick), bottom + 4, "axis"))
-        parts.append(_tick_words(x(tick), bottom + 17, x_axis.shown(tick), left, width))
+        parts.append(_tick_words(x(tick), bottom + 17, x_axis.shown(tick), width))
     parts.append(line(left, bottom, width, bottom, "axis"))
     parts += [node for curve in curves for node in _curve(curve, x, y)]
     parts.append(words(width, bottom + 33, x_axis.label, "muted small", "end"))

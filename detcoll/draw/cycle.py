@@ -79,8 +79,10 @@ def _cycle(cycle_ns: int, windows: _Windows, names: Sequence[str], one_way_ns: O
         for rank in ranks[:1] if shared else ranks:
             label = name_of(names, site) if shared else f"{name_of(names, site)}, rank {rank}"
             spans = windows[site, rank] or ((0, cycle_ns, -1),)
+            is_open = spans == ((0, cycle_ns, -1),)
             blocks = tuple(
-                Block(start, end, _goal(dst, names), 1 + (site if dst < 0 else dst)) for start, end, dst in spans
+                Block(start, end, "open at all times" if is_open else _goal(dst, names), 1 + (site if dst < 0 else dst))
+                for start, end, dst in spans
             )
             departures.append(CycleRow(label, blocks))
             if one_way_ns is None or not shared:

@@ -151,7 +151,7 @@ def _scale_bar(x: Scale, places: Sequence[Place], height: float) -> list[Element
     souths = [place.latitude for place in places]
     shrink = max(math.cos(math.radians((min(souths) + max(souths)) / 2)), 0.05)
     km_per_pixel = KM_PER_DEGREE * shrink * (x.high - x.low) / (x.end - x.begin)
-    length_km = linear_ticks(0.0, 0.25 * (x.end - x.begin) * km_per_pixel, 2)[-1]
+    length_km = linear_ticks(0.0, 0.25 * (x.end - x.begin) * km_per_pixel, 4)[-1]
     end, y = x.end + MARGIN - 6, height - 26
     begin = end - length_km / km_per_pixel
     label = words((begin + end) / 2, y - 6, f"{length_km:,.0f} km", "small halo", "middle")

@@ -42,13 +42,14 @@ STYLE = (
 .picture .small{font-size:11.5px}
 .picture .strong{font-weight:600}
 .picture .number{font-variant-numeric:tabular-nums}
-.picture .halo{paint-order:stroke;stroke:var(--surface);stroke-width:4px;stroke-linejoin:round}
+.picture text.halo{paint-order:stroke;stroke:var(--surface);stroke-width:4px;stroke-linejoin:round}
 .picture .inside{fill:var(--surface);font-size:11.5px;font-weight:600}
 .rule{stroke:var(--rule);stroke-width:1}
 .axis{stroke:var(--muted);stroke-width:1}
 .mark{stroke:var(--text);stroke-width:1.5}
 .dashed{stroke-dasharray:5 4}
 .dotted{stroke-dasharray:2 3}
+line.halo{stroke:var(--surface);stroke-width:4}
 .whisker{stroke:var(--text);stroke-width:1.5}
 .track{fill:var(--rule);opacity:.45}
 .lane{fill:var(--rule);opacity:.3}

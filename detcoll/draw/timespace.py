@@ -209,8 +209,10 @@ def _draw_miss(canvas: _Canvas, begin_ns: int, end_ns: int, y: float) -> None:
 
 
 def _draw_calls(trace: RankTrace, span: Span, y: float, canvas: _Canvas) -> None:
-    """Mark when a call was due by its prediction, and when it had ended."""
+    """Mark when a call that began within the span was due by its prediction, and when it had ended."""
     for call in trace.collectives:
+        if call.called_ns + trace.offset_ns < span.begin_ns:
+            continue
         for time_ns, kind in ((call.predicted_end_ns, "mark dotted"), (call.ended_ns, "mark")):
             if time_ns is not None and span.begin_ns <= time_ns + trace.offset_ns <= span.end_ns:
                 x = canvas.at(time_ns + trace.offset_ns)
@@ -235,7 +237,7 @@ def _draw_ways(flows: Sequence[_Flow], lanes: Sequence[float], canvas: _Canvas, 
 
 def _way(canvas: _Canvas, flow: _Flow, send: TracedSend, delay_ns: int, y1: float, y2: float) -> Element:
     times = [time_ns + flow.trace.offset_ns for time_ns in (send.started_ns, send.left_ns)]
-    (a, b), (c, d) = ((canvas.at(at + add_ns) for at in times) for add_ns in (0, delay_ns))
+    (a, b), (c, d) = ([canvas.at(at + add_ns) for at in times] for add_ns in (0, delay_ns))
     points = f"{a:.2f},{y1:.2f} {b:.2f},{y1:.2f} {d:.2f},{y2:.2f} {c:.2f},{y2:.2f}"
     return element("polygon", {"points": points, "class": f"wedge {series_class(1 + flow.trace.site)}"})
 

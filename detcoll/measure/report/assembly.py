@@ -21,7 +21,7 @@ from detcoll.quantities import format_bytes, format_rate
 _FACTS = (
     ("cpu", "processor"), ("cores", "cores"), ("kernel", "Linux"), ("python", "Python"), ("detcoll", "detcoll"),
     ("numpy", "NumPy"), ("pyzmq", "pyzmq"), ("libzmq", "libzmq"), ("torch", "torch"), ("mpi4py", "mpi4py"),
-    ("mpi", "MPI"), ("congestion_control", "the kernel's congestion control"),
+    ("mpi", "MPI"), ("congestion_control", "congestion control"),
 )  # fmt: skip
 
 
@@ -83,7 +83,9 @@ def _setup(result: ReportedResult) -> str:
     if told.get("compute_s"):
         parts.append(f"{time_text(told['compute_s'])} of computing")
     if told.get("sites"):
-        parts.append(f"{told['sites']} sites" + (f" of {told['ranks_per_site']}" if told.get("ranks_per_site") else ""))
+        parts.append(
+            f"{told['sites']} sites" + (f" of {told['ranks_per_site']} ranks" if told.get("ranks_per_site") else "")
+        )
     parts += _lines(told.get("uplink_bytes_per_s"), told.get("round_trip_s"))
     if result.rows:
         row = result.rows[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from detcoll.draw import Axis
 from detcoll.draw.scale import percent, time_text
 from detcoll.measure.report.reported import ReportedResult
 
@@ -12,10 +13,19 @@ NOTHING = "\N{EN DASH}"
 
 TO = "\N{EN DASH}"
 
+SLOTTED = "slotted"
+"""The transport that a report is about, where it is among others."""
+
 
 def series_of(names: Sequence[str]) -> dict[str, int]:
     """Return a series for each name in order of appearance, from 1: 0 is the grey of the baseline."""
     return {name: 1 + index for index, name in enumerate(dict.fromkeys(names))}
+
+
+def traffic_axis(offered: Collection[float]) -> Axis:
+    """Return the axis of what others offer; ``offered`` are the shares of the line that were tried."""
+    ticks = tuple(sorted(offered)) if len(offered) <= 8 else None
+    return Axis("what others offer, share of the line", lambda value: percent(value, 0), ticks=ticks)
 
 
 def remarks(result: ReportedResult) -> list[str]:
@@ -25,7 +35,8 @@ def remarks(result: ReportedResult) -> list[str]:
     ]
     if result.digests_equal is False:
         lines.append("the slotted run across sites did not give the bits of the single cluster")
-    accuracies = [f"{run.name} {percent(run.accuracy)}" for run in result.runs if run.accuracy is not None]
+    told = (f"{run.name} {percent(run.accuracy)}" for run in result.runs if run.accuracy is not None)
+    accuracies = list(dict.fromkeys(told))
     if accuracies:
         lines.append(f"accuracy on held-out data: {', '.join(accuracies)}")
     if result.audit is not None:
@@ -46,6 +57,13 @@ def time_cell(seconds: float | None) -> str:
 def share_cell(value: float | None) -> str:
     """Return a share that may not be known."""
     return NOTHING if value is None else percent(value)
+
+
+def range_cell(low_s: float | None, high_s: float | None) -> str:
+    """Return a range of times, with one unit where both have the same."""
+    low, high = time_cell(low_s), time_cell(high_s)
+    figure, _, unit = low.partition("\N{NO-BREAK SPACE}")
+    return f"{figure if high.endswith(unit) else low} {TO} {high}"
 
 
 def count_cell(value: int | None) -> str:

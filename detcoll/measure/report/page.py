@@ -32,7 +32,7 @@ p{margin:0 0 .8rem;max-width:46rem}
 section{margin-top:1.25rem;padding:1.4rem 1.5rem 1.5rem;background:var(--surface);border:1px solid var(--rule);
 border-radius:10px}
 section>p{color:var(--muted);font-size:.9375rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:.75rem;margin:1.5rem 0 0;padding:0;
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:.75rem;margin:1.5rem 0 0;padding:0;
 list-style:none}
 .tiles li{padding:.9rem 1.1rem;background:var(--surface);border:1px solid var(--rule);border-radius:10px}
 .tiles .figure{display:block;font-size:1.75rem;font-weight:650;line-height:1.2;letter-spacing:-.02em;
@@ -42,12 +42,12 @@ figure{margin:1rem 0 0}
 .narrow{display:none;max-width:520px}
 .scroll{overflow-x:auto;margin-top:.8rem}
 .scroll:focus-visible{outline:2px solid var(--s1);outline-offset:2px}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;min-width:100%}
+table{border-collapse:collapse;font-size:.8125rem;font-variant-numeric:tabular-nums;min-width:100%}
 caption{text-align:left;color:var(--muted);padding-bottom:.4rem}
-th,td{padding:.42rem .9rem .42rem 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule);
+th,td{padding:.42rem 0 .42rem 1rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule);
 font-weight:400}
-thead th{color:var(--muted);vertical-align:bottom}
-th:first-child,td:first-child{text-align:left}
+thead th{color:var(--muted);vertical-align:bottom;white-space:normal}
+th:first-child,td:first-child{text-align:left;padding-left:0}
 tbody th{font-weight:600}
 .notes{margin:.9rem 0 0;padding-left:1.1rem;font-size:.9375rem}
 code{display:block;overflow-x:auto;padding:.7rem .9rem;background:var(--page);border:1px solid var(--rule);

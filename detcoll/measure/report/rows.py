@@ -10,20 +10,35 @@ from xml.etree.ElementTree import Element
 
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text, time_unit
-from detcoll.measure.report.cells import NOTHING, TO, count_cell, remarks, series_of, share_cell, time_cell
+from detcoll.measure.report.cells import (
+    NOTHING,
+    SLOTTED,
+    TO,
+    count_cell,
+    range_cell,
+    remarks,
+    series_of,
+    share_cell,
+    time_cell,
+    traffic_axis,
+)
 from detcoll.measure.report.page import figure, heading, notes, section, table, tile
 from detcoll.measure.report.reported import ReportedResult, ReportedRow
 from detcoll.quantities import format_bytes
+
+CROSS = "Share of the physical floor against others' traffic"
 
 
 def row_headline(result: ReportedResult) -> str | None:
     """Return what a sweep found, in a sentence; None where it is empty."""
     known = [row for row in result.rows if row.fraction_of_bound is not None]
-    if known:
-        best = max(known, key=lambda row: row.fraction_of_bound or 0.0)
-        share = percent(best.fraction_of_bound or 0.0, 0)
-        return f"{best.transport} takes {_called(best)} of {format_bytes(best.bytes)} at {share} of the physical floor"
-    return f"Times of {len(result.rows)} collectives" if result.rows else None
+    if not known:
+        return f"Times of {len(result.rows)} calls of collectives" if result.rows else None
+    best = max(known, key=lambda row: (row.transport == SLOTTED, row.fraction_of_bound))
+    share = percent(best.fraction_of_bound or 0.0, 0)
+    hedge = ", at best" if len(known) > 1 else ""
+    what = f"{_called(best).capitalize()} of {format_bytes(best.bytes)} over {best.transport}"
+    return f"{what} reaches {share} of what the lines allow{hedge}"
 
 
 def _called(row: ReportedRow) -> str:
@@ -44,12 +59,13 @@ def row_tiles(result: ReportedResult) -> list[Element]:
 
 def row_sections(result: ReportedResult) -> list[Element]:
     """Return the pictures of a sweep and the table of all its figures."""
-    sections = [_bounds(result), _sizes(result), _row_table(result)]
+    sections = [_bounds(result), _cross_traffic(result), _sizes(result), _row_table(result)]
     return [each for each in sections if each is not None]
 
 
 def _row_label(row: ReportedRow, has_networks: bool) -> str:
-    return f"{row.transport}, {row.service}, {percent(row.cross_traffic, 0)}" if has_networks else row.transport
+    others = f"others {percent(row.cross_traffic, 0)}"
+    return f"{row.transport}, {row.service}, {others}" if has_networks else row.transport
 
 
 def _has_networks(rows: Sequence[ReportedRow]) -> bool:
@@ -73,6 +89,24 @@ def _bounds(result: ReportedResult) -> Element | None:
         "and the fastest call."
     )
     return section("Share of the physical floor", told, *parts)
+
+
+def _cross_traffic(result: ReportedResult) -> Element | None:
+    """Return the share of the floor against what others offer, where rows met several amounts of that."""
+    rows = [row for row in result.rows if row.fraction_of_bound is not None]
+    curves: list[Curve] = []
+    for key in dict.fromkeys((row.collective, row.bytes, row.transport, row.service) for row in rows):
+        same = [row for row in rows if (row.collective, row.bytes, row.transport, row.service) == key]
+        points = tuple(sorted((row.cross_traffic, row.fraction_of_bound or 0.0) for row in same))
+        if len({share for share, _ in points}) > 1:
+            label = f"{_called(same[0])} {format_bytes(same[0].bytes)}, {same[0].transport}, {same[0].service}"
+            curves.append(Curve(label, points, 1 + len(curves), has_markers=True))
+    if not curves:
+        return None
+    shares = {share for curve in curves for share, _ in curve.points}
+    y = Axis("share of the physical floor", lambda value: percent(value, 0), includes=(0.0, 1.0))
+    told = "The same while others send on the same lines. A flat curve is what a reservation is for."
+    return section("Under cross traffic", told, figure(partial(curve_chart, curves, traffic_axis(shares), y, CROSS)))
 
 
 def _bound_bar(row: ReportedRow, series: dict[str, int], many: bool) -> Bar:
@@ -109,7 +143,7 @@ def _size_figure(curves: Sequence[Curve], sizes: tuple[float, ...], collective: 
     unit, size = time_unit(median(value for curve in curves for _, value in curve.points))
     x = Axis("size", format_bytes, ticks=sizes[:: -(-len(sizes) // 6)], may_be_log=True)
     y = Axis(f"time, {unit}", lambda value: plain(value / size), may_be_log=True)
-    return figure(lambda width: curve_chart(curves, x, y, f"Time of {collective} over its size", width))
+    return figure(partial(curve_chart, curves, x, y, f"Time of {collective} over its size"))
 
 
 def _row_table(result: ReportedResult) -> Element:
@@ -120,7 +154,7 @@ def _row_table(result: ReportedResult) -> Element:
         (
             _called(row), format_bytes(row.bytes), _row_label(row, many), row.algorithm or NOTHING,
             time_text(row.median_s),
-            f"{time_cell(row.min_s)} {TO} {time_cell(row.max_s)}", time_cell(row.p99_s), time_cell(row.bound_s),
+            range_cell(row.min_s, row.max_s), time_cell(row.p99_s), time_cell(row.bound_s),
             share_cell(row.fraction_of_bound), time_cell(row.predicted_s),
             NOTHING if row.prediction_error is None else f"{row.prediction_error:+.1%}", count_cell(row.iterations),
         )

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from xml.etree.ElementTree import Element
 
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text, time_unit
-from detcoll.measure.report.cells import NOTHING, TO, count_cell, remarks, series_of, share_cell, time_cell
+from detcoll.measure.report.cells import (
+    NOTHING,
+    SLOTTED,
+    TO,
+    count_cell,
+    range_cell,
+    remarks,
+    series_of,
+    share_cell,
+    time_cell,
+    traffic_axis,
+)
 from detcoll.measure.report.page import figure, heading, notes, section, table, tile
 from detcoll.measure.report.reported import ReportedResult, ReportedRun
 
-SLOTTED = "slotted"
+MOST_TILES = 6
+"""Figures at a glance; all others stand in the pictures and the table."""
 
 
 def run_headline(result: ReportedResult) -> str | None:
@@ -20,13 +33,18 @@ def run_headline(result: ReportedResult) -> str | None:
     wide = [run for run in result.runs if run.is_wide and run.efficiency is not None]
     if not wide:
         return None
-    name = next((run.name for run in wide if run.transport == SLOTTED), wide[0].name)
+    name = _main_name(wide)
     shares = [run.efficiency for run in wide if run.name == name and run.efficiency is not None]
     low, high = min(shares), max(shares)
     shown = percent(high, 0) if round(100 * low) == round(100 * high) else f"{round(100 * low)} to {percent(high, 0)}"
     sites = result.workload.get("sites")
     where = f"Across {sites} sites" if sites else "Across sites"
     return f"{where}, {name} trains at {shown} of one cluster\N{RIGHT SINGLE QUOTATION MARK}s speed"
+
+
+def _main_name(wide: Sequence[ReportedRun]) -> str | None:
+    """Return which run the report is about: the slotted one, else the first; None where there is none."""
+    return next((run.name for run in wide if run.transport == SLOTTED), wide[0].name if wide else None)
 
 
 def _networks(result: ReportedResult) -> list[tuple[str, float]]:
@@ -41,16 +59,18 @@ def _network_label(service: str, cross_traffic: float) -> str:
 def _label(run: ReportedRun, has_networks: bool) -> str:
     if not has_networks or not run.is_wide:
         return run.name
-    return f"{run.name}, {run.service}, {percent(run.cross_traffic, 0)}"
+    return f"{run.name}, {run.service}, others {percent(run.cross_traffic, 0)}"
 
 
 def run_tiles(result: ReportedResult) -> list[Element]:
     """Return the efficiency of the first runs, and what the digests say."""
     wide = [run for run in result.runs if run.is_wide and run.efficiency is not None]
     has_networks = len(_networks(result)) > 1
-    tiles = [
-        tile(percent(run.efficiency or 0.0), f"of one cluster: {_label(run, has_networks)}") for run in wide[:6]
-    ]  # fmt: skip
+    if has_networks:
+        name = _main_name(wide)
+        wide = [run for run in wide if run.name == name]
+    named = [(_label(run, has_networks), run.efficiency or 0.0) for run in wide[:MOST_TILES]]
+    tiles = [tile(percent(share), f"of one cluster: {label}") for label, share in named]
     if result.digests_equal is not None:
         tiles.append(
             tile("bit for bit", "the parameters equal those of the single cluster")
@@ -80,7 +100,7 @@ def _efficiency(result: ReportedResult) -> Element | None:
         "Median iteration time of the single cluster over that of each run. Whiskers: the same with the run's slowest "
         "and fastest hundredth of iterations, so they show what single iterations do."
     )
-    drawn = figure(lambda width: bar_chart(bars, axis, "Efficiency of each run", width, 1.0, "one cluster"))
+    drawn = figure(partial(bar_chart, bars, axis, "Efficiency of each run", mark=1.0, mark_label="one cluster"))
     return section("Efficiency", told, drawn)
 
 
@@ -120,7 +140,7 @@ def _samples(run: ReportedRun, series: int) -> Curve:
 def _time_figure(curves: Sequence[Curve], x_label: str, title: str) -> Element:
     unit, size = time_unit(median(value for curve in curves for _, value in curve.points))
     y = Axis(f"time, {unit}", lambda value: plain(value / size), may_be_log=True)
-    return figure(lambda width: curve_chart(curves, Axis(x_label, plain), y, title, width))
+    return figure(partial(curve_chart, curves, Axis(x_label, plain), y, title))
 
 
 def _by_flow(runs: Sequence[ReportedRun]) -> list[tuple[str, list[ReportedRun]]]:
@@ -134,12 +154,6 @@ def _by_flow(runs: Sequence[ReportedRun]) -> list[tuple[str, list[ReportedRun]]]
         if len({run.cross_traffic for run in same}) > 1:
             found.append((f"{name}, {service}", same))
     return found
-
-
-def _traffic_axis(runs: Sequence[ReportedRun]) -> Axis:
-    shares = tuple(sorted({run.cross_traffic for run in runs}))
-    label = "what others offer, share of the line"
-    return Axis(label, lambda value: percent(value, 0), ticks=shares if len(shares) <= 8 else None)
 
 
 def _cross_traffic(result: ReportedResult) -> Element | None:
@@ -158,31 +172,26 @@ def _cross_traffic(result: ReportedResult) -> Element | None:
         for index, (label, same) in enumerate(flows)
     ]
     y = Axis("efficiency", lambda value: percent(value, 0), includes=(0.0, 1.0))
-    x = _traffic_axis([run for _, same in flows for run in same])
+    x = traffic_axis({run.cross_traffic for _, same in flows for run in same})
     told = "Efficiency while others send on the same lines. A flat curve is what a reservation is for."
-    drawn = figure(lambda width: curve_chart(curves, x, y, "Efficiency against others' traffic", width))
+    drawn = figure(partial(curve_chart, curves, x, y, "Efficiency against others' traffic"))
     return section("Under cross traffic", told, drawn)
 
 
 def _co_tenant(result: ReportedResult) -> Element | None:
-    runs = [run for run in result.runs if run.line is not None and run.line.co_tenant is not None]
+    runs = {run: run.line.co_tenant for run in result.runs if run.line is not None and run.line.co_tenant is not None}
     if not runs:
         return None
     series, has_networks = series_of([run.transport for run in runs]), len(_networks(result)) > 1
-    bars = []
-    for run in runs:
-        assert run.line is not None
-        assert run.line.co_tenant is not None
-        seen = run.line.co_tenant
-        tip = f"median {time_text(seen.median_s)}, 99th percentile {time_text(seen.p99_s)}"
-        label = _label(run, has_networks)
-        bars.append(
-            Bar(label, seen.p99_s, time_text(seen.p99_s), series[run.transport], seen.median_s, seen.p99_s, tip)
-        )
+    bars = [
+        Bar(_label(run, has_networks), seen.p99_s, f"{time_text(seen.p99_s)} (median {time_text(seen.median_s)})",
+            series[run.transport])
+        for run, seen in runs.items()
+    ]  # fmt: skip
     unit, size = time_unit(max(bar.value for bar in bars))
     axis = Axis(f"round trip, {unit}", lambda value: plain(value / size))
-    told = "What somebody else's small packets on the same lines meet meanwhile: 99th percentile, back to the median."
-    drawn = figure(lambda width: bar_chart(bars, axis, "A co-tenant's round trip during each run", width))
+    told = "Somebody else's small packets on the same lines meanwhile: the 99th percentile of their round trips."
+    drawn = figure(partial(bar_chart, bars, axis, "A neighbour's round trip during each run"))
     return section("A neighbour's round trip", told, drawn)
 
 
@@ -197,7 +206,7 @@ def _run_table(result: ReportedResult) -> Element:
             *((run.service if run.is_wide else NOTHING, percent(run.cross_traffic, 0) if run.is_wide else NOTHING)
               if has_networks else ()),
             time_text(run.iteration_s.median),
-            f"{time_text(run.iteration_s.p01)} {TO} {time_text(run.iteration_s.p99)}",
+            range_cell(run.iteration_s.p01, run.iteration_s.p99),
             time_cell(run.sync_s.median if run.sync_s else None),
             share_cell(run.efficiency),
             share_cell(run.wire_busy_fraction),

@@ -54,6 +54,6 @@ def _slots_told(run: TracedRun) -> str:
 
 def map_section(shown: SiteMap) -> Element:
     """Return the map of a file's sites."""
-    told = f"{len(shown.places)} sites and {len(shown.links)} links between them."
+    told = f"Sites: {len(shown.places)}. Links between them: {len(shown.links)}."
     drawn = figure(lambda width: site_map(shown.places, shown.links, width, f"Sites of {shown.name}"))
     return section(f"Map: {shown.name}", told, drawn)
