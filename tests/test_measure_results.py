@@ -36,6 +36,7 @@ from detcoll.measure.results import LeftOut, Measurement, require_writable, writ
 from detcoll.measure.statistics import ratio, summarize, tails
 from detcoll.measure.tables import measurement_table
 from detcoll.topology import Topology
+from detcoll.trace import TRACE_VARIABLE
 from detcoll.transport import Capabilities, Scope
 
 MS = 10**6
@@ -236,6 +237,7 @@ class FakePlaces:
 
     calls: list[tuple[str, str]]
     faults: dict[str, str]
+    traced: list[tuple[str, str, Path]]
 
     def __init__(self, topology: Topology, lab: Any, deadline_s: float) -> None:
         self.topology = topology
@@ -245,7 +247,9 @@ class FakePlaces:
         fault = self.faults.get(setting.transport)
         if fault == "fails":
             raise DetcollError("a rank ended with exit code 3")
-        if env is not None:
+        if TRACE_VARIABLE in (env or {}):
+            self.traced.append((setting.name, logs.name, Path((env or {})[TRACE_VARIABLE])))
+        if marks.MARKS_VARIABLE in (env or {}):
             write_json(logs / "marks0.json", Marks(0, (0, MS, 3 * MS)))
             return 2.0
         config = read_config(logs / "config.json")
@@ -267,7 +271,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> type[FakePlaces]:
     monkeypatch.setattr(experiment, "Lab", no_lab)
     monkeypatch.setattr(experiment, "Places", FakePlaces)
     monkeypatch.setattr(experiment, "save_digits", lambda path: None)
-    FakePlaces.calls, FakePlaces.faults = [], {}
+    FakePlaces.calls, FakePlaces.faults, FakePlaces.traced = [], {}, []
     return FakePlaces
 
 
@@ -287,6 +291,20 @@ def test_settings_take_turns(places: type[FakePlaces]) -> None:
     assert result.digests_equal is True
     assert len(said) == 6
     assert "round 2 of 2: gloo, wide-area" in said
+
+
+@pytest.mark.parametrize("script", [(), (__file__,)])
+def test_only_the_last_slotted_round_is_traced_and_only_for_a_report(
+    places: type[FakePlaces], tmp_path: Path, script: tuple[str, ...]
+) -> None:
+    made = an_experiment(workload=None if script else SYNTHETIC, script=script)
+    run_experiment(made, lambda line: None)
+    assert places.traced == []
+    run_experiment(replace(made, traces=tmp_path / "traces"), lambda line: None)
+    ((name, logs, folder),) = places.traced
+    assert name == "slotted"
+    assert logs.endswith("-1"), "rounds count from zero"
+    assert folder == tmp_path / "traces" / logs
 
 
 def test_digits_go_on_in_the_next_round(places: type[FakePlaces]) -> None:
