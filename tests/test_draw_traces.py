@@ -21,6 +21,7 @@ from detcoll.draw import (
     time_space,
     typical_call,
 )
+from detcoll.draw.traces import timed_sends
 from detcoll.errors import UsageError
 from detcoll.plan import Slotting, build_calendar
 from detcoll.topology import Topology
@@ -69,6 +70,16 @@ def test_what_left_after_its_window_is_hatched() -> None:
     assert len(of_class(time_space(known(*TWO), 1000, span), "hatch")) > in_legend
     trimmed = known(trace(0, 0, collectives=[call(0, 100)], sends=[send(60, 69, 1, trimmed=True)]))
     assert len(of_class(time_space(trimmed, 1000, span), "hatch")) > in_legend
+
+
+def test_messages_of_a_flow_leave_one_after_another() -> None:
+    sends = [send(0, 10, 1), send(1, 20, 1), send(2, 3, 1, nbytes=10), send(30, 0, 1, left_ns=0), send(4, 9, 2)]
+    timed = timed_sends(*known(trace(0, 0, sends=sends)), {1: 1})
+    assert [(each.begin_ns / MS, each.end_ns / MS) for each in timed] == [(0, 10), (10, 20), (2, 3), (4, 9), (30, 30)]
+    planned = [(each.planned_begin_ns / MS, each.planned_end_ns / MS) for each in timed]
+    assert planned[:2] == [(0, 5), (5, 10)], "100 kB at 20 MB/s, one behind the other"
+    assert planned[3:] == [(4, 4), (30, 30)], "no rate is known, or it left at once"
+    assert [each.dst_site for each in timed] == [1, 1, 1, -1, 1]
 
 
 def test_each_rank_is_set_to_its_sites_clock() -> None:
@@ -183,7 +194,7 @@ def test_perfetto_gets_a_track_for_each_rank_and_line() -> None:
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"guiyang", "nanjing"}
     sent = next(event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, 3))
     assert (sent["ts"], sent["dur"], sent["cat"], sent["args"]["bytes"]) == (30_000, 10_000, "send", 100_000)
-    late = [event["args"]["left_after_window"] for event in events if event.get("cat") == "send"]
+    late = [event["args"]["is_late"] for event in events if event.get("cat") == "send"]
     assert late == [False, True, False]
     predicted = [event["ts"] for event in events if event["ph"] == "i"]
     assert predicted == [100_000, 95_000]
@@ -202,8 +213,8 @@ def test_times_of_perfetto_keep_the_nanosecond() -> None:
 
 def test_slices_of_one_track_never_overlap_in_part() -> None:
     spans = [(0, 10), (5, 15), (6, 9), (10, 20), (16, 18), (17, 30)]
-    sends = [send(begin, end, 1, nbytes=1) for begin, end in spans]
-    events = chrome_trace(known(trace(0, 0, sends=sends), trace(1, 1)))["traceEvents"]
+    sends = [send(begin, end, 10 + index, nbytes=1) for index, (begin, end) in enumerate(spans)]
+    events = chrome_trace(known(trace(0, 0, sends=sends), *(trace(10 + at, 1) for at in range(6))))["traceEvents"]
     tracks: dict[int, list[tuple[float, float]]] = {}
     for event in events:
         if event.get("cat") == "send":

@@ -13,6 +13,7 @@ from pictures import MS, call, parsed, send, trace
 
 from detcoll.cli import main
 from detcoll.cli.invocation import carrying_out, command_line
+from detcoll.draw import html_text
 from detcoll.errors import UsageError
 from detcoll.measure.report import forget_traces, gather, report
 from detcoll.measure.report.inputs import ReportInputs
@@ -65,7 +66,8 @@ def sweep(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def page_of(*results: dict[str, Any]) -> str:
     """Return the report on results, after it was found well-formed and to fetch nothing."""
-    text = report(ReportInputs(tuple(parse_result(json.dumps(each).encode(), "x.json") for each in results)))
+    made = report(ReportInputs(tuple(parse_result(json.dumps(each).encode(), "x.json") for each in results)))
+    text = html_text(made)
     check(text)
     return text
 
@@ -235,6 +237,19 @@ def test_the_command_draws_all_that_it_is_given(tmp_path: Path, capsys: pytest.C
         assert wanted in headings(text)
     assert "site0" in text, "the topology beside the results names the sites"
     assert not (tmp_path / "deep" / "report.html").exists()
+
+
+def test_pictures_are_written_as_files_of_their_own_on_request(tmp_path: Path) -> None:
+    path = put(tmp_path / "m.json", measurement())
+    assert main(["report", str(path), "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*.svg")) == []
+    assert main(["report", str(path), "--out", str(tmp_path), "--svg"]) == 0
+    files = sorted(tmp_path.glob("*.svg"))
+    assert [file.name for file in files] == ["01-efficiency-of-each-run.svg", "02-time-of-each-iteration.svg"]
+    for file in files:
+        root = ElementTree.parse(file).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.attrib["width"] == "920"
 
 
 def test_the_command_writes_for_perfetto_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

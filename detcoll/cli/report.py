@@ -12,7 +12,13 @@ from detcoll.measure.report import ReportInputs, gather, write_report
 from detcoll.measure.results import require_folder, require_writable
 
 
-def report(*files: Path, out: Path | None = None, perfetto: Path | None = None, topology: Path | None = None) -> int:
+def report(
+    *files: Path,
+    out: Path | None = None,
+    svg: bool = False,
+    perfetto: Path | None = None,
+    topology: Path | None = None,
+) -> int:
     """Make a page of pictures from result files and traces, or a trace that Perfetto opens.
 
     Parameters
@@ -22,6 +28,8 @@ def report(*files: Path, out: Path | None = None, perfetto: Path | None = None, 
         whose sites have a latitude and a longitude.
     out
         Directory for report.html; "report" unless given, and not made where only --perfetto is asked for.
+    svg
+        Also write each picture as an SVG file of its own into that directory.
     perfetto
         File for the traces in the Chrome trace format, to be opened at ui.perfetto.dev; a track for every rank and for
         every line.
@@ -34,10 +42,10 @@ def report(*files: Path, out: Path | None = None, perfetto: Path | None = None, 
     inputs = gather(files, topology)
     if perfetto is not None:
         _write_perfetto(perfetto, inputs)
-    if out is not None or perfetto is None:
+    if out is not None or svg or perfetto is None:
         folder = out if out is not None else Path("report")
         require_folder(folder, "out")
-        print(write_report(folder, inputs))
+        print(write_report(folder, inputs, svg))
     return 0
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from detcoll.draw.timespace import name_of, planned_ns
-from detcoll.draw.traces import RankTrace, TracedCall, TracedSend
+from detcoll.draw.timespace import name_of
+from detcoll.draw.traces import RankTrace, TimedSend, TracedCall, timed_sends
 from detcoll.quantities import format_bytes
 
 Event = dict[str, Any]
@@ -107,8 +107,10 @@ def chrome_trace(traces: Sequence[RankTrace], site_names: Sequence[str] = ()) ->
         writer.process(site, name_of(site_names, site))
         for trace in mine:
             _write_rank(writer, trace, site_names)
-        for dst_site in sorted({site_of.get(send.dst, -1) for trace in mine for send in trace.sends}):
-            _write_line(writer, mine, dst_site, site_of, site_names)
+        sends = [(trace, timed) for trace in mine for timed in timed_sends(trace, site_of)]
+        for dst_site in sorted({timed.dst_site for _, timed in sends}):
+            goal = "elsewhere" if dst_site < 0 else name_of(site_names, dst_site)
+            _write_line(writer, site, goal, [(trace, timed) for trace, timed in sends if timed.dst_site == dst_site])
     told = {"schema": "detcoll.trace/1", "origin_ns": writer.origin_ns, "ranks": len(traces)}
     return {"traceEvents": writer.events, "displayTimeUnit": "ms", "otherData": told}
 
@@ -145,30 +147,27 @@ def _call(call: TracedCall, offset_ns: int) -> _Slice:
     return _Slice(call.called_ns + offset_ns, call.ended_ns + offset_ns, name, "collective", args)
 
 
-def _write_line(
-    writer: _Writer, traces: Sequence[RankTrace], dst_site: int, site_of: dict[int, int], names: Sequence[str]
-) -> None:
-    site, goal = traces[0].site, "elsewhere" if dst_site < 0 else name_of(names, dst_site)
-    sends = [(trace, send) for trace in traces for send in trace.sends if site_of.get(send.dst, -1) == dst_site]
-    planned = (_planned(trace, send, dst_site) for trace, send in sends)
-    writer.track(site, f"to {goal}, planned", [one for one in planned if one.end_ns > one.begin_ns])
-    writer.track(site, f"to {goal}", [_sent(trace, send) for trace, send in sends])
+def _write_line(writer: _Writer, site: int, goal: str, sends: Sequence[tuple[RankTrace, TimedSend]]) -> None:
+    planned = (_planned(trace, timed) for trace, timed in sends if timed.planned_end_ns > timed.planned_begin_ns)
+    writer.track(site, f"to {goal}, planned", planned)
+    writer.track(site, f"to {goal}", (_sent(trace, timed) for trace, timed in sends))
 
 
-def _planned(trace: RankTrace, send: TracedSend, dst_site: int) -> _Slice:
-    begin_ns, end_ns = (at + trace.offset_ns for at in planned_ns(trace, send, dst_site))
-    name = f"rank {trace.rank} \N{RIGHTWARDS ARROW} {send.dst}"
-    return _Slice(begin_ns, end_ns, name, "planned", {"sequence": send.sequence, "bytes": send.nbytes})
+def _planned(trace: RankTrace, timed: TimedSend) -> _Slice:
+    name = f"rank {trace.rank} \N{RIGHTWARDS ARROW} {timed.send.dst}"
+    args = {"sequence": timed.send.sequence, "bytes": timed.send.nbytes}
+    return _Slice(timed.planned_begin_ns, timed.planned_end_ns, name, "planned", args)
 
 
-def _sent(trace: RankTrace, send: TracedSend) -> _Slice:
+def _sent(trace: RankTrace, timed: TimedSend) -> _Slice:
+    send = timed.send
     args = {
         "sequence": send.sequence,
         "bytes": send.nbytes,
-        "began_after_window_us": (send.started_ns - send.not_before_ns) / 1000,
-        "acknowledged_us_after_left": (send.ended_ns - send.left_ns) / 1000,
-        "left_after_window": 0 < send.not_after_ns < send.left_ns,
-        "trimmed": send.trimmed,
+        "began_after_due_us": (timed.begin_ns - timed.planned_begin_ns) / 1000,
+        "handed_over_before_us": (timed.begin_ns - trace.offset_ns - send.started_ns) / 1000,
+        "acknowledged_after_us": (send.ended_ns + trace.offset_ns - timed.end_ns) / 1000,
+        "is_late": timed.is_late,
     }
     name = f"rank {trace.rank} \N{RIGHTWARDS ARROW} {send.dst}, {format_bytes(send.nbytes)}"
-    return _Slice(send.started_ns + trace.offset_ns, send.left_ns + trace.offset_ns, name, "send", args)
+    return _Slice(timed.begin_ns, timed.end_ns, name, "send", args)

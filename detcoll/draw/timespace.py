@@ -2,8 +2,8 @@
 
 Every flow (a rank and the rank it sends to) has a lane. Its upper half holds what was planned, hollow: the window of
 each send, or where a slot has no end the time that the reserved rate gives it. The lower half holds what happened,
-filled: from when a message went to the kernel until its last byte had left. Where one-way delays are known, what left
-is drawn on its slanted way to the other site.
+filled: from when its flow was free for a message until, at the pace set, its last byte had left. Where one-way delays
+are known, what left is drawn on its slanted way to the other site.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element
 from detcoll.draw.markup import element, line, picture, rect, words
 from detcoll.draw.scale import NARROW_BELOW, Scale, percent, plain, shortened, text_width, time_text, time_unit
 from detcoll.draw.style import series_class
-from detcoll.draw.traces import RankTrace, TracedCall, TracedSend
+from detcoll.draw.traces import RankTrace, TimedSend, TracedCall, timed_sends
 from detcoll.errors import UsageError
 from detcoll.quantities import format_bytes
 
@@ -37,9 +37,9 @@ class Span:
 @dataclass(frozen=True, slots=True)
 class _Flow:
     trace: RankTrace
-    dst: int
-    dst_site: int | None
-    sends: tuple[TracedSend, ...]
+    dst: int = -1
+    dst_site: int = -1
+    sends: tuple[TimedSend, ...] = ()
 
 
 @dataclass(slots=True)
@@ -114,7 +114,9 @@ def time_space(
         _draw_lane(flow, y, canvas, narrow)
         _draw_calls(flow.trace, span, y, canvas)
     axis = _axis(canvas, span, top, bottom, width)
-    return picture(width, bottom + 40, _title(site_names, flows), _told(traces, span), *axis, *legend, *canvas.parts)
+    return picture(
+        width, bottom + 40, _title(site_names, flows), _told(traces, flows, span), *axis, *legend, *canvas.parts
+    )
 
 
 def _flows(traces: Sequence[RankTrace], span: Span) -> list[_Flow]:
@@ -122,26 +124,18 @@ def _flows(traces: Sequence[RankTrace], span: Span) -> list[_Flow]:
     site_of = {trace.rank: trace.site for trace in traces}
     flows: list[_Flow] = []
     for trace in sorted(traces, key=lambda each: (each.site, each.rank)):
-        shown = [send for send in trace.sends if _is_within(trace, send, span)]
-        peers = sorted({send.dst for send in shown})
-        flows += [
-            _Flow(trace, dst, site_of.get(dst), tuple(send for send in shown if send.dst == dst)) for dst in peers
-        ] or [_Flow(trace, -1, None, ())]
+        by_peer: dict[int, list[TimedSend]] = {}
+        for timed in timed_sends(trace, site_of):
+            if _is_within(timed, span):
+                by_peer.setdefault(timed.send.dst, []).append(timed)
+        mine = [_Flow(trace, dst, by_peer[dst][0].dst_site, tuple(by_peer[dst])) for dst in sorted(by_peer)]
+        flows += mine or [_Flow(trace)]
     return flows[:MOST_FLOWS]
 
 
-def _is_within(trace: RankTrace, send: TracedSend, span: Span) -> bool:
-    begins_ns = min(send.not_before_ns, send.started_ns) + trace.offset_ns
-    ends_ns = max(send.left_ns, send.not_after_ns) + trace.offset_ns
+def _is_within(timed: TimedSend, span: Span) -> bool:
+    begins_ns, ends_ns = min(timed.planned_begin_ns, timed.begin_ns), max(timed.planned_end_ns, timed.end_ns)
     return begins_ns < span.end_ns and ends_ns > span.begin_ns
-
-
-def planned_ns(trace: RankTrace, send: TracedSend, dst_site: int | None) -> tuple[int, int]:
-    """Return when a send was planned to be on the line, by the rank's clock: its window, or the time of its rate."""
-    if send.not_after_ns:
-        return send.not_before_ns, send.not_after_ns
-    rate = trace.rate_bytes_per_s(dst_site) if dst_site is not None else 0.0
-    return send.not_before_ns, send.not_before_ns + (round(send.nbytes / rate * 1e9) if rate else 0)
 
 
 def _place(
@@ -174,29 +168,26 @@ def _draw_lane(flow: _Flow, y: float, canvas: _Canvas, narrow: bool) -> None:
     shown = label if narrow else f"rank {label}" if text_width(f"rank {label}") <= canvas.x.begin else label
     canvas.parts.append(words(0, y + 16, shortened(shown, canvas.x.begin), "muted small number"))
     canvas.parts.append(rect(canvas.x.begin, y, canvas.x.end - canvas.x.begin, LANE_HEIGHT, "lane"))
-    offset_ns = flow.trace.offset_ns
-    for send in flow.sends[:MOST_SENDS]:
-        begin_ns, end_ns = planned_ns(flow.trace, send, flow.dst_site)
-        x1, x2 = canvas.at(begin_ns + offset_ns), canvas.at(end_ns + offset_ns)
+    for timed in flow.sends[:MOST_SENDS]:
+        x1, x2 = canvas.at(timed.planned_begin_ns), canvas.at(timed.planned_end_ns)
         canvas.parts.append(rect(x1, y + 2, x2 - x1, HALF_HEIGHT, f"planned {kind}"))
-        canvas.parts += _sent(flow, send, y + LANE_HEIGHT - HALF_HEIGHT - 2, canvas, kind)
+        canvas.parts += _sent(flow, timed, y + LANE_HEIGHT - HALF_HEIGHT - 2, canvas, kind)
+    offset_ns = flow.trace.offset_ns
     for miss in flow.trace.misses:
         if miss.dst_site in (-1, flow.dst_site):
             _draw_miss(canvas, miss.not_before_ns + offset_ns, miss.not_after_ns + offset_ns, y)
 
 
-def _sent(flow: _Flow, send: TracedSend, y: float, canvas: _Canvas, kind: str) -> list[Element]:
-    offset_ns = flow.trace.offset_ns
-    x1, x2 = canvas.at(send.started_ns + offset_ns), canvas.at(send.left_ns + offset_ns)
-    late_ns = send.started_ns - send.not_before_ns
+def _sent(flow: _Flow, timed: TimedSend, y: float, canvas: _Canvas, kind: str) -> list[Element]:
+    x1, x2 = canvas.at(timed.begin_ns), canvas.at(timed.end_ns)
     tip = (
-        f"rank {flow.trace.rank} to rank {send.dst}, {format_bytes(send.nbytes)} of call {send.sequence}: "
-        f"began {time_text(late_ns / 1e9)} after it might, took {time_text((send.left_ns - send.started_ns) / 1e9)}"
+        f"rank {flow.trace.rank} to rank {flow.dst}, {format_bytes(timed.send.nbytes)} of call {timed.send.sequence}: "
+        f"began {time_text((timed.begin_ns - timed.planned_begin_ns) / 1e9)} after it was due, "
+        f"took {time_text((timed.end_ns - timed.begin_ns) / 1e9)}"
     )
     parts = [rect(x1, y, max(x2 - x1, 1.0), HALF_HEIGHT, f"fill edge {kind}", tip)]
-    if send.trimmed or 0 < send.not_after_ns < send.left_ns:
-        steps = range(int(x1) + 3, int(x2), 5)
-        parts += [line(x, y, x - 3, y + HALF_HEIGHT, "hatch") for x in steps]
+    if timed.is_late:
+        parts += [line(x, y, x - 3, y + HALF_HEIGHT, "hatch") for x in range(int(x1) + 3, int(x2), 5)]
     return parts
 
 
@@ -223,23 +214,23 @@ def _draw_ways(flows: Sequence[_Flow], lanes: Sequence[float], canvas: _Canvas, 
     """Draw what left a site on its way to the band of the other."""
     drawn = 0
     for flow, y in zip(flows, lanes, strict=True):
-        if flow.dst_site is None or flow.dst_site not in canvas.bands:
+        if flow.dst_site not in canvas.bands:
             continue
         top, bottom = canvas.bands[flow.dst_site]
         down = top > y
         y1, y2 = (y + LANE_HEIGHT, top - SITE_HEADING) if down else (y, bottom)
         delay_ns = one_way_ns(flow.trace.site, flow.dst_site)
-        for send in flow.sends:
+        kind = f"wedge {series_class(1 + flow.trace.site)}"
+        for timed in flow.sends[: MOST_SLANTED - drawn]:
             drawn += 1
-            if drawn <= MOST_SLANTED:
-                canvas.parts.append(_way(canvas, flow, send, delay_ns, y1, y2))
+            canvas.parts.append(_way(canvas, timed, delay_ns, y1, y2, kind))
 
 
-def _way(canvas: _Canvas, flow: _Flow, send: TracedSend, delay_ns: int, y1: float, y2: float) -> Element:
-    times = [time_ns + flow.trace.offset_ns for time_ns in (send.started_ns, send.left_ns)]
+def _way(canvas: _Canvas, timed: TimedSend, delay_ns: int, y1: float, y2: float, kind: str) -> Element:
+    times = (timed.begin_ns, timed.end_ns)
     (a, b), (c, d) = ([canvas.at(at + add_ns) for at in times] for add_ns in (0, delay_ns))
     points = f"{a:.2f},{y1:.2f} {b:.2f},{y1:.2f} {d:.2f},{y2:.2f} {c:.2f},{y2:.2f}"
-    return element("polygon", {"points": points, "class": f"wedge {series_class(1 + flow.trace.site)}"})
+    return element("polygon", {"points": points, "class": kind})
 
 
 def _axis(canvas: _Canvas, span: Span, top: float, bottom: float, width: float) -> list[Element]:
@@ -287,17 +278,12 @@ def _title(names: Sequence[str], flows: Sequence[_Flow]) -> str:
     return f"Planned and actual sends of {', '.join(name_of(names, site) for site in sites)}"
 
 
-def _told(traces: Sequence[RankTrace], span: Span) -> str:
+def _told(traces: Sequence[RankTrace], flows: Sequence[_Flow], span: Span) -> str:
     """Return the picture in words: how many sends, how late they began, and how good the prediction was."""
-    late = [
-        send.started_ns - send.not_before_ns
-        for trace in traces
-        for send in trace.sends
-        if _is_within(trace, send, span)
-    ]
+    late = [timed.begin_ns - timed.planned_begin_ns for flow in flows for timed in flow.sends]
     told = f"{len(late)} sends within {time_text((span.end_ns - span.begin_ns) / 1e9)}"
     if late:
-        told += f", of which the middle one began {time_text(sorted(late)[len(late) // 2] / 1e9)} after it might"
+        told += f", of which the middle one began {time_text(sorted(late)[len(late) // 2] / 1e9)} after it was due"
     errors = [_error(call) for trace in traces for call in trace.collectives if _ended_within(trace, call, span)]
     known = [error for error in errors if error is not None]
     if known:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from detcoll.draw import element
+from detcoll.draw import element, html_text, svg_text
 from detcoll.draw.scale import time_text
 from detcoll.measure.report.cells import TO
 from detcoll.measure.report.inputs import ReportInputs
@@ -25,16 +26,28 @@ _FACTS = (
 )  # fmt: skip
 
 
-def write_report(directory: Path, inputs: ReportInputs) -> Path:
-    """Write ``report.html`` into ``directory``, which is made where it is not there, and return its path."""
-    directory.mkdir(parents=True, exist_ok=True)
+def write_report(directory: Path, inputs: ReportInputs, svg: bool = False) -> Path:
+    """Write ``report.html`` into ``directory``, and on request each picture as an SVG file too; returns its path."""
+    made = report(inputs)
     path = directory / "report.html"
-    path.write_text(report(inputs), encoding="utf-8")
+    path.write_text(html_text(made), encoding="utf-8")
+    for name, drawn in pictures(made) if svg else ():
+        (directory / f"{name}.svg").write_text(svg_text(drawn), encoding="utf-8")
     return path
 
 
-def report(inputs: ReportInputs) -> str:
-    """Return the report as the text of an HTML page.
+def pictures(made: Element) -> list[tuple[str, Element]]:
+    """Return the pictures of a report as they are drawn for desks, each with a name for its file."""
+    found: list[tuple[str, Element]] = []
+    for svg in made.iter("svg"):
+        if "wide" in svg.get("class", "").split():
+            title = re.sub("[^a-z0-9]+", "-", (svg.findtext("title") or "").lower())[:60].strip("-")
+            found.append((f"{len(found) + 1:02}-{title}", svg))
+    return found
+
+
+def report(inputs: ReportInputs) -> Element:
+    """Return the report as an HTML page.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from xml.etree.ElementTree import Element
 
-from detcoll.draw import element, html_text
+from detcoll.draw import element
 from detcoll.draw.style import STYLE
 
 WIDE, NARROW = 920.0, 340.0
@@ -65,8 +65,8 @@ dd{margin:0;overflow-wrap:anywhere}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(title: str, lede: str, tiles: Sequence[Element], sections: Sequence[Element]) -> str:
-    """Return the whole page as text.
+def page(title: str, lede: str, tiles: Sequence[Element], sections: Sequence[Element]) -> Element:
+    """Return the whole page.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def page(title: str, lede: str, tiles: Sequence[Element], sections: Sequence[Ele
     )  # fmt: skip
     shown = element("ul", {"class": "tiles"}, *tiles) if tiles else None
     body = element("body", None, element("main", {"class": "page"}, header, shown, *sections))
-    return html_text(element("html", {"lang": "en"}, head, body))
+    return element("html", {"lang": "en"}, head, body)
 
 
 def tile(figure: str, what: str) -> Element:
