@@ -249,7 +249,7 @@ def test_pictures_are_written_as_files_of_their_own_on_request(tmp_path: Path) -
     for file in files:
         root = ElementTree.parse(file).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        assert root.attrib["width"] == "920"
+        assert root.attrib["width"] == "952"
 
 
 def test_the_command_writes_for_perfetto_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element
 from detcoll.draw.style import STYLE
 
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"
+FILE_MARGIN = 16
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]")
 """What XML cannot hold, and marks that turn the direction of the text around them."""
@@ -73,13 +74,16 @@ def html_text(root: Element) -> str:
 
 
 def svg_text(svg: Element) -> str:
-    """Return a picture as an SVG file of its own, with the styles that a page would give it."""
+    """Return a picture as an SVG file of its own, with the styles, ground and margin that a page gives it."""
     own = copy.deepcopy(svg)
+    _, _, width, height = (float(part) for part in own.attrib["viewBox"].split())
+    wide, high = width + 2 * FILE_MARGIN, height + 2 * FILE_MARGIN
     own.set("xmlns", SVG_NAMESPACE)
-    _, _, width, height = own.attrib["viewBox"].split()
-    own.set("width", width)
-    own.set("height", height)
-    own.insert(0, element("style", None, STYLE))
+    own.set("viewBox", f"{-FILE_MARGIN} {-FILE_MARGIN} {_value(wide)} {_value(high)}")
+    own.set("width", _value(wide))
+    own.set("height", _value(high))
+    own.insert(2, element("style", None, STYLE))
+    own.insert(3, rect(-FILE_MARGIN, -FILE_MARGIN, wide, high, "ground"))
     return ElementTree.tostring(own, encoding="unicode") + "\n"
 
 

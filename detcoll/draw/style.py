@@ -44,6 +44,7 @@ STYLE = (
 .picture .number{font-variant-numeric:tabular-nums}
 .picture text.halo{paint-order:stroke;stroke:var(--surface);stroke-width:4px;stroke-linejoin:round}
 .picture .inside{fill:var(--surface);font-size:11.5px;font-weight:600}
+.ground{fill:var(--surface)}
 .rule{stroke:var(--rule);stroke-width:1}
 .axis{stroke:var(--muted);stroke-width:1}
 .mark{stroke:var(--text);stroke-width:1.5}

@@ -19,7 +19,8 @@ from detcoll.draw.traces import RankTrace, TimedSend, TracedCall, timed_sends
 from detcoll.errors import UsageError
 from detcoll.quantities import format_bytes
 
-LANE_HEIGHT, HALF_HEIGHT, LANE_GAP, SITE_HEADING, SITE_GAP = 24.0, 9.0, 4.0, 22.0, 58.0
+LANE_HEIGHT, HALF_HEIGHT, LANE_GAP, SITE_HEADING = 24.0, 9.0, 4.0, 22.0
+SITE_GAP, SITE_GAP_OF_WAYS = 12.0, 58.0
 MOST_FLOWS, MOST_SLANTED, MOST_SENDS = 48, 600, 6000
 
 OneWay = Callable[[int, int], int]
@@ -107,7 +108,7 @@ def time_space(
     canvas = _Canvas(Scale(0.0, float(max(span.end_ns - span.begin_ns, 1)), left, width - 8), span.begin_ns)
     flows = _flows(traces, span)
     top, legend = _legend(width, any(trace.misses for trace in traces))
-    lanes, bottom = _place(flows, canvas, top, site_names, narrow)
+    lanes, bottom = _place(flows, canvas, top, site_names, SITE_GAP if one_way_ns is None else SITE_GAP_OF_WAYS)
     if one_way_ns is not None:
         _draw_ways(flows, lanes, canvas, one_way_ns)
     for flow, y in zip(flows, lanes, strict=True):
@@ -139,14 +140,14 @@ def _is_within(timed: TimedSend, span: Span) -> bool:
 
 
 def _place(
-    flows: Sequence[_Flow], canvas: _Canvas, top: float, names: Sequence[str], narrow: bool
+    flows: Sequence[_Flow], canvas: _Canvas, top: float, names: Sequence[str], gap: float
 ) -> tuple[list[float], float]:
     """Return the y of every lane and of the last one's end; bands of sites are kept on the canvas."""
     lanes: list[float] = []
     y, site = top, -1
     for flow in flows:
         if flow.trace.site != site:
-            y += SITE_GAP if lanes else 0.0
+            y += gap if lanes else 0.0
             site = flow.trace.site
             canvas.parts.append(words(0, y + 14, name_of(names, site), "strong"))
             y += SITE_HEADING

@@ -35,8 +35,8 @@ def trace_sections(inputs: ReportInputs) -> list[Element]:
 
 def _time_space(run: TracedRun, which: str, names: Sequence[str], one_way_ns: OneWay | None) -> Element:
     told = (
-        "The time of one of the largest collectives, in the middle of the run. Hollow: when each message was due on the "
-        "line. Filled: when it was, at the pace that the kernel was told. A lane is a rank and the rank it sends to."
+        "The time of one of the largest collectives, in the middle of the run. Hollow: when each message was due on "
+        "the line. Filled: when it was, at the pace that the kernel was told. A lane is a rank and the one it sends to."
     )
     if one_way_ns is not None:
         told += " Between the sites: its way along the line."
