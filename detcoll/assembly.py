@@ -167,7 +167,7 @@ class _Opener:
         return frozenset(other for other in site.ranks if other != rank and self.facts[other].host == host)
 
     def _open_one(self, transport: Transport) -> Endpoint:
-        job = self.settings.options | _warm_up(self.topology, self.rank)
+        job = self.settings.options | _warm_up(self.topology.granted, self.rank, self.settings.slotting)
         options = {name: value for name, value in job.items() if name in transport.options}
         return self._on_all(
             f"open {transport.name}",
@@ -202,19 +202,27 @@ class _Opener:
         raise (UsageError if first_kind == "UsageError" else TransportUnavailable)(message) from cause
 
 
-def _warm_up(topology: Topology, rank: int) -> dict[str, object]:
+def _warm_up(topology: Topology, rank: int, slotting: Slotting | None) -> dict[str, object]:
     """Return what flows across lines send while they connect: an equal share of the lines for some round trips.
 
-    TCP doubles its window every round trip, so a dozen take it from ten segments to any window that is needed here.
+    TCP doubles its window every round trip, so a dozen take it from ten segments to any window that is needed here, but
+    no further than twice what is under way. It paces by itself at 1.2 windows a round trip. A flow that is to have a
+    line to itself in its windows needs more than its share gives, so then flows of a rank go one after another, each at
+    half the line's rate, so that two may meet at a receiver.
     """
     if not topology.is_wide:
         return {}
     calendar = build_calendar(topology, Slotting.SHARE)
     rate = min(rate for rate in calendar.rates if rate > 0)
+    in_turn = slotting is Slotting.CALENDAR and len(topology.sites) > 2
+    if in_turn:
+        rate *= (len(topology.sites) - 1) / 2
     round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
     nbytes = min(round(rate * WARM_UP_ROUND_TRIPS * round_trip_ns / 1e9), LARGEST_WARM_UP_BYTES)
     peers = partners(topology, rank)
-    return {"warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate}
+    return {
+        "warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate, "warm_up_in_turn": in_turn
+    }  # fmt: skip
 
 
 def deadline_after(timeout_s: float) -> int:

@@ -5,8 +5,8 @@ decides. What it decided is kept under ``$XDG_CACHE_HOME/detcoll/calendars`` by 
 cache is only ever a shortcut: what is broken, from elsewhere or cannot be written is passed over.
 
 Windows between more than two sites mean one time for all of them. Where clocks differ between sites, where ranks of a
-site would have to send to several of another at once, or where no calendar is found, flows share the lines instead, and
-the log says why.
+site would have to send to several of another at once, where rates are reserved between sites, or where no calendar is
+found, flows share the lines instead, and the log says why.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
 
-FORMAT = 1
+FORMAT = 2
 """Of the calendars on disk; raised when equal arguments give other calendars."""
 
 Exchange = Callable[[bytes], list[bytes]]
@@ -87,6 +87,8 @@ def _obstacle(topology: Topology, clocks: Sequence[str]) -> str:
         return "sites do not share a clock"
     if len({len(site.ranks) for site in topology.sites}) > 1:
         return "sites have unequal numbers of ranks"
+    if topology.has_reservations:
+        return "what is reserved between two sites cannot be lent to others for a while"
     return ""
 
 

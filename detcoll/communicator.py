@@ -64,7 +64,7 @@ class Communicator:
     ) -> None:  # fmt: skip
         self._session, self._settings, self._topology, self._assembled = session, settings, topology, assembled
         self._calendar = calendar
-        self._planner = Planner(topology, session.rank, calendar, _costs(facts))
+        self._planner = Planner(topology.granted, session.rank, calendar, _costs(facts))
         self._sequence = itertools.count()
         self._order = threading.Lock()
         self._finalized = False
@@ -72,7 +72,7 @@ class Communicator:
         here = topology.site_of(session.rank)
         self._trace = Trace(
             session.rank, here, settings.trace is not None, time.monotonic_ns(),
-            calendar_facts(calendar, topology, session.rank),
+            calendar_facts(calendar, topology.granted, session.rank),
         )  # fmt: skip
         self._members = Members(session)
         self._runner = self._make_runner(here, [fact.clock for fact in facts])

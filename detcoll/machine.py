@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 
 from detcoll.errors import PlanError
 from detcoll.plan.calendar import Calendar, Slotting
-from detcoll.plan.ir import Buffer, Kind, Plan
+from detcoll.plan.ir import Plan
 from detcoll.transport import Window
 
 Item = TypeVar("Item")
@@ -51,13 +51,10 @@ class Machine:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        rows = plan.rows
-        ends = [row.after_end for row in rows]
-        self._blocked_by = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        # A send from scratch may still be kept by the transport when the caller's array is finished.
-        self._retained = [row.kind == Kind.SEND and row.buffer != Buffer.USER for row in rows]
-        self._left = len(rows)
-        self._left_for_result = len(rows) - sum(self._retained)
+        self._blocked_by = list(plan.blocked_by)
+        self._retained = plan.retained
+        self._left = len(self._retained)
+        self._left_for_result = self._left - sum(self._retained)
         self._under_way: set[int] = set()
 
     @property

@@ -79,7 +79,7 @@ def _calendar(
         return session.exchange("calendar", payload, deadline_ns)
 
     clocks = [fact.clock for fact in facts]
-    return agree_on_calendar(topology, mode, error_ns, clocks, session.rank, exchange)
+    return agree_on_calendar(topology.granted, mode, error_ns, clocks, session.rank, exchange)
 
 
 def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:

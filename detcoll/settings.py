@@ -22,13 +22,18 @@ from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
 
+EXPEDITED_DSCP = 46
+"""The code point of expedited forwarding (RFC 3246), which carriers give to what was reserved."""
+
+LARGEST_DSCP = 63
+
 
 PREFIX = "DETCOLL_"
 VARIABLES = frozenset(
     PREFIX + name
     for name in (
-        "ADVERTISE", "COMPARE", "CONGESTION", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOG",
-        "MARKS", "PORTS", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES", "SLOTTING",
+        "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+        "LOG", "MARKS", "PORTS", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES", "SLOTTING",
         "TESTING_ORDER", "TESTING_WORLD", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
@@ -42,8 +47,8 @@ class Settings(msgspec.Struct, frozen=True):
 
     ``transport`` : a name or ``"auto"``.  ``timeout_s`` : deadline of each collective and of assembling.
     ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
-    does best.  ``ports`` : range to bind in.  ``trace`` : folder for trace files.  ``compare`` : whether Gloo's ranks
-    compare what they call.
+    does best.  ``ports`` : range to bind in.  ``dscp`` : code point of what crosses lines.  ``trace`` : folder for
+    trace files.  ``compare`` : whether Gloo's ranks compare what they call.
     """
 
     transport: str
@@ -54,13 +59,20 @@ class Settings(msgspec.Struct, frozen=True):
     insecure: bool
     ports: tuple[int, int] | None
     congestion: str
+    dscp: int
     trace: str | None
     compare: bool = True
 
     @property
     def options(self) -> dict[str, object]:
         """What transports are opened with; each takes what means something to it."""
-        return {"insecure": self.insecure, "ports": self.ports, "congestion": self.congestion, "compare": self.compare}
+        return {
+            "insecure": self.insecure,
+            "ports": self.ports,
+            "congestion": self.congestion,
+            "compare": self.compare,
+            "dscp": self.dscp,
+        }
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -103,17 +115,18 @@ def read_settings(
     if not isinstance(transport, str):
         raise UsageError(f"transport={transport!r} must be a name such as 'auto' or 'slotted'")
     asked = environ.get("DETCOLL_SLOTTING")
-    slotting, ranks = Slotting.parse(asked) if asked else None, _topology(environ, size, topology)
-    check_slotting(slotting, ranks)
+    slotting, where = Slotting.parse(asked) if asked else None, _topology(environ, size, topology)
+    check_slotting(slotting, where)
     return Settings(
         transport=environ.get("DETCOLL_TRANSPORT") or transport,
-        topology=ranks,
+        topology=where,
         timeout_s=float(timeout),
         reproducible=bool(reproducible),
         slotting=slotting,
         insecure=parse_flag(environ.get("DETCOLL_INSECURE", "")),
         ports=_ports(environ.get("DETCOLL_PORTS")),
         congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
+        dscp=_dscp(environ.get("DETCOLL_DSCP"), where),
         trace=environ.get("DETCOLL_TRACE") or None,
         compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
     )
@@ -208,6 +221,15 @@ def _grouping(text: str, size: int) -> Topology:
     if not 1 <= count <= size or size % count:
         raise UsageError(f"DETCOLL_SITES={text!r} must divide the world of {size} ranks")
     return Topology.uniform(count, size // count, 1.0, 0).as_single_cluster()
+
+
+def _dscp(text: str | None, topology: Topology) -> int:
+    """Return the code point to mark packets with: as asked for, else expedited forwarding where rates are reserved."""
+    if not text:
+        return EXPEDITED_DSCP if topology.has_reservations else 0
+    if not text.isdecimal() or int(text) > LARGEST_DSCP:
+        raise UsageError(f"DETCOLL_DSCP={text!r} must be a number from 0 to {LARGEST_DSCP}")
+    return int(text)
 
 
 def _ports(text: str | None) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,40 @@ class Topology:
     def is_wide(self) -> bool:
         """Whether there are lines between sites; False for one site and for a mere grouping of one cluster."""
         return len(self.sites) > 1 and all(site.uplink_bytes_per_s is not None for site in self.sites)
+
+    def reserved_bytes_per_s(self, source: int, destination: int) -> float | None:
+        """Return what is reserved between two sites, the same in both directions; None where nothing is."""
+        link = dict(self.links).get((min(source, destination), max(source, destination)))
+        return None if link is None else link.reserved_bytes_per_s
+
+    @property
+    def has_reservations(self) -> bool:
+        """Whether a rate is reserved between any two sites."""
+        return any(link.reserved_bytes_per_s is not None for _, link in self.links)
+
+    def with_reserved(self, bytes_per_s: float | None) -> Topology:
+        """Return this topology with the same rate reserved on every link, or with None nothing."""
+        links = tuple((ends, replace(link, reserved_bytes_per_s=bytes_per_s)) for ends, link in self.links)
+        return replace(self, links=links)
+
+    @property
+    def granted(self) -> Topology:
+        """The same with lines no faster than what is reserved: what plans, pacing and bounds may count on.
+
+        A site with S - 1 links sends to all others at once, so its lines count as S - 1 times its smallest reservation.
+        """
+        if not self.has_reservations:
+            return self
+        sites = []
+        for index, site in enumerate(self.sites):
+            links = [self.reserved_bytes_per_s(index, other) for other in range(len(self.sites)) if other != index]
+            most = (len(self.sites) - 1) * min(rate for rate in [*links, float("inf")] if rate is not None)
+            up, down = (
+                None if rate is None else min(rate, most)
+                for rate in (site.uplink_bytes_per_s, site.downlink_bytes_per_s)
+            )
+            sites.append(replace(site, uplink_bytes_per_s=up, downlink_bytes_per_s=down))
+        return replace(self, sites=tuple(sites))
 
     def as_single_cluster(self) -> Topology:
         """Return the same grouping with no lines between: the baseline that gives the same bits."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from detcoll.mpiexec import find_mpiexec
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def mpiexec() -> list[str]:
-    """The command that starts MPI ranks, from the environment of this Python before any other."""
+def mpiexec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The command that starts MPI ranks, from the environment of this Python before any other, up to its ``-n``."""
     pytest.importorskip("mpi4py")
-    found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    found = find_mpiexec()
     if found is None:
         pytest.skip("there is no mpiexec")
-    return [found]
+    with pytest.MonkeyPatch.context() as patch:
+        files = found.files_in(str(tmp_path_factory.mktemp("mpi")))
+        for name, value in {**found.environment, **files}.items():
+            patch.setenv(name, value)
+        yield found.command(2)[:-2]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from detcoll.errors import PlanError
 from detcoll.machine import Queued, Slots
 from detcoll.plan import Calendar, Collective, Slotting, build_calendar, check, check_calendar, choose_chunk
-from detcoll.plan.alignment import align
+from detcoll.plan.alignment import CALL_NS, LARGEST_GUARD_SHARE, LATE_NS, Alignment, align, call_ends_ns
 from detcoll.plan.calendar import LAID_OUT, SiteCycle, SlotWindow
+from detcoll.plan.packing import Departure, Rough, in_cells, stretch
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Link, Topology
@@ -33,6 +34,11 @@ def apart(sites: int, delays_ns: list[int], asymmetry_ns: int = 0, rates: tuple[
     return replace(even, sites=made, links=links)
 
 
+def check_guards(calendar: Calendar) -> None:
+    for cycle in calendar.sites:
+        assert len(cycle.windows) * calendar.guard_ns <= LARGEST_GUARD_SHARE * cycle.cycle_ns
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     sites=st.integers(3, 12),
@@ -46,29 +52,84 @@ def test_equal_distances_need_no_solver_and_no_slack(
     topology = apart(sites, [one_way_ns], rates=tuple(rates))
     calendar = build_calendar(topology, error_ns=error_ns)
     check_calendar(calendar, topology)
+    check_guards(calendar)
     longest_ns = max(window.end_ns - window.start_ns for cycle in calendar.sites for window in cycle.windows)
     assert calendar.sites[0].cycle_ns == (sites - 1) * (longest_ns + error_ns)
 
 
 @settings(max_examples=4, deadline=None)
 @given(
-    delays_ns=st.lists(st.integers(2 * MS, 60 * MS), min_size=3, max_size=3, unique=True),
+    sites=st.integers(3, 5),
+    delays_ns=st.lists(st.integers(2 * MS, 60 * MS), min_size=3, max_size=5, unique=True),
     asymmetry_ns=st.integers(-3 * MS, 3 * MS),
     rates=st.sampled_from([(1e8,), (1e8, 4e7), (1e9, 2e8, 1e8)]),
 )
 def test_unequal_distances_and_rates_are_solved(
-    delays_ns: list[int], asymmetry_ns: int, rates: tuple[float, ...]
+    sites: int, delays_ns: list[int], asymmetry_ns: int, rates: tuple[float, ...]
 ) -> None:
-    topology = apart(3, delays_ns, asymmetry_ns, rates)
-    check_calendar(build_calendar(topology), topology)
+    topology = apart(sites, delays_ns, asymmetry_ns, rates)
+    calendar = build_calendar(topology, seconds=1)
+    check_calendar(calendar, topology)
+    check_guards(calendar)
+    carried_bytes = [
+        sum(window.end_ns - window.start_ns for window in calendar.windows_to(i, i, j))
+        * calendar.rate_bytes_per_s(i, j)
+        / 1e9
+        for i in range(sites)
+        for j in range(sites)
+        if i != j
+    ]
+    slowest = min(rate for rate in calendar.rates if rate)
+    assert min(carried_bytes) > 0.5 * slowest * calendar.sites[0].cycle_ns / 1e9 / (sites - 1)
+    collective = Collective("all_reduce", 4000, 4, 4)
+    check(all_parts(collective, topology, "direct", choose_chunk(topology, calendar, collective)), topology, calendar)
+
+
+def test_stretching_finds_the_best_times_for_an_order() -> None:
+    # Two senders to one receiver and back; delays differ by 3 ms, and nothing else stands in the way.
+    delays = [[0, 0, 7 * MS], [0, 0, 4 * MS], [7 * MS, 4 * MS, 0]]
+    weights = {(0, 2): 1.0, (1, 2): 3.0}
+    rough = Rough(10, ((0, 2, 0), (1, 2, 8)), {(0, 2): 7, (1, 2): 4})
+    found = stretch(rough, 10 * MS, delays, weights, 100_000, 300_000, MS)
+    assert found is not None
+    lengths = {each.source: each.length_ns for each in found}
+    # 10 ms less two guards of 0.1 ms and two losses of 0.3 ms are shared one to three.
+    assert lengths[0] == pytest.approx(9.2 * MS / 4 + 300_000, abs=2_000)
+    assert lengths[1] == pytest.approx(9.2 * MS * 3 / 4 + 300_000, abs=2_000)
+    arrivals = sorted((each.start_ns + delays[each.source][2]) % (10 * MS) for each in found)
+    assert arrivals[1] - arrivals[0] in (lengths[0] + 100_010, lengths[1] + 100_010) or arrivals == []
+    assert stretch(rough, 2 * MS, delays, weights, 100_000, 300_000, MS) is None
+
+
+def test_cells_are_given_once_and_in_few_runs() -> None:
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    shifts = {pair: 3 + 5 * index for index, pair in enumerate(pairs)}
+    rough = in_cells(shifts, dict.fromkeys(pairs, 4), 10, 2, 2, 10, 0)
+    assert rough is not None
+    assert all(1 <= sum(start[:2] == pair for start in rough.starts) <= 2 for pair in pairs)
+    assert in_cells(shifts, dict.fromkeys(pairs, 6), 10, 2, 2, 10, 0) is None
+
+
+def test_a_call_ends_sooner_the_more_fits_and_the_shorter_turns_are() -> None:
+    weights = {(0, 1): 10.0, (0, 2): 10.0}
+
+    def ends_ns(*windows: tuple[int, int, int]) -> float:
+        found = Alignment(20 * MS, tuple(Departure(0, to, start, length) for to, start, length in windows))
+        return call_ends_ns(found, weights, 20.0)
+
+    whole = ends_ns((1, 0, 10 * MS), (2, 10 * MS, 10 * MS))
+    assert whole == pytest.approx(CALL_NS * 10 / (10 - LATE_NS / MS) + 20 * MS)
+    assert ends_ns((1, 0, 9 * MS), (2, 10 * MS, 10 * MS)) > whole
+    halves = ends_ns(*((to, start * MS, 5 * MS) for to, start in ((1, 0), (2, 5), (1, 10), (2, 15))))
+    assert halves == pytest.approx(CALL_NS * 10 / (10 - 2 * LATE_NS / MS) + 10 * MS)
 
 
 def test_without_the_solver_only_equal_distances_have_a_calendar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
     slots = [[5 * MS] * 3 for _ in range(3)]
-    assert len(align([[7 * MS] * 3 for _ in range(3)], slots).departures) == 6
+    assert len(align([[7 * MS] * 3 for _ in range(3)], slots, 0).departures) == 6
     with pytest.raises(PlanError, match=r"detcoll\[calendar\]"):
-        align([[0, 1, 2], [3, 0, 4], [5, 6, 0]], slots)
+        align([[0, 1, 2], [3, 0, 4], [5, 6, 0]], slots, 0)
 
 
 def moved(site: int, index: int, by_ns: int) -> Calendar:
@@ -141,7 +202,7 @@ def test_everything_leaves_in_its_window_and_downlinks_hardly_queue(topology: To
     collective = Collective("all_reduce", 2_000_000, 4, 4)
     peaks = {}
     for mode in (Slotting.CALENDAR, Slotting.OFF):
-        calendar = build_calendar(topology, mode)
+        calendar = build_calendar(topology, mode, seconds=1)
         parts = all_parts(collective, topology, "direct", choose_chunk(topology, calendar, collective))
         result = simulate(parts, topology, calendar, phase_ns=13 * MS)
         peaks[mode] = max(result.downlink_peak_bytes)

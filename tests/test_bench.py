@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,22 +13,25 @@ from typing import Any
 import pytest
 
 from detcoll.cli import main
-from detcoll.errors import DetcollError
-from detcoll.lab import why_unavailable
+from detcoll.errors import DetcollError, UsageError
+from detcoll.lab import Conditions, why_unavailable
 from detcoll.measure import bench
 from detcoll.measure.bench import LabBench, run_in_lab
 from detcoll.measure.host import host_facts
-from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchResult, LeftOut, Row, write_result
+from detcoll.measure.lines import CoTenant, LineUse
+from detcoll.measure.networks import Network, parse_networks
+from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchResult, LeftOut, Row, write_result
 from detcoll.measure.sweep import Sweep
-from detcoll.measure.tables import bench_table, output_console
+from detcoll.measure.tables import PIPE_WIDTH, bench_table, output_console
 from detcoll.topology import Topology
 
 TIMEOUT_S = 60
 ROW = Row(
     "all_reduce", "slotted", "exchange", 4, 2, "float32", 2**20, 0.02, 0.018, 0.03, 0.029, 0.0187, 0.021, 0.935, 0.05,
-    20, "instant", 1e-4,
+    20, "instant", 1e-4, cpu_s_per_gb=0.625, extra_memory_bytes=3 * 2**20,
 )  # fmt: skip
 AUDIT = AuditResult("calendar", True, 0.999, 0.998, 10**6, 1000, 10, 0, (0, 0), (0, 0), (2**20, 2**19), (2**21, 2**21))
+USE = LineUse(10**6, 1, 2, 3, 4, 5000, 0.01, 0.011, CoTenant(0.02, 0.03, 9, 10), 0, 0, 0.001, 0.2)
 SWEEP = Sweep(("all_reduce",), (4096,), "float32", 2, 1)
 PROMISED = {
     "collective", "transport", "algorithm", "ranks", "sites", "dtype", "bytes", "median_s", "min_s", "max_s", "p99_s",
@@ -71,6 +75,8 @@ def test_table_tells_how_the_line_was_used(
     assert "left out: mpi: gone" in shown
     assert "93.5%" in shown
     assert "1 MiB of 2 MiB" in shown
+    assert "0.625" in shown
+    assert "3 MiB" in shown
     assert "there are no windows" not in shown
 
 
@@ -91,6 +97,10 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
         (["--iterations", "0"], "iterations=0"),
         (["--sites", "2"], "--sites need --lab"),
         (["--rate", "1 Gbit/s", "--round-trip", "1 ms"], "--rate, --round-trip need --lab"),
+        (["--service", "deterministic", "--cross-traffic", "1"], "--service, --cross-traffic need --lab"),
+        (["--lab", "--service", "good"], "service='good' is not known"),
+        (["--lab", "--reserved", "1 Mbit/s"], "needs service=deterministic"),
+        (["--lab", "--cross-traffic", "3"], "cross_traffic=3.0 must be a share"),
         (["--lab", "--transport", "pigeon"], "transport='pigeon'"),
         (["--lab", "--transport", "shm"], "one host only"),
         (["--lab", "--sites", "1"], "sites=1"),
@@ -107,24 +117,46 @@ def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pyt
 
 
 def _spec(*transports: str) -> LabBench:
-    return LabBench(SWEEP, transports, Topology.uniform(2, 1, 1e8, 10**6), 2_500_000, "calendar", 30.0, 60.0)
+    return LabBench(SWEEP, transports, Topology.uniform(2, 1, 1e8, 10**6), Conditions(), "calendar", 30.0, 60.0)
 
 
 def test_transport_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(spec: LabBench, transport: str) -> Any:
+    def run(spec: LabBench, transport: str, network: Network) -> Any:
         if transport == "gloo":
             raise DetcollError("a rank ended with exit code 1")
-        return (ROW,), AUDIT if transport == "slotted" else None
+        return (ROW,), USE, AUDIT if transport == "slotted" else None
 
     monkeypatch.setattr(bench, "_run_transport", run)
     said: list[str] = []
     result = run_in_lab(_spec("slotted", "gloo", "mpi"), said.append)
     assert result.rows == (ROW, ROW)
     assert result.audit == AUDIT
-    assert result.left_out == (LeftOut("gloo", "it failed: a rank ended with exit code 1"),)
+    assert result.left_out == (
+        LeftOut("gloo", "it failed: a rank ended with exit code 1", "best-effort, cross traffic 0"),
+    )
+    assert result.lines == (BenchLine("slotted", "best-effort", 0.0, USE), BenchLine("mpi", "best-effort", 0.0, USE))
     assert len(said) == 4
     with pytest.raises(DetcollError, match="exit code 1"):
         run_in_lab(_spec("gloo"), said.append)
+
+
+def test_every_network_has_rows_and_the_audit_that_failed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(spec: LabBench, transport: str, network: Network) -> Any:
+        return (ROW,), USE, replace(AUDIT, passed=network.cross_traffic == 0, slotting=network.label)
+
+    monkeypatch.setattr(bench, "_run_transport", run)
+    spec = _spec("slotted")
+    networks = parse_networks(("best-effort", "deterministic"), ("0", "0.5"))
+    spec = replace(spec, networks=networks, topology=spec.topology.with_reserved(5e7))
+    result = run_in_lab(spec, lambda line: None)
+    assert [(row.service, row.cross_traffic) for row in result.rows] == [
+        (service, share) for service in ("best-effort", "deterministic") for share in (0.0, 0.5)
+    ]
+    assert result.audit is not None
+    assert result.audit.slotting == "best-effort, cross traffic 0.5"
+    output_console().print(bench_table(result))
+    with pytest.raises(UsageError, match="needs a rate reserved"):
+        run_in_lab(replace(spec, topology=spec.topology.with_reserved(None)), lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +206,34 @@ def test_runs_on_the_launchers_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.lab
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_a_reserved_rate_holds_beside_others(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = run_cli(
+        "bench", "--lab", "--ranks-per-site", "1", "--rate", "100 Mbit/s", "--round-trip", "4 ms", "--bytes", "256KiB",
+        "--iterations", "3", "--service", "deterministic", "--cross-traffic", "0,2.0", "--reserved", "50 Mbit/s",
+        "--json", str(path),
+    )  # fmt: skip
+    data = read_json(path)
+    quiet, busy = data["rows"]
+    assert [(row["service"], row["cross_traffic"]) for row in (quiet, busy)] == [
+        ("deterministic", 0),
+        ("deterministic", 2),
+    ]
+    bound_s = 2**18 / (50e6 / 8) * 1500 / 1448 + 0.002
+    for row, line in zip((quiet, busy), data["lines"], strict=True):
+        assert row["bound_s"] == pytest.approx(bound_s, rel=1e-3)
+        assert row["median_s"] >= bound_s
+        assert line["use"]["queue_dropped_segments"] == 0
+        assert line["use"]["wire_bytes"] >= 8 * 2**18
+        assert line["use"]["delay_p50_s"] < 0.01
+    assert busy["retransmits"] >= 0
+    assert data["lines"][1]["use"]["burst_dropped_bytes"] > 0
+    assert data["lines"][1]["use"]["co_tenant"]["median_s"] > 0.1  # behind 2.5 MB of others, at half the line's rate
+    assert done.returncode in (0, 1), done.stderr  # on a busy machine the audit may fail
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_runs_in_the_lab(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     done = run_cli(
@@ -190,3 +250,16 @@ def test_runs_in_the_lab(tmp_path: Path) -> None:
     assert row["predicted_s"] >= row["bound_s"]
     assert data["audit"]["slotting"] == "share"
     assert data["audit"]["bulk_bytes"] >= 6 * 2**18
+
+
+@pytest.mark.parametrize(("columns", "width"), [(0, PIPE_WIDTH), (70, 70)])
+def test_a_terminal_without_a_width_gets_every_column(
+    monkeypatch: pytest.MonkeyPatch, columns: int, width: int
+) -> None:
+    ours, theirs = os.openpty()
+    with open(ours, "rb"), open(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr("os.get_terminal_size", lambda descriptor: os.terminal_size((columns, 24)))
+        assert output_console().width == width

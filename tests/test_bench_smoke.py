@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from detcoll.lab import why_unavailable
+from detcoll.mpiexec import find_mpiexec
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 TIMEOUT_S = 90
 TINY = ["-m", "pytest", str(BENCHMARKS), "--sizes", "4KiB", "--rounds", "2"]
-MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
+MPIEXEC = find_mpiexec()
 
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not installed")
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:
     # Where this suite itself runs in parallel, the pytest below must not take itself for one of its workers.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environ |= MPIEXEC.environment if MPIEXEC else {}
     return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT, env=environ)
 
 
@@ -46,7 +47,7 @@ def test_on_ranks_of_detcoll_run() -> None:
 @pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="MPI is not installed")
 def test_under_mpirun() -> None:
     assert MPIEXEC is not None
-    done = run(MPIEXEC, "-n", "2", sys.executable, *TINY, "--transports", "mpi", "-k", "barrier or bench_all_reduce[")
+    done = run(*MPIEXEC.command(2), sys.executable, *TINY, "--transports", "mpi", "-k", "barrier or bench_all_reduce[")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" passed") == 1
     assert "bench_barrier[mpi]" in done.stdout
@@ -84,3 +85,19 @@ def test_failure_of_another_rank_shows() -> None:
     assert done.returncode != 0
     assert "rank 1: " in done.stderr
     assert "PlanMismatch" in done.stderr
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_the_simulator_is_held_against_the_lab(tmp_path: Path) -> None:
+    path = tmp_path / "simulator.json"
+    done = run(
+        sys.executable, str(BENCHMARKS / "simulator.py"), "--only", "2 x 1, 200 Mbit/s", "--iterations", "2", "--json",
+        str(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| 2 x 1, 200 Mbit/s, 10 ms, 8MiB |" in done.stdout
+    [case] = json.loads(path.read_text())["cases"]
+    assert case["command"].startswith("python -m detcoll bench --lab --sites 2")
+    assert case["error_of_measured"] == case["simulated_s"] / case["row"]["median_s"] - 1
+    assert case["simulated_s"] == pytest.approx(8 * 2**20 / 25e6 / 0.955 + 0.005, rel=0.02)

@@ -116,3 +116,13 @@ def test_unasked_more_than_two_sites_share() -> None:
     calendar, told = agreed(mode=None)
     assert (calendar.mode, told) == (Slotting.SHARE, [])
     assert agreed(sites_of([2, 2]), mode=None)[0].mode is Slotting.CALENDAR
+
+
+def test_what_is_reserved_between_two_sites_is_not_lent(caplog: pytest.LogCaptureFixture) -> None:
+    reserved = THREE.with_reserved(2e7)
+    with caplog.at_level(logging.WARNING, "detcoll"):
+        calendar, _ = agreed(reserved.granted)
+    assert calendar.mode is Slotting.SHARE
+    assert "cannot be lent" in caplog.text
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        assert calendar.rate_bytes_per_s(i, j) <= 0.99 * 2e7 * THREE.payload_share * (1 + 1e-9)

@@ -82,6 +82,7 @@ def test_bad_arguments_are_refused_before_anything_moves(transport: str) -> None
         ({"topology": "/nonexistent.toml"}, "cannot be read"),
         ({"environ": {"DETCOLL_SITES": "3"}}, "DETCOLL_SITES='3' must divide"),
         ({"environ": {"DETCOLL_PORTS": "9-5"}}, "DETCOLL_PORTS='9-5' must be"),
+        ({"environ": {"DETCOLL_DSCP": "64"}}, "DETCOLL_DSCP='64' must be a number from 0 to 63"),
         ({"environ": {"DETCOLL_SLOTTING": "both"}}, "slotting='both' must be"),
         ({"environ": {"DETCOLL_LOG": "loud"}}, "DETCOLL_LOG='loud' must be"),
         ({"environ": {"DETCOLL_SITE": "mars"}, "topology": lines(1, 1)}, "'mars'; the topology has s0, s1"),

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from detcoll.mpiexec import find_mpiexec
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 TIMEOUT_S = 90
 RANKS = "2"
 BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-MPIEXEC, TORCHRUN = shutil.which("mpiexec", path=BIN), shutil.which("torchrun", path=BIN)
+MPIEXEC, TORCHRUN = find_mpiexec(), shutil.which("torchrun", path=BIN)
 
 LAUNCHERS = {
     "detcoll run": [sys.executable, "-m", "detcoll", "run", "-n", RANKS],
-    "mpiexec": [MPIEXEC or "mpiexec", "-n", RANKS, sys.executable],
+    "mpiexec": [*(MPIEXEC.command(RANKS) if MPIEXEC else []), sys.executable],
     "torchrun": [TORCHRUN or "torchrun", "--nproc-per-node", RANKS],
 }
 WHY_NOT = {
@@ -39,7 +41,8 @@ def run(launcher: str, script: str, *arguments: str) -> str:
     if (reason := WHY_NOT.get(launcher)) is not None:
         pytest.skip(reason)
     argv = [*LAUNCHERS[launcher], str(EXAMPLES / script), *arguments]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT)
+    environ = os.environ | (MPIEXEC.environment if MPIEXEC else {})
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

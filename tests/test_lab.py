@@ -7,7 +7,6 @@ import json
 import math
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,8 @@ from typing import Any
 import pytest
 
 from detcoll.errors import Closed, DetcollError, UsageError
-from detcoll.lab import Lab, Launcher, Output, read_log, run_ranks, why_unavailable
+from detcoll.lab import Conditions, Lab, Launcher, Output, Service, read_log, run_ranks, why_unavailable
+from detcoll.mpiexec import find_mpiexec
 from detcoll.testing.traffic import ECHO, PING, blast, ping, python, serve
 from detcoll.topology import Topology
 
@@ -80,9 +80,9 @@ class TestArguments:
         [
             (Topology.single_site(2), {}, "has 1 sites; the lab takes from 2 to 200"),
             (two_sites().as_single_cluster(), {}, "site 'site0' has no uplink"),
-            (two_sites(), {"queue_bytes": 1499}, "queue_bytes=1499 must be from one packet of 1500 bytes"),
-            (two_sites(), {"loss": 1.5}, "loss=1.5 must be from 0 to 1"),
-            (two_sites(), {"loss": math.nan}, "loss=nan must be from 0 to 1"),
+            (two_sites(), {"conditions": Conditions(1499)}, "queue_bytes=1499 must be from one packet of 1500 bytes"),
+            (two_sites(), {"conditions": Conditions(loss=1.5)}, "loss=1.5 must be from 0 to 1"),
+            (two_sites(), {"conditions": Conditions(loss=math.nan)}, "loss=nan must be from 0 to 1"),
             (two_sites(), {"gso_max_bytes": 100}, "gso_max_bytes=100 must be from 6000 to 65536"),
         ],
     )
@@ -114,7 +114,7 @@ class TestLine:
         assert counted.wire_bytes - counted.payload_bytes >= counted.segments * 28
 
     def test_lost_segments_are_sent_again_and_what_arrives_is_whole(self) -> None:
-        with Lab(two_sites(25e6), loss=0.01, seed=3) as lab:
+        with Lab(two_sites(25e6), Conditions(loss=0.01, seed=3)) as lab:
             seen = blast(lab, 60, 4 * 2**20)
             told = lab.statistics()
         counted = told.direction(0, 1)
@@ -125,7 +125,7 @@ class TestLine:
         assert (seen["checksum_errors"], seen["header_errors"], told.refused) == (0, 0, 0)
 
     def test_what_overflows_the_queue_is_dropped_and_the_queue_never_exceeds_its_size(self, tmp_path: Path) -> None:
-        with Lab(two_sites(12.5e6, 5_000_000), queue_bytes=40_000, log_path=tmp_path / "log.npy") as lab:
+        with Lab(two_sites(12.5e6, 5_000_000), Conditions(40_000), log_path=tmp_path / "log.npy") as lab:
             seen = blast(lab, 60, 4 * 2**20)
             told = lab.statistics()
         records = read_log(tmp_path / "log.npy")
@@ -134,6 +134,66 @@ class TestLine:
         assert told.direction(0, 1).uplink_dropped_segments == records["dropped_segments"].sum()
         assert told.uplink_peak_bytes[0] == records["queue_bytes"][records["source_site"] == 0].max() <= 40_000
         assert (seen["checksum_errors"], seen["header_errors"], told.refused) == (0, 0, 0)
+
+    def test_a_reserved_class_passes_by_what_others_send(self) -> None:
+        reserved = two_sites(12.5e6, 2_000_000).with_reserved(6e6)
+        conditions = Conditions(service=Service.DETERMINISTIC, cross_traffic=2.0, probe_gap_ns=10_000_000, seed=5)
+        with Lab(reserved, conditions) as lab:
+            took = ping(lab, 20)
+            seen = blast(lab, 60, 2 * 2**20)
+            told = lab.statistics()
+        mine, others = told.direction(0, 1, Service.DETERMINISTIC), told.direction(0, 1)
+        assert len(took) == 20
+        assert seen["digest"] == hashlib.sha256(bytes(range(256)) * 256 * 32).hexdigest()
+        assert mine.payload_bytes >= 2 * 2**20
+        assert (mine.uplink_dropped_segments, mine.lost_segments, mine.failed_segments) == (0, 0, 0)
+        assert mine.wire_bytes <= 6e6 * told.elapsed_s + conditions.burst_for(6e6)
+        # Beside its own packets a unit waits for one of others at each end of the line.
+        own_ns = told.reserved_uplink_peak_bytes[0] / 12.5e6 * 1e9
+        assert mine.delay_max_ns is not None
+        assert mine.delay_max_ns <= 2_000_000 + 2 * own_ns + 2 * 1500 / 12.5e6 * 1e9
+        assert told.bursts[0].dropped_bytes > 0
+        assert others.delay_p50_ns is not None
+        assert others.delay_p50_ns > 100_000_000  # 2.5 MB queue at 12.5 MB/s
+
+    def test_others_send_over_tcp_beside_the_sites(self) -> None:
+        with Lab(two_sites(12.5e6, 1_000_000), Conditions(cross_traffic=0.4, cross_tcp_share=1.0)) as lab:
+            deadline_ns = time.monotonic_ns() + 30 * 10**9
+            while lab.statistics().direction(0, 1).payload_bytes < 10**6 and time.monotonic_ns() < deadline_ns:
+                os.sched_yield()
+            told = lab.statistics()
+            sent = lab.call(0, lambda: Path("/proc/thread-self/net/dev").read_text(encoding="ascii"))
+        for source in (0, 1):
+            assert told.direction(source, 1 - source).payload_bytes > 10**5
+        assert told.direction(0, 1).wire_bytes <= 0.4 * 12.5e6 * told.elapsed_s + 2 * 65_536 * 2
+        assert (told.bursts, told.refused) == ((), 0)
+        [device] = [line for line in sent.splitlines() if "wan0" in line]
+        assert int(device.split()[9]) == 0  # the site itself has sent nothing
+
+    def test_a_lab_with_others_leaves_nothing(self) -> None:
+        lab = Lab(two_sites(), Conditions(cross_traffic=1.0))
+        inodes = [os.stat(f"/proc/self/fd/{network}").st_ino for network in lab._networks]
+        assert len(inodes) == 4
+        assert holders(inodes) != []
+        lab.close()
+        assert holders(inodes) == []
+
+    def test_a_program_marks_its_packets_where_a_rate_is_reserved(self) -> None:
+        code = """
+import numpy as np, detcoll
+x = np.ones(50_000, np.float32)
+detcoll.init(transport="slotted")
+detcoll.all_reduce(x)
+detcoll.finalize()
+assert (x == 2).all()
+"""
+        with Lab(two_sites().with_reserved(6e6)) as lab:
+            deadline_ns = time.monotonic_ns() + 60 * 10**9
+            assert run_ranks(lab, [sys.executable, "-c", code], deadline_ns=deadline_ns).exit_code == 0
+            told = lab.statistics()
+        assert told.direction(0, 1, Service.DETERMINISTIC).payload_bytes >= 200_000
+        assert told.policed_segments == 0
+        assert told.direction(0, 1).payload_bytes < 100_000  # the rendezvous, which marks nothing
 
     def test_two_labs_at_once_are_apart(self) -> None:
         with Lab(two_sites(one_way_ns=1_000_000)) as near, Lab(two_sites(one_way_ns=30_000_000)) as far:
@@ -312,10 +372,7 @@ print(json.dumps([[os.environ[name] for name in names], here, open(os.environ["D
         result = run_ranks(shared_lab, ["sh", "-c", "sleep 1000 & echo $!"], output=Output.CAPTURE)
         await_gone([int(text) for text in result.outputs])
 
-    @pytest.mark.skipif(
-        find_spec("mpi4py") is None or shutil.which("mpiexec", path=Path(sys.executable).parent) is None,
-        reason="needs mpi4py and MPICH",
-    )
+    @pytest.mark.skipif(find_spec("mpi4py") is None or find_mpiexec() is None, reason="needs mpi4py and mpiexec")
     def test_mpi_ranks_reach_each_other_over_the_line_alone(self, shared_lab: Lab) -> None:
         code = """
 import os
@@ -336,8 +393,8 @@ os.write(1, f"{values[0]} {os.environ['DETCOLL_SITE']}\\n".encode())
         assert shared_lab.statistics().direction(0, 1).payload_bytes - before >= 100_000 * 8
 
     def test_a_failing_mpi_rank_fails_the_run(self, shared_lab: Lab) -> None:
-        if shutil.which("mpiexec", path=Path(sys.executable).parent) is None:
-            pytest.skip("needs MPICH")
+        if find_mpiexec() is None:
+            pytest.skip("needs mpiexec")
         code = python("import os, sys; sys.exit(int(os.environ['RANK'] == '1') * 7)")
         result = run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_ns=time.monotonic_ns() + 30 * 10**9)
         assert (result.exit_code, len(result.exit_codes)) == (7, 1)
@@ -351,8 +408,20 @@ class TestCommand:
             lab()
         with pytest.raises(UsageError, match="--topology cannot be combined with --sites, --rate"):
             lab("true", topology=tmp_path / "t.toml", sites=2, rate="1 Gbit/s")
-        with pytest.raises(UsageError, match="rate='1000'"):
-            lab("true", rate="1000")
+        for options, message in (
+            ({"rate": "1000"}, "rate='1000'"),
+            ({"service": "best"}, "service='best' is not known"),
+            ({"service": "best-effort", "reserved": "1 Mbit/s"}, "needs service=deterministic"),
+            ({"reserved": "2 Gbit/s"}, "must be less than its uplink"),
+            ({"burst": "3"}, "burst='3'"),
+            ({"jitter": "3"}, "jitter='3'"),
+            ({"cross_traffic": 2.5}, "cross_traffic=2.5 must be a share"),
+            ({"cross_tcp": 2.0}, "cross_tcp_share=2.0 must be from 0 to 1"),
+            ({"failure": ["now"]}, "failure='now' must be of the form"),
+            ({"statistics": Path("/no/such/place/s.json")}, "no directory"),
+        ):
+            with pytest.raises(UsageError, match=message):
+                lab("true", **options)
 
     @pytest.mark.lab
     @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
@@ -365,3 +434,18 @@ class TestCommand:
         assert lab(*python(code), topology=tmp_path / "t.toml", log=tmp_path / "log.npy") == 0
         assert (tmp_path / "log.npy").stat().st_size > 0
         assert lab("sh", "-c", "kill -9 $$", rate="100 Mbit/s", round_trip="2 ms", queue="100 kB") == 137
+
+    @pytest.mark.lab
+    @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+    def test_it_tells_what_the_router_counted(self, tmp_path: Path) -> None:
+        from detcoll.cli.lab import lab
+
+        connects = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('10.77.1.1', 9))"
+        assert lab(
+            *python(connects), service="deterministic", reserved="500 Mbit/s", failure=["0 s to 1 min"],
+            statistics=tmp_path / "s.json",
+        ) == 0  # fmt: skip
+        told = json.loads((tmp_path / "s.json").read_text())
+        [mine] = [each for each in told["directions"] if each["source"] == 0 and each["service"] == "deterministic"]
+        assert mine["failed_segments"] == mine["segments"] >= 1
+        assert told["probe"]["round_trip_ns"] == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from detcoll.errors import UsageError
-from detcoll.lab import RECORD, read_log
+from detcoll.lab import RECORD, Conditions, read_log
 from detcoll.lab.line import WideArea
 from detcoll.lab.log import ArrivalLog
 from detcoll.lab.unit import NEEDS_CSUM, TCP, VNET_HEADER, shape_of
@@ -40,7 +40,8 @@ def mark_of(unit: bytes) -> int:
 
 
 def area(sites: int = 2, queue_bytes: int = 100_000, loss: float = 0.0, seed: int = 0, **rest: ArrivalLog) -> WideArea:
-    return WideArea(Topology.uniform(sites, 1, RATE, DELAY_NS), queue_bytes, loss, seed, **rest)
+    conditions = Conditions(queue_bytes, loss, seed=seed)
+    return WideArea(Topology.uniform(sites, 1, RATE, DELAY_NS), conditions, **rest)
 
 
 def drain(wide: WideArea) -> Delivered:
@@ -99,7 +100,7 @@ def test_asymmetry_splits_the_delay() -> None:
         one_way = "5 ms"
         asymmetry = "2 ms"
     """
-    wide = WideArea(Topology.parse(text), 100_000)
+    wide = WideArea(Topology.parse(text), Conditions(100_000))
     wide.arrive(0, packet(100, 0, 1), 0)
     wide.arrive(1, packet(100, 1, 0), 0)
     assert {destination: due - 100 * US for due, destination, _ in drain(wide)} == {1: 6_000_000, 0: 4_000_000}
@@ -176,7 +177,7 @@ def test_a_slower_downlink_paces_what_arrives() -> None:
         between = ["a", "b"]
         one_way = "5 ms"
     """
-    wide = WideArea(Topology.parse(text), 100_000)
+    wide = WideArea(Topology.parse(text), Conditions(100_000))
     wide.arrive(0, packet(1000), 0)
     wide.arrive(0, packet(1000), 0)
     # Cut through: the first bit goes on as it comes, so the first unit takes its 2 ms of the downlink alone.

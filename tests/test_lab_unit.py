@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import socket
 import struct
 from itertools import pairwise
@@ -10,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detcoll.lab.router import ASK_QUIT, _receive_line
+from detcoll.lab import router
+from detcoll.lab.conditions import Conditions
+from detcoll.lab.router import ASK_QUIT, RouterConfig, _receive_line, _Router
 from detcoll.lab.unit import NEEDS_CSUM, TCP, UDP, VNET_HEADER, cut, flow_of, shape_of
+from detcoll.topology import Topology
 
 ACK, PSH, FIN, CWR = 0x10, 0x08, 0x01, 0x80
 GSO_TCPV4, GSO_ECN = 1, 0x80
@@ -127,3 +132,62 @@ def test_a_request_right_behind_the_configuration_is_left_for_later() -> None:
         lab.sendall(b'{"a": 1}\n' + ASK_QUIT)
         assert _receive_line(router) == b'{"a": 1}\n'
         assert router.recv(10) == ASK_QUIT
+
+
+class _Area:
+    """Notes for how long nobody had looked, at each unit."""
+
+    def __init__(self) -> None:
+        self.asleep_ns = 0.0
+        self.seen: list[float] = []
+
+    def arrive(self, site: int, unit: bytes, now_ns: int, is_tenant: bool) -> None:
+        self.seen.append(self.asleep_ns)
+
+
+def test_the_router_knows_for_how_long_it_did_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0]
+    monkeypatch.setattr(router.time, "monotonic_ns", lambda: clock[0])
+    area = _Area()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    theirs.setblocking(False)
+    with ours, socket.socket() as control:
+        config = RouterConfig(Topology.uniform(2, 1, 1e6, 1), Conditions(), None, (theirs.detach(),), (), (), 1)
+        made = _Router(config, area, control, 0)  # type: ignore[arg-type]
+        [(tun, (site, is_tenant))] = made._site_of.items()
+
+        def look(began_ns: int, now_ns: int, due_ns: float, units: int = 0) -> float:
+            for _ in range(units):
+                ours.send(b"unit")
+            clock[0] = now_ns
+            made._look(began_ns, due_ns)
+            made._read(tun, site, is_tenant)
+            return area.asleep_ns
+
+        assert look(0, 100, math.inf) == 0  # it slept because nothing came
+        assert look(100, 150, 120) == 30  # past the time to wake up
+        assert look(170, 180, math.inf) == 20  # it was at work
+        assert look(180, 300, 200, units=20) == 100
+        assert look(300, 301, math.inf) == 100  # a batch, and more is left from then
+        assert look(301, 302, math.inf) == 100
+        assert look(302, 303, math.inf) == 0
+        assert area.seen == [100.0] * 20
+        os.close(tun)
+
+
+def test_a_stall_between_two_units_counts_for_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 1, 3, 900])  # opened, looked, and two units
+    monkeypatch.setattr(router.time, "monotonic_ns", lambda: next(clock))
+    area = _Area()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    theirs.setblocking(False)
+    with ours, socket.socket() as control:
+        config = RouterConfig(Topology.uniform(2, 1, 1e6, 1), Conditions(), None, (theirs.detach(),), (), (), 1)
+        made = _Router(config, area, control, 0)  # type: ignore[arg-type]
+        [tun] = made._site_of
+        ours.send(b"one")
+        ours.send(b"two")
+        made._look(0, math.inf)
+        made._read(tun, 0, False)
+        os.close(tun)
+    assert area.seen == [2, 899]

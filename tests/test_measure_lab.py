@@ -94,3 +94,28 @@ def test_script(tmp_path: Path) -> None:
     assert data["digests_equal"] is None
     slotted = data["runs"][1]
     assert slotted["iteration_s"]["median"] >= 0.002  # a one-way delay, at the least
+    assert slotted["retransmits"] >= 0
+
+
+def test_a_reserved_rate_beside_others(tmp_path: Path) -> None:
+    arguments = [
+        "--workload", "synthetic", "--compute", "60 ms", "--gradient-bytes", "256KiB", "--bucket-bytes", "64KiB",
+        "--iterations", "4", "--rounds", "1", "--against", "none", "--service", "deterministic",
+        "--cross-traffic", "0,2.0", "--reserved", "100 Mbit/s",
+    ]  # fmt: skip
+    data = measure(tmp_path / "m.json", *arguments)
+    single, quiet, busy = data["runs"]
+    assert data["digests_equal"] is True
+    assert [(run["service"], run["cross_traffic"]) for run in (quiet, busy)] == [
+        ("deterministic", 0),
+        ("deterministic", 2),
+    ]
+    assert single["line"] is None
+    line_s, backward_s = 2**18 / (100e6 / 8), 0.04
+    for run in (quiet, busy):
+        assert run["wire_busy_fraction"] == pytest.approx(line_s / backward_s, rel=0.25)
+        assert run["line"]["wire_bytes"] > 7 * 2 * 2**18
+        assert run["line"]["queue_dropped_segments"] == 0
+        assert run["line"]["delay_p50_s"] < 0.01
+    assert quiet["line"]["co_tenant"]["median_s"] < 0.01 < busy["line"]["co_tenant"]["median_s"]
+    assert data["workload"]["reserved_bytes_per_s"] == [12.5e6]

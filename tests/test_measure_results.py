@@ -16,6 +16,8 @@ from rich.console import Console
 
 from detcoll.cli import main
 from detcoll.errors import DetcollError, UsageError
+from detcoll.lab import Conditions, DirectionStatistics, Service, Statistics
+from detcoll.lab.statistics import BurstStatistics, ProbeStatistics
 from detcoll.measure import experiment, marks, step
 from detcoll.measure.aggregate import (
     ScriptRound,
@@ -30,6 +32,8 @@ from detcoll.measure.aggregate import (
 from detcoll.measure.experiment import Experiment, run_experiment
 from detcoll.measure.host import host_facts
 from detcoll.measure.kernel import network_counts, parse_retransmits, parse_sent_bytes
+from detcoll.measure.lines import CoTenant, LineRecord, use_of
+from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.records import Marks, RankRecord, Stamps, WorkloadSpec, read_config, read_marks, write_json
 from detcoll.measure.results import LeftOut, Measurement, require_writable, write_result
@@ -220,16 +224,85 @@ class _Anywhere:
 def test_transports_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detcoll.measure.options._NEEDS", {"gloo": ("no_such_package", "pip install it")})
     monkeypatch.setattr("detcoll.measure.options.load", lambda name: _Anywhere)
-    monkeypatch.setattr("detcoll.measure.options.mpiexec", lambda: "/bin/mpiexec")
+    monkeypatch.setattr("detcoll.measure.options.find_mpiexec", lambda: "/bin/mpiexec")
     here, left_out = present(("gloo", "mpi"), "against")
     assert here == ("mpi",)
     assert left_out == (LeftOut("gloo", "no_such_package is not installed; install it with: pip install it"),)
-    monkeypatch.setattr("detcoll.measure.options.mpiexec", lambda: None)
+    monkeypatch.setattr("detcoll.measure.options.find_mpiexec", lambda: None)
     assert present(("mpi",), "against")[1][0].why.startswith("there is no mpiexec")
     with pytest.raises(UsageError, match="against='carrier-pigeon'"):
         present(("carrier-pigeon",), "against")
     assert comma_separated(" a, b,") == ("a", "b")
     assert comma_separated("none") == comma_separated("") == ()
+
+
+def test_what_is_reserved() -> None:
+    [ordinary], [reserved] = parse_networks(("best-effort",), ("0",)), parse_networks(("deterministic",), ("1",))
+    assert reserve(WIDE, [ordinary], None) == WIDE
+    assert reserve(WIDE, [ordinary, reserved], None) == WIDE.with_reserved(8e7)
+    assert reserve(WIDE, [reserved], "240 Mbit/s") == WIDE.with_reserved(3e7)
+    assert reserve(WIDE.with_reserved(2e7), [reserved], None) == WIDE.with_reserved(2e7)
+    assert reserve(Topology.uniform(3, 1, 1e8, MS), [reserved], None).granted.sites[0].uplink_bytes_per_s == 8e7
+    lines = WIDE.with_reserved(8e7)
+    assert (ordinary.topology(lines), reserved.topology(lines)) == (WIDE, lines)
+    assert reserved.conditions(Conditions(loss=0.1)).cross_traffic == 1.0
+    assert reserved.conditions(Conditions(loss=0.1)).loss == 0.1
+
+
+def counted(**changes: Any) -> Statistics:
+    """Two directions in both classes, 100 of everything that can be dropped but 3 policed, and four probes."""
+    directions = tuple(
+        DirectionStatistics(
+            source,
+            1 - source,
+            10,
+            1000,
+            10**6,
+            9 * 10**5,
+            20,
+            30,
+            40,
+            service,
+            3 * source,
+            7,
+            11 * MS,
+            12 * MS,
+            13 * MS,
+        )
+        for service in Service
+        for source in range(2)
+    )
+    whole = Statistics(
+        directions, (500, 600), (1, 2), (50, 60), (3, 4), (BurstStatistics(1000, 100),) * 2,
+        ProbeStatistics(5, (0, 10 * MS, 20 * MS, 500 * MS), (20 * MS, 40 * MS, 40 * MS, 99 * MS)), 0, 0, 1e3, 2 * MS,
+        0.5, 2.0,
+    )  # fmt: skip
+    return replace(whole, **changes)
+
+
+def test_what_the_lines_saw_is_of_the_class_that_was_used() -> None:
+    kept = [LineRecord(Service.BEST_EFFORT, counted(), 5)]
+    use = use_of(kept, [None])
+    assert (use.wire_bytes, use.queue_dropped_segments, use.policed_segments) == (2 * 10**6, 120, 3)
+    assert (use.lost_segments, use.failed_segments, use.peak_queue_bytes) == (60, 14, 600)
+    assert (use.delay_p50_s, use.delay_p99_s) == (0.011, 0.012)
+    assert (use.burst_offered_bytes, use.burst_dropped_bytes) == (2000, 200)
+    assert (use.router_late_s, use.router_cpu_share) == (0.002, 0.25)
+    reserved = use_of([LineRecord(Service.DETERMINISTIC, counted(), 5)] * 2, [None, None])
+    assert (reserved.wire_bytes, reserved.peak_queue_bytes) == (4 * 10**6, 60)
+
+
+def test_a_co_tenant_counts_while_it_was_measured() -> None:
+    [kept] = [LineRecord(Service.BEST_EFFORT, counted(), 5)]
+    meanwhile = use_of([kept], [(5 * MS, 30 * MS)]).co_tenant
+    assert meanwhile == CoTenant(0.04, 0.04, 4, 5)
+    whole = use_of([kept], [None]).co_tenant
+    assert whole is not None
+    assert whole.p99_s > 0.09
+    assert use_of([kept], [(600 * MS, 700 * MS)]).co_tenant is None
+    run = make_run(SLOTTED, rounds(40), WIDE, None, None, [kept])
+    assert run.line is not None
+    assert run.line.co_tenant == CoTenant(0.04, 0.04, 4, 5)
 
 
 class FakePlaces:
@@ -239,11 +312,14 @@ class FakePlaces:
     faults: dict[str, str]
     traced: list[tuple[str, str, Path]]
 
-    def __init__(self, topology: Topology, lab: Any, deadline_s: float) -> None:
+    def __init__(self, topology: Topology, deadline_s: float) -> None:
         self.topology = topology
 
-    def run(self, setting: Setting, argv: list[str], logs: Path, env: dict[str, str] | None = None) -> float:
+    def run(
+        self, setting: Setting, argv: list[str], logs: Path, env: dict[str, str] | None = None, lab: Any = None
+    ) -> float:
         self.calls.append((setting.name, Path(argv[-1]).name))
+        assert (lab is not None) == setting.is_wide
         fault = self.faults.get(setting.transport)
         if fault == "fails":
             raise DetcollError("a rank ended with exit code 3")
@@ -254,6 +330,7 @@ class FakePlaces:
             return 2.0
         config = read_config(logs / "config.json")
         assert config.topology.is_wide == setting.is_wide
+        assert config.topology.has_reservations == (setting.network.service is Service.DETERMINISTIC)
         goes_on = config.first_iteration > 0 and config.workload.name == "digits"
         assert (config.resume_path is not None) == goes_on
         for rank in range(self.topology.size):
@@ -265,10 +342,13 @@ class FakePlaces:
 @pytest.fixture
 def places(monkeypatch: pytest.MonkeyPatch) -> type[FakePlaces]:
     @contextmanager
-    def no_lab(topology: Topology, queue_bytes: int) -> Iterator[None]:
-        yield None
+    def no_lab(topology: Topology, conditions: Conditions) -> Iterator[str]:
+        conditions.validate(topology)
+        yield "lab"
 
     monkeypatch.setattr(experiment, "Lab", no_lab)
+    monkeypatch.setattr(experiment, "why_unavailable", lambda: None)
+    monkeypatch.setattr(experiment, "read_lines", lambda lab, service: LineRecord(service, counted(), 7))
     monkeypatch.setattr(experiment, "Places", FakePlaces)
     monkeypatch.setattr(experiment, "save_digits", lambda path: None)
     FakePlaces.calls, FakePlaces.faults, FakePlaces.traced = [], {}, []
@@ -277,7 +357,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> type[FakePlaces]:
 
 def an_experiment(**changes: Any) -> Experiment:
     return replace(
-        Experiment(WIDE, SYNTHETIC, (), 5, 2, ("gloo",), (LeftOut("mpi", "not here"),), 2_500_000), **changes
+        Experiment(WIDE, SYNTHETIC, (), 5, 2, ("gloo",), (LeftOut("mpi", "not here"),), Conditions()), **changes
     )
 
 
@@ -290,7 +370,32 @@ def test_settings_take_turns(places: type[FakePlaces]) -> None:
     assert [run.setting for run in result.runs] == ["single-cluster", "wide-area", "wide-area"]
     assert result.digests_equal is True
     assert len(said) == 6
-    assert "round 2 of 2: gloo, wide-area" in said
+    assert "round 2 of 2: gloo, wide-area, best-effort, cross traffic 0" in said
+
+
+def test_every_network_is_measured(places: type[FakePlaces]) -> None:
+    networks = parse_networks(("best-effort", "deterministic"), ("0", "1.0"))
+    result = run_experiment(an_experiment(networks=networks, topology=WIDE.with_reserved(6e7)), lambda line: None)
+    assert [(run.transport, run.service, run.cross_traffic) for run in result.runs] == [
+        ("shm", "best-effort", 0.0),
+        *((name, service, share) for service in ("best-effort", "deterministic") for share in (0.0, 1.0)
+          for name in ("slotted", "gloo")),
+    ]  # fmt: skip
+    assert [run.line is None for run in result.runs] == [True] + [False] * 8
+    assert result.digests_equal is True
+    assert result.workload["reserved_bytes_per_s"] == [6e7]
+    assert result.workload["burst_bytes"] == [300_000]
+    shown = _printed(result)
+    assert "slotted, deterministic, others 100%: dropped segments: policed 6" in shown
+    assert "p99 40 ms" in shown
+
+
+def test_one_slotted_run_with_other_bits_is_enough() -> None:
+    same = make_run(SINGLE, rounds(), WIDE, None, None)
+    fine, other = (make_run(SLOTTED, rounds(digest=digest), WIDE, same, None) for digest in ("same", "other"))
+    assert experiment.digests_equal([same, fine, fine]) is True
+    assert experiment.digests_equal([same, fine, other, fine]) is False
+    assert experiment.digests_equal([same]) is None
 
 
 @pytest.mark.parametrize("script", [(), (__file__,)])
@@ -326,7 +431,7 @@ def test_result_file_has_the_promised_keys(places: type[FakePlaces], tmp_path: P
         } <= set(run)  # fmt: skip
         assert set(run["iteration_s"]) == {"median", "p01", "p99", "samples"}
     assert data["workload"]["name"] == "synthetic"
-    assert data["left_out"] == [{"transport": "mpi", "why": "not here"}]
+    assert data["left_out"] == [{"transport": "mpi", "why": "not here", "network": None}]
     assert data["runs"][0]["retransmits"] is None
 
 
@@ -356,10 +461,23 @@ def test_peer_that_fails_is_left_out(places: type[FakePlaces]) -> None:
     places.faults = {"gloo": "fails"}
     result = run_experiment(an_experiment(), lambda line: None)
     assert [run.name for run in result.runs] == ["single cluster", "slotted"]
-    assert result.left_out[-1] == LeftOut("gloo", "it failed: a rank ended with exit code 3")
+    assert result.left_out[-1] == LeftOut(
+        "gloo", "it failed: a rank ended with exit code 3", "best-effort, cross traffic 0"
+    )
     places.faults = {"slotted": "fails"}
     with pytest.raises(DetcollError, match="exit code 3"):
         run_experiment(an_experiment(), lambda line: None)
+
+
+def test_slotted_may_fail_in_best_effort_beside_others_alone(places: type[FakePlaces]) -> None:
+    places.faults = {"slotted": "fails"}
+    busy = an_experiment(networks=parse_networks(("best-effort",), ("1.0",)))
+    result = run_experiment(busy, lambda line: None)
+    assert [run.name for run in result.runs] == ["single cluster", "gloo"]
+    assert result.left_out[-1].network == "best-effort, cross traffic 1"
+    reserved = an_experiment(networks=parse_networks(("deterministic",), ("1.0",)), topology=WIDE.with_reserved(6e7))
+    with pytest.raises(DetcollError, match="exit code 3"):
+        run_experiment(reserved, lambda line: None)
 
 
 def test_script_runs_under_every_setting(places: type[FakePlaces], tmp_path: Path) -> None:
@@ -369,6 +487,7 @@ def test_script_runs_under_every_setting(places: type[FakePlaces], tmp_path: Pat
     result = run_experiment(wanted, lambda line: None)
     assert result.digests_equal is None
     assert [run.iteration_s.samples for run in result.runs] == [(0.001, 0.002)] * 3
+    assert [run.retransmits for run in result.runs] == [None, 7, 7]
     assert result.workload["name"] == "script"
 
 
@@ -396,12 +515,15 @@ def test_results_must_have_a_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--service", "deterministic"], "not available in this version"),
-        (["--service", "best-effort,deterministic"], "not available in this version"),
         (["--service", "perfect"], "service='perfect' is not known"),
-        (["--cross-traffic", "0,1.0"], "cross_traffic=1.0 is not available in this version"),
+        (["--service", ""], "at least one value"),
+        (["--service", "deterministic,deterministic"], "each value once"),
         (["--cross-traffic", "much"], "cross_traffic='much'"),
         (["--report", __file__], "expected a folder"),
+        (["--cross-traffic", "0,2.5", "--against", "none"], "cross_traffic=2.5 must be a share from 0 to 2"),
+        (["--reserved", "800 Mbit/s"], "reserved='800 Mbit/s' needs service=deterministic"),
+        (["--service", "deterministic", "--reserved", "800"], "reserved='800'"),
+        (["--service", "deterministic", "--reserved", "1 Gbit/s", "--against", "none"], "must be less than its uplink"),
         (["--json", "/no/such/directory/x.json"], "no directory"),
         (["--against", "pigeon"], "against='pigeon'"),
         (["--against", "shm"], "against='shm' joins ranks of one host only"),

@@ -13,12 +13,21 @@ import pytest
 
 from detcoll.errors import TransportError, UsageError
 from detcoll.measure.buckets import Buckets, bucket_ends
+from detcoll.measure.consumption import Meter
 from detcoll.measure.digits import PARAMETERS, Digits
 from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_config, read_record, write_json
 from detcoll.measure.start import Starter, combine
 from detcoll.measure.sweep import Sweep, run_sweep
 from detcoll.measure.synthetic import Synthetic
-from detcoll.measure.verification import expected_all_reduce, fill, modulus, require_equal
+from detcoll.measure.verification import (
+    BLOCK_ELEMS,
+    LARGEST_MODULUS,
+    expected_all_reduce,
+    fill,
+    given,
+    modulus,
+    require_equal,
+)
 from detcoll.measure.worker import measure_rank
 from detcoll.topology import Topology
 from detcoll.types import DTYPES
@@ -252,6 +261,60 @@ def test_expected_sums_are_exact(dtype: str, size: int) -> None:
 def test_wrong_value_is_named() -> None:
     with pytest.raises(TransportError, match=r"here: element 2 is 7\.0, expected 2\.0"):
         require_equal(np.array([0, 1, 7], np.float32), np.array([0, 1, 2], np.float32), "here")
+
+
+def test_values_that_repeat_are_held_once_and_compared_to_the_end() -> None:
+    array = np.zeros(3 * BLOCK_ELEMS + 5, np.float32)
+    values = given(array.dtype, 1, 2)
+    values.write(array)
+    assert values.block.size <= BLOCK_ELEMS
+    assert (array == np.arange(array.size) % LARGEST_MODULUS + 1).all()
+    values.require(array, "here")
+    array[-1] = -1
+    with pytest.raises(TransportError, match=rf"here: element {array.size - 1} is -1\.0, expected"):
+        values.require(array, "here")
+
+
+def test_memory_of_a_call_counts_even_if_it_is_given_back() -> None:
+    meter = Meter()
+    for nbytes in (2**24, 2**26, 2**20):
+        meter.prepare()
+        meter.enter(timed=True)
+        np.ones(nbytes, np.uint8)
+        meter.leave()
+        np.ones(2**27, np.uint8)
+    extra_bytes = meter.extra_bytes()
+    assert extra_bytes is not None
+    assert 2**26 * 0.95 < extra_bytes < 2**26 * 1.2
+
+
+def test_processor_time_counts_other_threads_and_not_what_lies_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"process": 1.0, "thread": 1.0}
+    monkeypatch.setattr("time.process_time", lambda: now["process"])
+    monkeypatch.setattr("time.thread_time", lambda: now["thread"])
+
+    def spend(own_s: float, others_s: float) -> None:
+        now["process"] += own_s + others_s
+        now["thread"] += own_s
+
+    meter = Meter()
+    for timed in (False, True, True):
+        meter.prepare()
+        spend(100, 0)
+        meter.enter(timed=timed)
+        spend(1, 2)
+        meter.leave()
+        spend(50, 0.25)
+    assert meter.processor_s() == pytest.approx(2 * 3.25)
+
+
+def test_without_a_peak_there_is_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("detcoll.measure.consumption._CLEAR", tmp_path / "no" / "file")
+    meter = Meter()
+    meter.prepare()
+    meter.enter(timed=True)
+    meter.leave()
+    assert meter.extra_bytes() is None
 
 
 def test_sweep_gives_a_row_for_every_point() -> None:

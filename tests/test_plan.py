@@ -37,6 +37,7 @@ from detcoll.plan import (
     predict_ns,
     uses_window,
 )  # fmt: skip
+from detcoll.plan.algorithms import LOCAL_AHEAD
 from detcoll.plan.ir import Buffer
 from detcoll.plan.layout import (
     EXPRESS_BYTES,
@@ -266,6 +267,36 @@ def test_the_wrong_algorithm_is_refused() -> None:
 def test_too_many_chunks_for_the_tags_are_refused() -> None:
     with pytest.raises(PlanError, match="needs more tags"):
         compile_plan(Collective("all_reduce", 2**18, 4, 4), sites_of([1, 1]), 0, "exchange", ChunkSize(1, 4))
+
+
+@pytest.mark.parametrize("ranks", [[2, 2], [3, 3], [3]])
+def test_an_owner_is_given_little_more_than_it_has_scratch_for(ranks: list[int]) -> None:
+    size = ChunkSize(1 << 10, 4)
+    algorithm = "exchange"
+    plan = compile_plan(Collective("all_reduce", 2**18, 4, 4), sites_of(ranks), 0, algorithm, size)
+    given: dict[int, list[int]] = {}
+    results: dict[int, list[int]] = {}
+    for step, row in enumerate(plan.rows):
+        if row.kind == Kind.SEND and row.phase == Phase.LOCAL_REDUCE:
+            before = results.get(row.peer, [])
+            assert len(before) == len(given.setdefault(row.peer, []))
+            if len(before) >= size.depth + LOCAL_AHEAD:
+                assert before[-size.depth - LOCAL_AHEAD] in plan.after_of(step)
+            given[row.peer].append(step)
+        elif row.kind == Kind.RECV and row.phase == Phase.LOCAL_GATHER:
+            results.setdefault(row.peer, []).append(step)
+    assert set(given) == set(range(1, ranks[0]))
+    assert min(len(steps) for steps in given.values()) > size.depth + LOCAL_AHEAD
+
+
+def test_chunks_of_large_arrays_are_larger_where_there_are_no_lines() -> None:
+    topology = sites_of([2])
+    sizes = [
+        choose_chunk(topology, build_calendar(topology), Collective("all_reduce", count, 4, 4))
+        for count in (2**10, 2**21, 2**24, 2**28)
+    ]
+    assert [size.elems * 4 for size in sizes] == [2**18, 2**18, 2**20, 2**20]
+    assert [size.depth for size in sizes] == [8, 8, 8, 8]
 
 
 def test_digests_tell_plans_apart() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from detcoll.plan.lines import Lines, last_end_ns
 from detcoll.plan.predict import call_ns_of
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
-from detcoll.topology import Topology
+from detcoll.topology import Link, Topology
 
 MS = 1_000_000
 NOTHING = Costs(step_ns=0, copy_bytes_per_s=1e18, local_latency_ns=0, wake_ns=0, late_ns=0, frame_bytes=0)
@@ -25,9 +27,27 @@ def both_ns(
     calendar = build_calendar(topology, mode)
     chunk = choose_chunk(topology, calendar, collective)
     parts = all_parts(collective, topology, algorithm, chunk)
-    simulated = simulate(parts, topology, calendar, phase_ns=phase_ns)
-    predicted = predict_ns(collective, topology, calendar, algorithm, chunk, phase_ns=phase_ns)
+    costs = Costs(aligned_late_ns=0)  # nobody is late in the simulator
+    simulated = simulate(parts, topology, calendar, costs, phase_ns=phase_ns)
+    predicted = predict_ns(collective, topology, calendar, algorithm, chunk, costs, phase_ns)
     return predicted, simulated.slowest_ns
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("lateness_ns", [0, MS])
+def test_windows_of_unequal_distances_within_five_percent(lateness_ns: int) -> None:
+    even = sites_of([1] * 4, 31.25e6)
+    delays = zip(even.links, (5, 12, 40, 9, 33, 21), strict=True)
+    topology = replace(even, links=tuple((pair, Link(delay * MS)) for (pair, _), delay in delays))
+    calendar = build_calendar(topology, seconds=2)
+    collective = Collective("all_reduce", 2**23, 4, 4)
+    chunk = choose_chunk(topology, calendar, collective)
+    parts = all_parts(collective, topology, "direct", chunk)
+    costs = Costs(aligned_late_ns=lateness_ns)
+    for phase_ns in (0, 7 * MS, 13 * MS):
+        result = simulate(parts, topology, calendar, costs, phase_ns=phase_ns, lateness=lambda _, __: lateness_ns)
+        predicted = predict_ns(collective, topology, calendar, "direct", chunk, costs, phase_ns)
+        assert predicted == pytest.approx(result.slowest_ns, rel=0.05)
 
 
 @pytest.mark.parametrize(

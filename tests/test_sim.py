@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import ml_dtypes
@@ -22,6 +23,7 @@ from detcoll.plan import (
     choose_chunk,
 )
 from detcoll.sim import Simulation, simulate
+from detcoll.sim.simulator import STEPS_A_REPORT
 from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp, accumulation_dtype
@@ -209,6 +211,54 @@ def test_a_single_cluster_has_no_lines_and_the_same_bits() -> None:
         result = summed(topology, "exchange", np.dtype(np.float32), ReduceOp.SUM, 5000, ChunkSize(500, 4))
     assert result.uplink_busy_ns == ()
     assert result.slowest_ns < 5 * MS
+
+
+@pytest.mark.parametrize(
+    ("ranks", "algorithm", "mode"),
+    [
+        ([2, 2], "exchange", Slotting.CALENDAR),
+        ([2, 2], "exchange", Slotting.TURNS),
+        ([1, 2, 3], "direct", Slotting.SHARE),
+    ],
+)
+def test_as_a_fluid_messages_take_as_long_as_in_parcels_and_change_no_bit(
+    ranks: list[int], algorithm: str, mode: Slotting
+) -> None:
+    topology, chunk = sites_of(ranks), ChunkSize(20_000, 64)
+    dtype = np.dtype(np.float32)
+    parcels, fluid = (
+        summed(topology, algorithm, dtype, ReduceOp.SUM, 1_000_000, chunk, mode=mode, fluid=fluid)
+        for fluid in (False, True)
+    )
+    assert fluid.slowest_ns == pytest.approx(parcels.slowest_ns, rel=0.02)
+    assert fluid.uplink_wire_bytes == pytest.approx(parcels.uplink_wire_bytes, rel=1e-3)
+    assert fluid.window_share == parcels.window_share
+    assert (fluid.misses, fluid.trimmed) == (parcels.misses, parcels.trimmed)
+
+
+def test_a_fluid_takes_its_rate_and_its_delay() -> None:
+    topology = sites_of([1, 1])
+    calendar = build_calendar(topology)
+    parts = all_parts(Collective("all_reduce", 1_000_000, 4, 4), topology, "exchange", ChunkSize(1_000_000, 4))
+    costs = Costs(step_ns=0, copy_bytes_per_s=1e18, wake_ns=0, frame_bytes=0)
+    result = simulate(parts, topology, calendar, costs, fluid=True)
+    assert result.slowest_ns == pytest.approx(4e6 / calendar.rate_bytes_per_s(0, 1) * 1e9 + 5 * MS, abs=10)
+    assert max(result.peak_queue_bytes) == 0
+
+
+def test_without_pacing_a_fluid_is_none() -> None:
+    assert large([2, 2], mode=Slotting.OFF, fluid=True) == large([2, 2], mode=Slotting.OFF)
+
+
+def test_progress_is_told_and_collection_goes_on() -> None:
+    topology = sites_of([4, 4])
+    parts = all_parts(Collective("all_reduce", 200_000, 4, 4), topology, "exchange", ChunkSize(100, 64))
+    told: list[float] = []
+    simulate(parts, topology, build_calendar(topology), fluid=True, progress=told.append)
+    assert len(told) == sum(len(part.steps) for part in parts) // STEPS_A_REPORT > 0
+    assert told == sorted(told)
+    assert told[-1] <= 1
+    assert gc.isenabled()
 
 
 def test_equal_runs_are_equal() -> None:

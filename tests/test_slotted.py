@@ -18,7 +18,7 @@ from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageEr
 from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.transport import Ticket, TicketStatus, Window
-from detcoll_slotted import SlottedEndpoint, SlottedTransport
+from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant
 from detcoll_slotted.line import SO_MAX_PACING_RATE
 from detcoll_slotted.wire import FrameKind, Header, Lane
 
@@ -444,3 +444,52 @@ def test_ipv6() -> None:
     endpoint = SlottedTransport().open(0, 1, _Meeting("::1"), MonotonicClock(), {})
     assert endpoint.address.startswith("tcp://[::1]:")
     endpoint.close(now_ns())
+
+
+def test_where_the_library_hides_payloads_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constant, "_LIBRARY", None)
+    with pair() as fabric:
+        data = pattern(0, 2**20)
+        sent, received = fabric[0].send(1, 1, memoryview(data)), fabric[1].recv(0, 1, len(data))
+        settle(fabric, sent, received)
+        assert bytes(received.view or b"") == data
+        received.release()
+
+
+def test_what_is_sent_again_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    lent: list[int] = []
+
+    def send_constant(push, view) -> None:
+        lent.append(view.nbytes)
+        constant.send_constant(push, view)
+
+    monkeypatch.setattr("detcoll_slotted.endpoint.send_constant", send_constant)
+    with pair() as fabric:
+        data = pattern(0, 2**20)
+        sent = fabric[0].send(1, 1, memoryview(data))
+        peer = fabric[0]._peers[1]
+        for kept in peer.outbound.kept[Lane.BULK]:
+            fabric[0]._transmit_kept(peer, Lane.BULK, kept, again=True)
+        received = fabric[1].recv(0, 1, len(data))
+        settle(fabric, sent, received)
+        pump(fabric, lambda: fabric[1].counters()["duplicates"] == 1)
+        assert lent == [len(data)]
+        assert bytes(received.view or b"") == data
+        received.release()
+
+
+def test_flows_warm_up_one_after_another_where_each_shall_have_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(3)}
+    transmit = SlottedEndpoint._transmit
+
+    def watched(self, peer, lane, kind, view=None, *rest) -> None:
+        if kind is FrameKind.WARM:
+            begun[self._rank].append((peer.rank, now_ns()))
+        transmit(self, peer, lane, kind, view, *rest)
+
+    monkeypatch.setattr(SlottedEndpoint, "_transmit", watched)
+    options = {"warm_up_peers": frozenset(range(3)), "warm_up_bytes": 131_072, "warm_up_bytes_per_s": 1e7}
+    with ThreadFabric(SlottedTransport(), 3, options | {"warm_up_in_turn": True}):
+        for rank, order in ((0, [1, 2]), (1, [2, 0]), (2, [0, 1])):
+            assert [peer for peer, _ in begun[rank]] == [order[0]] * 2 + [order[1]] * 2
+            assert begun[rank][2][1] - begun[rank][0][1] >= 13.1072 * MS  # what the first takes at its pace

@@ -248,3 +248,23 @@ def test_ranks_and_rates_that_make_no_sense_are_refused():
         Topology.parse(TWO).site_of(6)
     with pytest.raises(UsageError, match="uplink_bytes_per_s='1 Gbit/s' must be a number"):
         Site("a", (0,), "1 Gbit/s")
+
+
+def test_what_is_granted_is_no_more_than_what_is_reserved():
+    two = Topology.parse(TWO)
+    assert two.has_reservations
+    assert (two.reserved_bytes_per_s(0, 1), two.reserved_bytes_per_s(1, 0)) == (1e8, 1e8)
+    assert [(site.uplink_bytes_per_s, site.downlink_bytes_per_s) for site in two.granted.sites] == [(1e8, 1e8)] * 2
+    assert two.granted.granted == two.granted
+    assert two.with_reserved(None).granted == two.with_reserved(None)
+    assert two.with_reserved(5e8).granted.sites == two.sites
+
+
+def test_links_of_one_site_are_used_at_once():
+    four = Topology.uniform(4, 1, 1e8, 1000).with_reserved(2e7)
+    one_less = replace(four, links=((four.links[0][0], Link(1000, 0, 1e7)), *four.links[1:]))
+    assert [site.uplink_bytes_per_s for site in four.granted.sites] == [6e7] * 4
+    assert [site.uplink_bytes_per_s for site in one_less.granted.sites] == [3e7, 3e7, 6e7, 6e7]
+    some = replace(four, links=((four.links[0][0], Link(1000)), *four.links[1:]))
+    assert some.granted.sites[0].uplink_bytes_per_s == 6e7
+    assert four.reserved_bytes_per_s(2, 2) is None

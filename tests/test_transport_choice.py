@@ -115,3 +115,15 @@ def test_what_one_rank_lacks_all_ranks_lack(monkeypatch) -> None:
     for answer in attempt(3, lambda comm: None, transport="shm"):
         assert isinstance(answer, TransportUnavailable)
         assert str(answer) == "rank 1 could not load shm: shm is not installed"
+
+
+def test_packets_are_marked_where_rates_are_reserved() -> None:
+    lines = Topology.uniform(2, 1, 1e8, 10**6)
+
+    def mark(topology: Topology, **environ: str) -> object:
+        return read_settings(environ, 2, "auto", topology, 10.0, None).options["dscp"]
+
+    assert mark(lines) == 0
+    assert mark(lines.with_reserved(5e7)) == 46
+    assert mark(lines.with_reserved(5e7), DETCOLL_DSCP="0") == 0
+    assert mark(lines, DETCOLL_DSCP="34") == 34

@@ -29,6 +29,8 @@ app.command("detcoll.cli.run:run", name="run", help="Start the ranks of a progra
 app.command("detcoll.cli.lab:lab", name="lab", help="Run any command in an emulated wide-area network.")
 app.command("detcoll.cli.measure:measure", name="measure", help="Compare training across sites with one cluster.")
 app.command("detcoll.cli.bench:bench", name="bench", help="Time collectives.")
+app.command("detcoll.cli.plan:plan", name="plan", help="Show a topology's calendar, and what to reserve for it.")
+app.command("detcoll.cli.simulate:simulate", name="simulate", help="Simulate training across many sites.")
 app.command("detcoll.cli.report:report", name="report", help="Draw results and traces.")
 app.command("detcoll.cli.doctor:doctor", name="doctor", help="Say what this host lacks.")
 

@@ -10,9 +10,11 @@ from typing import Literal
 
 from detcoll.cli.invocation import command_line
 from detcoll.errors import UsageError
+from detcoll.lab import Conditions
 from detcoll.launchers import read_environment
 from detcoll.measure.bench import LabBench, run_here, run_in_lab
 from detcoll.measure.host import host_facts
+from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import ended_by_signals
 from detcoll.measure.results import BENCH_SCHEMA, BenchResult, LeftOut, require_writable, write_result
@@ -45,6 +47,9 @@ def bench(
     round_trip: str | None = None,
     topology: Path | None = None,
     queue: str = "2.5MB",
+    service: str | None = None,
+    cross_traffic: str | None = None,
+    reserved: str | None = None,
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
     timeout: str = "60 s",
     deadline: str = "10 min",
@@ -87,6 +92,15 @@ def bench(
         A topology file; with --lab instead of the four above.
     queue
         With --lab: drop-tail queue at each end of a line.
+    service
+        With --lab: best-effort (the default), deterministic (a reserved and policed rate that goes first), or both
+        separated by commas.
+    cross_traffic
+        With --lab: what others offer each line's best-effort class, as shares of its rate from 0 to 2, separated by
+        commas; 0 unless given.
+    reserved
+        With --lab: rate that the deterministic service reserves between any two sites, headers included; four fifths
+        of the line unless given here or by the topology file.
     slotting
         With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one; two sites),
         share (pacing without slots), off.
@@ -101,23 +115,28 @@ def bench(
     sweep.validate()
     timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
     if not lab:
-        _refuse_without_lab(sites=sites, ranks_per_site=ranks_per_site, rate=rate, round_trip=round_trip)
+        _refuse_without_lab(
+            sites=sites, ranks_per_site=ranks_per_site, rate=rate, round_trip=round_trip, service=service,
+            cross_traffic=cross_traffic, reserved=reserved,
+        )  # fmt: skip
         if read_environment(os.environ).launcher == "none":
             print(ALONE, file=sys.stderr, flush=True)
         names = comma_separated(transport or "auto")
         rank, rows = run_here(sweep, names, topology, timeout_s)
         return _finish(BenchResult(BENCH_SCHEMA, host_facts(), rows), json) if rank == 0 else 0
     transports, left_out = present(comma_separated(transport or "slotted"), "transport")
-    lines = wide_topology(topology, sites, ranks_per_site, rate, round_trip)
+    networks = parse_networks(comma_separated(service or "best-effort"), comma_separated(cross_traffic or "0"))
+    lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
     check_slotting(Slotting(slotting) if slotting else None, lines)
     spec = LabBench(
         sweep,
         transports,
         lines,
-        parse_size_bytes(queue, "queue"),
+        Conditions(parse_size_bytes(queue, "queue")),
         slotting,
         timeout_s,
         parse_duration_ns(deadline, "deadline") / 1e9,
+        networks,
     )
     return _run_in_lab(spec, left_out, json)
 

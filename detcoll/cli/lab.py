@@ -11,7 +11,10 @@ from pathlib import Path
 from types import FrameType
 
 from detcoll.errors import UsageError
-from detcoll.lab import Lab, Launcher, Output, run_ranks
+from detcoll.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
+from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
+from detcoll.measure.records import write_json
+from detcoll.measure.results import require_writable
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
 from detcoll.topology import Topology
 
@@ -25,7 +28,15 @@ def lab(
     topology: Path | None = None,
     queue: str = "2.5MB",
     loss: float = 0.0,
+    jitter: str = "0 ms",
+    service: str | None = None,
+    reserved: str | None = None,
+    burst: str | None = None,
+    cross_traffic: float = 0.0,
+    cross_tcp: float = 0.05,
+    failure: list[str] | None = None,
     seed: int = 0,
+    statistics: Path | None = None,
     log: Path | None = None,
     mpi: bool = False,
     prefix: bool = False,
@@ -54,13 +65,33 @@ def lab(
     queue : str
         Drop-tail queue of each line.
     loss : float
-        Probability with which a segment is lost.
+        Probability with which a best-effort segment is lost.
+    jitter : str
+        Best-effort packets take up to this much longer, in order.
+    service : str
+        Class that the ranks are put in: best-effort, or deterministic (a reserved and policed rate that goes first).
+        Unless given, packets marked with DSCP 46 are deterministic where a rate is reserved.
+    reserved : str
+        Rate reserved between any two sites, headers included; four fifths of the line with --service deterministic
+        unless given here or by the topology file.
+    burst : str
+        What the policer lets pass beyond the reserved rate; what that carries in 5 ms, and at least 128 KiB, unless
+        given.
+    cross_traffic : float
+        What others offer each line's best-effort class, as a share of its rate, 0 to 2.
+    cross_tcp : float
+        How much of that real TCP flows offer; bursts that the router makes up are the rest.
+    failure : list
+        When links are down, such as "5 s to 7 s" or "site0 and site1: 5 s to 7 s", from the lab's opening; may be
+        repeated.
     seed : int
-        Of the random losses.
+        Of losses, jitter and others' traffic.
+    statistics : Path
+        File for what the router counted (.json), with a co-tenant's round trips.
     log : Path
         File for the router's arrival log (.npy).
     mpi : bool
-        Start the ranks through MPICH's mpiexec, for MPI programs.
+        Start the ranks through mpiexec of MPICH or Open MPI, for MPI programs.
     prefix : bool
         Put "[rank]" in front of every line that ranks other than 0 print.
     slow_start_after_idle : bool
@@ -71,13 +102,25 @@ def lab(
     if not command:
         raise UsageError("COMMAND is missing; expected detcoll lab [OPTIONS] -- COMMAND [ARGUMENTS]")
     wanted = _topology(topology, sites, ranks_per_site, rate, round_trip)
+    wanted = _reserve(wanted, service, reserved)
     patience_ns = None if deadline is None else parse_duration_ns(deadline, "deadline")
-    queue_bytes = parse_size_bytes(queue, "queue")
+    require_writable(statistics, "statistics")
+    conditions = Conditions(
+        queue_bytes=parse_size_bytes(queue, "queue"),
+        loss=loss,
+        jitter_ns=parse_duration_ns(jitter, "jitter"),
+        seed=seed,
+        service=None if service is None else Service.parse(service),
+        burst_bytes=None if burst is None else parse_size_bytes(burst, "burst"),
+        cross_traffic=cross_traffic,
+        cross_tcp_share=cross_tcp,
+        failures=tuple(Failure.parse(text, wanted) for text in failure or ()),
+        probe_gap_ns=0 if statistics is None else PROBE_GAP_NS,
+    )
     with (
         _terminable(),
         Lab(
-            wanted, queue_bytes=queue_bytes, loss=loss, seed=seed, log_path=log,
-            slow_start_after_idle=slow_start_after_idle,
+            wanted, conditions, log_path=log, slow_start_after_idle=slow_start_after_idle,
         ) as network,
     ):  # fmt: skip
         result = run_ranks(
@@ -87,6 +130,8 @@ def lab(
             deadline_ns=None if patience_ns is None else time.monotonic_ns() + patience_ns,
             output=Output.PREFIX if prefix else Output.RAW,
         )
+        if statistics is not None:
+            write_json(statistics, network.statistics())
     return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
 
 
@@ -105,6 +150,15 @@ def _topology(
         parse_rate_bytes_per_s(rate or "1 Gbit/s"),
         parse_duration_ns(round_trip or "20 ms", "round-trip") // 2,
     )
+
+
+def _reserve(lines: Topology, service: str | None, reserved: str | None) -> Topology:
+    """Return the lines with the reserved rates that are asked for, or nothing where all is best effort."""
+    if service == Service.BEST_EFFORT.value:
+        return reserve(lines, (), reserved).with_reserved(None)
+    if reserved is not None or service is not None:
+        return reserve(lines, (Network(Service.DETERMINISTIC),), reserved)
+    return lines
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from detcoll.cli.invocation import command_line
 from detcoll.errors import UsageError
+from detcoll.lab import Conditions
 from detcoll.measure.experiment import Experiment, run_experiment
+from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import ended_by_signals
 from detcoll.measure.records import WorkloadName, WorkloadSpec
@@ -42,6 +44,7 @@ def measure(
     against: str = "gloo,mpi",
     service: str = "best-effort",
     cross_traffic: str = "0",
+    reserved: str | None = None,
     json: Path | None = None,
     report: Path | None = None,
     deadline: str = "10 min",
@@ -84,9 +87,13 @@ def measure(
     against
         Transports to compare with, separated by commas, or none.
     service
-        What the network promises; this version knows best-effort alone.
+        What the network promises: best-effort, deterministic (a reserved and policed rate that goes first), or both
+        separated by commas, one after the other.
     cross_traffic
-        Others' traffic on the lines; this version knows 0 alone.
+        What others offer each line's best-effort class, as shares of its rate from 0 to 2, separated by commas.
+    reserved
+        Rate that the deterministic service reserves between any two sites, headers included; four fifths of the line
+        unless given here or by the topology file.
     json
         File for the results.
     report
@@ -94,7 +101,6 @@ def measure(
     deadline
         How long one setting may take in one round.
     """
-    _refuse_later(service, cross_traffic)
     require_writable(json, "json")
     require_folder(report, "report")
     if report is not None:
@@ -102,7 +108,8 @@ def measure(
     name = workload or "digits"
     if script and workload is not None:
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
-    lines = wide_topology(topology, sites, ranks_per_site, rate, round_trip)
+    networks = parse_networks(comma_separated(service), comma_separated(cross_traffic))
+    lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
     builtin = _workload(name, compute, gradient_bytes, bucket_bytes)
     transports, left_out = present(comma_separated(against), "against")
     experiment = Experiment(
@@ -113,7 +120,8 @@ def measure(
         rounds=rounds,
         against=transports,
         left_out=left_out,
-        queue_bytes=parse_size_bytes(queue, "queue"),
+        conditions=Conditions(parse_size_bytes(queue, "queue")),
+        networks=networks,
         deadline_s=parse_duration_ns(deadline, "deadline") / 1e9,
         traces=None if report is None else report / TRACES,
     )
@@ -157,19 +165,3 @@ def _workload(name: WorkloadName, compute: str, gradient_bytes: str, bucket_byte
     if name == "digits":
         return WorkloadSpec("digits", bucket)
     return WorkloadSpec("synthetic", bucket, compute_ns, gradient)
-
-
-def _refuse_later(service: str, cross_traffic: str) -> None:
-    """Refuse what the options are there for but this version does not do."""
-    for name in comma_separated(service):
-        if name == "deterministic":
-            raise UsageError("service='deterministic' is not available in this version; expected best-effort")
-        if name != "best-effort":
-            raise UsageError(f"service={name!r} is not known; expected best-effort")
-    for text in comma_separated(cross_traffic):
-        try:
-            share = float(text)
-        except ValueError as error:
-            raise UsageError(f"cross_traffic={text!r} must be a number, the share of the line's rate") from error
-        if share != 0:
-            raise UsageError(f"cross_traffic={text} is not available in this version; expected 0")

@@ -5,7 +5,8 @@ the calendars that the ranks kept.
 """
 
 from detcoll.lab.audit import Audit, audit, read_traces
-from detcoll.lab.emulation import DEFAULT_QUEUE_BYTES, Lab
+from detcoll.lab.conditions import DEFAULT_QUEUE_BYTES, Conditions, Failure, Service
+from detcoll.lab.emulation import Lab
 from detcoll.lab.launch import Launcher, Output, RanksResult, rank_environments, run_ranks
 from detcoll.lab.log import RECORD, read_log
 from detcoll.lab.statistics import DirectionStatistics, Statistics
@@ -15,11 +16,14 @@ __all__ = [
     "DEFAULT_QUEUE_BYTES",
     "RECORD",
     "Audit",
+    "Conditions",
     "DirectionStatistics",
+    "Failure",
     "Lab",
     "Launcher",
     "Output",
     "RanksResult",
+    "Service",
     "Statistics",
     "audit",
     "rank_environments",

@@ -12,26 +12,32 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, TransportUnavailable, UsageError
+from detcoll.lab.conditions import Conditions
+from detcoll.lab.flows import FlowsConfig
+from detcoll.lab.line import TENANT_HOST
 from detcoll.lab.namespaces import Namespace, end_processes, new_namespace, run_inside
 from detcoll.lab.router import ASK_QUIT, ASK_STATISTICS, READY, RouterConfig
 from detcoll.lab.statistics import Statistics
 from detcoll.lab.tun import open_tun, why_unavailable
 from detcoll.topology import Topology
 
-DEFAULT_QUEUE_BYTES = 2_500_000
+T = TypeVar("T")
+
 LARGEST_LAB = 200
 
 _ROUTER = "import sys; from detcoll.lab.router import main; sys.exit(main(sys.argv[1:]))"
+_FLOWS = "import sys; from detcoll.lab.flows import main; sys.exit(main(sys.argv[1:]))"
 _ROUTER_PATIENCE_S = 30.0
 _GRACE_NS = 2 * 10**9
 _REAP_PATIENCE_S = 5.0
@@ -40,7 +46,6 @@ _LARGEST_GSO_BYTES = 65_536
 _SMALLEST_GSO_BYTES = 6_000
 # How long one unit may hold a line: at 1 Gbit/s that is 31 kB, and the router takes a quarter of a core per Gbit/s.
 _UNIT_NS = 500_000
-_LARGEST_QUEUE_BYTES = 2**32 - 1
 
 
 class Lab:
@@ -50,12 +55,8 @@ class Lab:
     ----------
     topology : Topology
         Two to 200 sites with uplinks, and the delays between them. Rates count IP packets with all their headers.
-    queue_bytes : int
-        Drop-tail queue of each uplink and each downlink.
-    loss : float
-        Probability with which a segment is lost, 0 to 1.
-    seed : int
-        Of the random losses.
+    conditions : Conditions
+        What the lines do to traffic beside rate and delay: queues, loss, classes, others' traffic, failures.
     log_path : str or Path, optional
         File for the arrival log (`detcoll.lab.log`), complete once the lab is closed.
     slow_start_after_idle : bool
@@ -82,71 +83,101 @@ class Lab:
     def __init__(
         self,
         topology: Topology,
+        conditions: Conditions | None = None,
         *,
-        queue_bytes: int = DEFAULT_QUEUE_BYTES,
-        loss: float = 0.0,
-        seed: int = 0,
         log_path: str | Path | None = None,
         slow_start_after_idle: bool = False,
         gso_max_bytes: int | None = None,
     ) -> None:
-        _check(topology, queue_bytes, loss)
+        conditions = conditions or Conditions()
+        _check(topology)
+        conditions.validate(topology)
         gso_max_bytes = _gso_max_bytes(topology, gso_max_bytes)
         if (reason := why_unavailable()) is not None:
             raise TransportUnavailable(reason)
-        self.topology = topology
+        self.topology, self.conditions = topology, conditions
         self._children: list[subprocess.Popen[Any]] = []
         self._final: Statistics | None = None
         self._lock = threading.Lock()
         self._closed = False
         with ExitStack() as stack, ExitStack() as devices:
             self._namespaces: list[Namespace] = []
-            tuns = self._open_sites(stack, devices, slow_start_after_idle, gso_max_bytes)
+            self._tenants: list[Namespace] = []
+            sites = range(len(topology.sites))
+            open_site = partial(self._open_site, stack, devices, slow_start_after_idle, gso_max_bytes)
+            tuns = [open_site(self.address(site), self._namespaces) for site in sites]
+            flows = self._flows_config()
+            tenant_tuns = [open_site(address, self._tenants) for address in flows.addresses]
             config = RouterConfig(
-                topology, queue_bytes, loss, seed, None if log_path is None else os.path.abspath(log_path),
-                tuple(tuns), self._networks, os.getpid(),
+                topology, conditions, None if log_path is None else os.path.abspath(log_path),
+                tuple(tuns), tuple(tenant_tuns), self._networks, os.getpid(),
             )  # fmt: skip
             self._start_router(stack, config)
             stack.callback(self._end_processes)
+            if flows.addresses:
+                self._start_flows(stack, flows)
             self._resources = stack.pop_all()
 
-    def _open_sites(
-        self, stack: ExitStack, devices: ExitStack, slow_start_after_idle: bool, gso_max_bytes: int
-    ) -> list[int]:
-        """Make each site's namespace and device; return the devices' descriptors."""
-        tuns: list[int] = []
-        for site in range(len(self.topology.sites)):
-            open_device = partial(
-                open_tun, self.address(site), self.topology.mtu_bytes, gso_max_bytes, slow_start_after_idle
-            )
-            try:
-                namespace, tun = new_namespace(open_device)
-            except OSError as error:
-                raise DetcollError(f"the lab cannot make site {site}: {error}") from error
-            stack.callback(namespace.close)
-            devices.callback(os.close, tun)  # the router's copy keeps the device
-            self._namespaces.append(namespace)
-            tuns.append(tun)
-        return tuns
+    def _open_site(
+        self, stack: ExitStack, devices: ExitStack, slow_start_after_idle: bool, gso_max_bytes: int, address: str,
+        namespaces: list[Namespace],
+    ) -> int:  # fmt: skip
+        """Make a namespace, put it in ``namespaces``, and return the descriptor of its device."""
+        open_device = partial(open_tun, address, self.topology.mtu_bytes, gso_max_bytes, slow_start_after_idle)
+        try:
+            namespace, tun = new_namespace(open_device)
+        except OSError as error:
+            raise DetcollError(f"the lab cannot make the network of {address}: {error}") from error
+        stack.callback(namespace.close)
+        devices.callback(os.close, tun)  # the router's copy keeps the device
+        namespaces.append(namespace)
+        return tun
+
+    def _flows_config(self) -> FlowsConfig:
+        """Return what others' TCP flows offer; no addresses where there are none. Descriptors are not known yet."""
+        share = self.conditions.cross_traffic * self.conditions.cross_tcp_share * self.topology.payload_share
+        if share <= 0:
+            return FlowsConfig((), (), ())
+        sites = range(len(self.topology.sites))
+        rates = tuple(share * (site.uplink_bytes_per_s or 0.0) for site in self.topology.sites)
+        return FlowsConfig(tuple(f"10.77.{site}.{TENANT_HOST}" for site in sites), (), rates)
 
     def _start_router(self, stack: ExitStack, config: RouterConfig) -> None:
-        self._control, theirs = socket.socketpair()
-        stack.callback(self._control.close)
+        descriptors = [*config.tuns, *config.tenant_tuns, *config.namespaces]
+        self._router, self._control = self._start_helper(stack, _ROUTER, descriptors)
+        stack.callback(self._stop_router)
+        self._control.sendall(msgspec.json.encode(config) + b"\n")
+        answer = self._receive_line()
+        if answer != READY:
+            raise DetcollError(f"the lab's router does not start: {answer.decode().strip()}")
+
+    def _start_flows(self, stack: ExitStack, config: FlowsConfig) -> None:
+        """Start the process of others' TCP flows, which ends when its control socket is closed."""
+        networks = tuple(namespace.network for namespace in self._tenants)
+        process, control = self._start_helper(stack, _FLOWS, networks)
+        stack.callback(_stop_flows, process, control)
+        control.sendall(msgspec.json.encode(replace(config, namespaces=networks)))
+        answer = control.recv(1 << 16)
+        if answer != READY:
+            raise DetcollError(f"others' TCP flows do not start: {answer.decode().strip()}")
+
+    def _start_helper(
+        self, stack: ExitStack, code: str, descriptors: Sequence[int]
+    ) -> tuple[subprocess.Popen[Any], socket.socket]:
+        """Start a process of the lab's own and return it and the socket that leads to it."""
+        control, theirs = socket.socketpair()
+        stack.callback(control.close)
         with theirs:
-            self._router = subprocess.Popen(
-                [sys.executable, "-P", "-c", _ROUTER, str(theirs.fileno())],
-                pass_fds=[theirs.fileno(), *config.tuns, *config.namespaces],
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code, str(theirs.fileno())],
+                pass_fds=[theirs.fileno(), *descriptors],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        stack.callback(self._stop_router)
-        self._control.settimeout(_ROUTER_PATIENCE_S)
-        self._control.sendall(msgspec.json.encode(config) + b"\n")
-        answer = self._receive_line()
-        if answer != READY:
-            raise DetcollError(f"the lab's router does not start: {answer.decode().strip()}")
+        control.settimeout(_ROUTER_PATIENCE_S)
+        return process, control
 
     def _receive_line(self) -> bytes:
         """Return the router's answer to the last request."""
@@ -197,7 +228,7 @@ class Lab:
 
     @property
     def _networks(self) -> tuple[int, ...]:
-        return tuple(namespace.network for namespace in self._namespaces)
+        return tuple(namespace.network for namespace in (*self._namespaces, *self._tenants))
 
     def namespace_paths(self, site: int) -> tuple[str, ...]:
         """Return paths under which a process outside can open the namespaces of a site: network, and mounts if any."""
@@ -238,6 +269,22 @@ class Lab:
             self._children.append(child)
         return child
 
+    def call(self, site: int, work: Callable[[], T]) -> T:
+        """Call ``work`` in the network of site number ``site``, in a thread of its own, and return what it returns.
+
+        Raises
+        ------
+        UsageError
+            If there is no such site.
+        Closed
+            If the lab is closed.
+        """
+        self._require_site(site)
+        with self._lock:
+            if self._closed:
+                raise Closed("the lab is closed")
+            return run_inside(self._namespaces[site], work)
+
     def statistics(self) -> Statistics:
         """Return what the router counted so far, or until the lab was closed.
 
@@ -273,19 +320,22 @@ class Lab:
         return site
 
 
-def _check(topology: Topology, queue_bytes: int, loss: float) -> None:
-    """Refuse arguments that cannot be used, before anything is made."""
+def _stop_flows(process: subprocess.Popen[Any], control: socket.socket) -> None:
+    control.close()
+    try:
+        process.wait(_REAP_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _check(topology: Topology) -> None:
+    """Refuse a topology that cannot be emulated, before anything is made."""
     if not 2 <= len(topology.sites) <= LARGEST_LAB:
         raise UsageError(f"topology has {len(topology.sites)} sites; the lab takes from 2 to {LARGEST_LAB}")
     for site in topology.sites:
         if site.uplink_bytes_per_s is None or site.downlink_bytes_per_s is None:
             raise UsageError(f"topology: site {site.name!r} has no uplink; every site of a lab needs one")
-    if not topology.mtu_bytes <= queue_bytes <= _LARGEST_QUEUE_BYTES:
-        raise UsageError(
-            f"queue_bytes={queue_bytes} must be from one packet of {topology.mtu_bytes} bytes to {_LARGEST_QUEUE_BYTES}"
-        )
-    if not 0 <= loss <= 1:
-        raise UsageError(f"loss={loss} must be from 0 to 1")
 
 
 def _gso_max_bytes(topology: Topology, asked: int | None) -> int:

@@ -1,8 +1,9 @@
 """Runs a program once per rank of a lab, each in its site, and ends them all together.
 
-``plain`` starts the ranks itself. ``mpiexec`` lets MPICH's launcher start them, so that they are ranks of one MPI job:
-every rank goes through `detcoll.lab.enter`, which brings it to its site, and MPICH is kept from the shared memory that
-only ranks of one site could have.
+``plain`` starts the ranks itself. ``mpiexec`` lets the launcher of MPICH or Open MPI start them, so that they are ranks
+of one MPI job: every rank goes through `detcoll.lab.enter`, which brings it to its site, and MPI is kept from the
+shared memory that only ranks of one site could have. The launcher itself is in the first site. Open MPI's ranks talk to
+it over the lines as they start and end.
 
 The topology reaches the ranks as a path to memory of this process (memfd_create), so that no file is left behind.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +22,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
 from detcoll.lab.emulation import Lab
 from detcoll.lab.tun import DEVICE
+from detcoll.mpiexec import Family, Mpiexec, find_mpiexec
 
 MASTER_PORT = 29500
 RENDEZVOUS_PORT = 29400
@@ -37,7 +39,6 @@ _TERMINATE_NS = 2 * 10**9
 _DRAIN_NS = 10**9
 _LARGEST_CAPTURE_BYTES = 64 * 2**20
 _LONGEST_LINE_BYTES = 2**20
-_MPICH_WITHOUT_SHARED_MEMORY = {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": DEVICE}
 
 
 class Launcher(Enum):
@@ -112,7 +113,7 @@ def run_ranks(
     UsageError
         If the program cannot be started.
     TransportUnavailable
-        If MPICH's mpiexec is needed and missing.
+        If the mpiexec of MPICH or Open MPI is needed and missing.
     DetcollError
         If the lab's router died; the ranks are ended.
 
@@ -126,8 +127,11 @@ def run_ranks(
         topology_path = stack.enter_context(_memory_path(lab.topology.to_toml().encode()))
         ranks = [own | dict(env or {}) for own in rank_environments(lab, topology_path)]
         if launcher is Launcher.MPIEXEC:
-            placement_path = stack.enter_context(_memory_path(_placement(lab, ranks)))
-            jobs = [_mpiexec_job(lab.topology.size, argv, placement_path, env or {}, output)]
+            mpiexec = _mpiexec()
+            placement_path = stack.enter_context(_memory_path(_placement(lab, ranks, mpiexec.rank_variable)))
+            files = mpiexec.files_in(stack.enter_context(TemporaryDirectory(prefix="detcoll-mpi-")))
+            own_env = files | dict(env or {})
+            jobs = [_mpiexec_job(mpiexec, lab.topology.size, argv, placement_path, own_env, output)]
         else:
             jobs = [(lab.topology.site_of(rank), list(argv), os.environ | own) for rank, own in enumerate(ranks)]
         run = _Run(lab, output, grace_ns, deadline_ns)
@@ -168,11 +172,11 @@ def _memory_path(content: bytes) -> Iterator[str]:
         yield f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
-def _placement(lab: Lab, ranks: list[dict[str, str]]) -> bytes:
+def _placement(lab: Lab, ranks: list[dict[str, str]], rank_variable: str) -> bytes:
     """Return what `detcoll.lab.enter` needs to bring each rank to its site."""
     topology = lab.topology
     placement = {
-        "rank_variable": "PMI_RANK",
+        "rank_variable": rank_variable,
         "namespaces": [lab.namespace_paths(site) for site in range(len(topology.sites))],
         "ranks": [{"site": topology.site_of(rank), "environment": own} for rank, own in enumerate(ranks)],
     }
@@ -180,24 +184,23 @@ def _placement(lab: Lab, ranks: list[dict[str, str]]) -> bytes:
 
 
 def _mpiexec_job(
-    size: int, argv: Sequence[str], placement_path: str, env: Mapping[str, str], output: Output
+    mpiexec: Mpiexec, size: int, argv: Sequence[str], placement_path: str, env: Mapping[str, str], output: Output
 ) -> tuple[int, list[str], dict[str, str]]:
-    """Return where, how and with what environment to start MPICH's launcher."""
+    """Return where, how and with what environment to start MPI's launcher."""
     wrapper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("enter.py")), placement_path, "--"]
-    label = ["-l"] if output is Output.PREFIX else []
-    variables = os.environ | _MPICH_WITHOUT_SHARED_MEMORY | dict(env)
-    return 0, [_mpiexec(), *label, "-n", str(size), *wrapper, *argv], variables
+    variables = os.environ | mpiexec.environment | mpiexec.without_shared_memory(DEVICE) | dict(env)
+    return 0, [*mpiexec.command(size, labelled=output is Output.PREFIX), *wrapper, *argv], variables
 
 
-def _mpiexec() -> str:
-    """Return the path of MPICH's launcher, preferably the one beside this interpreter."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = shutil.which("mpiexec", path=places)
+def _mpiexec() -> Mpiexec:
+    """Return an MPI launcher that can be kept from shared memory."""
+    found = find_mpiexec()
     if found is None:
         raise TransportUnavailable("mpiexec is missing; install MPICH with: pip install 'detcoll[mpi]'")
-    told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=False)
-    if "HYDRA" not in told.stdout:
-        raise TransportUnavailable(f"{found} is not MPICH's; install MPICH with: pip install 'detcoll[mpi]'")
+    if found.family is Family.OTHER:
+        raise TransportUnavailable(
+            f"{found.path} is {found.family.value}; install one of them, such as with: pip install 'detcoll[mpi]'"
+        )
     return found
 
 

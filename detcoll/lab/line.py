@@ -2,14 +2,17 @@
 
 A unit from site i to site j passes
 
-1. the uplink of i: it waits behind what is queued and leaves at the uplink's rate, headers of every segment counted.
-   What does not fit into the queue is dropped, segment by segment: the head of the unit that fits is kept;
-2. the path from i to j: the one-way delay of that direction, and random loss of single segments. A lost segment has
-   used its share of the uplink. A unit around a lost segment goes on as two units;
-3. the downlink of j: a fluid line of its own rate. With F the time at which the first bit of a unit would arrive, A
-   that of the last, and D the time at which the downlink is done with what came before, it is done with the unit at
+1. the uplink of i, a port of two classes (`detcoll.lab.port`): in its class it waits behind what is queued and leaves
+   at the uplink's rate, headers of every segment counted. What does not fit into the queue, or exceeds the rate
+   reserved for the deterministic class, is dropped, segment by segment: the head of the unit that fits is kept;
+2. the path from i to j (`detcoll.lab.path`): the one-way delay of that direction, jitter, random loss of single
+   segments, and failures. A lost segment has used its share of the uplink. A unit around a lost segment goes on as two
+   units;
+3. the downlink of j, a port as well, and a fluid line of its own rate. With F the time at which the first bit of a unit
+   would arrive, A that of the last, and W the time at which the downlink is done with what came before, it is done with
+   the unit at
 
-       max(A, max(D, F) + wire bytes / rate)
+       max(A, max(W, F) + wire bytes / rate)
 
    so that a flow which was shaped to the same rate already passes without waiting for its own bytes twice, and two
    flows that meet queue. A unit is handed over when its last bit has arrived.
@@ -21,81 +24,42 @@ remaining bytes. All bytes are wire bytes as `detcoll.lab.unit` counts them.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
+from enum import IntEnum
 from heapq import heappop, heappush
-from itertools import count
+from itertools import combinations, count
 
+from detcoll.lab.conditions import Conditions, Service
+from detcoll.lab.cotenants import PROBE_HOST, Bursts, Probes
 from detcoll.lab.log import ArrivalLog
-from detcoll.lab.statistics import DirectionStatistics
+from detcoll.lab.path import Path, Piece
+from detcoll.lab.port import Port
+from detcoll.lab.statistics import BurstStatistics, DirectionStatistics, ProbeStatistics
 from detcoll.lab.unit import VNET_HEADER_BYTES, Shape, cut, flow_of, shape_of
+from detcoll.settings import EXPEDITED_DSCP
 from detcoll.topology import Topology
 
 NETWORK = b"\x0a\x4d"
 """10.77: the first two bytes of every address in a lab; the third is the site."""
 
+_TOS = VNET_HEADER_BYTES + 1
 _DESTINATION = VNET_HEADER_BYTES + 16
+HOST = _DESTINATION + 3
+"""Where the last byte of a unit's destination is: 1 for ranks, 2 for others beside them, 3 for probes."""
+
+TENANT_HOST = 2
+
+# Bursts have no events of their own; they are caught up with before each unit, and at least this often.
+_CATCH_UP_NS = 10_000_000
 
 
-class _Losses:
-    """Draws which segments are lost: the gaps between losses are geometric, so a unit without one costs nothing."""
+class _Stage(IntEnum):
+    """What is to happen to a unit, or at a port."""
 
-    __slots__ = ("_loss", "_random", "gap")
-
-    def __init__(self, loss: float, seed: str) -> None:
-        self._loss = loss
-        self._random = random.Random(seed)
-        self.gap = self._draw()
-
-    def _draw(self) -> int:
-        """Return how many segments pass before the next one that is lost."""
-        if self._loss <= 0:
-            return 1 << 62
-        if self._loss >= 1:
-            return 0
-        return int(math.log(1.0 - self._random.random()) / math.log1p(-self._loss))
-
-    def take(self, segments: int) -> list[int]:
-        """Return which of the next ``segments`` are lost, in rising order."""
-        lost = []
-        at = self.gap
-        while at < segments:
-            lost.append(at)
-            at += 1 + self._draw()
-        self.gap = at - segments
-        return lost
-
-
-class _Line:
-    """A rate with a queue; ``free_ns`` is when it is done with all that it took."""
-
-    __slots__ = ("bytes_per_ns", "free_ns", "limit_bytes", "ns_per_byte", "peak_bytes")
-
-    def __init__(self, bytes_per_s: float, limit_bytes: int) -> None:
-        self.bytes_per_ns = bytes_per_s / 1e9
-        self.ns_per_byte = 1e9 / bytes_per_s
-        self.limit_bytes = limit_bytes
-        self.free_ns = 0.0
-        self.peak_bytes = 0.0
-
-
-class _Direction:
-    """What belongs to one ordered pair of sites."""
-
-    __slots__ = ("delay_ns", "destination", "down_drops", "down_line", "losses", "lost", "payload_bytes", "segments",
-                 "source", "units", "up_drops", "up_line", "wire_bytes")  # fmt: skip
-
-    def __init__(self, source: int, destination: int, delay_ns: int, losses: _Losses, up: _Line, down: _Line) -> None:
-        self.source, self.destination, self.delay_ns, self.losses = source, destination, delay_ns, losses
-        self.up_line, self.down_line = up, down
-        self.units = self.segments = self.wire_bytes = self.payload_bytes = 0
-        self.up_drops = self.lost = self.down_drops = 0
-
-    def statistics(self) -> DirectionStatistics:
-        return DirectionStatistics(
-            self.source, self.destination, self.units, self.segments, self.wire_bytes, self.payload_bytes,
-            self.up_drops, self.lost, self.down_drops,
-        )  # fmt: skip
+    ARRIVES = 0
+    DONE = 1
+    UPLINK = 2
+    DOWNLINK = 3
 
 
 class WideArea:
@@ -104,54 +68,63 @@ class WideArea:
     Parameters
     ----------
     topology : Topology
-        Rates and one-way delays.
-    queue_bytes : int
-        Size of each uplink's and each downlink's queue.
-    loss : float
-        Probability with which a segment is lost on its path.
-    seed : int
-        Of the random losses; each direction draws its own sequence.
+        Rates, one-way delays and reserved rates.
+    conditions : Conditions
+        Queues, classes, loss, jitter, others' traffic and failures.
     log : ArrivalLog, optional
         Gets a record for every unit that reaches an uplink.
+    opened_ns : int
+        From when times of failures count, and when others' traffic begins.
 
     Guarantees
     ----------
-    Units of one direction come out in the order they went in. Nothing depends on a clock but the arguments.
+    Units of one direction and class come out in the order they went in. Nothing depends on a clock but the arguments.
     """
 
     def __init__(
-        self, topology: Topology, queue_bytes: int, loss: float = 0.0, seed: int = 0, log: ArrivalLog | None = None
+        self, topology: Topology, conditions: Conditions, log: ArrivalLog | None = None, opened_ns: int = 0
     ) -> None:
-        sites = range(len(topology.sites))
-        self._log = log
-        self._uplinks = [_Line(site.uplink_bytes_per_s or math.inf, queue_bytes) for site in topology.sites]
-        self._downlinks = [_Line(site.downlink_bytes_per_s or math.inf, queue_bytes) for site in topology.sites]
-        self._directions = [
-            [
-                _Direction(i, j, topology.one_way_ns(i, j), _Losses(loss, f"{seed}:{i}:{j}"), self._uplinks[i],
-                           self._downlinks[j])
-                for j in sites
-            ]
-            for i in sites
-        ]  # fmt: skip
-        # due_ns, order, direction (None when the downlink is done with it), destination, wire bytes, unit
-        self._heap: list[tuple[float, int, _Direction | None, int, int, bytes]] = []
+        self._log, self._opened_ns = log, opened_ns
+        self._uplinks = [_port(site.uplink_bytes_per_s, conditions, topology) for site in topology.sites]
+        self._downlinks = [_port(site.downlink_bytes_per_s, conditions, topology) for site in topology.sites]
+        self._paths = _paths(topology, conditions, self._uplinks, self._downlinks)
+        self._has_classes = any(link.reserved_bytes_per_s is not None for _, link in topology.links)
+        self._is_marked = _marked(conditions.service)
+        self._bursts = _bursts(topology, conditions, opened_ns)
+        self._probes = Probes(
+            list(combinations(range(len(topology.sites)), 2)), conditions.probe_gap_ns, conditions.seed
+        )
+        self._probes.start(opened_ns)
+        self._catch_up_ns: float = opened_ns if self._bursts else math.inf
+        # due_ns, order, what, and the unit or the number of the port's site
+        self._heap: list[tuple[float, int, _Stage, Piece | int]] = []
         self._next_order: Callable[[], int] = count().__next__
         self.unroutable = 0
+        self.asleep_ns = 0.0
+        """For how long before now nobody could look for arrivals; a policer takes that into account."""
 
     @property
     def next_ns(self) -> float:
         """When `due` has something to do next; infinite when nothing is under way."""
-        return self._heap[0][0] if self._heap else math.inf
+        others_ns = min(self._catch_up_ns, self._probes.next_ns)
+        return min(self._heap[0][0], others_ns) if self._heap else others_ns
 
     @property
     def under_way(self) -> int:
-        """How many units are on their way."""
+        """How many units are on their way, roughly."""
         return len(self._heap)
 
-    def arrive(self, source: int, unit: bytes, now_ns: int) -> None:
-        """Take ``unit`` from site ``source`` into its uplink."""
-        if len(unit) <= _DESTINATION + 3 or unit[_DESTINATION : _DESTINATION + 2] != NETWORK:
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a kernel waits for what is due next; nobody notices when a probe or a burst is looked at late."""
+        if not self._heap or self._heap[0][0] > min(self._catch_up_ns, self._probes.next_ns):
+            return False
+        what = self._heap[0][3]
+        return isinstance(what, int) or what[1][HOST] != PROBE_HOST
+
+    def arrive(self, source: int, unit: bytes, now_ns: int, is_tenant: bool = False) -> None:
+        """Take ``unit`` from site ``source`` into its uplink; what tenants send is best effort however it is marked."""
+        if len(unit) <= HOST or unit[_DESTINATION : _DESTINATION + 2] != NETWORK:
             self.unroutable += 1
             return
         destination = unit[_DESTINATION + 2]
@@ -163,81 +136,230 @@ class WideArea:
         except ValueError:
             self.unroutable += 1
             return
-        direction = self._directions[source][destination]
-        line = direction.up_line
-        start = line.free_ns if line.free_ns > now_ns else now_ns
-        queued = (start - now_ns) * line.bytes_per_ns
-        taken, wire_bytes = shape.segments, shape.wire_bytes
-        if queued + wire_bytes > line.limit_bytes:
-            taken, wire_bytes = _fitting(shape, line.limit_bytes - queued)
-            direction.up_drops += shape.segments - taken
-        queued += wire_bytes
-        if self._log is not None:
-            self._log.append(now_ns, source, destination, flow_of(unit), shape.protocol, shape.segments,
-                             shape.segments - taken, shape.payload_bytes, shape.wire_bytes, round(queued))  # fmt: skip
-        if taken:
-            if queued > line.peak_bytes:
-                line.peak_bytes = queued
-            line.free_ns = start + wire_bytes * line.ns_per_byte
-            self._depart(direction, unit, shape, taken, wire_bytes, start)
+        if self._bursts:
+            self._bursts[source].advance(self._uplinks[source], now_ns)
+        best_effort, reserved = self._paths[source][destination]
+        if reserved is not None and not is_tenant and self._is_marked[unit[_TOS] >> 2]:
+            self._enter_reserved(reserved, unit, shape, now_ns)
+        else:
+            self._enter(best_effort, unit, shape, now_ns)
 
-    def _depart(
-        self, direction: _Direction, unit: bytes, shape: Shape, taken: int, wire_bytes: int, start_ns: float
-    ) -> None:
-        """Send the first ``taken`` segments of ``unit`` on their path; ``start_ns`` is when they begin to leave."""
-        direction.units += 1
-        direction.segments += taken
-        direction.wire_bytes += wire_bytes
-        direction.payload_bytes += wire_bytes - taken * shape.header_bytes
-        losses = direction.losses
-        if taken == shape.segments and losses.gap >= taken:
-            losses.gap -= taken
-            due = direction.up_line.free_ns + direction.delay_ns
-            heappush(self._heap, (due, self._next_order(), direction, direction.destination, wire_bytes, unit))
+    def _enter(self, path: Path, unit: bytes, shape: Shape, now_ns: int) -> None:
+        """Put a unit into the best-effort queue of its uplink."""
+        port = path.up
+        taken, wire_bytes, room = shape.segments, shape.wire_bytes, port.room_bytes(now_ns)
+        if wire_bytes > room:
+            taken, wire_bytes = _fitting(shape, room)
+            path.up_drops += shape.segments - taken
+        self._record(path, unit, shape, taken, port.limit_bytes - room + wire_bytes, now_ns)
+        if not taken:
             return
-        lost = losses.take(taken)
-        direction.lost += len(lost)
+        end_ns = port.take(wire_bytes, now_ns, now_ns)
+        if taken < shape.segments:
+            unit = cut(unit, shape, 0, taken)
+        self._after(port, end_ns, (path, unit, wire_bytes, now_ns), _Stage.UPLINK, path.source)
+
+    def _enter_reserved(self, path: Path, unit: bytes, shape: Shape, now_ns: int) -> None:
+        """Put a unit ahead of the best-effort queue of its uplink, as far as the policer lets it pass."""
+        port, policer = path.up, path.policer
+        assert policer is not None
+        taken, wire_bytes, tokens = shape.segments, shape.wire_bytes, policer.tokens(now_ns, self.asleep_ns)
+        if wire_bytes > tokens:
+            taken, wire_bytes = _fitting(shape, tokens)
+            path.policed += shape.segments - taken
+        room = port.reserved_room_bytes(now_ns)
+        if wire_bytes > room:
+            before, (taken, wire_bytes) = taken, _fitting(shape, room)
+            path.up_drops += before - taken
+        self._record(path, unit, shape, taken, port.limit_bytes - room + wire_bytes, now_ns)
+        if not taken:
+            return
+        policer.spend(wire_bytes)
+        self._settle(_Stage.UPLINK, path.source, max(now_ns, port.overtaking_ns(now_ns)))
+        end_ns = port.take_first(wire_bytes, now_ns, now_ns)
+        if taken < shape.segments:
+            unit = cut(unit, shape, 0, taken)
+        self._depart(end_ns, (path, unit, wire_bytes, now_ns))
+
+    def _record(self, path: Path, unit: bytes, shape: Shape, taken: int, queued: float, now_ns: int) -> None:
+        """Count a unit that has reached its uplink, of which ``taken`` segments go on, and log it."""
+        if taken:
+            wire_bytes = shape.wire_bytes_of(taken)
+            path.units += 1
+            path.segments += taken
+            path.wire_bytes += wire_bytes
+            path.payload_bytes += wire_bytes - taken * shape.header_bytes
+        if self._log is not None:
+            self._log.append(now_ns, path.source, path.destination, flow_of(unit), shape.protocol, shape.segments,
+                             shape.segments - taken, shape.payload_bytes, shape.wire_bytes, round(queued))  # fmt: skip
+
+    def _after(self, port: Port[Piece], end_ns: float, piece: Piece, stage: _Stage, site: int) -> None:
+        """Let a best-effort unit go on once its port is done with it."""
+        if not self._has_classes:  # nobody can overtake it
+            self._go_on(stage, end_ns, piece)
+            return
+        if port.next_done_ns is None:
+            heappush(self._heap, (end_ns, self._next_order(), stage, site))
+        port.remember(end_ns, piece)
+
+    def _settle(self, stage: _Stage, site: int, now_ns: float) -> None:
+        """Let go on what a port has done by ``now_ns``."""
+        port = (self._uplinks if stage is _Stage.UPLINK else self._downlinks)[site]
+        for end_ns, piece in port.done(now_ns):
+            self._go_on(stage, end_ns, piece)
+
+    def _go_on(self, stage: _Stage, end_ns: float, piece: Piece) -> None:
+        if stage is _Stage.UPLINK:
+            self._depart(end_ns, piece)
+        else:
+            heappush(self._heap, (end_ns, self._next_order(), _Stage.DONE, piece))
+
+    def _depart(self, end_ns: float, piece: Piece) -> None:
+        """Send a unit on its path whose last bit has left the uplink at ``end_ns``."""
+        path, unit, wire_bytes, came_ns = piece
+        losses = path.losses
+        if not losses.any:
+            self._send(path, unit, wire_bytes, came_ns, end_ns)
+            return
+        shape = shape_of(unit)
+        lost = losses.take(shape.segments)
+        path.lost += len(lost)
         first = 0
-        for end in [*lost, taken]:
+        for end in [*lost, shape.segments]:
             if end > first:
                 before, through = shape.wire_bytes_of(first), shape.wire_bytes_of(end)
-                due = start_ns + through * direction.up_line.ns_per_byte + direction.delay_ns
-                piece = cut(unit, shape, first, end)
-                heappush(
-                    self._heap,
-                    (due, self._next_order(), direction, direction.destination, through - before, piece),
-                )
+                left_ns = end_ns - (wire_bytes - through) * path.up.ns_per_byte
+                self._send(path, cut(unit, shape, first, end), through - before, came_ns, left_ns)
             first = end + 1
+
+    def _send(self, path: Path, unit: bytes, wire_bytes: int, came_ns: int, left_ns: float) -> None:
+        due_ns = path.arrival_ns(left_ns)
+        if path.is_down(left_ns - self._opened_ns, due_ns - self._opened_ns):
+            path.failed += shape_of(unit).segments
+            return
+        heappush(self._heap, (due_ns, self._next_order(), _Stage.ARRIVES, (path, unit, wire_bytes, came_ns)))
 
     def due(self, now_ns: int) -> list[tuple[float, int, bytes]]:
         """Return what is to be handed over by ``now_ns``: when it was due, the destination site and the unit."""
+        if now_ns >= self._catch_up_ns:
+            for bursts, port in zip(self._bursts, self._uplinks, strict=True):
+                bursts.advance(port, now_ns)
+            self._catch_up_ns = now_ns + _CATCH_UP_NS
+        for source, unit in self._probes.due(now_ns):
+            self.arrive(source, unit, now_ns, is_tenant=True)
         heap = self._heap
         done: list[tuple[float, int, bytes]] = []
         while heap and heap[0][0] <= now_ns:
-            due, order, direction, destination, wire_bytes, unit = heappop(heap)
-            if direction is None:
-                done.append((due, destination, unit))
-                continue
-            busy_until = direction.down_line.free_ns
-            finish, unit = _pass_downlink(direction, unit, wire_bytes, due)
-            if not unit:
-                continue
-            if finish <= now_ns and busy_until < due:
-                # Nothing else waits for this downlink, so order is kept without another turn through the heap.
-                done.append((finish, destination, unit))
+            due_ns, _, stage, what = heappop(heap)
+            if isinstance(what, int):
+                self._wake(stage, what, due_ns)
+            elif stage is _Stage.ARRIVES:
+                self._pass_downlink(what, due_ns)
             else:
-                heappush(heap, (finish, order, None, destination, 0, unit))
+                self._hand_over(what, due_ns, now_ns, done)
         return done
 
-    def directions(self) -> tuple[DirectionStatistics, ...]:
-        """Return what was counted between each ordered pair of sites."""
-        entries = (entry for row in self._directions for entry in row)
-        return tuple(entry.statistics() for entry in entries if entry.source != entry.destination)
+    def _wake(self, stage: _Stage, site: int, now_ns: float) -> None:
+        """Let go on what a port has done, and look again when the next unit may be."""
+        self._settle(stage, site, now_ns)
+        port = (self._uplinks if stage is _Stage.UPLINK else self._downlinks)[site]
+        if (next_ns := port.next_done_ns) is not None:
+            heappush(self._heap, (next_ns, self._next_order(), stage, site))
 
-    def peaks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the longest queue of each uplink and of each downlink in bytes."""
-        up, down = (tuple(round(line.peak_bytes) for line in lines) for lines in (self._uplinks, self._downlinks))
+    def _pass_downlink(self, piece: Piece, due_ns: float) -> None:
+        """Take a unit into its downlink whose last bit arrives at ``due_ns``, as much of it as fits."""
+        path, unit, wire_bytes, came_ns = piece
+        port = path.down
+        first_ns = due_ns - wire_bytes * path.up.ns_per_byte
+        is_reserved = path.policer is not None
+        # What leaves while the unit comes in makes room for it.
+        room = (port.reserved_room_bytes if is_reserved else port.room_bytes)(first_ns)
+        room += (due_ns - first_ns) * port.bytes_per_ns
+        if wire_bytes > room:
+            shape = shape_of(unit)
+            taken, wire_bytes = _fitting(shape, room)
+            path.down_drops += shape.segments - taken
+            if not taken:
+                return
+            unit = cut(unit, shape, 0, taken)
+        piece = path, unit, wire_bytes, came_ns
+        if is_reserved:
+            self._settle(_Stage.DOWNLINK, path.destination, max(due_ns, port.overtaking_ns(first_ns)))
+            self._go_on(_Stage.DOWNLINK, port.take_first(wire_bytes, first_ns, due_ns), piece)
+        else:
+            end_ns = port.take(wire_bytes, first_ns, due_ns, came_ns + path.delay_ns)
+            self._after(port, end_ns, piece, _Stage.DOWNLINK, path.destination)
+
+    def _hand_over(self, piece: Piece, due_ns: float, now_ns: int, done: list[tuple[float, int, bytes]]) -> None:
+        """Give out a unit that has arrived, or send a probe back."""
+        path, unit, _, came_ns = piece
+        path.delays.add(due_ns - came_ns)
+        if unit[HOST] != PROBE_HOST:
+            done.append((due_ns, path.destination, unit))
+        elif (back := self._probes.arrived(unit, due_ns - came_ns)) is not None:
+            self.arrive(*back, now_ns, is_tenant=True)
+
+    def directions(self) -> tuple[DirectionStatistics, ...]:
+        """Return what was counted between each ordered pair of sites, in each class that it has."""
+        pairs = (pair for row in self._paths for pair in row)
+        paths = (path for pair in pairs for path in pair if path is not None)
+        return tuple(path.statistics() for path in paths if path.source != path.destination)
+
+    def peaks(self, service: Service = Service.BEST_EFFORT) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the longest queue of a class at each uplink and at each downlink in bytes."""
+        is_reserved = service is Service.DETERMINISTIC
+        up, down = (
+            tuple(round(port.reserved_peak_bytes if is_reserved else port.peak_bytes) for port in ports)
+            for ports in (self._uplinks, self._downlinks)
+        )
         return up, down
+
+    def bursts(self) -> tuple[BurstStatistics, ...]:
+        """Return what the router's own bursts did at each uplink; nothing where there are none."""
+        return tuple(bursts.statistics() for bursts in self._bursts)
+
+    def probe(self) -> ProbeStatistics:
+        """Return what the probes found."""
+        return self._probes.statistics()
+
+
+def _port(bytes_per_s: float | None, conditions: Conditions, topology: Topology) -> Port[Piece]:
+    return Port(bytes_per_s or math.inf, conditions.queue_bytes, topology.mtu_bytes)
+
+
+def _paths(
+    topology: Topology, conditions: Conditions, uplinks: list[Port[Piece]], downlinks: list[Port[Piece]]
+) -> list[list[tuple[Path, Path | None]]]:
+    """Return the paths from each site to each other: best effort, and deterministic where a rate is reserved."""
+    links = dict(topology.links)
+    sites = range(len(topology.sites))
+
+    def between(i: int, j: int) -> tuple[Path, Path | None]:
+        link = links.get((min(i, j), max(i, j)))
+        reserved = None if link is None else link.reserved_bytes_per_s
+        delay_ns, ports = topology.one_way_ns(i, j), (uplinks[i], downlinks[j])
+        best_effort = Path(i, j, delay_ns, ports, conditions)
+        return best_effort, None if reserved is None else Path(i, j, delay_ns, ports, conditions, reserved)
+
+    return [[between(i, j) for j in sites] for i in sites]
+
+
+def _marked(service: Service | None) -> tuple[bool, ...]:
+    """Return for each code point whether the router puts it in the deterministic class."""
+    if service is None:
+        return tuple(code == EXPEDITED_DSCP for code in range(64))
+    return (service is Service.DETERMINISTIC,) * 64
+
+
+def _bursts(topology: Topology, conditions: Conditions, opened_ns: int) -> list[Bursts]:
+    """Return what others offer each uplink beside their TCP flows; nothing where nobody does."""
+    share = conditions.cross_traffic * (1 - conditions.cross_tcp_share)
+    if share <= 0:
+        return []
+    return [
+        Bursts(share * (site.uplink_bytes_per_s or 0.0), topology.mtu_bytes, [conditions.seed, index], opened_ns)
+        for index, site in enumerate(topology.sites)
+    ]
 
 
 def _fitting(shape: Shape, room_bytes: float) -> tuple[int, int]:
@@ -246,28 +368,3 @@ def _fitting(shape: Shape, room_bytes: float) -> tuple[int, int]:
         return shape.segments, shape.wire_bytes
     taken = max(0, min(int(room_bytes // (shape.segment_bytes + shape.header_bytes)), shape.segments - 1))
     return taken, shape.wire_bytes_of(taken)
-
-
-def _pass_downlink(direction: _Direction, unit: bytes, wire_bytes: int, due_ns: float) -> tuple[float, bytes]:
-    """Return when the downlink is done with a unit whose last bit arrives at ``due_ns``, and what it took of it."""
-    line = direction.down_line
-    first_bit = due_ns - wire_bytes * direction.up_line.ns_per_byte
-    start = line.free_ns if line.free_ns > first_bit else first_bit
-    finish = start + wire_bytes * line.ns_per_byte
-    if finish <= due_ns:
-        line.free_ns = due_ns
-        return due_ns, unit
-    queued = (finish - due_ns) * line.bytes_per_ns
-    if queued > line.limit_bytes:
-        shape = shape_of(unit)
-        taken, wire_bytes = _fitting(shape, line.limit_bytes + (due_ns - start) * line.bytes_per_ns)
-        direction.down_drops += shape.segments - taken
-        if not taken:
-            return due_ns, b""
-        unit = cut(unit, shape, 0, taken)
-        finish = max(due_ns, start + wire_bytes * line.ns_per_byte)
-        queued = (finish - due_ns) * line.bytes_per_ns
-    if queued > line.peak_bytes:
-        line.peak_bytes = queued
-    line.free_ns = finish
-    return finish, unit

@@ -44,6 +44,9 @@ that there were any. ``queue_bytes`` is the uplink's backlog in wire bytes with 
 of a unit that is still leaving included.
 """
 
+RANKS_HOST = 1
+"""The last byte of a site's address."""
+
 _PACK = struct.Struct("<qHHIIHHB?HHIII")
 _PIECE_BYTES = 1 << 16
 
@@ -117,3 +120,9 @@ def read_log(path: str | Path) -> NDArray[Any]:
     if records.dtype != RECORD:
         raise UsageError(f"log={str(path)!r} is no arrival log: its records are {records.dtype}")
     return records
+
+
+def of_ranks(records: NDArray[Any]) -> NDArray[Any]:
+    """Return what the sites themselves sent: not others' flows and probes, whose addresses end differently."""
+    mine: NDArray[Any] = records[records["source_address"] & 0xFF == RANKS_HOST]
+    return mine

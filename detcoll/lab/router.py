@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from detcoll.lab.line import WideArea
+from detcoll.lab.conditions import Conditions, Service
+from detcoll.lab.line import HOST, TENANT_HOST, WideArea
 from detcoll.lab.log import ArrivalLog
 from detcoll.lab.namespaces import end_processes
 from detcoll.lab.statistics import Statistics
@@ -49,14 +50,16 @@ _ANSWER_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """What the router is told when it starts; descriptors are those of the router's process."""
+    """What the router is told when it starts; descriptors are those of the router's process.
+
+    ``tenant_tuns`` : devices of others beside each site, none where there are no others.
+    """
 
     topology: Topology
-    queue_bytes: int
-    loss: float
-    seed: int
+    conditions: Conditions
     log_path: str | None
     tuns: tuple[int, ...]
+    tenant_tuns: tuple[int, ...]
     namespaces: tuple[int, ...]
     lab_process: int
 
@@ -67,51 +70,71 @@ class _Router:
     def __init__(self, config: RouterConfig, area: WideArea, control: socket.socket, lab_process: int) -> None:
         self._area = area
         self._control = control
-        self._tuns = [fcntl.fcntl(tun, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FREE) for tun in config.tuns]
-        for tun in config.tuns:
-            os.close(tun)
-        self._site_of = {tun: site for site, tun in enumerate(self._tuns)}
+        self._tuns, self._tenant_tuns = _low(config.tuns), _low(config.tenant_tuns)
+        self._site_of = {tun: (site, False) for site, tun in enumerate(self._tuns)}
+        self._site_of |= {tun: (site, True) for site, tun in enumerate(self._tenant_tuns)}
         self._lab_process = lab_process
-        self._started_ns = time.monotonic_ns()
+        self._started_ns = self._looked_ns = time.monotonic_ns()
+        self._has_more = False
         self._handed_over = self._refused = 0
         self._late_sum_ns = self._late_peak_ns = 0.0
 
     def forward(self) -> bool:
         """Forward until the lab says goodbye (True) or is gone (False)."""
         area, site_of, control = self._area, self._site_of, self._control.fileno()
-        read, monotonic_ns, wait = os.read, time.monotonic_ns, select.select
-        arrive = area.arrive
-        watched = [*self._tuns, control, self._lab_process]
+        monotonic_ns, wait = time.monotonic_ns, select.select
+        watched = [*self._tuns, *self._tenant_tuns, control, self._lab_process]
         while True:
-            next_ns = area.next_ns
-            if area.under_way <= _FEW_UNITS:
+            next_ns = due_ns = area.next_ns
+            if area.under_way <= _FEW_UNITS and area.is_urgent:
                 next_ns -= _AWAKE_NS
             timeout_s = None if next_ns == math.inf else max(0.0, (next_ns - monotonic_ns()) / 1e9)
-            for ready in wait(watched, (), (), timeout_s)[0]:
-                site = site_of.get(ready)
-                if site is None:
-                    if ready == self._lab_process:
-                        return False
-                    if (goodbye := self._answer()) is not None:
-                        return goodbye
-                    continue
-                with suppress(BlockingIOError):
-                    for _ in range(_BATCH_UNITS):
-                        arrive(site, read(ready, _LARGEST_UNIT_BYTES), monotonic_ns())
+            began_ns = monotonic_ns()
+            readable = wait(watched, (), (), timeout_s)[0]
+            self._look(began_ns, due_ns)
+            for ready in readable:
+                owner = site_of.get(ready)
+                if owner is not None:
+                    self._read(ready, *owner)
+                elif ready == self._lab_process:
+                    return False
+                elif (goodbye := self._answer()) is not None:
+                    return goodbye
             if area.next_ns <= monotonic_ns():
                 self._hand_over()
 
+    def _look(self, began_ns: int, due_ns: float) -> None:
+        """Note for how long nobody looked for arrivals before now: while at work, and past the time to wake up."""
+        now_ns = time.monotonic_ns()
+        asleep_ns = began_ns - self._looked_ns + max(0.0, now_ns - due_ns)
+        # What is left in a device since the time before may have come in that.
+        self._area.asleep_ns = max(self._area.asleep_ns, asleep_ns) if self._has_more else asleep_ns
+        self._looked_ns, self._has_more = now_ns, False
+
+    def _read(self, tun: int, site: int, is_tenant: bool) -> None:
+        """Take what waits at a device, up to a batch."""
+        area, read, monotonic_ns = self._area, os.read, time.monotonic_ns
+        with suppress(BlockingIOError):
+            for _ in range(_BATCH_UNITS):
+                unit = read(tun, _LARGEST_UNIT_BYTES)
+                now_ns = monotonic_ns()
+                if now_ns - self._looked_ns > area.asleep_ns:
+                    area.asleep_ns = now_ns - self._looked_ns
+                area.arrive(site, unit, now_ns, is_tenant)
+            self._has_more = True
+
     def _hand_over(self) -> None:
         """Write what is due to the devices of its destinations."""
-        monotonic_ns, write, tuns = time.monotonic_ns, os.write, self._tuns
+        monotonic_ns, write, tuns, tenant_tuns = time.monotonic_ns, os.write, self._tuns, self._tenant_tuns
         for due_ns, destination, unit in self._area.due(monotonic_ns()):
             late_ns = monotonic_ns() - due_ns
             self._late_sum_ns += late_ns
             if late_ns > self._late_peak_ns:
                 self._late_peak_ns = late_ns
             self._handed_over += 1
+            is_tenant = tenant_tuns and unit[HOST] == TENANT_HOST
             try:
-                write(tuns[destination], unit)
+                write((tenant_tuns if is_tenant else tuns)[destination], unit)
             except OSError:
                 self._refused += 1
 
@@ -128,10 +151,15 @@ class _Router:
     def statistics(self) -> Statistics:
         """Return the counts so far."""
         up_peaks, down_peaks = self._area.peaks()
+        reserved_up_peaks, reserved_down_peaks = self._area.peaks(Service.DETERMINISTIC)
         return Statistics(
             directions=self._area.directions(),
             uplink_peak_bytes=up_peaks,
             downlink_peak_bytes=down_peaks,
+            reserved_uplink_peak_bytes=reserved_up_peaks,
+            reserved_downlink_peak_bytes=reserved_down_peaks,
+            bursts=self._area.bursts(),
+            probe=self._area.probe(),
             unroutable=self._area.unroutable,
             refused=self._refused,
             late_mean_ns=self._late_sum_ns / max(1, self._handed_over),
@@ -139,6 +167,14 @@ class _Router:
             cpu_s=time.process_time(),
             elapsed_s=(time.monotonic_ns() - self._started_ns) / 1e9,
         )
+
+
+def _low(descriptors: Sequence[int]) -> list[int]:
+    """Move descriptors to low numbers."""
+    low = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _LOWEST_FREE) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return low
 
 
 def _raise_priority() -> None:
@@ -173,7 +209,7 @@ def main(arguments: Sequence[str]) -> int:
         try:
             lab_process = os.pidfd_open(config.lab_process)
             log = stack.enter_context(ArrivalLog(config.log_path)) if config.log_path is not None else None
-            area = WideArea(config.topology, config.queue_bytes, config.loss, config.seed, log)
+            area = WideArea(config.topology, config.conditions, log, time.monotonic_ns())
             router = _Router(config, area, control, lab_process)
             gc.collect()
             gc.disable()  # nothing here makes cycles

@@ -14,6 +14,10 @@ to. Figures, all from the hosts' own clock:
   payload rate, as a share of the time that the backward passes took; 1 at most. A high efficiency at a small fraction
   says little, since the line had nothing to do.
 - Retransmits: TCP segments sent again, as the kernel of each site counted them.
+- Networks: each transport is measured on every service (best effort, deterministic) with every share of others'
+  traffic, in a fresh lab each time. With a reserved rate, "line" above means that rate.
+- A co-tenant's round trip: of somebody else's small best-effort packets through the same lines, while iterations were
+  measured.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.measure.lines import LineRecord, use_of
+from detcoll.measure.networks import QUIET, Network
 from detcoll.measure.records import Marks, RankRecord
 from detcoll.measure.results import Run
 from detcoll.measure.statistics import Summary, ratio, summarize
@@ -19,11 +21,12 @@ WIDE_AREA = "wide-area"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where a workload runs: ``single-cluster`` or ``wide-area``, and by which transport."""
+    """Where a workload runs: ``single-cluster`` or ``wide-area``, by which transport, and over which network."""
 
     name: str
     transport: str
     place: str
+    network: Network = QUIET
 
     @property
     def is_wide(self) -> bool:
@@ -41,6 +44,10 @@ class ScriptRound:
 
     total_s: float
     marks: tuple[Marks, ...]
+
+
+Lines = Sequence[LineRecord]
+"""What the lab's lines saw of each round; empty for a single cluster."""
 
 
 def iteration_times_s(records: Round) -> list[float]:
@@ -72,8 +79,9 @@ def make_run(
     topology: Topology,
     baseline: Run | None,
     arithmetic_s: float | None,
+    lines: Lines = (),
 ) -> Run:
-    """Return the result of ``setting``; ``baseline`` is the single cluster's, None where this is it."""
+    """Return the result of ``setting`` on the lines of ``topology``; ``baseline`` is None for the single cluster."""
     iteration_s = summarize([time_s for records in rounds for time_s in iteration_times_s(records)])
     efficiency, low, high = ratio(baseline.iteration_s if baseline else iteration_s, iteration_s)
     last = rounds[-1]
@@ -81,13 +89,13 @@ def make_run(
         name=setting.name,
         transport=setting.transport,
         setting=setting.place,
-        service="best-effort",
-        cross_traffic=0.0,
+        service=setting.network.service.value,
+        cross_traffic=setting.network.cross_traffic,
         iteration_s=iteration_s,
         sync_s=summarize([time_s for records in rounds for time_s in sync_times_s(records)]),
         efficiency=efficiency,
         efficiency_spread=(low, high),
-        wire_busy_fraction=wire_busy_fraction(rounds, topology) if setting.is_wide else None,
+        wire_busy_fraction=wire_busy_fraction(rounds, topology.granted) if setting.is_wide else None,
         algorithm=last[0].algorithm,
         result_digest=common_digest(last),
         retransmits=_retransmits(rounds, topology) if setting.is_wide else None,
@@ -96,10 +104,11 @@ def make_run(
         arithmetic_ratio=iteration_s.median / arithmetic_s if arithmetic_s else None,
         losses=tuple(loss for records in rounds for loss in mean_losses(records)) or None,
         accuracy=last[0].accuracy,
+        line=use_of(lines, [measured_span_ns(records) for records in rounds]) if lines else None,
     )
 
 
-def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: Run | None) -> Run:
+def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: Run | None, lines: Lines = ()) -> Run:
     """Return the result of a user's script: times between its marks, or of whole runs where it left none."""
     iteration_s = _script_times(rounds)
     efficiency, low, high = ratio(baseline.iteration_s if baseline else iteration_s, iteration_s)
@@ -107,8 +116,8 @@ def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: R
         name=setting.name,
         transport=setting.transport,
         setting=setting.place,
-        service="best-effort",
-        cross_traffic=0.0,
+        service=setting.network.service.value,
+        cross_traffic=setting.network.cross_traffic,
         iteration_s=iteration_s,
         sync_s=None,
         efficiency=efficiency,
@@ -116,10 +125,16 @@ def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: R
         wire_busy_fraction=None,
         algorithm=None,
         result_digest=None,
-        retransmits=None,
+        retransmits=_total([record.retransmits for record in lines]),
         slot_misses=None,
+        line=use_of(lines, [None] * len(lines)) if lines else None,
         total_s=float(np.median([one.total_s for one in rounds])),
     )
+
+
+def measured_span_ns(records: Round) -> tuple[int, int]:
+    """Return when the measured iterations of a round began and ended, by the host's monotonic clock."""
+    return min(record.start_ns for record in records), int(_stamps(records, "end_ns").max())
 
 
 def common_digest(records: Round) -> str | None:

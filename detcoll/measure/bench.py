@@ -5,20 +5,23 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 import detcoll
 from detcoll.errors import DetcollError
-from detcoll.lab import Lab, read_log
+from detcoll.lab import Conditions, Lab, Service, read_log
 from detcoll.lab.audit import audit, read_traces
+from detcoll.lab.log import of_ranks
 from detcoll.measure.aggregate import WIDE_AREA, Setting
 from detcoll.measure.host import host_facts
+from detcoll.measure.lines import LineUse, read_lines, use_of
+from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import write_json
-from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchResult, LeftOut, Row
+from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchResult, LeftOut, Row
 from detcoll.measure.sweep import Sweep, run_sweep
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
@@ -43,15 +46,16 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True)
 class LabBench:
-    """A sweep over emulated lines."""
+    """A sweep over emulated lines, which are each of ``networks`` in turn."""
 
     sweep: Sweep
     transports: tuple[str, ...]
     topology: Topology
-    queue_bytes: int
+    conditions: Conditions
     slotting: str | None
     timeout_s: float
     deadline_s: float
+    networks: tuple[Network, ...] = (QUIET,)
 
 
 def run_here(
@@ -75,7 +79,7 @@ def run_here(
 
 
 def run_in_lab(bench: LabBench, say: Say) -> BenchResult:
-    """Time the sweep of ``bench`` on ranks of the lab, each transport in a fresh lab.
+    """Time the sweep of ``bench`` on ranks of the lab, each transport on each network in a fresh lab.
 
     A slotted run is audited: what the router saw is held against the calendars that the ranks kept.
 
@@ -88,53 +92,67 @@ def run_in_lab(bench: LabBench, say: Say) -> BenchResult:
     ------
     TransportUnavailable
         If the lab cannot run here; nothing was started.
+    UsageError
+        If the lab cannot be one of the networks; nothing was started.
     DetcollError
         If the only transport fails.
     """
     bench.sweep.validate()
-    rows: list[Row] = []
-    failed: list[LeftOut] = []
-    audited: AuditResult | None = None
-    for transport in bench.transports:
-        say(f"{transport}: {len(bench.sweep.points())} points, {bench.sweep.iterations} calls each")
+    require_usable(bench.topology, bench.networks, bench.conditions)
+    rows, lines, failed = list[Row](), list[BenchLine](), list[LeftOut]()
+    audits: list[AuditResult] = []
+    runs = [(transport, network) for network in bench.networks for transport in bench.transports]
+    for transport, network in runs:
+        where = f"{transport}, {network.label}" if len(bench.networks) > 1 else transport
+        say(f"{where}: {len(bench.sweep.points())} points, {bench.sweep.iterations} calls each")
         try:
-            more, seen = _run_transport(bench, transport)
+            more, use, seen = _run_transport(bench, transport, network)
         except DetcollError as error:
-            if len(bench.transports) == 1:
+            if len(runs) == 1:
                 raise
-            failed.append(LeftOut(transport, f"it failed: {error}"))
-            say(f"{transport} failed and is left out: {error}")
+            failed.append(LeftOut(transport, f"it failed: {error}", network.label))
+            say(f"{where} failed and is left out: {error}")
         else:
-            rows += more
-            audited = seen or audited
-    return BenchResult(BENCH_SCHEMA, host_facts(), tuple(rows), tuple(failed), audited)
+            service, share = network.service.value, network.cross_traffic
+            rows += [replace(row, service=service, cross_traffic=share) for row in more]
+            lines.append(BenchLine(transport, service, share, use))
+            audits += [] if seen is None else [seen]
+    audited = next((seen for seen in audits if not seen.passed), audits[-1] if audits else None)
+    return BenchResult(BENCH_SCHEMA, host_facts(), tuple(rows), tuple(failed), audited, tuple(lines))
 
 
-def _run_transport(bench: LabBench, transport: str) -> tuple[tuple[Row, ...], AuditResult | None]:
+def _run_transport(
+    bench: LabBench, transport: str, network: Network
+) -> tuple[tuple[Row, ...], LineUse, AuditResult | None]:
+    topology = network.topology(bench.topology)
     with tempfile.TemporaryDirectory(prefix="detcoll-bench-") as name:
         directory = Path(name)
-        config = BenchConfig(bench.sweep, transport, bench.topology, str(directory / "rows.json"), bench.timeout_s)
+        config = BenchConfig(bench.sweep, transport, topology, str(directory / "rows.json"), bench.timeout_s)
         write_json(directory / "config.json", config)
         env, log_path = {SLOTTING_VARIABLE: bench.slotting} if bench.slotting else {}, None
         if transport == SLOTTED:
             env[TRACE_VARIABLE] = str(directory)
             log_path = directory / "arrivals.npy"
-        with Lab(bench.topology, queue_bytes=bench.queue_bytes, log_path=log_path) as lab:
+        with Lab(topology, network.conditions(bench.conditions), log_path=log_path) as lab:
             argv = [sys.executable, "-m", "detcoll.measure.bench", str(directory / "config.json")]
-            setting = Setting(transport, transport, WIDE_AREA)
-            Places(bench.topology, lab, bench.deadline_s).run(setting, argv, directory, env)
-            late_ns = lab.statistics().late_peak_ns
+            setting = Setting(transport, transport, WIDE_AREA, network)
+            Places(topology, bench.deadline_s).run(setting, argv, directory, env, lab)
+            seen = read_lines(lab, network.service)
         rows = msgspec.json.decode(Path(config.rows_path).read_bytes(), type=tuple[Row, ...])
-        return rows, None if log_path is None else _audit(bench, log_path, directory, late_ns)
+        late_ns = seen.statistics.late_peak_ns
+        audited = None if log_path is None else _audit(topology, network, log_path, directory, late_ns)
+        return rows, use_of([seen], [None]), audited
 
 
-def _audit(bench: LabBench, log_path: Path, traces: Path, router_late_ns: int) -> AuditResult:
-    """Hold the router's log against the ranks' calendars."""
-    paths = [traces / f"rank{rank}.json" for rank in range(bench.topology.size)]
-    seen = audit(read_log(log_path), read_traces(paths), bench.topology, router_late_ns)
+def _audit(topology: Topology, network: Network, log_path: Path, traces: Path, router_late_ns: int) -> AuditResult:
+    """Hold the router's log of what ranks sent against their calendars."""
+    paths = [traces / f"rank{rank}.json" for rank in range(topology.size)]
+    seen = audit(of_ranks(read_log(log_path)), read_traces(paths), topology, router_late_ns)
+    # In best effort the queue is also that of others, for whom no calendar answers.
+    is_ours = network.service is Service.DETERMINISTIC or not network.cross_traffic
     return AuditResult(
         slotting=seen.mode,
-        passed=seen.is_slotted and seen.queues_within_windows,
+        passed=seen.is_slotted and (seen.queues_within_windows or not is_ours),
         inside_share=seen.kept_share,
         payload_inside_share=seen.payload_inside_share,
         bulk_bytes=seen.bulk_bytes,

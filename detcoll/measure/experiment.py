@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from detcoll.errors import DetcollError, UsageError
-from detcoll.lab import Lab
+from detcoll.errors import DetcollError, TransportUnavailable, UsageError
+from detcoll.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.measure.aggregate import SINGLE_CLUSTER, WIDE_AREA, Round, ScriptRound, Setting, make_run, make_script_run
 from detcoll.measure.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
 from detcoll.measure.host import host_facts
+from detcoll.measure.lines import LineRecord, read_lines
 from detcoll.measure.marks import MARKS_VARIABLE
+from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_marks, read_record, write_json
 from detcoll.measure.results import MEASURE_SCHEMA, LeftOut, Measurement, Run
@@ -40,6 +42,7 @@ class Experiment:
 
     ``workload`` : a built-in workload, or None where ``script`` (program and arguments) is the workload.
     ``iterations`` : measured in each setting, all ``rounds`` together.
+    ``networks`` : what the lines are in turn; ``topology`` has the reserved rates, which only deterministic ones grant.
     ``timeout_s`` : of a collective.  ``deadline_s`` : of one setting in one round.
     ``traces`` : folder for the traces of the last round of slotted runs, one folder in it for each; none unless given.
     """
@@ -51,7 +54,8 @@ class Experiment:
     rounds: int
     against: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
-    queue_bytes: int
+    conditions: Conditions
+    networks: tuple[Network, ...] = (QUIET,)
     timeout_s: float = 60.0
     deadline_s: float = 600.0
     traces: Path | None = None
@@ -76,12 +80,17 @@ class Experiment:
             raise UsageError(f"script={self.script[0]!r} is {what}")
         if self.workload is None and len({len(site.ranks) for site in self.topology.sites}) > 1:
             raise UsageError("a script needs sites of equal size, so that a single cluster can be grouped like them")
+        require_usable(self.topology, self.networks, self.conditions)
 
     def settings(self) -> tuple[Setting, ...]:
         """Return the settings to measure; the single cluster is first."""
         return (
             Setting("single cluster", CLUSTER_TRANSPORT, SINGLE_CLUSTER),
-            *(Setting(name, name, WIDE_AREA) for name in (SLOTTED, *self.against)),
+            *(
+                Setting(name, name, WIDE_AREA, network)
+                for network in self.networks
+                for name in (SLOTTED, *self.against)
+            ),
         )
 
     def parts(self) -> list[tuple[int, int]]:
@@ -106,15 +115,17 @@ def run_experiment(experiment: Experiment, say: Say) -> Measurement:
     UsageError, TransportUnavailable
         If something cannot be used or is missing; nothing was started.
     DetcollError
-        If the single cluster or the slotted run fails. Of the others a failure is kept in ``left_out``.
+        If the single cluster or the slotted run fails. Of the others, and in best effort beside others' traffic, a
+        failure is kept in ``left_out``.
     """
     experiment.validate()
+    if (reason := why_unavailable()) is not None:
+        raise TransportUnavailable(reason)
     with tempfile.TemporaryDirectory(prefix="detcoll-measure-") as directory:
         if experiment.workload is not None and experiment.workload.name == "digits":
             save_digits(_digits_path(Path(directory)))
-        with Lab(experiment.topology, queue_bytes=experiment.queue_bytes) as lab:
-            session = _Session(experiment, Places(experiment.topology, lab, experiment.deadline_s), Path(directory))
-            session.run_all(say)
+        session = _Session(experiment, Places(experiment.topology, experiment.deadline_s), Path(directory))
+        session.run_all(say)
     return session.result()
 
 
@@ -127,6 +138,7 @@ class _Session:
     directory: Path
     rounds: dict[Setting, list[Round]] = field(default_factory=dict)
     script_rounds: dict[Setting, list[ScriptRound]] = field(default_factory=dict)
+    lines: dict[Setting, list[LineRecord]] = field(default_factory=dict)
     failed: dict[Setting, LeftOut] = field(default_factory=dict)
 
     def run_all(self, say: Say) -> None:
@@ -134,7 +146,8 @@ class _Session:
         for number in range(self.experiment.rounds):
             for setting in settings if number % 2 == 0 else settings[::-1]:
                 if setting not in self.failed:
-                    say(f"round {number + 1} of {self.experiment.rounds}: {setting.name}, {setting.place}")
+                    where = f"{setting.place}, {setting.network.label}" if setting.is_wide else setting.place
+                    say(f"round {number + 1} of {self.experiment.rounds}: {setting.name}, {where}")
                     self._run(setting, number, say)
 
     def _run(self, setting: Setting, number: int, say: Say) -> None:
@@ -144,9 +157,9 @@ class _Session:
             else:
                 self._run_workload(setting, number, self.experiment.workload)
         except DetcollError as error:
-            if setting.transport not in self.experiment.against:
+            if not _may_fail(setting):
                 raise
-            self.failed[setting] = LeftOut(setting.transport, f"it failed: {error}")
+            self.failed[setting] = LeftOut(setting.transport, f"it failed: {error}", setting.network.label)
             say(f"{setting.name} failed and is left out: {error}")
 
     def _run_workload(self, setting: Setting, number: int, workload: WorkloadSpec) -> None:
@@ -154,12 +167,24 @@ class _Session:
         config = self._config(setting, number, workload, here)
         write_json(here / "config.json", config)
         argv = [sys.executable, "-m", "detcoll.measure.worker", str(here / "config.json")]
-        self.places.run(setting, argv, here, self._tracing(setting, number))
+        self._run_ranks(setting, argv, here, self._tracing(setting, number))
         ranks = range(self.experiment.topology.size)
         self.rounds.setdefault(setting, []).append([read_record(config.record_path(rank)) for rank in ranks])
 
+    def _run_ranks(
+        self, setting: Setting, argv: Sequence[str], here: Path, env: Mapping[str, str] | None = None
+    ) -> float:
+        """Run the ranks, apart in a fresh lab or together, and keep what the lines saw; returns how long it took."""
+        if not setting.is_wide:
+            return self.places.run(setting, argv, here, env)
+        network, experiment = setting.network, self.experiment
+        with Lab(network.topology(experiment.topology), network.conditions(experiment.conditions)) as lab:
+            total_s = self.places.run(setting, argv, here, env, lab)
+            self.lines.setdefault(setting, []).append(read_lines(lab, network.service))
+        return total_s
+
     def _config(self, setting: Setting, number: int, workload: WorkloadSpec, here: Path) -> WorkerConfig:
-        topology = self.experiment.topology
+        topology = setting.network.topology(self.experiment.topology)
         first, count = self.experiment.parts()[number]
         if workload.name == "digits":
             workload = WorkloadSpec(workload.name, workload.bucket_bytes, data_path=str(_digits_path(self.directory)))
@@ -183,12 +208,12 @@ class _Session:
         argv = [sys.executable, program, *arguments] if program.endswith(".py") else [program, *arguments]
         env = {MARKS_VARIABLE: str(here), "DETCOLL_TRANSPORT": setting.transport} | self._tracing(setting, number)
         if setting.is_wide:
-            path = self.directory / "topology.toml"
-            path.write_text(self.experiment.topology.to_toml(), encoding="utf-8")
+            path = here / "topology.toml"
+            path.write_text(setting.network.topology(self.experiment.topology).to_toml(), encoding="utf-8")
             env["DETCOLL_TOPOLOGY"] = str(path)
         else:
             env["DETCOLL_SITES"] = str(len(self.experiment.topology.sites))
-        total_s = self.places.run(setting, argv, here, env)
+        total_s = self._run_ranks(setting, argv, here, env)
         marks = tuple(read_marks(path) for path in sorted(here.glob("marks*.json")))
         self.script_rounds.setdefault(setting, []).append(ScriptRound(total_s, marks))
 
@@ -200,7 +225,8 @@ class _Session:
         return {TRACE_VARIABLE: str(traces.resolve() / self._directory_of(setting, number).name)}
 
     def _directory_of(self, setting: Setting, number: int) -> Path:
-        place = self.directory / f"{setting.place}-{setting.transport}-{number}"
+        network = f"{setting.network.service.value}-{setting.network.cross_traffic:g}"
+        place = self.directory / f"{setting.place}-{setting.transport}-{network}-{number}"
         place.mkdir(exist_ok=True)
         return place
 
@@ -221,15 +247,24 @@ class _Session:
     def _make(self, setting: Setting, baseline: Run | None) -> Run:
         workload = self.experiment.workload
         if workload is None:
-            return make_script_run(setting, self.script_rounds[setting], baseline)
+            return make_script_run(setting, self.script_rounds[setting], baseline, self.lines.get(setting, ()))
         arithmetic_s = workload.compute_ns / 1e9 if workload.name == "synthetic" else None
-        return make_run(setting, self.rounds[setting], self.experiment.topology, baseline, arithmetic_s)
+        topology = setting.network.topology(self.experiment.topology)
+        lines = self.lines.get(setting, ())
+        return make_run(setting, self.rounds[setting], topology, baseline, arithmetic_s, lines)
 
 
-def digests_equal(runs: Sequence[Run]) -> bool:
-    """Tell whether the slotted run across sites has the digest of the single cluster."""
-    digests = {run.transport: run.result_digest for run in runs}
-    return digests[CLUSTER_TRANSPORT] is not None and digests[CLUSTER_TRANSPORT] == digests[SLOTTED]
+def _may_fail(setting: Setting) -> bool:
+    """Tell whether the others are worth measuring without: peers, and whoever shares a full line in best effort."""
+    is_crowded = setting.network.service is Service.BEST_EFFORT and setting.network.cross_traffic > 0
+    return setting.transport not in (CLUSTER_TRANSPORT, SLOTTED) or is_crowded
+
+
+def digests_equal(runs: Sequence[Run]) -> bool | None:
+    """Tell whether all slotted runs across sites have the digest of the single cluster; None where there is none."""
+    wanted = next(run.result_digest for run in runs if run.transport == CLUSTER_TRANSPORT)
+    slotted = [run.result_digest for run in runs if run.transport == SLOTTED]
+    return wanted is not None and all(digest == wanted for digest in slotted) if slotted else None
 
 
 def _digits_path(directory: Path) -> Path:
@@ -248,7 +283,13 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
         "uplink_bytes_per_s": [site.uplink_bytes_per_s for site in topology.sites],
         "round_trip_s": [2 * link.one_way_ns / 1e9 for _, link in topology.links],
         "mtu_bytes": topology.mtu_bytes,
-        "queue_bytes": experiment.queue_bytes,
+        "queue_bytes": experiment.conditions.queue_bytes,
+        "reserved_bytes_per_s": [link.reserved_bytes_per_s for _, link in topology.links],
+        "burst_bytes": [
+            experiment.conditions.burst_for(link.reserved_bytes_per_s)
+            for _, link in topology.links
+            if link.reserved_bytes_per_s is not None
+        ],
     }
     workload = experiment.workload
     if workload is None:

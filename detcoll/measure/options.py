@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from detcoll.errors import DetcollError, UsageError
 from detcoll.measure.results import LeftOut
+from detcoll.mpiexec import find_mpiexec
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s
 from detcoll.registry import load, names
 from detcoll.topology import Topology
@@ -88,16 +86,10 @@ def why_missing(transport: str) -> str | None:
     package, hint = _NEEDS.get(transport, (None, ""))
     if package is not None and find_spec(package) is None:
         return f"{package} is not installed; install it with: {hint}"
-    if transport == "mpi" and mpiexec() is None:
+    if transport == "mpi" and find_mpiexec() is None:
         return f"there is no mpiexec; install one with: {hint}"
     try:
         load(transport)
     except DetcollError as error:
         return str(error)
     return None
-
-
-def mpiexec() -> str | None:
-    """Return the path of mpiexec, first beside this Python, then in PATH."""
-    beside = os.path.dirname(sys.executable)
-    return shutil.which("mpiexec", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))

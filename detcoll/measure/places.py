@@ -39,17 +39,18 @@ class Places:
     ----------
     topology : Topology
         The ranks and their sites.
-    lab : Lab
-        Where they are apart.
     deadline_s : float
         How long one run may take.
     """
 
-    def __init__(self, topology: Topology, lab: Lab, deadline_s: float) -> None:
-        self._topology, self._lab, self._deadline_s = topology, lab, deadline_s
+    def __init__(self, topology: Topology, deadline_s: float) -> None:
+        self._topology, self._deadline_s = topology, deadline_s
 
-    def run(self, setting: Setting, argv: Sequence[str], logs: Path, env: Mapping[str, str] | None = None) -> float:
-        """Run ``argv`` once a rank where ``setting`` says, and return how long it took in seconds.
+    def run(
+        self, setting: Setting, argv: Sequence[str], logs: Path, env: Mapping[str, str] | None = None,
+        lab: Lab | None = None,
+    ) -> float:  # fmt: skip
+        """Run ``argv`` once a rank, apart in ``lab`` or together without, and return how long it took in seconds.
 
         Standard output of ranks is dropped, or kept under ``logs``; their errors go to this process's.
 
@@ -62,7 +63,7 @@ class Places:
         """
         own = ONE_THREAD | AS_IT_IS | {"DETCOLL_TRANSPORT": setting.transport} | dict(env or {})
         begin_s = time.monotonic()
-        code = self._run_apart(setting, argv, own) if setting.is_wide else self._run_together(argv, own, logs)
+        code = self._run_together(argv, own, logs) if lab is None else self._run_apart(lab, setting, argv, own)
         if code in _ENDED_BY_USER:
             raise SystemExit(code)
         if code == processes.TIMED_OUT:
@@ -71,10 +72,10 @@ class Places:
             raise DetcollError(f"{setting.name}, {setting.place}: a rank ended with exit code {code}")
         return time.monotonic() - begin_s
 
-    def _run_apart(self, setting: Setting, argv: Sequence[str], env: Mapping[str, str]) -> int:
+    def _run_apart(self, lab: Lab, setting: Setting, argv: Sequence[str], env: Mapping[str, str]) -> int:
         launcher = Launcher.MPIEXEC if setting.transport == "mpi" else Launcher.PLAIN
         deadline_ns = time.monotonic_ns() + round(self._deadline_s * 1e9)
-        result = run_ranks(self._lab, argv, launcher=launcher, env=env, deadline_ns=deadline_ns, output=Output.CAPTURE)
+        result = run_ranks(lab, argv, launcher=launcher, env=env, deadline_ns=deadline_ns, output=Output.CAPTURE)
         return processes.exit_code(result.exit_code)
 
     def _run_together(self, argv: Sequence[str], env: Mapping[str, str], logs: Path) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from detcoll.errors import UsageError
+from detcoll.measure.lines import LineUse
 from detcoll.measure.statistics import Summary
 
 MEASURE_SCHEMA = "detcoll.measure/1"
@@ -25,6 +26,7 @@ class Run:
     ``losses`` : mean loss over ranks, one an iteration.
     ``slot_misses``, ``slot_trims`` : windows of all ranks in which data waited and nothing was sent, and those in which
     some of it came too late; None where lines have no slots, 0 where a slot never closes.
+    ``line`` : what the lab's lines saw of it, None for the single cluster.
     """
 
     name: str
@@ -46,22 +48,25 @@ class Run:
     accuracy: float | None = None
     total_s: float | None = None
     slot_trims: int | None = None
+    line: LineUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A setting that was asked for and not measured, and why."""
+    """A setting that was asked for and not measured, and why; ``network`` where it was left out on one alone."""
 
     transport: str
     why: str
+    network: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """The file of `detcoll measure --json`.
 
-    ``digests_equal`` : whether the slotted run across sites gave the bits of the single-cluster run; None where the
-    workload has no digest.  ``command`` : the command line that it came from.
+    ``digests_equal`` : whether every slotted run across sites gave the bits of the single-cluster run; None where the
+    workload has no digest or there is no such run.  ``command`` : the command line that it came
+    from.
     """
 
     schema: str
@@ -80,7 +85,11 @@ class Row:
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far
     apart they began, where that is known. ``empty`` : the array came from `Communicator.empty`. ``slot_misses`` and
-    ``slot_trims`` are as in `Run`, of the timed calls.
+    ``slot_trims`` are as in `Run`, of the timed calls. ``cpu_s_per_gb`` is processor time in seconds of all ranks
+    together, for each 10**9 bytes of array that all together reduce or broadcast (bytes times ranks);
+    ``extra_memory_bytes`` is the greatest of the ranks' memory beyond their arrays. `detcoll.measure.consumption` says
+    what counts. ``retransmits`` are TCP segments that the sites' kernels sent again from the first call on, warm-up
+    included.
     """
 
     collective: str
@@ -104,6 +113,11 @@ class Row:
     empty: bool = False
     slot_misses: int | None = None
     slot_trims: int | None = None
+    cpu_s_per_gb: float | None = None
+    extra_memory_bytes: int | None = None
+    retransmits: int | None = None
+    service: str = "best-effort"
+    cross_traffic: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +152,28 @@ class AuditResult:
 
 
 @dataclass(frozen=True, slots=True)
+class BenchLine:
+    """What the lab's lines saw of all rows of one transport on one network."""
+
+    transport: str
+    service: str
+    cross_traffic: float
+    use: LineUse
+
+
+@dataclass(frozen=True, slots=True)
 class BenchResult:
-    """The file of `detcoll bench --json`; ``audit`` is there for slotted runs in the lab."""
+    """The file of `detcoll bench --json`; ``audit`` is there for slotted runs in the lab, ``lines`` for all in it.
+
+    Of slotted runs on several networks the audit is the first that failed, or else the last.
+    """
 
     schema: str
     host: dict[str, str | int | None]
     rows: tuple[Row, ...]
     left_out: tuple[LeftOut, ...] = ()
     audit: AuditResult | None = None
+    lines: tuple[BenchLine, ...] = ()
     command: str | None = None
 
 

@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import UsageError
+from detcoll.measure.consumption import Meter
+from detcoll.measure.kernel import NetworkCounts, network_counts
 from detcoll.measure.results import Row
 from detcoll.measure.start import CallTimes, Starter, combine
 from detcoll.measure.statistics import tails
-from detcoll.measure.verification import expected_all_reduce, expected_broadcast, fill, require_equal
+from detcoll.measure.verification import given, reduced
 from detcoll.types import parse_dtype
 
 COLLECTIVES = ("all_reduce", "broadcast", "barrier")
 ROOT = 0
+GB = 10**9
 
 _LateWindows = tuple[int, int] | None
 """How many windows were missed, and how many trimmed; None where lines have no slots."""
@@ -86,8 +89,10 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
     rows = []
     for collective, nbytes in sweep.points():
         case = _Case(comm, collective, nbytes, sweep)
-        times, late_windows = _time_calls(comm, start, case, sweep)
-        row = _row(comm, sweep, case, times, start.kind, late_windows)
+        before = network_counts()
+        times, cost = _time_calls(comm, start, case, sweep)
+        again = _retransmits(comm, network_counts().since(before))
+        row = _row(comm, sweep, case, times, cost, start.kind, again)
         rows.append(row)
         if on_row is not None:
             on_row(row)
@@ -103,16 +108,11 @@ class _Case:
         self.collective, self.nbytes, self.dtype = collective, nbytes, sweep.dtype
         self._comm = comm
         self._array: NDArray[Any] = comm.empty(elements, kind) if sweep.empty else np.zeros(elements, kind)
-        self._input = np.zeros_like(self._array)
-        fill(self._input, comm.rank, comm.size)
-        self._expected = (
-            expected_broadcast(elements, kind, comm.size, ROOT)
-            if collective == "broadcast"
-            else expected_all_reduce(elements, kind, comm.size)
-        )
+        self._input = given(kind, comm.rank, comm.size)
+        self._expected = given(kind, ROOT, comm.size) if collective == "broadcast" else reduced(kind, comm.size)
 
     def prepare(self) -> None:
-        np.copyto(self._array, self._input)
+        self._input.write(self._array)
 
     def call(self) -> None:
         if self.collective == "all_reduce":
@@ -123,25 +123,52 @@ class _Case:
             self._comm.barrier()
 
     def verify(self) -> None:
-        require_equal(self._array, self._expected, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
+        self._expected.require(self._array, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
 
 
-def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[CallTimes, _LateWindows]:
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What calls cost all ranks.
+
+    Processor time of all together in seconds a call, the greatest memory of any, and how many windows of all were
+    missed and trimmed.
+    """
+
+    processor_s: float
+    extra_bytes: int | None
+    late_windows: _LateWindows
+
+
+def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[CallTimes, _Cost]:
     entered, left = np.zeros(sweep.iterations, np.int64), np.zeros(sweep.iterations, np.int64)
-    before = _late_windows(comm)
+    meter, before = Meter(), _late_windows(comm)
     for number in range(-sweep.warmup, sweep.iterations):
         if number == 0:
             before = _late_windows(comm)
         case.prepare()
+        meter.prepare()
         start()
+        meter.enter(timed=number >= 0)
         entered_ns = time.monotonic_ns()
         case.call()
         left_ns = time.monotonic_ns()
+        meter.leave()
         case.verify()
         if number >= 0:
             entered[number], left[number] = entered_ns, left_ns
     after = _late_windows(comm)
-    return combine(comm, start.kind, entered, left), _over_all_ranks(comm, before, after)
+    comm.barrier()
+    processor_s = np.array([meter.processor_s()])
+    comm.all_reduce(processor_s, op="sum")
+    extra_bytes = meter.extra_bytes()
+    greatest = np.array([-1 if extra_bytes is None else extra_bytes], np.int64)
+    comm.all_reduce(greatest, op="max")
+    cost = _Cost(
+        float(processor_s[0]) / sweep.iterations,
+        int(greatest[0]) if greatest[0] >= 0 else None,
+        _over_all_ranks(comm, before, after),
+    )
+    return combine(comm, start.kind, entered, left), cost
 
 
 def _late_windows(comm: Any) -> _LateWindows:
@@ -166,8 +193,19 @@ def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | N
     return None if None in each else float(np.median(each))
 
 
+def _retransmits(comm: Any, counts: NetworkCounts) -> int | None:
+    """Return what the kernels of all sites sent again, which the first rank of each tells; all ranks call it."""
+    if not comm.topology.is_wide:
+        return None
+    is_first = comm.topology.sites[comm.topology.site_of(comm.rank)].ranks[0] == comm.rank
+    known = counts.retransmits is not None
+    total = np.array([counts.retransmits if is_first and known else 0, 0 if known else 1], np.int64)
+    comm.all_reduce(total, op="sum")
+    return None if total[1] else int(total[0])
+
+
 def _row(
-    comm: Any, sweep: Sweep, case: _Case, times: CallTimes, kind: str, late_windows: _LateWindows
+    comm: Any, sweep: Sweep, case: _Case, times: CallTimes, cost: _Cost, kind: str, retransmits: int | None
 ) -> Row:  # fmt: skip
     seen = tails(times.calls_s)
     has_size = case.collective != "barrier"
@@ -193,6 +231,9 @@ def _row(
         empty=sweep.empty,
         start=kind,
         skew_s=float(np.median(times.skew_s)) if times.skew_s is not None else None,
-        slot_misses=late_windows[0] if late_windows else None,
-        slot_trims=late_windows[1] if late_windows else None,
+        slot_misses=cost.late_windows[0] if cost.late_windows else None,
+        slot_trims=cost.late_windows[1] if cost.late_windows else None,
+        cpu_s_per_gb=cost.processor_s / (case.nbytes * comm.size / GB) if has_size else None,
+        extra_memory_bytes=cost.extra_bytes,
+        retransmits=retransmits,
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from detcoll.measure.lines import LineUse
 from detcoll.measure.results import AuditResult, BenchResult, LeftOut, Measurement, Run
 from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration
 
 NONE = "-"
-PIPE_WIDTH = 160
+PIPE_WIDTH = 180
 LARGEST_ARITHMETIC_RATIO = 1.01
 LARGEST_UNEVENNESS = 1.5
 
@@ -19,40 +23,72 @@ LARGEST_UNEVENNESS = 1.5
 def output_console() -> Console:
     """Return the console for tables: as wide as the terminal, and wide enough for every column where there is none."""
     console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+    return console if console.is_terminal and _has_width() else Console(width=PIPE_WIDTH)
+
+
+def _has_width() -> bool:
+    """Tell whether standard output is a terminal that knows its width; those that Open MPI gives its ranks do not."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def measurement_table(result: Measurement) -> RenderableType:
     """Return the table of a measurement, with what was left out and what the digests say below."""
     table = Table(title="Training across sites, compared with one cluster", title_justify="left")
     table.add_column("setting", no_wrap=True)
+    has_networks = len({(run.service, run.cross_traffic) for run in result.runs}) > 1
+    for heading in ("service", "others") if has_networks else ():
+        table.add_column(heading)
     for heading in ("iteration", "p01 .. p99", "sync", "efficiency", "spread", "line busy", "resent", "misses"):
         table.add_column(heading, justify="right")
     table.add_column("algorithm")
     for run in result.runs:
-        table.add_row(*_cells(run))
+        table.add_row(*_cells(run, has_networks))
     return Group(table, *_notes(result))
 
 
 def bench_table(result: BenchResult) -> RenderableType:
     """Return the table of a sweep, with what was left out and the audit below."""
     table = Table(title="Time of a call, slowest rank", title_justify="left")
-    for heading in ("collective", "transport", "algorithm"):
+    has_networks = len({(row.service, row.cross_traffic) for row in result.rows}) > 1
+    for heading in ("collective", "transport", *(("service", "others") if has_networks else ()), "algorithm"):
         table.add_column(heading)
-    for heading in ("size", "median", "min", "max", "p99", "bound", "of bound", "predicted", "error"):
+    for heading in (
+        "size",
+        "median",
+        "min",
+        "max",
+        "p99",
+        "bound",
+        "of bound",
+        "predicted",
+        "error",
+        "CPU s/GB",
+        "memory",
+    ):
         table.add_column(heading, justify="right")
     for row in result.rows:
         table.add_row(
             row.collective,
             row.transport,
+            *((row.service, f"{row.cross_traffic:.0%}") if has_networks else ()),
             f"{row.algorithm or NONE}{', empty' if row.empty else ''}",
             format_bytes(row.bytes),
             *(_time(value) for value in (row.median_s, row.min_s, row.max_s, row.p99_s, row.bound_s)),
             _share(row.fraction_of_bound),
             _time(row.predicted_s),
             NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}",
+            NONE if row.cpu_s_per_gb is None else f"{row.cpu_s_per_gb:.3g}",
+            NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes),
         )
     notes = [left_out_line(one) for one in result.left_out]
+    if has_networks:
+        notes += [
+            line_note(f"{each.transport}, {each.service}, others {each.cross_traffic:.0%}", each.use)
+            for each in result.lines
+        ]
     return Group(table, *notes, *(audit_lines(result.audit) if result.audit is not None else []))
 
 
@@ -88,13 +124,28 @@ def audit_lines(seen: AuditResult) -> list[Text]:
 
 def left_out_line(left_out: LeftOut) -> Text:
     """Return the line that says what was not measured, and why."""
-    return Text(f"left out: {left_out.transport}: {left_out.why}", style="yellow")
+    where = f", {left_out.network}" if left_out.network else ""
+    return Text(f"left out: {left_out.transport}{where}: {left_out.why}", style="yellow")
 
 
-def _cells(run: Run) -> list[str]:
+def line_note(name: str, use: LineUse) -> Text:
+    """Return what the lines saw of a run, in one line."""
+    dropped = f"policed {use.policed_segments}, queue full {use.queue_dropped_segments}, lost {use.lost_segments}"
+    co_tenant = use.co_tenant
+    others = "no probe came back"
+    if co_tenant is not None:
+        others = f"a co-tenant's round trip {_time(co_tenant.median_s)}, p99 {_time(co_tenant.p99_s)}"
+    queue = f"peak queue {format_bytes(use.peak_queue_bytes)}, router {use.router_cpu_share:.0%} of a core"
+    return Text(f"{name}: dropped segments: {dropped}; {queue}; {others}")
+
+
+def _cells(run: Run, has_networks: bool) -> list[str]:
     low, high = run.efficiency_spread
+    is_wide = run.line is not None
+    network = [run.service if is_wide else NONE, f"{run.cross_traffic:.0%}" if is_wide else NONE]
     return [
         run.name,
+        *(network if has_networks else []),
         _time(run.iteration_s.median),
         _range(run.iteration_s),
         _time(run.sync_s.median if run.sync_s else None),
@@ -112,6 +163,9 @@ def _notes(result: Measurement) -> list[Text]:
     notes += [Text(f"a doubtful baseline: {doubt}", style="yellow") for doubt in _doubts(result.runs[0])]
     if result.digests_equal is not None:
         notes.append(_digest_line(result))
+    if len(result.runs) > 1 and len({(run.service, run.cross_traffic) for run in result.runs}) > 1:
+        named = [(f"{run.name}, {run.service}, others {run.cross_traffic:.0%}", run.line) for run in result.runs]
+        notes += [line_note(name, use) for name, use in named if use is not None]
     accuracies = [f"{run.name} {run.accuracy:.1%}" for run in result.runs if run.accuracy is not None]
     if accuracies:
         notes.append(Text(f"accuracy on held-out digits: {', '.join(accuracies)}"))

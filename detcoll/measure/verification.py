@@ -6,6 +6,8 @@ that landed in the wrong place, twice or not at all shows, while every sum stays
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from detcoll.errors import TransportError
 from detcoll.types import BFLOAT16, is_integer
 
 LARGEST_MODULUS = 8191
+BLOCK_ELEMS = 2**18
+"""Few enough to stay in the processor's cache."""
 
 
 def exact_limit(dtype: np.dtype[Any]) -> int:
@@ -29,19 +33,57 @@ def modulus(dtype: np.dtype[Any], size: int) -> int:
     return max(1, min(LARGEST_MODULUS, exact_limit(dtype) // size))
 
 
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """An array of values that repeat, kept as one block of whole periods: arrays of many GiB are held once this way."""
+
+    block: NDArray[Any]
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Give ``array`` the values."""
+        for part, values in self._parts(array):
+            part[:] = values
+
+    def require(self, array: NDArray[Any], what: str) -> None:
+        """Compare bit for bit, a block at a time.
+
+        Raises
+        ------
+        TransportError
+            If an element differs; names it, its value and the one expected.
+        """
+        for number, (part, values) in enumerate(self._parts(array)):
+            _require_equal(part, values, what, number * self.block.size)
+
+    def _parts(self, array: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        for start in range(0, array.size, self.block.size):
+            part = array[start : start + self.block.size]
+            yield part, self.block[: part.size]
+
+
+def given(dtype: np.dtype[Any], rank: int, size: int) -> Repeated:
+    """Return the values of ``rank``."""
+    return Repeated((_pattern(dtype, size) + rank % 2).astype(dtype))
+
+
+def reduced(dtype: np.dtype[Any], size: int) -> Repeated:
+    """Return what an all-reduce with ``sum`` leaves on every rank."""
+    return Repeated((_pattern(dtype, size) * size + size // 2).astype(dtype))
+
+
 def fill(array: NDArray[Any], rank: int, size: int) -> None:
     """Give ``array`` the values of ``rank``."""
-    array[:] = _pattern(array.size, array.dtype, size) + rank % 2
+    given(array.dtype, rank, size).write(array)
 
 
 def expected_all_reduce(elements: int, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
     """Return what an all-reduce with ``sum`` leaves on every rank."""
-    return (_pattern(elements, dtype, size) * size + size // 2).astype(dtype)
+    return _whole(reduced(dtype, size), elements)
 
 
 def expected_broadcast(elements: int, dtype: np.dtype[Any], size: int, root: int) -> NDArray[Any]:
     """Return what a broadcast from ``root`` leaves on every rank."""
-    return (_pattern(elements, dtype, size) + root % 2).astype(dtype)
+    return _whole(given(dtype, root, size), elements)
 
 
 def require_equal(seen: NDArray[Any], expected: NDArray[Any], what: str) -> None:
@@ -52,12 +94,24 @@ def require_equal(seen: NDArray[Any], expected: NDArray[Any], what: str) -> None
     TransportError
         If an element differs; names it, its value and the one expected.
     """
+    _require_equal(seen, expected, what, 0)
+
+
+def _require_equal(seen: NDArray[Any], expected: NDArray[Any], what: str, first: int) -> None:
     bits = f"u{seen.itemsize}"
     if np.array_equal(seen.view(bits), expected.view(bits)):
         return
-    wrong = int(np.flatnonzero(seen != expected)[0])
-    raise TransportError(f"{what}: element {wrong} is {seen[wrong]}, expected {expected[wrong]}")
+    wrong = int(np.flatnonzero(seen.view(bits) != expected.view(bits))[0])
+    raise TransportError(f"{what}: element {first + wrong} is {seen[wrong]}, expected {expected[wrong]}")
 
 
-def _pattern(elements: int, dtype: np.dtype[Any], size: int) -> NDArray[np.int64]:
-    return np.arange(elements, dtype=np.int64) % modulus(dtype, size)
+def _whole(values: Repeated, elements: int) -> NDArray[Any]:
+    array = np.empty(elements, values.block.dtype)
+    values.write(array)
+    return array
+
+
+def _pattern(dtype: np.dtype[Any], size: int) -> NDArray[np.int64]:
+    """Return some whole periods."""
+    period = modulus(dtype, size)
+    return np.arange(period * max(1, BLOCK_ELEMS // period), dtype=np.int64) % period

@@ -13,6 +13,7 @@ from detcoll.plan.ir import Buffer, Collective, Kind, Phase, Plan, PlanBuilder
 from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
 from detcoll.plan.planner import Planner, choose_algorithm, plan_for
 from detcoll.plan.predict import Costs, predict_ns
+from detcoll.plan.reservation import SiteReservation, reserve
 
 __all__ = [
     "ALL_REDUCE",
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "PlanBuilder",
     "Planner",
+    "SiteReservation",
     "Slotting",
     "build_calendar",
     "check",
@@ -37,5 +39,6 @@ __all__ = [
     "floor_ns",
     "plan_for",
     "predict_ns",
+    "reserve",
     "uses_window",
 ]

@@ -18,21 +18,18 @@ carries express messages, acknowledgements and what TCP sends by itself.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from enum import Enum
-from math import gcd
 
 import msgspec
 
 from detcoll.errors import PlanError, UsageError
-from detcoll.plan.alignment import align
+from detcoll.plan.alignment import CALL_NS, LARGEST_GUARD_SHARE, LATE_NS, SECONDS, align
 from detcoll.topology import Topology
 
 LAID_OUT = 0.99
 """Share of the payload rate that windows and pacing use."""
-
-LARGEST_GUARD_SHARE = 0.02
-"""Guards may cost at most this share of a cycle."""
 
 DEFAULT_SLOT_NS = 12_000_000
 """A host's wake-up lateness, some 0.1 ms, costs about one part in a hundred of a slot this long."""
@@ -40,9 +37,8 @@ DEFAULT_SLOT_NS = 12_000_000
 SMALLEST_SLOT_BYTES = 65_536
 """On slow lines slots grow until they carry this much, so that chunks do not get too small to be worth a frame."""
 
-ALIGNED_SLOT_NS = 24_000_000
-"""The same between more than two sites, where each window has to be begun by waking up, some 0.3 ms late in the mean:
-of 24 ms that is 1.25 %. A call ends half a turn of slots later than it might, so longer ones cost as much again."""
+SHORTEST_ALIGNED_SLOT_NS = 10_000_000
+"""Between more than two sites each window has to be begun by waking up, and a host has more to do than that."""
 
 DEFAULT_HOST_ERROR_NS = 100_000
 """How late kernel pacing and the sender's own wake-up may let the last byte of a window leave."""
@@ -133,6 +129,7 @@ def build_calendar(
     mode: Slotting = Slotting.CALENDAR,
     slot_ns: int | None = None,
     error_ns: int = DEFAULT_HOST_ERROR_NS,
+    seconds: float = SECONDS,
 ) -> Calendar:
     """Lay out the lines of ``topology``.
 
@@ -143,9 +140,12 @@ def build_calendar(
     mode : Slotting
         TURNS becomes SHARE where there are more than two sites.
     slot_ns : int, optional
-        Length of a slot, guard included; by default long enough for the guard to cost at most 2 %.
+        Length of a slot, guard included; by default long enough for the guard to cost at most 2 %. Where more than two
+        sites are not equally far apart, what a pair has in a cycle comes near it, in one window or in two.
     error_ns : int
         What a guard has to cover: how far ranks disagree about time, and how late the last byte leaves.
+    seconds : float
+        How long to look for windows where distances differ.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def build_calendar(
     if mode is Slotting.TURNS and count == 2:
         return _in_turns(topology, slot_ns, error_ns)
     if mode is Slotting.CALENDAR and count > 2:
-        return _aligned(topology, slot_ns, error_ns)
+        return _aligned(topology, slot_ns, error_ns, seconds)
     return _shared(topology, mode if count == 2 else Slotting.SHARE)
 
 
@@ -193,22 +193,30 @@ def _slot_ns(slot_ns: int | None, default_ns: int, slowest_bytes_per_s: float, e
     return slot_ns
 
 
-def _aligned(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
+def _aligned_slot_ns(sites: int, error_ns: int) -> int:
+    """Return the slot with which a call of `CALL_NS` ends soonest where a cycle is one slot for each other site.
+
+    Of each slot the guard and what waking up late costs are lost, and the call's last bytes wait a cycle:
+    CALL_NS (error + late) / slot + (S-1) slot is smallest at the root of CALL_NS (error + late) / (S-1).
+    """
+    return max(round(math.sqrt(CALL_NS * (error_ns + LATE_NS) / (sites - 1))), SHORTEST_ALIGNED_SLOT_NS)
+
+
+def _aligned(topology: Topology, slot_ns: int | None, error_ns: int, seconds: float) -> Calendar:
     """One destination at a time at each uplink, one source at a time at each downlink; equal bytes for all pairs."""
     sites = range(len(topology.sites))
     lines = [[_line_rate(topology, i, j) if i != j else 0.0 for j in sites] for i in sites]
     slowest = min(lines[i][j] for i in sites for j in sites if i != j)
-    longest_ns = _slot_ns(slot_ns, ALIGNED_SLOT_NS, slowest, error_ns)
+    longest_ns = _slot_ns(slot_ns, _aligned_slot_ns(len(sites), error_ns), slowest, error_ns)
     carried_bytes = (longest_ns - error_ns) * slowest
     shortest_ns = int(error_ns / LARGEST_GUARD_SHARE) + 1
     slots_ns = [
         [max(round(carried_bytes / lines[i][j]) + error_ns, shortest_ns) if i != j else 0 for j in sites] for i in sites
     ]
-    found = align([[topology.one_way_ns(i, j) for j in sites] for i in sites], slots_ns)
+    found = align([[topology.one_way_ns(i, j) for j in sites] for i in sites], slots_ns, error_ns, seconds)
     windows: list[list[SlotWindow]] = [[] for _ in sites]
-    for departure in sorted(found.departures, key=lambda each: each.start_ns):
-        i, j, start_ns = departure.source, departure.destination, departure.start_ns
-        windows[i].append(SlotWindow(-1, start_ns, start_ns + slots_ns[i][j] - error_ns, j))
+    for each in found.departures:
+        windows[each.source].append(SlotWindow(-1, each.start_ns, each.start_ns + each.length_ns, each.destination))
     rates = tuple(lines[i][j] / flows_between(topology, i, j) if i != j else 0.0 for i in sites for j in sites)
     cycles = tuple(SiteCycle(found.cycle_ns, tuple(of_site)) for of_site in windows)
     return Calendar(Slotting.CALENDAR, cycles, rates, error_ns)
@@ -242,7 +250,7 @@ def _shared(topology: Topology, mode: Slotting) -> Calendar:
 def flows_between(topology: Topology, source: int, destination: int) -> int:
     """Return how many rank pairs of two sites own a common piece of an array cut evenly over each site's ranks."""
     here, there = len(topology.sites[source].ranks), len(topology.sites[destination].ranks)
-    return here + there - gcd(here, there)
+    return here + there - math.gcd(here, there)
 
 
 def check_calendar(calendar: Calendar, topology: Topology) -> None:

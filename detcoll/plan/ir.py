@@ -148,15 +148,28 @@ class Plan:
         return [Step._make(row) for row in self.steps.tolist()]
 
     @cached_property
+    def blocked_by(self) -> list[int]:
+        """For each step how many it comes after."""
+        counts: list[int] = np.diff(self.steps["after_end"], prepend=0).tolist()
+        return counts
+
+    @cached_property
+    def retained(self) -> list[bool]:
+        """For each step whether a transport may still keep its scratch when the caller's array is finished."""
+        from_scratch = (self.steps["kind"] == Kind.SEND) & (self.steps["buffer"] != Buffer.USER)
+        kept: list[bool] = from_scratch.tolist()
+        return kept
+
+    @cached_property
     def followers(self) -> list[list[int]]:
         """For each step those that come after it."""
-        followers: list[list[int]] = [[] for _ in self.rows]
+        followers: list[list[int]] = [[] for _ in range(len(self.steps))]
         after = self.after.tolist()
         begin = 0
-        for step, row in enumerate(self.rows):
-            for earlier in after[begin : row.after_end]:
+        for step, end in enumerate(self.steps["after_end"].tolist()):
+            for earlier in after[begin:end]:
                 followers[earlier].append(step)
-            begin = row.after_end
+            begin = end
         return followers
 
     @cached_property

@@ -51,6 +51,7 @@ LARGEST_FRAME_BYTES = 128
 """What a transport may add to a message; chunks leave room for it, so that a whole number of them fill a window."""
 
 LOCAL_CHUNK_BYTES = 262_144
+"""Where there are no lines, at least; chunks of larger arrays grow like those of flows that share lines."""
 SMALLEST_CHUNK_BYTES = 4_096
 LARGEST_CHUNK_BYTES = 1_048_576
 LARGEST_SCRATCH_BYTES = 33_554_432
@@ -102,7 +103,8 @@ def choose_chunk(
     """
     whole = collective.nbytes <= EXPRESS_BYTES
     segments = 1 if whole else max(len(cuts(topology, collective.count)) - 1, 1)
-    chunk_bytes, in_flight_bytes = LOCAL_CHUNK_BYTES, 8 * LOCAL_CHUNK_BYTES
+    chunk_bytes = max(LOCAL_CHUNK_BYTES, collective.nbytes // (segments * CHUNKS_A_FLOW))
+    in_flight_bytes = 8 * min(chunk_bytes, LARGEST_CHUNK_BYTES)
     if any(calendar.rates):
         cycle_ns = max(cycle.cycle_ns for cycle in calendar.sites)
         round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
@@ -151,7 +153,10 @@ def _turn_ns(calendar: Calendar) -> int:
 
 
 def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
-    """Return the part of the shortest window that a chunk fills, or of the slowest flow's cycle without any."""
+    """Return the part of a window that a chunk fills, or of the slowest flow's cycle without any.
+
+    Windows that lead to one site each have many lengths, and the mean counts; else all have one.
+    """
     windows = [
         (window.end_ns - window.start_ns)
         * calendar.rate_bytes_per_s(site, window.destination if window.destination >= 0 else 1 - site)
@@ -159,7 +164,7 @@ def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
         for window in cycle.windows
     ]
     if windows:
-        return int(min(windows) / 1e9) // CHUNKS_A_WINDOW
+        return int(sum(windows) / len(windows) / 1e9) // CHUNKS_A_WINDOW
     slowest = min(rate for rate in calendar.rates if rate > 0)
     return int(calendar.sites[0].cycle_ns * slowest / 1e9) // CHUNKS_A_CYCLE
 

@@ -59,12 +59,15 @@ def predicted_chunk(
     return taken
 
 
-def choose_algorithm(collective: Collective, topology: Topology, calendar: Calendar, costs: Costs | None = None) -> str:
+def choose_algorithm(
+    collective: Collective, topology: Topology, calendar: Calendar, costs: Costs | None = None,
+    chunk_size: ChunkSize | None = None,
+) -> str:  # fmt: skip
     """Return the algorithm with the smallest prediction; of nearly equal ones, that with the fewest delays."""
     names = sorted(algorithms_for(collective), key=DELAYS.index)
     if len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
         return names[0]
-    chunk_size = choose_chunk(topology, calendar, collective)
+    chunk_size = chunk_size or choose_chunk(topology, calendar, collective)
     taken, least_ns = "", 0.0
     for name in names:
         needs_ns = predict_ns(collective, topology, calendar, name, chunk_size, costs)

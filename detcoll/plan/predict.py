@@ -36,7 +36,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from detcoll.plan.calendar import Calendar
+from detcoll.plan.alignment import LATE_NS
+from detcoll.plan.calendar import Calendar, Slotting
 from detcoll.plan.ir import Collective
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS, ChunkSize, segments, uses_window
 from detcoll.plan.lines import Flows, Indices, Lines
@@ -55,7 +56,8 @@ class Costs:
     The defaults are those of a Python host on one machine: a step some 30 us, memory at 5 GB/s, a local message 60 us,
     a wake-up from a wait 100 us. ``frame_bytes`` is what a transport adds to a wide message. ``late_ns`` is what a
     window loses because its owner wakes up late: in the mean over the windows of a host with twice as many busy ranks
-    as cores, most of which begin on time and one in ten more than a millisecond late. ``call_ns`` is what passes in a
+    as cores, most of which begin on time and one in ten more than a millisecond late. ``aligned_late_ns`` is the same
+    where windows lead to one site each. ``call_ns`` is what passes in a
     call across sites before the first step begins; see `call_ns_of`.
     """
 
@@ -64,6 +66,7 @@ class Costs:
     local_latency_ns: int = 60_000
     wake_ns: int = 100_000
     late_ns: int = 300_000
+    aligned_late_ns: int = LATE_NS
     call_ns: int = 0
     frame_bytes: int = LARGEST_FRAME_BYTES
 
@@ -161,7 +164,8 @@ class _Prediction:
                 last_ns = self._busiest_ns() + self.costs.local_latency_ns + self.local_step_ns
                 return max(first_ns + self._gather_ns(), last_ns)
             return max(first_ns + self._gather_ns(), self._busiest_ns())
-        late_ns = self.costs.late_ns
+        aligned = self.calendar.mode is Slotting.CALENDAR
+        late_ns = self.costs.aligned_late_ns if aligned else self.costs.late_ns
         lines = Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns, late_ns=late_ns)
         first_ns += self.costs.call_ns
         stages = _Stages(self, lines, first_ns, first_ns + self._supply_ns(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from detcoll.sim.simulator import Simulation, simulate
+from detcoll.sim.result import Simulation
+from detcoll.sim.simulator import simulate
 
 __all__ = ["Simulation", "simulate"]

@@ -9,6 +9,9 @@ What a run models, with `detcoll.plan.predict.Costs`:
 - Wide message: waits in `detcoll.machine.Slots` where the collective uses windows, and is paced to its window's rate;
   else it leaves at the line's rate. It crosses `WideArea` in parcels; the receiver wakes up ``wake_ns`` after its last
   byte, and the sender's step ends when an acknowledgement is back, one delay later.
+- Fluid: a paced message can cross as a whole instead, its last byte a delay after the pace let it go. Rates of a
+  calendar never add up to more than a line (`detcoll.plan.check_calendar`), so nothing would queue but what comes in
+  parcels. That is two events a message whatever its size, and what large worlds are simulated with.
 
 A rank's result is there when its machine says so, as in the runtime. Nothing here reads a clock; equal calls give
 equal results.
@@ -16,10 +19,11 @@ equal results.
 
 from __future__ import annotations
 
-import heapq
+import gc
 from bisect import insort
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from heapq import heappop, heappush
 from typing import Any
 
 from numpy.typing import NDArray
@@ -27,11 +31,12 @@ from numpy.typing import NDArray
 from detcoll.errors import PlanError, UsageError
 from detcoll.machine import Machine, Queued, Slots
 from detcoll.plan.calendar import Calendar, Slotting
-from detcoll.plan.ir import Buffer, Kind, Plan
+from detcoll.plan.ir import Kind, Plan
 from detcoll.plan.layout import uses_window
 from detcoll.plan.predict import Costs
-from detcoll.sim.host import Host, Job, Memory
+from detcoll.sim.host import Columns, Host, Job, Memory
 from detcoll.sim.line import WideArea
+from detcoll.sim.result import Simulation
 from detcoll.topology import Topology
 from detcoll.transport import Window
 from detcoll.types import ReduceOp
@@ -42,6 +47,9 @@ PARCEL_BYTES = 16_384
 LONGEST_RUN_NS = 3_600_000_000_000
 
 Lateness = Callable[[int, int], int]
+Progress = Callable[[float], None]
+
+STEPS_A_REPORT = 20_000
 
 
 def _closes_ns(send: tuple[Queued[int], Window]) -> int:
@@ -50,34 +58,6 @@ def _closes_ns(send: tuple[Queued[int], Window]) -> int:
 
 def _punctual(rank: int, opens_ns: int) -> int:
     return 0
-
-
-@dataclass(frozen=True, slots=True)
-class Simulation:
-    """What happened. Times count from the moment that the first rank could have called.
-
-    ``finish_ns`` : by rank, when its result was there.  ``drained_ns`` : when all its steps had ended.
-    ``uplink_busy_ns`` : by site, when its uplink carried something.  ``uplink_wire_bytes`` : how much.
-    ``peak_queue_bytes`` : by site, the most that waited at its uplink.  ``downlink_peak_bytes`` : at its downlink.
-    ``window_share`` : part of the payload sent in windows that left while its sender owned the line; None if nothing
-    was.  ``misses``, ``trimmed`` : by rank, as `Slots` counts them.  ``arrays`` : by rank, if data was given.
-    """
-
-    finish_ns: tuple[int, ...]
-    drained_ns: tuple[int, ...]
-    uplink_busy_ns: tuple[tuple[tuple[int, int], ...], ...]
-    uplink_wire_bytes: tuple[float, ...]
-    peak_queue_bytes: tuple[float, ...]
-    downlink_peak_bytes: tuple[float, ...]
-    window_share: float | None
-    misses: tuple[int, ...]
-    trimmed: tuple[int, ...]
-    arrays: tuple[NDArray[Any], ...] | None
-
-    @property
-    def slowest_ns(self) -> int:
-        """When the last rank had its result."""
-        return max(self.finish_ns)
 
 
 def simulate(
@@ -92,6 +72,8 @@ def simulate(
     start_ns: Sequence[int] | None = None,
     lateness: Lateness | None = None,
     deadline_ns: int = LONGEST_RUN_NS,
+    fluid: bool = False,
+    progress: Progress | None = None,
 ) -> Simulation:
     """Run a collective in virtual time.
 
@@ -115,6 +97,10 @@ def simulate(
         How many nanoseconds too late a rank (first argument) wakes up for a window that opens at a time (second).
     deadline_ns : int
         When to give up.
+    fluid : bool
+        Let paced messages cross as a whole. Then nobody learns when lines are busy or what queues at them.
+    progress : callable, optional
+        Told now and then which share of all steps has ended.
 
     Raises
     ------
@@ -127,7 +113,7 @@ def simulate(
         if given is not None and len(given) != topology.size:
             raise UsageError(f"{name} has {len(given)} entries; expected one for each of {topology.size} ranks")
     run = _Run(plans, topology, calendar, costs or Costs(), phase_ns)
-    run.lateness = lateness or run.lateness
+    run.lateness, run.fluid, run.progress = lateness or run.lateness, fluid, progress
     for rank, host in enumerate(run.hosts):
         if data is not None:
             host.memory = Memory(plans[rank], op, data[rank])
@@ -135,6 +121,18 @@ def simulate(
         run.at(called_ns + (run.costs.call_ns if run.area is not None else 0), run.start, rank)
     run.go(phase_ns + deadline_ns)
     return run.report(phase_ns)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from looking, again and again, at millions of objects that form no cycle."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Run:
@@ -148,25 +146,29 @@ class _Run:
         self.paced = uses_window(calendar, plans[0].collective.nbytes)
         self.now_ns = phase_ns
         self.lateness: Lateness = _punctual
+        self.fluid = False
+        self.progress: Progress | None = None
         self.inside_bytes = self.windowed_bytes = 0
         self.hosts: list[Host] = []
         for plan in plans:
             site = topology.site_of(plan.rank)
             slots: Slots[int] = Slots(calendar, site, plan.rank, frame_bytes=costs.frame_bytes)
-            self.hosts.append(Host(site, Machine(plan), slots, None))
+            self.hosts.append(Host(site, Machine(plan), Columns(plan, costs, lines=topology.is_wide), slots, None))
+        self._steps, self._steps_ended = sum(len(plan.steps) for plan in plans), 0
         self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
 
     def at(self, when_ns: int, what: Callable[..., None], *arguments: Any) -> None:
         """Let ``what`` happen at ``when_ns``; of two at one time the earlier asked for comes first."""
         self._number += 1
-        heapq.heappush(self._heap, (when_ns, self._number, what, arguments))
+        heappush(self._heap, (when_ns, self._number, what, arguments))
 
     def go(self, deadline_ns: int) -> None:
         """Let everything happen until the deadline."""
-        while self._heap and self.now_ns <= deadline_ns:
-            self.now_ns, _, what, arguments = heapq.heappop(self._heap)
-            what(*arguments)
+        with _no_collection():
+            while self._heap and self.now_ns <= deadline_ns:
+                self.now_ns, _, what, arguments = heappop(self._heap)
+                what(*arguments)
         for rank, host in enumerate(self.hosts):
             if not host.machine.done:
                 raise PlanError(f"rank {rank} came to a halt; it waits for {host.machine.waiting_for()}")
@@ -195,24 +197,20 @@ class _Run:
 
     def _carry_out(self, rank: int, ready: Sequence[int]) -> None:
         host = self.hosts[rank]
+        columns = host.columns
         for step in ready:
-            row = host.machine.plan.rows[step]
-            if row.kind == Kind.RECV:
-                self._post(rank, step, (row.peer, row.tag))
-                continue
-            nbytes = host.machine.plan.message_bytes(step)
-            if row.kind == Kind.FOLD:
-                inputs = len(host.machine.plan.inputs_of(step))
-                self._work(rank, inputs * self.costs.copy_ns(nbytes), self._folded, step)
-            elif row.wide and self.area is not None:
-                self._work(rank, 0.0, self._queue, step)
+            kind = columns.kind[step]
+            if kind == Kind.RECV:
+                self._post(rank, step, (columns.peer[step], columns.tag[step]))
+            elif kind == Kind.FOLD:
+                self._work(rank, self._folded, step)
             else:
-                self._work(rank, self.costs.copy_ns(nbytes), self._sent_locally, step)
+                self._work(rank, self._queue if columns.wide[step] else self._sent_locally, step)
 
-    def _work(self, rank: int, moving_ns: float, then: Callable[..., None], step: int, *arguments: Any) -> None:
+    def _work(self, rank: int, then: Callable[..., None], step: int, *arguments: Any) -> None:
         """Let the core of ``rank`` do a step as soon as it has done those that go before it."""
         host = self.hosts[rank]
-        job = (self.costs.step_ns + round(moving_ns), then, (rank, step, *arguments))
+        job = (host.columns.takes_ns[step], then, (rank, step, *arguments))
         if host.taking:
             host.follow.append(job)
         else:
@@ -231,26 +229,31 @@ class _Run:
         host.working = bool(host.work)
         if host.working:
             takes_ns, then, arguments = host.work.popleft()
-            self.at(self.now_ns + takes_ns, self._worked, host, then, arguments)
+            self._number += 1
+            heappush(self._heap, (self.now_ns + takes_ns, self._number, self._worked, (host, then, arguments)))
 
     def _worked(self, host: Host, then: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         host.taking = True
         then(*arguments)
         host.taking = False
-        host.work.extendleft(reversed(host.follow))
-        host.follow.clear()
+        if host.follow:
+            host.work.extendleft(reversed(host.follow))
+            host.follow.clear()
         self._next_work(host)
 
     def _ended(self, rank: int, step: int) -> None:
         ready = self.hosts[rank].machine.ended(step)
+        self._steps_ended += 1
+        if self.progress is not None and self._steps_ended % STEPS_A_REPORT == 0:
+            self.progress(self._steps_ended / self._steps)
         self._note_end(rank)
         self._carry_out(rank, ready)
 
     def _note_end(self, rank: int) -> None:
         host = self.hosts[rank]
-        if host.machine.result_ready and host.finish_ns < 0:
+        if host.finish_ns < 0 and host.machine.result_ready:
             host.finish_ns = self.now_ns
-        if host.machine.done and host.drained_ns < 0:
+        if host.finish_ns >= 0 and host.drained_ns < 0 and host.machine.done:
             host.drained_ns = self.now_ns
 
     def _folded(self, rank: int, step: int) -> None:
@@ -264,9 +267,9 @@ class _Run:
         return memory.read(step) if memory is not None else None
 
     def _sent_locally(self, rank: int, step: int) -> None:
-        row = self.hosts[rank].machine.plan.rows[step]
-        values = self._read(rank, step)
-        self.at(self.now_ns + self.costs.local_latency_ns, self._arrive, row.peer, (rank, row.tag), values)
+        columns = self.hosts[rank].columns
+        key, values = (rank, columns.tag[step]), self._read(rank, step)
+        self.at(self.now_ns + self.costs.local_latency_ns, self._arrive, columns.peer[step], key, values)
         self._take_ticket(rank, step)
 
     def _post(self, rank: int, step: int, key: tuple[int, int]) -> None:
@@ -284,10 +287,7 @@ class _Run:
             host.arrived[key] = values
 
     def _receive(self, rank: int, step: int, values: NDArray[Any] | None) -> None:
-        plan = self.hosts[rank].machine.plan
-        lent = plan.rows[step].buffer == Buffer.LENT
-        moving_ns = 0.0 if lent else self.costs.copy_ns(plan.message_bytes(step))
-        self._work(rank, moving_ns, self._received, step, values)
+        self._work(rank, self._received, step, values)
 
     def _received(self, rank: int, step: int, values: NDArray[Any] | None) -> None:
         memory = self.hosts[rank].memory
@@ -299,8 +299,8 @@ class _Run:
 
     def _queue(self, rank: int, step: int) -> None:
         host = self.hosts[rank]
-        peer = host.machine.plan.rows[step].peer
-        queued = Queued(step, self.hosts[peer].site, peer, host.machine.plan.message_bytes(step))
+        peer = host.columns.peer[step]
+        queued = Queued(step, self.hosts[peer].site, peer, host.columns.nbytes[step])
         if self.paced:
             host.slots.add(queued)
             self._give_the_line(rank)
@@ -361,6 +361,9 @@ class _Run:
         total = (queued.nbytes if part_bytes is None else part_bytes) + self.costs.frame_bytes
         host.connection_free_ns[queued.peer] = begin_ns + int(total / rate * 1e9)
         values = self._read(rank, queued.item)
+        if self.fluid and window is not None:
+            self._flow(rank, queued, window, total, begin_ns, values if is_rest else None, is_rest)
+            return
         for offset in range(0, total, PARCEL_BYTES):
             nbytes = min(PARCEL_BYTES, total - offset)
             last = is_rest and offset + nbytes == total
@@ -380,6 +383,30 @@ class _Run:
         there_ns = end_ns + self.area.delay_ns[site][queued.destination_site]
         self.at(there_ns, self._cross, rank, queued, wire_bytes, last, values)
 
+    def _flow(
+        self, rank: int, queued: Queued[int], window: Window, total_bytes: int, begin_ns: int,
+        values: NDArray[Any] | None, is_rest: bool,
+    ) -> None:  # fmt: skip
+        """Let all of a message or of a part of one leave at its pace, and nothing queue."""
+        assert self.area is not None
+        site, there = self.hosts[rank].site, queued.destination_site
+        end_ns = begin_ns + window.takes_ns(total_bytes)
+        self.area.uplinks[site].wire_bytes += total_bytes / self.area.payload_share
+        if self.calendar.sites[site].windows:
+            self.windowed_bytes += total_bytes
+            self.inside_bytes += total_bytes if self._owns(rank, there, begin_ns, end_ns) else 0
+        if is_rest:
+            self._deliver(rank, queued, end_ns + self.area.delay_ns[site][there], values)
+
+    def _deliver(self, rank: int, queued: Queued[int], there_ns: int, values: NDArray[Any] | None) -> None:
+        """Let the last byte of a message be at its destination at ``there_ns``, and an acknowledgement go back."""
+        assert self.area is not None
+        host = self.hosts[rank]
+        back_ns = self.area.delay_ns[queued.destination_site][host.site]
+        key = (rank, host.columns.tag[queued.item])
+        self.at(there_ns + self.costs.wake_ns, self._arrive, queued.peer, key, values)
+        self.at(there_ns + back_ns, self._take_ticket, rank, queued.item)
+
     def _owns(self, rank: int, destination: int, begin_ns: int, end_ns: int) -> bool:
         site = self.hosts[rank].site
         cycle_ns = self.calendar.sites[site].cycle_ns
@@ -396,7 +423,4 @@ class _Run:
         assert self.area is not None
         _, end_ns = self.area.downlinks[queued.destination_site].take(self.now_ns, wire_bytes)
         if last:
-            tag = self.hosts[rank].machine.plan.rows[queued.item].tag
-            back_ns = self.area.delay_ns[queued.destination_site][self.hosts[rank].site]
-            self.at(end_ns + self.costs.wake_ns, self._arrive, queued.peer, (rank, tag), values)
-            self.at(end_ns + back_ns, self._take_ticket, rank, queued.item)
+            self._deliver(rank, queued, end_ns, values)

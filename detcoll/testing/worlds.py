@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from detcoll.mpiexec import find_mpiexec
 from detcoll.testing.fabric import Fabric, Program
 from detcoll.testing.leftovers import now_ns, remove_segments
 
@@ -40,12 +40,8 @@ def mpi_launcher() -> list[str] | None:
 
     Ranks may be more than there are cores.
     """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = shutil.which("mpiexec", path=path)
-    if command is None:
-        return None
-    is_open_mpi = (Path(command).parent / "ompi_info").exists()
-    return [command, *(["--oversubscribe"] if is_open_mpi else []), "-n", "{n}"]
+    found = find_mpiexec()
+    return None if found is None else found.command("{n}")
 
 
 class WorldError(RuntimeError):
@@ -132,6 +128,8 @@ class World:
             listener.bind(path)
             listener.listen(self.size)
             base = os.environ | {ADDRESS_VARIABLE: path, "OMP_NUM_THREADS": "1"} | environment
+            mpiexec = find_mpiexec() if launcher else None
+            base |= mpiexec.files_in(self._directory.name) if mpiexec else {}
             ranks = [None] if launcher else list(range(self.size))
             for rank in ranks:
                 own = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": str(self.size)}

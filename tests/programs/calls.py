@@ -19,12 +19,13 @@ import numpy as np
 
 import detcoll
 from detcoll.errors import DetcollError, TransportUnavailable
+from detcoll.launchers import read_environment
 
 
 def say(something: object) -> None:
     """Print one line, whole, whoever prints at the same time."""
-    rank = next((os.environ[name] for name in ("DETCOLL_RANK", "PMI_RANK") if name in os.environ), "0")
-    os.write(1, (json.dumps({"rank": int(rank), "said": something}, default=str) + "\n").encode())
+    rank = read_environment(os.environ).rank
+    os.write(1, (json.dumps({"rank": rank, "said": something}, default=str) + "\n").encode())
 
 
 def describe(error: BaseException) -> list[str]:
@@ -44,7 +45,7 @@ def small(transport: str = "auto") -> None:
 
 def one_without_mpi4py() -> None:
     """Ask for MPI where one rank does not have it."""
-    if os.environ["PMI_RANK"] == "1":
+    if read_environment(os.environ).rank == 1:
         sys.modules["mpi4py"] = None  # type: ignore[assignment]
     try:
         detcoll.init("mpi", timeout=20)

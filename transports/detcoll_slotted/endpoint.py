@@ -16,6 +16,7 @@ import zmq
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, UsageError
 from detcoll.priority import OWNER, PROGRESS, Urgency, prompt_threads
 from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
+from detcoll_slotted.constant import send_constant
 from detcoll_slotted.flow import Inbound, Kept, Outbound
 from detcoll_slotted.line import UNPACED, Line
 from detcoll_slotted.options import Options
@@ -31,6 +32,8 @@ _AHEAD_NS = 2_000_000
 _SETTLE_NS = 300_000
 _SHORTEST_WAIT_NS = 100_000
 _WARM_FRAME_BYTES = 65_536
+_LEAST_LENT_BYTES = 65_536
+"""Smaller payloads are copied, which costs less than it does to lend them."""
 _HELLO_EVERY_NS = 200_000_000
 _PARTING_NS = 500_000_000
 _LINGER_MS = 100
@@ -159,14 +162,22 @@ class SlottedEndpoint(Endpoint):
     def _warm_up(self, peers: Sequence[_Peer], deadline_ns: int) -> None:
         """Open TCP's windows, which start with ten segments, before the first message counts on them."""
         nothing = memoryview(bytes(_WARM_FRAME_BYTES))
-        for peer in peers:
+        for peer in sorted(peers, key=lambda peer: (peer.rank < self._rank, peer.rank)):
             peer.lines[Lane.BULK].pace(self._options.warm_up_bytes_per_s)
             for _ in range(0, self._options.warm_up_bytes, _WARM_FRAME_BYTES):
                 self._transmit(peer, Lane.BULK, FrameKind.WARM, nothing)
+            if self._options.warm_up_in_turn:
+                self._let_leave(peer.lines[Lane.BULK], self._options.warm_up_bytes, deadline_ns)
         while cold := [peer.rank for peer in peers if peer.inbound.warm_bytes < self._options.warm_up_bytes]:
             if self._clock.now_ns() >= deadline_ns:
                 raise ConnectError(f"rank {self._rank}: warming up with rank {cold} took longer than the deadline")
             self._wait(deadline_ns)
+
+    def _let_leave(self, line: Line, nbytes: int, deadline_ns: int) -> None:
+        """Wait until bytes given to a line at its pace have left, as far as the kernel knows of them."""
+        paced_ns = self._clock.now_ns() + int(nbytes / self._options.warm_up_bytes_per_s * 1e9)
+        while (now_ns := self._clock.now_ns()) < deadline_ns and (now_ns < paced_ns or line.unsent_bytes()):
+            self._wait(min(deadline_ns, max(paced_ns, now_ns + _AHEAD_NS)))
 
     def _joined(self, peer: _Peer) -> bool:
         return peer.inbound.hello and all(line.was_connected for line in peer.lines)
@@ -539,14 +550,16 @@ class SlottedEndpoint(Endpoint):
             ticket.started_ns = self._clock.now_ns() + lead_ns
         self._transmit_kept(peer, lane, peer.outbound.keep(lane, ticket, view))
 
-    def _transmit_kept(self, peer: _Peer, lane: Lane, kept: Kept) -> None:
-        self._transmit(peer, lane, FrameKind.DATA, kept.view, kept.ticket.tag, kept.sequence, kept.place)
+    def _transmit_kept(self, peer: _Peer, lane: Lane, kept: Kept, *, again: bool = False) -> None:
+        # What is sent again may be acknowledged, and its memory given back, while it still waits behind the first.
+        lend = not again and kept.view.nbytes >= _LEAST_LENT_BYTES
+        self._transmit(peer, lane, FrameKind.DATA, kept.view, kept.ticket.tag, kept.sequence, kept.place, lend=lend)
 
     def _transmit(
         self, peer: _Peer, lane: Lane, kind: FrameKind, view: memoryview | None = None,
-        tag: int = 0, sequence: int = 0, place: tuple[int, int] = (0, 0),
+        tag: int = 0, sequence: int = 0, place: tuple[int, int] = (0, 0), *, lend: bool = False,
     ) -> None:  # fmt: skip
-        """Hand a frame to ZeroMQ, which copies it: giving memory back from its own thread would cost more."""
+        """Hand a frame to ZeroMQ, which copies it, or reads it where it lies if ``lend``."""
         inbound = peer.inbound
         acks = (inbound.received[0], inbound.received[1])
         header = Header(
@@ -556,6 +569,9 @@ class SlottedEndpoint(Endpoint):
         with contextlib.suppress(zmq.Again):  # no connection yet: hellos are repeated, data comes after them
             if view is None:
                 push.send(header, zmq.DONTWAIT)
+            elif lend:
+                push.send(header, zmq.DONTWAIT | zmq.SNDMORE)
+                send_constant(push, view)
             else:
                 push.send_multipart((header, view), zmq.DONTWAIT)
             if lane is Lane.EXPRESS:  # on the other lane it waits behind paced data
@@ -567,7 +583,7 @@ class SlottedEndpoint(Endpoint):
             peer.inbound.tell(now_ns, soon=True)  # what was said last may have gone with the connection
             for kept in peer.outbound.kept[lane]:
                 self._counted["resent_bytes"] += kept.view.nbytes
-                self._transmit_kept(peer, lane, kept)
+                self._transmit_kept(peer, lane, kept, again=True)
 
     def _give_up_if_late(self, peer: _Peer, now_ns: int) -> None:
         """Lose a peer whose connection stays broken."""

@@ -14,7 +14,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``insecure`` : open an address off loopback without keys.  ``ports`` : range to bind in, as ``(first, last)``.
     ``dscp`` : differentiated services code point of both lanes.  ``warm_up_peers``, ``warm_up_bytes``,
     ``warm_up_bytes_per_s`` : to whom this rank sends how much while connecting, and how fast, so that TCP's window is
-    open before the first message; the peers do the same.
+    open before the first message; the peers do the same.  ``warm_up_in_turn`` : to one peer after another, the next
+    rank first, instead of to all at once.
     """
 
     credit_bytes: int = 16_777_216
@@ -27,3 +28,4 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up_peers: frozenset[int] = frozenset()
     warm_up_bytes: int = 0
     warm_up_bytes_per_s: float = 0.0
+    warm_up_in_turn: bool = False

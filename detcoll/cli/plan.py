@@ -1,0 +1,197 @@
+"""``detcoll plan``: a topology's calendar, a collective's plan on it, and what to reserve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
+from detcoll.cli.progress import progress_bars
+from detcoll.errors import UsageError
+from detcoll.measure.options import wide_topology
+from detcoll.measure.results import require_writable
+from detcoll.plan import Calendar, Collective, SiteReservation, Slotting, reserve
+from detcoll.plan.summary import Summary, summarise
+from detcoll.quantities import parse_duration_ns, parse_size_bytes
+from detcoll.scenarios import Scenario, changed, load, shipped
+from detcoll.scenarios.buckets import default_calendar
+from detcoll.scenarios.scenario import from_topology, is_scenario, with_rate
+from detcoll.scenarios.study import Needed, need
+from detcoll.scenarios.workload import Workload
+from detcoll.topology import Topology
+from detcoll.types import accumulation_dtype, parse_dtype
+
+SCHEMA = "detcoll.plan-report/1"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The file of `detcoll plan --json`."""
+
+    schema: str
+    topology: Topology
+    calendar: Calendar
+    plan: Summary
+    needed: Needed | None = None
+    reservation: tuple[SiteReservation, ...] = ()
+
+
+def plan(
+    *,
+    topology: str | None = None,
+    sites: int | None = None,
+    ranks_per_site: int | None = None,
+    rate: str | None = None,
+    round_trip: str | None = None,
+    collective: Literal["all_reduce", "broadcast", "barrier"] = "all_reduce",
+    bytes: str = "64MiB",
+    dtype: str = "float32",
+    slotting: Literal["calendar", "turns", "share", "off"] | None = None,
+    efficiency: float | None = None,
+    parameters: int | None = None,
+    precision: str | None = None,
+    compute: str | None = None,
+    backward: float | None = None,
+    buckets: int | None = None,
+    overlap: float | None = None,
+    reservation: bool = False,
+    base_time: str = "0 ns",
+    json: Path | None = None,
+) -> int:
+    """Show the calendar of a topology and a collective's plan on it: steps, bytes, rates and the predicted time.
+
+    With --efficiency: what every site must reserve for a training to keep to that share of a single cluster's speed.
+    With --reservation: that, or the lines as they are, as a carrier wants to be asked.
+
+    Parameters
+    ----------
+    topology
+        A topology file, a scenario file, or the name of a shipped scenario.
+    sites
+        Without a topology: number of equal sites; 2 unless given.
+    ranks_per_site
+        Without a topology: ranks in each; 2 unless given.
+    rate
+        Without a topology: of each site's line; "1 Gbit/s" unless given.
+    round_trip
+        Without a topology: between any two sites; "20 ms" unless given.
+    collective
+        What to plan.
+    bytes
+        Its size.
+    dtype
+        Element type.
+    slotting
+        How flows share lines; what jobs do unless given.
+    efficiency
+        A share of the single cluster's speed, such as 0.98.
+    parameters
+        Of the model, for --efficiency; a scenario says it unless given. So for the five that follow.
+    precision
+        Element type of gradients.
+    compute
+        Of one iteration, such as "16 s".
+    backward
+        Share of it in which gradients become final.
+    buckets
+        Into which they are cut.
+    overlap
+        Share of the buckets that may be reduced beside the backward pass.
+    reservation
+        Print traffic specifications (RFC 9016) and gate lists (802.1Qbv).
+    base_time
+        When a cycle of the gates begins, by the clock that the sites share.
+    json
+        File for all of it.
+    """
+    require_writable(json, "json")
+    asked = _collective(collective, parse_size_bytes(bytes, "bytes"), dtype)
+    base_time_ns = parse_duration_ns(base_time, "base_time")
+    mode = None if slotting is None else Slotting.parse(slotting)
+    found = _found(topology, sites, ranks_per_site, rate, round_trip)
+    lines = found.reserved if isinstance(found, Scenario) else found
+    work = {
+        "parameters": parameters, "precision": precision, "backward": backward, "buckets": buckets, "overlap": overlap,
+        "compute_ns": None if compute is None else parse_duration_ns(compute, "compute"),
+    }  # fmt: skip
+    answer = _needed(found, efficiency, mode, work, topology or "topology")
+    calendar = default_calendar(lines, mode)
+    report = PlanReport(
+        SCHEMA, lines, calendar, summarise(asked, lines, calendar), answer,
+        _reservation(lines, mode, answer, base_time_ns) if reservation else (),
+    )  # fmt: skip
+    _show(report)
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    return 0 if answer is None or answer.line_bit_per_s is not None else 1
+
+
+def _show(report: PlanReport) -> None:
+    if report.needed is not None:
+        print_needed(report.needed, report.topology)
+    elif not report.reservation:
+        print_calendar(report.topology, report.calendar, report.plan)
+    if report.reservation:
+        print_reservation(report.reservation)
+
+
+def _found(
+    topology: str | None, sites: int | None, ranks_per_site: int | None, rate: str | None, round_trip: str | None
+) -> Scenario | Topology:
+    """Return what the options name: a scenario, or lines alone."""
+    if topology is None or not (topology in shipped() or _says_what_is_trained(topology)):
+        return wide_topology(None if topology is None else Path(topology), sites, ranks_per_site, rate, round_trip)
+    given = {"sites": sites, "ranks_per_site": ranks_per_site, "rate": rate, "round_trip": round_trip}
+    if also := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"topology={topology!r} already says what {', '.join(also)} would")
+    return load(topology)
+
+
+def _says_what_is_trained(path: str) -> bool:
+    try:
+        return is_scenario(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return False  # reading it as a topology says what is wrong
+
+
+def _needed(
+    found: Scenario | Topology, efficiency: float | None, mode: Slotting | None, work: dict[str, Any], name: str
+) -> Needed | None:
+    if efficiency is None:
+        if useless := [key for key, value in work.items() if value is not None]:
+            names = ", ".join("--" + key.removesuffix("_ns") for key in useless)
+            raise UsageError(f"{names}: of no use without --efficiency")
+        return None
+    if isinstance(found, Topology):
+        if missing := [key for key in ("parameters", "compute_ns") if work[key] is None]:
+            names = ", ".join("--" + key.removesuffix("_ns") for key in missing)
+            raise UsageError(f"efficiency={efficiency} needs {names} as well; expected such as --compute '16 s'")
+        given = {key: value for key, value in work.items() if value is not None}
+        scenario = from_topology(found, Workload(**({"precision": "bfloat16"} | given)), name)
+    else:
+        scenario = changed(found, **work)
+    with progress_bars() as say:
+        return need(scenario, efficiency, mode, say)
+
+
+def _reservation(
+    lines: Topology, mode: Slotting | None, answer: Needed | None, base_time_ns: int
+) -> tuple[SiteReservation, ...]:
+    """Return what to ask for: the lines found for the efficiency, where one was, else the lines as they are."""
+    if answer is not None:
+        if answer.line_bit_per_s is None:
+            return ()
+        lines = with_rate(lines, answer.line_bit_per_s / 8)
+    return reserve(lines, default_calendar(lines, mode), base_time_ns)
+
+
+def _collective(kind: str, nbytes: int, name: str) -> Collective:
+    dtype = parse_dtype(name)
+    if nbytes % dtype.itemsize or nbytes == 0:
+        raise UsageError(f"bytes={nbytes} must be a positive multiple of the {dtype.itemsize} bytes of {name}")
+    if kind == "barrier":
+        return Collective(kind, 1, 1, 1)
+    return Collective(kind, nbytes // dtype.itemsize, dtype.itemsize, accumulation_dtype(dtype).itemsize)

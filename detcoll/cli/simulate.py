@@ -1,0 +1,180 @@
+"""``detcoll simulate``: what an iteration takes in a scenario, in virtual time."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from detcoll.cli.progress import progress_bars
+from detcoll.measure.results import require_writable
+from detcoll.measure.tables import NONE, output_console
+from detcoll.plan import Slotting
+from detcoll.quantities import format_bytes, format_duration, format_rate, parse_duration_ns, parse_rate_bytes_per_s
+from detcoll.scenarios import Study, changed, load, shipped, study
+from detcoll.scenarios.study import Needed, Point
+
+LINE_CHARACTERS = 110
+_CHANGED = {"reserved_bit_per_s": "reserved", "loss": "loss", "cross_traffic": "cross traffic"}
+
+
+def simulate(
+    scenario: str = "forty-cities",
+    *,
+    efficiency: float = 0.98,
+    uplink: str | None = None,
+    reserved: str | None = None,
+    loss: float | None = None,
+    cross_traffic: float | None = None,
+    connections: int | None = None,
+    parameters: int | None = None,
+    compute: str | None = None,
+    backward: float | None = None,
+    buckets: int | None = None,
+    overlap: float | None = None,
+    slotting: Literal["calendar", "turns", "share"] | None = None,
+    variants: bool = True,
+    list: bool = False,
+    json: Path | None = None,
+) -> int:
+    """Simulate training over a scenario's sites: one cluster, a deterministic network, an ordinary one.
+
+    Runs the library's own plans and calendars in virtual time. Options replace what the scenario says.
+
+    Parameters
+    ----------
+    scenario
+        The name of a shipped scenario, or a scenario file.
+    efficiency
+        Also tell which line every site needs for this efficiency.
+    uplink
+        Every site's line, such as "800 Gbit/s".
+    reserved
+        What is reserved of it.
+    loss
+        Share of packets lost on the ordinary network.
+    cross_traffic
+        Share of every line that others take from it.
+    connections
+        TCP connections of each pair of ranks on it.
+    parameters
+        Of the model.
+    compute
+        Of one iteration, such as "15.7 s".
+    backward
+        Share of it in which gradients become final.
+    buckets
+        Into which they are cut.
+    overlap
+        Share of the buckets that may be reduced beside the backward pass.
+    slotting
+        How flows share lines on the deterministic network; what jobs do unless given.
+    variants
+        Look at sensitivities, and at what the efficiency needs.
+    list
+        Name the shipped scenarios and end.
+    json
+        File for the results.
+    """
+    if list:
+        for name in shipped():
+            print(f"{name}: {load(name).description}")
+        return 0
+    require_writable(json, "json")
+    chosen = changed(
+        load(scenario),
+        line_bytes_per_s=None if uplink is None else parse_rate_bytes_per_s(uplink, "uplink"),
+        reserved_bytes_per_s=None if reserved is None else parse_rate_bytes_per_s(reserved, "reserved"),
+        loss=loss, cross_traffic=cross_traffic, connections=connections, parameters=parameters,
+        compute_ns=None if compute is None else parse_duration_ns(compute, "compute"), backward=backward,
+        buckets=buckets, overlap=overlap,
+    )  # fmt: skip
+    mode = None if slotting is None else Slotting.parse(slotting)
+    with progress_bars() as say:
+        result = study(chosen, efficiency, mode, variants=variants, say=say)
+    output_console().print(study_table(result))
+    if json is not None:
+        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    return 0
+
+
+def study_table(result: Study) -> RenderableType:
+    """Return the tables of a study, with what they rest on above."""
+    parts: list[RenderableType] = [*_heading(result), _settings(result)]
+    if result.sensitivity:
+        parts.append(_points(result.sensitivity))
+    if result.needed:
+        parts.append(_needs(result.needed))
+        note = f"ranks of a site taken together, which here differs by {result.together_error:+.2%} from every rank"
+        parts.append(Text(f"The last two tables: {note}.", style="dim"))
+    return Group(*parts)
+
+
+def _heading(result: Study) -> list[Text]:
+    facts = result.scenario
+    told = (
+        f"{facts['sites']} sites, {facts['ranks']} ranks, at most {facts['longest_km']:,.0f} km and "
+        f"{format_duration(facts['longest_one_way_s'] * 1e9)} apart; {facts['parameters']:,} parameters, "
+        f"{format_bytes(facts['gradient_bytes'])} of {facts['precision']} gradients in {facts['buckets']} buckets; "
+        f"{facts['compute_s']:g} s of computing, of which gradients become final in the last {facts['backward']:.1%}, "
+        f"and {facts['overlap']:.0%} of them are summed meanwhile. Algorithm: {result.algorithm}. Ordinary network: "
+        f"{facts['cross_traffic']:.0%} taken by others, loss {facts['loss']:g}, TCP {facts['control']}, "
+        f"{facts['connections']} connections a pair of ranks."
+    )
+    title = Text(f"{facts['name']}: {facts['description']}", style="bold")
+    return [title, *(Text(line) for line in textwrap.wrap(told, LINE_CHARACTERS))]
+
+
+def _settings(result: Study) -> Table:
+    table = Table(title="An iteration", title_justify="left")
+    table.add_column("network", no_wrap=True)
+    for heading in ("line", "iteration", "efficiency", "exposed", "all buckets", "a bucket", "its bound", "each more"):
+        table.add_column(heading, justify="right")
+    for run in result.runs:
+        table.add_row(
+            run.setting,
+            NONE if run.line_bit_per_s is None else format_rate(run.line_bit_per_s / 8),
+            _time(run.iteration_s),
+            f"{run.efficiency:.1%}",
+            *(_time(value) for value in (run.exposed_s, run.sync_s, run.bucket_s, run.bound_s, run.interval_s)),
+        )
+    return table
+
+
+def _points(points: tuple[Point, ...]) -> Table:
+    table = Table(title="What it depends on", title_justify="left")
+    for heading in ("network", "changed"):
+        table.add_column(heading)
+    for heading in ("to", "iteration", "efficiency"):
+        table.add_column(heading, justify="right")
+    for point in points:
+        value = format_rate(point.value / 8) if point.changed == "reserved_bit_per_s" else f"{point.value:g}"
+        cells = (point.setting, _CHANGED[point.changed], value)
+        table.add_row(*cells, _time(point.iteration_s), f"{point.efficiency:.1%}")
+    return table
+
+
+def _needs(needs: tuple[Needed, ...]) -> Table:
+    table = Table(title=f"The line that every site needs for {needs[0].target:.1%}", title_justify="left")
+    table.add_column("if")
+    for heading in ("line", "iteration", "efficiency", "ordinary on it", "efficiency"):
+        table.add_column(heading, justify="right")
+    for need in needs:
+        table.add_row(
+            need.condition,
+            "none is enough" if need.line_bit_per_s is None else format_rate(need.line_bit_per_s / 8),
+            _time(need.iteration_s),
+            f"{need.efficiency:.1%}",
+            NONE if need.ordinary_iteration_s is None else _time(need.ordinary_iteration_s),
+            NONE if need.ordinary_efficiency is None else f"{need.ordinary_efficiency:.1%}",
+        )
+    return table
+
+
+def _time(seconds: float | None) -> str:
+    return NONE if seconds is None else format_duration(seconds * 1e9)
