@@ -41,7 +41,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_simulate_writes_its_tables_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "study.json"
-    shown = run(capsys, "simulate", "two-cities", *QUICK, "--json", str(path))
+    report = tmp_path / "report"
+    shown = run(capsys, "simulate", "two-cities", *QUICK, "--json", str(path), "--report", str(report))
+    assert (report / "results.json").read_text() == path.read_text()
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert "in simulation" in page
+    assert "Map: two-cities" in page
     for word in (
         "single-cluster",
         "deterministic",

@@ -197,6 +197,56 @@ def test_a_sweep_under_cross_traffic_gives_curves() -> None:
     assert "Under cross traffic" in headings(page_of(sweep(*rows)))
 
 
+def study(**changes: Any) -> dict[str, Any]:
+    runs = [
+        {"setting": "single-cluster", "line_bit_per_s": None, "iteration_s": 2.0, "efficiency": 1.0, "exposed_s": 0.01},
+        {"setting": "ordinary", "line_bit_per_s": 1e11, "iteration_s": 4.0, "efficiency": 0.5, "exposed_s": 2.0},
+        {"setting": "deterministic", "line_bit_per_s": 1e11, "iteration_s": 2.5, "efficiency": 0.8, "exposed_s": 0.5},
+    ]
+    points = [
+        {"setting": "ordinary", "changed": "loss", "value": 10.0**-power, "iteration_s": 4.0, "efficiency": power / 10}
+        for power in (4, 5, 6)
+    ]
+    need = {"condition": HOSTILE, "target": 0.98, "line_bit_per_s": None, "efficiency": 0.9, "iteration_s": 2.2}
+    facts = {"name": "two-cities", "sites": 2, "ranks": 8, "parameters": 7 * 10**9}
+    made = {
+        "schema": "detcoll.simulate/1", "scenario": facts, "algorithm": "exchange", "runs": runs,
+        "sensitivity": points, "needed": [need], "command": "detcoll simulate x",
+    }  # fmt: skip
+    return made | changes
+
+
+def test_a_simulation_says_that_it_is_one() -> None:
+    text = page_of(study())
+    assert "the deterministic network trains at 80.0\N{NO-BREAK SPACE}% of one cluster" in text
+    assert "in simulation</h1>" in text
+    wanted = [
+        "Efficiency, simulated",
+        "What it depends on",
+        "All figures",
+        "The line that 98.0\N{NO-BREAK SPACE}% needs",
+    ]
+    assert headings(text) == [*wanted, "Command"]
+    assert "none is enough" in text
+    curve = next(svg for svg in pictures(text) if svg.findtext("title") == "Efficiency against packets lost on the way")
+    points = next(node for node in curve.iter("polyline") if node.find("title") is not None).attrib["points"].split()
+    xs = [float(point.split(",")[0]) for point in points]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.02), "powers of ten are equally far apart"
+    assert "Nothing was measured" in page_of(study(runs=[], sensitivity=[], needed=[], scenario={}))
+
+
+def test_a_simulated_scenario_brings_its_map(tmp_path: Path) -> None:
+    shipped = put(tmp_path / "s.json", study())
+    assert [(each.name, len(each.places), each.links) for each in gather([shipped]).maps] == [
+        ("two-cities", 2, ((0, 1),))
+    ]
+    own = put(tmp_path / "o.json", study(scenario={"name": "own"}))
+    assert gather([own]).maps == ()
+    mine = tmp_path / "two-cities.toml"
+    mine.write_text(MAP)
+    assert [each.places[0].name for each in gather([shipped, mine]).maps] == ["a"], "one that is given goes first"
+
+
 def put(path: Path, told: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told), encoding="utf-8")
@@ -282,7 +332,7 @@ def test_bench_files_name_their_command(tmp_path: Path) -> None:
     [
         ("a.json", "{", "no JSON object"),
         ("a.json", "[]", "no JSON object"),
-        ("a.json", '{"schema": "other"}', "expected detcoll.measure/1"),
+        ("a.json", '{"schema": "other"}', "expected one of detcoll.measure/1"),
         ("a.json", '{"schema": "detcoll.measure/1", "runs": [{}]}', "no result"),
         ("a.toml", "[[site]]\nname = 'a'\n", "no map"),
         ("a.toml", "[", "no map"),

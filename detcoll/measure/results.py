@@ -12,6 +12,7 @@ import msgspec
 from detcoll.errors import UsageError
 from detcoll.measure.lines import LineUse
 from detcoll.measure.statistics import Summary
+from detcoll.scenarios import Study
 
 MEASURE_SCHEMA = "detcoll.measure/1"
 BENCH_SCHEMA = "detcoll.bench/1"
@@ -196,7 +197,7 @@ def require_writable(path: Path | None, name: str) -> None:
         raise UsageError(f"{name}={str(path)!r} cannot be used: {error.strerror}") from error
 
 
-def write_result(path: Path, result: Measurement | BenchResult) -> None:
+def write_result(path: Path, result: Measurement | BenchResult | Study) -> None:
     """Write a result file, indented for people."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
 

@@ -12,9 +12,10 @@ from detcoll.draw.scale import time_text
 from detcoll.measure.report.cells import TO
 from detcoll.measure.report.inputs import ReportInputs
 from detcoll.measure.report.page import facts, page, section
-from detcoll.measure.report.reported import ReportedResult
+from detcoll.measure.report.reported import Reported, ReportedResult, ReportedStudy
 from detcoll.measure.report.rows import row_headline, row_sections, row_tiles
 from detcoll.measure.report.runs import run_headline, run_sections, run_tiles
+from detcoll.measure.report.study import study_headline, study_sections, study_setup, study_tiles
 from detcoll.measure.report.traced import map_section, trace_sections
 from detcoll.measure.results import MEASURE_SCHEMA
 from detcoll.quantities import format_bytes, format_rate
@@ -58,7 +59,10 @@ def report(inputs: ReportInputs) -> Element:
     tiles: list[Element] = []
     sections: list[Element] = []
     for result in inputs.results:
-        if result.schema == MEASURE_SCHEMA:
+        if isinstance(result, ReportedStudy):
+            tiles += study_tiles(result)
+            sections += study_sections(result)
+        elif result.schema == MEASURE_SCHEMA:
             tiles += run_tiles(result)
             sections += run_sections(result)
         else:
@@ -72,9 +76,13 @@ def report(inputs: ReportInputs) -> Element:
 
 def _headline(inputs: ReportInputs) -> tuple[str, str]:
     for result in inputs.results:
-        found = run_headline(result) if result.schema == MEASURE_SCHEMA else row_headline(result)
+        if isinstance(result, ReportedStudy):
+            found, lede = study_headline(result), study_setup(result)
+        else:
+            found = run_headline(result) if result.schema == MEASURE_SCHEMA else row_headline(result)
+            lede = _setup(result)
         if found is not None:
-            return found, _setup(result)
+            return found, lede
     if inputs.results:
         return "Nothing was measured", "The result file holds no run; what was left out, and why, stands below."
     ranks = len(inputs.traced[0].traces) if inputs.traced else 0
@@ -119,8 +127,10 @@ def _lines(uplinks: Sequence[float] | None, round_trips: Sequence[float] | None)
     return parts
 
 
-def _origin(result: ReportedResult) -> Element:
+def _origin(result: Reported) -> Element:
     made = element("code", None, result.command or "not kept in this file")
+    if isinstance(result, ReportedStudy):
+        return section("Command", "What made these figures. Time is virtual, so they are the same anywhere.", made)
     known = [(name, str(result.host[key])) for key, name in _FACTS if result.host.get(key) is not None]
     told = "The command that made these figures, and what it ran on. They hold for this machine."
     return section("Command and machine", told, made, facts(known) if known else None)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
-
-import msgspec
 
 from detcoll.draw import RankTrace, read_rank_traces
 from detcoll.draw.timespace import OneWay
 from detcoll.draw.traces import TRACE_SCHEMA
 from detcoll.errors import UsageError
-from detcoll.measure.report.reported import ReportedResult, SiteMap, read_result, read_site_map
+from detcoll.measure.report.reported import (
+    Reported,
+    ReportedStudy,
+    SiteMap,
+    parse_site_map,
+    read_result,
+    read_site_map,
+    schema_of,
+)
+from detcoll.scenarios import shipped
 from detcoll.topology import Topology
 
 RESULTS, TRACES, TOPOLOGY = "results.json", "traces", "topology.toml"
@@ -31,7 +39,7 @@ class TracedRun:
 class ReportInputs:
     """Everything that a report is made from; ``topology`` gives sites their names and delays in traces."""
 
-    results: tuple[ReportedResult, ...] = ()
+    results: tuple[Reported, ...] = ()
     traced: tuple[TracedRun, ...] = ()
     maps: tuple[SiteMap, ...] = ()
     topology: Topology | None = None
@@ -46,6 +54,8 @@ class ReportInputs:
         if self.topology is not None:
             return self.topology.one_way_ns
         for result in self.results:
+            if isinstance(result, ReportedStudy):
+                continue
             round_trips = result.workload.get("round_trip_s") or ()
             if round_trips and len(set(round_trips)) == 1:
                 one_way = round(round_trips[0] / 2 * 1e9)
@@ -57,10 +67,6 @@ def forget_traces(folder: Path) -> None:
     """Remove the traces that an earlier measurement left in its report's folder: they are not of the next one."""
     for path in (folder / TRACES).glob("*/rank*.json"):
         path.unlink()
-
-
-class _Head(msgspec.Struct, frozen=True):
-    schema: str = ""
 
 
 def gather(paths: Sequence[Path], topology: Path | None = None) -> ReportInputs:
@@ -79,7 +85,7 @@ def gather(paths: Sequence[Path], topology: Path | None = None) -> ReportInputs:
     UsageError
         If something is not there, cannot be read, or is none of these.
     """
-    results: list[ReportedResult] = []
+    results: list[Reported] = []
     maps: list[SiteMap] = []
     traces: dict[Path, list[Path]] = {}
     for path in paths:
@@ -92,10 +98,11 @@ def gather(paths: Sequence[Path], topology: Path | None = None) -> ReportInputs:
         else:
             results.append(read_result(path))
     traced = tuple(TracedRun(folder.name, read_rank_traces(files)) for folder, files in traces.items())
+    maps += [shipped_map(each) for each in shipped() if each in _scenarios(results, maps)]
     return ReportInputs(tuple(results), traced, tuple(maps), None if topology is None else Topology.from_file(topology))
 
 
-def _gather_folder(folder: Path, results: list[ReportedResult], traces: dict[Path, list[Path]]) -> Path | None:
+def _gather_folder(folder: Path, results: list[Reported], traces: dict[Path, list[Path]]) -> Path | None:
     """Add what lies in a folder; returns its topology file, if there is one."""
     result, topology = folder / RESULTS, folder / TOPOLOGY
     ranks = sorted(folder.rglob("rank*.json"))
@@ -110,8 +117,18 @@ def _gather_folder(folder: Path, results: list[ReportedResult], traces: dict[Pat
 
 def _schema_of(path: Path) -> str:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Head).schema
+        return schema_of(path.read_bytes(), str(path))
     except OSError as error:
         raise UsageError(f"file={str(path)!r} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UsageError(f"file={str(path)!r} is no JSON object: {error}") from error
+
+
+def _scenarios(results: Sequence[Reported], maps: Sequence[SiteMap]) -> set[str]:
+    """Return the names of simulated scenarios whose map was not given."""
+    named = {str(each.scenario.get("name")) for each in results if isinstance(each, ReportedStudy)}
+    return named - {each.name for each in maps}
+
+
+def shipped_map(name: str) -> SiteMap:
+    """Return the map of a scenario that comes with detcoll."""
+    file = resources.files("detcoll.scenarios").joinpath(f"{name}.toml")
+    return parse_site_map(file.read_text(encoding="utf-8"), name, name)

@@ -18,6 +18,7 @@ from detcoll.draw import Place
 from detcoll.errors import UsageError
 from detcoll.measure.results import BENCH_SCHEMA, MEASURE_SCHEMA
 from detcoll.measure.statistics import Summary
+from detcoll.scenarios.study import SCHEMA as STUDY_SCHEMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,57 @@ class ReportedResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportedSetting:
+    """One network of a simulation; see `detcoll.scenarios.study.SettingResult`."""
+
+    setting: str
+    iteration_s: float
+    efficiency: float
+    line_bit_per_s: float | None = None
+    exposed_s: float | None = None
+    sync_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedPoint:
+    """A variant of a simulation; see `detcoll.scenarios.study.Point`."""
+
+    setting: str
+    changed: str
+    value: float
+    iteration_s: float
+    efficiency: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedNeed:
+    """The line that an efficiency needs; see `detcoll.scenarios.study.Needed`."""
+
+    condition: str
+    target: float
+    line_bit_per_s: float | None
+    efficiency: float
+    iteration_s: float
+    ordinary_efficiency: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedStudy:
+    """The file of `detcoll simulate`."""
+
+    schema: str
+    scenario: dict[str, Any] = field(default_factory=dict)
+    algorithm: str = ""
+    runs: tuple[ReportedSetting, ...] = ()
+    sensitivity: tuple[ReportedPoint, ...] = ()
+    needed: tuple[ReportedNeed, ...] = ()
+    command: str | None = None
+
+
+Reported = ReportedResult | ReportedStudy
+
+
+@dataclass(frozen=True, slots=True)
 class SiteMap:
     """Places of sites and the pairs that are joined."""
 
@@ -131,13 +183,13 @@ class SiteMap:
     links: tuple[tuple[int, int], ...]
 
 
-def read_result(path: Path) -> ReportedResult:
+def read_result(path: Path) -> Reported:
     """Return the result file at ``path``.
 
     Raises
     ------
     UsageError
-        If it cannot be read or is no result of `detcoll measure` or `detcoll bench`.
+        If it cannot be read or is no result of `detcoll measure`, `detcoll bench` or `detcoll simulate`.
     """
     try:
         return parse_result(path.read_bytes(), str(path))
@@ -145,15 +197,40 @@ def read_result(path: Path) -> ReportedResult:
         raise UsageError(f"file={str(path)!r} cannot be read: {error.strerror}") from error
 
 
-def parse_result(data: bytes, name: str) -> ReportedResult:
+def parse_result(data: bytes, name: str) -> Reported:
     """Return the result in ``data``, which errors call ``name``; raises as `read_result` does."""
+    schema = schema_of(data, name)
+    if schema not in _READ_AS:
+        raise UsageError(f"file={name!r} has schema={schema!r}; expected one of {', '.join(_READ_AS)}")
     try:
-        result = msgspec.json.decode(data, type=ReportedResult)
+        return msgspec.json.decode(data, type=_READ_AS[schema])
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"file={name!r} is no result of schema {schema}: {error}") from error
+
+
+_READ_AS: dict[str, type[ReportedResult] | type[ReportedStudy]] = {
+    MEASURE_SCHEMA: ReportedResult,
+    BENCH_SCHEMA: ReportedResult,
+    STUDY_SCHEMA: ReportedStudy,
+}
+
+
+class _Head(msgspec.Struct, frozen=True):
+    schema: str = ""
+
+
+def schema_of(data: bytes, name: str) -> str:
+    """Return the schema that a JSON object says it has, nothing where it says none.
+
+    Raises
+    ------
+    UsageError
+        If ``data`` is no JSON object.
+    """
+    try:
+        return msgspec.json.decode(data, type=_Head).schema
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UsageError(f"file={name!r} is no result of detcoll measure or bench: {error}") from error
-    if result.schema not in (MEASURE_SCHEMA, BENCH_SCHEMA):
-        raise UsageError(f"file={name!r} has schema={result.schema!r}; expected {MEASURE_SCHEMA} or {BENCH_SCHEMA}")
-    return result
+        raise UsageError(f"file={name!r} is no JSON object: {error}") from error
 
 
 class _SiteTable(msgspec.Struct, frozen=True):
@@ -182,15 +259,23 @@ def read_site_map(path: Path) -> SiteMap:
         If it cannot be read, a site lacks its place, or a link names no site.
     """
     try:
-        tables = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _MapFile)
+        return parse_site_map(path.read_text(encoding="utf-8"), path.stem, str(path))
     except OSError as error:
         raise UsageError(f"file={str(path)!r} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"file={str(path)!r} has no map: {error}") from error
+
+
+def parse_site_map(text: str, name: str, file: str) -> SiteMap:
+    """Return the map in a TOML ``text``, which errors call ``file``; raises as `read_site_map` does."""
+    try:
+        tables = msgspec.convert(tomllib.loads(text), _MapFile)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise UsageError(f"file={file!r} has no map: {error}") from error
     numbers = {site.name: index for index, site in enumerate(tables.site)}
     unknown = [name for link in tables.link for name in link.between if name not in numbers]
     if unknown:
-        raise UsageError(f"file={str(path)!r}: a link names site {unknown[0]!r}, which is not there")
+        raise UsageError(f"file={file!r}: a link names site {unknown[0]!r}, which is not there")
     pairs = [(numbers[link.between[0]], numbers[link.between[1]]) for link in tables.link]
     places = tuple(Place(site.name, site.latitude, site.longitude) for site in tables.site)
-    return SiteMap(path.stem, places, tuple(pairs or combinations(range(len(places)), 2)))
+    return SiteMap(name, places, tuple(pairs or combinations(range(len(places)), 2)))
