@@ -21,6 +21,7 @@ from detcoll.draw import (
     time_space,
     typical_call,
 )
+from detcoll.draw.timespace import joined
 from detcoll.draw.traces import timed_sends
 from detcoll.errors import UsageError
 from detcoll.plan import Slotting, build_calendar
@@ -70,6 +71,14 @@ def test_what_left_after_its_window_is_hatched() -> None:
     assert len(of_class(time_space(known(*TWO), 1000, span), "hatch")) > in_legend
     trimmed = known(trace(0, 0, collectives=[call(0, 100)], sends=[send(60, 69, 1, trimmed=True)]))
     assert len(of_class(time_space(trimmed, 1000, span), "hatch")) > in_legend
+
+
+def test_slots_too_small_to_be_told_apart_are_joined() -> None:
+    assert joined([(0, 3), (3.2, 6), (20, 22), (22, 40), (40, 41)]) == [(0, 6), (20, 22), (22, 41)]
+    many = [send(at, at + 0.5, 1, nbytes=10_000) for at in range(50)]
+    drawn = time_space(known(trace(0, 0, collectives=[call(0, 100_000)], sends=many), trace(1, 1)), 900)
+    assert len(of_class(drawn, "fill", "edge")) == 0
+    assert len(of_class(drawn, "planned")) == 2, "one, and the legend's"
 
 
 def test_messages_of_a_flow_leave_one_after_another() -> None:

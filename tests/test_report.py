@@ -178,6 +178,12 @@ def test_empty_and_partial_results_make_a_page() -> None:
     assert "did not give the bits" in page_of(measurement(digests_equal=False))
 
 
+def test_a_doubtful_baseline_is_said_to_be_one() -> None:
+    slow = run("single cluster", 0.03, 1.0, setting="single-cluster", arithmetic_ratio=1.2)
+    assert "20.0 % above its own arithmetic" in page_of(measurement(runs=[slow, run("slotted", 0.06, 0.5)]))
+    assert "doubtful" not in page_of(measurement())
+
+
 def test_a_sweep_says_how_near_it_comes_to_the_floor() -> None:
     audit = {"slotting": "calendar", "passed": False, "inside_share": 0.5}
     rows = [
@@ -300,6 +306,13 @@ def test_pictures_are_written_as_files_of_their_own_on_request(tmp_path: Path) -
         root = ElementTree.parse(file).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
         assert root.attrib["width"] == "952"
+
+
+def test_runs_that_keep_one_calendar_show_it_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put_traces(tmp_path / name)
+    shown = headings(html_text(report(gather([tmp_path / "a", tmp_path / "b"]))))
+    assert shown == ["Planned and actual sends: a", "The calendar of a cycle: a", "Planned and actual sends: b"]
 
 
 def test_the_command_writes_for_perfetto_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def curve_chart(curves: Sequence[Curve], x_axis: Axis, y_axis: Axis, title: str,
     left = max((text_width(y_axis.shown(tick), 11.5) for tick in ticks), default=0.0) + 16
     every_x = [x for curve in curves for x, _ in curve.points] + list(x_axis.includes)
     is_log = x_axis.may_be_log and 0 < LOG_FROM * min(every_x) < max(every_x)
-    x = Scale(min(every_x), max(every_x), left + 8, width - 12, is_log)
+    x = Scale(min(every_x), max(every_x), left + 8, width - 22, is_log)
     bottom = y.begin
     parts: list[Element | None] = [*legend, words(0, top + 10, y_axis.label + _log_note(y), "muted small")]
     for tick in ticks:

@@ -22,6 +22,8 @@ from detcoll.quantities import format_bytes
 LANE_HEIGHT, HALF_HEIGHT, LANE_GAP, SITE_HEADING = 24.0, 9.0, 4.0, 22.0
 SITE_GAP, SITE_GAP_OF_WAYS = 12.0, 58.0
 MOST_FLOWS, MOST_SLANTED, MOST_SENDS = 48, 600, 6000
+LEAST_APART = 6.0
+"""Slots narrower than this are drawn without lines between them, which would be all that is seen."""
 
 OneWay = Callable[[int, int], int]
 """Gives the one-way delay between two sites in nanoseconds."""
@@ -169,14 +171,27 @@ def _draw_lane(flow: _Flow, y: float, canvas: _Canvas, narrow: bool) -> None:
     shown = label if narrow else f"rank {label}" if text_width(f"rank {label}") <= canvas.x.begin else label
     canvas.parts.append(words(0, y + 16, shortened(shown, canvas.x.begin), "muted small number"))
     canvas.parts.append(rect(canvas.x.begin, y, canvas.x.end - canvas.x.begin, LANE_HEIGHT, "lane"))
-    for timed in flow.sends[:MOST_SENDS]:
-        x1, x2 = canvas.at(timed.planned_begin_ns), canvas.at(timed.planned_end_ns)
+    sends = flow.sends[:MOST_SENDS]
+    planned = [(canvas.at(timed.planned_begin_ns), canvas.at(timed.planned_end_ns)) for timed in sends]
+    for x1, x2 in joined(planned):
         canvas.parts.append(rect(x1, y + 2, x2 - x1, HALF_HEIGHT, f"planned {kind}"))
+    for timed in sends:
         canvas.parts += _sent(flow, timed, y + LANE_HEIGHT - HALF_HEIGHT - 2, canvas, kind)
     offset_ns = flow.trace.offset_ns
     for miss in flow.trace.misses:
         if miss.dst_site in (-1, flow.dst_site):
             _draw_miss(canvas, miss.not_before_ns + offset_ns, miss.not_after_ns + offset_ns, y)
+
+
+def joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Join neighbours that are too small to be told apart, so that hollow ones do not fill each other."""
+    made: list[tuple[float, float]] = []
+    for begin, end in spans:
+        if made and end - begin < LEAST_APART and -1 < begin - made[-1][1] < 1:
+            made[-1] = (made[-1][0], end)
+        else:
+            made.append((begin, end))
+    return made
 
 
 def _sent(flow: _Flow, timed: TimedSend, y: float, canvas: _Canvas, kind: str) -> list[Element]:
@@ -186,7 +201,8 @@ def _sent(flow: _Flow, timed: TimedSend, y: float, canvas: _Canvas, kind: str) -
         f"began {time_text((timed.begin_ns - timed.planned_begin_ns) / 1e9)} after it was due, "
         f"took {time_text((timed.end_ns - timed.begin_ns) / 1e9)}"
     )
-    parts = [rect(x1, y, max(x2 - x1, 1.0), HALF_HEIGHT, f"fill edge {kind}", tip)]
+    edge = "edge " if x2 - x1 >= LEAST_APART else ""
+    parts = [rect(x1, y, max(x2 - x1, 1.0), HALF_HEIGHT, f"fill {edge}{kind}", tip)]
     if timed.is_late:
         parts += [line(x, y, x - 3, y + HALF_HEIGHT, "hatch") for x in range(int(x1) + 3, int(x2), 5)]
     return parts

@@ -98,7 +98,8 @@ def _setup(result: ReportedResult) -> str:
     if told.get("name"):
         parts.append(f"Workload: {told.get('script') or told['name']}")
     if told.get("iterations"):
-        parts.append(f"{told['iterations']} iterations in {told.get('rounds') or 1} rounds")
+        rounds = told.get("rounds") or 1
+        parts.append(f"{told['iterations']} iterations" + (f" in {rounds} rounds" if rounds > 1 else ""))
     if told.get("gradient_bytes"):
         parts.append(f"{format_bytes(told['gradient_bytes'])} of gradients")
     if told.get("compute_s"):

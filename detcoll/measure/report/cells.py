@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from detcoll.draw import Axis
 from detcoll.draw.scale import percent, time_text
 from detcoll.measure.report.reported import ReportedResult
+from detcoll.measure.tables import doubts
 
 NOTHING = "\N{EN DASH}"
 """Stands where a figure does not apply or is not known."""
@@ -33,6 +34,9 @@ def remarks(result: ReportedResult) -> list[str]:
     lines = [
         f"left out: {one.transport}{f', {one.network}' if one.network else ''}: {one.why}" for one in result.left_out
     ]
+    for run in result.runs[:1]:
+        if not run.is_wide:
+            lines += [f"a doubtful baseline: {doubt}" for doubt in doubts(run.iteration_s, run.arithmetic_ratio)]
     if result.digests_equal is False:
         lines.append("the slotted run across sites did not give the bits of the single cluster")
     told = (f"{run.name} {percent(run.accuracy)}" for run in result.runs if run.accuracy is not None)

@@ -58,6 +58,7 @@ class ReportedRun:
     retransmits: int | None = None
     slot_misses: int | None = None
     accuracy: float | None = None
+    arithmetic_ratio: float | None = None
     line: ReportedLine | None = None
 
     @property

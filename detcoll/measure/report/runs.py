@@ -8,7 +8,7 @@ from statistics import median
 from xml.etree.ElementTree import Element
 
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
-from detcoll.draw.scale import percent, plain, time_text, time_unit
+from detcoll.draw.scale import linear_ticks, percent, plain, time_text, time_unit
 from detcoll.measure.report.cells import (
     NOTHING,
     SLOTTED,
@@ -39,7 +39,8 @@ def run_headline(result: ReportedResult) -> str | None:
     shown = percent(high, 0) if round(100 * low) == round(100 * high) else f"{round(100 * low)} to {percent(high, 0)}"
     sites = result.workload.get("sites")
     where = f"Across {sites} sites" if sites else "Across sites"
-    return f"{where}, {name} trains at {shown} of one cluster\N{RIGHT SINGLE QUOTATION MARK}s speed"
+    hedge = ", depending on the network" if len(shares) > 1 else ""
+    return f"{where}, {name} trains at {shown} of one cluster\N{RIGHT SINGLE QUOTATION MARK}s speed{hedge}"
 
 
 def _main_name(wide: Sequence[ReportedRun]) -> str | None:
@@ -140,7 +141,9 @@ def _samples(run: ReportedRun, series: int) -> Curve:
 def _time_figure(curves: Sequence[Curve], x_label: str, title: str) -> Element:
     unit, size = time_unit(median(value for curve in curves for _, value in curve.points))
     y = Axis(f"time, {unit}", lambda value: plain(value / size), may_be_log=True)
-    return figure(partial(curve_chart, curves, Axis(x_label, plain), y, title))
+    longest = max(x for curve in curves for x, _ in curve.points)
+    ticks = tuple(tick for tick in linear_ticks(1.0, longest, 7) if tick.is_integer())
+    return figure(partial(curve_chart, curves, Axis(x_label, plain, ticks=ticks), y, title))
 
 
 def _by_flow(runs: Sequence[ReportedRun]) -> list[tuple[str, list[ReportedRun]]]:
