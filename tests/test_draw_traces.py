@@ -197,11 +197,11 @@ def test_perfetto_gets_a_track_for_each_rank_and_line() -> None:
     events = told["traceEvents"]
     names = {(event["pid"], event["tid"]): event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert names == {
-        (1, 1): "rank 0", (1, 2): "to nanjing, planned", (1, 3): "to nanjing",
-        (2, 1): "rank 1", (2, 2): "to guiyang, planned", (2, 3): "to guiyang",
+        (1, 1001): "rank 0", (1, 1002): "to nanjing, planned", (1, 1003): "to nanjing",
+        (2, 1004): "rank 1", (2, 1005): "to guiyang, planned", (2, 1006): "to guiyang",
     }  # fmt: skip
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"guiyang", "nanjing"}
-    sent = next(event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, 3))
+    sent = next(event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, 1006))
     assert (sent["ts"], sent["dur"], sent["cat"], sent["args"]["bytes"]) == (30_000, 10_000, "send", 100_000)
     late = [event["args"]["is_late"] for event in events if event.get("cat") == "send"]
     assert late == [False, True, False]

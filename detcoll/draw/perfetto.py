@@ -20,6 +20,9 @@ from detcoll.quantities import format_bytes
 
 Event = dict[str, Any]
 
+FIRST_TRACK = 1000
+"""Tracks are numbered through all processes, apart from those: readers take both for an operating system's."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
@@ -36,7 +39,7 @@ class _Slice:
 class _Writer:
     origin_ns: int
     events: list[Event] = field(default_factory=list)
-    _tracks: dict[int, int] = field(default_factory=dict)
+    last_track: int = FIRST_TRACK
 
     def process(self, site: int, name: str) -> None:
         self._meta("process_name", site + 1, 0, {"name": name})
@@ -45,9 +48,9 @@ class _Writer:
     def track(self, site: int, name: str, slices: Iterable[_Slice]) -> int:
         """Write slices on a track, and on further ones while they overlap; returns the first one's number."""
         lanes = apart(sorted(slices, key=lambda one: (one.begin_ns, -one.end_ns)))
-        first = self._tracks.get(site, 0) + 1
-        for number, lane in enumerate(lanes or [[]]):
-            track = self._tracks[site] = first + number
+        first = self.last_track + 1
+        for track, lane in enumerate(lanes or [[]], first):
+            self.last_track = track
             self._meta("thread_name", site + 1, track, {"name": name})
             self._meta("thread_sort_index", site + 1, track, {"sort_index": track})
             self.events += [self._complete(site, track, one) for one in lane]

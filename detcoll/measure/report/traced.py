@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from xml.etree.ElementTree import Element
 
-from detcoll.draw import Cycle, cycle_of_traces, cycle_picture, site_map, time_space
+from detcoll.draw import cycle_of_traces, cycle_picture, site_map, time_space
 from detcoll.draw.scale import time_text
 from detcoll.draw.timespace import OneWay
 from detcoll.measure.report.inputs import ReportInputs, TracedRun
@@ -20,16 +20,15 @@ MOST_TRACED = 6
 def trace_sections(inputs: ReportInputs) -> list[Element]:
     """Return a time-space diagram for each traced run, and a calendar where it is another than before."""
     sections: list[Element] = []
-    drawn: set[Cycle] = set()
-    names, one_way_ns = inputs.site_names, inputs.one_way_ns()
-    for run in inputs.traced[:MOST_TRACED]:
-        which = f": {run.name}" if len(inputs.traced) > 1 else ""
+    runs, names, one_way_ns = inputs.traced[:MOST_TRACED], inputs.site_names, inputs.one_way_ns()
+    cycles = [cycle_of_traces(run.traces, names, one_way_ns) for run in runs]
+    several = len(set(cycles)) > 1
+    for index, (run, cycle) in enumerate(zip(runs, cycles, strict=True)):
         if any(trace.collectives for trace in run.traces):
-            sections.append(_time_space(run, which, names, one_way_ns))
-        cycle = cycle_of_traces(run.traces, names, one_way_ns)
-        if cycle is not None and cycle not in drawn:
-            drawn.add(cycle)
+            sections.append(_time_space(run, f": {run.name}" if len(runs) > 1 else "", names, one_way_ns))
+        if cycle is not None and cycle not in cycles[:index]:
             told = "Who may use a line when, again and again. " + _slots_told(run)
+            which = f": {run.name}" if several else ""
             sections.append(section(f"The calendar of a cycle{which}", told, figure(partial(cycle_picture, cycle))))
     return sections
 
