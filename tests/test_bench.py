@@ -80,6 +80,19 @@ def test_table_tells_how_the_line_was_used(
     assert "there are no windows" not in shown
 
 
+def test_table_tells_of_networks_that_are_not_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    line = BenchLine("slotted", "deterministic", 0.5, USE)
+    output_console().print(
+        bench_table(BenchResult(BENCH_SCHEMA, {}, (ROW,), lines=(replace(line, cross_traffic=0.0),)))
+    )
+    assert "others" not in capsys.readouterr().out
+    row = replace(ROW, service="deterministic", cross_traffic=0.5)
+    output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (row,), lines=(line,))))
+    shown = capsys.readouterr().out
+    assert "slotted, deterministic, others 50%: dropped segments: policed 2, queue full 1, lost 3" in shown
+    assert "a co-tenant's round trip 20 ms, p99 30 ms" in " ".join(shown.split())
+
+
 def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str]) -> None:
     seen = replace(AUDIT, slotting="off", passed=False, window_capacity_bytes=(0, 0))
     output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (ROW,), (), seen)))

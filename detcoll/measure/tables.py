@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from detcoll.measure.lines import LineUse
-from detcoll.measure.results import AuditResult, BenchResult, LeftOut, Measurement, Run
+from detcoll.measure.results import AuditResult, BenchResult, LeftOut, Measurement, Row, Run
 from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration
 
@@ -38,7 +39,7 @@ def measurement_table(result: Measurement) -> RenderableType:
     """Return the table of a measurement, with what was left out and what the digests say below."""
     table = Table(title="Training across sites, compared with one cluster", title_justify="left")
     table.add_column("setting", no_wrap=True)
-    has_networks = len({(run.service, run.cross_traffic) for run in result.runs}) > 1
+    has_networks = _has_networks(result.runs)
     for heading in ("service", "others") if has_networks else ():
         table.add_column(heading)
     for heading in ("iteration", "p01 .. p99", "sync", "efficiency", "spread", "line busy", "resent", "misses"):
@@ -52,7 +53,7 @@ def measurement_table(result: Measurement) -> RenderableType:
 def bench_table(result: BenchResult) -> RenderableType:
     """Return the table of a sweep, with what was left out and the audit below."""
     table = Table(title="Time of a call, slowest rank", title_justify="left")
-    has_networks = len({(row.service, row.cross_traffic) for row in result.rows}) > 1
+    has_networks = _has_networks(result.rows)
     for heading in ("collective", "transport", *(("service", "others") if has_networks else ()), "algorithm"):
         table.add_column(heading)
     for heading in (
@@ -139,6 +140,11 @@ def line_note(name: str, use: LineUse) -> Text:
     return Text(f"{name}: dropped segments: {dropped}; {queue}; {others}")
 
 
+def _has_networks(entries: Sequence[Run | Row]) -> bool:
+    """Tell whether anything was measured on other than a quiet ordinary network."""
+    return any((entry.service, entry.cross_traffic) != ("best-effort", 0) for entry in entries)
+
+
 def _cells(run: Run, has_networks: bool) -> list[str]:
     low, high = run.efficiency_spread
     is_wide = run.line is not None
@@ -166,7 +172,7 @@ def _notes(result: Measurement) -> list[Text]:
     ]
     if result.digests_equal is not None:
         notes.append(_digest_line(result))
-    if len(result.runs) > 1 and len({(run.service, run.cross_traffic) for run in result.runs}) > 1:
+    if _has_networks(result.runs):
         named = [(f"{run.name}, {run.service}, others {run.cross_traffic:.0%}", run.line) for run in result.runs]
         notes += [line_note(name, use) for name, use in named if use is not None]
     accuracies = [f"{run.name} {run.accuracy:.1%}" for run in result.runs if run.accuracy is not None]
