@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHARACTER_WIDTH = 7.0
@@ -95,8 +94,3 @@ def shortened(text: str, room: float, size: float = 13.0) -> str:
         return text
     kept = max(int(room / (CHARACTER_WIDTH * size / 13.0)) - 1, 1)
     return text[:kept].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def limits(values: Sequence[float]) -> tuple[float, float]:
-    """Return the least and the greatest of ``values``."""
-    return min(values), max(values)
