@@ -15,6 +15,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+TRACE_VARIABLE = "DETCOLL_TRACE"
+"""In the environment: the folder for one trace file a rank."""
+
 LARGEST_TRACE = 65_536
 """Collectives and sends kept, the oldest go first."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -41,7 +42,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_simulate_writes_its_tables_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "study.json"
-    shown = run(capsys, "simulate", "two-cities", *QUICK, "--json", str(path))
+    report = tmp_path / "report"
+    shown = run(capsys, "simulate", "two-cities", *QUICK, "--json", str(path), "--report", str(report))
+    assert (report / "results.json").read_text() == path.read_text()
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert "in simulation" in page
+    assert "Map: two-cities" in page
     for word in (
         "single-cluster",
         "deterministic",
@@ -71,6 +77,13 @@ def test_simulate_takes_what_options_say(tmp_path: Path, capsys: pytest.CaptureF
     told = {key: facts[key] for key in ("line_bit_per_s", "reserved_bit_per_s", "loss", "cross_traffic", "connections",
                                         "compute_s", "backward", "overlap", "buckets")}  # fmt: skip
     assert list(told.values()) == [40e9, 10e9, 0.001, 0.25, 2, 0.1, 0.5, 0.5, 4]
+
+
+def test_plan_draws_its_calendar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "calendar.svg"
+    run(capsys, "plan", "--sites", "3", "--slotting", "calendar", "--svg", str(path))
+    words = [node.text for node in ElementTree.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")]
+    assert {"site0", "to site1", "leaves on the uplink", "arrives on the downlink"} <= set(words)
 
 
 def test_simulate_names_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:

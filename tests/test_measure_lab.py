@@ -56,8 +56,15 @@ def test_synthetic(tmp_path: Path) -> None:
         "--bucket-bytes",
         "64KiB",
     ]
-    data = measure(tmp_path / "m.json", *arguments, "--iterations", "4", "--rounds", "1", "--against", "none")
+    report = tmp_path / "report"
+    arguments += ["--iterations", "4", "--rounds", "1", "--against", "none", "--report", str(report)]
+    data = measure(tmp_path / "m.json", *arguments)
     single, slotted = data["runs"]
+    assert json.loads((report / "results.json").read_text()) == data
+    assert "Planned and actual sends" in (report / "report.html").read_text(encoding="utf-8")
+    ranks = sorted(path.name for path in (report / "traces").glob("wide-area-slotted*/*"))
+    assert ranks == ["rank0.json", "rank1.json"], "the slotted run is traced, no other"
+    assert data["command"].startswith("detcoll measure --workload synthetic")
     assert data["digests_equal"] is True
     assert single["iteration_s"]["median"] >= 0.06
     assert slotted["iteration_s"]["median"] >= 0.06

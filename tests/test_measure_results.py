@@ -40,6 +40,7 @@ from detcoll.measure.results import LeftOut, Measurement, require_writable, writ
 from detcoll.measure.statistics import ratio, summarize, tails
 from detcoll.measure.tables import measurement_table
 from detcoll.topology import Topology
+from detcoll.trace import TRACE_VARIABLE
 from detcoll.transport import Capabilities, Scope
 
 MS = 10**6
@@ -309,6 +310,7 @@ class FakePlaces:
 
     calls: list[tuple[str, str]]
     faults: dict[str, str]
+    traced: list[tuple[str, str, Path]]
 
     def __init__(self, topology: Topology, deadline_s: float) -> None:
         self.topology = topology
@@ -321,7 +323,9 @@ class FakePlaces:
         fault = self.faults.get(setting.transport)
         if fault == "fails":
             raise DetcollError("a rank ended with exit code 3")
-        if env is not None:
+        if TRACE_VARIABLE in (env or {}):
+            self.traced.append((setting.name, logs.name, Path((env or {})[TRACE_VARIABLE])))
+        if marks.MARKS_VARIABLE in (env or {}):
             write_json(logs / "marks0.json", Marks(0, (0, MS, 3 * MS)))
             return 2.0
         config = read_config(logs / "config.json")
@@ -347,7 +351,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> type[FakePlaces]:
     monkeypatch.setattr(experiment, "read_lines", lambda lab, service: LineRecord(service, counted(), 7))
     monkeypatch.setattr(experiment, "Places", FakePlaces)
     monkeypatch.setattr(experiment, "save_digits", lambda path: None)
-    FakePlaces.calls, FakePlaces.faults = [], {}
+    FakePlaces.calls, FakePlaces.faults, FakePlaces.traced = [], {}, []
     return FakePlaces
 
 
@@ -392,6 +396,20 @@ def test_one_slotted_run_with_other_bits_is_enough() -> None:
     assert experiment.digests_equal([same, fine, fine]) is True
     assert experiment.digests_equal([same, fine, other, fine]) is False
     assert experiment.digests_equal([same]) is None
+
+
+@pytest.mark.parametrize("script", [(), (__file__,)])
+def test_only_the_last_slotted_round_is_traced_and_only_for_a_report(
+    places: type[FakePlaces], tmp_path: Path, script: tuple[str, ...]
+) -> None:
+    made = an_experiment(workload=None if script else SYNTHETIC, script=script)
+    run_experiment(made, lambda line: None)
+    assert places.traced == []
+    run_experiment(replace(made, traces=tmp_path / "traces"), lambda line: None)
+    ((name, logs, folder),) = places.traced
+    assert name == "slotted"
+    assert logs.endswith("-1"), "rounds count from zero"
+    assert folder == tmp_path / "traces" / logs
 
 
 def test_digits_go_on_in_the_next_round(places: type[FakePlaces]) -> None:
@@ -501,11 +519,11 @@ def test_results_must_have_a_place(tmp_path: Path) -> None:
         (["--service", ""], "at least one value"),
         (["--service", "deterministic,deterministic"], "each value once"),
         (["--cross-traffic", "much"], "cross_traffic='much'"),
+        (["--report", __file__], "expected a folder"),
         (["--cross-traffic", "0,2.5", "--against", "none"], "cross_traffic=2.5 must be a share from 0 to 2"),
         (["--reserved", "800 Mbit/s"], "reserved='800 Mbit/s' needs service=deterministic"),
         (["--service", "deterministic", "--reserved", "800"], "reserved='800'"),
         (["--service", "deterministic", "--reserved", "1 Gbit/s", "--against", "none"], "must be less than its uplink"),
-        (["--report", "out"], "not available in this version"),
         (["--json", "/no/such/directory/x.json"], "no directory"),
         (["--against", "pigeon"], "against='pigeon'"),
         (["--against", "shm"], "against='shm' joins ranks of one host only"),

@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
 
+from detcoll.cli.invocation import carrying_out
 from detcoll.cli.splitting import keep_script_options
 from detcoll.errors import DetcollError, UsageError
 
@@ -30,6 +31,7 @@ app.command("detcoll.cli.measure:measure", name="measure", help="Compare trainin
 app.command("detcoll.cli.bench:bench", name="bench", help="Time collectives.")
 app.command("detcoll.cli.plan:plan", name="plan", help="Show a topology's calendar, and what to reserve for it.")
 app.command("detcoll.cli.simulate:simulate", name="simulate", help="Simulate training across many sites.")
+app.command("detcoll.cli.report:report", name="report", help="Draw results and traces.")
 app.command("detcoll.cli.doctor:doctor", name="doctor", help="Say what this host lacks.")
 
 
@@ -39,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error that detcoll raises on purpose is shown as one line, with code 2 where the arguments are at fault and 1
     otherwise; with ``DETCOLL_LOG=debug`` the traceback comes before it.
     """
-    tokens = keep_script_options(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
     try:
-        result = app(tokens, exit_on_error=False)
+        with carrying_out(given):
+            result = app(keep_script_options(given), exit_on_error=False)
     except CycloptsError:  # cyclopts has shown it
         return USAGE
     except DetcollError as error:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from detcoll.cli.invocation import command_line
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
 from detcoll.launchers import read_environment
@@ -154,7 +155,7 @@ def _run_in_lab(spec: LabBench, left_out: tuple[LeftOut, ...], json: Path | None
 def _finish(result: BenchResult, json: Path | None) -> int:
     output_console().print(bench_table(result))
     if json is not None:
-        write_result(json, result)
+        write_result(json, replace(result, command=command_line()))
     return 0
 
 

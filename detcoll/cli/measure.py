@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
 
+from detcoll.cli.invocation import command_line
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
 from detcoll.measure.experiment import Experiment, run_experiment
@@ -16,7 +18,9 @@ from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import ended_by_signals
 from detcoll.measure.records import WorkloadName, WorkloadSpec
-from detcoll.measure.results import Measurement, require_writable, write_result
+from detcoll.measure.report import forget_traces, gather, write_report
+from detcoll.measure.report.inputs import RESULTS, TOPOLOGY, TRACES
+from detcoll.measure.results import Measurement, require_folder, require_writable, write_result
 from detcoll.measure.tables import measurement_table, output_console
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
 
@@ -93,12 +97,14 @@ def measure(
     json
         File for the results.
     report
-        Directory for a report; not available in this version.
+        Directory for report.html, its results.json, and traces of the slotted run's last round.
     deadline
         How long one setting may take in one round.
     """
-    _refuse_later(report)
     require_writable(json, "json")
+    require_folder(report, "report")
+    if report is not None:
+        forget_traces(report)
     name = workload or "digits"
     if script and workload is not None:
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
@@ -117,11 +123,12 @@ def measure(
         conditions=Conditions(parse_size_bytes(queue, "queue")),
         networks=networks,
         deadline_s=parse_duration_ns(deadline, "deadline") / 1e9,
+        traces=None if report is None else report / TRACES,
     )
-    return _run(experiment, json)
+    return _run(experiment, json, report)
 
 
-def _run(experiment: Experiment, json: Path | None) -> int:
+def _run(experiment: Experiment, json: Path | None, report: Path | None) -> int:
     console, progress = output_console(), Console(stderr=True)
     for one in experiment.left_out:
         progress.print(f"left out: {one.transport}: {one.why}", highlight=False, markup=False)
@@ -132,10 +139,14 @@ def _run(experiment: Experiment, json: Path | None) -> int:
             if not progress.is_terminal:
                 print(line, file=sys.stderr, flush=True)
 
-        result = run_experiment(experiment, say)
+        result = replace(run_experiment(experiment, say), command=command_line())
     console.print(measurement_table(result))
     if json is not None:
         write_result(json, result)
+    if report is not None:
+        write_result(report / RESULTS, result)
+        (report / TOPOLOGY).write_text(experiment.topology.to_toml(), encoding="utf-8")
+        progress.print(f"report: {write_report(report, gather([report]))}", highlight=False, markup=False)
     return _exit_code(result, experiment)
 
 
@@ -154,9 +165,3 @@ def _workload(name: WorkloadName, compute: str, gradient_bytes: str, bucket_byte
     if name == "digits":
         return WorkloadSpec("digits", bucket)
     return WorkloadSpec("synthetic", bucket, compute_ns, gradient)
-
-
-def _refuse_later(report: Path | None) -> None:
-    """Refuse what the option is there for but this version does not do."""
-    if report is not None:
-        raise UsageError(f"report={str(report)!r}: reports are not available in this version; use --json")

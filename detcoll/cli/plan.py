@@ -10,6 +10,7 @@ import msgspec
 
 from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
 from detcoll.cli.progress import progress_bars
+from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
 from detcoll.measure.options import wide_topology
 from detcoll.measure.results import require_writable
@@ -25,6 +26,7 @@ from detcoll.topology import Topology
 from detcoll.types import accumulation_dtype, parse_dtype
 
 SCHEMA = "detcoll.plan-report/1"
+SVG_WIDTH = 920
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ def plan(
     reservation: bool = False,
     base_time: str = "0 ns",
     json: Path | None = None,
+    svg: Path | None = None,
 ) -> int:
     """Show the calendar of a topology and a collective's plan on it: steps, bytes, rates and the predicted time.
 
@@ -106,8 +109,11 @@ def plan(
         When a cycle of the gates begins, by the clock that the sites share.
     json
         File for all of it.
+    svg
+        File for a picture of the calendar.
     """
     require_writable(json, "json")
+    require_writable(svg, "svg")
     asked = _collective(collective, parse_size_bytes(bytes, "bytes"), dtype)
     base_time_ns = parse_duration_ns(base_time, "base_time")
     mode = None if slotting is None else Slotting.parse(slotting)
@@ -126,6 +132,8 @@ def plan(
     _show(report)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    if svg is not None:
+        svg.write_text(svg_text(cycle_picture(cycle_of_calendar(calendar, lines), SVG_WIDTH)), encoding="utf-8")
     return 0 if answer is None or answer.line_bit_per_s is not None else 1
 
 

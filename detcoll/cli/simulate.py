@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from detcoll.cli.invocation import command_line
 from detcoll.cli.progress import progress_bars
-from detcoll.measure.results import require_writable
+from detcoll.measure.report import gather, write_report
+from detcoll.measure.report.inputs import RESULTS
+from detcoll.measure.results import require_folder, require_writable, write_result
 from detcoll.measure.tables import NONE, output_console
 from detcoll.plan import Slotting
 from detcoll.quantities import format_bytes, format_duration, format_rate, parse_duration_ns, parse_rate_bytes_per_s
@@ -41,6 +44,7 @@ def simulate(
     variants: bool = True,
     list: bool = False,
     json: Path | None = None,
+    report: Path | None = None,
 ) -> int:
     """Simulate training over a scenario's sites: one cluster, a deterministic network, an ordinary one.
 
@@ -80,12 +84,15 @@ def simulate(
         Name the shipped scenarios and end.
     json
         File for the results.
+    report
+        Directory for report.html and its results.json.
     """
     if list:
         for name in shipped():
             print(f"{name}: {load(name).description}")
         return 0
     require_writable(json, "json")
+    require_folder(report, "report")
     chosen = changed(
         load(scenario),
         line_bytes_per_s=None if uplink is None else parse_rate_bytes_per_s(uplink, "uplink"),
@@ -96,10 +103,15 @@ def simulate(
     )  # fmt: skip
     mode = None if slotting is None else Slotting.parse(slotting)
     with progress_bars() as say:
-        result = study(chosen, efficiency, mode, variants=variants, say=say)
+        made = study(chosen, efficiency, mode, variants=variants, say=say)
+    result = replace(made, command=command_line())
     output_console().print(study_table(result))
     if json is not None:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+        write_result(json, result)
+    if report is not None:
+        write_result(report / RESULTS, result)
+        own = () if scenario in shipped() else (Path(scenario),)
+        print(f"report: {write_report(report, gather((report, *own)))}")
     return 0
 
 

@@ -24,10 +24,10 @@ from detcoll.measure.records import write_json
 from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchResult, LeftOut, Row
 from detcoll.measure.sweep import Sweep, run_sweep
 from detcoll.topology import Topology
+from detcoll.trace import TRACE_VARIABLE
 
 SLOTTED = "slotted"
 SLOTTING_VARIABLE = "DETCOLL_SLOTTING"
-TRACE_VARIABLE = "DETCOLL_TRACE"
 
 Say = Callable[[str], None]
 """Gets a line of progress."""

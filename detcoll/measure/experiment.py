@@ -26,6 +26,7 @@ from detcoll.measure.places import Places
 from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_marks, read_record, write_json
 from detcoll.measure.results import MEASURE_SCHEMA, LeftOut, Measurement, Run
 from detcoll.topology import Topology
+from detcoll.trace import TRACE_VARIABLE
 
 CLUSTER_TRANSPORT = "shm"
 SLOTTED = "slotted"
@@ -43,6 +44,7 @@ class Experiment:
     ``iterations`` : measured in each setting, all ``rounds`` together.
     ``networks`` : what the lines are in turn; ``topology`` has the reserved rates, which only deterministic ones grant.
     ``timeout_s`` : of a collective.  ``deadline_s`` : of one setting in one round.
+    ``traces`` : folder for the traces of the last round of slotted runs, one folder in it for each; none unless given.
     """
 
     topology: Topology
@@ -56,6 +58,7 @@ class Experiment:
     networks: tuple[Network, ...] = (QUIET,)
     timeout_s: float = 60.0
     deadline_s: float = 600.0
+    traces: Path | None = None
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -164,7 +167,7 @@ class _Session:
         config = self._config(setting, number, workload, here)
         write_json(here / "config.json", config)
         argv = [sys.executable, "-m", "detcoll.measure.worker", str(here / "config.json")]
-        self._run_ranks(setting, argv, here)
+        self._run_ranks(setting, argv, here, self._tracing(setting, number))
         ranks = range(self.experiment.topology.size)
         self.rounds.setdefault(setting, []).append([read_record(config.record_path(rank)) for rank in ranks])
 
@@ -203,7 +206,7 @@ class _Session:
         here = self._directory_of(setting, number)
         program, *arguments = self.experiment.script
         argv = [sys.executable, program, *arguments] if program.endswith(".py") else [program, *arguments]
-        env = {MARKS_VARIABLE: str(here), "DETCOLL_TRANSPORT": setting.transport}
+        env = {MARKS_VARIABLE: str(here), "DETCOLL_TRANSPORT": setting.transport} | self._tracing(setting, number)
         if setting.is_wide:
             path = here / "topology.toml"
             path.write_text(setting.network.topology(self.experiment.topology).to_toml(), encoding="utf-8")
@@ -213,6 +216,13 @@ class _Session:
         total_s = self._run_ranks(setting, argv, here, env)
         marks = tuple(read_marks(path) for path in sorted(here.glob("marks*.json")))
         self.script_rounds.setdefault(setting, []).append(ScriptRound(total_s, marks))
+
+    def _tracing(self, setting: Setting, number: int) -> dict[str, str]:
+        """Return what makes ranks keep a trace: of slotted runs, in their last round."""
+        traces = self.experiment.traces
+        if traces is None or setting.transport != SLOTTED or number < self.experiment.rounds - 1:
+            return {}
+        return {TRACE_VARIABLE: str(traces.resolve() / self._directory_of(setting, number).name)}
 
     def _directory_of(self, setting: Setting, number: int) -> Path:
         network = f"{setting.network.service.value}-{setting.network.cross_traffic:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from detcoll.errors import UsageError
 from detcoll.measure.lines import LineUse
 from detcoll.measure.statistics import Summary
+from detcoll.scenarios import Study
 
 MEASURE_SCHEMA = "detcoll.measure/1"
 BENCH_SCHEMA = "detcoll.bench/1"
@@ -64,7 +66,8 @@ class Measurement:
     """The file of `detcoll measure --json`.
 
     ``digests_equal`` : whether every slotted run across sites gave the bits of the single-cluster run; None where the
-    workload has no digest or there is no such run.
+    workload has no digest or there is no such run.  ``command`` : the command line that it came
+    from.
     """
 
     schema: str
@@ -73,6 +76,7 @@ class Measurement:
     runs: tuple[Run, ...]
     left_out: tuple[LeftOut, ...]
     digests_equal: bool | None
+    command: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,7 @@ class BenchResult:
     left_out: tuple[LeftOut, ...] = ()
     audit: AuditResult | None = None
     lines: tuple[BenchLine, ...] = ()
+    command: str | None = None
 
 
 def require_writable(path: Path | None, name: str) -> None:
@@ -192,6 +197,26 @@ def require_writable(path: Path | None, name: str) -> None:
         raise UsageError(f"{name}={str(path)!r} cannot be used: {error.strerror}") from error
 
 
-def write_result(path: Path, result: Measurement | BenchResult) -> None:
+def write_result(path: Path, result: Measurement | BenchResult | Study) -> None:
     """Write a result file, indented for people."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+
+
+def require_folder(path: Path | None, name: str) -> None:
+    """Refuse a folder that could not be made or written to, before anything runs; it is made if it is not there.
+
+    Raises
+    ------
+    UsageError
+        If ``path`` is something else, or cannot be made or written to.
+    """
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(f"{name}={str(path)!r} is a file; expected a folder") from error
+    except OSError as error:
+        raise UsageError(f"{name}={str(path)!r} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{name}={str(path)!r} cannot be written to")

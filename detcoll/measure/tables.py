@@ -166,7 +166,10 @@ def _cells(run: Run, has_networks: bool) -> list[str]:
 
 def _notes(result: Measurement) -> list[Text]:
     notes = [left_out_line(one) for one in result.left_out]
-    notes += [Text(f"a doubtful baseline: {doubt}", style="yellow") for doubt in _doubts(result.runs[0])]
+    notes += [
+        Text(f"a doubtful baseline: {doubt}", style="yellow")
+        for doubt in doubts(result.runs[0].iteration_s, result.runs[0].arithmetic_ratio)
+    ]
     if result.digests_equal is not None:
         notes.append(_digest_line(result))
     if _has_networks(result.runs):
@@ -178,16 +181,16 @@ def _notes(result: Measurement) -> list[Text]:
     return notes
 
 
-def _doubts(baseline: Run) -> list[str]:
+def doubts(iteration_s: Summary, arithmetic_ratio: float | None) -> list[str]:
     """Return why the single cluster's figures may flatter the others."""
-    doubts = []
-    if baseline.arithmetic_ratio is not None and baseline.arithmetic_ratio > LARGEST_ARITHMETIC_RATIO:
-        above = f"{100 * (baseline.arithmetic_ratio - 1):.1f} % above its own arithmetic"
-        doubts.append(f"the single cluster's median lies {above}")
-    unevenness = baseline.iteration_s.p99 / baseline.iteration_s.median
+    found = []
+    if arithmetic_ratio is not None and arithmetic_ratio > LARGEST_ARITHMETIC_RATIO:
+        above = f"{100 * (arithmetic_ratio - 1):.1f} % above its own arithmetic"
+        found.append(f"the single cluster's median lies {above}")
+    unevenness = iteration_s.p99 / iteration_s.median
     if unevenness > LARGEST_UNEVENNESS:
-        doubts.append(f"the single cluster's p99 is {unevenness:.1f} times its median; the machine is busy otherwise")
-    return doubts
+        found.append(f"the single cluster's p99 is {unevenness:.1f} times its median; the machine is busy otherwise")
+    return found
 
 
 def _digest_line(result: Measurement) -> Text:

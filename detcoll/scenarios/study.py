@@ -78,7 +78,8 @@ class Study:
     """The file of `detcoll simulate --json`.
 
     ``together_error`` : by how much the quick figures (sensitivity, needed) differ from the full simulation, of an
-    iteration on the ordinary network. What is inside a site was taken from the deterministic one.
+    iteration on the ordinary network. What is inside a site was taken from the deterministic one.  ``command`` :
+    the command line that it came from.
     """
 
     schema: str
@@ -88,6 +89,7 @@ class Study:
     sensitivity: tuple[Point, ...]
     needed: tuple[Needed, ...]
     together_error: float
+    command: str | None = None
 
 
 class _Setting:

@@ -1,0 +1,58 @@
+"""``detcoll report``: pictures of what earlier runs left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from detcoll.draw import chrome_trace
+from detcoll.errors import UsageError
+from detcoll.measure.report import ReportInputs, gather, write_report
+from detcoll.measure.results import require_folder, require_writable
+
+
+def report(
+    *files: Path,
+    out: Path | None = None,
+    svg: bool = False,
+    perfetto: Path | None = None,
+    topology: Path | None = None,
+) -> int:
+    """Make a page of pictures from result files and traces, or a trace that Perfetto opens.
+
+    Parameters
+    ----------
+    files
+        Files of measure --json and bench --json, traces of ranks (DETCOLL_TRACE), folders of these, and TOML files
+        whose sites have a latitude and a longitude.
+    out
+        Directory for report.html; "report" unless given, and not made where only --perfetto is asked for.
+    svg
+        Also write each picture as an SVG file of its own into that directory.
+    perfetto
+        File for the traces in the Chrome trace format, to be opened at ui.perfetto.dev; a track for every rank and for
+        every line.
+    topology
+        Topology file that names the sites of the traces and tells their delays.
+    """
+    if not files:
+        raise UsageError("FILES are missing; expected result files, traces or folders of them")
+    require_writable(perfetto, "perfetto")
+    inputs = gather(files, topology)
+    if perfetto is not None:
+        _write_perfetto(perfetto, inputs)
+    if out is not None or svg or perfetto is None:
+        folder = out if out is not None else Path("report")
+        require_folder(folder, "out")
+        print(write_report(folder, inputs, svg))
+    return 0
+
+
+def _write_perfetto(path: Path, inputs: ReportInputs) -> None:
+    if len(inputs.traced) != 1:
+        names = ", ".join(run.name for run in inputs.traced) or "none"
+        raise UsageError(f"perfetto={str(path)!r} takes the traces of one run; found {names}")
+    trace = chrome_trace(inputs.traced[0].traces, inputs.site_names)
+    path.write_bytes(msgspec.json.encode(trace))
+    print(path)
