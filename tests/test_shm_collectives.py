@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from detcoll.testing.fabric import Here, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import DTYPES, ReduceOp, is_integer
 from detcoll_shm import ShmTransport, crew, processor, regions
-from detcoll_shm.stage import PROCESSOR
 
 GROUPINGS = {
     "1": [[0]], "2": [[0, 1]], "1+1": [[0], [1]], "3": [[0, 1, 2]], "2+1": [[0, 1], [2]], "placed": [[1, 2], [0]],
@@ -130,34 +130,46 @@ def test_memory_of_another_rank_is_not_taken_for_an_array() -> None:
         regions.Mapped(0, b"k" * 16, os.dup).view(place, 101)
 
 
-def crossed(here: Here) -> None:
-    """Both ranks say that they run on one processor, and the second is late: the first steps aside."""
+def crossed(here: Here, left: threading.Event) -> None:
+    """The second rank comes once the first has stepped aside for it."""
     if here.rank:
-        crew = here.endpoint._begin_collectives()._crew
-        here.meet()
-        while not here.endpoint._peers[0].stage.words[PROCESSOR]:
-            os.sched_yield()
-        crew._words[PROCESSOR] = here.endpoint._peers[0].stage.words[PROCESSOR]
-        while here.endpoint._peers[0].stage.words[PROCESSOR] == crew._words[PROCESSOR]:
-            os.sched_yield()
-    else:
-        here.meet()
+        assert left.wait(timeout=60)
     here.endpoint.barrier(here.deadline_ns())
 
 
 def test_a_rank_leaves_the_processor_of_the_one_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = [5]
+    left, asked = threading.Event(), []
+
+    def awaited(pid: int, thread: int) -> int:
+        asked.append((pid, thread))
+        return 5
 
     def leave(processor: int) -> None:
         assert processor == 5
-        at[0] = 6
+        left.set()
 
-    monkeypatch.setattr(crew, "current_processor", lambda: at[0])
+    monkeypatch.setattr(crew, "current_processor", lambda: 5)
+    monkeypatch.setattr(crew, "awaited_processor", awaited)
     monkeypatch.setattr(crew, "leave", leave)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     with ThreadFabric(ShmTransport(), 2, {"wait_ns": 10**9}) as fabric:
-        fabric.run(crossed)
+        fabric.run(crossed, left=left)
         assert fabric[0].counters()["moves"] == 1
+        assert [pid for pid, _ in asked][:1] == [os.getpid()]
+
+
+def test_where_a_thread_wants_to_run() -> None:
+    may_end, told = threading.Event(), []
+    sleeper = threading.Thread(target=lambda: (told.append(threading.get_native_id()), may_end.wait()))
+    sleeper.start()
+    try:
+        assert processor.awaited_processor(os.getpid(), threading.get_native_id()) in os.sched_getaffinity(0)
+        while not told or processor.awaited_processor(os.getpid(), told[0]) is not None:
+            os.sched_yield()
+    finally:
+        may_end.set()
+        sleeper.join()
+    assert processor.awaited_processor(os.getpid(), 2**22 + 1) is None
 
 
 def test_leaving_a_processor_keeps_where_a_thread_may_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError
 from detcoll_shm.bell import ring
 from detcoll_shm.layout import State
-from detcoll_shm.processor import current_processor, leave
+from detcoll_shm.processor import awaited_processor, current_processor, leave
 from detcoll_shm.regions import NOWHERE, Place
-from detcoll_shm.stage import ARRIVED, ASLEEP, DIGEST, FOLDED, PLACE, PLACE_WORDS, PROCESSOR, TOLD, Stage
+from detcoll_shm.stage import ARRIVED, ASLEEP, DIGEST, FOLDED, PLACE, PLACE_WORDS, PROCESS, THREAD, TOLD, Stage
 from detcoll_shm.stores import Counts
 
 RECHECK_NS = 10 * 10**6
@@ -72,6 +72,7 @@ class Crew:
         self._wait_ns = wait_ns
         self._is_crowded = len(mates) + 1 > len(os.sched_getaffinity(0))
         self._words = stage.words
+        self._words[PROCESS] = os.getpid()
         self._mates = tuple((mate, mate.stage.words) for mate in mates)
         self._fence = threading.Lock()
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
@@ -81,7 +82,7 @@ class Crew:
         """Show that this rank is in its next collective, what it called, and where its array is."""
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
-        self._words[PROCESSOR] = current_processor()
+        self._words[THREAD] = threading.get_native_id()
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
         at = PLACE + PLACE_WORDS * (sequence & 1)
@@ -158,10 +159,13 @@ class Crew:
                     return
         else:
             began_ns = now_ns = time.monotonic_ns()
+            yields = False
             while now_ns - began_ns < self._wait_ns:
-                if now_ns - began_ns >= APART_NS:
-                    self._move_apart(words)
+                if yields:
                     os.sched_yield()
+                elif now_ns - began_ns >= APART_NS:
+                    yields = True
+                    self._move_apart(words)
                 for _ in range(LOOKS_A_GLANCE):
                     if words[word] >= value:
                         return
@@ -169,11 +173,11 @@ class Crew:
         self._sleep(words, word, value)
 
     def _move_apart(self, words: memoryview[int]) -> None:
+        """Leave this processor if the rank that is waited for would run on it."""
         here = current_processor()
-        if words[PROCESSOR] == here >= 0:
+        if here == awaited_processor(words[PROCESS], words[THREAD]):
             leave(here)
             self._counts.moves += 1
-        self._words[PROCESSOR] = current_processor()
 
     def _sleep(self, words: memoryview[int], word: int, value: int) -> None:
         own = self._words

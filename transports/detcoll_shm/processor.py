@@ -10,6 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from pathlib import Path
+
+_STATE, _PROCESSOR = 0, 36
+"""Places behind a thread's name in its ``stat``."""
 
 
 def _find() -> Callable[[], int]:
@@ -23,6 +27,16 @@ def _find() -> Callable[[], int]:
 
 current_processor = _find()
 """Return the number of the processor that runs the calling thread; -1 where the system does not tell."""
+
+
+def awaited_processor(pid: int, thread: int) -> int | None:
+    """Return on which processor a thread wants to run (``proc_pid_stat(5)``), None if it sleeps or is gone."""
+    try:
+        text = Path(f"/proc/{pid}/task/{thread}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return int(fields[_PROCESSOR]) if fields[_STATE] == "R" else None
 
 
 def leave(processor: int) -> None:

@@ -15,7 +15,8 @@ GIVEN     chunks that lie in ``given``, counted since the start
 FOLDED    chunks of which this rank's share lies in ``folded``
 ASLEEP    1 while this rank waits on its doorbell, so that others ring it
 PLACE     three words, for collectives of even and odd number in turn: where its array is (`detcoll_shm.regions`)
-PROCESSOR which one this rank ran on when it arrived or last waited long
+PROCESS   process of this rank
+THREAD    and its thread in this collective, so that others see on which processor it is to run
 TOLD      number of the collective whose full descriptor lies at `TEXT_AT`
 ========= ====================================================================================================
 
@@ -34,7 +35,7 @@ from detcoll.descriptor import HELLO_BYTES
 from detcoll_shm.layout import PAGE_BYTES, Geometry
 
 ARRIVED, DIGEST = 0, 1
-GIVEN, FOLDED, ASLEEP, TOLD, PROCESSOR, PLACE = 16, 32, 48, 64, 80, 96
+GIVEN, FOLDED, ASLEEP, TOLD, PROCESS, THREAD, PLACE = 16, 32, 48, 64, 80, 81, 96
 PLACE_WORDS = 3
 TEXT_AT = 1024
 
