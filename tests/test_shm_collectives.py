@@ -132,6 +132,7 @@ def test_memory_of_another_rank_is_not_taken_for_an_array() -> None:
 
 def crossed(here: Here, left: threading.Event) -> None:
     """The second rank comes once the first has stepped aside for it."""
+    here.endpoint.barrier(here.deadline_ns())
     if here.rank:
         assert left.wait(timeout=60)
     here.endpoint.barrier(here.deadline_ns())
@@ -154,8 +155,9 @@ def test_a_rank_leaves_the_processor_of_the_one_it_waits_for(monkeypatch: pytest
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     with ThreadFabric(ShmTransport(), 2, {"wait_ns": 10**9}) as fabric:
         fabric.run(crossed, left=left)
-        assert fabric[0].counters()["moves"] == 1
-        assert [pid for pid, _ in asked][:1] == [os.getpid()]
+        assert fabric[0].counters()["moves"] >= 1
+        assert asked[-1][0] == os.getpid()
+        assert asked[-1][1] > 0
 
 
 def test_where_a_thread_wants_to_run() -> None:
