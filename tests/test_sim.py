@@ -22,6 +22,7 @@ from detcoll.plan import (
     build_calendar,
     choose_chunk,
 )
+from detcoll.plan.bounds import floor_ns
 from detcoll.sim import Simulation, simulate
 from detcoll.sim.simulator import STEPS_A_REPORT
 from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
@@ -288,3 +289,21 @@ def test_arguments_are_checked() -> None:
         simulate(parts, topology, calendar, data=[np.zeros(63, np.float32)] * 4)
     with pytest.raises(UsageError, match="data of rank 0"):
         simulate(parts, topology, calendar, data=[np.zeros(64, np.float16)] * 4)
+
+
+@pytest.mark.parametrize(
+    ("topology", "count"),
+    [
+        (Topology.uniform(8, 1, 1.25e6, 10 * MS), 2**20),
+        (Topology.uniform(4, 1, 31.25e6, 10 * MS), 2**23),
+        (Topology.uniform(4, 4, 125e6, 10 * MS), 2**22),
+        (Topology.uniform(4, 3, 125e6, 10 * MS), 3_000_000),
+    ],
+    ids=["8 slow", "4", "4 of 4", "4 of 3"],
+)
+def test_scratch_keeps_no_line_waiting(topology: Topology, count: int) -> None:
+    """Sites that share their lines come within 4 % of the floor in large messages, however their chunks divide."""
+    collective, calendar = Collective("all_reduce", count, 4, 4), build_calendar(topology, Slotting.SHARE)
+    parts = all_parts(collective, topology, "direct", choose_chunk(topology, calendar, collective))
+    result = simulate(parts, topology, calendar)
+    assert floor_ns(topology, "all_reduce", collective.nbytes, 0) / result.slowest_ns > 0.96
