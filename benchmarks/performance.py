@@ -87,7 +87,7 @@ def _wide_cases(folder: Path, iterations: int) -> list[Case]:
         found.append(Case(f"4 sites, unequal distances, {slotting}", ("--lab", "--topology", str(unequal), *given)))
     found += [
         Case(f"growth: {count_} sites", ("--lab", "--sites", str(count_), "--ranks-per-site", "1", "--rate",
-             "10 Mbit/s", "--round-trip", "20 ms", "--bytes", "1MiB", *count))
+             "10 Mbit/s", "--round-trip", "20 ms", "--bytes", "4MiB", "--iterations", "3", "--warmup", "1"))
         for count_ in (2, 4, 8)
     ]  # fmt: skip
     return found
