@@ -234,3 +234,46 @@ def test_a_site_that_is_asked_to_move_far_has_not_settled_any_more() -> None:
     assert loops[0].turn(S)
     assert not loops[0].holds
     assert loops[0].next_ns(S) == S + 20 * MS
+
+
+def settled() -> list[ArrivalLoop]:
+    """Return three loops that have settled and whose windows of marks are full."""
+    loops = of_three()
+    tell_all(loops, rounds=20)
+    assert all(loop.turn(0) for loop in loops)
+    return loops
+
+
+def test_a_mark_that_comes_far_too_early_tells_both_ends_of_a_step() -> None:
+    loops = settled()
+    assert loops[1].handle_mark(0, loops[0].make_mark(1, 0), WAY_NS - 5 * MS)
+    assert loops[0].handle_mark(1, loops[1].make_mark(0, 0), WAY_NS), "which of the two has stepped, neither knows"
+    loops[0].restart()
+    loops[1].handle_mark(0, loops[0].make_mark(1, 0), WAY_NS)
+    assert not loops[0].handle_mark(1, loops[1].make_mark(0, 0), WAY_NS)
+
+
+def test_marks_that_are_far_later_tell_of_a_step_once_they_are_half_a_window() -> None:
+    loops = settled()
+    jumped = [loops[1].handle_mark(0, loops[0].make_mark(1, 0), WAY_NS + 5 * MS) for _ in range(12)]
+    assert jumped == [False] * 7 + [True] + [False] * 4
+    assert loops[1].error_ns == 5 * MS, "what came before counts no more"
+
+
+def test_marks_that_are_far_later_now_and_then_tell_of_nothing() -> None:
+    loops = settled()
+    for round_ in range(40):
+        late_ns = 5 * MS if round_ % 7 else 0
+        assert not loops[1].handle_mark(0, loops[0].make_mark(1, 0), WAY_NS + late_ns)
+    assert loops[1].error_ns == 0
+
+
+def test_a_receiver_of_arrivals_far_apart_settles_only_when_its_burst_is_over() -> None:
+    extra_ns = right(3)
+    extra_ns[0][1] = 6 * MS
+    sites = Sites([0] * 3, extra_ns)
+    sites.run(1500 * MS)
+    assert sites.apart_ns() == pytest.approx(2 * MS, abs=20 * US)
+    assert not any(loop.settled for loop in sites.loops)
+    sites.run(3 * S)
+    assert all(loop.all_settled for loop in sites.loops)

@@ -17,8 +17,8 @@ the mean, and a sender takes the mean of what receivers want::
 That is alternating least squares for x_ij - p_i - c_i - u_j, over the departures c and one free arrival u of each
 receiver: it ends at their minimum from any start. Each round leaves 1 - gain (1 - 1 / (S-1)^2) of an error at most.
 Wanted is a correction, not a change, so what is told late or lost adds nothing up, and noise moves corrections by no
-more than itself. (All of them together may wander, which nobody notices.) With three sites one delay in six can be
-wrong in a way that this cannot mend; with more sites more. What is left is seen by receivers, as the spread of their
+more than itself. (All of them together may wander, which nobody notices.) Of the S (S-1) delays' errors it mends
+2 S - 1 combinations, which with three sites is all but one. What is left is seen by receivers, as the spread of their
 arrivals; all tell it each other, and guards have to cover it.
 
 Arrivals are seen in marks, small messages that say when they departed. Queues and sleeping hosts only delay, so of the
@@ -120,6 +120,8 @@ class ArrivalLoop:
         self._left = burst
         self._next_ns: int | None = None
         self._settled = False
+        self._late: list[int] | None = None
+        self._is_fresh = False
         self.limit_ns: int | None = None
         """What guards allow for: `holds` while `error_ns` is not more. None: anything."""
 
@@ -148,7 +150,7 @@ class ArrivalLoop:
 
     @property
     def holds(self) -> bool:
-        """Whether windows may be trusted: settled, and no receiver complains."""
+        """Whether windows may be trusted: settled, and arrivals are no further apart than guards allow for."""
         if not self._settled:
             return False
         error_ns = self.error_ns  # unknown while another site starts anew, which shares by rate meanwhile
@@ -157,7 +159,7 @@ class ArrivalLoop:
     def restart(self) -> None:
         """Start anew: this site's time has stepped. The correction stays, since ways are as unequal as before."""
         self._epoch = (self._epoch + 1) % _UNHEARD
-        self._settled, self._left, self._next_ns = False, self._burst, None
+        self._settled, self._left, self._next_ns, self._is_fresh = False, self._burst, None, False
         for other in self._others.values():
             other.late_ns.clear()
             other.wanted_ns = None
@@ -206,6 +208,7 @@ class ArrivalLoop:
             raise FrameError(f"{len(mark)} bytes that start {mark[:4]!r} are no mark of {MARK_BYTES} bytes")
         _, epoch, heard, flags, departed_ns, correction_ns, wanted_ns, spread_ns = _RECORD.unpack(mark)
         other = self._others[site]
+        self._is_fresh = False
         if epoch != other.epoch:
             other.epoch, other.doubted = epoch, False
             other.late_ns.clear()
@@ -235,9 +238,11 @@ class ArrivalLoop:
 
     def _late_ns(self) -> list[int] | None:
         """Return how late each other site's bytes arrive, corrected; None until enough marks of all have come."""
-        if any(len(other.late_ns) < self._settle for other in self._others.values()):
-            return None
-        return [min(other.late_ns) - other.correction_ns for other in self._others.values()]
+        if not self._is_fresh:  # it is asked for far more often than marks arrive
+            are_enough = all(len(other.late_ns) >= self._settle for other in self._others.values())
+            late_ns = (min(other.late_ns) - other.correction_ns for other in self._others.values())
+            self._late, self._is_fresh = list(late_ns) if are_enough else None, True
+        return self._late
 
     def _spread_ns(self) -> int | None:
         late_ns = self._late_ns()
@@ -249,14 +254,14 @@ class ArrivalLoop:
 
 
 def _add(kept_ns: deque[int], late_ns: int) -> bool:
-    """Keep how late one more mark is; tell whether it, or the newer half of a full window, is far off the others.
+    """Keep how late one more mark is; tell whether it, or the newer half of the window, is far off a full window.
 
     Only what is off is kept then.
     """
-    half = (kept_ns.maxlen or 0) // 2
-    is_early = bool(kept_ns) and late_ns < min(kept_ns) - LOST_NS
+    half, is_full = (kept_ns.maxlen or 0) // 2, len(kept_ns) == kept_ns.maxlen
+    is_early = is_full and late_ns < min(kept_ns) - LOST_NS
     newer_ns = [late_ns] if is_early else [*list(kept_ns)[1 - half :], late_ns]
-    is_late = len(kept_ns) == kept_ns.maxlen and half > 1 and min(newer_ns) - min(kept_ns) > LOST_NS
+    is_late = is_full and half > 1 and min(newer_ns) - min(kept_ns) > LOST_NS
     if is_early or is_late:
         kept_ns.clear()
         kept_ns.extend(newer_ns)

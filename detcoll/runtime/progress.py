@@ -404,8 +404,8 @@ class Progress:
         ticket.context = (operation, step, (queued, window))
 
     def _give_the_line(self, now_ns: int) -> None:
-        self._slots.trusted = self._timekeeper.synchronised
-        if self._slots.trusted and not self.synchronised.is_set():
+        self._slots.trusted = self._timekeeper.trusted
+        if self._timekeeper.synchronised and not self.synchronised.is_set():
             self.synchronised.set()
         self._slots.offset_ns = self._timekeeper.offset_ns(now_ns)
         for queued, window in self._slots.due(now_ns):

@@ -8,7 +8,8 @@ Windows that lead from several sites to one need more where sites do not share a
 leader of the first site in the same way, four times a second, which gives the job's time up to what a path is unequal
 there and back. To that an `ArrivalLoop` adds a correction, until what leaves by it arrives where receivers want it; its
 marks go between all leaders. A site's time is then no rank's clock, so all others of a site ask their leader. It
-answers while windows by its time may be trusted, and who hears nothing for `SILENCE_NS` trusts its own no longer.
+answers while it knows the time, and tells whether windows by it can be trusted; who hears nothing for `SILENCE_NS`
+trusts its own no longer.
 """
 
 from __future__ import annotations
@@ -97,15 +98,22 @@ class Timekeeper:
         self._suspends = SuspendDetector()
         self._look_ns = self._heard_ns = 0
         self._kept: list[bytes] = []
+        self._is_started = False
 
     @property
     def synchronised(self) -> bool:
-        """Whether the offset may be trusted."""
-        if self._synchroniser.state is not SyncState.SYNCHRONISED:
-            return False
+        """Whether the site's time is known."""
+        is_known = self._synchroniser.state is SyncState.SYNCHRONISED
+        return is_known and (self._loop is None or self._loop.settled)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether windows may be kept by it."""
+        if not self.synchronised or self._aligning is None:
+            return self.synchronised
         if self._loop is not None:
             return self._loop.holds
-        return self._aligning is None or self._clock.now_ns() - self._heard_ns <= SILENCE_NS
+        return self._synchroniser.peer_is_sure and self._clock.now_ns() - self._heard_ns <= SILENCE_NS
 
     def offset_ns(self, now_ns: int) -> int:
         """Return what to add to local time for the site's time; 0 until it is known."""
@@ -127,6 +135,7 @@ class Timekeeper:
 
     def start(self) -> None:
         """Be ready to answer ranks of this site; who aligned arrivals asks anew, since clocks have drifted."""
+        self._is_started = True
         for follower in self._followers:
             self._listen(follower, PING_TAG, self._asked)
         if self._loop is None:
@@ -205,7 +214,7 @@ class Timekeeper:
         ticket.release()
 
     def _asked(self, ticket: Ticket, now_ns: int) -> None:
-        """Answer a rank of this site in the site's time, which is worth nothing while windows cannot be kept by it."""
+        """Answer a rank of this site in the site's time."""
         if self.synchronised:
             self._answer(ticket, now_ns, self.offset_ns(now_ns))
 
@@ -214,7 +223,8 @@ class Timekeeper:
         self._answer(ticket, now_ns, 0)
 
     def _answer(self, ticket: Ticket, now_ns: int, offset_ns: int) -> None:
-        pong = answer_ping(bytes(ticket.view or b""), now_ns + offset_ns, self._clock.now_ns() + offset_ns)
+        sent_ns, is_sure = self._clock.now_ns() + offset_ns, self._aligning is None or self.trusted
+        pong = answer_ping(bytes(ticket.view or b""), now_ns + offset_ns, sent_ns, is_sure)
         self._send(ticket.peer, PONG_TAG, pong)
 
     def _answered(self, ticket: Ticket, now_ns: int) -> None:
@@ -225,11 +235,13 @@ class Timekeeper:
                 self._loop.restart()
 
     def _marked(self, ticket: Ticket, now_ns: int) -> None:
-        if self._aligns and self._loop is not None:
-            mark = bytes(ticket.view or b"")
-            if self._loop.handle_mark(self._site_of(ticket.peer), mark, now_ns + self._job_offset_ns(now_ns)):
-                log.info("what rank %d sends arrives at another time than before; finding out the time", ticket.peer)
-                self._start_anew()
+        if not self._aligns or self._loop is None:
+            return
+        arrives_ns = now_ns + self._job_offset_ns(now_ns)
+        has_stepped = self._loop.handle_mark(self._site_of(ticket.peer), bytes(ticket.view or b""), arrives_ns)
+        if has_stepped and self._is_started:  # before, others may be through and not answer any more
+            log.info("what rank %d sends arrives at another time than before; finding out the time", ticket.peer)
+            self._start_anew()
 
     def _send(self, peer: int, tag: int, record: bytes) -> None:
         """Send a record, which the endpoint borrows until the ticket ends."""
