@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detcoll.errors import PeerLost
 from detcoll.machine import Slots
 from detcoll.plan import ChunkSize, Collective, build_calendar, compile_plan
 from detcoll.runtime import Descriptor, Operation, Progress, Routes, Timekeeper, Work, progress
@@ -37,6 +38,9 @@ class Noted:
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         return Ticket(TicketKind.RECV, src, tag, nbytes)
+
+    def poll(self, deadline_ns: int) -> list[Ticket]:
+        return []
 
     def send(self, dst: int, tag: int, view: memoryview, window: object = None) -> Ticket:
         if view.nbytes == CHUNK_ELEMS * 4:
@@ -83,5 +87,38 @@ def test_what_a_fold_makes_ready_leaves_before_the_next_fold(monkeypatch, descri
         began_ns = time.now_ns()
         thread._do_busywork()
         assert [sent_ns - began_ns for sent_ns, _ in endpoint.sent] == [FOLD_NS, 2 * FOLD_NS, 3 * FOLD_NS]
+    finally:
+        thread.close()
+
+
+def test_a_thread_that_has_drained_starts_nothing_about_time_any_more(descriptor: int) -> None:
+    told: list[str] = []
+
+    def lose(ticket: Ticket) -> None:
+        told.append("ticket")
+        raise PeerLost("rank 1 is gone")
+
+    keeper: Any = SimpleNamespace(
+        turn=lambda now_ns: told.append("turn"), offset_ns=lambda now_ns: 0, next_ns=lambda now_ns: now_ns,
+        trusted=False, synchronised=True,
+    )  # fmt: skip
+    topology = sites_of([1, 1])
+    routes: Any = Routes({1: Noted(VirtualTime())}, [0, 1], frozenset({1}))
+    membership: Any = SimpleNamespace(fileno=lambda: descriptor)
+    thread = Unthreaded(0, 2, routes, Slots(build_calendar(topology), 0, 0), keeper, membership, Trace(0, 0))
+    try:
+        thread._stopping = True  # so that a turn does not wait
+        thread._turn()
+        assert thread.synchronised.is_set()
+        assert not thread._slots.trusted
+        ticket = Ticket(TicketKind.RECV, 1, 0, 0, context=lose)
+        with pytest.raises(PeerLost):
+            thread._take(ticket, [])
+        assert thread._wake_ns(5) == 5
+        thread._drained.set()
+        assert thread._wake_ns(5) > 5
+        thread._turn()
+        thread._take(ticket, [])
+        assert told == ["turn", "ticket", "ticket"]
     finally:
         thread.close()
