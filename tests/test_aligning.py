@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import lines, run_ranks
 
 from detcoll import opening
@@ -138,6 +140,18 @@ class World:
                 keeper.turn(clock.now_ns())
             look()
 
+    def apart_ns(self) -> int:
+        """Return how far apart arrivals truly are that should meet exactly, at the worst receiver."""
+        reads_ns = [
+            clock.now_ns() + keeper.offset_ns(clock.now_ns())
+            for clock, keeper in zip(self.clocks, self.keepers, strict=True)
+        ]
+        spreads = []
+        for there in range(len(reads_ns)):
+            late_ns = [self.extra_ns.get((i, there), 0) - reads_ns[i] for i in range(len(reads_ns)) if i != there]
+            spreads.append(max(late_ns) - min(late_ns))
+        return max(spreads)
+
     @property
     def leaders(self) -> list[int]:
         return [site.ranks[0] for site in self.topology.sites]
@@ -191,6 +205,20 @@ def test_delays_that_differ_by_a_millisecond_from_the_topology(calendar: Calenda
     assert abs(left_ns - MS // 3) < 30 * US, "what is unequal there and back goes three ways, and is seen"
     wide = build_calendar(world.topology, Slotting.CALENDAR, error_ns=GUARD_NS + left_ns)
     assert world.least_gap_ns(wide) > GUARD_NS - 50 * US
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data(), count=st.integers(3, 6), drift_ppm=st.floats(0, 50))
+def test_what_sites_tell_of_their_arrivals_is_true(data: st.DataObject, count: int, drift_ppm: float) -> None:
+    world = World([1] * count, drift_ppm)
+    pairs = list(itertools.permutations(range(count), 2))
+    errors = data.draw(st.lists(st.integers(-MS // 2, MS // 2), min_size=len(pairs), max_size=len(pairs)))
+    world.extra_ns = dict(zip(pairs, errors, strict=True))
+    world.run(4 * S)
+    told = [keeper.arrivals_ns for keeper in world.keepers]
+    assert None not in told
+    assert world.apart_ns() < max(ns for ns in told if ns is not None) + 100 * US
+    assert world.apart_ns() > min(ns for ns in told if ns is not None) - 100 * US
 
 
 def test_ranks_of_a_site_keep_its_time(calendar: Calendar) -> None:
