@@ -27,7 +27,8 @@ SITE_CLOCK_ERROR_NS = 200_000
 """What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
 
 ALIGNED_CLOCK_ERROR_NS = 200_000
-"""What guards allow for where sites align arrivals, beside what they see: readings that wander between two marks."""
+"""What guards allow for where sites align arrivals, beside what they see: until the rates of clocks are known, in the
+first seconds, readings lag by two seconds of drift, here of 100 ppm."""
 ALIGNING_NS = 5_000_000_000
 """How long sites may take for it. Mostly it is done in less than a second."""
 
