@@ -4,9 +4,10 @@ Aligning arrivals takes a solver with a time limit, which need not give two mach
 decides. What it decided is kept under ``$XDG_CACHE_HOME/detcoll/calendars`` by a digest of all that it depends on. The
 cache is only ever a shortcut: what is broken, from elsewhere or cannot be written is passed over.
 
-Windows between more than two sites mean one time for all of them. Where clocks differ between sites, where ranks of a
-site would have to send to several of another at once, where rates are reserved between sites, or where no calendar is
-found, flows share the lines instead, and the log says why.
+Windows between more than two sites mean arrivals that do not meet. Sites that do not share a clock align them
+(`detcoll.clock.arrival`) before there is a calendar, and guards allow for what they could not mend. Where that is too
+much, where ranks of a site would have to send to several of another at once, where rates are reserved between sites, or
+where no calendar is found, flows share the lines instead, and the log says why.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ log = logging.getLogger("detcoll")
 FORMAT = 2
 """Of the calendars on disk; raised when equal arguments give other calendars."""
 
+LARGEST_ARRIVAL_ERROR_NS = 1_000_000
+"""Arrivals further apart than this get no windows, which would have to last too long for guards to be a small share."""
+
+ARRIVAL_STEP_NS = 50_000
+"""Errors of arrivals are rounded up to a multiple of this, so that what was solved once is found again on disk."""
+
 Exchange = Callable[[bytes], list[bytes]]
 """Gives this rank's payload and returns everybody's, in rank order."""
 
@@ -41,9 +48,16 @@ class Answer(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+def aligns_arrivals(topology: Topology, mode: Slotting | None, clocks: Sequence[str]) -> bool:
+    """Tell whether sites without a common clock have to align arrivals for the calendar that was asked for."""
+    wants = mode is Slotting.CALENDAR and len(topology.sites) > 2 and topology.is_wide
+    return wants and not _share_a_clock(topology, clocks) and not _obstacle(topology)
+
+
 def agree_on_calendar(
-    topology: Topology, mode: Slotting | None, error_ns: int, clocks: Sequence[str], rank: int, exchange: Exchange
-) -> Calendar:
+    topology: Topology, mode: Slotting | None, error_ns: int, clocks: Sequence[str], rank: int, exchange: Exchange,
+    arrivals_ns: int | None = None,
+) -> Calendar:  # fmt: skip
     """Return the calendar that all ranks will keep; all of them call it.
 
     Parameters
@@ -53,13 +67,16 @@ def agree_on_calendar(
     mode : Slotting, optional
         What was asked for; None: CALENDAR for two sites, SHARE for more.
     error_ns : int
-        What guards have to cover.
+        What guards have to cover, apart from ``arrivals_ns``.
     clocks : sequence of str
         The clock domain of each rank.
     rank : int
         Of the caller.
     exchange : callable
         How ranks tell each other; called only where a calendar has to be agreed on.
+    arrivals_ns : int, optional
+        Where `aligns_arrivals`: how far apart arrivals are that should meet exactly, the same on all ranks. None: that
+        is not known.
 
     Raises
     ------
@@ -69,7 +86,10 @@ def agree_on_calendar(
     wanted = mode or (Slotting.CALENDAR if len(topology.sites) <= 2 else Slotting.SHARE)
     if wanted is not Slotting.CALENDAR or len(topology.sites) <= 2 or not topology.is_wide:
         return build_calendar(topology, wanted, error_ns=error_ns)
-    reason = _obstacle(topology, clocks)
+    reason = _obstacle(topology)
+    if not reason and not _share_a_clock(topology, clocks):
+        reason = _misalignment(arrivals_ns)
+        error_ns += -(-(arrivals_ns or 0) // ARRIVAL_STEP_NS) * ARRIVAL_STEP_NS
     if reason:
         answer = Answer(build_calendar(topology, Slotting.SHARE), reason)
     else:
@@ -81,10 +101,24 @@ def agree_on_calendar(
     return answer.calendar
 
 
-def _obstacle(topology: Topology, clocks: Sequence[str]) -> str:
-    """Return why the ranks cannot keep windows across sites, or nothing."""
-    if len({clocks[site.ranks[0]] for site in topology.sites}) > 1:
-        return "sites do not share a clock"
+def _share_a_clock(topology: Topology, clocks: Sequence[str]) -> bool:
+    return len({clocks[site.ranks[0]] for site in topology.sites}) == 1
+
+
+def _misalignment(arrivals_ns: int | None) -> str:
+    """Return why sites without a common clock cannot keep windows, or nothing."""
+    if arrivals_ns is None:
+        return "sites do not share a clock, and could not align arrivals"
+    if arrivals_ns > LARGEST_ARRIVAL_ERROR_NS:
+        return (
+            f"sites do not share a clock, and arrivals stay {arrivals_ns / 1e6:.2f} ms apart, more than "
+            f"{LARGEST_ARRIVAL_ERROR_NS / 1e6:.2f} ms; are the delays in the topology right?"
+        )
+    return ""
+
+
+def _obstacle(topology: Topology) -> str:
+    """Return why no ranks could keep windows across these sites, or nothing."""
     if len({len(site.ranks) for site in topology.sites}) > 1:
         return "sites have unequal numbers of ranks"
     if topology.has_reservations:

@@ -60,7 +60,7 @@ class Communicator:
 
     def __init__(
         self, session: Session, settings: Settings, topology: Topology, assembled: Assembled, calendar: Calendar,
-        facts: Sequence[Facts],
+        facts: Sequence[Facts], timekeeper: Timekeeper,
     ) -> None:  # fmt: skip
         self._session, self._settings, self._topology, self._assembled = session, settings, topology, assembled
         self._calendar = calendar
@@ -75,10 +75,10 @@ class Communicator:
             calendar_facts(calendar, topology.granted, session.rank),
         )  # fmt: skip
         self._members = Members(session)
-        self._runner = self._make_runner(here, [fact.clock for fact in facts])
+        self._runner = self._make_runner(here, timekeeper)
         _open.add(self)
 
-    def _make_runner(self, here: int, domains: Sequence[str]) -> Progress | NativeRunner:
+    def _make_runner(self, here: int, timekeeper: Timekeeper) -> Progress | NativeRunner:
         members = self._members
         native = self._assembled.native
         if native is not None:
@@ -97,7 +97,6 @@ class Communicator:
             splits=self._assembled.transport.capabilities.splits,
         )
         routes = self._assembled.routes
-        timekeeper = Timekeeper(self._session.rank, self._topology.sites[here].ranks, domains, routes.endpoint_of)
         rank, reserved = self._session.rank, self._calendar.mode is not Slotting.OFF
         express = Express.of(self._topology, rank) if reserved else None
         return Progress(rank, self._session.size, routes, slots, timekeeper, members, self._trace, express)

@@ -137,6 +137,9 @@ class Slots(Generic[Item]):
     at its flow's rate. Where windows lead to one site each, every peer has a queue and windows of its own, so that what
     waits for one does not hold up another; else one queue serves all.
 
+    While ``trusted`` is not set, this rank does not know the time well enough for its windows: everything goes at once,
+    at an equal share of the line for each of those that the cycle has windows for.
+
     A window in which something waited and nothing was sent is a miss. ``missed_windows`` : the last of them, by
     destination site (-1: any), begin and end in local time.
     """
@@ -148,6 +151,7 @@ class Slots(Generic[Item]):
     frame_bytes: int = 0
     ahead: bool = True
     splits: bool = True
+    trusted: bool = True
     misses: int = 0
     trimmed: int = 0
     missed_windows: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=LARGEST_MISSES))
@@ -233,7 +237,7 @@ class Slots(Generic[Item]):
         """
         taken: list[tuple[Queued[Item], Window | None]] = []
         for lane in self._lanes.values():
-            if lane.queue and lane.windows:
+            if lane.queue and lane.windows and self.trusted:
                 self._fill(lane, now_ns, taken)
             elif lane.queue:
                 taken += [(send, self._at_once(send, now_ns)) for send in lane.queue]
@@ -271,7 +275,7 @@ class Slots(Generic[Item]):
         return min((self._ask_ns(lane, now_ns) for lane in self._lanes.values() if lane.queue), default=None)
 
     def _ask_ns(self, lane: _Lane[Item], now_ns: int) -> int:
-        if not lane.windows:
+        if not lane.windows or not self.trusted:
             return now_ns
         start_ns, end_ns = self._window(lane, now_ns)
         return start_ns if now_ns < start_ns and not self.ahead else end_ns
@@ -284,7 +288,9 @@ class Slots(Generic[Item]):
     def _at_once(self, send: Queued[Item], now_ns: int) -> Window | None:
         if self.calendar.mode is Slotting.OFF:
             return None
-        return Window(now_ns, None, self.calendar.rate_bytes_per_s(self.site, send.destination_site))
+        rate = self.calendar.rate_bytes_per_s(self.site, send.destination_site)
+        takers = {(window.rank, window.destination) for window in self.calendar.sites[self.site].windows}
+        return Window(now_ns, None, rate / max(len(takers), 1))
 
     def _window(self, lane: _Lane[Item], now_ns: int) -> tuple[int, int]:
         """Return the current window of a queue if there is time left in it, else its next, in local time."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from detcoll.assembly import Assembled, assemble, deadline_after
-from detcoll.calendars import agree_on_calendar
-from detcoll.clock import clock_domain
+from detcoll.calendars import agree_on_calendar, aligns_arrivals
+from detcoll.clock import MonotonicClock, clock_domain
 from detcoll.communicator import Communicator
 from detcoll.errors import UsageError
 from detcoll.launchers import read_environment
 from detcoll.plan import Calendar, Slotting
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
 from detcoll.rendezvous import Session, meet
+from detcoll.runtime import Aligning, Routes, Timekeeper, align_arrivals
 from detcoll.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
 from detcoll.topology import Topology
 from detcoll.transport import host_identity
@@ -23,6 +25,12 @@ from detcoll.transport import host_identity
 VERSION = "0.1.0"
 SITE_CLOCK_ERROR_NS = 200_000
 """What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
+
+ALIGNED_CLOCK_ERROR_NS = 200_000
+"""What guards allow for where sites align arrivals, beside what they see: until the rates of clocks are known, in the
+first seconds, readings lag by two seconds of drift, here of 100 ppm."""
+ALIGNING_NS = 5_000_000_000
+"""How long sites may take for it. Mostly it is done in less than a second."""
 
 
 def open_communicator(
@@ -45,8 +53,8 @@ def open_communicator(
         placed = place(settings.topology, [fact.site for fact in facts])
         assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
         try:
-            calendar = _calendar(settings, placed, facts, session, deadline_ns, assembled)
-            communicator = Communicator(session, settings, placed, assembled, calendar, facts)
+            calendar, timekeeper = _calendar(settings, placed, facts, session, deadline_ns, assembled)
+            communicator = Communicator(session, settings, placed, assembled, calendar, facts, timekeeper)
         except BaseException:
             for endpoint in assembled.endpoints:
                 endpoint.abort()
@@ -67,19 +75,52 @@ def open_communicator(
 def _calendar(
     settings: Settings, topology: Topology, facts: Sequence[Facts], session: Session, deadline_ns: int,
     assembled: Assembled,
-) -> Calendar:  # fmt: skip
-    """Lay out the lines; guards are longer where ranks of a site have to ask each other for the time."""
-    one_clock = all(len({facts[rank].clock for rank in site.ranks}) == 1 for site in topology.sites)
-    error_ns = DEFAULT_HOST_ERROR_NS + (0 if one_clock else SITE_CLOCK_ERROR_NS)
-    mode = settings.slotting
+) -> tuple[Calendar, Timekeeper]:  # fmt: skip
+    """Lay out the lines, and find who keeps the time for that.
+
+    Guards are longer where ranks of a site have to ask each other for the time, and where sites align arrivals.
+    """
+    clocks, mode, rank = [fact.clock for fact in facts], settings.slotting, session.rank
     if mode is None and not assembled.transport.capabilities.timed:
         mode = Slotting.OFF
+    granted, routes = topology.granted, assembled.routes
+    ranks = topology.sites[topology.site_of(rank)].ranks
+    aligns = assembled.native is None and aligns_arrivals(granted, mode, clocks)
+    aligning = Aligning.of(topology, rank) if aligns else None
+    asks = any(
+        len(site.ranks) > 1 and (aligning or len({clocks[r] for r in site.ranks}) > 1) for site in topology.sites
+    )
+    error_ns = DEFAULT_HOST_ERROR_NS + (SITE_CLOCK_ERROR_NS if asks else 0)
 
     def exchange(payload: bytes) -> list[bytes]:
         return session.exchange("calendar", payload, deadline_ns)
 
-    clocks = [fact.clock for fact in facts]
-    return agree_on_calendar(topology.granted, mode, error_ns, clocks, session.rank, exchange)
+    if aligning is None:
+        calendar = agree_on_calendar(granted, mode, error_ns, clocks, rank, exchange)
+        return calendar, Timekeeper(rank, ranks, clocks, routes.endpoint_of)
+    error_ns += ALIGNED_CLOCK_ERROR_NS
+    timekeeper = Timekeeper(rank, ranks, clocks, routes.endpoint_of, aligning)
+    arrivals_ns = _align(timekeeper, aligning, routes, session, deadline_ns)
+    calendar = agree_on_calendar(granted, mode, error_ns, clocks, rank, exchange, arrivals_ns)
+    if not calendar.has_windows:
+        return calendar, Timekeeper(rank, ranks, clocks, routes.endpoint_of)
+    if aligning.loop is not None:  # what is left for arrivals, once hosts and ranks of a site have had their part
+        aligning.loop.limit_ns = calendar.guard_ns - error_ns + ALIGNED_CLOCK_ERROR_NS
+    return calendar, timekeeper
+
+
+def _align(
+    timekeeper: Timekeeper, aligning: Aligning, routes: Routes, session: Session, deadline_ns: int
+) -> int | None:
+    """Align arrivals, and return how far apart they stay at the worst receiver of all; None where one cannot tell."""
+    if aligning.loop is not None:
+        endpoints = list(dict.fromkeys(routes.endpoint_of[r] for r in aligning.leaders if r != session.rank))
+        until_ns = min(deadline_ns, time.monotonic_ns() + ALIGNING_NS)
+        align_arrivals(timekeeper, endpoints, until_ns, MonotonicClock())
+    told = msgspec.json.encode(timekeeper.arrivals_ns)
+    answers = session.exchange("arrivals", told, deadline_ns)
+    seen = [msgspec.json.decode(answers[leader], type=int | None) for leader in aligning.leaders]
+    return None if None in seen else max(error_ns for error_ns in seen if error_ns is not None)
 
 
 def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from detcoll import calendars
-from detcoll.calendars import agree_on_calendar
+from detcoll.calendars import LARGEST_ARRIVAL_ERROR_NS, agree_on_calendar, aligns_arrivals
 from detcoll.errors import PlanError
 from detcoll.plan import Calendar, Slotting, build_calendar
 from detcoll.testing.plans import sites_of
@@ -24,7 +24,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def agreed(
-    topology: Topology = THREE, mode: Slotting | None = Slotting.CALENDAR, clocks: str = ""
+    topology: Topology = THREE,
+    mode: Slotting | None = Slotting.CALENDAR,
+    clocks: str = "",
+    arrivals_ns: int | None = None,
 ) -> tuple[Calendar, list[bytes]]:
     """Return what rank 0 gets, and what it told."""
     told: list[bytes] = []
@@ -33,7 +36,8 @@ def agreed(
         told.append(payload)
         return [payload]
 
-    return agree_on_calendar(topology, mode, 100_000, clocks or "a" * topology.size, 0, exchange), told
+    clocks = clocks or "a" * topology.size
+    return agree_on_calendar(topology, mode, 100_000, clocks, 0, exchange, arrivals_ns), told
 
 
 def test_others_take_what_rank_0_decides_and_check_it(cache: Path) -> None:
@@ -126,3 +130,25 @@ def test_what_is_reserved_between_two_sites_is_not_lent(caplog: pytest.LogCaptur
     assert "cannot be lent" in caplog.text
     for i, j in ((0, 1), (1, 2), (2, 0)):
         assert calendar.rate_bytes_per_s(i, j) <= 0.99 * 2e7 * THREE.payload_share * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("arrivals_ns", "guard_ns"), [(0, 100_000), (1, 150_000), (120_000, 250_000)])
+def test_guards_cover_what_sites_without_a_common_clock_could_not_mend(arrivals_ns: int, guard_ns: int) -> None:
+    calendar, _ = agreed(clocks="abc", arrivals_ns=arrivals_ns)
+    assert calendar == build_calendar(THREE, Slotting.CALENDAR, error_ns=guard_ns)
+
+
+def test_arrivals_that_stay_too_far_apart_get_no_windows(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "detcoll"):
+        calendar, told = agreed(clocks="abc", arrivals_ns=LARGEST_ARRIVAL_ERROR_NS + 1)
+    assert (calendar.mode, told) == (Slotting.SHARE, [])
+    assert "are the delays in the topology right?" in caplog.text
+
+
+def test_arrivals_are_aligned_where_windows_are_asked_for_and_clocks_differ() -> None:
+    assert aligns_arrivals(THREE, Slotting.CALENDAR, "aab")
+    assert not aligns_arrivals(THREE, Slotting.CALENDAR, "aaa")
+    assert not aligns_arrivals(THREE, None, "aab")
+    assert not aligns_arrivals(sites_of([2, 2]), Slotting.CALENDAR, "aabb")
+    assert not aligns_arrivals(sites_of([1, 2, 1]), Slotting.CALENDAR, "aabc")
+    assert not aligns_arrivals(THREE.as_single_cluster(), Slotting.CALENDAR, "abc")

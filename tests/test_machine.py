@@ -261,6 +261,22 @@ def test_a_message_larger_than_its_window_is_an_error() -> None:
         line.due(0)
 
 
+@pytest.mark.parametrize(("sites", "mode"), [([2, 2], Slotting.TURNS), ([2, 2, 2], Slotting.CALENDAR)])
+def test_who_does_not_know_the_time_sends_at_once_at_a_share(sites: list[int], mode: Slotting) -> None:
+    calendar = build_calendar(sites_of(sites), mode)
+    line: Slots[int] = Slots(calendar, 0, 0, trusted=False)
+    line.add(Queued(0, 1, 2, MESSAGE))
+    assert line.next_ns(5) == 5
+    ((_, window),) = line.due(5)
+    assert window == Window(5, None, calendar.rate_bytes_per_s(0, 1) / 2)
+    line.trusted = True
+    line.add(Queued(0, 1, 2, MESSAGE))
+    ((_, window),) = line.due(6)
+    assert window is not None
+    assert window.not_after_ns is not None
+    assert window.rate_bytes_per_s == calendar.rate_bytes_per_s(0, 1)
+
+
 def test_a_lone_rank_sends_at_once_at_its_rate() -> None:
     topology = sites_of([1, 1])
     calendar = build_calendar(topology)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detcoll.errors import PeerLost
 from detcoll.machine import Slots
 from detcoll.plan import ChunkSize, Collective, build_calendar, compile_plan
 from detcoll.runtime import Descriptor, Operation, Progress, Routes, Timekeeper, Work, progress
@@ -116,3 +117,35 @@ def test_what_ends_with_a_fold_ends_before_the_thread_waits(monkeypatch, thread:
     thread._turn()
     assert ended == [False, True]
     assert (operation.array == 2).all()
+
+
+def test_a_thread_that_has_drained_starts_nothing_about_time_any_more(descriptor: int) -> None:
+    told: list[str] = []
+
+    def lose(ticket: Ticket) -> None:
+        told.append("ticket")
+        raise PeerLost("rank 1 is gone")
+
+    keeper: Any = SimpleNamespace(
+        turn=lambda now_ns: told.append("turn"), offset_ns=lambda now_ns: 0, next_ns=lambda now_ns: now_ns,
+        trusted=False, synchronised=True,
+    )  # fmt: skip
+        routes: Any = Routes({1: Noted(VirtualTime())}, [0, 1], frozenset({1}))
+    membership: Any = SimpleNamespace(fileno=lambda: descriptor)
+    thread = Unthreaded(0, 2, routes, Slots(build_calendar(TWO), 0, 0), keeper, membership, Trace(0, 0))
+    try:
+        thread._stopping = True  # so that a turn does not wait
+        thread._turn()
+        assert thread.synchronised.is_set()
+        assert not thread._slots.trusted
+        ticket = Ticket(TicketKind.RECV, 1, 0, 0, context=lose)
+        with pytest.raises(PeerLost):
+            thread._take(ticket, [])
+        assert thread._wake_ns(5) == 5
+        thread._drained.set()
+        assert thread._wake_ns(5) > 5
+        thread._turn()
+        thread._take(ticket, [])
+        assert told == ["turn", "ticket", "ticket"]
+    finally:
+        thread.close()

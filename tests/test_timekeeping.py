@@ -1,10 +1,11 @@
-"""Ranks of a site whose clocks differ agree about their windows."""
+"""Ranks of a site whose clocks differ agree about their windows, and sites whose clocks differ align arrivals."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 from ranks import launch, lines
@@ -51,3 +52,31 @@ def test_clocks_that_are_seconds_apart(tmp_path, shift_s: int) -> None:
         assert last["started_ns"] <= last["not_after_ns"] + TOLERANCE_NS
     assert traces[0]["calendar"]["windows"] != traces[1]["calendar"]["windows"]
     assert traces[0]["calendar"]["guard_ns"] >= 300_000, "clocks that must be asked for need longer guards"
+
+
+@pytest.mark.usefixtures("time_namespaces")
+def test_windows_of_sites_whose_clocks_are_apart_do_not_meet_at_a_receiver(tmp_path) -> None:
+    """On one host the true time is known: that of rank 0, from which the other clocks differ by whole seconds."""
+    shift_s, topology = 7, lines(2, 2, 2)
+    ended = launch(
+        6, "calls.py", "shifted_sites", shift_s, topology=topology, folder=tmp_path,
+        environ={"DETCOLL_TRACE": str(tmp_path), "DETCOLL_SLOTTING": "calendar"},
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    told = {rank: said[0] for rank, said in ended.said.items()}
+    arrivals: dict[int, set[tuple[int, int, int]]] = {0: set(), 1: set(), 2: set()}
+    for rank in range(6):
+        site, (mode, guard_ns, now_ns, _, _) = rank // 2, told[rank]
+        assert mode == "calendar", ended.err
+        assert guard_ns >= 500_000, "guards allow for hosts, ranks of a site, and readings that wander"
+        assert abs(now_ns - told[0][2] - site * shift_s * 10**9) < 5 * 10**9, "the clocks were not apart"
+        for send in json.loads((tmp_path / f"rank{rank}.json").read_text())["sends"]:
+            if send["not_after_ns"]:
+                there = send["dst"] // 2
+                late_ns = topology.one_way_ns(site, there) - site * shift_s * 10**9
+                arrivals[there].add((send["not_before_ns"] + late_ns, send["not_after_ns"] + late_ns, site))
+    for windows in arrivals.values():
+        ordered = sorted(windows)
+        assert len({site for _, _, site in ordered}) == 2
+        for (_, end_ns, site), (start_ns, _, next_site) in pairwise(ordered):
+            assert site == next_site or start_ns > end_ns

@@ -10,24 +10,27 @@ from detcoll.errors import FrameError, UsageError
 _RECORD = struct.Struct("<4sIqqq")
 _PING = b"dcP1"
 _PONG = b"dcA1"
+_DOUBTFUL_PONG = b"dcA0"
 RECORD_BYTES = _RECORD.size
 """Size of a ping and of a pong: a kind, a number, and three times (t0, t1, t2) in nanoseconds."""
 
 
-def answer_ping(ping: bytes, received_ns: int, sent_ns: int) -> bytes:
+def answer_ping(ping: bytes, received_ns: int, sent_ns: int, is_sure: bool = True) -> bytes:
     """Return the pong for ``ping``, which arrived at ``received_ns`` and is answered at ``sent_ns`` of this clock.
+
+    ``is_sure`` False tells the peer that windows by this clock should not be trusted now.
 
     Raises
     ------
     FrameError
         If it is no ping.
     """
-    number, t0_ns, _, _ = _unpacked(ping, _PING, "ping")
-    return _RECORD.pack(_PONG, number, t0_ns, received_ns, sent_ns)
+    number, t0_ns, _, _ = _unpacked(ping, (_PING,), "ping")
+    return _RECORD.pack(_PONG if is_sure else _DOUBTFUL_PONG, number, t0_ns, received_ns, sent_ns)
 
 
-def _unpacked(record: bytes, kind: bytes, name: str) -> tuple[int, int, int, int]:
-    if len(record) != RECORD_BYTES or bytes(record[:4]) != kind:
+def _unpacked(record: bytes, kinds: tuple[bytes, ...], name: str) -> tuple[int, int, int, int]:
+    if len(record) != RECORD_BYTES or bytes(record[:4]) not in kinds:
         raise FrameError(f"{len(record)} bytes that start {bytes(record[:4])!r} are no {name} of {RECORD_BYTES} bytes")
     _, number, t0_ns, t1_ns, t2_ns = _RECORD.unpack(record)
     return number, t0_ns, t1_ns, t2_ns
@@ -71,6 +74,8 @@ class Synchroniser:
         self._pending: dict[int, int] = {}
         self._left = burst
         self._next_ns: int | None = None
+        self.peer_is_sure = True
+        """Whether the peer trusts its time itself, by its last answer."""
 
     @property
     def state(self) -> SyncState:
@@ -118,10 +123,11 @@ class Synchroniser:
         FrameError
             If it is no pong.
         """
-        number, t0_ns, t1_ns, t2_ns = _unpacked(pong, _PONG, "pong")
+        number, t0_ns, t1_ns, t2_ns = _unpacked(pong, (_PONG, _DOUBTFUL_PONG), "pong")
         if self._pending.get(number) != t0_ns:
             return Verdict.REFUSED
         del self._pending[number]
+        self.peer_is_sure = bytes(pong[:4]) == _PONG
         verdict = self.filter.add(Exchange(t0_ns, t1_ns, t2_ns, now_ns))
         if verdict is Verdict.STEP:
             self._ask_anew(self._burst - 1)

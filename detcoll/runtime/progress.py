@@ -247,7 +247,8 @@ class Progress:
         self._retire()  # what ends with a fold, or as it starts, must not wait until something else happens
         self._greet_others()
         now_ns = time.monotonic_ns()
-        self._timekeeper.turn(now_ns)
+        if not self._drained.is_set():  # peers may close from then on
+            self._timekeeper.turn(now_ns)
         self._give_the_line(now_ns)
         self._check_deadlines(now_ns)
         ready = self._wait(now_ns)
@@ -284,7 +285,9 @@ class Progress:
 
     def _wake_ns(self, now_ns: int) -> int:
         """Return when this thread has something to do even if nothing happens."""
-        times = [now_ns + _LONGEST_WAIT_NS, self._slots.next_ns(now_ns), self._timekeeper.next_ns(now_ns)]
+        times = [now_ns + _LONGEST_WAIT_NS, self._slots.next_ns(now_ns)]
+        if not self._drained.is_set():
+            times.append(self._timekeeper.next_ns(now_ns))
         times += [self._limit_ns(operation) for operation in self._active if not operation.reported]
         return min(at_ns for at_ns in times if at_ns is not None)
 
@@ -404,6 +407,7 @@ class Progress:
         ticket.context = (operation, step, (queued, window))
 
     def _give_the_line(self, now_ns: int) -> None:
+        self._slots.trusted = self._timekeeper.trusted
         if self._timekeeper.synchronised and not self.synchronised.is_set():
             self.synchronised.set()
         self._slots.offset_ns = self._timekeeper.offset_ns(now_ns)
@@ -433,7 +437,7 @@ class Progress:
             if ticket.status is TicketStatus.FAILED and ticket.error is not None and not self._drained.is_set():
                 raise ticket.error
             if ticket.context is not None:  # None: a hello that has left
-                ticket.context(ticket)
+                self._tell_timekeeper(ticket)
             return
         operation, step, wide = ticket.context
         if ticket.status is TicketStatus.MISSED:
@@ -453,6 +457,14 @@ class Progress:
         if wide is not None and ticket.peer in self._routes.wide:
             self._note_send(operation, ticket, wide, ticket.nbytes)
         self._carry_out(operation, operation.machine.ended(step))
+
+    def _tell_timekeeper(self, ticket: Ticket) -> None:
+        """Hand over what has come for it; who asked last may have closed meanwhile."""
+        try:
+            ticket.context(ticket)
+        except PeerLost:
+            if not self._drained.is_set():
+                raise
 
     def _greeted(self, operation: Operation, ticket: Ticket) -> None:
         record = bytes(ticket.view or b"")

@@ -277,11 +277,17 @@ def many_operations(count: str) -> None:
     say(grown)
 
 
-def shifted(seconds: str) -> None:
-    """Sum many times, with the clocks of odd ranks ahead by ``seconds``; tell the site's offset and its bound."""
-    if int(os.environ["DETCOLL_RANK"]) % 2 and "SHIFTED" not in os.environ:
+def shift(seconds: str) -> None:
+    """Run this program in a time namespace whose monotonic clock is ahead, unless it does already."""
+    if "SHIFTED" not in os.environ:
         command = ["unshare", "--time", "--monotonic", seconds, "--fork", "--kill-child", sys.executable, *sys.argv]
         os.execvpe(command[0], command, os.environ | {"SHIFTED": "1"})
+
+
+def shifted(seconds: str) -> None:
+    """Sum many times, with the clocks of odd ranks ahead by ``seconds``; tell the site's offset and its bound."""
+    if int(os.environ["DETCOLL_RANK"]) % 2:
+        shift(seconds)
     comm = detcoll.init(timeout=20)
     total = sum(range(1, comm.size + 1))
     for _ in range(25):
@@ -291,6 +297,20 @@ def shifted(seconds: str) -> None:
     runner = comm._runner
     now_ns = time.monotonic_ns()
     say([runner.site_offset_ns, runner._timekeeper.bound_ns(now_ns), now_ns])
+    detcoll.finalize()
+
+
+def shifted_sites(seconds: str) -> None:
+    """Sum many times in sites of two ranks, with the clock of each site ahead of the one before by ``seconds``."""
+    shift(str(int(os.environ["DETCOLL_RANK"]) // 2 * int(seconds)))
+    comm = detcoll.init(timeout=30)
+    total = sum(range(1, comm.size + 1))
+    for _ in range(8):
+        x = np.full(1_000_000, comm.rank + 1, np.float32)
+        detcoll.all_reduce(x)
+        assert (x == total).all()
+    keeper = comm._runner._timekeeper
+    say([comm.calendar.mode.value, comm.calendar.guard_ns, time.monotonic_ns(), keeper.trusted, keeper.arrivals_ns])
     detcoll.finalize()
 
 
