@@ -130,7 +130,7 @@ def test_a_thread_that_has_drained_starts_nothing_about_time_any_more(descriptor
         turn=lambda now_ns: told.append("turn"), offset_ns=lambda now_ns: 0, next_ns=lambda now_ns: now_ns,
         trusted=False, synchronised=True,
     )  # fmt: skip
-        routes: Any = Routes({1: Noted(VirtualTime())}, [0, 1], frozenset({1}))
+    routes: Any = Routes({1: Noted(VirtualTime())}, [0, 1], frozenset({1}))
     membership: Any = SimpleNamespace(fileno=lambda: descriptor)
     thread = Unthreaded(0, 2, routes, Slots(build_calendar(TWO), 0, 0), keeper, membership, Trace(0, 0))
     try:
