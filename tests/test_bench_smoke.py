@@ -73,7 +73,7 @@ def test_the_figures_of_the_docs_can_be_taken(tmp_path: Path) -> None:
     [case] = json.loads(written.read_bytes())["cases"]
     assert case["command"].startswith("python -m detcoll bench --lab --sites 2")
     assert case["rows"][0]["fraction_of_bound"] > 0
-    assert "| growth: 2 sites | slotted | 8,388,608 |" in done.stdout
+    assert "| growth: 2 sites | slotted | 4,194,304 |" in done.stdout
     assert drawn.read_text().count("<rect") == 1
 
 
