@@ -91,12 +91,15 @@ def test_what_the_planner_takes_within_stated_bounds(
 ) -> None:
     topology = sites_of(ranks, rate, one_way_ns)
     collective = Collective(kind, count if kind != "barrier" else 1, 4, 4)
-    algorithm = Planner(topology, 0, build_calendar(topology, mode)).algorithm(collective)
+    calendar = build_calendar(topology, mode)
+    algorithm = Planner(topology, 0, calendar).algorithm(collective)
     predicted, simulated = both_ns(collective, topology, algorithm, mode, phase_ns)
+    # With windows, a last chunk that just fits or just does not is a whole cycle.
+    slack_ns = max(2 * MS, calendar.sites[0].cycle_ns if calendar.has_windows else 0)
     bound = 0.1 if len(set(ranks)) == 1 else 0.15  # flows of unequal sites wait for one another in more ways
     if kind == "broadcast":  # its root begins with all sends of its own chunks, which the closed form does not follow
         bound = 0.2
-    assert predicted == pytest.approx(simulated, rel=bound, abs=2 * MS)
+    assert abs(predicted - simulated) <= max(bound * simulated, slack_ns)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
