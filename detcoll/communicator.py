@@ -238,6 +238,8 @@ class Communicator:
         ------
         UsageError
             If there are no such arrays.
+        Closed
+            If the communicator is finalized, or belongs to the process that this one was forked from.
         TransportUnavailable
             If the system has no more shared memory.
         """

@@ -185,6 +185,15 @@ def test_leaving_a_processor_keeps_where_a_thread_may_run(monkeypatch: pytest.Mo
     assert len(asked) == 2, "there is nowhere to go"
 
 
+def test_a_sandbox_that_pins_threads_costs_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int, allowed: set[int]) -> None:
+        raise PermissionError(1, "not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5})
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    processor.leave(5)
+
+
 def mixture(here: Here, rounds: int) -> None:
     """Calls of all kinds and sizes follow each other; no half of a stage is written while another rank reads it."""
     draw = np.random.default_rng(5)

@@ -7,6 +7,7 @@ whoever waits keeps the other from running.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def leave(processor: int) -> None:
     """Move the calling thread off ``processor``, if it may run on others; where it may run stays as it is."""
     allowed = os.sched_getaffinity(0)
     others = allowed - {processor}
-    if others:
+    if not others:
+        return
+    with contextlib.suppress(OSError):  # where a sandbox forbids it the thread stays, and only time is lost
         os.sched_setaffinity(0, others)
         os.sched_setaffinity(0, allowed)

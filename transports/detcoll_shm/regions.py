@@ -20,6 +20,7 @@ import struct
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ LARGEST_KEPT_MAPPINGS = 64
 
 _HEADER = struct.Struct(f"<{KEY_BYTES}sq")
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_FAILED = ctypes.c_void_p(-1).value
 
 
 class Place(NamedTuple):
@@ -46,21 +48,24 @@ class Place(NamedTuple):
 NOWHERE = Place(0, 0, 0)
 
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
-_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
-_FAILED = ctypes.c_void_p(-1).value
+@lru_cache(1)
+def _libc() -> ctypes.CDLL:
+    """Return the C library; not at import, since other systems lack what Linux has, and are told so when they open."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+    return library
 
 
 def _map(fd: int, size: int) -> ctypes.Array[ctypes.c_char]:
     """Map a file; unlike `mmap.mmap` this keeps no descriptor, of which there would be one an array and rank."""
-    address = _LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    address = _libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
     if address == _FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, _LIBC.munmap, address, size).atexit = False
+    weakref.finalize(memory, _libc().munmap, address, size).atexit = False
     return memory
 
 
@@ -108,7 +113,7 @@ class Regions:
 
     def _forget(self, number: int, size: int) -> None:
         _, _, fd = self._living.pop(number)
-        _LIBC.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size)
+        _libc().fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size)
         os.close(fd)
 
 
