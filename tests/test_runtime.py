@@ -110,6 +110,7 @@ def test_nothing_of_another_collective_is_passed_on(use) -> None:
 
     def program(comm):
         with pytest.raises(PlanMismatch, match='"op":"max"'):
+            comm.barrier()  # no rank is still opening when another hears of the mismatch
             comm.all_reduce(np.ones(1), op="max" if comm.rank == 2 else "sum")
 
     run_ranks(4, program, transport=use(transport))
