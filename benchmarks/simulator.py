@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.measure.host import host_facts
-from detcoll.plan import ChunkSize, Collective, Costs, Planner, Slotting, choose_chunk, compile_plan
-from detcoll.plan.predict import call_ns_of
+from detcoll.plan import ChunkSize, Collective, Costs, Planner, Slotting, compile_plan
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
 from detcoll.scenarios import load
 from detcoll.scenarios.buckets import Buckets, default_calendar, taken_together
@@ -91,10 +90,8 @@ def simulated_s(case: Case) -> float:
     mode = None if case.slotting is None else Slotting.parse(case.slotting)
     calendar = default_calendar(topology, mode)
     collective = Collective("all_reduce", parse_size_bytes(case.size) // 4, 4, 4)
-    costs = Costs(call_ns=call_ns_of(topology.size, len(os.sched_getaffinity(0))))
-    planner = Planner(topology, 0, calendar, costs)
-    algorithm, chunk = planner.algorithm(collective), choose_chunk(topology, calendar, collective)
-    plans = [compile_plan(collective, topology, rank, algorithm, chunk) for rank in range(topology.size)]
+    costs = Costs.on_host(topology.size, len(os.sched_getaffinity(0)))
+    plans = [Planner(topology, rank, calendar, costs).plan(collective) for rank in range(topology.size)]
     cycle_ns = calendar.sites[0].cycle_ns
     phases = [cycle_ns * phase // PHASES for phase in range(PHASES)] if calendar.has_windows else [0]
 

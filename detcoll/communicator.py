@@ -32,7 +32,7 @@ from detcoll.membership import Members
 from detcoll.plan import Calendar, Collective, Planner, Slotting
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LARGEST_FRAME_BYTES
-from detcoll.plan.predict import Costs, call_ns_of
+from detcoll.plan.predict import Costs
 from detcoll.plan.promise import calendar_facts
 from detcoll.rendezvous import Session
 from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
@@ -485,7 +485,9 @@ def _costs(facts: Sequence[Facts]) -> Costs:
     """Return what hosts cost, which is the same on all ranks: the most crowded host sets the pace of a call."""
     ranks_on = Counter(fact.host for fact in facts)
     cores_of = {host: set[int]().union(*(fact.cores for fact in facts if fact.host == host)) for host in ranks_on}
-    return Costs(call_ns=max(call_ns_of(count, len(cores_of[host])) for host, count in ranks_on.items()))
+    return max(
+        (Costs.on_host(count, len(cores_of[host])) for host, count in ranks_on.items()), key=lambda costs: costs.call_ns
+    )
 
 
 def _count_of(x: Any) -> int:

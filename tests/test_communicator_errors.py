@@ -182,9 +182,13 @@ def test_ranks_that_broadcast_from_different_roots(transport: str, topology: Top
 
 
 def test_after_a_mismatch_the_communicator_is_closed() -> None:
+    def differ(comm):
+        comm.barrier()  # no rank is still opening when the other calls
+        comm.all_reduce(np.ones(3 + comm.rank, np.float32))
+
     def program(comm):
         with pytest.raises(PlanMismatch):
-            comm.all_reduce(np.ones(3 + comm.rank, np.float32))
+            differ(comm)
         with pytest.raises(Closed) as closed:
             comm.barrier()
         assert isinstance(closed.value.__cause__, PlanMismatch)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from detcoll.plan import ALL_REDUCE, Collective, Costs, Planner, Slotting, build_calendar, choose_chunk, predict_ns
 from detcoll.plan.lines import Lines, last_end_ns
-from detcoll.plan.predict import call_ns_of
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Link, Topology
@@ -210,15 +209,24 @@ def test_lines_know_both_directions_of_a_link() -> None:
 
 @pytest.mark.parametrize("algorithm", ["exchange", "direct"])
 def test_what_a_call_costs_before_its_first_step_is_added_across_sites_alone(algorithm: str) -> None:
-    crowded = Costs(call_ns=call_ns_of(4, 2))
-    assert crowded.call_ns == 2 * call_ns_of(1, 2) == 2 * call_ns_of(2, 2)
+    slow_to_begin = Costs(call_ns=2_000_000)
     collective = Collective("all_reduce", 3_000_000, 4, 4)
-    for ranks, added_ns in (([2, 2], crowded.call_ns), ([4], 0)):
+    for ranks, added_ns in (([2, 2], slow_to_begin.call_ns), ([4], 0)):
         topology = sites_of(ranks)
         calendar = build_calendar(topology)
         chunk = choose_chunk(topology, calendar, collective)
         given = (collective, topology, calendar, algorithm, chunk)
-        assert predict_ns(*given, costs=crowded) - predict_ns(*given) == pytest.approx(added_ns, abs=2)
+        assert predict_ns(*given, costs=slow_to_begin) - predict_ns(*given) == pytest.approx(added_ns, abs=2)
         parts = all_parts(collective, topology, algorithm, chunk)
-        late, plain = (simulate(parts, topology, calendar, costs=costs) for costs in (crowded, Costs()))
+        late, plain = (simulate(parts, topology, calendar, costs=costs) for costs in (slow_to_begin, Costs()))
         assert late.slowest_ns - plain.slowest_ns == pytest.approx(added_ns, abs=2)
+
+
+def test_ranks_that_share_cores_take_longer_for_all_that_needs_one() -> None:
+    assert Costs.on_host(1, 2) == Costs.on_host(2, 2)
+    alone, crowded = Costs.on_host(2, 2), Costs.on_host(6, 2)
+    assert alone == Costs(call_ns=alone.call_ns)
+    for name in ("step_ns", "local_latency_ns", "wake_ns", "call_ns"):
+        assert getattr(crowded, name) == 3 * getattr(alone, name), name
+    assert crowded.copy_ns(5e9) == pytest.approx(3 * alone.copy_ns(5e9))
+    assert (crowded.late_ns, crowded.frame_bytes) == (alone.late_ns, alone.frame_bytes)

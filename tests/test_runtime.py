@@ -108,10 +108,13 @@ def test_nothing_of_another_collective_is_passed_on(use) -> None:
     """Rank 3 folds for all, and gets what rank 2 sends before it hears what rank 2 called."""
     transport = FaultyTransport(MemoryTransport(), Faults({(2, 0): Delay(200_000_000)}))
 
+    def differ(comm):
+        comm.barrier()  # no rank is still opening when another hears of the mismatch
+        comm.all_reduce(np.ones(1), op="max" if comm.rank == 2 else "sum")
+
     def program(comm):
         with pytest.raises(PlanMismatch, match='"op":"max"'):
-            comm.barrier()  # no rank is still opening when another hears of the mismatch
-            comm.all_reduce(np.ones(1), op="max" if comm.rank == 2 else "sum")
+            differ(comm)
 
     run_ranks(4, program, transport=use(transport))
 

@@ -22,7 +22,7 @@ Local gather    max((R-1)(s + m(c)), s + m(c) + l) + (R-1)(s + m(c)), after the 
                 number of segments where that is smaller.
 One site        The same without the wide area, or what all steps of the busiest rank cost.
 Acknowledged    What is sent from the caller's array (ring, star, relay) must be acknowledged, a delay after it arrived.
-Call            All of it begins when the hosts of a call across sites have woken up, `call_ns_of`.
+Call            All of it begins when the hosts of a call across sites have woken up, `Costs.call_ns`.
 Host            Nothing ends before the busiest rank has done all its steps.
 
 With windows the answer depends on where in the cycle the call falls; without a phase it is the mean over
@@ -57,8 +57,7 @@ class Costs:
     a wake-up from a wait 100 us. ``frame_bytes`` is what a transport adds to a wide message. ``late_ns`` is what a
     window loses because its owner wakes up late: in the mean over the windows of a host with twice as many busy ranks
     as cores, most of which begin on time and one in ten more than a millisecond late. ``aligned_late_ns`` is the same
-    where windows lead to one site each. ``call_ns`` is what passes in a
-    call across sites before the first step begins; see `call_ns_of`.
+    where windows lead to one site each. ``call_ns`` is what passes in a call across sites before the first step begins.
     """
 
     step_ns: int = STEP_NS
@@ -74,13 +73,22 @@ class Costs:
         """Return how long the host takes to read or write ``nbytes``."""
         return nbytes / self.copy_bytes_per_s * 1e9
 
+    @classmethod
+    def on_host(cls, ranks: int, cores: int) -> Costs:
+        """Return what a Python host costs whose ``ranks`` share ``cores``, in a call that all of them begin at once.
 
-def call_ns_of(ranks_on_host: int, cores: int) -> int:
-    """Return how long the ranks of one host need until the first step of a call across sites begins.
-
-    Each spends some `CALL_WORK_NS` of processor time on waking its threads, greeting and posting, all at once.
-    """
-    return CALL_WORK_NS * max(ranks_on_host, cores) // cores
+        With more ranks than cores each gets its share of a core: all that needs a processor takes so much longer. A
+        call across sites begins with some `CALL_WORK_NS` of it, for waking threads, greeting and posting.
+        """
+        crowd = max(ranks / cores, 1.0)
+        usual = cls()
+        return cls(
+            step_ns=round(usual.step_ns * crowd),
+            copy_bytes_per_s=usual.copy_bytes_per_s / crowd,
+            local_latency_ns=round(usual.local_latency_ns * crowd),
+            wake_ns=round(usual.wake_ns * crowd),
+            call_ns=round(CALL_WORK_NS * crowd),
+        )
 
 
 @dataclass(frozen=True, slots=True)
