@@ -14,13 +14,14 @@ from detcoll.fold import reference
 from detcoll.testing.fabric import Here, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import DTYPES, ReduceOp, is_integer
-from detcoll_shm import ShmTransport, crew, processor, regions
+from detcoll_shm import ShmTransport, crew, processor, reading, regions
 
 GROUPINGS = {
     "1": [[0]], "2": [[0, 1]], "1+1": [[0], [1]], "3": [[0, 1, 2]], "2+1": [[0, 1], [2]], "placed": [[1, 2], [0]],
     "4": [[0, 1, 2, 3]], "2+2": [[0, 1], [2, 3]], "1+3": [[0], [1, 2, 3]], "2+3+2": [[0, 1], [2, 3, 4], [5, 6]],
 }  # fmt: skip
-TINY = {"chunk_bytes": 64, "direct_bytes": 16, "wait_ns": 0}
+TINY = {"chunk_bytes": 64, "direct_bytes": 16, "wait_ns": 0, "read_bytes": 2**32}
+READ = TINY | {"read_bytes": 0}
 COUNTS = (0, 1, 2, 3, 17, 100, 1001)
 
 
@@ -64,6 +65,13 @@ def test_the_fold_is_the_promised_one(groups: list[list[int]], options: dict[str
         fabric.run(all_reduces, groups=groups, counts=counts)
 
 
+@pytest.mark.parametrize("name", ["1", "2", "2+1", "placed", "2+2"])
+def test_arrays_that_are_read_fold_to_the_same_bits(name: str) -> None:
+    groups = GROUPINGS[name]
+    with ThreadFabric(ShmTransport(), sum(map(len, groups)), READ) as fabric:
+        fabric.run(all_reduces, groups=groups, counts=(0, 1, 17, 100))
+
+
 @pytest.mark.parametrize("groups", GROUPINGS.values(), ids=GROUPINGS)
 @pytest.mark.parametrize("shown", [range(7), range(0, 7, 2)], ids=["all", "some"])
 def test_arrays_that_all_ranks_see_fold_to_the_same_bits(groups: list[list[int]], shown: range) -> None:
@@ -84,6 +92,60 @@ def in_place(here: Here) -> None:
 def test_arrays_that_all_ranks_see_are_not_staged() -> None:
     with ThreadFabric(ShmTransport(), 2, TINY) as fabric:
         fabric.run(in_place)
+
+
+def read(here: Here) -> None:
+    """From the second call on nothing goes through the stages, where all may read all; results are the same."""
+    stage = here.endpoint._begin_collectives()._cutter.stages[here.rank]
+    shown = []
+    for _ in range(3):
+        array = np.arange(1000, dtype=np.float64) * (here.rank + 1)
+        stage.given[0][:] = stage.given[1][:] = 7
+        here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+        assert (array == np.arange(1000) * 6.0).all()
+        shown.append(any((half != 7).any() for half in stage.given))
+    assert shown == [True, *[not here.endpoint._collectives._reader.may_read] * 2]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_arrays_are_read_where_the_system_allows_it(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not allowed:
+        monkeypatch.setattr(reading, "_read", lambda pid, here, there: -1)
+    with ThreadFabric(ShmTransport(), 3, READ) as fabric:
+        fabric.run(read)
+        assert all(fabric[rank]._collectives._reader.may_read is allowed for rank in range(3))
+
+
+def test_one_that_may_not_read_makes_all_use_the_stages() -> None:
+    def program(here: Here) -> None:
+        reader = here.endpoint._begin_collectives()._reader
+        reader._may_read = here.rank != 1
+        stage = here.endpoint._collectives._cutter.stages[here.rank]
+        for number in range(3):
+            array = np.full(1000, here.rank + number)
+            stage.given[0][:] = 7
+            here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+            assert (array == 3 + 3 * number).all()
+            assert (stage.given[0] != 7).any()
+            here.meet()
+
+    with ThreadFabric(ShmTransport(), 3, READ) as fabric:
+        fabric.run(program)
+
+
+def hides_its_array(here: Here) -> None:
+    here.endpoint.all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
+    collectives = here.endpoint._collectives
+    if here.rank == 1:
+        collectives._place_of = lambda form, memory: regions.Place(regions.OPEN, 0, 8)
+    with pytest.raises(TransportError) as seen:
+        here.endpoint.all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
+    assert "memory of rank 1 cannot be read: Bad address" in str(seen.value) or "rank 0 aborted" in str(seen.value)
+
+
+def test_an_array_that_is_not_there_ends_the_collective_of_all() -> None:
+    with ThreadFabric(ShmTransport(), 2, READ) as fabric:
+        fabric.run(hides_its_array)
 
 
 def many_arrays(here: Here) -> None:
@@ -212,11 +274,12 @@ def mixture(here: Here, rounds: int) -> None:
             np.testing.assert_array_equal(x, (np.arange(count) * 7 + number) * here.size + others)
 
 
+@pytest.mark.parametrize("options", [TINY, READ], ids=["chunks", "read"])
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_calls_of_all_kinds_follow_each_other(n: int) -> None:
+def test_calls_of_all_kinds_follow_each_other(n: int, options: dict[str, int]) -> None:
     worlds = Worlds()
     try:
-        with ProcessFabric(worlds.of(n), "detcoll_shm:ShmTransport", TINY | {"direct_bytes": 400}) as fabric:
+        with ProcessFabric(worlds.of(n), "detcoll_shm:ShmTransport", options | {"direct_bytes": 400}) as fabric:
             fabric.run(mixture, rounds=400)
     finally:
         worlds.end()

@@ -13,9 +13,12 @@ taken, since whoever shows a result has read what it was made from; and across c
 call is through with the one before.
 
 Where all arrays lie in regions (`detcoll_shm.regions`) nothing is given: every rank folds its share from all arrays
-and writes it into all of them.
+and writes it into all of them. Where ranks may read each other's processes (`detcoll_shm.reading`), every rank folds
+its share from what it reads there, in rounds, and reads the shares that others have folded. It returns once all have
+read its own.
 
-Letters: n ranks, V bytes. A rank copies (n-1)/n V into its stage, folds V/n, and copies V out.
+Letters: n ranks, V bytes. A rank copies (n-1)/n V into its stage, folds V/n, and copies V out; where it
+reads instead, it copies 2 (n-1)/n V and folds V/n.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,8 +38,9 @@ from detcoll.fold import fold_groups
 from detcoll.types import ReduceOp, is_integer, parse_dtype
 from detcoll_shm.crew import Crew
 from detcoll_shm.forms import Cut, Cutter, Form
-from detcoll_shm.regions import NOWHERE, Mapped, Place, Regions
-from detcoll_shm.stage import FOLDED, GIVEN
+from detcoll_shm.reading import Reader
+from detcoll_shm.regions import NOWHERE, OPEN, Mapped, Place, Regions
+from detcoll_shm.stage import FOLDED, GIVEN, TAKEN
 
 LARGEST_KEPT_FORMS = 256
 _NOTHING = np.zeros(1, np.uint8)
@@ -56,15 +61,21 @@ class Collectives:
         Where this rank's arrays may lie.
     mapped
         The regions of all others, by rank.
+    reader
+        Reads arrays of other processes.
+    read_bytes
+        Size from which arrays are read so.
     on_failure
         Called when a collective failed, so that others learn of it.
     """
 
     def __init__(
-        self, crew: Crew, cutter: Cutter, regions: Regions, mapped: Mapping[int, Mapped], on_failure: Callable[[], None]
-    ) -> None:
+        self, crew: Crew, cutter: Cutter, regions: Regions, mapped: Mapping[int, Mapped], reader: Reader,
+        read_bytes: int, on_failure: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._crew, self._cutter, self._on_failure = crew, cutter, on_failure
         self._regions, self._mapped = regions, mapped
+        self._reader, self._read_bytes = reader, read_bytes
         self._groups = cutter.groups
         self._forms: OrderedDict[tuple[Any, ...], Form] = OrderedDict()
         self._chunk = 0
@@ -135,18 +146,34 @@ class Collectives:
         self._chunk += 1
 
     def _all_reduce_in_chunks(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
-        crew, chunks, memory = self._crew, form.chunks, array.view(np.uint8)
-        place = self._regions.place_of(memory)
+        crew, memory = self._crew, array.view(np.uint8)
+        place = self._place_of(form, memory)
         if place is NOWHERE:
             self._give(form, 0, memory)
         crew.arrive(form.descriptor, form.digest, deadline_ns, place)
         crew.await_all_here()
-        if place is not NOWHERE:
+        if place is NOWHERE:
+            self._reader.try_all()
+        else:
             places = crew.places()
-            if all(place.region for place in places):
+            if all(place.region > 0 for place in places):
                 self._all_reduce_in_place(form, places, memory)
                 return
+            if all(place.region == OPEN for place in places):
+                self._all_reduce_by_reading(form, places, memory)
+                return
             self._give(form, 0, memory)
+        self._all_reduce_staged(form, memory)
+
+    def _place_of(self, form: Form, memory: NDArray[np.uint8]) -> Place:
+        place = self._regions.place_of(memory)
+        if place is NOWHERE and form.nbytes >= self._read_bytes and self._reader.may_read:
+            return Place(OPEN, 0, memory.__array_interface__["data"][0])
+        return place
+
+    def _all_reduce_staged(self, form: Form, memory: NDArray[np.uint8]) -> None:
+        """Go through the stages; this rank has given its first chunk."""
+        chunks = form.chunks
         for step in range(1, chunks + 2):
             if step >= 2:
                 self._take(form, step - 2, memory)
@@ -162,7 +189,8 @@ class Collectives:
             memory if rank == crew.rank else self._mapped[rank].view(place, form.nbytes)
             for rank, place in enumerate(places)
         ]
-        begin, end = self._cutter.share(form.nbytes, form.dtype.itemsize)
+        edges = self._cutter.edges(form.nbytes, form.dtype.itemsize)
+        begin, end = edges[crew.rank], edges[crew.rank + 1]
         for at in range(begin, end, form.chunk_bytes):
             inputs = [array[at : min(at + form.chunk_bytes, end)].view(form.dtype) for array in arrays]
             own = inputs[crew.rank]
@@ -174,6 +202,39 @@ class Collectives:
         self._chunk += 1
         crew.publish(FOLDED, self._chunk)
         crew.await_all(FOLDED, self._chunk)
+
+    def _all_reduce_by_reading(self, form: Form, places: Sequence[Place], memory: NDArray[np.uint8]) -> None:
+        crew, step = self._crew, form.read_step_bytes
+        edges = self._cutter.edges(form.nbytes, form.dtype.itemsize)
+        shares = list(pairwise(edges))
+        rounds = -(-max(end - begin for begin, end in shares) // step)
+        for number in range(rounds + 1):
+            if number < rounds:
+                begin, end = _part(shares[crew.rank], number, step)
+                if begin < end:
+                    self._fold_read(form, places, memory[begin:end], begin)
+                crew.publish(FOLDED, self._chunk + number + 1)
+            if number:
+                crew.await_all(FOLDED, self._chunk + number)
+                for rank, place in enumerate(places):
+                    begin, end = _part(shares[rank], number - 1, step)
+                    if rank != crew.rank and begin < end:
+                        self._reader.read(rank, place.offset + begin, memory[begin:end])
+        self._chunk += rounds
+        crew.publish(TAKEN, crew.sequence)
+        crew.await_all(TAKEN, crew.sequence)
+
+    def _fold_read(self, form: Form, places: Sequence[Place], own: NDArray[np.uint8], begin: int) -> None:
+        """Fold into ``own``, which lies ``begin`` bytes behind the beginning of the array, what all have there."""
+        inputs = []
+        for rank, place in enumerate(places):
+            given = own
+            if rank != self._crew.rank:
+                given = self._reader.room(rank, own.size)
+                self._reader.read(rank, place.offset + begin, given)
+            inputs.append(given.view(form.dtype))
+        out = own.view(form.dtype)
+        fold_groups(form.op, inputs, self._groups, out, [room[: out.size] for room in form.rooms], form.divisor)
 
     def _give(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
         at, chunk = number * form.chunk_bytes, self._chunk + number
@@ -224,3 +285,10 @@ class Collectives:
     def _show(self, given: tuple[NDArray[np.uint8], ...], part: NDArray[np.uint8], chunk: int) -> None:
         np.copyto(given[chunk & 1][: part.size], part)
         self._crew.publish(GIVEN, chunk + 1)
+
+
+def _part(share: tuple[int, int], number: int, step: int) -> tuple[int, int]:
+    """Return the first and last byte of one step of a share; empty where it has fewer."""
+    begin, end = share
+    at = min(begin + number * step, end)
+    return at, min(at + step, end)

@@ -21,7 +21,19 @@ from detcoll_shm.bell import ring
 from detcoll_shm.layout import State
 from detcoll_shm.processor import awaited_processor, current_processor, leave
 from detcoll_shm.regions import NOWHERE, Place
-from detcoll_shm.stage import ARRIVED, ASLEEP, DIGEST, FOLDED, PLACE, PLACE_WORDS, PROCESS, THREAD, TOLD, Stage
+from detcoll_shm.stage import (
+    ARRIVED,
+    ASLEEP,
+    DIGEST,
+    FOLDED,
+    PLACE,
+    PLACE_WORDS,
+    PROCESS,
+    TAKEN,
+    THREAD,
+    TOLD,
+    Stage,
+)  # fmt: skip
 from detcoll_shm.stores import Counts
 
 RECHECK_NS = 10 * 10**6
@@ -34,7 +46,7 @@ LOOKS_WHERE_CROWDED = 30
 """With more ranks than processors: each look lets another rank run. Alone on its processor a rank is through with them
 in some 15 us, and sleeps."""
 
-_LACKS = {ARRIVED: "has not called it", TOLD: "does not say what it called"}
+_LACKS = {ARRIVED: "has not called it", TOLD: "does not say what it called", TAKEN: "has not taken the result"}
 
 
 @dataclass(frozen=True, slots=True)

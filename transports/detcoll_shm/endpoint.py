@@ -40,6 +40,7 @@ from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
 from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
 from detcoll_shm.outbound import Outbound
+from detcoll_shm.reading import Reader
 from detcoll_shm.regions import Mapped, Regions
 from detcoll_shm.stage import Stage
 from detcoll_shm.stores import Budget, Counts, Pool
@@ -59,7 +60,8 @@ class Settings:
     ``pool_bytes`` : bound on used buffers that are kept.  ``spin_ns`` : how long to look again before each sleep.
     ``chunk_bytes`` : parts of arrays in collectives, equal on all ranks.  ``direct_bytes`` : arrays up to this size are
     folded whole by every rank, which saves a round of waiting.  ``wait_ns`` : what ``spin_ns`` is, in collectives: all
-    ranks are about to come, and waking one that sleeps takes longer than most of them last.
+    ranks are about to come, and waking one that sleeps takes longer than most of them last.  ``read_bytes`` : arrays
+    from this size are read from each other's processes where the system allows it, which saves a copy.
     """
 
     ring_bytes: int = 4 * 2**20
@@ -71,6 +73,7 @@ class Settings:
     chunk_bytes: int = 512 * 2**10
     direct_bytes: int = 32 * 2**10
     wait_ns: int = 200_000
+    read_bytes: int = 4 * 2**20
 
 
 @dataclass(eq=False, slots=True)
@@ -338,7 +341,11 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         crew = Crew(self._rank, own, mates, host, self._settings.wait_ns, self._counts)
         cutter = Cutter(self._rank, stages, self._groups, self._settings.chunk_bytes, self._settings.direct_bytes)
         mapped = {peer.rank: peer.mapped for peer in peers}
-        self._collectives = Collectives(crew, cutter, self._regions, mapped, self._give_up)
+        marked = {peer.rank: (peer.stage.words, peer.mapped.key) for peer in peers}
+        reader = Reader(own.words, self._address.key_bytes, marked, self._why_lost)
+        self._collectives = Collectives(
+            crew, cutter, self._regions, mapped, reader, self._settings.read_bytes, self._give_up
+        )
         return self._collectives
 
     def _why_lost(self, rank: int) -> TransportError | None:

@@ -24,6 +24,11 @@ CHUNKS_A_CALL = 2
 
 SMALLEST_CHUNK_BYTES = 128 * 2**10
 
+READ_STEP_BYTES = 2**20
+"""How much of another rank's array is read at once, so that the kernel's part of it is small."""
+READ_ROOM_BYTES = 8 * 2**20
+"""What all that a rank reads at once may take, if there are many ranks."""
+
 Bytes = NDArray[np.uint8]
 Piece = tuple[Bytes, int, int]
 """Memory in a stage, and the first and last offset in the chunk that it stands for, in bytes."""
@@ -53,7 +58,7 @@ class Form:
 
     ``chunks`` : how many there are; 0 where every rank folds everything from what all others give whole.
     ``whole`` : by half of the stage, the memory for this rank's array and those of all ranks.  ``rooms`` : for the sums
-    of groups, of a small array or of a chunk.
+    of groups, of a small array, a chunk or a step.  ``read_step_bytes`` : how much is read of another's array at once.
     """
 
     descriptor: Descriptor
@@ -62,6 +67,7 @@ class Form:
     dtype: np.dtype[Any]
     divisor: int | None
     chunk_bytes: int
+    read_step_bytes: int
     nbytes: int
     chunks: int
     full: tuple[Cut, ...]
@@ -99,17 +105,19 @@ class Cutter:
         if nbytes <= min(self.direct_bytes, step):
             whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
             rooms = self._rooms(descriptor.count, dtype)
-            return Form(descriptor, digest, op, dtype, divisor, step, nbytes, 0, (), (), whole, rooms)
+            return Form(descriptor, digest, op, dtype, divisor, step, 0, nbytes, 0, (), (), whole, rooms)
         chunks = -(-nbytes // step)
         full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
         last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
-        rooms = self._rooms(step // dtype.itemsize, dtype)
-        return Form(descriptor, digest, op, dtype, divisor, step, nbytes, chunks, full, last, (), rooms)
+        read_step = self._read_step_bytes(nbytes, dtype.itemsize)
+        rooms = self._rooms(max(step, read_step) // dtype.itemsize, dtype)
+        return Form(descriptor, digest, op, dtype, divisor, step, read_step, nbytes, chunks, full, last, (), rooms)
 
-    def share(self, nbytes: int, itemsize: int) -> tuple[int, int]:
-        """Return the first and last byte of this rank's share of an array."""
-        edges = self._edges(nbytes, itemsize)
-        return edges[self.rank], edges[self.rank + 1]
+    def edges(self, nbytes: int, itemsize: int) -> list[int]:
+        """Return where shares of an array begin, by rank, and its end, in bytes."""
+        ranks = len(self.stages)
+        unit = LINE_BYTES if nbytes >= LINE_BYTES * ranks else itemsize
+        return [nbytes * rank // ranks // unit * unit for rank in range(ranks)] + [nbytes]
 
     def _step_bytes(self, nbytes: int, itemsize: int) -> int:
         """Return the size of chunks: some for each call, so that giving, folding and taking overlap."""
@@ -117,8 +125,14 @@ class Cutter:
         step = min(wanted // LINE_BYTES * LINE_BYTES, self.chunk_bytes)
         return max(step, itemsize)
 
+    def _read_step_bytes(self, nbytes: int, itemsize: int) -> int:
+        """Return the size of steps in which a share is read: two at least, so that ranks fold and take meanwhile."""
+        ranks = len(self.stages)
+        step = min(READ_STEP_BYTES, READ_ROOM_BYTES // max(ranks - 1, 1), nbytes // ranks // 2, 2 * self.chunk_bytes)
+        return max(step // LINE_BYTES * LINE_BYTES, LINE_BYTES, itemsize)
+
     def _cut(self, nbytes: int, half: int, dtype: np.dtype[Any]) -> Cut:
-        edges = self._edges(nbytes, dtype.itemsize)
+        edges = self.edges(nbytes, dtype.itemsize)
         begin, end = edges[self.rank], edges[self.rank + 1]
         own = self.stages[self.rank]
         gives = tuple((own.given[half][a:b], a, b) for a, b in ((0, begin), (end, nbytes)) if a < b)
@@ -134,11 +148,6 @@ class Cutter:
         )
         rooms = self._rooms((end - begin) // dtype.itemsize, dtype)
         return Cut(gives, inputs, (begin, end), out_bytes.view(dtype), out_bytes, takes, rooms)
-
-    def _edges(self, nbytes: int, itemsize: int) -> list[int]:
-        ranks = len(self.stages)
-        unit = LINE_BYTES if nbytes >= LINE_BYTES * ranks else itemsize
-        return [nbytes * rank // ranks // unit * unit for rank in range(ranks)] + [nbytes]
 
     def _rooms(self, count: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], ...]:
         """Return memory for the sums of groups, if there is more than one."""

@@ -38,13 +38,17 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class Place(NamedTuple):
-    """Where an array is: number of the region (from 1), its descriptor in the owner's process, offset in bytes."""
+    """Where an array is: number of the region (from 1), its descriptor in the owner's process, offset in bytes.
+
+    With `OPEN` for the region, the offset is an address in the owner's process, where whoever may reads it.
+    """
 
     region: int
     fd: int
     offset: int
 
 
+OPEN = -1
 NOWHERE = Place(0, 0, 0)
 
 
@@ -124,7 +128,7 @@ class Mapped:
     """
 
     def __init__(self, rank: int, key: bytes, open_descriptor: Callable[[int], int]) -> None:
-        self._rank, self._key, self._open = rank, key, open_descriptor
+        self._rank, self.key, self._open = rank, key, open_descriptor
         self._arrays: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
 
     def view(self, place: Place, nbytes: int) -> NDArray[np.uint8]:
@@ -157,6 +161,6 @@ class Mapped:
             raise TransportError(f"region {place.region} of rank {self._rank} cannot be mapped: {error}") from error
         finally:
             os.close(fd)
-        if _HEADER.unpack_from(memory) != (self._key, place.region):
+        if _HEADER.unpack_from(memory) != (self.key, place.region):
             raise TransportError(f"descriptor {place.fd} of rank {self._rank} is not its region {place.region}")
         return np.frombuffer(memoryview(memory), np.uint8, offset=PAGE_BYTES)

@@ -17,6 +17,8 @@ ASLEEP    1 while this rank waits on its doorbell, so that others ring it
 PLACE     three words, for collectives of even and odd number in turn: where its array is (`detcoll_shm.regions`)
 PROCESS   process of this rank
 THREAD    and its thread in this collective, so that others see on which processor it is to run
+TOKEN     address in that process at which the key of this rank's memory lies (`detcoll_shm.reading`)
+TAKEN     number of the last collective in which this rank has taken all results straight from others' arrays
 TOLD      number of the collective whose full descriptor lies at `TEXT_AT`
 ========= ====================================================================================================
 
@@ -35,7 +37,7 @@ from detcoll.descriptor import HELLO_BYTES
 from detcoll_shm.layout import PAGE_BYTES, Geometry
 
 ARRIVED, DIGEST = 0, 1
-GIVEN, FOLDED, ASLEEP, TOLD, PROCESS, THREAD, PLACE = 16, 32, 48, 64, 80, 81, 96
+GIVEN, FOLDED, ASLEEP, TOLD, PROCESS, THREAD, TOKEN, PLACE, TAKEN = 16, 32, 48, 64, 80, 81, 82, 96, 112
 PLACE_WORDS = 3
 TEXT_AT = 1024
 
