@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -116,7 +117,7 @@ class TestConnections:
         with Relay(FAST, 100_000) as relay, joined(relay) as (near, far), joined(relay) as (other, reached):
             near.setblocking(False)
             taken = passed = 0
-            before = now = -1
+            before, now = -2, -1
             while before != now:
                 with contextlib.suppress(BlockingIOError):
                     while True:
@@ -125,7 +126,7 @@ class TestConnections:
                 assert receive(reached, 6) == b"passes"
                 passed += 6
                 before, now = now, relay.statistics().directions[0].payload_bytes - passed
-                assert taken < 10**9, "nobody was held up"
+                assert taken < 10**8, "nobody was held up"
             assert now < taken
             assert receive(far, taken) == bytes(taken), "it goes on once the receiver reads"
 
@@ -149,6 +150,21 @@ class TestConnections:
         assert sorted(got) == [bytes([index]) * nbytes for index in range(count)]
 
 
+def test_it_needs_nothing_that_is_linux_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, select, platform\n"
+        "del select.epoll, os.sched_setscheduler, os.sched_getscheduler, os.eventfd, os.pidfd_open, os.pipe2\n"
+        "platform.system = lambda: 'Darwin'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Relay(FAST) as relay, joined(relay) as (near, far):
+        near.sendall(b"there")
+        assert receive(far, 5) == b"there"
+        far.sendall(b"back")
+        assert receive(near, 4) == b"back"
+        assert relay.statistics().connections == 1
+
+
 class TestRefusals:
     def test_it_leads_to_the_ports_of_other_sites_alone(self, relay: Relay) -> None:
         with socket.create_server((HOST, 0)) as elsewhere, socket.create_server((HOST, relay.ports(0)[0])) as same:
@@ -161,7 +177,7 @@ class TestRefusals:
         for site in (0, 1):
             host, _, port = relay.proxy(site).rpartition(":")
             assert host == HOST
-            with pytest.raises(OSError, match="refused|not available|unreachable"):
+            with pytest.raises(OSError, match=r"refused|not available|unreachable"):
                 socket.create_connection(("127.0.0.2", int(port)), timeout=PATIENCE_S).close()
 
     def test_a_port_where_nobody_listens_is_refused(self, relay: Relay) -> None:
@@ -180,6 +196,18 @@ class TestRefusals:
                         assert len(receive(stranger, 100)) <= 12
             near.sendall(b"still here")
             assert receive(far, 10) == b"still here"
+
+    def test_more_ranks_than_there_may_be_descriptors_are_refused(self) -> None:
+        may, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (80, most))
+            with Relay(FAST) as relay:
+                assert resource.prlimit(relay.pid, resource.RLIMIT_NOFILE)[0] > 80, "it raises its own limit"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (may, most))
+        huge = Topology.uniform(2, 500, 1e8, 0)
+        with pytest.raises(DetcollError, match=r"the relay does not start: 1000 ranks need \d+ descriptors"):
+            Relay(huge)
 
     @pytest.mark.parametrize(
         ("topology", "buffer_bytes", "message"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import ipaddress
 import math
+import resource
 import select
 import selectors
 import signal
@@ -37,6 +38,9 @@ ASK_STATISTICS, ASK_QUIT = b"s", b"q"
 _HANDSHAKE_NS = 10 * 10**9
 _BACKLOG = 4096
 _LONGEST_WAIT_S = 60.0
+# Of a rank to each of another site, as many as the slotted transport has; each takes two sockets here.
+_CONNECTIONS_OF_A_PAIR = 2
+_OTHER_DESCRIPTORS = 64
 
 
 class RelayConfig(msgspec.Struct, frozen=True):
@@ -74,6 +78,7 @@ class Server:
 
     def __init__(self, config: RelayConfig, control: socket.socket) -> None:
         self._config, self._control = config, control
+        _allow_descriptors(config.topology)
         self._selector = selectors.DefaultSelector()
         self._lines: Lines[Piece] = Lines(config.topology, config.buffer_bytes)
         self._pieces = [self._lines.piece_bytes(site) for site in range(len(config.topology.sites))]
@@ -346,6 +351,21 @@ class Server:
             self._greeting.remove(tunnel)
         if self._is_deaf:
             self._listen()
+
+
+def _allow_descriptors(topology: Topology) -> None:
+    """Raise this process's limit of descriptors to what all connections between sites take, or say what it lacks."""
+    pairs = sum(len(site.ranks) * (topology.size - len(site.ranks)) for site in topology.sites)
+    wanted = 2 * _CONNECTIONS_OF_A_PAIR * pairs + len(topology.sites) + _OTHER_DESCRIPTORS
+    may, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if may == resource.RLIM_INFINITY or may >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{topology.size} ranks need {wanted} descriptors (ulimit -n), of which it may have {most}"
+        ) from error
 
 
 def _receive_line(control: socket.socket) -> bytes:
