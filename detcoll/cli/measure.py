@@ -119,7 +119,10 @@ def measure(
             against=comma_separated(against or ""), service=service, cross_traffic=cross_traffic, reserved=reserved
         )
         against = ""
-    networks = parse_networks(comma_separated(service or "best-effort"), comma_separated(cross_traffic or "0"))
+    networks = parse_networks(
+        comma_separated("best-effort" if service is None else service),
+        comma_separated("0" if cross_traffic is None else cross_traffic),
+    )
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
     builtin = _workload(name, compute, gradient_bytes, bucket_bytes)
     transports, left_out = present(comma_separated("gloo,mpi" if against is None else against), "against")
