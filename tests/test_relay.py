@@ -253,14 +253,16 @@ import signal
 from detcoll.relay import Relay
 from detcoll.topology import Topology
 relay = Relay(Topology.uniform(2, 1, 1e7, 1000))
-print(relay.pid, flush=True)
+print(relay.pid, relay.environments()[0]["DETCOLL_TOPOLOGY"], flush=True)
 signal.pause()
 """
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
             assert parent.stdout is not None
-            pid = int(parent.stdout.readline())
+            pid, topology = parent.stdout.readline().split()
+            assert Path(topology).is_file()
             parent.kill()
-        await_gone([pid])
+        await_gone([int(pid)])
+        assert not Path(topology).parent.exists()
 
 
 class TestCommands:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -61,8 +62,9 @@ class Relay:
         self._closed = False
         self._ranges = _free_ranges([len(site.ranks) + _SPARE_PORTS for site in topology.sites])
         with ExitStack() as stack:
-            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="detcoll-relay-")))
-            self._topology_path = self._folder / "topology.toml"
+            folder = tempfile.mkdtemp(prefix="detcoll-relay-")
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            self._topology_path = Path(folder, "topology.toml")
             self._topology_path.write_text(topology.to_toml(), encoding="utf-8")
             self._control, theirs = socket.socketpair()
             stack.callback(self._control.close)
@@ -77,7 +79,7 @@ class Relay:
                     start_new_session=True,
                 )
             stack.callback(self._stop)
-            self._proxy_ports = self._configure(RelayConfig(topology, self._ranges, buffer_bytes))
+            self._proxy_ports = self._configure(RelayConfig(topology, self._ranges, buffer_bytes, folder))
             self._resources = stack.pop_all()
 
     def _configure(self, config: RelayConfig) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import math
 import resource
 import select
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -44,11 +45,15 @@ _OTHER_DESCRIPTORS = 64
 
 
 class RelayConfig(msgspec.Struct, frozen=True):
-    """The lines, the ports in which the ranks of each site listen (first and last), and how much may wait at a line."""
+    """The lines, the ports in which the ranks of each site listen (first and last), and how much may wait at a line.
+
+    ``folder`` : removed when the relay ends, since its parent may be killed.
+    """
 
     topology: Topology
     ports: tuple[tuple[int, int], ...]
     buffer_bytes: int
+    folder: str
 
 
 class RelayStatistics(msgspec.Struct, frozen=True):
@@ -399,6 +404,7 @@ def main(arguments: Sequence[str]) -> int:
                 server.run()
         finally:
             server.close()
+            shutil.rmtree(config.folder, ignore_errors=True)
     return 0
 
 
