@@ -166,8 +166,14 @@ class _Opener:
         host = self.facts[rank].host
         return frozenset(other for other in site.ranks if other != rank and self.facts[other].host == host)
 
+    def _elsewhere(self) -> frozenset[int]:
+        """Return the ranks of other sites."""
+        here = self.topology.sites[self.topology.site_of(self.rank)]
+        return frozenset(range(self.topology.size)).difference(here.ranks)
+
     def _open_one(self, transport: Transport) -> Endpoint:
         job = self.settings.options | _warm_up(self.topology.granted, self.rank, self.settings.slotting)
+        job["proxied_peers"] = self._elsewhere()
         options = {name: value for name, value in job.items() if name in transport.options}
         return self._on_all(
             f"open {transport.name}",

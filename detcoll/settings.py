@@ -17,7 +17,7 @@ import msgspec
 from detcoll.errors import UsageError
 from detcoll.plan.calendar import Slotting
 from detcoll.quantities import parse_flag
-from detcoll.rendezvous.sockets import parse_ports
+from detcoll.rendezvous.sockets import Address, is_loopback, parse_ports
 from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
@@ -33,8 +33,8 @@ VARIABLES = frozenset(
     PREFIX + name
     for name in (
         "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
-        "LOG", "MARKS", "PORTS", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES", "SLOTTING",
-        "TESTING_ORDER", "TESTING_WORLD", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
+        "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES",
+        "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
 """Every variable of the environment that means something to detcoll, its launchers and its tests."""
@@ -48,7 +48,8 @@ class Settings(msgspec.Struct, frozen=True):
     ``transport`` : a name or ``"auto"``.  ``timeout_s`` : deadline of each collective and of assembling.
     ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
     does best.  ``ports`` : range to bind in.  ``dscp`` : code point of what crosses lines.  ``trace`` : folder for
-    trace files.  ``compare`` : whether Gloo's ranks compare what they call.
+    trace files.  ``compare`` : whether Gloo's ranks compare what they call.  ``proxy`` : host:port of a SOCKS5 proxy
+    through which the slotted transport reaches other sites; empty for none.
     """
 
     transport: str
@@ -62,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True):
     dscp: int
     trace: str | None
     compare: bool = True
+    proxy: str = ""
 
     @property
     def options(self) -> dict[str, object]:
@@ -72,6 +74,7 @@ class Settings(msgspec.Struct, frozen=True):
             "congestion": self.congestion,
             "compare": self.compare,
             "dscp": self.dscp,
+            "proxy": self.proxy,
         }
 
 
@@ -117,18 +120,20 @@ def read_settings(
     asked = environ.get("DETCOLL_SLOTTING")
     slotting, where = Slotting.parse(asked) if asked else None, _topology(environ, size, topology)
     check_slotting(slotting, where)
+    insecure = parse_flag(environ.get("DETCOLL_INSECURE", ""))
     return Settings(
         transport=environ.get("DETCOLL_TRANSPORT") or transport,
         topology=where,
         timeout_s=float(timeout),
         reproducible=bool(reproducible),
         slotting=slotting,
-        insecure=parse_flag(environ.get("DETCOLL_INSECURE", "")),
+        insecure=insecure,
         ports=_ports(environ.get("DETCOLL_PORTS")),
         congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
         dscp=_dscp(environ.get("DETCOLL_DSCP"), where),
         trace=environ.get("DETCOLL_TRACE") or None,
         compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
+        proxy=_proxy(environ.get("DETCOLL_PROXY"), insecure=insecure),
     )
 
 
@@ -237,3 +242,16 @@ def _ports(text: str | None) -> tuple[int, int] | None:
         return None
     ports = parse_ports(text)
     return ports[0], ports[-1]
+
+
+def _proxy(text: str | None, *, insecure: bool) -> str:
+    """Return where the proxy is; one off loopback would carry what is neither encrypted nor authenticated."""
+    if not text:
+        return ""
+    address = Address.parse(text, "DETCOLL_PROXY")
+    if not (insecure or is_loopback(address.host)):
+        raise UsageError(
+            f"DETCOLL_PROXY={text!r} is not a loopback address, and nothing would be encrypted on the way to it; "
+            "set DETCOLL_INSECURE=1 to allow it on a network you trust"
+        )
+    return str(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -155,3 +156,18 @@ def launch(
     )  # fmt: skip
     remove_segments(since_ns)  # MPICH leaves its own where ranks are killed
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def await_gone(pids: Sequence[int]) -> None:
+    """Wait until none of the processes runs any more."""
+    for pid in pids:
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            waiting = select.poll()
+            waiting.register(handle, select.POLLIN)
+            assert waiting.poll(round(TIMEOUT_S * 1000)), f"process {pid} still runs"
+        finally:
+            os.close(handle)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import await_gone
 
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.lab import Conditions, Lab, Launcher, Output, Service, read_log, run_ranks, why_unavailable
@@ -28,23 +28,6 @@ from detcoll.topology import Topology
 UNAVAILABLE = why_unavailable()
 needs_lab = [pytest.mark.lab, pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))]
 pytestmark = pytest.mark.timeout(90)
-
-PATIENCE_MS = 20_000
-
-
-def await_gone(pids: Sequence[int]) -> None:
-    """Wait until none of the processes runs any more."""
-    for pid in pids:
-        try:
-            handle = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            waiting = select.poll()
-            waiting.register(handle, select.POLLIN)
-            assert waiting.poll(PATIENCE_MS), f"process {pid} still runs"
-        finally:
-            os.close(handle)
 
 
 def holders(inodes: Sequence[int]) -> list[str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from detcoll.cli.invocation import command_line
+from detcoll.cli.relaying import refuse_with_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
 from detcoll.launchers import read_environment
-from detcoll.measure.bench import LabBench, run_here, run_in_lab
+from detcoll.measure.bench import SLOTTED, LabBench, run_here, run_in_lab
 from detcoll.measure.host import host_facts
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
@@ -41,6 +42,7 @@ def bench(
     empty: bool = False,
     json: Path | None = None,
     lab: bool = False,
+    relay: bool = False,
     sites: int | None = None,
     ranks_per_site: int | None = None,
     rate: str | None = None,
@@ -80,6 +82,9 @@ def bench(
         File for the results.
     lab
         Start ranks in emulated sites; needs Linux and root.
+    relay
+        Start ranks on this host and relay what they send between sites, with rate and delay alone; needs no root. Of
+        slotted only. The options of --lab below hold, but for service, cross traffic and reserved.
     sites
         With --lab: number of sites; 2 unless given.
     ranks_per_site
@@ -114,7 +119,10 @@ def bench(
     sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup, empty)
     sweep.validate()
     timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
-    if not lab:
+    if relay:
+        refuse_with_relay(service=service, cross_traffic=cross_traffic, reserved=reserved)
+        _refuse_without_proxy(comma_separated(transport or SLOTTED))
+    if not (lab or relay):
         _refuse_without_lab(
             sites=sites, ranks_per_site=ranks_per_site, rate=rate, round_trip=round_trip, service=service,
             cross_traffic=cross_traffic, reserved=reserved,
@@ -137,6 +145,7 @@ def bench(
         timeout_s,
         parse_duration_ns(deadline, "deadline") / 1e9,
         networks,
+        relay,
     )
     return _run_in_lab(spec, left_out, json)
 
@@ -162,4 +171,12 @@ def _finish(result: BenchResult, json: Path | None) -> int:
 def _refuse_without_lab(**given: object) -> None:
     useless = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
     if useless:
-        raise UsageError(f"{', '.join(useless)} need --lab: without it the ranks are those of the launcher")
+        raise UsageError(f"{', '.join(useless)} need --lab or --relay: without the ranks are those of the launcher")
+
+
+def _refuse_without_proxy(transports: tuple[str, ...]) -> None:
+    for transport in transports:
+        if transport != SLOTTED:
+            raise UsageError(
+                f"transport={transport!r} knows no proxy and would go past the relay; expected {SLOTTED} with --relay"
+            )

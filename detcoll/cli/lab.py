@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from detcoll.cli.relaying import refuse_with_relay, run_through_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
@@ -17,6 +18,12 @@ from detcoll.measure.records import write_json
 from detcoll.measure.results import require_writable
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
 from detcoll.topology import Topology
+
+_CROSS_TCP = 0.05
+_PAST_THE_RELAY = (
+    "detcoll: nothing went through the relay: it carries what detcoll's slotted transport sends between sites; "
+    "whatever else the ranks did was at the speed of this host"
+)
 
 
 def lab(
@@ -33,20 +40,21 @@ def lab(
     reserved: str | None = None,
     burst: str | None = None,
     cross_traffic: float = 0.0,
-    cross_tcp: float = 0.05,
+    cross_tcp: float = _CROSS_TCP,
     failure: list[str] | None = None,
     seed: int = 0,
     statistics: Path | None = None,
     log: Path | None = None,
     mpi: bool = False,
     prefix: bool = False,
+    relay: bool = False,
     slow_start_after_idle: bool = False,
     deadline: str | None = None,
 ) -> int:
     """Run COMMAND once per rank, each in the network of its site, and return the exit code of the first that failed.
 
     Sites reach each other over an emulated line only. Ranks get RANK, WORLD_SIZE, MASTER_ADDR and the other variables
-    of a launcher. Needs Linux and root.
+    of a launcher. Needs Linux and root, unless with --relay.
 
     Parameters
     ----------
@@ -63,7 +71,7 @@ def lab(
     topology : Path
         Topology file, instead of sites, ranks per site, rate and round trip.
     queue : str
-        Drop-tail queue of each line.
+        Drop-tail queue of each line; with --relay, what may wait at it before senders are held up.
     loss : float
         Probability with which a best-effort segment is lost.
     jitter : str
@@ -94,6 +102,9 @@ def lab(
         Start the ranks through mpiexec of MPICH or Open MPI, for MPI programs.
     prefix : bool
         Put "[rank]" in front of every line that ranks other than 0 print.
+    relay : bool
+        Run the ranks as ordinary processes, and detcoll's connections between sites through a relay that adds rate and
+        delay, and nothing else; needs no root. docs/lab.md tells what that cannot show.
     slow_start_after_idle : bool
         Leave TCP's slow start after idle phases on, as it is by default.
     deadline : str
@@ -102,9 +113,24 @@ def lab(
     if not command:
         raise UsageError("COMMAND is missing; expected detcoll lab [OPTIONS] -- COMMAND [ARGUMENTS]")
     wanted = _topology(topology, sites, ranks_per_site, rate, round_trip)
+    if relay:
+        refuse_with_relay(
+            loss=loss, jitter=parse_duration_ns(jitter, "jitter"), service=service, reserved=reserved, burst=burst,
+            cross_traffic=cross_traffic, cross_tcp=cross_tcp != _CROSS_TCP, failure=failure, seed=seed, log=log,
+            mpi=mpi, slow_start_after_idle=slow_start_after_idle,
+        )  # fmt: skip
     wanted = _reserve(wanted, service, reserved)
     patience_ns = None if deadline is None else parse_duration_ns(deadline, "deadline")
     require_writable(statistics, "statistics")
+    if relay:
+        deadline_s = None if patience_ns is None else patience_ns / 1e9
+        with _terminable():
+            code, seen = run_through_relay(wanted, parse_size_bytes(queue, "queue"), command, deadline_s, prefix=prefix)
+        if not seen.connections and code == 0:
+            print(_PAST_THE_RELAY, file=sys.stderr, flush=True)
+        if statistics is not None:
+            write_json(statistics, seen)
+        return code
     conditions = Conditions(
         queue_bytes=parse_size_bytes(queue, "queue"),
         loss=loss,

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from detcoll.cli.invocation import command_line
+from detcoll.cli.relaying import refuse_with_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
 from detcoll.measure.experiment import Experiment, run_experiment
@@ -41,18 +42,20 @@ def measure(
     compute: str = "400 ms",
     gradient_bytes: str = "16MiB",
     bucket_bytes: str = "1MiB",
-    against: str = "gloo,mpi",
-    service: str = "best-effort",
-    cross_traffic: str = "0",
+    against: str | None = None,
+    service: str | None = None,
+    cross_traffic: str | None = None,
     reserved: str | None = None,
     json: Path | None = None,
     report: Path | None = None,
     deadline: str = "10 min",
+    relay: bool = False,
 ) -> int:
     """Compare training across emulated sites with the same training in one cluster.
 
     The same ranks and grouping run a workload in a single cluster over shared memory, and across sites with the
-    slotted transport and the transports to compare with. Needs Linux and root for the emulated lines.
+    slotted transport and the transports to compare with. Needs Linux and root for the emulated lines, unless with
+    --relay.
 
     Parameters
     ----------
@@ -85,12 +88,13 @@ def measure(
     bucket_bytes
         What is reduced at once while the backward pass goes on.
     against
-        Transports to compare with, separated by commas, or none.
+        Transports to compare with, separated by commas, or none; "gloo,mpi" unless given, with --relay none.
     service
-        What the network promises: best-effort, deterministic (a reserved and policed rate that goes first), or both
-        separated by commas, one after the other.
+        What the network promises: best-effort (the default), deterministic (a reserved and policed rate that goes
+        first), or both separated by commas, one after the other.
     cross_traffic
-        What others offer each line's best-effort class, as shares of its rate from 0 to 2, separated by commas.
+        What others offer each line's best-effort class, as shares of its rate from 0 to 2, separated by commas; 0
+        unless given.
     reserved
         Rate that the deterministic service reserves between any two sites, headers included; four fifths of the line
         unless given here or by the topology file.
@@ -100,6 +104,8 @@ def measure(
         Directory for report.html, its results.json, and traces of the slotted run's last round.
     deadline
         How long one setting may take in one round.
+    relay
+        Relay what ranks send between sites, with rate and delay alone, instead of emulating the lines; needs no root.
     """
     require_writable(json, "json")
     require_folder(report, "report")
@@ -108,10 +114,18 @@ def measure(
     name = workload or "digits"
     if script and workload is not None:
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
-    networks = parse_networks(comma_separated(service), comma_separated(cross_traffic))
+    if relay:
+        refuse_with_relay(
+            against=comma_separated(against or ""), service=service, cross_traffic=cross_traffic, reserved=reserved
+        )
+        against = ""
+    networks = parse_networks(
+        comma_separated("best-effort" if service is None else service),
+        comma_separated("0" if cross_traffic is None else cross_traffic),
+    )
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
     builtin = _workload(name, compute, gradient_bytes, bucket_bytes)
-    transports, left_out = present(comma_separated(against), "against")
+    transports, left_out = present(comma_separated("gloo,mpi" if against is None else against), "against")
     experiment = Experiment(
         topology=lines,
         workload=None if script else builtin,
@@ -124,6 +138,7 @@ def measure(
         networks=networks,
         deadline_s=parse_duration_ns(deadline, "deadline") / 1e9,
         traces=None if report is None else report / TRACES,
+        relay=relay,
     )
     return _run(experiment, json, report)
 

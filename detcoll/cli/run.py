@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -65,19 +65,45 @@ def run(
         "DETCOLL_TRANSPORT": transport,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    pipe = subprocess.PIPE if tag_output else None
+    tags = [f"[rank {rank}] " for rank in range(ranks)] if tag_output else None
+    return launch(
+        program, lambda listener: rank_environments(ranks, {**os.environ, **given}, listener), tags, deadline_s
+    )
+
+
+def launch(
+    program: Sequence[str],
+    environments: Callable[[socket.socket], Sequence[Mapping[str, str]]],
+    tags: Sequence[str] | None,
+    deadline_s: float | None,
+) -> int:
+    """Start a program once for each environment, wait for all, and return the exit code of the first that failed.
+
+    Parameters
+    ----------
+    program : sequence of str
+        Program and arguments.
+    environments : callable
+        Gets the socket where the ranks are to meet, and returns the environment of each; the one that has
+        DETCOLL_RENDEZVOUS_FD inherits the socket.
+    tags : sequence of str, optional
+        What each line that a rank prints begins with.
+    deadline_s : float, optional
+        End the ranks after so long.
+    """
+    pipe = None if tags is None else subprocess.PIPE
     # Left in the opposite order: the guard must outlive the wait, and the tags need the ends of the pipes.
     with ExitStack() as stack:
-        tagger = stack.enter_context(Tagger(sys.stdout.buffer, sys.stderr.buffer)) if tag_output else None
+        tagger = None if tags is None else stack.enter_context(Tagger(sys.stdout.buffer, sys.stderr.buffer))
         guard = stack.enter_context(Guard())
         with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
             processes = []
-            for environment in rank_environments(ranks, {**os.environ, **given}, listener):
+            for environment in environments(listener):
                 inherited = [listener.fileno()] if "DETCOLL_RENDEZVOUS_FD" in environment else []
                 processes.append(start(program, env=environment, pass_fds=inherited, stdout=pipe, stderr=pipe))
                 guard.watch(processes[-1])
-        if tagger is not None:
-            tagger.copy(processes, [f"[rank {rank}] " for rank in range(ranks)])
+        if tagger is not None and tags is not None:
+            tagger.copy(processes, tags)
         return supervise(processes, deadline_s=deadline_s)
 
 

@@ -26,10 +26,16 @@ _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
 _OFFLOAD_CSUM_TSO4_TSO6 = 1 | 2 | 4
 # Units that the router has not read yet. It reads at once; what overflows here would be lost uncounted.
 _DEVICE_QUEUE_UNITS = 10_000
+_OFFER = "--relay gives rate and delay alone without it"
 
 
 def why_unavailable() -> str | None:
-    """Return why no lab can be opened here, or None where it can."""
+    """Return why no lab can be opened here and what could be instead, or None where it can."""
+    reason = _what_is_missing()
+    return reason if reason is None else f"{reason}; {_OFFER}"
+
+
+def _what_is_missing() -> str | None:
     if platform.system() != "Linux":
         return f"the lab needs Linux, this is {platform.system()}"
     if os.geteuid() != 0:

@@ -21,8 +21,9 @@ from detcoll.measure.lines import LineUse, read_lines, use_of
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import write_json
-from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchResult, LeftOut, Row
+from detcoll.measure.results import BENCH_SCHEMA, LAB, RELAY, AuditResult, BenchLine, BenchResult, LeftOut, Row
 from detcoll.measure.sweep import Sweep, run_sweep
+from detcoll.relay import Relay
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
 
@@ -46,7 +47,7 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True)
 class LabBench:
-    """A sweep over emulated lines, which are each of ``networks`` in turn."""
+    """A sweep over emulated lines, which are each of ``networks`` in turn, or with ``relay`` those of a relay."""
 
     sweep: Sweep
     transports: tuple[str, ...]
@@ -56,6 +57,7 @@ class LabBench:
     timeout_s: float
     deadline_s: float
     networks: tuple[Network, ...] = (QUIET,)
+    relay: bool = False
 
 
 def run_here(
@@ -115,33 +117,41 @@ def run_in_lab(bench: LabBench, say: Say) -> BenchResult:
         else:
             service, share = network.service.value, network.cross_traffic
             rows += [replace(row, service=service, cross_traffic=share) for row in more]
-            lines.append(BenchLine(transport, service, share, use))
+            lines += [] if use is None else [BenchLine(transport, service, share, use)]
             audits += [] if seen is None else [seen]
+    emulation = RELAY if bench.relay else LAB
     audited = next((seen for seen in audits if not seen.passed), audits[-1] if audits else None)
-    return BenchResult(BENCH_SCHEMA, host_facts(), tuple(rows), tuple(failed), audited, tuple(lines))
+    return BenchResult(BENCH_SCHEMA, host_facts(), tuple(rows), tuple(failed), audited, tuple(lines), None, emulation)
 
 
 def _run_transport(
     bench: LabBench, transport: str, network: Network
-) -> tuple[tuple[Row, ...], LineUse, AuditResult | None]:
+) -> tuple[tuple[Row, ...], LineUse | None, AuditResult | None]:
     topology = network.topology(bench.topology)
     with tempfile.TemporaryDirectory(prefix="detcoll-bench-") as name:
         directory = Path(name)
         config = BenchConfig(bench.sweep, transport, topology, str(directory / "rows.json"), bench.timeout_s)
         write_json(directory / "config.json", config)
         env, log_path = {SLOTTING_VARIABLE: bench.slotting} if bench.slotting else {}, None
+        argv = [sys.executable, "-m", "detcoll.measure.bench", str(directory / "config.json")]
+        setting, places = Setting(transport, transport, WIDE_AREA, network), Places(topology, bench.deadline_s)
+        if bench.relay:
+            with Relay(topology, bench.conditions.queue_bytes) as relay:
+                places.run(setting, argv, directory, env, relay)
+            return _read_rows(config), None, None
         if transport == SLOTTED:
             env[TRACE_VARIABLE] = str(directory)
             log_path = directory / "arrivals.npy"
         with Lab(topology, network.conditions(bench.conditions), log_path=log_path) as lab:
-            argv = [sys.executable, "-m", "detcoll.measure.bench", str(directory / "config.json")]
-            setting = Setting(transport, transport, WIDE_AREA, network)
-            Places(topology, bench.deadline_s).run(setting, argv, directory, env, lab)
+            places.run(setting, argv, directory, env, lab)
             seen = read_lines(lab, network.service)
-        rows = msgspec.json.decode(Path(config.rows_path).read_bytes(), type=tuple[Row, ...])
         late_ns = seen.statistics.late_peak_ns
         audited = None if log_path is None else _audit(topology, network, log_path, directory, late_ns)
-        return rows, use_of([seen], [None]), audited
+        return _read_rows(config), use_of([seen], [None]), audited
+
+
+def _read_rows(config: BenchConfig) -> tuple[Row, ...]:
+    return msgspec.json.decode(Path(config.rows_path).read_bytes(), type=tuple[Row, ...])
 
 
 def _audit(topology: Topology, network: Network, log_path: Path, traces: Path, router_late_ns: int) -> AuditResult:

@@ -24,7 +24,8 @@ from detcoll.measure.marks import MARKS_VARIABLE
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_marks, read_record, write_json
-from detcoll.measure.results import MEASURE_SCHEMA, LeftOut, Measurement, Run
+from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, LeftOut, Measurement, Run
+from detcoll.relay import Relay
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
 
@@ -44,6 +45,7 @@ class Experiment:
     ``iterations`` : measured in each setting, all ``rounds`` together.
     ``networks`` : what the lines are in turn; ``topology`` has the reserved rates, which only deterministic ones grant.
     ``timeout_s`` : of a collective.  ``deadline_s`` : of one setting in one round.
+    ``relay`` : the lines are those of a relay instead of the lab, which go with ``QUIET`` alone.
     ``traces`` : folder for the traces of the last round of slotted runs, one folder in it for each; none unless given.
     """
 
@@ -59,6 +61,7 @@ class Experiment:
     timeout_s: float = 60.0
     deadline_s: float = 600.0
     traces: Path | None = None
+    relay: bool = False
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -119,7 +122,7 @@ def run_experiment(experiment: Experiment, say: Say) -> Measurement:
         failure is kept in ``left_out``.
     """
     experiment.validate()
-    if (reason := why_unavailable()) is not None:
+    if not experiment.relay and (reason := why_unavailable()) is not None:
         raise TransportUnavailable(reason)
     with tempfile.TemporaryDirectory(prefix="detcoll-measure-") as directory:
         if experiment.workload is not None and experiment.workload.name == "digits":
@@ -178,6 +181,9 @@ class _Session:
         if not setting.is_wide:
             return self.places.run(setting, argv, here, env)
         network, experiment = setting.network, self.experiment
+        if experiment.relay:
+            with Relay(network.topology(experiment.topology), experiment.conditions.queue_bytes) as relay:
+                return self.places.run(setting, argv, here, env, relay)
         with Lab(network.topology(experiment.topology), network.conditions(experiment.conditions)) as lab:
             total_s = self.places.run(setting, argv, here, env, lab)
             self.lines.setdefault(setting, []).append(read_lines(lab, network.service))
@@ -276,6 +282,7 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
     topology = experiment.topology
     ranks = [len(site.ranks) for site in topology.sites]
     described: dict[str, Any] = {
+        "emulation": RELAY if experiment.relay else LAB,
         "iterations": experiment.iterations,
         "rounds": experiment.rounds,
         "sites": len(ranks),

@@ -19,6 +19,7 @@ from detcoll.errors import DetcollError
 from detcoll.lab import Lab
 from detcoll.lab.launch import Launcher, Output, run_ranks
 from detcoll.measure.aggregate import Setting
+from detcoll.relay import Relay
 from detcoll.topology import Topology
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -48,28 +49,35 @@ class Places:
 
     def run(
         self, setting: Setting, argv: Sequence[str], logs: Path, env: Mapping[str, str] | None = None,
-        lab: Lab | None = None,
+        lab: Lab | Relay | None = None,
     ) -> float:  # fmt: skip
         """Run ``argv`` once a rank, apart in ``lab`` or together without, and return how long it took in seconds.
 
-        Standard output of ranks is dropped, or kept under ``logs``; their errors go to this process's.
+        ``lab`` may be a relay, beside which the ranks are processes of this host. Standard output of ranks is dropped,
+        or kept under ``logs``; their errors go to this process's.
 
         Raises
         ------
         DetcollError
-            If a rank fails or the deadline passes.
+            If a rank fails, the deadline passes, or nothing went through the relay.
         SystemExit
             If this process was told to end meanwhile.
         """
         own = ONE_THREAD | AS_IT_IS | {"DETCOLL_TRANSPORT": setting.transport} | dict(env or {})
         begin_s = time.monotonic()
-        code = self._run_together(argv, own, logs) if lab is None else self._run_apart(lab, setting, argv, own)
+        if isinstance(lab, Lab):
+            code = self._run_apart(lab, setting, argv, own)
+        else:
+            placed = [{}] * self._topology.size if lab is None else lab.environments()
+            code = self._run_together(argv, own, logs, placed)
         if code in _ENDED_BY_USER:
             raise SystemExit(code)
         if code == processes.TIMED_OUT:
             raise DetcollError(f"{setting.name}, {setting.place}: not done within {self._deadline_s:g} s")
         if code != 0:
             raise DetcollError(f"{setting.name}, {setting.place}: a rank ended with exit code {code}")
+        if isinstance(lab, Relay) and not lab.statistics().connections:
+            raise DetcollError(f"{setting.name}, {setting.place}: its ranks never connected through the relay")
         return time.monotonic() - begin_s
 
     def _run_apart(self, lab: Lab, setting: Setting, argv: Sequence[str], env: Mapping[str, str]) -> int:
@@ -78,14 +86,18 @@ class Places:
         result = run_ranks(lab, argv, launcher=launcher, env=env, deadline_ns=deadline_ns, output=Output.CAPTURE)
         return processes.exit_code(result.exit_code)
 
-    def _run_together(self, argv: Sequence[str], env: Mapping[str, str], logs: Path) -> int:
+    def _run_together(
+        self, argv: Sequence[str], env: Mapping[str, str], logs: Path, placed: Sequence[Mapping[str, str]]
+    ) -> int:
+        """Run the ranks on this host; ``placed`` tells each what it alone is to know."""
         started: list[Popen[bytes]] = []
         with processes.Guard() as guard, socket.create_server((_LOOPBACK, 0)) as meeting:
             try:
                 for rank, own in enumerate(cluster_environments(self._topology.size, meeting)):
                     inherited = [meeting.fileno()] if rank == 0 else []
                     with (logs / f"rank{rank}.out").open("wb") as output:
-                        started.append(processes.start(argv, env=own | dict(env), pass_fds=inherited, stdout=output))
+                        given = own | dict(env) | dict(placed[rank])
+                        started.append(processes.start(argv, env=given, pass_fds=inherited, stdout=output))
                     guard.watch(started[-1])
             except BaseException:
                 processes.supervise(started, deadline_s=0)

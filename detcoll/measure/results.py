@@ -17,6 +17,9 @@ from detcoll.scenarios import Study
 MEASURE_SCHEMA = "detcoll.measure/1"
 BENCH_SCHEMA = "detcoll.bench/1"
 
+LAB, RELAY = "lab", "relay"
+"""What lines between sites can be made by."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -166,6 +169,7 @@ class BenchLine:
 class BenchResult:
     """The file of `detcoll bench --json`; ``audit`` is there for slotted runs in the lab, ``lines`` for all in it.
 
+    ``emulation`` : what the lines were made by, "lab" or "relay"; None where the ranks were those of a launcher.
     Of slotted runs on several networks the audit is the first that failed, or else the last.
     """
 
@@ -176,6 +180,7 @@ class BenchResult:
     audit: AuditResult | None = None
     lines: tuple[BenchLine, ...] = ()
     command: str | None = None
+    emulation: str | None = None
 
 
 def require_writable(path: Path | None, name: str) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detcoll.measure.lines import LineUse
-from detcoll.measure.results import AuditResult, BenchResult, LeftOut, Measurement, Row, Run
+from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Measurement, Row, Run
 from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration
 
@@ -85,6 +85,8 @@ def bench_table(result: BenchResult) -> RenderableType:
             NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes),
         )
     notes = [left_out_line(one) for one in result.left_out]
+    if result.emulation == RELAY:
+        notes.append(Text("through the relay: rate and delay alone, no queues, no drops, nothing audited"))
     if has_networks:
         notes += [
             line_note(f"{each.transport}, {each.service}, others {each.cross_traffic:.0%}", each.use)

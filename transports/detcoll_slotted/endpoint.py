@@ -188,6 +188,8 @@ class SlottedEndpoint(Endpoint):
             push = self._context.socket(zmq.PUSH)
             self._configure(push)
             push.sndhwm = 0  # bounded by credit, which counts bytes
+            if self._options.proxy and rank in self._options.proxied_peers:
+                push.setsockopt_string(zmq.SOCKS_PROXY, self._options.proxy)
             line = Line(push, self._options.congestion or None)
             push.connect(address)
             lines.append(line)

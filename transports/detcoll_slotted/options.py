@@ -15,7 +15,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``dscp`` : differentiated services code point of both lanes.  ``warm_up_peers``, ``warm_up_bytes``,
     ``warm_up_bytes_per_s`` : to whom this rank sends how much while connecting, and how fast, so that TCP's window is
     open before the first message; the peers do the same.  ``warm_up_in_turn`` : to one peer after another, the next
-    rank first, instead of to all at once.
+    rank first, instead of to all at once.  ``proxy`` : host:port of a SOCKS5 proxy (RFC 1928, without authentication)
+    through which ``proxied_peers`` are reached; empty for none.
     """
 
     credit_bytes: int = 16_777_216
@@ -29,3 +30,5 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up_bytes: int = 0
     warm_up_bytes_per_s: float = 0.0
     warm_up_in_turn: bool = False
+    proxy: str = ""
+    proxied_peers: frozenset[int] = frozenset()
