@@ -219,15 +219,17 @@ def _warm_up(topology: Topology, rank: int, slotting: Slotting | None) -> dict[s
     if not topology.is_wide:
         return {}
     calendar = build_calendar(topology, Slotting.SHARE)
-    rate = min(rate for rate in calendar.rates if rate > 0)
+    rate, most = min(rate for rate in calendar.rates if rate > 0), max(calendar.rates)
     in_turn = slotting is Slotting.CALENDAR and len(topology.sites) > 2
     if in_turn:
         rate *= (len(topology.sites) - 1) / 2
+        most = max(site.uplink_bytes_per_s or 0 for site in topology.sites)
     round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
     nbytes = min(round(rate * WARM_UP_ROUND_TRIPS * round_trip_ns / 1e9), LARGEST_WARM_UP_BYTES)
     peers = partners(topology, rank)
     return {
-        "warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate, "warm_up_in_turn": in_turn
+        "warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate, "warm_up_in_turn": in_turn,
+        "in_flight_bytes": round(most * round_trip_ns / 1e9),
     }  # fmt: skip
 
 

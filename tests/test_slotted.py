@@ -18,7 +18,7 @@ from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageEr
 from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.transport import Ticket, TicketStatus, Window
-from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant
+from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, line
 from detcoll_slotted.line import SO_MAX_PACING_RATE
 from detcoll_slotted.wire import FrameKind, Header, Lane
 
@@ -493,3 +493,41 @@ def test_flows_warm_up_one_after_another_where_each_shall_have_a_line(monkeypatc
         for rank, order in ((0, [1, 2]), (1, [2, 0]), (2, [0, 1])):
             assert [peer for peer, _ in begun[rank]] == [order[0]] * 2 + [order[1]] * 2
             assert begun[rank][2][1] - begun[rank][0][1] >= 13.1072 * MS  # what the first takes at its pace
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may exceed the system's limits of send buffers")
+def test_send_buffers_and_credit_hold_what_is_under_way() -> None:
+    under_way = 2**26
+    options = {"warm_up_peers": frozenset({1}), "in_flight_bytes": under_way}
+    with ThreadFabric(SlottedTransport(), 3, options) as fabric:
+        fabric.run(lambda here: here.meet())
+        for rank, held in ((1, True), (2, False)):
+            peer = fabric[0]._peers[rank]
+            assert (peer.outbound.credit_bytes == 2 * under_way) is held
+            for lane in peer.lines:
+                buffer_bytes = lane._tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+                assert (buffer_bytes >= 1.5 * under_way) is held
+
+
+def test_without_the_right_to_exceed_limits_send_buffers_are_what_the_system_permits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    permitted = 2 * line._last_number("/proc/sys/net/core/wmem_max")
+    for grows_to, expected in ((2**40, 0), (1, permitted)):
+        monkeypatch.setattr(line, "_grows_to_bytes", lambda most=grows_to: most)
+        with socket.socket() as tcp:
+            before = tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            line._set_send_buffer(_Unprivileged(tcp), 2**30)
+            assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == (expected or before)
+
+
+class _Unprivileged:
+    """A socket that refuses what needs CAP_NET_ADMIN, as the kernel does."""
+
+    def __init__(self, tcp: socket.socket) -> None:
+        self._tcp = tcp
+
+    def setsockopt(self, level: int, name: int, value: int) -> None:
+        if name == line.SO_SNDBUFFORCE:
+            raise PermissionError
+        self._tcp.setsockopt(level, name, value)

@@ -6,6 +6,10 @@ retransmitted (``TCP_INFO``). After a reconnect the descriptor is a new one, and
 
 On a reserved, paced path loss does not happen, so a loss-based control never slows down, while BBR empties the pipe for
 200 ms every 10 s to probe the round trip. Hence CUBIC unless told otherwise.
+
+TCP has no more under way than its send buffer holds. The kernel lets them grow to the last number of ``tcp_wmem``, of
+which some two thirds are payload. Where more has to be under way the buffer is set, which beyond ``wmem_max`` only a
+process with CAP_NET_ADMIN may do.
 """
 
 from __future__ import annotations
@@ -15,13 +19,19 @@ import fcntl
 import os
 import socket
 import struct
+import sys
+from pathlib import Path
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 SO_MAX_PACING_RATE = 47
+SO_SNDBUFFORCE = 32
 UNPACED = 2**64 - 1
 """What the kernel takes for no limit."""
+BUFFER_SHARE = 1.5
+"""Bytes of send buffer for each that is under way, with what the kernel keeps beside them."""
+_LARGEST_BUFFER_BYTES = 2**30 - 1
 _SIOCOUTQNSD = 0x894B
 _TCP_INFO_BYTES = 104
 _RTT_AT, _RETRANSMITS_AT = 68, 100  # struct tcp_info of linux/tcp.h
@@ -29,15 +39,16 @@ _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SU
 
 
 class Line:
-    """One PUSH socket, its monitor, and the TCP connection it has just now."""
+    """One PUSH socket, its monitor, and the TCP connection it has just now, with ``in_flight_bytes`` under way."""
 
-    def __init__(self, push: zmq.Socket[bytes], congestion: str | None) -> None:
+    def __init__(self, push: zmq.Socket[bytes], congestion: str | None, in_flight_bytes: int = 0) -> None:
         self.push = push
         self.monitor = push.get_monitor_socket(_WATCHED)
         self.connected = False
         self.was_connected = False
         self.broken_since_ns = 0
         self._congestion = congestion
+        self._buffer_bytes = round(in_flight_bytes * BUFFER_SHARE)
         self._rate_bytes_per_s = 0
         self._free_ns = 0
         self._tcp: socket.socket | None = None
@@ -127,6 +138,8 @@ class Line:
         if self._congestion:
             with contextlib.suppress(OSError):  # not offered by this kernel: its default stays, and counters show it
                 self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion.encode())
+        if self._buffer_bytes > _grows_to_bytes():
+            _set_send_buffer(self._tcp, self._buffer_bytes)
         self._apply_rate()
 
     def _apply_rate(self) -> None:
@@ -150,3 +163,27 @@ class Line:
             self._past_retransmits = self.info()[1]
             self._tcp.close()
             self._tcp = None
+
+
+def _grows_to_bytes() -> int:
+    """Return how large the kernel lets a send buffer grow by itself."""
+    return _last_number("/proc/sys/net/ipv4/tcp_wmem")
+
+
+def _set_send_buffer(tcp: socket.socket, nbytes: int) -> None:
+    """Make room for ``nbytes``, or for as many as the system permits; the kernel doubles what it is told."""
+    half = min(nbytes // 2, _LARGEST_BUFFER_BYTES)
+    with contextlib.suppress(OSError):  # the connection just broke: set again on the next one
+        try:
+            tcp.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, half)
+        except PermissionError:
+            if 2 * min(half, _last_number("/proc/sys/net/core/wmem_max")) > _grows_to_bytes():
+                tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, half)
+
+
+def _last_number(path: str) -> int:
+    """Return the last number of a kernel setting, or one beyond all that is needed where it does not tell."""
+    try:
+        return int(Path(path).read_text(encoding="ascii").split()[-1])
+    except (OSError, ValueError, IndexError):
+        return sys.maxsize

@@ -16,7 +16,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``warm_up_bytes_per_s`` : to whom this rank sends how much while connecting, and how fast, so that TCP's window is
     open before the first message; the peers do the same.  ``warm_up_in_turn`` : to one peer after another, the next
     rank first, instead of to all at once.  ``proxy`` : host:port of a SOCKS5 proxy (RFC 1928, without authentication)
-    through which ``proxied_peers`` are reached; empty for none.
+    through which ``proxied_peers`` are reached; empty for none.  ``in_flight_bytes`` : what a connection to those that
+    are warmed up has under way at most; send buffers and credit are made to hold it.
     """
 
     credit_bytes: int = 16_777_216
@@ -30,5 +31,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up_bytes: int = 0
     warm_up_bytes_per_s: float = 0.0
     warm_up_in_turn: bool = False
+    in_flight_bytes: int = 0
     proxy: str = ""
     proxied_peers: frozenset[int] = frozenset()
