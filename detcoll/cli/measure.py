@@ -13,7 +13,8 @@ from rich.console import Console
 from detcoll.cli.invocation import command_line
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
-from detcoll.measure.experiment import Experiment, run_experiment
+from detcoll.measure.compute import ComputeKind
+from detcoll.measure.experiment import WARMUP, Experiment, run_experiment
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import ended_by_signals
@@ -38,13 +39,16 @@ def measure(
     queue: str = "2.5MB",
     iterations: int | None = None,
     rounds: int = 2,
+    warmup: int = WARMUP,
     compute: str = "400 ms",
+    compute_kind: ComputeKind = "wait",
     gradient_bytes: str = "16MiB",
     bucket_bytes: str = "1MiB",
     against: str = "gloo,mpi",
     service: str = "best-effort",
     cross_traffic: str = "0",
     reserved: str | None = None,
+    without: str = "none",
     json: Path | None = None,
     report: Path | None = None,
     deadline: str = "10 min",
@@ -78,8 +82,13 @@ def measure(
         Measured in each setting; 60 for digits and 20 for synthetic unless given.
     rounds
         In how many turns the settings share them.
+    warmup
+        Iterations of each setting before the measured ones, in each round.
     compute
         Compute time of a synthetic iteration, a third forward and two thirds backward.
+    compute_kind
+        How a synthetic iteration spends it: wait (on the wall clock, as for a GPU), or python or numpy (so much
+        processor time, with the interpreter's lock and without).
     gradient_bytes
         Gradient of a synthetic iteration.
     bucket_bytes
@@ -94,6 +103,9 @@ def measure(
     reserved
         Rate that the deterministic service reserves between any two sites, headers included; four fifths of the line
         unless given here or by the topology file.
+    without
+        What to switch off in slotted runs of their own in the deterministic service, each on its own, to show what it
+        gains: some of topology, slots, overlap, reservation, separated by commas.
     json
         File for the results.
     report
@@ -110,7 +122,7 @@ def measure(
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
     networks = parse_networks(comma_separated(service), comma_separated(cross_traffic))
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
-    builtin = _workload(name, compute, gradient_bytes, bucket_bytes)
+    builtin = _workload(name, compute, compute_kind, gradient_bytes, bucket_bytes)
     transports, left_out = present(comma_separated(against), "against")
     experiment = Experiment(
         topology=lines,
@@ -124,6 +136,8 @@ def measure(
         networks=networks,
         deadline_s=parse_duration_ns(deadline, "deadline") / 1e9,
         traces=None if report is None else report / TRACES,
+        warmup=warmup,
+        without=comma_separated(without),
     )
     return _run(experiment, json, report)
 
@@ -156,7 +170,9 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
     return 1 if result.digests_equal is False or failed else 0
 
 
-def _workload(name: WorkloadName, compute: str, gradient_bytes: str, bucket_bytes: str) -> WorkloadSpec:
+def _workload(
+    name: WorkloadName, compute: str, kind: ComputeKind, gradient_bytes: str, bucket_bytes: str
+) -> WorkloadSpec:
     bucket = parse_size_bytes(bucket_bytes, "bucket_bytes")
     gradient, compute_ns = parse_size_bytes(gradient_bytes, "gradient_bytes"), parse_duration_ns(compute, "compute")
     for option, size in (("gradient_bytes", gradient), ("bucket_bytes", bucket)):
@@ -164,4 +180,4 @@ def _workload(name: WorkloadName, compute: str, gradient_bytes: str, bucket_byte
             raise UsageError(f"{option}={size} must be a positive multiple of 4 bytes (float32)")
     if name == "digits":
         return WorkloadSpec("digits", bucket)
-    return WorkloadSpec("synthetic", bucket, compute_ns, gradient)
+    return WorkloadSpec("synthetic", bucket, compute_ns, gradient, compute_kind=kind)
