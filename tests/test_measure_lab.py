@@ -13,7 +13,7 @@ import pytest
 from detcoll.lab import why_unavailable
 
 TIMEOUT_S = 110
-LINES = ["--ranks-per-site", "1", "--rate", "200 Mbit/s", "--round-trip", "4 ms"]
+LINES = ["--rate", "200 Mbit/s", "--round-trip", "4 ms"]
 
 pytestmark = [
     pytest.mark.lab,
@@ -37,8 +37,9 @@ detcoll.finalize()
 """
 
 
-def measure(path: Path, *arguments: str) -> dict[str, Any]:
-    argv = [sys.executable, "-m", "detcoll", "measure", *arguments, *LINES, "--json", str(path)]
+def measure(path: Path, *arguments: str, ranks_per_site: int = 1) -> dict[str, Any]:
+    ranks = ["--ranks-per-site", str(ranks_per_site)]
+    argv = [sys.executable, "-m", "detcoll", "measure", *arguments, *LINES, *ranks, "--json", str(path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     data: dict[str, Any] = json.loads(path.read_text())
@@ -119,3 +120,20 @@ def test_a_reserved_rate_beside_others(tmp_path: Path) -> None:
         assert run["line"]["delay_p50_s"] < 0.01
     assert quiet["line"]["co_tenant"]["median_s"] < 0.01 < busy["line"]["co_tenant"]["median_s"]
     assert data["workload"]["reserved_bytes_per_s"] == [12.5e6]
+
+
+def test_each_gain_apart(tmp_path: Path) -> None:
+    arguments = [
+        "--workload", "synthetic", "--compute", "60 ms", "--gradient-bytes", "256KiB", "--bucket-bytes", "64KiB",
+        "--iterations", "2", "--rounds", "1", "--warmup", "1", "--against", "none", "--service", "deterministic",
+        "--compute-kind", "python", "--without", "topology,slots,overlap,reservation",
+    ]  # fmt: skip
+    data = measure(tmp_path / "m.json", *arguments, ranks_per_site=2)
+    flat, *grouped = data["runs"][2:]
+    assert [run["without"] for run in data["runs"]] == [None, None, "topology", "slots", "overlap", "reservation"]
+    assert data["digests_equal"] is True
+    assert (flat["algorithm"], {run["algorithm"] for run in grouped}) == ("direct", {"exchange"})
+    assert flat["line"]["wire_bytes"] > 1.5 * data["runs"][1]["line"]["wire_bytes"]
+    assert [run["service"] for run in grouped] == ["deterministic", "deterministic", "best-effort"]
+    assert data["workload"]["compute_kind"] == "python"
+    assert data["workload"]["warmup"] == 1

@@ -30,6 +30,7 @@ from detcoll.measure.aggregate import (
     wire_busy_fraction,
 )
 from detcoll.measure.experiment import Experiment, run_experiment
+from detcoll.measure.gains import MEANS
 from detcoll.measure.host import host_facts
 from detcoll.measure.kernel import network_counts, parse_retransmits, parse_sent_bytes
 from detcoll.measure.lines import CoTenant, LineRecord, use_of
@@ -410,6 +411,35 @@ def test_only_the_last_slotted_round_is_traced_and_only_for_a_report(
     assert name == "slotted"
     assert logs.endswith("-1"), "rounds count from zero"
     assert folder == tmp_path / "traces" / logs
+
+
+def test_each_run_is_told_what_is_switched_off(
+    places: type[FakePlaces], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: dict[str, dict[str, str]] = {}
+    overlaps: dict[str, bool] = {}
+    flat: dict[str, list[int]] = {}
+    inner = places.run
+
+    def run(self: FakePlaces, setting: Setting, argv: list[str], logs: Path, env: Any = None, lab: Any = None) -> float:
+        told[setting.name] = dict(env or {})
+        overlaps[setting.name] = read_config(logs / "config.json").workload.overlap
+        if "DETCOLL_TOPOLOGY" in (env or {}):
+            flat[setting.name] = [len(s.ranks) for s in Topology.from_file(env["DETCOLL_TOPOLOGY"]).sites]
+        return inner(self, setting, argv, logs, env, lab)
+
+    monkeypatch.setattr(places, "run", run)
+    lines = Topology.uniform(2, 2, 1e8, 10 * MS).with_reserved(6e7)
+    networks = parse_networks(("deterministic",), ("1.0",))
+    result = run_experiment(
+        an_experiment(topology=lines, networks=networks, without=MEANS, rounds=1, against=()), lambda line: None
+    )
+    assert [run.without for run in result.runs] == [None, None, *MEANS]
+    assert {name for name, sizes in flat.items() if sizes == [1, 1, 1, 1]} == {"slotted without topology"}
+    assert told["slotted without topology"]["DETCOLL_SITE"] == ""
+    assert {name for name, env in told.items() if env.get("DETCOLL_SLOTTING") == "off"} == {"slotted without slots"}
+    assert {name for name, overlap in overlaps.items() if not overlap} == {"slotted without overlap"}
+    assert result.runs[-1].service == "best-effort"
 
 
 def test_digits_go_on_in_the_next_round(places: type[FakePlaces]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from detcoll.errors import TransportError, UsageError
 from detcoll.measure.buckets import Buckets, bucket_ends
+from detcoll.measure.compute import ComputeKind
 from detcoll.measure.consumption import Meter
 from detcoll.measure.digits import PARAMETERS, Digits
 from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_config, read_record, write_json
@@ -28,7 +31,7 @@ from detcoll.measure.verification import (
     modulus,
     require_equal,
 )
-from detcoll.measure.worker import measure_rank
+from detcoll.measure.worker import make_workload, measure_rank
 from detcoll.topology import Topology
 from detcoll.types import DTYPES
 
@@ -100,6 +103,21 @@ class _Member:
         return {"slot_misses": late, "slot_trims": 2 * late}
 
 
+class _Clocked:
+    """A rank that notes when the first array was reduced."""
+
+    def __init__(self, comm: Any) -> None:
+        self.rank, self.size, self._comm = comm.rank, comm.size, comm
+        self.first_call_ns = 0
+
+    def all_reduce(self, x: Any, op: Any = "sum", async_op: bool = False) -> Any:
+        self.first_call_ns = self.first_call_ns or time.monotonic_ns()
+        return self._comm.all_reduce(x, op, async_op)
+
+    def barrier(self) -> None:
+        self._comm.barrier()
+
+
 def on_crew(size: int, program: Callable[[Any], Any], spoil: Callable[[Any], Any] = lambda result: result) -> list[Any]:
     board = _Board(size, spoil)
 
@@ -149,6 +167,40 @@ def test_buckets_start_as_soon_as_they_are_full() -> None:
         return [*started, *comm.reduced_bytes]
 
     assert on_crew(2, program) == [[0, 1, 2, 16, 16, 8, 16, 16, 8]] * 2
+
+
+def test_buckets_without_overlap_start_once_all_are_full() -> None:
+    def program(comm: Any) -> list[int]:
+        buckets = Buckets(comm, np.ones(10, np.float32), 16, "sum", overlap=False)
+        buckets.ready(10)
+        started = len(comm.reduced_bytes)
+        buckets.wait()
+        return [started, *comm.reduced_bytes]
+
+    assert on_crew(2, program) == [[0, 16, 16, 8]] * 2
+
+
+@pytest.mark.parametrize("workload", ["synthetic", "digits"])
+def test_workloads_overlap_unless_told_otherwise(workload: str, digits_file: str) -> None:
+    spec = SYNTHETIC if workload == "synthetic" else WorkloadSpec("digits", 16 * KiB, data_path=digits_file)
+
+    def starts_early(comm: Any, overlap: bool) -> bool:
+        seen = _Clocked(comm)
+        stamps = make_workload(seen, replace(spec, overlap=overlap)).iterate(0)
+        return seen.first_call_ns < stamps.backward_end_ns
+
+    assert on_crew(2, lambda comm: [starts_early(comm, overlap) for overlap in (True, False)]) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize("kind", ["python", "numpy"])
+def test_busy_compute_takes_processor_time(kind: ComputeKind) -> None:
+    def program(comm: Any) -> int:
+        workload = Synthetic(comm, replace(SYNTHETIC, compute_kind=kind))
+        before_ns = time.thread_time_ns()
+        workload.iterate(0)
+        return time.thread_time_ns() - before_ns
+
+    assert min(on_crew(2, program)) >= SYNTHETIC.compute_ns
 
 
 @pytest.mark.parametrize("bucket_bytes", [0, 2, 6])

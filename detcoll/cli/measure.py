@@ -14,7 +14,8 @@ from detcoll.cli.invocation import command_line
 from detcoll.cli.relaying import refuse_with_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
-from detcoll.measure.experiment import Experiment, run_experiment
+from detcoll.measure.compute import ComputeKind
+from detcoll.measure.experiment import WARMUP, Experiment, run_experiment
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import ended_by_signals
@@ -39,13 +40,16 @@ def measure(
     queue: str = "2.5MB",
     iterations: int | None = None,
     rounds: int = 2,
+    warmup: int = WARMUP,
     compute: str = "400 ms",
+    compute_kind: ComputeKind = "wait",
     gradient_bytes: str = "16MiB",
     bucket_bytes: str = "1MiB",
     against: str | None = None,
     service: str | None = None,
     cross_traffic: str | None = None,
     reserved: str | None = None,
+    without: str = "none",
     json: Path | None = None,
     report: Path | None = None,
     deadline: str = "10 min",
@@ -81,8 +85,13 @@ def measure(
         Measured in each setting; 60 for digits and 20 for synthetic unless given.
     rounds
         In how many turns the settings share them.
+    warmup
+        Iterations of each setting before the measured ones, in each round.
     compute
         Compute time of a synthetic iteration, a third forward and two thirds backward.
+    compute_kind
+        How a synthetic iteration spends it: wait (on the wall clock, as for a GPU), or python or numpy (so much
+        processor time, with the interpreter's lock and without).
     gradient_bytes
         Gradient of a synthetic iteration.
     bucket_bytes
@@ -98,6 +107,9 @@ def measure(
     reserved
         Rate that the deterministic service reserves between any two sites, headers included; four fifths of the line
         unless given here or by the topology file.
+    without
+        What to switch off in slotted runs of their own in the deterministic service, each on its own, to show what it
+        gains: some of topology, slots, overlap, reservation, separated by commas.
     json
         File for the results.
     report
@@ -124,7 +136,7 @@ def measure(
         comma_separated("0" if cross_traffic is None else cross_traffic),
     )
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
-    builtin = _workload(name, compute, gradient_bytes, bucket_bytes)
+    builtin = _workload(name, compute, compute_kind, gradient_bytes, bucket_bytes)
     transports, left_out = present(comma_separated("gloo,mpi" if against is None else against), "against")
     experiment = Experiment(
         topology=lines,
@@ -139,6 +151,8 @@ def measure(
         deadline_s=parse_duration_ns(deadline, "deadline") / 1e9,
         traces=None if report is None else report / TRACES,
         relay=relay,
+        warmup=warmup,
+        without=comma_separated(without),
     )
     return _run(experiment, json, report)
 
@@ -171,7 +185,9 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
     return 1 if result.digests_equal is False or failed else 0
 
 
-def _workload(name: WorkloadName, compute: str, gradient_bytes: str, bucket_bytes: str) -> WorkloadSpec:
+def _workload(
+    name: WorkloadName, compute: str, kind: ComputeKind, gradient_bytes: str, bucket_bytes: str
+) -> WorkloadSpec:
     bucket = parse_size_bytes(bucket_bytes, "bucket_bytes")
     gradient, compute_ns = parse_size_bytes(gradient_bytes, "gradient_bytes"), parse_duration_ns(compute, "compute")
     for option, size in (("gradient_bytes", gradient), ("bucket_bytes", bucket)):
@@ -179,4 +195,4 @@ def _workload(name: WorkloadName, compute: str, gradient_bytes: str, bucket_byte
             raise UsageError(f"{option}={size} must be a positive multiple of 4 bytes (float32)")
     if name == "digits":
         return WorkloadSpec("digits", bucket)
-    return WorkloadSpec("synthetic", bucket, compute_ns, gradient)
+    return WorkloadSpec("synthetic", bucket, compute_ns, gradient, compute_kind=kind)

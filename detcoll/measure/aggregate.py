@@ -21,12 +21,16 @@ WIDE_AREA = "wide-area"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where a workload runs: ``single-cluster`` or ``wide-area``, by which transport, and over which network."""
+    """Where a workload runs: ``single-cluster`` or ``wide-area``, by which transport, and over which network.
+
+    ``without`` : what is switched off, of `detcoll.measure.gains.MEANS`.
+    """
 
     name: str
     transport: str
     place: str
     network: Network = QUIET
+    without: str | None = None
 
     @property
     def is_wide(self) -> bool:
@@ -105,6 +109,7 @@ def make_run(
         losses=tuple(loss for records in rounds for loss in mean_losses(records)) or None,
         accuracy=last[0].accuracy,
         line=use_of(lines, [measured_span_ns(records) for records in rounds]) if lines else None,
+        without=setting.without,
     )
 
 
@@ -128,6 +133,7 @@ def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: R
         retransmits=_total([record.retransmits for record in lines]),
         slot_misses=None,
         line=use_of(lines, [None] * len(lines)) if lines else None,
+        without=setting.without,
         total_s=float(np.median([one.total_s for one in rounds])),
     )
 

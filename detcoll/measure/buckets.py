@@ -53,16 +53,24 @@ class Buckets:
         Size of a bucket; the last one may be smaller.
     op : str
         The reduce operation.
+    overlap : bool
+        Start buckets as they fill; else all of them start in `wait`.
     """
 
-    def __init__(self, comm: Collectives, gradient: NDArray[Any], bucket_bytes: int, op: str) -> None:
-        self._comm, self._gradient, self._op = comm, gradient, op
+    def __init__(
+        self, comm: Collectives, gradient: NDArray[Any], bucket_bytes: int, op: str, overlap: bool = True
+    ) -> None:
+        self._comm, self._gradient, self._op, self._overlap = comm, gradient, op, overlap
         self.ends_elems = bucket_ends(gradient.size, gradient.itemsize, bucket_bytes)
         self._started = 0
         self._pending: list[Pending] = []
 
     def ready(self, prefix_elems: int) -> None:
         """Say that the first ``prefix_elems`` elements are final; starts every bucket that lies within them."""
+        if self._overlap:
+            self._start(prefix_elems)
+
+    def _start(self, prefix_elems: int) -> None:
         while self._started < len(self.ends_elems) and self.ends_elems[self._started] <= prefix_elems:
             begin = self.ends_elems[self._started - 1] if self._started else 0
             bucket = self._gradient[begin : self.ends_elems[self._started]]
@@ -71,7 +79,7 @@ class Buckets:
 
     def wait(self) -> None:
         """Return once the whole gradient is reduced, and be ready for the next one."""
-        self.ready(self._gradient.size)
+        self._start(self._gradient.size)
         for work in self._pending:
             work.wait()
         self._pending.clear()

@@ -69,7 +69,7 @@ class Digits:
         self._velocity, self._gradient = as_float32(PARAMETERS), as_float32(PARAMETERS)
         self._layers = _layer_views(self._parameters)
         self._slopes = _layer_views(self._gradient)
-        self._buckets = Buckets(comm, self._gradient, spec.bucket_bytes, "avg")
+        self._buckets = Buckets(comm, self._gradient, spec.bucket_bytes, "avg", spec.overlap)
         self._checksum = 0
         self.losses: list[float] = []
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ from detcoll.errors import DetcollError, TransportUnavailable, UsageError
 from detcoll.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.measure.aggregate import SINGLE_CLUSTER, WIDE_AREA, Round, ScriptRound, Setting, make_run, make_script_run
 from detcoll.measure.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
+from detcoll.measure.gains import (
+    OVERLAP,
+    TOPOLOGY,
+    environment_without,
+    flattened,
+    networks_without,
+    require_removable,
+)
 from detcoll.measure.host import host_facts
 from detcoll.measure.lines import LineRecord, read_lines
 from detcoll.measure.marks import MARKS_VARIABLE
@@ -44,7 +52,9 @@ class Experiment:
     ``workload`` : a built-in workload, or None where ``script`` (program and arguments) is the workload.
     ``iterations`` : measured in each setting, all ``rounds`` together.
     ``networks`` : what the lines are in turn; ``topology`` has the reserved rates, which only deterministic ones grant.
-    ``timeout_s`` : of a collective.  ``deadline_s`` : of one setting in one round.
+    ``timeout_s`` : of a collective.  ``deadline_s`` : of one setting in one round.  ``warmup`` : iterations before the
+    measured ones of each round.
+    ``without`` : of `detcoll.measure.gains.MEANS`; each is switched off in slotted runs of their own.
     ``relay`` : the lines are those of a relay instead of the lab, which go with ``QUIET`` alone.
     ``traces`` : folder for the traces of the last round of slotted runs, one folder in it for each; none unless given.
     """
@@ -62,6 +72,8 @@ class Experiment:
     deadline_s: float = 600.0
     traces: Path | None = None
     relay: bool = False
+    warmup: int = WARMUP
+    without: tuple[str, ...] = ()
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -73,6 +85,8 @@ class Experiment:
         """
         if self.rounds < 1:
             raise UsageError(f"rounds={self.rounds} must be at least 1")
+        if self.warmup < 1:
+            raise UsageError(f"warmup={self.warmup} must be at least 1: before the first, nothing is connected")
         if SLOTTED in self.against or len(set(self.against)) < len(self.against):
             raise UsageError(f"against={','.join(self.against)!r}: {SLOTTED} is measured anyway, and each other once")
         if self.workload is not None and self.iterations < self.rounds:
@@ -83,6 +97,7 @@ class Experiment:
             raise UsageError(f"script={self.script[0]!r} is {what}")
         if self.workload is None and len({len(site.ranks) for site in self.topology.sites}) > 1:
             raise UsageError("a script needs sites of equal size, so that a single cluster can be grouped like them")
+        require_removable(self.without, self.topology, self.networks, self.workload is None)
         require_usable(self.topology, self.networks, self.conditions)
 
     def settings(self) -> tuple[Setting, ...]:
@@ -93,6 +108,11 @@ class Experiment:
                 Setting(name, name, WIDE_AREA, network)
                 for network in self.networks
                 for name in (SLOTTED, *self.against)
+            ),
+            *(
+                Setting(f"{SLOTTED} without {mean}", SLOTTED, WIDE_AREA, network, mean)
+                for mean in self.without
+                for network in networks_without(mean, self.networks)
             ),
         )
 
@@ -162,7 +182,7 @@ class _Session:
         except DetcollError as error:
             if not _may_fail(setting):
                 raise
-            self.failed[setting] = LeftOut(setting.transport, f"it failed: {error}", setting.network.label)
+            self.failed[setting] = LeftOut(setting.name, f"it failed: {error}", setting.network.label)
             say(f"{setting.name} failed and is left out: {error}")
 
     def _run_workload(self, setting: Setting, number: int, workload: WorkloadSpec) -> None:
@@ -170,7 +190,7 @@ class _Session:
         config = self._config(setting, number, workload, here)
         write_json(here / "config.json", config)
         argv = [sys.executable, "-m", "detcoll.measure.worker", str(here / "config.json")]
-        self._run_ranks(setting, argv, here, self._tracing(setting, number))
+        self._run_ranks(setting, argv, here, self._environment(setting, number, here))
         ranks = range(self.experiment.topology.size)
         self.rounds.setdefault(setting, []).append([read_record(config.record_path(rank)) for rank in ranks])
 
@@ -193,14 +213,14 @@ class _Session:
         topology = setting.network.topology(self.experiment.topology)
         first, count = self.experiment.parts()[number]
         if workload.name == "digits":
-            workload = WorkloadSpec(workload.name, workload.bucket_bytes, data_path=str(_digits_path(self.directory)))
+            workload = replace(workload, data_path=str(_digits_path(self.directory)))
         before = self._directory_of(setting, number - 1) / "state.npz" if number else None
         return WorkerConfig(
-            workload=workload,
+            workload=replace(workload, overlap=setting.without != OVERLAP),
             transport=setting.transport,
             topology=topology if setting.is_wide else topology.as_single_cluster(),
             iterations=count,
-            warmup=WARMUP,
+            warmup=self.experiment.warmup,
             timeout_s=self.experiment.timeout_s,
             output_dir=str(here),
             first_iteration=first,
@@ -212,16 +232,23 @@ class _Session:
         here = self._directory_of(setting, number)
         program, *arguments = self.experiment.script
         argv = [sys.executable, program, *arguments] if program.endswith(".py") else [program, *arguments]
-        env = {MARKS_VARIABLE: str(here), "DETCOLL_TRANSPORT": setting.transport} | self._tracing(setting, number)
-        if setting.is_wide:
-            path = here / "topology.toml"
-            path.write_text(setting.network.topology(self.experiment.topology).to_toml(), encoding="utf-8")
-            env["DETCOLL_TOPOLOGY"] = str(path)
-        else:
+        env = {MARKS_VARIABLE: str(here), "DETCOLL_TRANSPORT": setting.transport}
+        env |= self._environment(setting, number, here)
+        if not setting.is_wide:
             env["DETCOLL_SITES"] = str(len(self.experiment.topology.sites))
         total_s = self._run_ranks(setting, argv, here, env)
         marks = tuple(read_marks(path) for path in sorted(here.glob("marks*.json")))
         self.script_rounds.setdefault(setting, []).append(ScriptRound(total_s, marks))
+
+    def _environment(self, setting: Setting, number: int, here: Path) -> dict[str, str]:
+        """Return what ranks are told beside what all are: their topology, what is switched off, where traces go."""
+        told = environment_without(setting.without) | self._tracing(setting, number)
+        if setting.is_wide:
+            topology = setting.network.topology(self.experiment.topology)
+            path = here / "topology.toml"
+            path.write_text((flattened(topology) if setting.without == TOPOLOGY else topology).to_toml(), "utf-8")
+            told["DETCOLL_TOPOLOGY"] = str(path)
+        return told | ({"DETCOLL_SITE": ""} if setting.without == TOPOLOGY else {})
 
     def _tracing(self, setting: Setting, number: int) -> dict[str, str]:
         """Return what makes ranks keep a trace: of slotted runs, in their last round."""
@@ -232,7 +259,8 @@ class _Session:
 
     def _directory_of(self, setting: Setting, number: int) -> Path:
         network = f"{setting.network.service.value}-{setting.network.cross_traffic:g}"
-        place = self.directory / f"{setting.place}-{setting.transport}-{network}-{number}"
+        name = setting.name.replace(" ", "-") if setting.without else setting.transport
+        place = self.directory / f"{setting.place}-{name}-{network}-{number}"
         place.mkdir(exist_ok=True)
         return place
 
@@ -261,15 +289,15 @@ class _Session:
 
 
 def _may_fail(setting: Setting) -> bool:
-    """Tell whether the others are worth measuring without: peers, and whoever shares a full line in best effort."""
+    """Tell whether the others are worth measuring without it: all but slotted on lines that are not full."""
     is_crowded = setting.network.service is Service.BEST_EFFORT and setting.network.cross_traffic > 0
-    return setting.transport not in (CLUSTER_TRANSPORT, SLOTTED) or is_crowded
+    return setting.transport not in (CLUSTER_TRANSPORT, SLOTTED) or is_crowded or setting.without is not None
 
 
 def digests_equal(runs: Sequence[Run]) -> bool | None:
-    """Tell whether all slotted runs across sites have the digest of the single cluster; None where there is none."""
+    """Tell whether slotted runs across sites with its grouping have the single cluster's digest; None without any."""
     wanted = next(run.result_digest for run in runs if run.transport == CLUSTER_TRANSPORT)
-    slotted = [run.result_digest for run in runs if run.transport == SLOTTED]
+    slotted = [run.result_digest for run in runs if run.transport == SLOTTED and run.without != TOPOLOGY]
     return wanted is not None and all(digest == wanted for digest in slotted) if slotted else None
 
 
@@ -301,8 +329,9 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
     workload = experiment.workload
     if workload is None:
         return {"name": "script", "script": Path(experiment.script[0]).name, **described, "iterations": None}
-    described |= {"name": workload.name, "bucket_bytes": workload.bucket_bytes, "warmup": WARMUP}
+    described |= {"name": workload.name, "bucket_bytes": workload.bucket_bytes, "warmup": experiment.warmup}
     if workload.name == "synthetic":
-        return described | {"compute_s": workload.compute_ns / 1e9, "gradient_bytes": workload.gradient_bytes}
+        described |= {"compute_s": workload.compute_ns / 1e9, "compute_kind": workload.compute_kind}
+        return described | {"gradient_bytes": workload.gradient_bytes}
     layers = list(LAYERS)
     return described | {"gradient_bytes": PARAMETERS * 4, "layers": layers, "held_out": HELD_OUT, "dtype": "float32"}

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from detcoll.measure.compute import ComputeKind
 from detcoll.topology import Topology
 
 WorkloadName = Literal["digits", "synthetic"]
@@ -15,7 +16,10 @@ WorkloadName = Literal["digits", "synthetic"]
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """A workload and its figures; ``compute_ns`` and ``gradient_bytes`` are the synthetic one's alone."""
+    """A workload and its figures; ``compute_ns``, its kind and ``gradient_bytes`` are the synthetic one's alone.
+
+    ``overlap`` : whether buckets are reduced during the backward pass, or all after it.
+    """
 
     name: WorkloadName
     bucket_bytes: int
@@ -23,6 +27,8 @@ class WorkloadSpec:
     gradient_bytes: int = 0
     data_path: str | None = None
     seed: int = 0
+    compute_kind: ComputeKind = "wait"
+    overlap: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ class Run:
     ``losses`` : mean loss over ranks, one an iteration.
     ``slot_misses``, ``slot_trims`` : windows of all ranks in which data waited and nothing was sent, and those in which
     some of it came too late; None where lines have no slots, 0 where a slot never closes.
-    ``line`` : what the lab's lines saw of it, None for the single cluster.
+    ``line`` : what the lab's lines saw of it, None for the single cluster.  ``without`` : what was switched off of
+    `detcoll.measure.gains.MEANS`, None where nothing was.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Run:
     total_s: float | None = None
     slot_trims: int | None = None
     line: LineUse | None = None
+    without: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,9 @@ class LeftOut:
 class Measurement:
     """The file of `detcoll measure --json`.
 
-    ``digests_equal`` : whether every slotted run across sites gave the bits of the single-cluster run; None where the
-    workload has no digest or there is no such run.  ``command`` : the command line that it came
-    from.
+    ``digests_equal`` : whether every slotted run across sites gave the bits of the single-cluster run, but for those
+    without topology, whose grouping is another; None where the workload has no digest or there is no such run.
+    ``command`` : the command line that it came from.
     """
 
     schema: str

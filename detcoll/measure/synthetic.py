@@ -1,12 +1,13 @@
 """A training iteration with given compute time and gradient size, and no arithmetic.
 
-The forward pass takes a third of the compute time and the backward pass two thirds, both as a wait on the wall clock.
+The forward pass takes a third of the compute time and the backward pass two thirds, both as a wait on the wall clock
+or busy (`detcoll.measure.compute`).
 The gradient becomes final evenly through the backward pass: of n buckets, bucket k is ready at (k + 1) / n of it, and
 is reduced from then on. An iteration ends when the whole gradient is reduced; the next one begins at once. Its
 arithmetic is thus the compute time, and everything above it is communication that was not hidden.
 
 Values name themselves: element j of rank r in iteration i is ``j mod 1021 + r + i mod 7``, whose sums float32 holds
-exactly. The next gradient is written, and one bucket of the last result is checked, in the forward pass's wait; before
+exactly. The next gradient is written, and one bucket of the last result is checked, in the forward pass; before
 the first and after the last measured iteration the whole result is checked.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from detcoll.errors import TransportError, UsageError
 from detcoll.measure.buckets import Buckets, Collectives, as_float32
+from detcoll.measure.compute import COMPUTE
 from detcoll.measure.records import Stamps, WorkloadSpec
 
 PATTERN = 1021
@@ -38,21 +40,23 @@ class Synthetic:
         self._backward_ns = spec.compute_ns - self._forward_ns
         self._template = (np.arange(elements, dtype=np.int64) % PATTERN).astype(np.float32)
         self._gradient = as_float32(elements)
-        self._buckets = Buckets(comm, self._gradient, spec.bucket_bytes, "sum")
+        self._buckets = Buckets(comm, self._gradient, spec.bucket_bytes, "sum", spec.overlap)
+        self._compute = COMPUTE[spec.compute_kind]
         self._reduced: int | None = None
         self.losses: list[float] = []
 
     def iterate(self, index: int) -> Stamps:
         """Run iteration ``index`` and return when it passed its marks."""
-        begin_ns = time.monotonic_ns() + self._forward_ns
+        forward_end_ns = self._compute.clock_ns() + self._forward_ns
         ends = self._buckets.ends_elems
         if self._reduced is not None:
             self._check(self._reduced % len(ends))
         np.add(self._template, np.float32(self._rank + index % PHASES), out=self._gradient)
         self._reduced = index
-        wait_until_ns(begin_ns)
+        self._compute.until_ns(forward_end_ns)
+        begin_ns, backward_ns = time.monotonic_ns(), self._compute.clock_ns()
         for number, end in enumerate(ends, start=1):
-            wait_until_ns(begin_ns + self._backward_ns * number // len(ends))
+            self._compute.until_ns(backward_ns + self._backward_ns * number // len(ends))
             self._buckets.ready(end)
         backward_end_ns = time.monotonic_ns()
         self._buckets.wait()
@@ -102,9 +106,3 @@ class Synthetic:
                 f"rank {self._rank}, iteration {self._reduced}: element {begin + wrong} of the reduced gradient is "
                 f"{seen[wrong]}, expected {expected[wrong]}"
             )
-
-
-def wait_until_ns(deadline_ns: int) -> None:
-    """Sleep until the monotonic clock shows ``deadline_ns``; return at once where it has passed."""
-    while (left_ns := deadline_ns - time.monotonic_ns()) > 0:
-        time.sleep(left_ns / 1e9)
