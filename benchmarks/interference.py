@@ -332,7 +332,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=8, help="timed calls a round, at most")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--time-limit", default="5 s", help="no call of a round begins after this")
-    parser.add_argument("--deadline", default="60 s", help="of a cell's ranks, their start included")
+    parser.add_argument("--deadline", default="45 s", help="of a cell's ranks, their start included")
     parser.add_argument("--transports", type=lambda text: text.split(","), default=[SLOTTED, "gloo", "mpi"])
     parser.add_argument("--cross-traffic", type=_shares, default=[0.0, 0.5, 1.0, 2.0])
     parser.add_argument("--light", type=_shares, default=[0.0, 0.05, 0.1], help="what a light co-tenant offers")
