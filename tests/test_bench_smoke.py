@@ -101,3 +101,30 @@ def test_the_simulator_is_held_against_the_lab(tmp_path: Path) -> None:
     assert case["command"].startswith("python -m detcoll bench --lab --sites 2")
     assert case["error_of_measured"] == case["simulated_s"] / case["row"]["median_s"] - 1
     assert case["simulated_s"] == pytest.approx(8 * 2**20 / 25e6 / 0.955 + 0.005, rel=0.02)
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_interference_shows_cells_that_fail_beside_those_that_do_not(tmp_path: Path) -> None:
+    written, drawn, told = (tmp_path / f"interference.{ending}" for ending in ("json", "svg", "md"))
+    done = run(
+        sys.executable, str(BENCHMARKS / "interference.py"), "--rate", "100 Mbit/s", "--bytes", "64KiB", "--iterations",
+        "1", "--rounds", "1", "--round-trip", "4 ms", "--time-limit", "0.3 s", "--transports", "slotted,shm",
+        "--cross-traffic", "0.05", "--light", "0.05", "--deadline", "20 s", "--json", str(written), "--plot",
+        str(drawn), "--markdown", str(told),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrote = json.loads(written.read_bytes())
+    found = {(cell["transport"], cell["service"]): cell for cell in wrote["cells"]}
+    assert list(found) == [
+        (None, "deterministic"), ("slotted", "deterministic"), ("slotted", "best-effort"), ("shm", "deterministic"),
+        ("shm", "best-effort"),
+    ]  # fmt: skip
+    own, idle = found["slotted", "deterministic"], found[None, "deterministic"]
+    assert own["failed"] is None
+    assert own["throughput_bits_per_s"] == pytest.approx(8 * 2**16 / own["median_s"])
+    assert idle["co_tenant_p99_s"] >= 0.004
+    assert "one host only" in found["shm", "best-effort"]["failed"]
+    assert "| shm | best-effort | 5% | failed: " in told.read_text()
+    assert "shm, best-effort (failed at 5%)" in drawn.read_text()
+    assert told.read_text() in done.stdout

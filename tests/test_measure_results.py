@@ -295,15 +295,15 @@ def test_what_the_lines_saw_is_of_the_class_that_was_used() -> None:
 
 def test_a_co_tenant_counts_while_it_was_measured() -> None:
     [kept] = [LineRecord(Service.BEST_EFFORT, counted(), 5)]
-    meanwhile = use_of([kept], [(5 * MS, 30 * MS)]).co_tenant
-    assert meanwhile == CoTenant(0.04, 0.04, 4, 5)
+    meanwhile = use_of([kept], [[(5 * MS, 30 * MS)]]).co_tenant
+    assert meanwhile == CoTenant(0.04, 0.04, 4, 5, 2)
     whole = use_of([kept], [None]).co_tenant
     assert whole is not None
     assert whole.p99_s > 0.09
-    assert use_of([kept], [(600 * MS, 700 * MS)]).co_tenant is None
+    assert use_of([kept], [[(600 * MS, 700 * MS)]]).co_tenant is None
     run = make_run(SLOTTED, rounds(40), WIDE, None, None, [kept])
     assert run.line is not None
-    assert run.line.co_tenant == CoTenant(0.04, 0.04, 4, 5)
+    assert run.line.co_tenant == CoTenant(0.04, 0.04, 4, 5, 3)
 
 
 class FakePlaces:

@@ -380,6 +380,15 @@ def test_sweep_gives_a_row_for_every_point() -> None:
     assert row.prediction_error == pytest.approx(2e-3 / row.median_s - 1)
     assert (row.algorithm, row.ranks, row.sites, row.start) == ("crew", 2, 1, "instant")
     assert first[-1].bound_s is None
+    assert (min(row.samples_s), max(row.samples_s), row.iterations) == (row.min_s, row.max_s, 3)
+    assert list(row.began_s) == sorted(row.began_s)
+
+
+def test_sweep_ends_when_its_time_is_over() -> None:
+    sweep = Sweep(("all_reduce",), (4, 8), "float32", iterations=3, warmup=1, time_limit_s=1e-9)
+    first, second = on_crew(2, lambda comm: run_sweep(comm, sweep))
+    assert first == second
+    assert [(row.iterations, len(row.samples_s), len(row.began_s)) for row in first] == [(1, 1, 1)] * 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float64"])
@@ -404,6 +413,7 @@ def test_sweep_notices_a_wrong_element(dtype: str) -> None:
         ({"dtype": "complex64"}, "dtype=complex64"),
         ({"iterations": 0}, "iterations=0"),
         ({"warmup": -1}, "warmup=-1"),
+        ({"time_limit_s": 0.0}, "time_limit_s=0"),
     ],
 )
 def test_sweep_refuses_what_it_cannot_run(change: dict[str, Any], message: str) -> None:

@@ -39,6 +39,7 @@ def bench(
     transport: str | None = None,
     iterations: int = 20,
     warmup: int = 3,
+    time_limit: str | None = None,
     empty: bool = False,
     json: Path | None = None,
     lab: bool = False,
@@ -76,6 +77,8 @@ def bench(
         Timed calls a size.
     warmup
         Calls before those.
+    time_limit
+        No more calls begin once those of one size have taken so long; one is timed in any case.
     empty
         Time arrays of comm.empty, which ranks of one host need not stage.
     json
@@ -116,7 +119,8 @@ def bench(
     """
     require_writable(json, "json")
     sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(bytes))
-    sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup, empty)
+    limit_s = None if time_limit is None else parse_duration_ns(time_limit, "time_limit") / 1e9
+    sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup, empty, limit_s)
     sweep.validate()
     timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
     if relay:

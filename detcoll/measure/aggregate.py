@@ -108,7 +108,7 @@ def make_run(
         arithmetic_ratio=iteration_s.median / arithmetic_s if arithmetic_s else None,
         losses=tuple(loss for records in rounds for loss in mean_losses(records)) or None,
         accuracy=last[0].accuracy,
-        line=use_of(lines, [measured_span_ns(records) for records in rounds]) if lines else None,
+        line=use_of(lines, [[measured_span_ns(records)] for records in rounds]) if lines else None,
         without=setting.without,
     )
 

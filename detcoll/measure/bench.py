@@ -147,7 +147,17 @@ def _run_transport(
             seen = read_lines(lab, network.service)
         late_ns = seen.statistics.late_peak_ns
         audited = None if log_path is None else _audit(topology, network, log_path, directory, late_ns)
-        return _read_rows(config), use_of([seen], [None]), audited
+        rows = tuple(replace(row, co_tenant=use_of([seen], [_spans_ns([row])]).co_tenant) for row in _read_rows(config))
+        return rows, use_of([seen], [_spans_ns(rows)]), audited
+
+
+def _spans_ns(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Return when timed calls were under way; ranks of a lab are on one host and so share a clock."""
+    return [
+        (round(began_s * 1e9), round((began_s + took_s) * 1e9))
+        for row in rows
+        for began_s, took_s in zip(row.began_s, row.samples_s, strict=True)
+    ]
 
 
 def _read_rows(config: BenchConfig) -> tuple[Row, ...]:

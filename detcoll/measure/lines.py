@@ -17,13 +17,15 @@ class CoTenant:
     """Round trips of somebody else's small best-effort packets on the same lines, in seconds.
 
     ``answered`` of ``sent`` came back, from the lab's opening on. The times are of what left while iterations were
-    measured; of scripts and of `detcoll bench`, which do not say when that was, of all.
+    measured, of `detcoll bench` during timed calls; of scripts, which do not say when that was, of all. ``counted`` is
+    how many those are.
     """
 
     median_s: float
     p99_s: float
     answered: int
     sent: int
+    counted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,12 @@ def _read_counters() -> str:
     return Path("/proc/thread-self/net/snmp").read_text(encoding="ascii")
 
 
-def use_of(records: Sequence[LineRecord], spans_ns: Sequence[tuple[int, int] | None]) -> LineUse:
-    """Return what the lines saw of all rounds of a setting; a round's probes count within its span, if it has one."""
+Spans = Sequence[tuple[int, int]]
+"""Times that count, first and last, by the host's monotonic clock; they do not overlap."""
+
+
+def use_of(records: Sequence[LineRecord], spans_ns: Sequence[Spans | None]) -> LineUse:
+    """Return what the lines saw of all rounds of a setting; a round's probes count within its spans, if it has any."""
     seen = [record.statistics for record in records]
     own = [entry for record in records for entry in record.statistics.directions if entry.service is record.service]
     is_reserved = records[0].service is Service.DETERMINISTIC
@@ -102,14 +108,17 @@ def _greatest_s(values_ns: Sequence[int | None]) -> float | None:
     return max(known) / 1e9 if known else None
 
 
-def _co_tenant(seen: Sequence[Statistics], spans_ns: Sequence[tuple[int, int] | None]) -> CoTenant | None:
+def _co_tenant(seen: Sequence[Statistics], spans_ns: Sequence[Spans | None]) -> CoTenant | None:
     took_ns: list[int] = []
-    for one, span in zip(seen, spans_ns, strict=True):
-        first, last = span or (0, 2**63)
+    for one, spans in zip(seen, spans_ns, strict=True):
         pairs = zip(one.probe.sent_ns, one.probe.round_trip_ns, strict=True)
-        took_ns += [took for sent, took in pairs if first <= sent <= last]
+        took_ns += [took for sent, took in pairs if _is_within(sent, spans)]
     if not took_ns:
         return None
     median, p99 = (float(value) / 1e9 for value in np.percentile(took_ns, [50, 99]))
     answered = sum(len(one.probe.round_trip_ns) for one in seen)
-    return CoTenant(median, p99, answered, sum(one.probe.sent for one in seen))
+    return CoTenant(median, p99, answered, sum(one.probe.sent for one in seen), len(took_ns))
+
+
+def _is_within(time_ns: int, spans_ns: Spans | None) -> bool:
+    return spans_ns is None or any(first <= time_ns <= last for first, last in spans_ns)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from detcoll.errors import UsageError
-from detcoll.measure.lines import LineUse
+from detcoll.measure.lines import CoTenant, LineUse
 from detcoll.measure.statistics import Summary
 from detcoll.scenarios import Study
 
@@ -95,7 +95,8 @@ class Row:
     together, for each 10**9 bytes of array that all together reduce or broadcast (bytes times ranks);
     ``extra_memory_bytes`` is the greatest of the ranks' memory beyond their arrays. `detcoll.measure.consumption` says
     what counts. ``retransmits`` are TCP segments that the sites' kernels sent again from the first call on, warm-up
-    included.
+    included. ``samples_s`` are the times of all timed calls in their order, and ``began_s`` when each began by the
+    monotonic clock of the host. ``co_tenant`` : others' small packets that left in the lab during these calls.
     """
 
     collective: str
@@ -124,6 +125,9 @@ class Row:
     retransmits: int | None = None
     service: str = "best-effort"
     cross_traffic: float = 0.0
+    samples_s: tuple[float, ...] = ()
+    began_s: tuple[float, ...] = ()
+    co_tenant: CoTenant | None = None
 
 
 @dataclass(frozen=True, slots=True)

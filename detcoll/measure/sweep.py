@@ -31,7 +31,8 @@ _LateWindows = tuple[int, int] | None
 class Sweep:
     """What to time: each of ``collectives`` at each of ``sizes_bytes``, ``iterations`` times after ``warmup`` calls.
 
-    A barrier has no size and is timed once. ``empty`` : arrays come from `Communicator.empty`.
+    A barrier has no size and is timed once. ``empty`` : arrays come from `Communicator.empty`. ``time_limit_s`` : no
+    more calls begin once those of a point have taken so long, warm-up included; one is timed in any case.
     """
 
     collectives: tuple[str, ...]
@@ -40,6 +41,7 @@ class Sweep:
     iterations: int
     warmup: int
     empty: bool = False
+    time_limit_s: float | None = None
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -61,6 +63,8 @@ class Sweep:
         for name, count, least in (("iterations", self.iterations, 1), ("warmup", self.warmup, 0)):
             if count < least:
                 raise UsageError(f"{name}={count} must be at least {least}")
+        if self.time_limit_s is not None and self.time_limit_s <= 0:
+            raise UsageError(f"time_limit_s={self.time_limit_s:g} must be more than 0")
 
     def points(self) -> list[tuple[str, int]]:
         """Return each collective with each of its sizes."""
@@ -141,7 +145,7 @@ class _Cost:
 
 def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[CallTimes, _Cost]:
     entered, left = np.zeros(sweep.iterations, np.int64), np.zeros(sweep.iterations, np.int64)
-    meter, before = Meter(), _late_windows(comm)
+    meter, before, timed, begun_ns = Meter(), _late_windows(comm), 0, time.monotonic_ns()
     for number in range(-sweep.warmup, sweep.iterations):
         if number == 0:
             before = _late_windows(comm)
@@ -156,6 +160,9 @@ def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[C
         case.verify()
         if number >= 0:
             entered[number], left[number] = entered_ns, left_ns
+            timed = number + 1
+            if timed < sweep.iterations and _is_late(comm, sweep, begun_ns):
+                break
     after = _late_windows(comm)
     comm.barrier()
     processor_s = np.array([meter.processor_s()])
@@ -164,11 +171,20 @@ def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[C
     greatest = np.array([-1 if extra_bytes is None else extra_bytes], np.int64)
     comm.all_reduce(greatest, op="max")
     cost = _Cost(
-        float(processor_s[0]) / sweep.iterations,
+        float(processor_s[0]) / timed,
         int(greatest[0]) if greatest[0] >= 0 else None,
         _over_all_ranks(comm, before, after),
     )
-    return combine(comm, start.kind, entered, left), cost
+    return combine(comm, start.kind, entered[:timed], left[:timed]), cost
+
+
+def _is_late(comm: Any, sweep: Sweep, begun_ns: int) -> bool:
+    """Tell whether any rank has come to the end of its time; where time is limited all ranks call it."""
+    if sweep.time_limit_s is None:
+        return False
+    late = np.array([time.monotonic_ns() - begun_ns >= sweep.time_limit_s * 1e9], np.int64)
+    comm.all_reduce(late, op="max")
+    return bool(late[0])
 
 
 def _late_windows(comm: Any) -> _LateWindows:
@@ -227,7 +243,7 @@ def _row(
         predicted_s=predicted_s,
         fraction_of_bound=bound_s / seen.median if bound_s is not None else None,
         prediction_error=predicted_s / seen.median - 1 if predicted_s is not None else None,
-        iterations=sweep.iterations,
+        iterations=len(times.calls_s),
         empty=sweep.empty,
         start=kind,
         skew_s=float(np.median(times.skew_s)) if times.skew_s is not None else None,
@@ -236,4 +252,6 @@ def _row(
         cpu_s_per_gb=cost.processor_s / (case.nbytes * comm.size / GB) if has_size else None,
         extra_memory_bytes=cost.extra_bytes,
         retransmits=retransmits,
+        samples_s=times.calls_s,
+        began_s=tuple(at_ns / 1e9 for at_ns in times.began_ns),
     )
