@@ -82,7 +82,7 @@ def differ(transport: str) -> None:
 
 def freeze_one() -> None:
     """Rank 1 freezes; the others wait for it, small as the array is."""
-    comm = detcoll.init("mpi", timeout=2)
+    comm = detcoll.init("mpi", timeout=6)
     detcoll.barrier()
     if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
