@@ -4,7 +4,8 @@
 
 Takes the figures of docs/training.md, which tells how the job is sized. Every part is some commands of `detcoll
 measure` that anybody can run alone; the file holds each of them beside its runs. It takes about half an hour;
-``--only`` takes some of the parts, and ``--iterations`` fewer iterations. Needs Linux and root for the emulated lines.
+``--only`` takes some of the parts and keeps the others that the JSON file has already, and ``--iterations`` takes fewer
+iterations. Needs Linux and root for the emulated lines.
 
 - ``line``   one cluster and slotted in the deterministic class, without others and beside a full line's worth of them
 - ``peers``  the same job by Gloo and MPI on both networks, each with buckets of the size that suits it
@@ -169,6 +170,16 @@ def _wait_for(argv: Sequence[str]) -> tuple[int, str]:
                 raise
             return 1, f"not done after {DEADLINE_S} s"
         return child.returncode, told
+
+
+def kept(path: Path | None, anew: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the cases that the file at ``path`` has already, but for the parts that are run ``anew``."""
+    if path is None or not path.exists():
+        return []
+    wrote = json.loads(path.read_bytes())
+    if wrote.get("schema") != SCHEMA:
+        sys.exit(f"--json {str(path)!r} is there and holds something else; expected a file of this program")
+    return [case for case in wrote["cases"] if case["part"] not in anew]
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
@@ -380,11 +391,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, print the tables, write the files; 1 where a command gave nothing."""
     given = _arguments(argv)
-    results = []
+    results = kept(given.json, given.only)
     with ended_by_signals():
         for case in cases(given):
             print(f"{case.name}: {shlex.join(case.argv[4:])}", file=sys.stderr, flush=True)
             results.append(run(case, shlex.split(given.under)))
+    results.sort(key=lambda result: PARTS.index(result["part"]))
     rows = rows_of(results)
     reached = goals(rows, all(result.get("digests_equal") for result in results if result["part"] == "line"))
     shown = markdown(rows, reached)
