@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -75,6 +76,30 @@ def test_the_figures_of_the_docs_can_be_taken(tmp_path: Path) -> None:
     assert case["rows"][0]["fraction_of_bound"] > 0
     assert "| growth: 2 sites | slotted | 4,194,304 |" in done.stdout
     assert drawn.read_text().count("<rect") == 1
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_training_under_load_can_be_measured(tmp_path: Path) -> None:
+    written, table, drawn = (tmp_path / name for name in ("training.json", "training.md", "training.svg"))
+    other = {"part": "busy", "name": "kept", "runs": [], "left_out": [], "workload": {}, "digests_equal": None}
+    written.write_text(json.dumps({"schema": "detcoll.training/1", "cases": [other]}))
+    done = run(
+        sys.executable, str(BENCHMARKS / "training.py"), "--only", "line", "--iterations", "2", "--rounds", "2",
+        "--compute", "60 ms", "--gradient-bytes", "64KiB", "--bucket-bytes", "32KiB", "--rate", "100 Mbit/s",
+        "--json", str(written), "--markdown", str(table), "--picture", str(drawn),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(written.read_bytes())
+    assert [case["part"] for case in facts["cases"]] == ["line", "line", "busy"]
+    assert facts["cases"][0]["command"].startswith("detcoll measure --workload synthetic --sites 2")
+    single, quiet, full = facts["rows"]
+    assert [len(row["iteration_s"]["samples"]) for row in (single, quiet, full)] == [2, 2, 2]
+    assert (single["efficiency"], single["name"], quiet["cross_traffic"]) == (1.0, "single cluster", 0.0)
+    assert full["efficiency"] == pytest.approx(single["iteration_s"]["median"] / full["iteration_s"]["median"])
+    assert {goal["goal"].partition(",")[0] for goal in facts["goals"]} >= {"iterations of each"}
+    assert table.read_text() == done.stdout.rstrip("\n") + "\n"
+    assert ElementTree.fromstring(drawn.read_text()).tag.endswith("svg")
 
 
 def test_failure_of_another_rank_shows() -> None:
