@@ -32,8 +32,10 @@ from typing import Any
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart, element, svg_text
 from detcoll.draw.scale import percent
 from detcoll.measure.host import host_facts
+from detcoll.measure.options import comma_separated
 from detcoll.measure.places import ended_by_signals
 from detcoll.measure.statistics import Summary, ratio, summarize
+from detcoll.quantities import format_bytes
 
 SCHEMA = "detcoll.training/1"
 PARTS = ("line", "peers", "gains", "busy")
@@ -43,6 +45,9 @@ SUITS = {"gloo": "4MiB", "mpi": "1MiB"}
 FULL = ("--service", "deterministic", "--cross-traffic", "1.0")
 BOTH = ("--service", "deterministic", "--cross-traffic", "0,1.0")
 LARGEST_ARITHMETIC_RATIO, LEAST_BUSY, LEAST_EFFICIENCY, LARGEST_CHANGE = 1.01, 0.6, 0.98, 0.01
+LARGEST_BASELINE = 1.1
+"""Times its own arithmetic: an efficiency against a single cluster that is slower says nothing."""
+
 DEADLINE_S = 900
 WIDTH = 960.0
 
@@ -226,6 +231,12 @@ def _failed_row(result: dict[str, Any], left_out: dict[str, Any]) -> Row:
     )  # fmt: skip
 
 
+def slow_baselines(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the cases whose single cluster took much longer than its own arithmetic, and how many times as long."""
+    ratios = {row.case: row.arithmetic_ratio or 0.0 for row in rows if not row.is_wide}
+    return {case: times for case, times in ratios.items() if times > LARGEST_BASELINE}
+
+
 def goals(rows: Sequence[Row], digests_equal: bool) -> list[dict[str, Any]]:
     """Return what was to be reached and what was: of the part ``line``."""
     named = {(row.name, row.cross_traffic): row for row in rows if row.part == "line"}
@@ -259,7 +270,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> str:
     network = [row.service, percent(row.cross_traffic, 0)] if row.is_wide else ["-", "-"]
-    bucket = f"{row.bucket_bytes // 1024} KiB"
+    bucket = format_bytes(row.bucket_bytes)
     if row.iteration_s is None:
         return f"| {row.name} | {' | '.join(network)} | {bucket} | - | {row.why_failed} |" + " - |" * 6
     times = row.iteration_s
@@ -285,13 +296,13 @@ def gains_table(rows: Sequence[Row]) -> str:
         if row.part != "gains" or not row.is_wide:
             continue
         if row.iteration_s is None:
-            lines.append(f"| {row.name} | {row.bucket_bytes // 1024} KiB | - | {row.why_failed} | - | - | - |")
+            lines.append(f"| {row.name} | {format_bytes(row.bucket_bytes)} | - | {row.why_failed} | - | - | - |")
             continue
         median_s = row.iteration_s.median
         full_s = median_s if row.name == "slotted" else full_s
         name = "all of them" if row.name == "slotted" else row.name.removeprefix("slotted ")
         lines.append(
-            f"| {name} | {row.bucket_bytes // 1024} KiB | {len(row.iteration_s.samples)} | {median_s:.4g} s | "
+            f"| {name} | {format_bytes(row.bucket_bytes)} | {len(row.iteration_s.samples)} | {median_s:.4g} s | "
             f"{percent(full_s / median_s)} | {percent(row.efficiency or 0.0)} | {row.policed_segments} |"
         )
     return "\n".join(lines)
@@ -299,7 +310,7 @@ def gains_table(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row], reached: Sequence[dict[str, Any]]) -> str:
     """Return all tables, and what was reached."""
-    parts = []
+    parts, slow = [], slow_baselines(rows)
     named = {
         "line": "One cluster, and slotted in the deterministic class", "peers": "The same job by peers",
         "busy": "Ranks that keep the processor busy",
@@ -308,6 +319,10 @@ def markdown(rows: Sequence[Row], reached: Sequence[dict[str, Any]]) -> str:
         for case in dict.fromkeys(row.case for row in rows if row.part == part):
             same = [row for row in rows if row.case == case]
             parts.append(f"### {heading}{'' if part == 'line' else f': {case}'}\n\n{table(same)}")
+            if case in slow:
+                parts.append(
+                    f"The single cluster took {slow[case]:.2f} times its own arithmetic; the efficiency says little."
+                )
     if any(row.part == "gains" for row in rows):
         parts.insert(1, f"### What each means gains\n\n{gains_table(rows)}")
     verdicts = [f"- {one['goal']}: {one['reached']:.4g}{'' if one['met'] else ', MISSED'}" for one in reached]
@@ -316,7 +331,8 @@ def markdown(rows: Sequence[Row], reached: Sequence[dict[str, Any]]) -> str:
 
 def picture(rows: Sequence[Row]) -> str:
     """Return an SVG: efficiency with its spread, and the time of each iteration of the part ``line``."""
-    measured = [row for row in rows if row.iteration_s is not None and row.is_wide]
+    slow = slow_baselines(rows)
+    measured = [row for row in rows if row.iteration_s is not None and row.is_wide and row.case not in slow]
     bars = [
         Bar(_label(row), row.efficiency or 0.0, percent(row.efficiency or 0.0), PARTS.index(row.part) + 1,
             *(row.efficiency_spread or (None, None)))
@@ -333,7 +349,7 @@ def picture(rows: Sequence[Row]) -> str:
         if row.iteration_s is not None
     ]  # fmt: skip
     if curves:
-        time = Axis("time of an iteration, s", lambda value: f"{value:.3g}", includes=(0.0,))
+        time = Axis("time of an iteration, s", lambda value: f"{value:.3g}")
         charts.append(curve_chart(curves, Axis("iteration", lambda value: f"{value:.0f}"), time,
                                   "Time of each iteration", WIDTH))  # fmt: skip
     return svg_text(_stacked(charts))
@@ -342,10 +358,13 @@ def picture(rows: Sequence[Row]) -> str:
 def _label(row: Row) -> str:
     if not row.is_wide:
         return row.name
-    others = f"{row.service}, others {percent(row.cross_traffic, 0)}"
-    kind = f", {row.case.partition(' busy')[0]}, {row.case.rpartition(' ')[2]}" if row.part == "busy" else ""
-    bucket = f", {row.bucket_bytes // 1024} KiB" if row.part in ("peers", "gains") else ""
-    return f"{row.name}, {others}{bucket}{kind}"
+    service = "reserved" if row.service == "deterministic" else "ordinary"
+    bucket, others = format_bytes(row.bucket_bytes), percent(row.cross_traffic, 0)
+    if row.part == "gains":
+        return f"{'all, ' if row.name == 'slotted' else ''}{row.name.removeprefix('slotted ')}, {bucket}"
+    if row.part == "busy":
+        return f"{row.case.partition(' ranks')[0]}, {row.case.rpartition(' ')[2]}, others {others}"
+    return f"{row.name}, {service}, others {others}, {bucket}"
 
 
 def _stacked(charts: Sequence[Any]) -> Any:
@@ -367,7 +386,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas, or none")
     parser.add_argument(
         "--iterations", type=int, default=100, help="of slotted and the single cluster, in the part line"
     )
@@ -380,7 +399,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", default="250 Mbit/s", help="of each site's line; four fifths are reserved")
     parser.add_argument("--under", default="", help="what each command is started with, such as 'taskset -c 0,1'")
     given = parser.parse_args(argv)
-    given.only = given.only.split(",")
+    given.only = list(comma_separated(given.only))
     if unknown := sorted(set(given.only) - set(PARTS)):
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(PARTS)}")
     if given.rounds < 1 or given.iterations < given.rounds or given.few_iterations < 1:
