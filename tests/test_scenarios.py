@@ -183,6 +183,12 @@ def test_workloads_are_checked() -> None:
             replace(WORK, **change)
 
 
+@pytest.mark.parametrize("connections", [0, -1])
+def test_a_network_without_connections_is_refused(small: Scenario, connections: int) -> None:
+    with pytest.raises(UsageError, match=f"connections={connections} must be at least 1"):
+        changed(small, connections=connections)
+
+
 # Files
 
 

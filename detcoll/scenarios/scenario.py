@@ -348,6 +348,8 @@ def changed(
     for name in ("loss", "cross_traffic"):
         if not 0 <= given.get(name, 0) < 1:
             raise UsageError(f"{name}={given[name]} must be from 0 to below 1")
+    if given.get("connections", 1) < 1:
+        raise UsageError(f"connections={given['connections']} must be at least 1")
     ordinary = {name: value for name, value in given.items() if name in Ordinary.__slots__}
     work = {name: value for name, value in given.items() if name in Workload.__slots__}
     return replace(
