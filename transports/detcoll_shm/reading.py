@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import TransportError
+from detcoll.errors import PeerLost, TransportError
 from detcoll_shm.stage import PROCESS, TOKEN
 
 
@@ -93,6 +93,8 @@ class Reader:
         got = _read(words[PROCESS], here, there)
         if got != into.size:
             code = ctypes.get_errno() if got < 0 else errno.EFAULT
+            if code == errno.ESRCH:  # known here before the watch on its process tells
+                raise PeerLost(f"rank {rank} is lost: its process ended without saying goodbye")
             raise self._why_lost(rank) or TransportError(f"memory of rank {rank} cannot be read: {os.strerror(code)}")
 
     def room(self, rank: int, nbytes: int) -> NDArray[np.uint8]:
