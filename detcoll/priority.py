@@ -26,7 +26,7 @@ _NUMBERS = {"x86_64": 314, "aarch64": 274}
 _ATTRIBUTES = struct.Struct("IIQiIQQQII")  # struct sched_attr of linux/sched/types.h
 _SLICE_NS = 100_000
 SWITCH_INTERVAL_S = 0.0005
-"""A tenth of that helps no more. In training that keeps Python busy, slotted gained from 70 to 77 % of one cluster."""
+"""A tenth of that helped no more where training kept Python busy; see docs/training.md."""
 
 
 def _sched_setattr() -> Callable[[int, bytes, int], int] | None:
