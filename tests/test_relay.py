@@ -370,6 +370,8 @@ signal.pause()
             bench(relay=True, service="best-effort", cross_traffic="0")
         with pytest.raises(UsageError, match="transport='gloo' knows no proxy"):
             bench(relay=True, transport="slotted,gloo")
+        with pytest.raises(UsageError, match="--lab and --relay are two ways"):
+            bench(lab=True, relay=True)
         with pytest.raises(UsageError, match="--against, --reserved cannot be combined with --relay"):
             measure(relay=True, against="mpi", reserved="1 Mbit/s")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 import os
 import threading
@@ -146,6 +148,22 @@ def hides_its_array(here: Here) -> None:
 def test_an_array_that_is_not_there_ends_the_collective_of_all() -> None:
     with ThreadFabric(ShmTransport(), 2, READ) as fabric:
         fabric.run(hides_its_array)
+
+
+def test_a_rank_whose_process_ended_is_lost_to_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says so to a reader before the watch on that process does."""
+
+    def no_such_process(pid: int, here: object, there: object) -> int:
+        ctypes.set_errno(errno.ESRCH)
+        return -1
+
+    monkeypatch.setattr(reading, "_read", no_such_process)
+    own, theirs = (memoryview(bytearray(4096)).cast("q") for _ in range(2))
+    reader = reading.Reader(own, b"k" * 16, {1: (theirs, b"x" * 16)}, lambda rank: None)
+    with pytest.raises(PeerLost, match="the process of rank 1 ended"):
+        reader.read(1, 0, np.empty(8, np.uint8))
+    reader.try_all()
+    assert not reader.may_read
 
 
 def many_arrays(here: Here) -> None:

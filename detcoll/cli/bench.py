@@ -124,6 +124,8 @@ def bench(
     sweep.validate()
     timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
     if relay:
+        if lab:
+            raise UsageError("--lab and --relay are two ways to make the lines; give one")
         refuse_with_relay(service=service, cross_traffic=cross_traffic, reserved=reserved)
         _refuse_without_proxy(comma_separated(transport or SLOTTED))
     if not (lab or relay):

@@ -11,10 +11,15 @@ import os
 import select
 from contextlib import suppress
 
-from detcoll.errors import ConnectError
+from detcoll.errors import ConnectError, PeerLost
 
 _PIPE_BYTES = 65536  # all that a pipe holds, so one read silences it
 _LOWEST_UNFIT_FD = 1024  # select(2) takes descriptors below this
+
+
+def process_ended(rank: int) -> PeerLost:
+    """Return the error that the end of the process of ``rank`` means, by whatever it was noticed."""
+    return PeerLost(f"the process of rank {rank} ended without closing its endpoint")
 
 
 class Bell:

@@ -32,7 +32,7 @@ from detcoll.transport import (
     Window,
 )
 from detcoll.types import ReduceOp
-from detcoll_shm.bell import Bell, ring
+from detcoll_shm.bell import Bell, process_ended, ring
 from detcoll_shm.collectives import Collectives
 from detcoll_shm.crew import Crew, Host, Mate
 from detcoll_shm.forms import Cutter
@@ -442,7 +442,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             self._bell.forget(rank)
             peer = self._peers.get(rank)
             if peer is not None and peer.error is None and peer.inbound.peer_state() < State.CLOSED:
-                self._lose(peer, PeerLost(f"the process of rank {rank} ended without closing its endpoint"))
+                self._lose(peer, process_ended(rank))
 
     def _look_after_peers(self) -> None:
         """Note who has gone, then take and give what there is."""

@@ -126,7 +126,10 @@ class Cutter:
         return max(step, itemsize)
 
     def _read_step_bytes(self, nbytes: int, itemsize: int) -> int:
-        """Return the size of steps in which a share is read: two at least, so that ranks fold and take meanwhile."""
+        """Return the size of steps in which a share is read: two at least, so that ranks fold and take meanwhile.
+
+        Small chunks mean small steps.
+        """
         ranks = len(self.stages)
         step = min(READ_STEP_BYTES, READ_ROOM_BYTES // max(ranks - 1, 1), nbytes // ranks // 2, 2 * self.chunk_bytes)
         return max(step // LINE_BYTES * LINE_BYTES, LINE_BYTES, itemsize)

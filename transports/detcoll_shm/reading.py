@@ -11,35 +11,19 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import PeerLost, TransportError
+from detcoll.errors import TransportError
+from detcoll_shm.bell import process_ended
+from detcoll_shm.libc import Span, libc
 from detcoll_shm.stage import PROCESS, TOKEN
 
 
-class _Span(ctypes.Structure):
-    """``struct iovec`` of POSIX."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-@lru_cache(1)
-def _libc() -> ctypes.CDLL:
-    library = ctypes.CDLL(None, use_errno=True)
-    library.process_vm_readv.restype = ctypes.c_ssize_t
-    span = ctypes.POINTER(_Span)
-    library.process_vm_readv.argtypes = (
-        ctypes.c_int, span, ctypes.c_ulong, span, ctypes.c_ulong, ctypes.c_ulong,
-    )  # fmt: skip
-    return library
-
-
-def _read(pid: int, here: _Span, there: _Span) -> int:
+def _read(pid: int, here: Span, there: Span) -> int:
     """Return how many bytes were copied, or -1."""
-    return int(_libc().process_vm_readv(pid, here, 1, there, 1, 0))
+    return int(libc().process_vm_readv(pid, here, 1, there, 1, 0))
 
 
 class Reader:
@@ -65,7 +49,7 @@ class Reader:
         own[TOKEN] = ctypes.addressof(self._token)
         self._others, self._why_lost = others, why_lost
         self._rooms: dict[int, NDArray[np.uint8]] = {}
-        self._here, self._there = _Span(), _Span()
+        self._here, self._there = Span(), Span()
         self._may_read: bool | None = None
 
     @property
@@ -94,7 +78,7 @@ class Reader:
         if got != into.size:
             code = ctypes.get_errno() if got < 0 else errno.EFAULT
             if code == errno.ESRCH:  # known here before the watch on its process tells
-                raise PeerLost(f"rank {rank} is lost: its process ended without saying goodbye")
+                raise process_ended(rank)
             raise self._why_lost(rank) or TransportError(f"memory of rank {rank} cannot be read: {os.strerror(code)}")
 
     def room(self, rank: int, nbytes: int) -> NDArray[np.uint8]:
@@ -109,6 +93,6 @@ class Reader:
         found = np.empty(len(key), np.uint8)
         try:
             self.read(rank, words[TOKEN], found)
-        except (TransportError, AttributeError):  # the latter where the C library has no such call
+        except TransportError:
             return False
         return found.tobytes() == key

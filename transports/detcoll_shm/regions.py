@@ -20,7 +20,6 @@ import struct
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 
 from detcoll.errors import TransportError
 from detcoll_shm.layout import KEY_BYTES, PAGE_BYTES
+from detcoll_shm.libc import libc
 
 LARGEST_KEPT_MAPPINGS = 64
 """Regions of one peer that stay mapped; more than a training loop uses, and addresses alone once they are dead."""
@@ -52,24 +52,13 @@ OPEN = -1
 NOWHERE = Place(0, 0, 0)
 
 
-@lru_cache(1)
-def _libc() -> ctypes.CDLL:
-    """Return the C library; not at import, since other systems lack what Linux has, and are told so when they open."""
-    library = ctypes.CDLL(None, use_errno=True)
-    library.mmap.restype = ctypes.c_void_p
-    library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-    library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
-    return library
-
-
 def _map(fd: int, size: int) -> ctypes.Array[ctypes.c_char]:
     """Map a file; unlike `mmap.mmap` this keeps no descriptor, of which there would be one an array and rank."""
-    address = _libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    address = libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
     if address == _FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, _libc().munmap, address, size).atexit = False
+    weakref.finalize(memory, libc().munmap, address, size).atexit = False
     return memory
 
 
@@ -117,7 +106,7 @@ class Regions:
 
     def _forget(self, number: int, size: int) -> None:
         _, _, fd = self._living.pop(number)
-        _libc().fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size)
+        libc().fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size)
         os.close(fd)
 
 

@@ -185,13 +185,13 @@ class SlottedEndpoint(Endpoint):
     def _make_peer(self, rank: int, address: str) -> _Peer:
         lines = []
         in_flight = self._options.in_flight_bytes if rank in self._options.warm_up_peers else 0
-        for _ in Lane:
+        for lane in Lane:
             push = self._context.socket(zmq.PUSH)
             self._configure(push)
             push.sndhwm = 0  # bounded by credit, which counts bytes
             if self._options.proxy and rank in self._options.proxied_peers:
                 push.setsockopt_string(zmq.SOCKS_PROXY, self._options.proxy)
-            line = Line(push, self._options.congestion or None, in_flight)
+            line = Line(push, self._options.congestion or None, in_flight if lane is Lane.BULK else 0)
             push.connect(address)
             lines.append(line)
         credit = max(self._options.credit_bytes, 2 * in_flight)

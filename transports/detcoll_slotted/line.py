@@ -41,7 +41,7 @@ _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SU
 class Line:
     """One PUSH socket, its monitor, and the TCP connection it has just now, with ``in_flight_bytes`` under way."""
 
-    def __init__(self, push: zmq.Socket[bytes], congestion: str | None, in_flight_bytes: int = 0) -> None:
+    def __init__(self, push: zmq.Socket[bytes], congestion: str | None, in_flight_bytes: int) -> None:
         self.push = push
         self.monitor = push.get_monitor_socket(_WATCHED)
         self.connected = False
@@ -138,7 +138,7 @@ class Line:
         if self._congestion:
             with contextlib.suppress(OSError):  # not offered by this kernel: its default stays, and counters show it
                 self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion.encode())
-        if self._buffer_bytes > _grows_to_bytes():
+        if self._buffer_bytes and self._buffer_bytes > _grows_to_bytes():
             _set_send_buffer(self._tcp, self._buffer_bytes)
         self._apply_rate()
 
