@@ -37,7 +37,7 @@ from detcoll.measure.lines import CoTenant, LineRecord, use_of
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.records import Marks, RankRecord, Stamps, WorkloadSpec, read_config, read_marks, write_json
-from detcoll.measure.results import LeftOut, Measurement, require_writable, write_result
+from detcoll.measure.results import LeftOut, Measurement, write_result
 from detcoll.measure.statistics import ratio, summarize, tails
 from detcoll.measure.tables import measurement_table
 from detcoll.topology import Topology
@@ -531,15 +531,6 @@ def test_experiment_that_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             an_experiment(**changes).validate()
-
-
-def test_results_must_have_a_place(tmp_path: Path) -> None:
-    require_writable(tmp_path / "new.json", "json")
-    require_writable(None, "json")
-    with pytest.raises(UsageError, match="is a directory"):
-        require_writable(tmp_path, "json")
-    with pytest.raises(UsageError, match="no directory"):
-        require_writable(tmp_path / "a" / "b.json", "json")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from detcoll.errors import UsageError
 from detcoll.measure.report import forget_traces, gather, report
 from detcoll.measure.report.inputs import ReportInputs
 from detcoll.measure.report.reported import parse_result
-from detcoll.measure.results import require_folder
 from detcoll.topology import Topology
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=http://x.example/ onerror=alert(1)>\"'&\x00"
@@ -389,17 +388,6 @@ def test_delays_come_from_the_topology_or_from_equal_round_trips(tmp_path: Path)
     unequal = measurement()
     unequal["workload"]["round_trip_s"] = [0.01, 0.02, 0.03]
     assert gather([put(tmp_path / "u.json", unequal)]).one_way_ns() is None
-
-
-def test_a_measurement_into_a_report_refuses_a_folder_that_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="expected a folder"):
-        require_folder(tmp_path / "file", "report")
-    with pytest.raises(UsageError, match="cannot be made"):
-        require_folder(tmp_path / "file" / "below", "report")
-    require_folder(tmp_path / "new" / "below", "report")
-    assert (tmp_path / "new" / "below").is_dir()
-    require_folder(None, "report")
 
 
 def test_only_the_traces_of_an_earlier_report_are_forgotten(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from detcoll.measure.host import host_facts
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import ended_by_signals
-from detcoll.measure.results import BENCH_SCHEMA, BenchResult, LeftOut, require_writable, write_result
+from detcoll.measure.results import BENCH_SCHEMA, BenchResult, LeftOut, write_result
 from detcoll.measure.sweep import Sweep
 from detcoll.measure.tables import bench_table, output_console
+from detcoll.outputs import require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
 from detcoll.settings import check_slotting

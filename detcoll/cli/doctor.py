@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from detcoll.doctor import Verdict, examine
-from detcoll.measure.results import require_writable
+from detcoll.outputs import require_writable, write_file
 from detcoll.topology import Topology
 
 _STYLES = {Verdict.GOOD: "green", Verdict.CHANGE: "bold red", Verdict.NOTE: "yellow"}
@@ -38,5 +38,5 @@ def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
         if one.advice:  # below, on lines of their own, so that commands can be copied
             console.print(f"{one.name}: {one.advice}", style=_STYLES[one.verdict], soft_wrap=True)
     if json is not None:
-        json.write_bytes(msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
+        write_file(json, msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
     return 1 if any(one.verdict is Verdict.CHANGE for one in found) else 0

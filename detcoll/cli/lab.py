@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
-from detcoll.measure.records import write_json
-from detcoll.measure.results import require_writable
+from detcoll.outputs import require_writable, write_file
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
 from detcoll.topology import Topology
 
@@ -122,6 +123,7 @@ def lab(
     wanted = _reserve(wanted, service, reserved)
     patience_ns = None if deadline is None else parse_duration_ns(deadline, "deadline")
     require_writable(statistics, "statistics")
+    require_writable(log, "log")
     if relay:
         deadline_s = None if patience_ns is None else patience_ns / 1e9
         with _terminable():
@@ -129,7 +131,7 @@ def lab(
         if not seen.connections and code == 0:
             print(_PAST_THE_RELAY, file=sys.stderr, flush=True)
         if statistics is not None:
-            write_json(statistics, seen)
+            write_file(statistics, msgspec.json.encode(seen))
         return code
     conditions = Conditions(
         queue_bytes=parse_size_bytes(queue, "queue"),
@@ -157,7 +159,7 @@ def lab(
             output=Output.PREFIX if prefix else Output.RAW,
         )
         if statistics is not None:
-            write_json(statistics, network.statistics())
+            write_file(statistics, msgspec.json.encode(network.statistics()))
     return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
 
 

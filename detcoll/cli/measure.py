@@ -22,8 +22,9 @@ from detcoll.measure.places import ended_by_signals
 from detcoll.measure.records import WorkloadName, WorkloadSpec
 from detcoll.measure.report import forget_traces, gather, write_report
 from detcoll.measure.report.inputs import RESULTS, TOPOLOGY, TRACES
-from detcoll.measure.results import Measurement, require_folder, require_writable, write_result
+from detcoll.measure.results import Measurement, write_result
 from detcoll.measure.tables import measurement_table, output_console
+from detcoll.outputs import require_folder, require_writable, write_file
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
 
 _ITERATIONS = {"digits": 60, "synthetic": 20}
@@ -121,8 +122,6 @@ def measure(
     """
     require_writable(json, "json")
     require_folder(report, "report")
-    if report is not None:
-        forget_traces(report)
     name = workload or "digits"
     if script and workload is not None:
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
@@ -154,6 +153,9 @@ def measure(
         warmup=warmup,
         without=comma_separated(without),
     )
+    experiment.validate()
+    if report is not None:
+        forget_traces(report)
     return _run(experiment, json, report)
 
 
@@ -174,7 +176,7 @@ def _run(experiment: Experiment, json: Path | None, report: Path | None) -> int:
         write_result(json, result)
     if report is not None:
         write_result(report / RESULTS, result)
-        (report / TOPOLOGY).write_text(experiment.topology.to_toml(), encoding="utf-8")
+        write_file(report / TOPOLOGY, experiment.topology.to_toml().encode())
         progress.print(f"report: {write_report(report, gather([report]))}", highlight=False, markup=False)
     return _exit_code(result, experiment)
 

@@ -13,7 +13,7 @@ from detcoll.cli.progress import progress_bars
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
 from detcoll.measure.options import wide_topology
-from detcoll.measure.results import require_writable
+from detcoll.outputs import require_writable, write_file
 from detcoll.plan import Calendar, Collective, SiteReservation, Slotting, reserve
 from detcoll.plan.summary import Summary, summarise
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
@@ -131,9 +131,9 @@ def plan(
     )  # fmt: skip
     _show(report)
     if json is not None:
-        json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     if svg is not None:
-        svg.write_text(svg_text(cycle_picture(cycle_of_calendar(calendar, lines), SVG_WIDTH)), encoding="utf-8")
+        write_file(svg, svg_text(cycle_picture(cycle_of_calendar(calendar, lines), SVG_WIDTH)).encode())
     return 0 if answer is None or answer.line_bit_per_s is not None else 1
 
 

@@ -9,7 +9,7 @@ import msgspec
 from detcoll.draw import chrome_trace
 from detcoll.errors import UsageError
 from detcoll.measure.report import ReportInputs, gather, write_report
-from detcoll.measure.results import require_folder, require_writable
+from detcoll.outputs import require_folder, require_writable, write_file
 
 
 def report(
@@ -39,12 +39,12 @@ def report(
     if not files:
         raise UsageError("FILES are missing; expected result files, traces or folders of them")
     require_writable(perfetto, "perfetto")
+    folder = Path("report") if out is None and (svg or perfetto is None) else out
+    require_folder(folder, "out")
     inputs = gather(files, topology)
     if perfetto is not None:
         _write_perfetto(perfetto, inputs)
-    if out is not None or svg or perfetto is None:
-        folder = out if out is not None else Path("report")
-        require_folder(folder, "out")
+    if folder is not None:
         print(write_report(folder, inputs, svg))
     return 0
 
@@ -54,5 +54,5 @@ def _write_perfetto(path: Path, inputs: ReportInputs) -> None:
         names = ", ".join(run.name for run in inputs.traced) or "none"
         raise UsageError(f"perfetto={str(path)!r} takes the traces of one run; found {names}")
     trace = chrome_trace(inputs.traced[0].traces, inputs.site_names)
-    path.write_bytes(msgspec.json.encode(trace))
+    write_file(path, msgspec.json.encode(trace))
     print(path)

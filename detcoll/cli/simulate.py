@@ -15,8 +15,9 @@ from detcoll.cli.invocation import command_line
 from detcoll.cli.progress import progress_bars
 from detcoll.measure.report import gather, write_report
 from detcoll.measure.report.inputs import RESULTS
-from detcoll.measure.results import require_folder, require_writable, write_result
+from detcoll.measure.results import write_result
 from detcoll.measure.tables import NONE, output_console
+from detcoll.outputs import require_folder, require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import format_bytes, format_duration, format_rate, parse_duration_ns, parse_rate_bytes_per_s
 from detcoll.scenarios import Study, changed, load, shipped, study

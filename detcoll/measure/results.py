@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from detcoll.errors import UsageError
 from detcoll.measure.lines import CoTenant, LineUse
 from detcoll.measure.statistics import Summary
+from detcoll.outputs import write_file
 from detcoll.scenarios import Study
 
 MEASURE_SCHEMA = "detcoll.measure/1"
@@ -189,45 +188,6 @@ class BenchResult:
     emulation: str | None = None
 
 
-def require_writable(path: Path | None, name: str) -> None:
-    """Refuse a result file that could not be written, before anything runs.
-
-    Raises
-    ------
-    UsageError
-        If its directory does not exist or ``path`` is a directory.
-    """
-    if path is None:
-        return
-    try:
-        if path.is_dir():
-            raise UsageError(f"{name}={str(path)!r} is a directory; expected the name of a file")
-        if not path.parent.is_dir():
-            raise UsageError(f"{name}={str(path)!r}: there is no directory {str(path.parent)!r}")
-    except OSError as error:
-        raise UsageError(f"{name}={str(path)!r} cannot be used: {error.strerror}") from error
-
-
 def write_result(path: Path, result: Measurement | BenchResult | Study) -> None:
     """Write a result file, indented for people."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-
-
-def require_folder(path: Path | None, name: str) -> None:
-    """Refuse a folder that could not be made or written to, before anything runs; it is made if it is not there.
-
-    Raises
-    ------
-    UsageError
-        If ``path`` is something else, or cannot be made or written to.
-    """
-    if path is None:
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UsageError(f"{name}={str(path)!r} is a file; expected a folder") from error
-    except OSError as error:
-        raise UsageError(f"{name}={str(path)!r} cannot be made: {error.strerror}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"{name}={str(path)!r} cannot be written to")
+    write_file(path, msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")

@@ -18,6 +18,7 @@ from detcoll.measure.report.runs import run_headline, run_sections, run_tiles
 from detcoll.measure.report.study import study_headline, study_sections, study_setup, study_tiles
 from detcoll.measure.report.traced import map_section, trace_sections
 from detcoll.measure.results import MEASURE_SCHEMA
+from detcoll.outputs import write_file
 from detcoll.quantities import format_bytes, format_rate
 
 _FACTS = (
@@ -31,9 +32,9 @@ def write_report(directory: Path, inputs: ReportInputs, svg: bool = False) -> Pa
     """Write ``report.html`` into ``directory``, and on request each picture as an SVG file too; returns its path."""
     made = report(inputs)
     path = directory / "report.html"
-    path.write_text(html_text(made), encoding="utf-8")
+    write_file(path, html_text(made).encode())
     for name, drawn in pictures(made) if svg else ():
-        (directory / f"{name}.svg").write_text(svg_text(drawn), encoding="utf-8")
+        write_file(directory / f"{name}.svg", svg_text(drawn).encode())
     return path
 
 
