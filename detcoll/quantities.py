@@ -12,15 +12,14 @@ from fractions import Fraction
 
 from detcoll.errors import UsageError
 
-_SHAPE = re.compile(r"^\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,2})?|\.[0-9]+)\s*([A-Za-z/µμ]+)\s*$", re.ASCII)
+_SHAPE = re.compile(r"^\s*(-?)\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]{1,2})?|\.[0-9]+)\s*([A-Za-z/µμ]*)\s*$", re.ASCII)
 
 _TIME_NS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "min": 60 * 10**9}
-_SIZE_BYTES = {"B": 1} | {
+_SIZE_BYTES = {"B": 1, "kB": 1000} | {
     f"{prefix}{middle}B": base ** (index + 1)
     for middle, base in (("", 1000), ("i", 1024))
     for index, prefix in enumerate("KMGT")
 }
-_SIZE_BYTES["kB"] = 1000
 _RATES_BYTES_PER_S = {f"{unit}/s": Fraction(factor) for unit, factor in _SIZE_BYTES.items()} | {
     f"{prefix}{unit}": Fraction(factor, 8)
     for prefix, factor in (("", 1), ("k", 10**3), ("K", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12))
@@ -28,17 +27,32 @@ _RATES_BYTES_PER_S = {f"{unit}/s": Fraction(factor) for unit, factor in _SIZE_BY
 }
 
 
+_SPELLINGS = frozenset({"µs", "μs", "KB", "KB/s", "Kbit/s", "Kbps", "bps", "kbps", "Mbps", "Gbps", "Tbps"})
+"""Other ways to write a unit, which are read as well."""
+
 LARGEST = 2**63 - 1
 """No quantity is larger, in nanoseconds, bytes or bytes per second: what a signed 64-bit integer holds."""
+
+LONGEST_TIMEOUT_S = 10**6
+"""No wait is longer, some eleven days: what poll(2) takes in milliseconds is not much more."""
 
 
 def _parse(text: str, units: Mapping[str, int | Fraction], name: str, example: str) -> Fraction:
     match = _SHAPE.match(text) if isinstance(text, str) else None
-    if match is None or match[2] not in units:
+    if match is None:
         raise UsageError(f"{name}={text!r} is not a quantity; expected a number and a unit such as {example!r}")
-    value = Fraction(match[1]) * units[match[2]]
+    sign, number, unit = match.groups()
+    if unit not in units:
+        lacks = f"has the unknown unit {unit!r}" if unit else "has no unit"
+        known = ", ".join(each for each in units if each not in _SPELLINGS)
+        raise UsageError(f"{name}={text!r} {lacks}; expected one of {known}, such as {example!r}")
+    if sign:
+        raise UsageError(f"{name}={text!r} must not be negative")
+    value = Fraction(number) * units[unit]
     if value > LARGEST:
-        raise UsageError(f"{name}={text!r} is too large; expected at most 2**63 - 1 of the smallest unit")
+        smallest = min(units, key=lambda each: units[each])
+        most = float(LARGEST / units[smallest])
+        raise UsageError(f"{name}={text!r} is too large; expected at most {most:.3g} {smallest}")
     return value
 
 
@@ -51,6 +65,22 @@ def parse_duration_ns(text: str, name: str = "duration") -> int:
         If it is not a number with a unit of time.
     """
     return round(_parse(text, _TIME_NS, name, "20 ms"))
+
+
+def parse_timeout_s(text: str, name: str = "timeout") -> float:
+    """Return how long to wait, ``text`` such as ``"10 min"``, in seconds.
+
+    Raises
+    ------
+    UsageError
+        If it is no duration, or not above zero and at most `LONGEST_TIMEOUT_S`.
+    """
+    duration_ns = parse_duration_ns(text, name)
+    if duration_ns == 0:
+        raise UsageError(f"{name}={text!r} must be greater than zero")
+    if duration_ns > LONGEST_TIMEOUT_S * 10**9:
+        raise UsageError(f"{name}={text!r} is too large; expected at most {LONGEST_TIMEOUT_S} s")
+    return duration_ns / 1e9
 
 
 def parse_size_bytes(text: str, name: str = "size") -> int:

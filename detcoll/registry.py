@@ -36,6 +36,18 @@ def names() -> list[str]:
     return sorted({entry.name for entry in entry_points(group=GROUP)} | set(_registered))
 
 
+def require_known(name: str) -> None:
+    """Refuse a name that no transport has.
+
+    Raises
+    ------
+    UsageError
+        If ``name`` is not one of `names`; lists them.
+    """
+    if name not in names():
+        raise UsageError(f"transport={name!r} is not known; expected auto or one of {', '.join(names())}")
+
+
 def load(name: str) -> Transport:
     """Return the transport that ``name`` means.
 
@@ -48,11 +60,9 @@ def load(name: str) -> Transport:
     """
     if name in _registered:
         return _registered[name]()
-    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
-    if not found:
-        raise UsageError(f"transport={name!r} is not known; expected auto or one of {', '.join(names())}")
+    require_known(name)
     try:
-        kind = found[0].load()
+        kind = next(entry for entry in entry_points(group=GROUP) if entry.name == name).load()
     except ImportError as error:
         raise TransportUnavailable(f"transport {name!r} does not import: {error}") from error
     transport = kind()

@@ -16,7 +16,7 @@ import msgspec
 
 from detcoll.errors import UsageError
 from detcoll.plan.calendar import Slotting
-from detcoll.quantities import parse_flag
+from detcoll.quantities import LONGEST_TIMEOUT_S, parse_flag
 from detcoll.rendezvous.sockets import Address, is_loopback, parse_ports
 from detcoll.topology import Topology
 
@@ -113,8 +113,8 @@ def read_settings(
     UsageError
         If one of them cannot be used.
     """
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < 1e6:
-        raise UsageError(f"timeout={timeout!r} must be a number of seconds greater than zero")
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= LONGEST_TIMEOUT_S:
+        raise UsageError(f"timeout={timeout!r} must be a number of seconds above 0 and at most {LONGEST_TIMEOUT_S}")
     if not isinstance(transport, str):
         raise UsageError(f"transport={transport!r} must be a name such as 'auto' or 'slotted'")
     asked = environ.get("DETCOLL_SLOTTING")
@@ -156,14 +156,26 @@ def configure_logging(level: str | None) -> None:
     """Show detcoll's log on standard error from ``level`` up, for DETCOLL_LOG."""
     if not level:
         return
-    number = logging.getLevelName(level.upper())
-    if not isinstance(number, int):
-        raise UsageError(f"DETCOLL_LOG={level!r} must be one of debug, info, warning, error")
+    number = log_level(level)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("detcoll %(levelname)s: %(message)s"))
         log.addHandler(handler)
     log.setLevel(number)
+
+
+def log_level(name: str) -> int:
+    """Return the number of a level of DETCOLL_LOG.
+
+    Raises
+    ------
+    UsageError
+        If there is no such level.
+    """
+    number = logging.getLevelName(name.upper())
+    if not isinstance(number, int):
+        raise UsageError(f"DETCOLL_LOG={name!r} must be one of debug, info, warning, error")
+    return number
 
 
 def warn_of_unknown(environ: Mapping[str, str]) -> None:

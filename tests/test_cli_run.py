@@ -141,7 +141,12 @@ def test_killing_the_launcher_kills_the_ranks() -> None:
         (["-n", "4", "--sites", "0", "true"], "--sites 0"),
         (["-n", "4", "--sites", "2", "--topology", "t", "true"], "exclude each other"),
         (["-n", "4", "--topology", "/nonexistent.toml", "true"], "topology='/nonexistent.toml' cannot be read"),
-        (["-n", "2", "--timeout", "5", "true"], "--timeout='5' is not a quantity"),
+        (["-n", "2", "--transport", "pigeon", "true"], "transport='pigeon' is not known; expected auto or one of"),
+        (["-n", "2", "--timeout", "5", "true"], "--timeout='5' has no unit; expected one of ns, us,"),
+        (["-n", "2", "--timeout", "-5s", "true"], "--timeout='-5s' must not be negative"),
+        (["-n", "2", "--timeout", "0 s", "true"], "--timeout='0 s' must be greater than zero"),
+        (["-n", "2", "--timeout", "12 days", "true"], "--timeout='12 days' has the unknown unit 'days'"),
+        (["-n", "2", "--timeout", "1e6 min", "true"], "--timeout='1e6 min' is too large; expected at most 1000000 s"),
     ],
 )
 def test_bad_arguments_are_one_line_and_code_2(
@@ -152,6 +157,42 @@ def test_bad_arguments_are_one_line_and_code_2(
     assert len(lines) == 1
     assert lines[0].startswith("detcoll: ")
     assert told in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("TRANSPORT", "pigeon", "transport='pigeon' is not known; expected auto or one of"),
+        ("SLOTTING", "never", "slotting='never' must be one of"),
+        ("DSCP", "99", "DETCOLL_DSCP='99'"),
+        ("PORTS", "9-1", "DETCOLL_PORTS='9-1'"),
+        ("PROXY", "somewhere", "DETCOLL_PROXY='somewhere'"),
+        ("LOG", "loud", "DETCOLL_LOG='loud'"),
+        ("SITES", "3", "DETCOLL_SITES='3'"),
+        ("SITE", "moon", "rank 0 says it is in site 'moon'"),
+        ("TOPOLOGY", "/nonexistent.toml", "topology='/nonexistent.toml' cannot be read"),
+        ("INTERFACE", "none0", "DETCOLL_INTERFACE='none0'"),
+        ("TRACE", "/dev/null/traces", "DETCOLL_TRACE='/dev/null/traces' cannot be made"),
+    ],
+)
+def test_what_every_rank_would_refuse_is_refused_once(
+    variable: str, value: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(f"DETCOLL_{variable}", value)
+    assert main(["run", "-n", "2", "touch", str(tmp_path / "started")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert told in lines[0]
+    assert not (tmp_path / "started").exists()
+
+
+def test_sites_and_a_topology_of_the_environment_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DETCOLL_TOPOLOGY", "/nonexistent.toml")
+    assert main(["run", "-n", "2", "--sites", "2", "true"]) == 2
+    assert "--sites and DETCOLL_TOPOLOGY exclude each other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["run", "true"], ["run", "-n", "two", "true"], ["run", "--nope", "1"], ["nope"]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from detcoll.quantities import (
     parse_duration_ns,
     parse_rate_bytes_per_s,
     parse_size_bytes,
+    parse_timeout_s,
 )
 
 PARSERS = [parse_duration_ns, parse_size_bytes, parse_rate_bytes_per_s]
@@ -86,8 +89,8 @@ def test_rates(text, rate):
 @pytest.mark.parametrize("parse", PARSERS)
 @pytest.mark.parametrize(
     "text",
-    ["20", "1e9", "", " ", "ms", "Gbit/s", "MiB", "-5 ms", "+5 ms", "1,5 ms", "5 parsec", "5 MS", "5 gib", "1 2 ms",
-     "0x10 B", "nan s", "inf B", "1e400 s", "1e999999999 B", "٣ ms", 20, 2.5, None, b"20 ms", ["20 ms"]],
+    ["", " ", "ms", "Gbit/s", "MiB", "+5 ms", "--5 ms", "1,5 ms", "1 2 ms", "0x10 B",
+     "nan s", "inf B", "1e400 s", "1e999999999 B", "٣ ms", 20, 2.5, None, b"20 ms", ["20 ms"]],
 )  # fmt: skip
 def test_what_is_no_quantity_is_refused(parse, text):
     with pytest.raises(
@@ -95,6 +98,46 @@ def test_what_is_no_quantity_is_refused(parse, text):
     ) as caught:
         parse(text, "speed")
     assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "known", "example"),
+    [
+        (parse_duration_ns, "ns, us, ms, s, min", "20 ms"),
+        (parse_size_bytes, "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB", "64MiB"),
+        (
+            parse_rate_bytes_per_s,
+            "B/s, kB/s, MB/s, GB/s, TB/s, KiB/s, MiB/s, GiB/s, TiB/s, bit/s, kbit/s, Mbit/s, Gbit/s, Tbit/s",
+            "1 Gbit/s",
+        ),
+    ],
+)
+def test_a_unit_that_is_missing_or_unknown_is_told_with_those_known(parse, known, example):
+    for text, lacks in (
+        ("0", "has no unit"),
+        ("1e9", "has no unit"),
+        ("5 parsec", "has the unknown unit 'parsec'"),
+        ("1PiB", "has the unknown unit 'PiB'"),
+        ("5 gib", "has the unknown unit 'gib'"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            parse(text, "speed")
+        assert str(caught.value) == f"speed={text!r} {lacks}; expected one of {known}, such as {example!r}"
+
+
+@pytest.mark.parametrize(("parse", "text"), [(parse_duration_ns, "-5s"), (parse_size_bytes, "-0 B"),
+                                             (parse_rate_bytes_per_s, "- 1 Gbit/s")])  # fmt: skip
+def test_negative_quantities_are_told_to_be_negative(parse, text):
+    with pytest.raises(UsageError, match=f"speed='{text}' must not be negative"):
+        parse(text, "speed")
+
+
+def test_waits_are_above_zero_and_have_an_end():
+    assert parse_timeout_s("1.5 ms") == 0.0015
+    assert parse_timeout_s("1e6 s") == 1e6
+    for text, why in (("0 s", "must be greater than zero"), ("1e6 min", "is too large; expected at most 1000000 s")):
+        with pytest.raises(UsageError, match=f"--timeout='{text}' {why}"):
+            parse_timeout_s(text, "--timeout")
 
 
 @pytest.mark.parametrize(
@@ -111,13 +154,20 @@ def test_what_is_no_quantity_is_refused(parse, text):
     ],
 )
 def test_units_of_another_kind_are_refused(parse, text):
-    with pytest.raises(UsageError, match="is not a quantity"):
+    with pytest.raises(UsageError, match="has the unknown unit"):
         parse(text)
 
 
-@pytest.mark.parametrize(("parse", "text"), [(parse_duration_ns, "1e12 s"), (parse_size_bytes, "1e99 B")])
-def test_quantities_beyond_64_bits_are_refused(parse, text):
-    with pytest.raises(UsageError, match="too large"):
+@pytest.mark.parametrize(
+    ("parse", "text", "most"),
+    [
+        (parse_duration_ns, "1e12 s", "9.22e+18 ns"),
+        (parse_size_bytes, "1e99 B", "9.22e+18 B"),
+        (parse_rate_bytes_per_s, "1e9 TB/s", "7.38e+19 bit/s"),
+    ],
+)
+def test_quantities_beyond_64_bits_are_refused(parse, text, most):
+    with pytest.raises(UsageError, match=f"is too large; expected at most {re.escape(most)}"):
         parse(text)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from detcoll.cli.invocation import command_line
+from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
@@ -23,7 +24,7 @@ from detcoll.measure.sweep import Sweep
 from detcoll.measure.tables import bench_table, output_console
 from detcoll.outputs import require_writable
 from detcoll.plan import Slotting
-from detcoll.quantities import parse_duration_ns, parse_size_bytes
+from detcoll.quantities import parse_size_bytes, parse_timeout_s
 from detcoll.settings import check_slotting
 
 ALONE = (
@@ -35,28 +36,28 @@ ALONE = (
 def bench(
     *,
     collective: str = "all_reduce",
-    bytes: str = "256KiB,4MiB,16MiB",
+    bytes: Quantity = "256KiB,4MiB,16MiB",
     dtype: str = "float32",
     transport: str | None = None,
     iterations: int = 20,
     warmup: int = 3,
-    time_limit: str | None = None,
+    time_limit: Quantity | None = None,
     empty: bool = False,
     json: Path | None = None,
     lab: bool = False,
     relay: bool = False,
     sites: int | None = None,
     ranks_per_site: int | None = None,
-    rate: str | None = None,
-    round_trip: str | None = None,
+    rate: Quantity | None = None,
+    round_trip: Quantity | None = None,
     topology: Path | None = None,
-    queue: str = "2.5MB",
+    queue: Quantity = "2.5MB",
     service: str | None = None,
     cross_traffic: str | None = None,
-    reserved: str | None = None,
+    reserved: Quantity | None = None,
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
-    timeout: str = "60 s",
-    deadline: str = "10 min",
+    timeout: Quantity = "60 s",
+    deadline: Quantity = "10 min",
 ) -> int:
     """Time collectives over sizes; every result is checked.
 
@@ -120,10 +121,10 @@ def bench(
     """
     require_writable(json, "json")
     sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(bytes))
-    limit_s = None if time_limit is None else parse_duration_ns(time_limit, "time_limit") / 1e9
+    limit_s = None if time_limit is None else parse_timeout_s(time_limit, "time_limit")
     sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup, empty, limit_s)
     sweep.validate()
-    timeout_s = parse_duration_ns(timeout, "timeout") / 1e9
+    timeout_s = parse_timeout_s(timeout, "timeout")
     if relay:
         if lab:
             raise UsageError("--lab and --relay are two ways to make the lines; give one")
@@ -150,7 +151,7 @@ def bench(
         Conditions(parse_size_bytes(queue, "queue")),
         slotting,
         timeout_s,
-        parse_duration_ns(deadline, "deadline") / 1e9,
+        parse_timeout_s(deadline, "deadline"),
         networks,
         relay,
     )

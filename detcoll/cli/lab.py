@@ -12,12 +12,13 @@ from types import FrameType
 
 import msgspec
 
+from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
 from detcoll.outputs import require_writable, write_file
-from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
+from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes, parse_timeout_s
 from detcoll.topology import Topology
 
 _CROSS_TCP = 0.05
@@ -31,15 +32,15 @@ def lab(
     *command: str,
     sites: int | None = None,
     ranks_per_site: int | None = None,
-    rate: str | None = None,
-    round_trip: str | None = None,
+    rate: Quantity | None = None,
+    round_trip: Quantity | None = None,
     topology: Path | None = None,
-    queue: str = "2.5MB",
+    queue: Quantity = "2.5MB",
     loss: float = 0.0,
-    jitter: str = "0 ms",
+    jitter: Quantity = "0 ms",
     service: str | None = None,
-    reserved: str | None = None,
-    burst: str | None = None,
+    reserved: Quantity | None = None,
+    burst: Quantity | None = None,
     cross_traffic: float = 0.0,
     cross_tcp: float = _CROSS_TCP,
     failure: list[str] | None = None,
@@ -50,7 +51,7 @@ def lab(
     prefix: bool = False,
     relay: bool = False,
     slow_start_after_idle: bool = False,
-    deadline: str | None = None,
+    deadline: Quantity | None = None,
 ) -> int:
     """Run COMMAND once per rank, each in the network of its site, and return the exit code of the first that failed.
 
@@ -121,11 +122,10 @@ def lab(
             mpi=mpi, slow_start_after_idle=slow_start_after_idle,
         )  # fmt: skip
     wanted = _reserve(wanted, service, reserved)
-    patience_ns = None if deadline is None else parse_duration_ns(deadline, "deadline")
+    deadline_s = None if deadline is None else parse_timeout_s(deadline, "deadline")
     require_writable(statistics, "statistics")
     require_writable(log, "log")
     if relay:
-        deadline_s = None if patience_ns is None else patience_ns / 1e9
         with _terminable():
             code, seen = run_through_relay(wanted, parse_size_bytes(queue, "queue"), command, deadline_s, prefix=prefix)
         if not seen.connections and code == 0:
@@ -155,7 +155,7 @@ def lab(
             network,
             command,
             launcher=Launcher.MPIEXEC if mpi else Launcher.PLAIN,
-            deadline_ns=None if patience_ns is None else time.monotonic_ns() + patience_ns,
+            deadline_ns=None if deadline_s is None else time.monotonic_ns() + round(deadline_s * 1e9),
             output=Output.PREFIX if prefix else Output.RAW,
         )
         if statistics is not None:

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from detcoll.cli.invocation import command_line
+from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
 from detcoll.errors import UsageError
 from detcoll.lab import Conditions
@@ -25,7 +26,7 @@ from detcoll.measure.report.inputs import RESULTS, TOPOLOGY, TRACES
 from detcoll.measure.results import Measurement, write_result
 from detcoll.measure.tables import measurement_table, output_console
 from detcoll.outputs import require_folder, require_writable, write_file
-from detcoll.quantities import parse_duration_ns, parse_size_bytes
+from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
 
 _ITERATIONS = {"digits": 60, "synthetic": 20}
 
@@ -35,25 +36,25 @@ def measure(
     workload: Literal["digits", "synthetic"] | None = None,
     sites: int | None = None,
     ranks_per_site: int | None = None,
-    rate: str | None = None,
-    round_trip: str | None = None,
+    rate: Quantity | None = None,
+    round_trip: Quantity | None = None,
     topology: Path | None = None,
-    queue: str = "2.5MB",
+    queue: Quantity = "2.5MB",
     iterations: int | None = None,
     rounds: int = 2,
     warmup: int = WARMUP,
-    compute: str = "400 ms",
+    compute: Quantity = "400 ms",
     compute_kind: ComputeKind = "wait",
-    gradient_bytes: str = "16MiB",
-    bucket_bytes: str = "1MiB",
+    gradient_bytes: Quantity = "16MiB",
+    bucket_bytes: Quantity = "1MiB",
     against: str | None = None,
     service: str | None = None,
     cross_traffic: str | None = None,
-    reserved: str | None = None,
+    reserved: Quantity | None = None,
     without: str = "none",
     json: Path | None = None,
     report: Path | None = None,
-    deadline: str = "10 min",
+    deadline: Quantity = "10 min",
     relay: bool = False,
 ) -> int:
     """Compare training across emulated sites with the same training in one cluster.
@@ -147,7 +148,7 @@ def measure(
         left_out=left_out,
         conditions=Conditions(parse_size_bytes(queue, "queue")),
         networks=networks,
-        deadline_s=parse_duration_ns(deadline, "deadline") / 1e9,
+        deadline_s=parse_timeout_s(deadline, "deadline"),
         traces=None if report is None else report / TRACES,
         relay=relay,
         warmup=warmup,

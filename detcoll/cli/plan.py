@@ -10,6 +10,7 @@ import msgspec
 
 from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
 from detcoll.cli.progress import progress_bars
+from detcoll.cli.quantity import Quantity
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
 from detcoll.measure.options import wide_topology
@@ -46,21 +47,21 @@ def plan(
     topology: str | None = None,
     sites: int | None = None,
     ranks_per_site: int | None = None,
-    rate: str | None = None,
-    round_trip: str | None = None,
+    rate: Quantity | None = None,
+    round_trip: Quantity | None = None,
     collective: Literal["all_reduce", "broadcast", "barrier"] = "all_reduce",
-    bytes: str = "64MiB",
+    bytes: Quantity = "64MiB",
     dtype: str = "float32",
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
     efficiency: float | None = None,
     parameters: int | None = None,
     precision: str | None = None,
-    compute: str | None = None,
+    compute: Quantity | None = None,
     backward: float | None = None,
     buckets: int | None = None,
     overlap: float | None = None,
     reservation: bool = False,
-    base_time: str = "0 ns",
+    base_time: Quantity = "0 ns",
     json: Path | None = None,
     svg: Path | None = None,
 ) -> int:

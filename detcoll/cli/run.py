@@ -19,11 +19,19 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from detcoll import registry
+from detcoll.cli.quantity import Quantity
 from detcoll.errors import UsageError
+from detcoll.outputs import require_folder
 from detcoll.processes import Guard, start, supervise
-from detcoll.quantities import parse_duration_ns
+from detcoll.quantities import parse_timeout_s
+from detcoll.rendezvous.sockets import own_host
+from detcoll.settings import log_level, place, read_settings
 from detcoll.tagging import Tagger
-from detcoll.topology import LARGEST_WORLD, Topology
+from detcoll.topology import LARGEST_WORLD
+
+AUTO = "auto"
+_A_TIMEOUT_S = 60.0  # the script's own is not known here
 
 
 def run(
@@ -32,12 +40,13 @@ def run(
     sites: int | None = None,
     topology: Path | None = None,
     transport: str | None = None,
-    timeout: str | None = None,
+    timeout: Quantity | None = None,
     tag_output: bool = False,
 ) -> int:
     """Start the ranks of a program on this host and wait for them.
 
-    When a rank fails, the others are ended soon after, and its exit code is the one of this command.
+    When a rank fails, the others are ended soon after, and its exit code is the one of this command. What all ranks
+    would refuse of DETCOLL_* variables is refused before any is started.
 
     Parameters
     ----------
@@ -50,25 +59,24 @@ def run(
     topology
         A topology file; its ranks must add up to those started.
     transport
-        What moves the data; chosen by itself unless given.
+        What moves the data; chosen by itself unless given. One that the script registers itself is named in it.
     timeout
         End the ranks after so long, such as "10 min".
     tag_output
         Begin each line that a rank prints with its number.
     """
     _check(ranks, sites, topology)
-    deadline_s = None if timeout is None else parse_duration_ns(timeout, "--timeout") / 1e9
+    deadline_s = None if timeout is None else parse_timeout_s(timeout, "--timeout")
     program = _program(command)
     settings = {
         "DETCOLL_SITES": None if sites is None else str(sites),
         "DETCOLL_TOPOLOGY": None if topology is None else str(topology.absolute()),
         "DETCOLL_TRANSPORT": transport,
     }
-    given = {name: value for name, value in settings.items() if value is not None}
+    environ = {**os.environ, **{name: value for name, value in settings.items() if value is not None}}
+    _refuse_for_all(environ, ranks)
     tags = [f"[rank {rank}] " for rank in range(ranks)] if tag_output else None
-    return launch(
-        program, lambda listener: rank_environments(ranks, {**os.environ, **given}, listener), tags, deadline_s
-    )
+    return launch(program, lambda listener: rank_environments(ranks, environ, listener), tags, deadline_s)
 
 
 def launch(
@@ -145,8 +153,19 @@ def _check(ranks: int, sites: int | None, topology: Path | None) -> None:
         raise UsageError("--sites and --topology exclude each other: a topology names its sites")
     if sites is not None and (sites < 1 or ranks % sites):
         raise UsageError(f"--sites {sites} must divide the {ranks} ranks into equal sites")
-    if topology is not None:
-        Topology.from_file(topology, size=ranks)
+    if sites is not None and os.environ.get("DETCOLL_TOPOLOGY"):
+        raise UsageError("--sites and DETCOLL_TOPOLOGY exclude each other: a topology names its sites")
+
+
+def _refuse_for_all(environ: Mapping[str, str], ranks: int) -> None:
+    """Refuse what every rank of this environment would refuse, once instead of once a rank."""
+    log_level(environ.get("DETCOLL_LOG") or "warning")
+    settings = read_settings(environ, ranks, AUTO, None, _A_TIMEOUT_S, None)
+    place(settings.topology, [environ.get("DETCOLL_SITE") or ""] * ranks)
+    own_host(environ)
+    if settings.transport != AUTO:
+        registry.require_known(settings.transport)
+    require_folder(None if settings.trace is None else Path(settings.trace), "DETCOLL_TRACE")
 
 
 def _program(command: Sequence[str]) -> list[str]:

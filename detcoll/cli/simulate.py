@@ -13,6 +13,7 @@ from rich.text import Text
 
 from detcoll.cli.invocation import command_line
 from detcoll.cli.progress import progress_bars
+from detcoll.cli.quantity import Quantity
 from detcoll.measure.report import gather, write_report
 from detcoll.measure.report.inputs import RESULTS
 from detcoll.measure.results import write_result
@@ -31,13 +32,13 @@ def simulate(
     scenario: str = "forty-cities",
     *,
     efficiency: float = 0.98,
-    uplink: str | None = None,
-    reserved: str | None = None,
+    uplink: Quantity | None = None,
+    reserved: Quantity | None = None,
     loss: float | None = None,
     cross_traffic: float | None = None,
     connections: int | None = None,
     parameters: int | None = None,
-    compute: str | None = None,
+    compute: Quantity | None = None,
     backward: float | None = None,
     buckets: int | None = None,
     overlap: float | None = None,
