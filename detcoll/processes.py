@@ -143,6 +143,7 @@ def supervise(
     settle_s: float = 1.0,
     grace_s: float = 5.0,
     announce: Callable[[str], None] | None = None,
+    on_interrupt: int = signal.SIGINT,
 ) -> int:
     """Wait for ``processes``; when one fails, end the others.
 
@@ -163,6 +164,8 @@ def supervise(
         How long after SIGTERM, or a forwarded signal, SIGKILL follows.
     announce : callable, optional
         Gets each message; it goes to standard error unless given.
+    on_interrupt : int
+        What is forwarded for SIGINT: SIGTERM ends Python programs that do not care without a traceback of each.
 
     Returns
     -------
@@ -171,6 +174,7 @@ def supervise(
         a forwarded signal n; `TIMED_OUT` at the deadline.
     """
     crew = _Crew(processes, names or [f"rank {i}" for i in range(len(processes))], announce or _say)
+    crew.on_interrupt = on_interrupt
     crew.settle_ns, crew.grace_ns = round(settle_s * 1e9), round(grace_s * 1e9)
     if deadline_s is not None:
         crew.deadline_ns = time.monotonic_ns() + round(deadline_s * 1e9)
@@ -232,6 +236,7 @@ class _Crew:
         self.running = set(range(len(self.processes)))
         self.code: int | None = None
         self.settle_ns = self.grace_ns = 0
+        self.on_interrupt: int = signal.SIGINT
         self.deadline_ns: int | None = None
         self.ahead: deque[tuple[int, int | None]] = deque()  # (when, signal), the last one None: give up
 
@@ -274,9 +279,11 @@ class _Crew:
     def _on_signals(self, received: int, keys: Sequence[selectors.SelectorKey]) -> None:
         for number in os.read(received, 64) if keys else b"":
             if self.code is None:
-                self.announce(f"{signal.Signals(number).name} received, forwarding it")
+                forwarded = self.on_interrupt if number == signal.SIGINT else number
+                what = "forwarding it" if forwarded == number else f"ending {', '.join(self._still_running())}"
+                self.announce(f"{signal.Signals(number).name} received, {what}")
                 self.code = 128 + number
-                self._end_with(number, 0)
+                self._end_with(forwarded, 0)
             else:
                 self._end_with(signal.SIGKILL, 0)
 
@@ -296,7 +303,7 @@ class _Crew:
         if self.deadline_ns is not None and now_ns >= self.deadline_ns:
             self.deadline_ns = None
             if self.code is None and self.running:
-                self.announce(f"the time is over; ending {', '.join(self.names[i] for i in sorted(self.running))}")
+                self.announce(f"the time is over; ending {', '.join(self._still_running())}")
                 self.code = TIMED_OUT
                 self._end_with(signal.SIGTERM, 0)
         while self.ahead and now_ns >= self.ahead[0][0]:
@@ -305,6 +312,9 @@ class _Crew:
                 self.running.clear()
             for index in self.running:
                 _signal_group(self.processes[index], number)
+
+    def _still_running(self) -> list[str]:
+        return [self.names[index] for index in sorted(self.running)]
 
     def _end_with(self, number: int, after_ns: int) -> None:
         """Lay out how the rest is ended: ``number`` after a while, then SIGKILL, then no more waiting."""

@@ -217,6 +217,17 @@ def test_errors_are_one_line_and_a_traceback_only_when_asked_for(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_one_line_and_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detcoll.cli.run.launch", interrupted)
+    assert main(["run", "-n", "2", "true"]) == 130
+    assert capsys.readouterr().err == "detcoll: interrupted\n"
+
+
 def test_help_names_the_commands_and_version_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out

@@ -21,6 +21,7 @@ from ranks import await_gone
 
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.lab import Conditions, Lab, Launcher, Output, Service, read_log, run_ranks, why_unavailable
+from detcoll.leftovers import SHARED_MEMORY
 from detcoll.mpiexec import find_mpiexec
 from detcoll.testing.traffic import ECHO, PING, blast, ping, python, serve
 from detcoll.topology import Topology
@@ -381,6 +382,15 @@ os.write(1, f"{values[0]} {os.environ['DETCOLL_SITE']}\\n".encode())
         code = python("import os, sys; sys.exit(int(os.environ['RANK'] == '1') * 7)")
         result = run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_ns=time.monotonic_ns() + 30 * 10**9)
         assert (result.exit_code, len(result.exit_codes)) == (7, 1)
+
+    def test_what_mpi_ranks_leave_in_shared_memory_is_removed(self, shared_lab: Lab) -> None:
+        if find_mpiexec() is None:
+            pytest.skip("needs mpiexec")
+        left = SHARED_MEMORY / f"mpich_shm_{os.getpid()}_0"
+        code = python(f"import pathlib, sys; pathlib.Path({str(left)!r}).touch(); sys.exit(1)")
+        result = run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_ns=time.monotonic_ns() + 30 * 10**9)
+        assert result.exit_code == 1
+        assert not left.exists()
 
 
 class TestCommand:

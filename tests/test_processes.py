@@ -113,21 +113,24 @@ def test_exit_codes_and_words() -> None:
 LAUNCHER = """
 import sys
 from detcoll.processes import Guard, start, supervise
-script = 'trap "echo caught; exit 0" INT TERM; sleep 1000 & echo $$ $!; wait; wait'
+script = 'trap "echo INT; exit 0" INT; trap "echo TERM; exit 0" TERM; sleep 1000 & echo $$ $!; wait; wait'
 with Guard() as guard:
     crew = [start(["bash", "-c", script], stdout=sys.stdout) for _ in range(2)]
     for process in crew:
         guard.watch(process)
     print(guard._process.pid, guard._process.pid, flush=True)
-    sys.exit(supervise(crew, grace_s=5.0))
+    sys.exit(supervise(crew, grace_s=5.0, on_interrupt=int(sys.argv[1])))
 """
 
 
 @contextlib.contextmanager
-def launched():  # type: ignore[no-untyped-def]
+def launched(on_interrupt: int = signal.SIGINT):  # type: ignore[no-untyped-def]
     """Give a running launcher, and the processes of its crew and its guard."""
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", LAUNCHER, str(int(on_interrupt))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert launcher.stdout is not None
@@ -147,7 +150,17 @@ def test_signals_are_forwarded(number: signal.Signals) -> None:
         assert launcher.returncode == 128 + number
         assert f"{number.name} received, forwarding it" in err
         if number != signal.SIGHUP:
-            assert out.split() == ["caught", "caught"]
+            assert out.split() == [number.name.removeprefix("SIG")] * 2
+        wait_until_gone(list(pids))
+
+
+def test_an_interrupt_can_end_them_by_another_signal() -> None:
+    with launched(signal.SIGTERM) as (launcher, pids):
+        launcher.send_signal(signal.SIGINT)
+        out, err = launcher.communicate(timeout=30)
+        assert launcher.returncode == 128 + signal.SIGINT
+        assert err == "detcoll: SIGINT received, ending rank 0, rank 1\n"
+        assert out.split() == ["TERM", "TERM"]
         wait_until_gone(list(pids))
 
 

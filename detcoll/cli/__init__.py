@@ -24,6 +24,7 @@ app = App(
     help="Collective communication for training that spans sites.",
     version=lambda: version("detcoll"),
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 app.command("detcoll.cli.run:run", name="run", help="Start the ranks of a program on this host.")
 app.command("detcoll.cli.lab:lab", name="lab", help="Run any command in an emulated wide-area network.")
@@ -53,5 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"detcoll: {error}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else FAILURE
     except KeyboardInterrupt:
+        print("detcoll: interrupted", file=sys.stderr)
         return INTERRUPTED
     return result if isinstance(result, int) else 0

@@ -207,7 +207,8 @@ class Lab:
     def _stop_router(self) -> None:
         """Let the router finish its log and end, or kill it."""
         try:
-            with suppress(DetcollError, OSError):
+            # Where this process was told to end meanwhile, the answer to an earlier request comes first.
+            with suppress(DetcollError, OSError, msgspec.MsgspecError):
                 self._final = self._ask(ASK_QUIT)
             self._control.close()
             self._router.wait(_ROUTER_PATIENCE_S)

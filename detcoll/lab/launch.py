@@ -28,6 +28,7 @@ from typing import IO, Any
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
 from detcoll.lab.emulation import Lab
 from detcoll.lab.tun import DEVICE
+from detcoll.leftovers import now_ns, remove_segments
 from detcoll.mpiexec import Family, Mpiexec, find_mpiexec
 
 MASTER_PORT = 29500
@@ -119,7 +120,7 @@ def run_ranks(
 
     Guarantees
     ----------
-    No rank outlives the call, however it ends.
+    No rank outlives the call, however it ends, nor does what MPICH's ranks keep in /dev/shm.
     """
     if not argv:
         raise UsageError("argv is empty; expected a program and its arguments")
@@ -128,6 +129,7 @@ def run_ranks(
         ranks = [own | dict(env or {}) for own in rank_environments(lab, topology_path)]
         if launcher is Launcher.MPIEXEC:
             mpiexec = _mpiexec()
+            stack.callback(remove_segments, now_ns())  # of ranks that are ended early; after those are
             placement_path = stack.enter_context(_memory_path(_placement(lab, ranks, mpiexec.rank_variable)))
             files = mpiexec.files_in(stack.enter_context(TemporaryDirectory(prefix="detcoll-mpi-")))
             own_env = files | dict(env or {})

@@ -102,7 +102,7 @@ class Places:
             except BaseException:
                 processes.supervise(started, deadline_s=0)
                 raise
-            return processes.supervise(started, deadline_s=self._deadline_s)
+            return processes.supervise(started, deadline_s=self._deadline_s, on_interrupt=signal.SIGTERM)
 
 
 def cluster_environments(size: int, meeting: socket.socket) -> list[dict[str, str]]:

@@ -172,7 +172,8 @@ class Relay:
 
     def _stop(self) -> None:
         """Let the relay tell what it counted and end, or kill it."""
-        with suppress(DetcollError):
+        # Where this process was told to end meanwhile, the answer to an earlier request comes first.
+        with suppress(DetcollError, msgspec.MsgspecError):
             self._final = self._ask(ASK_QUIT)
         self._control.close()
         try:

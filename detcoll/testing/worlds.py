@@ -21,9 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from detcoll.leftovers import now_ns, remove_segments
 from detcoll.mpiexec import find_mpiexec
 from detcoll.testing.fabric import Fabric, Program
-from detcoll.testing.leftovers import now_ns, remove_segments
 
 START_TIMEOUT_S = 60.0
 ORDER_TIMEOUT_S = 60.0
