@@ -121,6 +121,10 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
         (["--lab", "--slotting", "turns", "--sites", "3"], "slotting='turns' is for two sites, and the topology has 3"),
         (["--json", "/no/such/directory/x.json"], "no directory"),
         (["--timeout", "60"], "timeout='60'"),
+        (["--deadline", "1 min", "--queue", "1MB"], "--queue, --deadline need --lab"),
+        (["--slotting", "off"], "--slotting need --lab"),
+        (["--transport", "pigeon"], "transport='pigeon' is not known"),
+        (["--relay", "--transport", "slotted", "--slotting", "turns", "--sites", "3"], "is for two sites"),
     ],
 )
 def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

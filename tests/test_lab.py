@@ -409,7 +409,9 @@ class TestCommand:
             ({"burst": "3"}, "burst='3'"),
             ({"jitter": "3"}, "jitter='3'"),
             ({"cross_traffic": 2.5}, "cross_traffic=2.5 must be a share"),
-            ({"cross_tcp": 2.0}, "cross_tcp_share=2.0 must be from 0 to 1"),
+            ({"cross_tcp": 2.0, "cross_traffic": 0.5}, "cross_tcp_share=2.0 must be from 0 to 1"),
+            ({"cross_tcp": 0.5}, "cross_tcp=0.5 is a part of the cross traffic"),
+            ({"burst": "1 MB"}, "burst='1 MB' is of what polices a reserved rate"),
             ({"failure": ["now"]}, "failure='now' must be of the form"),
             ({"statistics": Path("/no/such/place/s.json")}, "no directory"),
         ):

@@ -344,7 +344,7 @@ def test_bench_files_name_their_command(tmp_path: Path) -> None:
     [
         ("a.json", "{", "no JSON object"),
         ("a.json", "[]", "no JSON object"),
-        ("a.json", '{"schema": "other"}', "expected one of detcoll.measure/1"),
+        ("a.json", '{"schema": "other"}', "schema='other'; a report takes files of measure, bench and simulate --json"),
         ("a.json", '{"schema": "detcoll.measure/1", "runs": [{}]}', "no result"),
         ("a.toml", "[[site]]\nname = 'a'\n", "no map"),
         ("a.toml", "[", "no map"),

@@ -178,6 +178,7 @@ def test_workloads_are_checked() -> None:
         ({"backward": -0.1}, r"backward=-0\.1 must be from 0 to 1"),
         ({"precision": "float8"}, "float8"),
         ({"buckets": 2_000_000}, "must not exceed parameters"),
+        ({"buckets": 100_001, "parameters": 10**9}, "buckets=100001 must be at most 100000"),
     ):
         with pytest.raises(UsageError, match=message):
             replace(WORK, **change)

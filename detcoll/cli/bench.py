@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from detcoll import registry
 from detcoll.cli.invocation import command_line
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
@@ -27,6 +28,7 @@ from detcoll.plan import Slotting
 from detcoll.quantities import parse_size_bytes, parse_timeout_s
 from detcoll.settings import check_slotting
 
+AUTO = "auto"
 ALONE = (
     "bench: nobody launched this process, so it times 1 rank alone; "
     "detcoll run -n 4 -m detcoll bench ... starts more on this host, --lab across emulated sites"
@@ -51,13 +53,13 @@ def bench(
     rate: Quantity | None = None,
     round_trip: Quantity | None = None,
     topology: Path | None = None,
-    queue: Quantity = "2.5MB",
+    queue: Quantity | None = None,
     service: str | None = None,
     cross_traffic: str | None = None,
     reserved: Quantity | None = None,
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
     timeout: Quantity = "60 s",
-    deadline: Quantity = "10 min",
+    deadline: Quantity | None = None,
 ) -> int:
     """Time collectives over sizes; every result is checked.
 
@@ -101,7 +103,7 @@ def bench(
     topology
         A topology file; with --lab instead of the four above.
     queue
-        With --lab: drop-tail queue at each end of a line.
+        With --lab: drop-tail queue at each end of a line; 2.5MB unless given.
     service
         With --lab: best-effort (the default), deterministic (a reserved and policed rate that goes first), or both
         separated by commas.
@@ -117,7 +119,7 @@ def bench(
     timeout
         Of a collective.
     deadline
-        With --lab: how long one transport may take.
+        With --lab: how long one transport may take; "10 min" unless given.
     """
     require_writable(json, "json")
     sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(bytes))
@@ -133,14 +135,19 @@ def bench(
     if not (lab or relay):
         _refuse_without_lab(
             sites=sites, ranks_per_site=ranks_per_site, rate=rate, round_trip=round_trip, service=service,
-            cross_traffic=cross_traffic, reserved=reserved,
+            cross_traffic=cross_traffic, reserved=reserved, queue=queue, slotting=slotting, deadline=deadline,
         )  # fmt: skip
+        names = comma_separated(transport or AUTO)
+        for name in names:
+            if name != AUTO:
+                registry.require_known(name)
         if read_environment(os.environ).launcher == "none":
             print(ALONE, file=sys.stderr, flush=True)
-        names = comma_separated(transport or "auto")
         rank, rows = run_here(sweep, names, topology, timeout_s)
         return _finish(BenchResult(BENCH_SCHEMA, host_facts(), rows), json) if rank == 0 else 0
-    transports, left_out = present(comma_separated(transport or "slotted"), "transport")
+    transports, left_out = present(comma_separated(transport or SLOTTED), "transport")
+    if slotting is not None and SLOTTED not in transports:
+        raise UsageError(f"slotting={slotting!r} is for {SLOTTED}, which is not in transport={transport!r}")
     networks = parse_networks(comma_separated(service or "best-effort"), comma_separated(cross_traffic or "0"))
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
     check_slotting(Slotting(slotting) if slotting else None, lines)
@@ -148,10 +155,10 @@ def bench(
         sweep,
         transports,
         lines,
-        Conditions(parse_size_bytes(queue, "queue")),
+        Conditions(parse_size_bytes(queue or "2.5MB", "queue")),
         slotting,
         timeout_s,
-        parse_timeout_s(deadline, "deadline"),
+        parse_timeout_s(deadline or "10 min", "deadline"),
         networks,
         relay,
     )

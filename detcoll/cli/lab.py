@@ -121,7 +121,11 @@ def lab(
             cross_traffic=cross_traffic, cross_tcp=cross_tcp != _CROSS_TCP, failure=failure, seed=seed, log=log,
             mpi=mpi, slow_start_after_idle=slow_start_after_idle,
         )  # fmt: skip
+    if cross_tcp != _CROSS_TCP and not cross_traffic:
+        raise UsageError(f"cross_tcp={cross_tcp} is a part of the cross traffic; expected with --cross-traffic")
     wanted = _reserve(wanted, service, reserved)
+    if burst is not None and not wanted.has_reservations:
+        raise UsageError(f"burst={burst!r} is of what polices a reserved rate; expected with --reserved")
     deadline_s = None if deadline is None else parse_timeout_s(deadline, "deadline")
     require_writable(statistics, "statistics")
     require_writable(log, "log")

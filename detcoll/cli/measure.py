@@ -29,6 +29,7 @@ from detcoll.outputs import require_folder, require_writable, write_file
 from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
 
 _ITERATIONS = {"digits": 60, "synthetic": 20}
+_COMPUTE, _GRADIENT, _BUCKET = "400 ms", "16MiB", "1MiB"
 
 
 def measure(
@@ -42,11 +43,11 @@ def measure(
     queue: Quantity = "2.5MB",
     iterations: int | None = None,
     rounds: int = 2,
-    warmup: int = WARMUP,
-    compute: Quantity = "400 ms",
-    compute_kind: ComputeKind = "wait",
-    gradient_bytes: Quantity = "16MiB",
-    bucket_bytes: Quantity = "1MiB",
+    warmup: int | None = None,
+    compute: Quantity | None = None,
+    compute_kind: ComputeKind | None = None,
+    gradient_bytes: Quantity | None = None,
+    bucket_bytes: Quantity | None = None,
     against: str | None = None,
     service: str | None = None,
     cross_traffic: str | None = None,
@@ -88,16 +89,16 @@ def measure(
     rounds
         In how many turns the settings share them.
     warmup
-        Iterations of each setting before the measured ones, in each round.
+        Iterations of each setting before the measured ones, in each round; 3 unless given.
     compute
-        Compute time of a synthetic iteration, a third forward and two thirds backward.
+        Compute time of a synthetic iteration, a third forward and two thirds backward; "400 ms" unless given.
     compute_kind
-        How a synthetic iteration spends it: wait (on the wall clock, as for a GPU), or python or numpy (so much
-        processor time, with the interpreter's lock and without).
+        How a synthetic iteration spends it: wait (on the wall clock, as for a GPU; the default), or python or numpy (so
+        much processor time, with the interpreter's lock and without).
     gradient_bytes
-        Gradient of a synthetic iteration.
+        Gradient of a synthetic iteration; 16MiB unless given.
     bucket_bytes
-        What is reduced at once while the backward pass goes on.
+        What is reduced at once while the backward pass goes on; 1MiB unless given. A script has its own.
     against
         Transports to compare with, separated by commas, or none; "gloo,mpi" unless given, with --relay none.
     service
@@ -126,6 +127,16 @@ def measure(
     name = workload or "digits"
     if script and workload is not None:
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
+    if script:
+        _refuse("a script, which has its own", iterations=iterations, warmup=warmup, bucket_bytes=bucket_bytes)
+    if script or name != "synthetic":
+        what = "a script" if script else f"workload={name!r}"
+        _refuse(
+            f"{what}; expected with --workload synthetic",
+            compute=compute,
+            compute_kind=compute_kind,
+            gradient_bytes=gradient_bytes,
+        )
     if relay:
         refuse_with_relay(
             against=comma_separated(against or ""), service=service, cross_traffic=cross_traffic, reserved=reserved
@@ -136,7 +147,9 @@ def measure(
         comma_separated("0" if cross_traffic is None else cross_traffic),
     )
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
-    builtin = _workload(name, compute, compute_kind, gradient_bytes, bucket_bytes)
+    builtin = _workload(
+        name, compute or _COMPUTE, compute_kind or "wait", gradient_bytes or _GRADIENT, bucket_bytes or _BUCKET
+    )
     transports, left_out = present(comma_separated("gloo,mpi" if against is None else against), "against")
     experiment = Experiment(
         topology=lines,
@@ -151,7 +164,7 @@ def measure(
         deadline_s=parse_timeout_s(deadline, "deadline"),
         traces=None if report is None else report / TRACES,
         relay=relay,
-        warmup=warmup,
+        warmup=WARMUP if warmup is None else warmup,
         without=comma_separated(without),
     )
     experiment.validate()
@@ -186,6 +199,13 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
     """Return 1 where bits differ or a setting that was to be measured failed."""
     failed = len(result.runs) < len(experiment.settings())
     return 1 if result.digests_equal is False or failed else 0
+
+
+def _refuse(workload: str, **given: object) -> None:
+    """Refuse options that mean nothing to ``workload``, in words; those with a value were given."""
+    useless = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+    if useless:
+        raise UsageError(f"{', '.join(useless)}: of no use to {workload}")
 
 
 def _workload(

@@ -19,10 +19,11 @@ from detcoll.plan import Calendar, Collective, SiteReservation, Slotting, reserv
 from detcoll.plan.summary import Summary, summarise
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
 from detcoll.scenarios import Scenario, changed, load, shipped
-from detcoll.scenarios.buckets import default_calendar
+from detcoll.scenarios.buckets import default_calendar, require_few_sites
 from detcoll.scenarios.scenario import from_topology, is_scenario, with_rate
 from detcoll.scenarios.study import Needed, need
 from detcoll.scenarios.workload import Workload
+from detcoll.settings import check_slotting
 from detcoll.topology import Topology
 from detcoll.types import accumulation_dtype, parse_dtype
 
@@ -61,7 +62,7 @@ def plan(
     buckets: int | None = None,
     overlap: float | None = None,
     reservation: bool = False,
-    base_time: Quantity = "0 ns",
+    base_time: Quantity | None = None,
     json: Path | None = None,
     svg: Path | None = None,
 ) -> int:
@@ -107,7 +108,7 @@ def plan(
     reservation
         Print traffic specifications (RFC 9016) and gate lists (802.1Qbv).
     base_time
-        When a cycle of the gates begins, by the clock that the sites share.
+        With --reservation: when a cycle of the gates begins, by the clock that the sites share; "0 ns" unless given.
     json
         File for all of it.
     svg
@@ -116,10 +117,14 @@ def plan(
     require_writable(json, "json")
     require_writable(svg, "svg")
     asked = _collective(collective, parse_size_bytes(bytes, "bytes"), dtype)
-    base_time_ns = parse_duration_ns(base_time, "base_time")
+    if base_time is not None and not reservation:
+        raise UsageError(f"base_time={base_time!r} is of no use without --reservation")
+    base_time_ns = parse_duration_ns(base_time or "0 ns", "base_time")
     mode = None if slotting is None else Slotting.parse(slotting)
     found = _found(topology, sites, ranks_per_site, rate, round_trip)
     lines = found.reserved if isinstance(found, Scenario) else found
+    check_slotting(mode, lines)
+    require_few_sites(lines)
     work = {
         "parameters": parameters, "precision": precision, "backward": backward, "buckets": buckets, "overlap": overlap,
         "compute_ns": None if compute is None else parse_duration_ns(compute, "compute"),

@@ -14,6 +14,7 @@ from rich.text import Text
 from detcoll.cli.invocation import command_line
 from detcoll.cli.progress import progress_bars
 from detcoll.cli.quantity import Quantity
+from detcoll.errors import UsageError
 from detcoll.measure.report import gather, write_report
 from detcoll.measure.report.inputs import RESULTS
 from detcoll.measure.results import write_result
@@ -22,16 +23,19 @@ from detcoll.outputs import require_folder, require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import format_bytes, format_duration, format_rate, parse_duration_ns, parse_rate_bytes_per_s
 from detcoll.scenarios import Study, changed, load, shipped, study
+from detcoll.scenarios.buckets import require_few_sites
 from detcoll.scenarios.study import Needed, Point
+from detcoll.settings import check_slotting
 
 LINE_CHARACTERS = 110
+_EFFICIENCY = 0.98
 _CHANGED = {"reserved_bit_per_s": "reserved", "loss": "loss", "cross_traffic": "cross traffic"}
 
 
 def simulate(
     scenario: str = "forty-cities",
     *,
-    efficiency: float = 0.98,
+    efficiency: float | None = None,
     uplink: Quantity | None = None,
     reserved: Quantity | None = None,
     loss: float | None = None,
@@ -57,7 +61,7 @@ def simulate(
     scenario
         The name of a shipped scenario, or a scenario file.
     efficiency
-        Also tell which line every site needs for this efficiency.
+        Also tell which line every site needs for this efficiency; 0.98 unless given.
     uplink
         Every site's line, such as "800 Gbit/s".
     reserved
@@ -93,6 +97,8 @@ def simulate(
         for name in shipped():
             print(f"{name}: {load(name).description}")
         return 0
+    if efficiency is not None and not variants:
+        raise UsageError(f"efficiency={efficiency} is of no use with --no-variants, which leaves out what it needs")
     require_writable(json, "json")
     require_folder(report, "report")
     chosen = changed(
@@ -104,8 +110,10 @@ def simulate(
         buckets=buckets, overlap=overlap,
     )  # fmt: skip
     mode = None if slotting is None else Slotting.parse(slotting)
+    check_slotting(mode, chosen.reserved)
+    require_few_sites(chosen.reserved)
     with progress_bars() as say:
-        made = study(chosen, efficiency, mode, variants=variants, say=say)
+        made = study(chosen, _EFFICIENCY if efficiency is None else efficiency, mode, variants=variants, say=say)
     result = replace(made, command=command_line())
     output_console().print(study_table(result))
     if json is not None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from detcoll.errors import UsageError
 from detcoll.plan import (
     Calendar,
     ChunkSize,
@@ -42,6 +43,9 @@ from detcoll.topology import Site, Topology
 LEAST_CHUNKS = 40
 """In a bucket; with fewer, its stages would wait for each other in the middle of it as well."""
 
+LARGEST_SITES = 100
+"""Plans of all sites take time that grows with the cube of their number."""
+
 NEVER_NS = 2**62
 """Slow lines are asked about as well."""
 
@@ -52,6 +56,18 @@ def default_calendar(topology: Topology, mode: Slotting | None = None) -> Calend
     """Return the calendar that a job on this topology keeps unless told otherwise."""
     wanted = mode or (Slotting.CALENDAR if len(topology.sites) <= 2 else Slotting.SHARE)
     return build_calendar(topology, wanted)
+
+
+def require_few_sites(topology: Topology) -> None:
+    """Refuse more sites than can be planned for in reasonable time.
+
+    Raises
+    ------
+    UsageError
+        If there are more than `LARGEST_SITES`.
+    """
+    if len(topology.sites) > LARGEST_SITES:
+        raise UsageError(f"sites={len(topology.sites)} must be at most {LARGEST_SITES}: planning would not end soon")
 
 
 def coarse_chunk(bucket: Collective, topology: Topology, calendar: Calendar) -> ChunkSize:

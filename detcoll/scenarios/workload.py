@@ -20,6 +20,9 @@ from detcoll.errors import UsageError
 from detcoll.plan import Collective
 from detcoll.types import accumulation_dtype, parse_dtype
 
+LARGEST_BUCKETS = 100_000
+"""With so many, a study takes some four seconds more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -44,6 +47,8 @@ class Workload:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
         if self.buckets > self.parameters:
             raise UsageError(f"buckets={self.buckets} must not exceed parameters={self.parameters}")
+        if self.buckets > LARGEST_BUCKETS:
+            raise UsageError(f"buckets={self.buckets} must be at most {LARGEST_BUCKETS}: each is looked at in turn")
         for name in ("backward", "overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be from 0 to 1")

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from detcoll.draw import Place
+from detcoll.draw.traces import TRACE_SCHEMA
 from detcoll.errors import UsageError
 from detcoll.measure.results import BENCH_SCHEMA, MEASURE_SCHEMA
 from detcoll.measure.statistics import Summary
@@ -202,7 +203,10 @@ def parse_result(data: bytes, name: str) -> Reported:
     """Return the result in ``data``, which errors call ``name``; raises as `read_result` does."""
     schema = schema_of(data, name)
     if schema not in _READ_AS:
-        raise UsageError(f"file={name!r} has schema={schema!r}; expected one of {', '.join(_READ_AS)}")
+        raise UsageError(
+            f"file={name!r} has schema={schema!r}; a report takes files of measure, bench and simulate --json "
+            f"({', '.join(_READ_AS)}) and traces of ranks ({TRACE_SCHEMA})"
+        )
     try:
         return msgspec.json.decode(data, type=_READ_AS[schema])
     except msgspec.MsgspecError as error:
