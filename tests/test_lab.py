@@ -296,6 +296,19 @@ signal.pause()
         with pytest.raises(DetcollError, match=r"router does not start.*No such file"):
             Lab(two_sites(), log_path=tmp_path / "missing" / "log.npy")
 
+    def test_an_interrupt_while_it_starts_stays_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(self: Lab) -> bytes:
+            if not interrupts:
+                interrupts.append(1)
+                raise KeyboardInterrupt
+            return receive(self)
+
+        interrupts: list[int] = []
+        receive = Lab._receive_line
+        monkeypatch.setattr(Lab, "_receive_line", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Lab(two_sites())
+
     def test_a_program_that_is_missing_is_named(self, shared_lab: Lab) -> None:
         with pytest.raises(FileNotFoundError):
             shared_lab.popen(0, ["/nonexistent"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from detcoll import processes
 from detcoll.cli import main
 from detcoll.errors import DetcollError, UsageError
 from detcoll.lab import Conditions, DirectionStatistics, Service, Statistics
 from detcoll.lab.statistics import BurstStatistics, ProbeStatistics
 from detcoll.measure import experiment, marks, step
 from detcoll.measure.aggregate import (
+    SINGLE_CLUSTER,
     ScriptRound,
     Setting,
     iteration_times_s,
@@ -36,6 +39,7 @@ from detcoll.measure.kernel import network_counts, parse_retransmits, parse_sent
 from detcoll.measure.lines import CoTenant, LineRecord, use_of
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
+from detcoll.measure.places import Places
 from detcoll.measure.records import Marks, RankRecord, Stamps, WorkloadSpec, read_config, read_marks, write_json
 from detcoll.measure.results import LeftOut, Measurement, write_result
 from detcoll.measure.statistics import ratio, summarize, tails
@@ -519,6 +523,21 @@ def test_script_runs_under_every_setting(places: type[FakePlaces], tmp_path: Pat
     assert [run.iteration_s.samples for run in result.runs] == [(0.001, 0.002)] * 3
     assert [run.retransmits for run in result.runs] == [None, 7, 7]
     assert result.workload["name"] == "script"
+
+
+def test_an_interrupt_reaches_ranks_as_what_ends_them_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    supervise = processes.supervise
+
+    def noted(crew: Any, **options: Any) -> int:
+        given.update(options)
+        return supervise(crew, **options)
+
+    monkeypatch.setattr(processes, "supervise", noted)
+    Places(Topology.single_site(1), 30.0).run(Setting("alone", "shm", SINGLE_CLUSTER), ["true"], tmp_path)
+    assert given["on_interrupt"] == signal.SIGTERM
 
 
 def test_experiment_that_cannot_be_is_refused() -> None:

@@ -150,6 +150,20 @@ class TestConnections:
         assert sorted(got) == [bytes([index]) * nbytes for index in range(count)]
 
 
+def test_an_interrupt_while_it_starts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Relay) -> bytes:
+        if not interrupts:
+            interrupts.append(1)
+            raise KeyboardInterrupt
+        return told(self)
+
+    interrupts: list[int] = []
+    told = Relay._receive_line
+    monkeypatch.setattr(Relay, "_receive_line", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Relay(FAST)
+
+
 def test_it_needs_nothing_that_is_linux_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, select, platform\n"
