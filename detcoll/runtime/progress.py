@@ -273,12 +273,11 @@ class Progress:
             can_start = self._submitted and len(self._active) < LARGEST_ACTIVE
             if can_start or self._busywork or self._failure is not None or self._stopping:
                 return None
-            if not all(endpoint.arm(wake_ns) for endpoint in self._endpoints):
-                return None
+            full = [endpoint.fileno() for endpoint in self._endpoints if not endpoint.arm(wake_ns)]
             if self._has_silent and self._active:
                 wake_ns = min(wake_ns, now_ns + _UNWAITABLE_STEP_NS)
-            left_ms = max(wake_ns - time.monotonic_ns(), 0) / 1e6
-            ready = {descriptor for descriptor, _ in self._waiter.poll(left_ms / 1e3)}
+            left_ns = 0 if full else max(wake_ns - time.monotonic_ns(), 0)
+            ready = {*full, *(descriptor for descriptor, _ in self._waiter.poll(left_ns / 1e9))}
         finally:
             self._asleep = False
         self._hear(ready)

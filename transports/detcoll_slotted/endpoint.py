@@ -77,6 +77,7 @@ class SlottedEndpoint(Endpoint):
         self._handed_ns = self._drained_ns = 0
         self._urgency = Urgency()
         self._resume_ns = 0
+        self._due_ns = 0
         self._posted: dict[tuple[int, int], deque[tuple[Ticket, memoryview | None]]] = {}
         self._early: dict[tuple[int, int], deque[tuple[memoryview, bool]]] = {}
         self._ended: list[Ticket] = []
@@ -91,7 +92,8 @@ class SlottedEndpoint(Endpoint):
             self._context.destroy(linger=0)
             raise
         self._epoll = select.epoll()
-        for descriptor in (self._timer.fd, self._pull.fileno()):
+        self._pull_fd = self._pull.fileno()
+        for descriptor in (self._timer.fd, self._pull_fd):
             self._epoll.register(descriptor, select.EPOLLIN)
 
     def _bind(self, host: str) -> zmq.Socket[bytes]:
@@ -213,6 +215,7 @@ class SlottedEndpoint(Endpoint):
             raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
         if window is not None and (window.not_after_ns is not None or window.not_before_ns > self._clock.now_ns()):
             heapq.heappush(self._timed, (window.not_before_ns, next(self._order), ticket, view, window))
+            self._due_ns = 0
             self._send_timed(self._clock.now_ns())
         elif view.nbytes <= EXPRESS_BYTES and window is None and all(tag != entry[0].tag for entry in peer.blocked):
             self._put(peer, peer.outbound.lane_for(tag, Lane.EXPRESS), ticket, view)
@@ -283,7 +286,7 @@ class SlottedEndpoint(Endpoint):
         self._check_open()
         if self._ended:
             return False
-        self._timer.arm(min(deadline_ns, self._next_ns()))
+        self._timer.arm(min(deadline_ns, self._due_ns or self._next_ns()))
         if self._timed:  # to wake up ahead of ranks whose window it is not
             self._urgency.set(OWNER)
         return True
@@ -385,23 +388,30 @@ class SlottedEndpoint(Endpoint):
 
     def _progress(self) -> None:
         ready = [descriptor for descriptor, _ in self._epoll.poll(0)]
-        self._drain_pull()
         now_ns = self._clock.now_ns()
+        if not ready and now_ns < self._due_ns:
+            return
+        if self._pull_fd in ready:
+            self._drain_pull()
         self._send_timed(now_ns)
         if not self._timed or self._timed[0][0] > now_ns + _LEAD_NS:
             self._urgency.set(PROGRESS)
         for descriptor in ready:
             if descriptor in self._monitored:
                 self._watch(*self._monitored[descriptor], now_ns)
-        is_at_rest = not any(self._posted.values()) and all(peer.outbound.idle for peer in self._peers.values())
         for peer in self._peers.values():
             if peer.lost:
                 continue
             if any(line.broken_since_ns for line in peer.lines):
                 self._give_up_if_late(peer, now_ns)
             due_ns = peer.inbound.due_ns(self._options.acknowledge_delay_ns)
-            if due_ns is not None and (due_ns <= now_ns or is_at_rest):  # nobody may poll again
+            if due_ns is not None and (due_ns <= now_ns or self._is_at_rest()):  # nobody may poll again
                 self._transmit(peer, Lane.EXPRESS, FrameKind.ACK)
+        self._due_ns = self._next_ns()
+
+    def _is_at_rest(self) -> bool:
+        """Tell whether this rank waits for nobody."""
+        return not any(self._posted.values()) and all(peer.outbound.idle for peer in self._peers.values())
 
     def _drain_pull(self) -> None:
         while int(self._pull.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -487,7 +497,15 @@ class SlottedEndpoint(Endpoint):
         self._end(ticket, TicketStatus.DONE)
 
     def _consumed(self, rank: int, nbytes: int) -> None:
-        self._peers[rank].inbound.consume(nbytes, self._clock.now_ns())
+        inbound = self._peers[rank].inbound
+        inbound.consume(nbytes, self._clock.now_ns())
+        self._note_due(inbound)
+
+    def _note_due(self, inbound: Inbound) -> None:
+        """Look at a peer again when it must be told something."""
+        due_ns = inbound.due_ns(self._options.acknowledge_delay_ns)
+        if due_ns is not None and due_ns < self._due_ns:
+            self._due_ns = due_ns
 
     def _send_timed(self, now_ns: int) -> None:
         """Send what is in its window now, as far as it will have left by the window's end."""
@@ -584,6 +602,7 @@ class SlottedEndpoint(Endpoint):
         """Take in what became of a connection, and send again over one that came back."""
         if peer.lines[lane].events(now_ns) and not peer.lost:
             peer.inbound.tell(now_ns, soon=True)  # what was said last may have gone with the connection
+            self._note_due(peer.inbound)
             for kept in peer.outbound.kept[lane]:
                 self._counted["resent_bytes"] += kept.view.nbytes
                 self._transmit_kept(peer, lane, kept, again=True)
