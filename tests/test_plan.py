@@ -289,6 +289,16 @@ def test_an_owner_is_given_little_more_than_it_has_scratch_for(ranks: list[int])
     assert min(len(steps) for steps in given.values()) > size.depth + LOCAL_AHEAD
 
 
+@pytest.mark.parametrize("one_way_ns", [250_000, 10_000_000, 40_000_000, 100_000_000])
+@pytest.mark.parametrize("nbytes", [2**22, 2**26])
+def test_scratch_holds_what_is_under_way_and_the_chunk_that_leaves(one_way_ns: int, nbytes: int) -> None:
+    topology = sites_of([2, 2], 125e6, one_way_ns)
+    calendar = build_calendar(topology, Slotting.SHARE)
+    chunk = choose_chunk(topology, calendar, Collective("all_reduce", nbytes // 4, 4, 4))
+    chunk_ns = chunk.elems * 4 / 62.5e6 * 1e9
+    assert chunk.depth * chunk_ns >= 2 * one_way_ns + chunk_ns + 5_000_000
+
+
 def test_chunks_of_large_arrays_are_larger_where_there_are_no_lines() -> None:
     topology = sites_of([2])
     sizes = [

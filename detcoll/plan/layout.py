@@ -127,8 +127,10 @@ def choose_chunk(
     shares = len(topology.sites) > 2 and not calendar.has_windows
     if shares:  # each flow has chunks that leave, cross and wait
         in_flight_bytes += CHUNKS_A_FLOW_HELD * len(topology.sites) * elems * collective.itemsize
+    elif any(calendar.rates):  # the one that leaves may need longer for it than a cycle
+        in_flight_bytes += elems * collective.itemsize
     place_bytes = elems * collective.accumulator_itemsize
-    depth = min(in_flight_bytes, LARGEST_SCRATCH_BYTES) // place_bytes
+    depth = min(-(-in_flight_bytes // place_bytes), LARGEST_SCRATCH_BYTES // place_bytes)
     owned = -(-segment_elems // elems)
     if shares and depth < owned <= 2 * depth:  # the last ones would wait for results that queue behind all sums
         depth = min(owned, LARGEST_SCRATCH_BYTES // place_bytes)
