@@ -506,7 +506,7 @@ def test_send_buffers_and_credit_hold_what_is_under_way() -> None:
             assert (peer.outbound.credit_bytes == 2 * under_way) is held
             for lane in Lane:
                 buffer_bytes = peer.lines[lane]._tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-                assert (buffer_bytes >= 1.5 * under_way) is (held and lane is Lane.BULK)
+                assert (buffer_bytes >= line.BUFFER_SHARE * under_way) is (held and lane is Lane.BULK)
 
 
 def test_without_the_right_to_exceed_limits_send_buffers_are_what_the_system_permits(

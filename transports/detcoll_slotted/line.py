@@ -8,8 +8,8 @@ On a reserved, paced path loss does not happen, so a loss-based control never sl
 200 ms every 10 s to probe the round trip. Hence CUBIC unless told otherwise.
 
 TCP has no more under way than its send buffer holds. The kernel lets them grow to the last number of ``tcp_wmem``, of
-which some two thirds are payload. Where more has to be under way the buffer is set, which beyond ``wmem_max`` only a
-process with CAP_NET_ADMIN may do.
+which some two thirds are payload. Where more has to be under way the buffer is set, with room for what is acknowledged
+late and for what is to leave next, which beyond ``wmem_max`` only a process with CAP_NET_ADMIN may do.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ SO_MAX_PACING_RATE = 47
 SO_SNDBUFFORCE = 32
 UNPACED = 2**64 - 1
 """What the kernel takes for no limit."""
-BUFFER_SHARE = 1.5
-"""Bytes of send buffer for each that is under way, with what the kernel keeps beside them."""
+BUFFER_SHARE = 2.0
+"""Bytes of send buffer for each that is under way, with what the kernel keeps beside them. With 1.5 the line idles: 64 MiB
+at 1 Gbit/s over 80 ms take 623 ms instead of 608."""
 _LARGEST_BUFFER_BYTES = 2**30 - 1
 _SIOCOUTQNSD = 0x894B
 _TCP_INFO_BYTES = 104
