@@ -30,8 +30,8 @@ SO_SNDBUFFORCE = 32
 UNPACED = 2**64 - 1
 """What the kernel takes for no limit."""
 BUFFER_SHARE = 2.0
-"""Bytes of send buffer for each that is under way, with what the kernel keeps beside them. With 1.5 the line idles: 64 MiB
-at 1 Gbit/s over 80 ms take 623 ms instead of 608."""
+"""Bytes of send buffer for each that is under way, with what the kernel keeps beside them. With 1.5 the line idles:
+64 MiB at 1 Gbit/s over 80 ms take 623 ms instead of 608."""
 _LARGEST_BUFFER_BYTES = 2**30 - 1
 _SIOCOUTQNSD = 0x894B
 _TCP_INFO_BYTES = 104
