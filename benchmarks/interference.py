@@ -33,6 +33,7 @@ import numpy as np
 
 from detcoll.draw import Axis, Curve, curve_chart, svg_text
 from detcoll.measure.host import host_facts
+from detcoll.measure.places import ended_by_signals
 from detcoll.measure.statistics import tails
 from detcoll.plan import build_calendar
 from detcoll.quantities import format_rate, parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
@@ -350,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one_way_ns = parse_duration_ns(given.round_trip, "round_trip") // 2
     lines = Topology.uniform(SITES, RANKS_PER_SITE, rate, one_way_ns).with_reserved(reserved)
     window_s = build_calendar(lines.granted).sites[0].cycle_ns / 1e9
-    found = [one.figures(nbytes) for one in run_all(given)]
+    with ended_by_signals():
+        found = [one.figures(nbytes) for one in run_all(given)]
     settings = {
         "bytes": nbytes, "rate_bytes_per_s": rate, "reserved_bytes_per_s": reserved, "round_trip": given.round_trip,
         "iterations": given.iterations, "rounds": given.rounds, "time_limit": given.time_limit,

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.measure.host import host_facts
+from detcoll.measure.places import ended_by_signals
 from detcoll.mpiexec import Family, find_mpiexec
 from detcoll.plan import Collective, Planner, Slotting, build_calendar
 from detcoll.topology import Topology
@@ -271,7 +272,8 @@ def _run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the cases, print the table, write the files."""
     given = _arguments()
-    results = _run_all(given)
+    with ended_by_signals():
+        results = _run_all(given)
     costs = planning() if given.only in "planning" else None
     if not results and costs is None:
         sys.exit(f"--only {given.only!r} fits no case")

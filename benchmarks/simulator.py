@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.measure.host import host_facts
+from detcoll.measure.places import ended_by_signals
 from detcoll.plan import ChunkSize, Collective, Costs, Planner, Slotting, compile_plan
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
 from detcoll.scenarios import load
@@ -203,7 +204,8 @@ def main() -> None:
     if given.scale:
         wrote["scale"] = scale()
     else:
-        wrote["cases"] = run_cases(given.only, given.iterations)
+        with ended_by_signals():
+            wrote["cases"] = run_cases(given.only, given.iterations)
         show(wrote["cases"])
     if given.json is not None:
         given.json.write_text(json.dumps(wrote, indent=1), encoding="utf-8")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from detcoll.plan import ALL_REDUCE, Collective, Costs, Planner, Slotting, build_calendar, choose_chunk, predict_ns
 from detcoll.plan.lines import Lines, last_end_ns
+from detcoll.plan.predict import RETURN_WORK_NS
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Link, Topology
@@ -222,10 +223,21 @@ def test_what_a_call_costs_before_its_first_step_is_added_across_sites_alone(alg
         assert late.slowest_ns - plain.slowest_ns == pytest.approx(added_ns, abs=2)
 
 
+@pytest.mark.parametrize(("ranks", "count", "added_ns"), [([2, 2], 10**6, MS), ([2, 2], 2, 0), ([4], 10**6, 0)])
+def test_ranks_that_share_a_core_and_all_own_a_part_end_one_after_another(
+    ranks: list[int], count: int, added_ns: int
+) -> None:
+    topology = sites_of(ranks)
+    calendar, collective = build_calendar(topology), Collective("all_reduce", count, 4, 4)
+    given = (collective, topology, calendar, "exchange", choose_chunk(topology, calendar, collective))
+    assert predict_ns(*given, costs=Costs(return_ns=MS)) - predict_ns(*given) == pytest.approx(added_ns, abs=2)
+
+
 def test_ranks_that_share_cores_take_longer_for_all_that_needs_one() -> None:
     assert Costs.on_host(1, 2) == Costs.on_host(2, 2)
     alone, crowded = Costs.on_host(2, 2), Costs.on_host(6, 2)
     assert alone == Costs(call_ns=alone.call_ns)
+    assert crowded.return_ns == 2 * RETURN_WORK_NS
     for name in ("step_ns", "local_latency_ns", "wake_ns", "call_ns"):
         assert getattr(crowded, name) == 3 * getattr(alone, name), name
     assert crowded.copy_ns(5e9) == pytest.approx(3 * alone.copy_ns(5e9))

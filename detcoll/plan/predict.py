@@ -22,7 +22,8 @@ Local gather    max((R-1)(s + m(c)), s + m(c) + l) + (R-1)(s + m(c)), after the 
                 number of segments where that is smaller.
 One site        The same without the wide area, or what all steps of the busiest rank cost.
 Acknowledged    What is sent from the caller's array (ring, star, relay) must be acknowledged, a delay after it arrived.
-Call            All of it begins when the hosts of a call across sites have woken up, `Costs.call_ns`.
+Call            All of it begins when the hosts of a call across sites have woken up, `Costs.call_ns`, and ends when
+                ranks that share a core have done what is left, one after another, `Costs.return_ns`.
 Host            Nothing ends before the busiest rank has done all its steps.
 
 With windows the answer depends on where in the cycle the call falls; without a phase it is the mean over
@@ -48,6 +49,10 @@ PHASES = 16
 CALL_WORK_NS = 1_000_000
 """Processor time of a call at one rank of a Python host before its first step, ZeroMQ's thread included."""
 
+RETURN_WORK_NS = 1_000_000
+"""The same from the last byte's arrival on. Ranks that share a core all have it then, and wait for each other: on four
+ranks of two cores 1.7 ms passed until the last had its result, and the steps alone need 0.8."""
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -57,7 +62,8 @@ class Costs:
     a wake-up from a wait 100 us. ``frame_bytes`` is what a transport adds to a wide message. ``late_ns`` is what a
     window loses because its owner wakes up late: in the mean over the windows of a host with twice as many busy ranks
     as cores, most of which begin on time and one in ten more than a millisecond late. ``aligned_late_ns`` is the same
-    where windows lead to one site each. ``call_ns`` is what passes in a call across sites before the first step begins.
+    where windows lead to one site each. ``call_ns`` is what passes in a call across sites before the first step begins,
+    ``return_ns`` what ranks that all own a part keep each other waiting for at its end, which simulated hosts do not.
     """
 
     step_ns: int = STEP_NS
@@ -67,6 +73,7 @@ class Costs:
     late_ns: int = 300_000
     aligned_late_ns: int = LATE_NS
     call_ns: int = 0
+    return_ns: int = 0
     frame_bytes: int = LARGEST_FRAME_BYTES
 
     def copy_ns(self, nbytes: float) -> float:
@@ -88,6 +95,7 @@ class Costs:
             local_latency_ns=round(usual.local_latency_ns * crowd),
             wake_ns=round(usual.wake_ns * crowd),
             call_ns=round(CALL_WORK_NS * crowd),
+            return_ns=round(RETURN_WORK_NS * (crowd - 1)),
         )
 
 
@@ -178,7 +186,8 @@ class _Prediction:
         first_ns += self.costs.call_ns
         stages = _Stages(self, lines, first_ns, first_ns + self._supply_ns(lines))
         busiest_ns = self.costs.call_ns + self._busiest_ns()
-        return max(stages.done_ns() + self._gather_ns(), stages.acknowledged_ns, busiest_ns)
+        return_ns = 0 if self.chunk_size.whole else self.costs.return_ns
+        return max(stages.done_ns() + self._gather_ns(), stages.acknowledged_ns, busiest_ns) + return_ns
 
     def _supply_ns(self, lines: Lines) -> float:
         """Return how long after the first chunk the last one is ready: what the host and scratch allow."""
