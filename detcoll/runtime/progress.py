@@ -277,7 +277,8 @@ class Progress:
             if self._has_silent and self._active:
                 wake_ns = min(wake_ns, now_ns + _UNWAITABLE_STEP_NS)
             left_ns = 0 if full else max(wake_ns - time.monotonic_ns(), 0)
-            ready = {*full, *(descriptor for descriptor, _ in self._waiter.poll(left_ns / 1e9))}
+            waited = [descriptor for descriptor, _ in self._waiter.poll(left_ns / 1e9)]
+            ready = {descriptor for descriptor in [*full, *waited] if descriptor is not None}
         finally:
             self._asleep = False
         self._hear(ready)
