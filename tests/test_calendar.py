@@ -146,3 +146,16 @@ def test_modes_are_parsed() -> None:
     assert Slotting.parse("share") is Slotting.SHARE
     with pytest.raises(UsageError, match="slotting='never' must be one of calendar, turns, share, off"):
         Slotting.parse("never")
+
+
+@pytest.mark.parametrize("sites", [2, 4, 8])
+@pytest.mark.parametrize("line_bytes_per_s", [1.25e6, 6.25e6, 31.25e6, 1.25e9])
+def test_a_line_has_room_for_what_acknowledges_the_other_direction(sites: int, line_bytes_per_s: float) -> None:
+    topology = Topology.uniform(sites, 1, line_bytes_per_s, 10_000_000)
+    calendar = build_calendar(topology, Slotting.SHARE)
+    flow_bytes_per_s = calendar.rate_bytes_per_s(0, 1)
+    payload_bytes = topology.mtu_bytes * topology.payload_share
+    burst_segments = max(2, int(flow_bytes_per_s / 1024 / payload_bytes))
+    acknowledged = flow_bytes_per_s / payload_bytes / burst_segments * 52
+    wire = (flow_bytes_per_s / topology.payload_share + acknowledged) * (sites - 1)
+    assert 0.98 * line_bytes_per_s < wire <= 0.9951 * line_bytes_per_s

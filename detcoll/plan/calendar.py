@@ -12,7 +12,8 @@ A calendar repeats for ever from time zero of the site's clock, so no collective
 - OFF       no slots and no pacing: what an ordinary library does, kept for comparison.
 
 Rates are payload bytes per second. A calendar is laid out for `LAID_OUT` of the line's payload rate: what is left
-carries express messages, acknowledgements and what TCP sends by itself.
+carries express messages, acknowledgements and what TCP sends by itself. Slow flows leave more, since TCP acknowledges
+every second segment of theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from detcoll.plan.alignment import CALL_NS, LARGEST_GUARD_SHARE, LATE_NS, SECOND
 from detcoll.topology import Topology
 
 LAID_OUT = 0.99
-"""Share of the payload rate that windows and pacing use."""
+"""Share of the payload rate that windows and pacing use at most."""
+
+PACED_BURSTS_A_SECOND, LEAST_SEGMENTS = 1024, 2
+"""Linux lets a paced connection send what its rate carries in a millisecond at once, and at least so many segments
+(``tcp_tso_autosize``); what arrives at once is acknowledged once, by a segment without payload (RFC 5681, 4.2)."""
 
 DEFAULT_SLOT_NS = 12_000_000
 """A host's wake-up lateness, some 0.1 ms, costs about one part in a hundred of a slot this long."""
@@ -163,16 +168,30 @@ def build_calendar(
     return _shared(topology, mode if count == 2 else Slotting.SHARE)
 
 
-def _line_rate(topology: Topology, source: int, destination: int) -> float:
+def _line_rate(topology: Topology, source: int, destination: int, flows: int) -> float:
+    """Return the payload rate that ``flows`` between two sites use together."""
     up = topology.sites[source].uplink_bytes_per_s
     down = topology.sites[destination].downlink_bytes_per_s
     assert up is not None
-    return min(up, down if down is not None else up) * topology.payload_share * LAID_OUT
+    rate = min(up, down if down is not None else up) * topology.payload_share
+    return rate * _laid_out(topology, rate / flows)
+
+
+def _laid_out(topology: Topology, flow_bytes_per_s: float) -> float:
+    """Return the share of a line that flows of this rate may use: slow ones leave room for acknowledgements.
+
+    They are as many as the bursts of the other direction, each as large as a segment's headers. Up to half of what
+    `LAID_OUT` leaves is theirs, enough from some 80 Mbit/s on.
+    """
+    payload_bytes = topology.mtu_bytes * topology.payload_share
+    segments = max(int(flow_bytes_per_s / PACED_BURSTS_A_SECOND / payload_bytes), LEAST_SEGMENTS)
+    acknowledged = (1 - topology.payload_share) / segments
+    return LAID_OUT - max(acknowledged - (1 - LAID_OUT) / 2, 0)
 
 
 def _in_turns(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
-    rates = (0.0, _line_rate(topology, 0, 1) / _at_once(topology, 0, 1),
-             _line_rate(topology, 1, 0) / _at_once(topology, 1, 0), 0.0)  # fmt: skip
+    there, back = _at_once(topology, 0, 1), _at_once(topology, 1, 0)
+    rates = (0.0, _line_rate(topology, 0, 1, there) / there, _line_rate(topology, 1, 0, back) / back, 0.0)
     slot_ns = _slot_ns(slot_ns, DEFAULT_SLOT_NS, min(rates[1], rates[2]), error_ns)
     return Calendar(
         Slotting.TURNS, tuple(_turns(site.ranks, slot_ns, error_ns) for site in topology.sites), rates, error_ns
@@ -205,7 +224,9 @@ def _aligned_slot_ns(sites: int, error_ns: int) -> int:
 def _aligned(topology: Topology, slot_ns: int | None, error_ns: int, seconds: float) -> Calendar:
     """One destination at a time at each uplink, one source at a time at each downlink; equal bytes for all pairs."""
     sites = range(len(topology.sites))
-    lines = [[_line_rate(topology, i, j) if i != j else 0.0 for j in sites] for i in sites]
+    lines = [
+        [_line_rate(topology, i, j, flows_between(topology, i, j)) if i != j else 0.0 for j in sites] for i in sites
+    ]
     slowest = min(lines[i][j] for i in sites for j in sites if i != j)
     longest_ns = _slot_ns(slot_ns, _aligned_slot_ns(len(sites), error_ns), slowest, error_ns)
     carried_bytes = (longest_ns - error_ns) * slowest
@@ -243,7 +264,7 @@ def _shared(topology: Topology, mode: Slotting) -> Calendar:
     for i in range(count):
         for j in range(count):
             flows = (count - 1) * flows_between(topology, i, j)
-            rates.append(0.0 if i == j else _line_rate(topology, i, j) / flows)
+            rates.append(0.0 if i == j else _line_rate(topology, i, j, flows) / flows)
     return Calendar(mode, tuple(SiteCycle(DEFAULT_SLOT_NS) for _ in range(count)), tuple(rates))
 
 
