@@ -269,6 +269,7 @@ class SlottedEndpoint(Endpoint):
 
     def _withdraw(self, wanted: Callable[[Ticket], bool]) -> list[Ticket]:
         """Take out sends that have not left, and return their tickets."""
+        self._due_ns = 0  # the next of those that wait for a window may be due
         taken = [entry[2] for entry in self._timed if wanted(entry[2])]
         self._timed = [entry for entry in self._timed if not wanted(entry[2])]
         heapq.heapify(self._timed)
@@ -389,13 +390,14 @@ class SlottedEndpoint(Endpoint):
     def _progress(self) -> None:
         ready = [descriptor for descriptor, _ in self._epoll.poll(0)]
         now_ns = self._clock.now_ns()
+        self._step_back(now_ns)
         if not ready and now_ns < self._due_ns:
             return
         if self._pull_fd in ready:
             self._drain_pull()
+            now_ns = self._clock.now_ns()
         self._send_timed(now_ns)
-        if not self._timed or self._timed[0][0] > now_ns + _LEAD_NS:
-            self._urgency.set(PROGRESS)
+        self._step_back(now_ns)
         for descriptor in ready:
             if descriptor in self._monitored:
                 self._watch(*self._monitored[descriptor], now_ns)
@@ -408,6 +410,11 @@ class SlottedEndpoint(Endpoint):
             if due_ns is not None and (due_ns <= now_ns or self._is_at_rest()):  # nobody may poll again
                 self._transmit(peer, Lane.EXPRESS, FrameKind.ACK)
         self._due_ns = self._next_ns()
+
+    def _step_back(self, now_ns: int) -> None:
+        """Let ranks go ahead whose window it is, unless it is this one's."""
+        if not self._timed or self._timed[0][0] > now_ns + _LEAD_NS:
+            self._urgency.set(PROGRESS)
 
     def _is_at_rest(self) -> bool:
         """Tell whether this rank waits for nobody."""
