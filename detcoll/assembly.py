@@ -23,7 +23,7 @@ from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.plan.calendar import Slotting, build_calendar
 from detcoll.plan.layout import partners
 from detcoll.runtime import Routes
-from detcoll.settings import Facts, Settings
+from detcoll.settings import AUTO, Facts, Settings
 from detcoll.topology import Topology
 from detcoll.transport import Endpoint, NativeCollectives, Rendezvous, Scope, Transport
 
@@ -61,7 +61,7 @@ class Assembled:
 
 def choose(settings: Settings, facts: Sequence[Facts], topology: Topology) -> Choice:
     """Return the transport for these ranks; the same on all of them."""
-    if settings.transport != "auto":
+    if settings.transport != AUTO:
         return Choice(settings.transport, "it was asked for", False)
     if topology.is_wide:
         return Choice(WIDE, f"the topology has {len(topology.sites)} sites", True)

@@ -22,6 +22,9 @@ from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
 
+AUTO = "auto"
+"""The transport that is chosen by itself."""
+
 EXPEDITED_DSCP = 46
 """The code point of expedited forwarding (RFC 3246), which carriers give to what was reserved."""
 

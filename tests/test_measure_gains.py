@@ -15,6 +15,7 @@ from detcoll.measure.records import WorkloadSpec
 from detcoll.measure.results import Run
 from detcoll.measure.statistics import summarize
 from detcoll.plan import Slotting, build_calendar
+from detcoll.plan.calendar import laid_out
 from detcoll.topology import Topology
 
 LINES = Topology.uniform(2, 2, 1e8, 10**7).with_reserved(8e7)
@@ -29,8 +30,8 @@ def test_flat_flows_that_share_a_line_add_up_to_its_reservation() -> None:
         ranks = len(lines.sites[0].ranks)
         crossing = ranks * (lines.size - ranks)
         flow = build_calendar(flat.granted, Slotting.SHARE).rate_bytes_per_s(0, lines.size - 1)
-        # Slow flows leave up to 1.2 % more for acknowledgements.
-        assert 0.977 < crossing * flow / (least * lines.payload_share) < 0.9901
+        given = least * lines.payload_share
+        assert crossing * flow == pytest.approx(given * laid_out(flat, given / crossing))
         assert {flat.one_way_ns(0, other) for other in range(1, lines.size)} == {lines.one_way_ns(0, 1)}
     assert not flattened(LINES.with_reserved(None)).has_reservations
 
@@ -38,7 +39,8 @@ def test_flat_flows_that_share_a_line_add_up_to_its_reservation() -> None:
 def test_flat_lines_without_reservation_add_up_to_the_line() -> None:
     flat = flattened(LINES.with_reserved(None))
     flow = build_calendar(flat, Slotting.SHARE).rate_bytes_per_s(0, 3)
-    assert 0.977 < 4 * flow / (1e8 * LINES.payload_share) < 0.9901
+    given = 1e8 * LINES.payload_share
+    assert 4 * flow == pytest.approx(given * laid_out(flat, given / 4))
 
 
 def test_each_mean_has_a_run_of_its_own() -> None:

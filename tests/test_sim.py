@@ -23,7 +23,7 @@ from detcoll.plan import (
     choose_chunk,
 )
 from detcoll.plan.bounds import floor_ns
-from detcoll.plan.calendar import flows_between
+from detcoll.plan.calendar import LAID_OUT, flows_between
 from detcoll.sim import Simulation, simulate
 from detcoll.sim.simulator import STEPS_A_REPORT
 from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
@@ -303,11 +303,14 @@ def test_arguments_are_checked() -> None:
     ids=["8 slow", "4", "4 of 4", "4 of 3"],
 )
 def test_scratch_keeps_no_line_waiting(topology: Topology, count: int) -> None:
-    """Sites that share their lines lose 3 % of what the calendar gives in large messages, however chunks divide."""
+    """Sites that share their lines come within 4 % of the floor in large messages, however their chunks divide.
+
+    Or as near as flows so slow that they leave more of the line than others can come.
+    """
     collective, calendar = Collective("all_reduce", count, 4, 4), build_calendar(topology, Slotting.SHARE)
     parts = all_parts(collective, topology, "direct", choose_chunk(topology, calendar, collective))
     result = simulate(parts, topology, calendar)
     flows = (len(topology.sites) - 1) * flows_between(topology, 0, 1)
     uplink_bytes_per_s = topology.sites[0].uplink_bytes_per_s or 0.0
     given = calendar.rate_bytes_per_s(0, 1) * flows / (uplink_bytes_per_s * topology.payload_share)
-    assert floor_ns(topology, "all_reduce", collective.nbytes, 0) / result.slowest_ns > 0.97 * given
+    assert floor_ns(topology, "all_reduce", collective.nbytes, 0) / result.slowest_ns > 0.96 * given / LAID_OUT

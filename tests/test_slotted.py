@@ -343,6 +343,28 @@ def test_timed_sends_end_as_missed_where_credit_never_comes() -> None:
         fabric[1].recv(0, 1, 9_000)
 
 
+def test_a_send_withdrawn_from_its_window_holds_up_no_other() -> None:
+    with ThreadFabric(SlottedTransport(), 3, {"credit_bytes": 10_000}) as fabric:
+        fabric.run(lambda here: here.meet())
+        fabric[0].send(1, 1, memoryview(bytes(9_000)))  # all the credit that rank 1 gives
+        window = Window(now_ns(), now_ns() + 60_000 * MS, 1e9)
+        first, second = (fabric[0].send(peer, 2, memoryview(bytes(9_000)), window) for peer in (1, 2))
+        fabric[0].poll(0)
+        assert second.started_ns == 0
+        assert fabric[0].cancel(first)
+        fabric[0].poll(0)
+        assert second.started_ns > 0
+
+
+def test_what_is_consumed_last_is_told_at_the_next_poll() -> None:
+    with pair(acknowledge_delay_ns=60_000 * MS) as fabric:
+        fabric[0].send(1, 1, memoryview(bytes(9_000)))
+        pump(fabric, lambda: (0, 1) in fabric[1]._early)
+        assert fabric[1].recv(0, 1, 9_000, memoryview(bytearray(9_000))).status is DONE
+        fabric[1].poll(0)
+        pump(fabric, lambda: fabric[0]._peers[1].outbound.consumed_bytes == 9_000, ranks=(0,))
+
+
 def test_opened_and_closed_many_times_it_leaves_nothing() -> None:
     def inventory() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))

@@ -26,9 +26,8 @@ from detcoll.measure.tables import bench_table, output_console
 from detcoll.outputs import require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import parse_size_bytes, parse_timeout_s
-from detcoll.settings import check_slotting
+from detcoll.settings import AUTO, check_slotting
 
-AUTO = "auto"
 ALONE = (
     "bench: nobody launched this process, so it times 1 rank alone; "
     "detcoll run -n 4 -m detcoll bench ... starts more on this host, --lab across emulated sites"
@@ -148,17 +147,20 @@ def bench(
     transports, left_out = present(comma_separated(transport or SLOTTED), "transport")
     if slotting is not None and SLOTTED not in transports:
         raise UsageError(f"slotting={slotting!r} is for {SLOTTED}, which is not in transport={transport!r}")
-    networks = parse_networks(comma_separated(service or "best-effort"), comma_separated(cross_traffic or "0"))
+    networks = parse_networks(
+        comma_separated("best-effort" if service is None else service),
+        comma_separated("0" if cross_traffic is None else cross_traffic),
+    )
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
     check_slotting(Slotting(slotting) if slotting else None, lines)
     spec = LabBench(
         sweep,
         transports,
         lines,
-        Conditions(parse_size_bytes(queue or "2.5MB", "queue")),
+        Conditions(parse_size_bytes("2.5MB" if queue is None else queue, "queue")),
         slotting,
         timeout_s,
-        parse_timeout_s(deadline or "10 min", "deadline"),
+        parse_timeout_s("10 min" if deadline is None else deadline, "deadline"),
         networks,
         relay,
     )

@@ -147,9 +147,7 @@ def measure(
         comma_separated("0" if cross_traffic is None else cross_traffic),
     )
     lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
-    builtin = _workload(
-        name, compute or _COMPUTE, compute_kind or "wait", gradient_bytes or _GRADIENT, bucket_bytes or _BUCKET
-    )
+    builtin = _workload(name, compute, compute_kind or "wait", gradient_bytes, bucket_bytes)
     transports, left_out = present(comma_separated("gloo,mpi" if against is None else against), "against")
     experiment = Experiment(
         topology=lines,
@@ -209,10 +207,11 @@ def _refuse(workload: str, **given: object) -> None:
 
 
 def _workload(
-    name: WorkloadName, compute: str, kind: ComputeKind, gradient_bytes: str, bucket_bytes: str
+    name: WorkloadName, compute: str | None, kind: ComputeKind, gradient_bytes: str | None, bucket_bytes: str | None
 ) -> WorkloadSpec:
-    bucket = parse_size_bytes(bucket_bytes, "bucket_bytes")
-    gradient, compute_ns = parse_size_bytes(gradient_bytes, "gradient_bytes"), parse_duration_ns(compute, "compute")
+    bucket = parse_size_bytes(_BUCKET if bucket_bytes is None else bucket_bytes, "bucket_bytes")
+    gradient = parse_size_bytes(_GRADIENT if gradient_bytes is None else gradient_bytes, "gradient_bytes")
+    compute_ns = parse_duration_ns(_COMPUTE if compute is None else compute, "compute")
     for option, size in (("gradient_bytes", gradient), ("bucket_bytes", bucket)):
         if size < 4 or size % 4:
             raise UsageError(f"{option}={size} must be a positive multiple of 4 bytes (float32)")

@@ -119,7 +119,7 @@ def plan(
     asked = _collective(collective, parse_size_bytes(bytes, "bytes"), dtype)
     if base_time is not None and not reservation:
         raise UsageError(f"base_time={base_time!r} is of no use without --reservation")
-    base_time_ns = parse_duration_ns(base_time or "0 ns", "base_time")
+    base_time_ns = parse_duration_ns("0 ns" if base_time is None else base_time, "base_time")
     mode = None if slotting is None else Slotting.parse(slotting)
     found = _found(topology, sites, ranks_per_site, rate, round_trip)
     lines = found.reserved if isinstance(found, Scenario) else found

@@ -26,11 +26,10 @@ from detcoll.outputs import require_folder
 from detcoll.processes import Guard, start, supervise
 from detcoll.quantities import parse_timeout_s
 from detcoll.rendezvous.sockets import own_host
-from detcoll.settings import log_level, place, read_settings
+from detcoll.settings import AUTO, log_level, place, read_settings
 from detcoll.tagging import Tagger
 from detcoll.topology import LARGEST_WORLD
 
-AUTO = "auto"
 _A_TIMEOUT_S = 60.0  # the script's own is not known here
 
 

@@ -174,10 +174,10 @@ def _line_rate(topology: Topology, source: int, destination: int, flows: int) ->
     down = topology.sites[destination].downlink_bytes_per_s
     assert up is not None
     rate = min(up, down if down is not None else up) * topology.payload_share
-    return rate * _laid_out(topology, rate / flows)
+    return rate * laid_out(topology, rate / flows)
 
 
-def _laid_out(topology: Topology, flow_bytes_per_s: float) -> float:
+def laid_out(topology: Topology, flow_bytes_per_s: float) -> float:
     """Return the share of a line that flows of this rate may use: slow ones leave room for acknowledgements.
 
     They are as many as the bursts of the other direction, each as large as a segment's headers. Up to half of what

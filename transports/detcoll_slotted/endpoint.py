@@ -382,7 +382,7 @@ class SlottedEndpoint(Endpoint):
             is_ahead = opens_ns > times[0] - _LONG_WAIT_NS
             times.append(opens_ns if is_ahead else self._resume_ns or window.not_after_ns or times[0])
         for peer in self._peers.values():
-            due_ns = peer.inbound.due_ns(self._options.acknowledge_delay_ns)
+            due_ns = None if peer.lost else peer.inbound.due_ns(self._options.acknowledge_delay_ns)
             if due_ns is not None:
                 times.append(due_ns)
         return max(min(times), 1)
@@ -390,8 +390,8 @@ class SlottedEndpoint(Endpoint):
     def _progress(self) -> None:
         ready = [descriptor for descriptor, _ in self._epoll.poll(0)]
         now_ns = self._clock.now_ns()
-        self._step_back(now_ns)
         if not ready and now_ns < self._due_ns:
+            self._step_back(now_ns)
             return
         if self._pull_fd in ready:
             self._drain_pull()
@@ -509,10 +509,10 @@ class SlottedEndpoint(Endpoint):
         self._note_due(inbound)
 
     def _note_due(self, inbound: Inbound) -> None:
-        """Look at a peer again when it must be told something."""
+        """Look at a peer again when it must be told something: at the next poll, where that may be the last."""
         due_ns = inbound.due_ns(self._options.acknowledge_delay_ns)
-        if due_ns is not None and due_ns < self._due_ns:
-            self._due_ns = due_ns
+        if due_ns is not None:
+            self._due_ns = 0 if self._is_at_rest() else min(self._due_ns, due_ns)
 
     def _send_timed(self, now_ns: int) -> None:
         """Send what is in its window now, as far as it will have left by the window's end."""
