@@ -36,7 +36,7 @@ WARM_UP_ROUND_TRIPS = 12
 LARGEST_WARM_UP_BYTES = 2**27
 WIDE_ACKNOWLEDGE_DELAY_NS = 5_000_000
 """Across lines, where scratch is made for two cycles more than a round trip. An acknowledgement wakes up two hosts:
-with 5 ms instead of 2, 4 MiB over two sites of two ranks take an eighth less processor time."""
+with 5 ms instead of 2, 4 MiB over two sites of two ranks take a twentieth less processor time."""
 _MPI_LAUNCHERS = ("mpich", "openmpi")
 
 
