@@ -22,7 +22,6 @@ from pathlib import Path
 
 from detcoll import registry
 from detcoll.clock import clock_domain
-from detcoll.errors import DetcollError
 from detcoll.priority import make_prompt
 from detcoll.topology import Topology
 
@@ -227,9 +226,8 @@ def _cores(seen: System, topology: Topology | None) -> Finding:
 
 def _transports() -> Iterator[Finding]:
     for name in registry.names():
-        try:
-            registry.load(name)
-        except DetcollError as error:
-            yield Finding(f"transport {name}", "not installed", Verdict.NOTE, str(error))
-        else:
+        why = registry.why_missing(name)
+        if why is None:
             yield Finding(f"transport {name}", "installed", Verdict.GOOD)
+        else:
+            yield Finding(f"transport {name}", "not installed", Verdict.NOTE, why)

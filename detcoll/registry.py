@@ -6,11 +6,19 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
-from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.errors import DetcollError, TransportUnavailable, UsageError
+from detcoll.mpiexec import find_mpiexec
 from detcoll.transport import Transport
 
 GROUP = "detcoll.transports"
+
+_NEEDS = {
+    "gloo": ("torch", "pip install 'detcoll[gloo]'"),
+    "mpi": ("mpi4py", "pip install 'detcoll[mpi]'"),
+}
+"""Packages that transports import where they are opened."""
 
 _registered: dict[str, type[Transport]] = {}
 
@@ -69,3 +77,17 @@ def load(name: str) -> Transport:
     if not isinstance(transport, Transport):
         raise UsageError(f"entry point {name!r} gives {kind!r}, which is no detcoll.transport.Transport")
     return transport
+
+
+def why_missing(transport: str) -> str | None:
+    """Return why ``transport`` cannot be used here, None where nothing is known to be missing."""
+    package, hint = _NEEDS.get(transport, (None, ""))
+    if package is not None and find_spec(package) is None:
+        return f"{package} is not installed; install it with: {hint}"
+    if transport == "mpi" and find_mpiexec() is None:
+        return f"there is no mpiexec; install one with: {hint}"
+    try:
+        load(transport)
+    except DetcollError as error:
+        return str(error)
+    return None

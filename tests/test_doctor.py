@@ -101,3 +101,12 @@ def test_the_command_looks_at_this_host(tmp_path: Path, capsys: pytest.CaptureFi
     assert {"waking up", "transport slotted", "clock source"} <= set(names)
     assert "waking up" in capsys.readouterr().out
     assert main(["doctor", "--topology", str(tmp_path / "missing.toml")]) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_transport_whose_package_is_missing_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detcoll.registry._NEEDS", {"gloo": ("no_such_package", "pip install it")})
+    found = look(tmp_path)
+    assert found["transport slotted"].value == "installed"
+    assert (found["transport gloo"].value, found["transport gloo"].verdict) == ("not installed", Verdict.NOTE)
+    assert found["transport gloo"].advice == "no_such_package is not installed; install it with: pip install it"

@@ -227,13 +227,14 @@ class _Anywhere:
 
 
 def test_transports_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detcoll.measure.options._NEEDS", {"gloo": ("no_such_package", "pip install it")})
-    monkeypatch.setattr("detcoll.measure.options.load", lambda name: _Anywhere)
-    monkeypatch.setattr("detcoll.measure.options.find_mpiexec", lambda: "/bin/mpiexec")
+    monkeypatch.setattr("detcoll.registry._NEEDS", {"gloo": ("no_such_package", "pip install it")})
+    for room in ("registry", "measure.options"):
+        monkeypatch.setattr(f"detcoll.{room}.load", lambda name: _Anywhere)
+    monkeypatch.setattr("detcoll.registry.find_mpiexec", lambda: "/bin/mpiexec")
     here, left_out = present(("gloo", "mpi"), "against")
     assert here == ("mpi",)
     assert left_out == (LeftOut("gloo", "no_such_package is not installed; install it with: pip install it"),)
-    monkeypatch.setattr("detcoll.measure.options.find_mpiexec", lambda: None)
+    monkeypatch.setattr("detcoll.registry.find_mpiexec", lambda: None)
     assert present(("mpi",), "against")[1][0].why.startswith("there is no mpiexec")
     with pytest.raises(UsageError, match="against='carrier-pigeon'"):
         present(("carrier-pigeon",), "against")

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from detcoll.errors import DetcollError, UsageError
+from detcoll.errors import UsageError
 from detcoll.measure.results import LeftOut
-from detcoll.mpiexec import find_mpiexec
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s
-from detcoll.registry import load, names
+from detcoll.registry import load, names, why_missing
 from detcoll.topology import Topology
 from detcoll.transport import Scope
 
 SITES, RANKS_PER_SITE, RATE, ROUND_TRIP = 2, 2, "1 Gbit/s", "20 ms"
-
-_NEEDS = {
-    "gloo": ("torch", "pip install 'detcoll[gloo]'"),
-    "mpi": ("mpi4py", "pip install 'detcoll[mpi]'"),
-}
 
 
 def wide_topology(
@@ -79,17 +72,3 @@ def present(transports: Sequence[str], name: str) -> tuple[tuple[str, ...], tupl
         if load(transport).capabilities.scope is Scope.HOST:
             raise UsageError(f"{name}={transport!r} joins ranks of one host only; it cannot cross the lines")
     return here, tuple(LeftOut(transport, why) for transport, why in reasons.items() if why is not None)
-
-
-def why_missing(transport: str) -> str | None:
-    """Return why ``transport`` cannot be used here, None where nothing is known to be missing."""
-    package, hint = _NEEDS.get(transport, (None, ""))
-    if package is not None and find_spec(package) is None:
-        return f"{package} is not installed; install it with: {hint}"
-    if transport == "mpi" and find_mpiexec() is None:
-        return f"there is no mpiexec; install one with: {hint}"
-    try:
-        load(transport)
-    except DetcollError as error:
-        return str(error)
-    return None

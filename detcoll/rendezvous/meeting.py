@@ -234,8 +234,8 @@ class _Meeting:
         if not parse_flag(switch):
             raise UsageError(
                 f"{what} {address} is not on loopback, and encryption keys are not available in this version: "
-                "everything would cross the network readable and open to all. DETCOLL_INSECURE=1 (--insecure) opts out "
-                "of this protection"
+                "everything would cross the network readable and open to all. DETCOLL_INSECURE=1 opts out of this "
+                "protection"
             )
         if "insecure" not in _warned and self.world.rank == 0 and switch != "lab":
             _warned.add("insecure")
