@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import detcoll
-from detcoll.measure.verification import expected_broadcast, fill, require_equal
+from detcoll.bench.verification import expected_broadcast, fill, require_equal
 
 FLOAT32 = np.dtype(np.float32)
 

@@ -21,7 +21,7 @@ import pytest
 
 import detcoll
 from detcoll.errors import TransportUnavailable
-from detcoll.launchers import read_environment
+from detcoll.launch.launchers import read_environment
 from detcoll.quantities import parse_size_bytes
 
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 
-from detcoll.lab import Lab
+from detcoll.emulation.lab import Lab
 from detcoll.measure.host import host_facts
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s
 from detcoll.testing.traffic import blast, ping
@@ -50,7 +50,7 @@ def main() -> None:
         seen = blast(lab, SLOW_START_S + (given.stretches + 1) * STRETCH_S)["seen"]
     carried = statistics.median(rates(seen, SLOW_START_S))
     facts = {
-        "schema": "detcoll.lab-line/1",
+        "schema": "detcoll.emulation.lab-line/1",
         "host": host_facts(),
         "rate_over_stated": carried / topology.payload_share / rate,
         "round_trip_over_stated": statistics.median(took_ns) / round_trip_ns,

@@ -15,9 +15,9 @@ import statistics
 import threading
 import time
 
+from detcoll.emulation.relay import Relay
 from detcoll.measure.host import host_facts
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s
-from detcoll.relay import Relay
 from detcoll.testing.socks import open_through
 from detcoll.topology import Topology
 
@@ -91,7 +91,7 @@ def main() -> None:
         carried = blast(relay, given.seconds)
         seen = relay.statistics()
     facts = {
-        "schema": "detcoll.relay-line/1",
+        "schema": "detcoll.emulation.relay-line/1",
         "host": host_facts(),
         "rate_over_stated": carried / topology.payload_share / rate,
         "round_trip_over_stated": statistics.median(took_ns) / round_trip_ns,

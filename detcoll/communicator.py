@@ -24,11 +24,12 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.assembly import Assembled, deadline_after
 from detcoll.buffers import Bound, bind
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
+from detcoll.job.assembly import Assembled, deadline_after
+from detcoll.job.membership import Members
+from detcoll.job.settings import Facts, Settings
 from detcoll.machine import Slots
-from detcoll.membership import Members
 from detcoll.plan import Calendar, Collective, Planner, Slotting
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LARGEST_FRAME_BYTES
@@ -37,7 +38,6 @@ from detcoll.plan.promise import calendar_facts
 from detcoll.rendezvous import Session
 from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
 from detcoll.runtime.native import NativeCall, NativeRunner
-from detcoll.settings import Facts, Settings
 from detcoll.topology import Topology
 from detcoll.trace import Call, Trace
 from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype

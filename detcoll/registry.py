@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
-from detcoll.mpiexec import find_mpiexec
+from detcoll.launch.mpiexec import find_mpiexec
 from detcoll.transport import Transport
 
 GROUP = "detcoll.transports"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from detcoll.mpiexec import find_mpiexec
+from detcoll.launch.mpiexec import find_mpiexec
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -18,8 +18,8 @@ import msgspec
 
 from detcoll.cli.run import rank_environments
 from detcoll.communicator import Communicator
-from detcoll.leftovers import now_ns, remove_segments
-from detcoll.opening import open_communicator
+from detcoll.job.opening import open_communicator
+from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.topology import Topology
 
 PROGRAMS = Path(__file__).parent / "programs"

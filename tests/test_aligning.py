@@ -15,9 +15,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ranks import lines, run_ranks
 
-from detcoll import opening
 from detcoll.communicator import Communicator
-from detcoll.opening import ALIGNED_CLOCK_ERROR_NS
+from detcoll.job import opening
+from detcoll.job.opening import ALIGNED_CLOCK_ERROR_NS
 from detcoll.plan import Calendar, Slotting, build_calendar
 from detcoll.runtime import Aligning, Timekeeper
 from detcoll.runtime.timekeeping import SILENCE_NS

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
+from detcoll.bench.runs import LabBench, run_in_lab
+from detcoll.bench.sweep import Sweep
 from detcoll.cli import main
+from detcoll.emulation.lab import Conditions, why_unavailable
 from detcoll.errors import DetcollError, UsageError
-from detcoll.lab import Conditions, why_unavailable
 from detcoll.measure import bench
-from detcoll.measure.bench import LabBench, run_in_lab
 from detcoll.measure.host import host_facts
 from detcoll.measure.lines import CoTenant, LineUse
 from detcoll.measure.networks import Network, parse_networks
 from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchResult, LeftOut, Row, write_result
-from detcoll.measure.sweep import Sweep
 from detcoll.measure.tables import PIPE_WIDTH, bench_table, output_console
 from detcoll.topology import Topology
 

@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from detcoll.lab import why_unavailable
-from detcoll.mpiexec import find_mpiexec
+from detcoll.emulation.lab import why_unavailable
+from detcoll.launch.mpiexec import find_mpiexec
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

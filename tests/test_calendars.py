@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from detcoll import calendars
-from detcoll.calendars import LARGEST_ARRIVAL_ERROR_NS, agree_on_calendar, aligns_arrivals
 from detcoll.errors import PlanError
+from detcoll.job import calendars
+from detcoll.job.calendars import LARGEST_ARRIVAL_ERROR_NS, agree_on_calendar, aligns_arrivals
 from detcoll.plan import Calendar, Slotting, build_calendar
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Topology

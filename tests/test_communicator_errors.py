@@ -18,8 +18,8 @@ from ranks import PROGRAMS, attempt, grouped, launch, lines, run_ranks
 
 from detcoll.communicator import Communicator
 from detcoll.errors import Closed, ConnectError, DeadlineMissed, PeerLost, PlanMismatch, TransportError, UsageError
+from detcoll.job.settings import Facts, agree
 from detcoll.runtime import progress
-from detcoll.settings import Facts, agree
 from detcoll.topology import Topology
 
 PLANNED = [("shm", None), ("slotted", None), ("slotted", lines(2, 2)), ("shm", grouped(2, 2)), ("slotted", lines(1, 3))]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from detcoll.mpiexec import find_mpiexec
+from detcoll.launch.mpiexec import find_mpiexec
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

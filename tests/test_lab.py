@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 from ranks import await_gone
 
+from detcoll.emulation.lab import Conditions, Lab, Launcher, Output, Service, read_log, run_ranks, why_unavailable
 from detcoll.errors import Closed, DetcollError, UsageError
-from detcoll.lab import Conditions, Lab, Launcher, Output, Service, read_log, run_ranks, why_unavailable
-from detcoll.leftovers import SHARED_MEMORY
-from detcoll.mpiexec import find_mpiexec
+from detcoll.launch.leftovers import SHARED_MEMORY
+from detcoll.launch.mpiexec import find_mpiexec
 from detcoll.testing.traffic import ECHO, PING, blast, ping, python, serve
 from detcoll.topology import Topology
 
@@ -236,7 +236,7 @@ class TestEnds:
     def test_a_lab_that_is_killed_leaves_nothing(self, tmp_path: Path) -> None:
         code = """
 import json, os, signal, subprocess, sys
-from detcoll.lab import Lab
+from detcoll.emulation.lab import Lab
 from detcoll.topology import Topology
 lab = Lab(Topology.uniform(2, 1, 1e7, 1000), log_path=sys.argv[1])
 # A rank, and a process that left its group and lost its parent.

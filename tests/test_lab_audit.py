@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from detcoll.emulation.lab import RECORD, audit, read_traces
+from detcoll.emulation.lab.unit import TCP, UDP
 from detcoll.errors import UsageError
-from detcoll.lab import RECORD, audit, read_traces
-from detcoll.lab.unit import TCP, UDP
 from detcoll.topology import Topology
 
 TOPOLOGY = Topology.uniform(2, 2, 1e6, 1000)

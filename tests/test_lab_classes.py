@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detcoll.emulation.lab.conditions import Conditions, Failure, Service, default_reservation
+from detcoll.emulation.lab.cotenants import MEAN_BURST_PACKETS
+from detcoll.emulation.lab.line import WideArea
+from detcoll.emulation.lab.path import Delays
+from detcoll.emulation.lab.unit import NEEDS_CSUM, TCP, VNET_HEADER, shape_of
 from detcoll.errors import UsageError
-from detcoll.lab.conditions import Conditions, Failure, Service, default_reservation
-from detcoll.lab.cotenants import MEAN_BURST_PACKETS
-from detcoll.lab.line import WideArea
-from detcoll.lab.path import Delays
-from detcoll.lab.unit import NEEDS_CSUM, TCP, VNET_HEADER, shape_of
 from detcoll.topology import Topology
 
 RATE = 1e6  # bytes/s, so that one byte takes a microsecond

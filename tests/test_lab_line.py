@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from detcoll.emulation.lab import RECORD, Conditions, read_log
+from detcoll.emulation.lab.line import WideArea
+from detcoll.emulation.lab.log import ArrivalLog
+from detcoll.emulation.lab.unit import NEEDS_CSUM, TCP, VNET_HEADER, shape_of
 from detcoll.errors import UsageError
-from detcoll.lab import RECORD, Conditions, read_log
-from detcoll.lab.line import WideArea
-from detcoll.lab.log import ArrivalLog
-from detcoll.lab.unit import NEEDS_CSUM, TCP, VNET_HEADER, shape_of
 from detcoll.topology import Topology
 
 RATE = 1e6  # bytes/s, so that one byte takes a microsecond

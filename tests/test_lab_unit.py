@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detcoll.lab import router
-from detcoll.lab.conditions import Conditions
-from detcoll.lab.router import ASK_QUIT, RouterConfig, _receive_line, _Router
-from detcoll.lab.unit import NEEDS_CSUM, TCP, UDP, VNET_HEADER, cut, flow_of, shape_of
+from detcoll.emulation.lab import router
+from detcoll.emulation.lab.conditions import Conditions
+from detcoll.emulation.lab.router import ASK_QUIT, RouterConfig, _receive_line, _Router
+from detcoll.emulation.lab.unit import NEEDS_CSUM, TCP, UDP, VNET_HEADER, cut, flow_of, shape_of
 from detcoll.topology import Topology
 
 ACK, PSH, FIN, CWR = 0x10, 0x08, 0x01, 0x80

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from detcoll.errors import UsageError
-from detcoll.launchers import World, derived_port, first_host, read_environment
+from detcoll.launch.launchers import World, derived_port, first_host, read_environment
 
 DETCOLL_RUN = {
     "DETCOLL_RANK": "2",
@@ -236,7 +236,7 @@ def test_derived_ports_are_below_the_ephemeral_range_and_spread() -> None:
 
 MEET = """
 import os, sys, time
-from detcoll.launchers import read_environment
+from detcoll.launch.launchers import read_environment
 from detcoll.rendezvous import meet
 deadline_ns = time.monotonic_ns() + 60 * 10**9
 world = read_environment(os.environ)

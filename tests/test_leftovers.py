@@ -6,7 +6,7 @@ import mmap
 import os
 from pathlib import Path
 
-from detcoll.leftovers import now_ns, remove_segments
+from detcoll.launch.leftovers import now_ns, remove_segments
 
 
 def test_only_new_files_of_that_name_that_nobody_uses_are_removed(tmp_path: Path) -> None:

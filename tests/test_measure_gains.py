@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 
+from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
-from detcoll.lab import Conditions
 from detcoll.measure.experiment import Experiment, digests_equal
 from detcoll.measure.gains import MEANS, flattened, require_removable
 from detcoll.measure.networks import parse_networks
-from detcoll.measure.records import WorkloadSpec
 from detcoll.measure.results import Run
 from detcoll.measure.statistics import summarize
 from detcoll.plan import Slotting, build_calendar
 from detcoll.plan.calendar import laid_out
 from detcoll.topology import Topology
+from detcoll.workloads.workload import WorkloadSpec
 
 LINES = Topology.uniform(2, 2, 1e8, 10**7).with_reserved(8e7)
 SYNTHETIC = WorkloadSpec("synthetic", bucket_bytes=4096, compute_ns=10**6, gradient_bytes=8192)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from detcoll.lab import why_unavailable
+from detcoll.emulation.lab import why_unavailable
 
 TIMEOUT_S = 110
 LINES = ["--rate", "200 Mbit/s", "--round-trip", "4 ms"]

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from detcoll import processes
 from detcoll.cli import main
+from detcoll.emulation.lab import Conditions, DirectionStatistics, Service, Statistics
+from detcoll.emulation.lab.statistics import BurstStatistics, ProbeStatistics
 from detcoll.errors import DetcollError, UsageError
-from detcoll.lab import Conditions, DirectionStatistics, Service, Statistics
-from detcoll.lab.statistics import BurstStatistics, ProbeStatistics
+from detcoll.launch import processes
 from detcoll.measure import experiment, marks, step
 from detcoll.measure.aggregate import (
     SINGLE_CLUSTER,
@@ -40,13 +40,14 @@ from detcoll.measure.lines import CoTenant, LineRecord, use_of
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import Places
-from detcoll.measure.records import Marks, RankRecord, Stamps, WorkloadSpec, read_config, read_marks, write_json
+from detcoll.measure.records import Marks, RankRecord, read_config, read_marks, write_json
 from detcoll.measure.results import LeftOut, Measurement, write_result
 from detcoll.measure.statistics import ratio, summarize, tails
 from detcoll.measure.tables import measurement_table
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
 from detcoll.transport import Capabilities, Scope
+from detcoll.workloads.workload import Stamps, WorkloadSpec
 
 MS = 10**6
 WIDE = Topology.uniform(2, 1, 1e8, 10 * MS)

@@ -13,16 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detcoll.errors import TransportError, UsageError
-from detcoll.measure.buckets import Buckets, bucket_ends
-from detcoll.measure.compute import ComputeKind
-from detcoll.measure.consumption import Meter
-from detcoll.measure.digits import PARAMETERS, Digits
-from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_config, read_record, write_json
-from detcoll.measure.start import Starter, combine
-from detcoll.measure.sweep import Sweep, run_sweep
-from detcoll.measure.synthetic import Synthetic
-from detcoll.measure.verification import (
+from detcoll.bench.consumption import Meter
+from detcoll.bench.start import Starter, combine
+from detcoll.bench.sweep import Sweep, run_sweep
+from detcoll.bench.verification import (
     BLOCK_ELEMS,
     LARGEST_MODULUS,
     expected_all_reduce,
@@ -31,9 +25,16 @@ from detcoll.measure.verification import (
     modulus,
     require_equal,
 )
+from detcoll.errors import TransportError, UsageError
+from detcoll.measure.records import WorkerConfig, read_config, read_record, write_json
 from detcoll.measure.worker import make_workload, measure_rank
 from detcoll.topology import Topology
 from detcoll.types import DTYPES
+from detcoll.workloads.buckets import Buckets, bucket_ends
+from detcoll.workloads.compute import ComputeKind
+from detcoll.workloads.digits import PARAMETERS, Digits
+from detcoll.workloads.synthetic import Synthetic
+from detcoll.workloads.workload import WorkloadSpec
 
 KiB = 1024
 SYNTHETIC = WorkloadSpec("synthetic", bucket_bytes=KiB, compute_ns=600_000, gradient_bytes=10 * KiB)
@@ -361,7 +362,7 @@ def test_processor_time_counts_other_threads_and_not_what_lies_between(monkeypat
 
 
 def test_without_a_peak_there_is_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("detcoll.measure.consumption._CLEAR", tmp_path / "no" / "file")
+    monkeypatch.setattr("detcoll.bench.consumption._CLEAR", tmp_path / "no" / "file")
     meter = Meter()
     meter.prepare()
     meter.enter(timed=True)
@@ -438,7 +439,7 @@ def test_call_times_run_from_last_entry_to_last_exit() -> None:
 
 def test_ranks_of_two_hosts_start_from_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(["one", "two"])
-    monkeypatch.setattr("detcoll.measure.start.host_identity", lambda: next(names))
+    monkeypatch.setattr("detcoll.bench.start.host_identity", lambda: next(names))
 
     def program(comm: Any) -> Any:
         starter = Starter(comm)

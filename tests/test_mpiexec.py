@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from detcoll.emulation.lab.launch import _mpiexec
 from detcoll.errors import TransportUnavailable
-from detcoll.lab.launch import _mpiexec
-from detcoll.mpiexec import Family, find_mpiexec
+from detcoll.launch.mpiexec import Family, find_mpiexec
 
 
 @pytest.fixture

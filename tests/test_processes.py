@@ -14,8 +14,8 @@ from io import BytesIO
 
 import pytest
 
-from detcoll.processes import TIMED_OUT, Guard, describe_exit, exit_code, start, supervise
-from detcoll.tagging import Tagger
+from detcoll.launch.processes import TIMED_OUT, Guard, describe_exit, exit_code, start, supervise
+from detcoll.launch.tagging import Tagger
 
 FOREVER = "while :; do sleep 1000; done"
 
@@ -112,7 +112,7 @@ def test_exit_codes_and_words() -> None:
 
 LAUNCHER = """
 import sys
-from detcoll.processes import Guard, start, supervise
+from detcoll.launch.processes import Guard, start, supervise
 script = 'trap "echo INT; exit 0" INT; trap "echo TERM; exit 0" TERM; sleep 1000 & echo $$ $!; wait; wait'
 with Guard() as guard:
     crew = [start(["bash", "-c", script], stdout=sys.stdout) for _ in range(2)]

@@ -19,15 +19,15 @@ import pytest
 from ranks import await_gone, lines
 from ranks import run_ranks as run_threads
 
-from detcoll import settings
 from detcoll.cli.bench import bench
 from detcoll.cli.lab import lab
 from detcoll.cli.measure import measure
+from detcoll.emulation.lab import tun
+from detcoll.emulation.relay import Relay
+from detcoll.emulation.relay.socks import Answer
 from detcoll.errors import Closed, DetcollError, UsageError
-from detcoll.lab import tun
-from detcoll.relay import Relay
-from detcoll.relay.socks import Answer
-from detcoll.settings import read_settings
+from detcoll.job import settings
+from detcoll.job.settings import read_settings
 from detcoll.testing.socks import ask, open_through, receive, request
 from detcoll.topology import Topology
 
@@ -264,7 +264,7 @@ class TestEnds:
     def test_it_ends_with_its_parent_however_that_ends(self) -> None:
         code = """
 import signal
-from detcoll.relay import Relay
+from detcoll.emulation.relay import Relay
 from detcoll.topology import Topology
 relay = Relay(Topology.uniform(2, 1, 1e7, 1000))
 print(relay.pid, relay.environments()[0]["DETCOLL_TOPOLOGY"], flush=True)

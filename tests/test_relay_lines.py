@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detcoll.relay.lines import Lines
-from detcoll.relay.socks import Answer, Handshake
+from detcoll.emulation.relay.lines import Lines
+from detcoll.emulation.relay.socks import Answer, Handshake
 from detcoll.testing.socks import GREETING, request
 from detcoll.topology import Link, Site, Topology
 

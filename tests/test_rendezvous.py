@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
-from detcoll.launchers import World
+from detcoll.launch.launchers import World
 from detcoll.rendezvous import Aborted, Address, Lost, Session, is_loopback, meet, wire
 from detcoll.rendezvous.hub import Hub
 from detcoll.rendezvous.sockets import connect, listen, own_host, parse_ports
@@ -447,7 +447,7 @@ def test_no_thread_and_no_descriptor_is_left() -> None:
 
 CHILD = """
 import os, sys, time
-from detcoll.launchers import read_environment
+from detcoll.launch.launchers import read_environment
 from detcoll.rendezvous import meet
 session = meet(read_environment(os.environ), time.monotonic_ns() + 20 * 10**9)
 if "fork" in sys.argv:

@@ -15,9 +15,9 @@ from detcoll.cli import main
 from detcoll.cli.invocation import carrying_out, command_line
 from detcoll.draw import html_text
 from detcoll.errors import UsageError
-from detcoll.measure.report import forget_traces, gather, report
-from detcoll.measure.report.inputs import ReportInputs
-from detcoll.measure.report.reported import parse_result
+from detcoll.report import forget_traces, gather, report
+from detcoll.report.inputs import ReportInputs
+from detcoll.report.reported import parse_result
 from detcoll.topology import Topology
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=http://x.example/ onerror=alert(1)>\"'&\x00"

@@ -14,7 +14,7 @@ import detcoll_gloo
 import detcoll_mpi
 import detcoll_shm
 import detcoll_slotted
-from detcoll import settings
+from detcoll.job import settings
 
 
 @pytest.fixture(autouse=True)

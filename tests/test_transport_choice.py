@@ -9,9 +9,9 @@ import pytest
 from ranks import attempt, launch, lines
 
 from detcoll import registry
-from detcoll.assembly import choose
 from detcoll.errors import TransportUnavailable, UsageError
-from detcoll.settings import Facts, read_settings
+from detcoll.job.assembly import choose
+from detcoll.job.settings import Facts, read_settings
 from detcoll.topology import Topology
 from detcoll_slotted import SlottedTransport
 
@@ -97,7 +97,7 @@ def test_a_refused_address_is_no_reason_to_fall_back(monkeypatch) -> None:
         return opened(self, rank, size, Elsewhere(), clock, options)
 
     monkeypatch.setattr(SlottedTransport, "open", open_elsewhere)
-    monkeypatch.setattr("detcoll.assembly._started_by_mpi", lambda facts: True)
+    monkeypatch.setattr("detcoll.job.assembly._started_by_mpi", lambda facts: True)
     for answer in attempt(2, lambda comm: None, topology=lines(1, 1)):
         assert isinstance(answer, UsageError), answer
         assert "rank 1 could not open slotted: slotted would open 192.0.2.7" in str(answer)

@@ -14,8 +14,8 @@ import msgspec
 
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
+from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
 from detcoll.errors import UsageError
-from detcoll.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
 from detcoll.outputs import require_writable, write_file
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes, parse_timeout_s

@@ -13,20 +13,20 @@ from rich.console import Console
 from detcoll.cli.invocation import command_line
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
+from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
-from detcoll.lab import Conditions
-from detcoll.measure.compute import ComputeKind
 from detcoll.measure.experiment import WARMUP, Experiment, run_experiment
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import ended_by_signals
-from detcoll.measure.records import WorkloadName, WorkloadSpec
-from detcoll.measure.report import forget_traces, gather, write_report
-from detcoll.measure.report.inputs import RESULTS, TOPOLOGY, TRACES
 from detcoll.measure.results import Measurement, write_result
 from detcoll.measure.tables import measurement_table, output_console
 from detcoll.outputs import require_folder, require_writable, write_file
 from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
+from detcoll.report import forget_traces, gather, write_report
+from detcoll.report.inputs import RESULTS, TOPOLOGY, TRACES
+from detcoll.workloads.compute import ComputeKind
+from detcoll.workloads.workload import WorkloadName, WorkloadSpec
 
 _ITERATIONS = {"digits": 60, "synthetic": 20}
 _COMPUTE, _GRADIENT, _BUCKET = "400 ms", "16MiB", "1MiB"

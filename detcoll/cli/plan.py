@@ -13,6 +13,7 @@ from detcoll.cli.progress import progress_bars
 from detcoll.cli.quantity import Quantity
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
+from detcoll.job.settings import check_slotting
 from detcoll.measure.options import wide_topology
 from detcoll.outputs import require_writable, write_file
 from detcoll.plan import Calendar, Collective, SiteReservation, Slotting, reserve
@@ -23,7 +24,6 @@ from detcoll.scenarios.buckets import default_calendar, require_few_sites
 from detcoll.scenarios.scenario import from_topology, is_scenario, with_rate
 from detcoll.scenarios.study import Needed, need
 from detcoll.scenarios.workload import Workload
-from detcoll.settings import check_slotting
 from detcoll.topology import Topology
 from detcoll.types import accumulation_dtype, parse_dtype
 

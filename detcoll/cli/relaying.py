@@ -6,9 +6,9 @@ import socket
 from collections.abc import Sequence
 
 from detcoll.cli.run import launch
+from detcoll.emulation.relay import Relay, RelayStatistics
 from detcoll.errors import UsageError
 from detcoll.measure.places import cluster_environments
-from detcoll.relay import Relay, RelayStatistics
 from detcoll.topology import Topology
 
 

@@ -8,8 +8,8 @@ import msgspec
 
 from detcoll.draw import chrome_trace
 from detcoll.errors import UsageError
-from detcoll.measure.report import ReportInputs, gather, write_report
 from detcoll.outputs import require_folder, require_writable, write_file
+from detcoll.report import ReportInputs, gather, write_report
 
 
 def report(

@@ -22,12 +22,12 @@ from cyclopts import Parameter
 from detcoll import registry
 from detcoll.cli.quantity import Quantity
 from detcoll.errors import UsageError
+from detcoll.job.settings import AUTO, log_level, place, read_settings
+from detcoll.launch.processes import Guard, start, supervise
+from detcoll.launch.tagging import Tagger
 from detcoll.outputs import require_folder
-from detcoll.processes import Guard, start, supervise
 from detcoll.quantities import parse_timeout_s
 from detcoll.rendezvous.sockets import own_host
-from detcoll.settings import AUTO, log_level, place, read_settings
-from detcoll.tagging import Tagger
 from detcoll.topology import LARGEST_WORLD
 
 _A_TIMEOUT_S = 60.0  # the script's own is not known here

@@ -15,17 +15,17 @@ from detcoll.cli.invocation import command_line
 from detcoll.cli.progress import progress_bars
 from detcoll.cli.quantity import Quantity
 from detcoll.errors import UsageError
-from detcoll.measure.report import gather, write_report
-from detcoll.measure.report.inputs import RESULTS
+from detcoll.job.settings import check_slotting
 from detcoll.measure.results import write_result
 from detcoll.measure.tables import NONE, output_console
 from detcoll.outputs import require_folder, require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import format_bytes, format_duration, format_rate, parse_duration_ns, parse_rate_bytes_per_s
+from detcoll.report import gather, write_report
+from detcoll.report.inputs import RESULTS
 from detcoll.scenarios import Study, changed, load, shipped, study
 from detcoll.scenarios.buckets import require_few_sites
 from detcoll.scenarios.study import Needed, Point
-from detcoll.settings import check_slotting
 
 LINE_CHARACTERS = 110
 _EFFICIENCY = 0.98

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from detcoll.emulation.lab import Conditions, Lab, Service, why_unavailable
+from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
-from detcoll.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.measure.aggregate import SINGLE_CLUSTER, WIDE_AREA, Round, ScriptRound, Setting, make_run, make_script_run
-from detcoll.measure.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
 from detcoll.measure.gains import (
     OVERLAP,
     TOPOLOGY,
@@ -31,11 +31,12 @@ from detcoll.measure.lines import LineRecord, read_lines
 from detcoll.measure.marks import MARKS_VARIABLE
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
-from detcoll.measure.records import WorkerConfig, WorkloadSpec, read_marks, read_record, write_json
+from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
 from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, LeftOut, Measurement, Run
-from detcoll.relay import Relay
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
+from detcoll.workloads.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
+from detcoll.workloads.workload import WorkloadSpec
 
 CLUSTER_TRANSPORT = "shm"
 SLOTTED = "slotted"

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
+from detcoll.emulation.lab import Service
 from detcoll.errors import UsageError
-from detcoll.lab import Service
 from detcoll.measure.networks import Network
 from detcoll.topology import Link, Site, Topology
 

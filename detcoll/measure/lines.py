@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detcoll.lab import Lab, Service, Statistics
+from detcoll.emulation.lab import Lab, Service, Statistics
 from detcoll.measure.kernel import parse_retransmits
 
 

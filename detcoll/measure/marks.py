@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from detcoll.launchers import read_environment
+from detcoll.launch.launchers import read_environment
 from detcoll.measure.records import Marks, write_json
 
 MARKS_VARIABLE = "DETCOLL_MARKS"

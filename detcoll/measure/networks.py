@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from detcoll.emulation.lab import Conditions, Service
+from detcoll.emulation.lab.conditions import default_reservation
 from detcoll.errors import UsageError
-from detcoll.lab import Conditions, Service
-from detcoll.lab.conditions import default_reservation
 from detcoll.quantities import parse_rate_bytes_per_s
 from detcoll.topology import Topology
 

@@ -14,12 +14,12 @@ from subprocess import Popen
 from types import FrameType
 from uuid import uuid4
 
-from detcoll import processes
+from detcoll.emulation.lab import Lab
+from detcoll.emulation.lab.launch import Launcher, Output, run_ranks
+from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError
-from detcoll.lab import Lab
-from detcoll.lab.launch import Launcher, Output, run_ranks
+from detcoll.launch import processes
 from detcoll.measure.aggregate import Setting
-from detcoll.relay import Relay
 from detcoll.topology import Topology
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -4,31 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-from detcoll.measure.compute import ComputeKind
 from detcoll.topology import Topology
-
-WorkloadName = Literal["digits", "synthetic"]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkloadSpec:
-    """A workload and its figures; ``compute_ns``, its kind and ``gradient_bytes`` are the synthetic one's alone.
-
-    ``overlap`` : whether buckets are reduced during the backward pass, or all after it.
-    """
-
-    name: WorkloadName
-    bucket_bytes: int
-    compute_ns: int = 0
-    gradient_bytes: int = 0
-    data_path: str | None = None
-    seed: int = 0
-    compute_kind: ComputeKind = "wait"
-    overlap: bool = True
+from detcoll.workloads.workload import Stamps, WorkloadSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +33,6 @@ class WorkerConfig:
     def record_path(self, rank: int) -> Path:
         """Return where ``rank`` writes its record."""
         return Path(self.output_dir) / f"rank{rank}.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Stamps:
-    """When one iteration passed its marks, in nanoseconds of the host's monotonic clock.
-
-    ``reduced_ns`` is when this rank had the whole reduced gradient, ``end_ns`` when it had applied it.
-    """
-
-    backward_begin_ns: int
-    backward_end_ns: int
-    reduced_ns: int
-    end_ns: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class Row:
     apart they began, where that is known. ``empty`` : the array came from `Communicator.empty`. ``slot_misses`` and
     ``slot_trims`` are as in `Run`, of the timed calls. ``cpu_s_per_gb`` is processor time in seconds of all ranks
     together, for each 10**9 bytes of array that all together reduce or broadcast (bytes times ranks);
-    ``extra_memory_bytes`` is the greatest of the ranks' memory beyond their arrays. `detcoll.measure.consumption` says
+    ``extra_memory_bytes`` is the greatest of the ranks' memory beyond their arrays. `detcoll.bench.consumption` says
     what counts. ``retransmits`` are TCP segments that the sites' kernels sent again from the first call on, warm-up
     included. ``samples_s`` are the times of all timed calls in their order, and ``began_s`` when each began by the
     monotonic clock of the host. ``co_tenant`` : others' small packets that left in the lab during these calls.

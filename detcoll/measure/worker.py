@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import detcoll
-from detcoll.measure.buckets import Collectives
-from detcoll.measure.digits import PARAMETERS, Digits
 from detcoll.measure.kernel import network_counts
-from detcoll.measure.records import RankRecord, Stamps, WorkerConfig, WorkloadSpec, read_config, write_json
-from detcoll.measure.synthetic import Synthetic
+from detcoll.measure.records import RankRecord, WorkerConfig, read_config, write_json
+from detcoll.workloads.buckets import Collectives
+from detcoll.workloads.digits import PARAMETERS, Digits
+from detcoll.workloads.synthetic import Synthetic
+from detcoll.workloads.workload import Stamps, WorkloadSpec
 
 
 class Workload(Protocol):

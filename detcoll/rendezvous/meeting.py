@@ -66,7 +66,7 @@ _warned: set[str] = set()
 
 
 class Place(Protocol):
-    """What `meet` asks of a `detcoll.launchers.World`."""
+    """What `meet` asks of a `detcoll.launch.launchers.World`."""
 
     @property
     def rank(self) -> int:
@@ -134,7 +134,7 @@ def meet(
     Parameters
     ----------
     world : Place
-        A `detcoll.launchers.World`.
+        A `detcoll.launch.launchers.World`.
     deadline_ns : int
         On this process's `time.monotonic_ns`. The earliest deadline among the ranks counts for all.
     environ : mapping, optional

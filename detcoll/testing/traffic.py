@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
-from detcoll.lab import Lab
+from detcoll.emulation.lab import Lab
 
 SINK = """
 import os, socket, sys, time, json, hashlib

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from detcoll.leftovers import now_ns, remove_segments
-from detcoll.mpiexec import find_mpiexec
+from detcoll.launch.leftovers import now_ns, remove_segments
+from detcoll.launch.mpiexec import find_mpiexec
 from detcoll.testing.fabric import Fabric, Program
 
 START_TIMEOUT_S = 60.0

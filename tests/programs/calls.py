@@ -19,7 +19,7 @@ import numpy as np
 
 import detcoll
 from detcoll.errors import DetcollError, TransportUnavailable
-from detcoll.launchers import read_environment
+from detcoll.launch.launchers import read_environment
 
 
 def say(something: object) -> None:

@@ -1,0 +1,257 @@
+"""Times collectives over sizes on the ranks of a communicator, and checks every result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.bench.consumption import Meter
+from detcoll.bench.start import CallTimes, Starter, combine
+from detcoll.bench.verification import given, reduced
+from detcoll.errors import UsageError
+from detcoll.measure.kernel import NetworkCounts, network_counts
+from detcoll.measure.results import Row
+from detcoll.measure.statistics import tails
+from detcoll.types import parse_dtype
+
+COLLECTIVES = ("all_reduce", "broadcast", "barrier")
+ROOT = 0
+GB = 10**9
+
+_LateWindows = tuple[int, int] | None
+"""How many windows were missed, and how many trimmed; None where lines have no slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What to time: each of ``collectives`` at each of ``sizes_bytes``, ``iterations`` times after ``warmup`` calls.
+
+    A barrier has no size and is timed once. ``empty`` : arrays come from `Communicator.empty`. ``time_limit_s`` : no
+    more calls begin once those of a point have taken so long, warm-up included; one is timed in any case.
+    """
+
+    collectives: tuple[str, ...]
+    sizes_bytes: tuple[int, ...]
+    dtype: str
+    iterations: int
+    warmup: int
+    empty: bool = False
+    time_limit_s: float | None = None
+
+    def validate(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises
+        ------
+        UsageError
+            If a collective, size, type or count is not usable; names it and what was expected.
+        """
+        itemsize = parse_dtype(self.dtype).itemsize
+        for name in self.collectives:
+            if name not in COLLECTIVES:
+                raise UsageError(f"collective={name!r} is not known; expected {', '.join(COLLECTIVES)}")
+        for size in self.sizes_bytes:
+            if size < itemsize or size % itemsize:
+                raise UsageError(f"bytes={size} must be a positive multiple of {itemsize}, the size of {self.dtype}")
+        if not self.collectives or not self.sizes_bytes:
+            raise UsageError("a sweep needs at least one collective and one size")
+        for name, count, least in (("iterations", self.iterations, 1), ("warmup", self.warmup, 0)):
+            if count < least:
+                raise UsageError(f"{name}={count} must be at least {least}")
+        if self.time_limit_s is not None and self.time_limit_s <= 0:
+            raise UsageError(f"time_limit_s={self.time_limit_s:g} must be more than 0")
+
+    def points(self) -> list[tuple[str, int]]:
+        """Return each collective with each of its sizes."""
+        return [(name, size) for name in self.collectives for size in ((0,) if name == "barrier" else self.sizes_bytes)]
+
+
+def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = None) -> tuple[Row, ...]:
+    """Time every point of ``sweep``; all ranks call it and get the same rows.
+
+    Parameters
+    ----------
+    comm : Communicator
+        Whose ranks take part.
+    sweep : Sweep
+        What to time.
+    on_row : callable, optional
+        Gets each row as soon as it is there.
+
+    Raises
+    ------
+    TransportError
+        If a result is wrong; names the first element that differs.
+    """
+    sweep.validate()
+    start = Starter(comm)
+    rows = []
+    for collective, nbytes in sweep.points():
+        case = _Case(comm, collective, nbytes, sweep)
+        before = network_counts()
+        times, cost = _time_calls(comm, start, case, sweep)
+        again = _retransmits(comm, network_counts().since(before))
+        row = _row(comm, sweep, case, times, cost, start.kind, again)
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return tuple(rows)
+
+
+class _Case:
+    """One collective at one size: its array, what goes in and what must come out."""
+
+    def __init__(self, comm: Any, collective: str, nbytes: int, sweep: Sweep) -> None:
+        kind = parse_dtype(sweep.dtype)
+        elements = nbytes // kind.itemsize
+        self.collective, self.nbytes, self.dtype = collective, nbytes, sweep.dtype
+        self._comm = comm
+        self._array: NDArray[Any] = comm.empty(elements, kind) if sweep.empty else np.zeros(elements, kind)
+        self._input = given(kind, comm.rank, comm.size)
+        self._expected = given(kind, ROOT, comm.size) if collective == "broadcast" else reduced(kind, comm.size)
+
+    def prepare(self) -> None:
+        self._input.write(self._array)
+
+    def call(self) -> None:
+        if self.collective == "all_reduce":
+            self._comm.all_reduce(self._array, op="sum")
+        elif self.collective == "broadcast":
+            self._comm.broadcast(self._array, root=ROOT)
+        else:
+            self._comm.barrier()
+
+    def verify(self) -> None:
+        self._expected.require(self._array, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What calls cost all ranks.
+
+    Processor time of all together in seconds a call, the greatest memory of any, and how many windows of all were
+    missed and trimmed.
+    """
+
+    processor_s: float
+    extra_bytes: int | None
+    late_windows: _LateWindows
+
+
+def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[CallTimes, _Cost]:
+    entered, left = np.zeros(sweep.iterations, np.int64), np.zeros(sweep.iterations, np.int64)
+    meter, before, timed, begun_ns = Meter(), _late_windows(comm), 0, time.monotonic_ns()
+    for number in range(-sweep.warmup, sweep.iterations):
+        if number == 0:
+            before = _late_windows(comm)
+        case.prepare()
+        meter.prepare()
+        start()
+        meter.enter(timed=number >= 0)
+        entered_ns = time.monotonic_ns()
+        case.call()
+        left_ns = time.monotonic_ns()
+        meter.leave()
+        case.verify()
+        if number >= 0:
+            entered[number], left[number] = entered_ns, left_ns
+            timed = number + 1
+            if timed < sweep.iterations and _is_late(comm, sweep, begun_ns):
+                break
+    after = _late_windows(comm)
+    comm.barrier()
+    processor_s = np.array([meter.processor_s()])
+    comm.all_reduce(processor_s, op="sum")
+    extra_bytes = meter.extra_bytes()
+    greatest = np.array([-1 if extra_bytes is None else extra_bytes], np.int64)
+    comm.all_reduce(greatest, op="max")
+    cost = _Cost(
+        float(processor_s[0]) / timed,
+        int(greatest[0]) if greatest[0] >= 0 else None,
+        _over_all_ranks(comm, before, after),
+    )
+    return combine(comm, start.kind, entered[:timed], left[:timed]), cost
+
+
+def _is_late(comm: Any, sweep: Sweep, begun_ns: int) -> bool:
+    """Tell whether any rank has come to the end of its time; where time is limited all ranks call it."""
+    if sweep.time_limit_s is None:
+        return False
+    late = np.array([time.monotonic_ns() - begun_ns >= sweep.time_limit_s * 1e9], np.int64)
+    comm.all_reduce(late, op="max")
+    return bool(late[0])
+
+
+def _late_windows(comm: Any) -> _LateWindows:
+    counted = comm.counters()
+    return (counted["slot_misses"], counted["slot_trims"]) if "slot_misses" in counted else None
+
+
+def _over_all_ranks(comm: Any, before: _LateWindows, after: _LateWindows) -> _LateWindows:
+    """Return how many windows of all ranks were missed and trimmed meanwhile."""
+    if before is None or after is None:
+        return None
+    total = np.array(after, np.int64) - np.array(before, np.int64)
+    comm.all_reduce(total, op="sum")
+    return int(total[0]), int(total[1])
+
+
+def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | None:
+    """Return the median of what was predicted for calls at these times."""
+    if case.collective == "barrier":
+        return None
+    each = [comm.predict(case.collective, case.nbytes, case.dtype, called_ns=at_ns) for at_ns in began_ns]
+    return None if None in each else float(np.median(each))
+
+
+def _retransmits(comm: Any, counts: NetworkCounts) -> int | None:
+    """Return what the kernels of all sites sent again, which the first rank of each tells; all ranks call it."""
+    if not comm.topology.is_wide:
+        return None
+    is_first = comm.topology.sites[comm.topology.site_of(comm.rank)].ranks[0] == comm.rank
+    known = counts.retransmits is not None
+    total = np.array([counts.retransmits if is_first and known else 0, 0 if known else 1], np.int64)
+    comm.all_reduce(total, op="sum")
+    return None if total[1] else int(total[0])
+
+
+def _row(
+    comm: Any, sweep: Sweep, case: _Case, times: CallTimes, cost: _Cost, kind: str, retransmits: int | None
+) -> Row:  # fmt: skip
+    seen = tails(times.calls_s)
+    has_size = case.collective != "barrier"
+    bound_s = comm.bound(case.collective, case.nbytes) if has_size else None
+    predicted_s = _predicted_s(comm, case, times.began_ns)
+    return Row(
+        collective=case.collective,
+        transport=comm.transport,
+        algorithm=comm.algorithm(case.collective, case.nbytes, case.dtype) if has_size else None,
+        ranks=comm.size,
+        sites=len(comm.topology.sites),
+        dtype=case.dtype,
+        bytes=case.nbytes,
+        median_s=seen.median,
+        min_s=seen.least,
+        max_s=seen.greatest,
+        p99_s=seen.p99,
+        bound_s=bound_s,
+        predicted_s=predicted_s,
+        fraction_of_bound=bound_s / seen.median if bound_s is not None else None,
+        prediction_error=predicted_s / seen.median - 1 if predicted_s is not None else None,
+        iterations=len(times.calls_s),
+        empty=sweep.empty,
+        start=kind,
+        skew_s=float(np.median(times.skew_s)) if times.skew_s is not None else None,
+        slot_misses=cost.late_windows[0] if cost.late_windows else None,
+        slot_trims=cost.late_windows[1] if cost.late_windows else None,
+        cpu_s_per_gb=cost.processor_s / (case.nbytes * comm.size / GB) if has_size else None,
+        extra_memory_bytes=cost.extra_bytes,
+        retransmits=retransmits,
+        samples_s=times.calls_s,
+        began_s=tuple(at_ns / 1e9 for at_ns in times.began_ns),
+    )

@@ -1,0 +1,242 @@
+"""From settings to open endpoints: which transport, and how ranks reach each other.
+
+``transport="auto"`` takes the slotted transport where the topology has several sites with lines between them, shared
+memory where all ranks are on one host, MPI where MPI started the ranks, and else the slotted transport without
+windows. Where the automatic choice lacks what it needs on any rank, all ranks fall back to MPI, with a warning that
+says why; a refused address or key is never a reason to fall back.
+
+Local and wide endpoints are chosen apart: with the slotted transport, ranks of one site on one host talk through
+shared memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from detcoll import registry
+from detcoll.clock import MonotonicClock
+from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.job.settings import AUTO, Facts, Settings
+from detcoll.plan.calendar import Slotting, build_calendar
+from detcoll.plan.layout import partners
+from detcoll.runtime import Routes
+from detcoll.topology import Topology
+from detcoll.transport import Endpoint, NativeCollectives, Rendezvous, Scope, Transport
+
+log = logging.getLogger("detcoll")
+
+Opened = TypeVar("Opened")
+
+WIDE, LOCAL, FALLBACK = "slotted", "shm", "mpi"
+WARM_UP_ROUND_TRIPS = 12
+LARGEST_WARM_UP_BYTES = 2**27
+WIDE_ACKNOWLEDGE_DELAY_NS = 5_000_000
+"""Across lines, where scratch is made for two cycles more than a round trip. An acknowledgement wakes up two hosts:
+with 5 ms instead of 2, 4 MiB over two sites of two ranks take a twentieth less processor time."""
+_MPI_LAUNCHERS = ("mpich", "openmpi")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A transport, and why it was chosen."""
+
+    name: str
+    reason: str
+    automatic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """Open endpoints. ``native`` is set where the transport does whole collectives itself."""
+
+    transport: Transport
+    routes: Routes
+    endpoints: Sequence[Endpoint]
+    native: NativeCollectives | None
+
+
+def choose(settings: Settings, facts: Sequence[Facts], topology: Topology) -> Choice:
+    """Return the transport for these ranks; the same on all of them."""
+    if settings.transport != AUTO:
+        return Choice(settings.transport, "it was asked for", False)
+    if topology.is_wide:
+        return Choice(WIDE, f"the topology has {len(topology.sites)} sites", True)
+    if len({fact.host for fact in facts}) == 1:
+        return Choice(LOCAL, "all ranks are on one host", True)
+    if _started_by_mpi(facts):
+        return Choice(FALLBACK, "MPI started the ranks and they are on several hosts", True)
+    return Choice(WIDE, "ranks are on several hosts", True)
+
+
+def assemble(
+    settings: Settings, facts: Sequence[Facts], topology: Topology, rank: int, meeting: Rendezvous, deadline_ns: int
+) -> Assembled:
+    """Open and connect the endpoints of this rank.
+
+    Raises
+    ------
+    TransportUnavailable
+        If the transport asked for, or every one that could take its place, lacks something on some rank.
+    UsageError, ConnectError
+        See `detcoll.transport`.
+    """
+    opener = _Opener(settings, facts, topology, rank, meeting, deadline_ns)
+    choice = choose(settings, facts, topology)
+    if rank == 0:
+        log.info("transport %s, since %s", choice.name, choice.reason)
+    try:
+        return opener.open(choice.name)
+    except TransportUnavailable as error:
+        if not choice.automatic or choice.name == FALLBACK:
+            raise
+        reason = str(error)
+    if not _started_by_mpi(facts):
+        raise TransportUnavailable(
+            f"{reason}; no fall-back to {FALLBACK}, since MPI did not start all ranks (use mpiexec)"
+        )
+    if rank == 0:
+        log.warning("transport %s cannot be used: %s; falling back to %s", choice.name, reason, FALLBACK)
+    return opener.open(FALLBACK)
+
+
+def _started_by_mpi(facts: Sequence[Facts]) -> bool:
+    return all(fact.launcher in _MPI_LAUNCHERS for fact in facts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    """Opens transports on all ranks together, or on none."""
+
+    settings: Settings
+    facts: Sequence[Facts]
+    topology: Topology
+    rank: int
+    meeting: Rendezvous
+    deadline_ns: int
+
+    def open(self, name: str) -> Assembled:
+        """Open transport ``name``, and beside it the local one where that is another."""
+        transport = self._on_all(f"load {name}", lambda: registry.load(name))
+        self._check_scope(transport)
+        is_native = bool(transport.capabilities.native) and not (
+            self.settings.reproducible and not transport.capabilities.ordered
+        )
+        opened: list[Endpoint] = []
+        try:
+            main = self._open_one(transport)
+            opened.append(main)
+            local = self._local_peers(name)
+            near: Endpoint | None = None
+            if any(self._local_peers_of(name, rank) for rank in range(len(self.facts))):
+                near = self._open_one(registry.load(LOCAL))
+                opened.append(near)
+                self._connect(LOCAL, near, local)
+            here = self.topology.site_of(self.rank)
+            sites = [self.topology.site_of(rank) for rank in range(self.topology.size)]
+            others = frozenset(range(self.topology.size)) - {self.rank} - local
+            self._connect(name, main, others)
+            # Nobody begins, and perhaps fails, while others still connect to it.
+            self.meeting.exchange(f"connected {name}", b"", self.deadline_ns)
+        except BaseException:
+            for endpoint in opened:
+                endpoint.abort()
+            raise
+        endpoint_of = dict.fromkeys(others, main)
+        if near is not None:
+            endpoint_of |= dict.fromkeys(local, near)
+        wide = frozenset(rank for rank in others if sites[rank] != here) if self.topology.is_wide else frozenset()
+        native = main if is_native and isinstance(main, NativeCollectives) else None
+        if native is not None:
+            native.arrange([site.ranks for site in self.topology.sites])
+        return Assembled(transport, Routes(endpoint_of, sites, wide), opened, native)
+
+    def _check_scope(self, transport: Transport) -> None:
+        if transport.capabilities.scope is Scope.HOST and len({fact.host for fact in self.facts}) > 1:
+            raise TransportUnavailable(f"transport {transport.name!r} joins ranks of one host; they are on several")
+
+    def _local_peers(self, name: str) -> frozenset[int]:
+        return self._local_peers_of(name, self.rank)
+
+    def _local_peers_of(self, name: str, rank: int) -> frozenset[int]:
+        """Return the ranks that ``rank`` reaches through shared memory beside the wide transport."""
+        if name != WIDE or not self.topology.is_wide:
+            return frozenset()
+        site = self.topology.sites[self.topology.site_of(rank)]
+        host = self.facts[rank].host
+        return frozenset(other for other in site.ranks if other != rank and self.facts[other].host == host)
+
+    def _elsewhere(self) -> frozenset[int]:
+        """Return the ranks of other sites."""
+        here = self.topology.sites[self.topology.site_of(self.rank)]
+        return frozenset(range(self.topology.size)).difference(here.ranks)
+
+    def _open_one(self, transport: Transport) -> Endpoint:
+        job = _across_lines(self.topology.granted, self.rank, self.settings.slotting) | self.settings.options
+        job["proxied_peers"] = self._elsewhere()
+        options = {name: value for name, value in job.items() if name in transport.options}
+        return self._on_all(
+            f"open {transport.name}",
+            lambda: transport.open(self.rank, self.topology.size, self.meeting, MonotonicClock(), options),
+        )
+
+    def _connect(self, name: str, endpoint: Endpoint, peers: frozenset[int]) -> None:
+        texts = self.meeting.exchange(f"addresses {name}", endpoint.address.encode(), self.deadline_ns)
+        addresses: Mapping[int, str] = {peer: texts[peer].decode() for peer in sorted(peers | {self.rank})}
+        endpoint.connect(addresses, self.deadline_ns)
+
+    def _on_all(self, what: str, action: Callable[[], Opened]) -> Opened:
+        """Run ``action`` on every rank; if it fails on any, undo it and raise on all."""
+        result: Opened | None = None
+        problem = ""
+        kind: type[TransportUnavailable] | type[UsageError] = TransportUnavailable
+        cause: Exception | None = None
+        try:
+            result = action()
+        except (TransportUnavailable, UsageError) as error:
+            problem, cause = str(error), error
+            kind = UsageError if isinstance(error, UsageError) else TransportUnavailable
+        answers = self.meeting.exchange(what, f"{kind.__name__}:{problem}".encode(), self.deadline_ns)
+        failed = [(rank, *answer.decode().split(":", 1)) for rank, answer in enumerate(answers)]
+        failed = [entry for entry in failed if entry[2]]
+        if not failed and result is not None:
+            return result
+        if isinstance(result, Endpoint):
+            result.abort()
+        rank, first_kind, text = failed[0]
+        message = f"rank {rank} could not {what}: {text}"
+        raise (UsageError if first_kind == "UsageError" else TransportUnavailable)(message) from cause
+
+
+def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> dict[str, object]:
+    """Return options for flows across lines: what they send while they connect, and what is under way.
+
+    To warm up they send an equal share of the lines for some round trips. TCP doubles its window every round trip, so a
+    dozen take it from ten segments to any window that is needed here, but no further than twice what is under way. It
+    paces by itself at 1.2 windows a round trip. A flow that is to have a line to itself in its windows needs more than
+    its share gives, so then flows of a rank go one after another, each at half the line's rate, so that two may meet
+    at a receiver.
+    """
+    if not topology.is_wide:
+        return {}
+    calendar = build_calendar(topology, Slotting.SHARE)
+    rate, most = min(rate for rate in calendar.rates if rate > 0), max(calendar.rates)
+    in_turn = slotting is Slotting.CALENDAR and len(topology.sites) > 2
+    if in_turn:
+        rate *= (len(topology.sites) - 1) / 2
+        most = max(site.uplink_bytes_per_s or 0 for site in topology.sites)
+    round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
+    nbytes = min(round(rate * WARM_UP_ROUND_TRIPS * round_trip_ns / 1e9), LARGEST_WARM_UP_BYTES)
+    peers = partners(topology, rank)
+    return {
+        "warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate, "warm_up_in_turn": in_turn,
+        "in_flight_bytes": round(most * round_trip_ns / 1e9), "acknowledge_delay_ns": WIDE_ACKNOWLEDGE_DELAY_NS,
+    }  # fmt: skip
+
+
+def deadline_after(timeout_s: float) -> int:
+    """Return the monotonic time ``timeout_s`` from now, in nanoseconds."""
+    return time.monotonic_ns() + round(timeout_s * 1e9)

@@ -1,0 +1,135 @@
+"""How a communicator is opened: ranks meet, agree on settings and a calendar, and connect."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from detcoll.clock import MonotonicClock, clock_domain
+from detcoll.communicator import Communicator
+from detcoll.errors import UsageError
+from detcoll.job.assembly import Assembled, assemble, deadline_after
+from detcoll.job.calendars import agree_on_calendar, aligns_arrivals
+from detcoll.job.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
+from detcoll.launch.launchers import read_environment
+from detcoll.plan import Calendar, Slotting
+from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
+from detcoll.rendezvous import Session, meet
+from detcoll.runtime import Aligning, Routes, Timekeeper, align_arrivals
+from detcoll.topology import Topology
+from detcoll.transport import host_identity
+
+VERSION = "0.1.0"
+SITE_CLOCK_ERROR_NS = 200_000
+"""What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
+
+ALIGNED_CLOCK_ERROR_NS = 200_000
+"""What guards allow for where sites align arrivals, beside what they see: until the rates of clocks are known, in the
+first seconds, readings lag by two seconds of drift, here of 100 ppm."""
+ALIGNING_NS = 5_000_000_000
+"""How long sites may take for it. Mostly it is done in less than a second."""
+
+
+def open_communicator(
+    environ: Mapping[str, str],
+    transport: str,
+    topology: Topology | str | os.PathLike[str] | None,
+    timeout: float,
+    reproducible: bool | None,
+) -> Communicator:
+    """Meet all ranks and return this rank's communicator; see `detcoll.init`."""
+    configure_logging(environ.get("DETCOLL_LOG"))
+    world = read_environment(environ)
+    if not world.local_rank:  # one rank of a host is enough
+        warn_of_unknown(environ)
+    settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
+    deadline_ns = deadline_after(settings.timeout_s)
+    session = meet(world, deadline_ns, environ)
+    try:
+        facts = _introduce(session, settings, world.site or "", world.launcher, deadline_ns)
+        placed = place(settings.topology, [fact.site for fact in facts])
+        assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
+        try:
+            calendar, timekeeper = _calendar(settings, placed, facts, session, deadline_ns, assembled)
+            communicator = Communicator(session, settings, placed, assembled, calendar, facts, timekeeper)
+        except BaseException:
+            for endpoint in assembled.endpoints:
+                endpoint.abort()
+            raise
+    except BaseException as error:
+        if not isinstance(error, UsageError):
+            session.abort(type(error).__name__, str(error))
+        session.close(deadline_after(1.0))
+        raise
+    try:
+        communicator.await_clock(deadline_ns)
+    except BaseException as error:
+        communicator.abort(str(error))
+        raise
+    return communicator
+
+
+def _calendar(
+    settings: Settings, topology: Topology, facts: Sequence[Facts], session: Session, deadline_ns: int,
+    assembled: Assembled,
+) -> tuple[Calendar, Timekeeper]:  # fmt: skip
+    """Lay out the lines, and find who keeps the time for that.
+
+    Guards are longer where ranks of a site have to ask each other for the time, and where sites align arrivals.
+    """
+    clocks, mode, rank = [fact.clock for fact in facts], settings.slotting, session.rank
+    if mode is None and not assembled.transport.capabilities.timed:
+        mode = Slotting.OFF
+    granted, routes = topology.granted, assembled.routes
+    ranks = topology.sites[topology.site_of(rank)].ranks
+    aligns = assembled.native is None and aligns_arrivals(granted, mode, clocks)
+    aligning = Aligning.of(topology, rank) if aligns else None
+    asks = any(
+        len(site.ranks) > 1 and (aligning or len({clocks[r] for r in site.ranks}) > 1) for site in topology.sites
+    )
+    error_ns = DEFAULT_HOST_ERROR_NS + (SITE_CLOCK_ERROR_NS if asks else 0)
+
+    def exchange(payload: bytes) -> list[bytes]:
+        return session.exchange("calendar", payload, deadline_ns)
+
+    if aligning is None:
+        calendar = agree_on_calendar(granted, mode, error_ns, clocks, rank, exchange)
+        return calendar, Timekeeper(rank, ranks, clocks, routes.endpoint_of)
+    error_ns += ALIGNED_CLOCK_ERROR_NS
+    timekeeper = Timekeeper(rank, ranks, clocks, routes.endpoint_of, aligning)
+    arrivals_ns = _align(timekeeper, aligning, routes, session, deadline_ns)
+    calendar = agree_on_calendar(granted, mode, error_ns, clocks, rank, exchange, arrivals_ns)
+    if not calendar.has_windows:
+        return calendar, Timekeeper(rank, ranks, clocks, routes.endpoint_of)
+    if aligning.loop is not None:  # what is left for arrivals, once hosts and ranks of a site have had their part
+        aligning.loop.limit_ns = calendar.guard_ns - error_ns + ALIGNED_CLOCK_ERROR_NS
+    return calendar, timekeeper
+
+
+def _align(
+    timekeeper: Timekeeper, aligning: Aligning, routes: Routes, session: Session, deadline_ns: int
+) -> int | None:
+    """Align arrivals, and return how far apart they stay at the worst receiver of all; None where one cannot tell."""
+    if aligning.loop is not None:
+        endpoints = list(dict.fromkeys(routes.endpoint_of[r] for r in aligning.leaders if r != session.rank))
+        until_ns = min(deadline_ns, time.monotonic_ns() + ALIGNING_NS)
+        align_arrivals(timekeeper, endpoints, until_ns, MonotonicClock())
+    told = msgspec.json.encode(timekeeper.arrivals_ns)
+    answers = session.exchange("arrivals", told, deadline_ns)
+    seen = [msgspec.json.decode(answers[leader], type=int | None) for leader in aligning.leaders]
+    return None if None in seen else max(error_ns for error_ns in seen if error_ns is not None)
+
+
+def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:
+    facts = Facts(
+        VERSION, settings.transport, settings.topology.digest, settings.reproducible,
+        settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
+        clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
+    )  # fmt: skip
+    answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
+    everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]
+    agree(everybody)
+    return everybody

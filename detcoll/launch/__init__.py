@@ -1,0 +1,1 @@
+"""How ranks are recognised and started: launchers' environments, processes, their output, and MPI's launcher."""

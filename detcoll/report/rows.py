@@ -1,0 +1,165 @@
+"""What a report says about the collectives that `detcoll bench` timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
+from statistics import median
+from xml.etree.ElementTree import Element
+
+from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
+from detcoll.draw.scale import percent, plain, time_text, time_unit
+from detcoll.quantities import format_bytes
+from detcoll.report.cells import (
+    NOTHING,
+    SLOTTED,
+    TO,
+    count_cell,
+    range_cell,
+    remarks,
+    series_of,
+    share_cell,
+    time_cell,
+    traffic_axis,
+)
+from detcoll.report.page import figure, heading, notes, section, table, tile
+from detcoll.report.reported import ReportedResult, ReportedRow
+
+CROSS = "Share of the physical floor against others' traffic"
+
+
+def row_headline(result: ReportedResult) -> str | None:
+    """Return what a sweep found, in a sentence; None where it is empty."""
+    known = [row for row in result.rows if row.fraction_of_bound is not None]
+    if not known:
+        return f"Times of {len(result.rows)} calls of collectives" if result.rows else None
+    best = max(known, key=lambda row: (row.transport == SLOTTED, row.fraction_of_bound))
+    share = percent(best.fraction_of_bound or 0.0, 0)
+    hedge = ", at best" if len(known) > 1 else ""
+    what = f"{_called(best).capitalize()} of {format_bytes(best.bytes)} over {best.transport}"
+    return f"{what} reaches {share} of what the lines allow{hedge}"
+
+
+def _called(row: ReportedRow) -> str:
+    return row.collective.replace("_", "-")
+
+
+def row_tiles(result: ReportedResult) -> list[Element]:
+    """Return the best share of the floor of each transport."""
+    tiles = []
+    known = [row for row in result.rows if row.fraction_of_bound is not None]
+    for transport, rows in groupby(sorted(known, key=lambda row: row.transport), key=lambda row: row.transport):
+        best = max(rows, key=lambda row: row.fraction_of_bound or 0.0)
+        tiles.append(
+            tile(percent(best.fraction_of_bound or 0.0), f"of the floor: {transport}, {format_bytes(best.bytes)}")
+        )
+    return tiles
+
+
+def row_sections(result: ReportedResult) -> list[Element]:
+    """Return the pictures of a sweep and the table of all its figures."""
+    sections = [_bounds(result), _cross_traffic(result), _sizes(result), _row_table(result)]
+    return [each for each in sections if each is not None]
+
+
+def _row_label(row: ReportedRow, has_networks: bool) -> str:
+    others = f"others {percent(row.cross_traffic, 0)}"
+    return f"{row.transport}, {row.service}, {others}" if has_networks else row.transport
+
+
+def _has_networks(rows: Sequence[ReportedRow]) -> bool:
+    return len({(row.service, row.cross_traffic) for row in rows}) > 1
+
+
+def _bounds(result: ReportedResult) -> Element | None:
+    rows = [row for row in result.rows if row.fraction_of_bound is not None]
+    if not rows:
+        return None
+    many = _has_networks(rows)
+    series = series_of([_row_label(row, many) for row in rows])
+    parts: list[Element] = []
+    axis = Axis("share of the physical floor", lambda value: percent(value, 0), includes=(1.0,))
+    for (collective, nbytes), same in _by_size(rows):
+        bars = [_bound_bar(row, series, many) for row in same]
+        what = f"{collective.replace('_', '-')}, {format_bytes(nbytes)}"
+        parts += [heading(what), figure(partial(bar_chart, bars, axis, what, mark=1.0, mark_label="floor"))]
+    told = (
+        "The shortest time that the lines allow over the median time of a call, slowest rank. Whiskers: the slowest "
+        "and the fastest call."
+    )
+    return section("Share of the physical floor", told, *parts)
+
+
+def _cross_traffic(result: ReportedResult) -> Element | None:
+    """Return the share of the floor against what others offer, where rows met several amounts of that."""
+    rows = [row for row in result.rows if row.fraction_of_bound is not None]
+    curves: list[Curve] = []
+    for key in dict.fromkeys((row.collective, row.bytes, row.transport, row.service) for row in rows):
+        same = [row for row in rows if (row.collective, row.bytes, row.transport, row.service) == key]
+        points = tuple(sorted((row.cross_traffic, row.fraction_of_bound or 0.0) for row in same))
+        if len({share for share, _ in points}) > 1:
+            label = f"{_called(same[0])} {format_bytes(same[0].bytes)}, {same[0].transport}, {same[0].service}"
+            curves.append(Curve(label, points, 1 + len(curves), has_markers=True))
+    if not curves:
+        return None
+    shares = {share for curve in curves for share, _ in curve.points}
+    y = Axis("share of the physical floor", lambda value: percent(value, 0), includes=(0.0, 1.0))
+    told = "The same while others send on the same lines. A flat curve is what a reservation is for."
+    return section("Under cross traffic", told, figure(partial(curve_chart, curves, traffic_axis(shares), y, CROSS)))
+
+
+def _bound_bar(row: ReportedRow, series: dict[str, int], many: bool) -> Bar:
+    low = row.bound_s / row.max_s if row.bound_s and row.max_s else None
+    high = row.bound_s / row.min_s if row.bound_s and row.min_s else None
+    label, share = _row_label(row, many), row.fraction_of_bound or 0.0
+    return Bar(label, share, percent(share), series[label], low, high, f"median {time_text(row.median_s)}")
+
+
+def _by_size(rows: Sequence[ReportedRow]) -> list[tuple[tuple[str, int], list[ReportedRow]]]:
+    keys = sorted({(row.collective, row.bytes) for row in rows})
+    return [(key, [row for row in rows if (row.collective, row.bytes) == key]) for key in keys]
+
+
+def _sizes(result: ReportedResult) -> Element | None:
+    many, parts = _has_networks(result.rows), list[Element]()
+    series = series_of([_row_label(row, many) for row in result.rows])
+    for collective in dict.fromkeys(row.collective for row in result.rows):
+        rows = sorted((row for row in result.rows if row.collective == collective), key=lambda row: row.bytes)
+        sizes = tuple(float(size) for size in sorted({row.bytes for row in rows}))
+        if len(sizes) < 2:
+            continue
+        floor = tuple({float(row.bytes): row.bound_s for row in rows if row.bound_s}.items())
+        curves = [Curve("physical floor", floor, 0)] if floor else []
+        for label in dict.fromkeys(_row_label(row, many) for row in rows):
+            points = tuple((float(row.bytes), row.median_s) for row in rows if _row_label(row, many) == label)
+            curves.append(Curve(label, points, series[label], has_markers=True))
+        parts += [heading(collective.replace("_", "-")), _size_figure(curves, sizes, collective)]
+    told = "Median time of a call, slowest rank. Both scales are logarithmic where sizes and times span far."
+    return section("Time over size", told, *parts) if parts else None
+
+
+def _size_figure(curves: Sequence[Curve], sizes: tuple[float, ...], collective: str) -> Element:
+    unit, size = time_unit(median(value for curve in curves for _, value in curve.points))
+    x = Axis("size", format_bytes, ticks=sizes[:: -(-len(sizes) // 6)], may_be_log=True)
+    y = Axis(f"time, {unit}", lambda value: plain(value / size), may_be_log=True)
+    return figure(partial(curve_chart, curves, x, y, f"Time of {collective} over its size"))
+
+
+def _row_table(result: ReportedResult) -> Element:
+    many = _has_networks(result.rows)
+    headings = ("collective", "size", "transport", "algorithm", "median", f"min {TO} max", "p99", "floor", "of floor",
+                "predicted", "prediction error", "calls")  # fmt: skip
+    rows = [
+        (
+            _called(row), format_bytes(row.bytes), _row_label(row, many), row.algorithm or NOTHING,
+            time_text(row.median_s),
+            range_cell(row.min_s, row.max_s), time_cell(row.p99_s), time_cell(row.bound_s),
+            share_cell(row.fraction_of_bound), time_cell(row.predicted_s),
+            NOTHING if row.prediction_error is None else f"{row.prediction_error:+.1%}", count_cell(row.iterations),
+        )
+        for row in result.rows
+    ]  # fmt: skip
+    told = "A call's time is the slowest rank's. Predictions were made before the calls."
+    shown = table("Times of all calls", headings, rows) if rows else None
+    return section("All figures", told, shown, notes(remarks(result)))
