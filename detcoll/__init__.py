@@ -13,12 +13,12 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from typing import Any
+from typing import Any, Literal, overload
 
 from detcoll import errors
-from detcoll.communicator import Communicator, close_all
+from detcoll.communicator import Communicator, close_all, open_communicator
 from detcoll.errors import DetcollError, UsageError
-from detcoll.job.opening import VERSION, open_communicator
+from detcoll.job.opening import VERSION
 from detcoll.runtime import Work
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp
@@ -38,6 +38,8 @@ __all__ = [
     "errors",
     "finalize",
     "init",
+    "rank",
+    "size",
 ]
 
 _lock = threading.Lock()
@@ -47,7 +49,7 @@ _current: Communicator | None = None
 def init(
     transport: str = "auto",
     topology: Topology | str | os.PathLike[str] | None = None,
-    timeout: float = 60.0,
+    timeout: float | None = None,
     reproducible: bool | None = None,
 ) -> Communicator:
     """Meet the other ranks of this job and open the communicator that the functions of this module use.
@@ -61,8 +63,9 @@ def init(
         ``auto``, or a name such as ``slotted``, ``shm``, ``mpi``, ``gloo``. DETCOLL_TRANSPORT wins.
     topology : Topology or path, optional
         Sites, their lines and delays; by default one site. DETCOLL_TOPOLOGY wins.
-    timeout : float
-        Seconds for assembling, and for each collective.
+    timeout : float, optional
+        Seconds for assembling, and for which a collective that has begun may make no progress; 600 by default.
+        DETCOLL_TIMEOUT wins. A cut of the network is borne for 30 s, or for this time where it is shorter.
     reproducible : bool, optional
         True demands the promised fold order of any transport; by default each does what it does best.
 
@@ -100,19 +103,74 @@ def communicator() -> Communicator:
     return _current
 
 
-def all_reduce(x: Any, op: str | ReduceOp = "sum", async_op: bool = False) -> Work | None:
+@overload
+def all_reduce(
+    x: Any, op: str | ReduceOp = "sum", async_op: Literal[False] = False, *, timeout: float | None = None,
+    name: str = "",
+) -> None: ...  # fmt: skip
+@overload
+def all_reduce(
+    x: Any, op: str | ReduceOp = "sum", *, async_op: Literal[True], timeout: float | None = None, name: str = ""
+) -> Work: ...
+@overload
+def all_reduce(x: Any, op: str | ReduceOp, async_op: Literal[True]) -> Work: ...
+@overload
+def all_reduce(
+    x: Any, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None: ...
+
+
+def all_reduce(
+    x: Any, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None:
     """Reduce ``x`` over all ranks, in place; see `Communicator.all_reduce`."""
-    return communicator().all_reduce(x, op, async_op)
+    return communicator().all_reduce(x, op, async_op, timeout=timeout, name=name)
 
 
-def broadcast(x: Any, root: int = 0, async_op: bool = False) -> Work | None:
+@overload
+def broadcast(
+    x: Any, root: int = 0, async_op: Literal[False] = False, *, timeout: float | None = None, name: str = ""
+) -> None: ...
+@overload
+def broadcast(
+    x: Any, root: int = 0, *, async_op: Literal[True], timeout: float | None = None, name: str = ""
+) -> Work: ...
+@overload
+def broadcast(x: Any, root: int, async_op: Literal[True]) -> Work: ...
+@overload
+def broadcast(
+    x: Any, root: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None: ...
+
+
+def broadcast(
+    x: Any, root: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None:
     """Copy ``x`` of rank ``root`` into ``x`` of all ranks; see `Communicator.broadcast`."""
-    return communicator().broadcast(x, root, async_op)
+    return communicator().broadcast(x, root, async_op, timeout=timeout, name=name)
 
 
-def barrier(async_op: bool = False) -> Work | None:
+@overload
+def barrier(async_op: Literal[False] = False, *, timeout: float | None = None, name: str = "") -> None: ...
+@overload
+def barrier(async_op: Literal[True], *, timeout: float | None = None, name: str = "") -> Work: ...
+@overload
+def barrier(async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None: ...
+
+
+def barrier(async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
     """Return once every rank has called it; see `Communicator.barrier`."""
-    return communicator().barrier(async_op)
+    return communicator().barrier(async_op, timeout=timeout, name=name)
+
+
+def rank() -> int:
+    """Return the number of this rank in the job, from 0."""
+    return communicator().rank
+
+
+def size() -> int:
+    """Return how many ranks the job has."""
+    return communicator().size
 
 
 def finalize(timeout: float = 10.0) -> None:

@@ -69,6 +69,16 @@ class Bound:
         """The element type."""
         return self.array.dtype
 
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The user's memory: the first address and the one behind the last, of each array."""
+        if not self.staged:
+            begin: int = self.array.__array_interface__["data"][0]
+            return ((begin, begin + self.array.nbytes),) if self.array.size else ()
+        return tuple(
+            (part.address, part.address + part.size * part.dtype.itemsize) for part in self._parts if part.size
+        )
+
     def load(self) -> None:
         """Copy the user's values into a staging array; nothing to do for a view."""
         if self.staged:

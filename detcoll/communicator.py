@@ -1,162 +1,150 @@
-"""What a user holds: this rank's place in the job, and the collectives.
+"""What a user holds: a group of ranks, this rank's place in it, and the collectives.
 
-One all-reduce passes through here as: `bind` makes a flat view of the user's array, arguments are checked, a
-`Descriptor` says what was called, `Planner` compiles this rank's steps or finds them in its cache, and `Progress`
-carries them out on the endpoints. A transport that does collectives itself takes the same call through `NativeRunner`.
+A communicator is a view of the job: it owns no connection and no thread. One all-reduce passes through here as: `bind`
+makes a flat view of the user's array, arguments are checked, and `Caller` numbers the call and hands it to the
+transport's own collectives or, with this rank's plan, to the progress thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import logging
 import math
 import os
 import threading
-import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.buffers import Bound, bind
-from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
-from detcoll.job.assembly import Assembled, deadline_after
-from detcoll.job.membership import Members
-from detcoll.job.settings import Facts, Settings
-from detcoll.machine import Slots
-from detcoll.plan import Calendar, Collective, Planner, Slotting
-from detcoll.plan.headroom import Express
-from detcoll.plan.layout import LARGEST_FRAME_BYTES
-from detcoll.plan.predict import Costs
-from detcoll.plan.promise import calendar_facts
-from detcoll.rendezvous import Session
-from detcoll.runtime import Descriptor, Operation, Progress, Timekeeper, Work
-from detcoll.runtime.native import NativeCall, NativeRunner
+from detcoll.errors import Closed, DetcollError, TransportError, UsageError
+from detcoll.job.assembly import deadline_after
+from detcoll.job.caller import KINDS, Caller
+from detcoll.job.job import Job
+from detcoll.job.opening import open_job
+from detcoll.plan import Calendar, Collective, Slotting, build_calendar
+from detcoll.quantities import LONGEST_TIMEOUT_S
+from detcoll.runtime import Group, Work
+from detcoll.runtime.group import WORLD_ID, group_id
 from detcoll.topology import Topology
-from detcoll.trace import Call, Trace
+from detcoll.trace import Trace
 from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
 
-log = logging.getLogger("detcoll")
-
 _FINALIZE_S = 10.0
-_PARTING_AFTER_FAILURE_S = 2.0
-TRACED_PHASES = 256
-"""Predictions in a trace tell so many moments of a cycle apart."""
+LARGEST_NAME_CHARS = 64
 _BARRIER = np.zeros(1, np.uint8)
+
+Checked = TypeVar("Checked")
 
 
 class Communicator:
-    """A group of ranks and this rank's place in it. Made by `detcoll.init`. Thread-safe.
+    """A group of ranks and this rank's place in it. Thread-safe.
 
-    Collectives must be called by all ranks in the same order. With ``async_op=True`` they return a `Work` at once, and
-    the array belongs to detcoll until its ``wait`` has returned.
+    `detcoll.init` opens the world, which is all ranks of the job; `split`, `group`, `local` and `across` make others.
+    Ranks, roots and the topology are those of the group. All groups of a job share its lines and keep to their rates
+    together.
+
+    All members must call the collectives of a group in the same order, whatever threads call them. Calls that differ
+    raise PlanMismatch; calls that look alike are told apart by their ``name``. Different groups may be used from
+    different threads at will. Calls whose arrays share memory are carried out in the order in which this rank made
+    them, also across groups.
+
+    What an error ends: UsageError the call, on all members; PlanMismatch and DeadlineMissed the group; PeerLost every
+    group with the lost rank. Other groups go on.
     """
 
     def __init__(
-        self, session: Session, settings: Settings, topology: Topology, assembled: Assembled, calendar: Calendar,
-        facts: Sequence[Facts], timekeeper: Timekeeper,
+        self, job: Job, group: Group, topology: Topology, calendar: Calendar, timeout: float,
+        parent: Communicator | None = None,
     ) -> None:  # fmt: skip
-        self._session, self._settings, self._topology, self._assembled = session, settings, topology, assembled
-        self._calendar = calendar
-        self._planner = Planner(topology.granted, session.rank, calendar, _costs(facts))
-        self._sequence = itertools.count()
-        self._order = threading.Lock()
-        self._finalized = False
-        self._pid = os.getpid()
-        here = topology.site_of(session.rank)
-        self._trace = Trace(
-            session.rank, here, settings.trace is not None, time.monotonic_ns(),
-            calendar_facts(calendar, topology.granted, session.rank),
-        )  # fmt: skip
-        self._members = Members(session)
-        self._runner = self._make_runner(here, timekeeper)
-        _open.add(self)
-
-    def _make_runner(self, here: int, timekeeper: Timekeeper) -> Progress | NativeRunner:
-        members = self._members
-        native = self._assembled.native
-        if native is not None:
-            return NativeRunner(
-                native,
-                self._trace,
-                lambda error: members.abort(type(error).__name__, str(error)),
-                members.explanation,
-            )
-        slots: Slots[tuple[Operation, int]] = Slots(
-            self._calendar,
-            here,
-            self._session.rank,
-            frame_bytes=LARGEST_FRAME_BYTES,
-            ahead=self._assembled.transport.capabilities.timed,
-            splits=self._assembled.transport.capabilities.splits,
-        )
-        routes = self._assembled.routes
-        rank, reserved = self._session.rank, self._calendar.mode is not Slotting.OFF
-        express = Express.of(self._topology, rank) if reserved else None
-        return Progress(rank, self._session.size, routes, slots, timekeeper, members, self._trace, express)
-
-    def await_clock(self, deadline_ns: int) -> None:
-        """Return once this rank knows the time of its site.
-
-        Raises
-        ------
-        DeadlineMissed
-            If it does not by the deadline.
-        DetcollError
-            If something goes wrong meanwhile.
-        """
-        if isinstance(self._runner, Progress):
-            left_s = max(deadline_ns - time.monotonic_ns(), 0) / 1e9
-            is_known = self._runner.synchronised.wait(left_s)
-            if self._runner.failure is not None:
-                raise self._runner.failure
-            if not is_known:
-                raise DeadlineMissed(f"rank {self.rank} does not agree with its site about the time")
+        self._job, self._group, self._topology, self._parent = job, group, topology, parent
+        self._caller = Caller(job, group, topology.granted if parent is None else topology, calendar)
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._earlier: Counter[tuple[int, ...]] = Counter()
+        self._splits = 0
+        self._made: dict[str, Communicator] = {}
+        if parent is None:
+            _open.add(self)
 
     @property
     def rank(self) -> int:
-        """The number of this rank, from 0."""
-        return self._session.rank
+        """The number of this rank in the group, from 0."""
+        return self._caller.rank
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
-        return self._session.size
+        """How many ranks the group has."""
+        return len(self._group.ranks)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the job that are in this group, in the order that numbers them here."""
+        return self._group.ranks
+
+    @property
+    def name(self) -> str:
+        """What messages call the group; empty for the world and for a group without a name."""
+        return self._group.name
 
     @property
     def topology(self) -> Topology:
-        """Sites, lines and delays; it fixes the order in which contributions are folded."""
+        """Sites, lines and delays; it fixes the order in which contributions are folded.
+
+        That of a group has the sites in which it has ranks, and lines no faster than its ranks' share of them.
+        """
         return self._topology
 
     @property
     def transport(self) -> str:
         """The name of the transport in use."""
-        return self._assembled.transport.name
+        return self._job.assembled.transport.name
 
     @property
     def usable(self) -> bool:
-        """Whether collectives may be called: made by this process and not finalized."""
-        return not self._finalized and os.getpid() == self._pid
+        """Whether collectives may be called: made by this process, neither closed nor finalized."""
+        return self._caller.usable
 
     @property
     def calendar(self) -> Calendar:
-        """The windows and rates of the lines between sites."""
-        return self._calendar
+        """The windows and rates of the lines between sites, by which plans of this group are made."""
+        return self._caller.planner.calendar
+
+    @property
+    def timeout(self) -> float:
+        """Seconds for which a call may make no progress, where the call itself gives no ``timeout``."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._timeout = _timeout_of(seconds)
 
     @overload
-    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", async_op: Literal[False] = False) -> None: ...
+    def all_reduce(
+        self, x: Any, op: str | ReduceOp = "sum", async_op: Literal[False] = False, *, timeout: float | None = None,
+        name: str = "",
+    ) -> None: ...  # fmt: skip
     @overload
-    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", *, async_op: Literal[True]) -> Work: ...
+    def all_reduce(
+        self, x: Any, op: str | ReduceOp = "sum", *, async_op: Literal[True], timeout: float | None = None,
+        name: str = "",
+    ) -> Work: ...  # fmt: skip
     @overload
-    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False) -> Work | None: ...
+    def all_reduce(self, x: Any, op: str | ReduceOp, async_op: Literal[True]) -> Work: ...
+    @overload
+    def all_reduce(
+        self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None,
+        name: str = "",
+    ) -> Work | None: ...  # fmt: skip
 
-    def all_reduce(self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False) -> Work | None:
+    def all_reduce(
+        self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None,
+        name: str = "",
+    ) -> Work | None:  # fmt: skip
         """Reduce ``x`` over all ranks, in place.
 
         Parameters
@@ -167,6 +155,10 @@ class Communicator:
             ``sum``, ``avg``, ``min``, ``max`` or ``prod``.
         async_op : bool
             Return a `Work` at once instead of waiting.
+        timeout : float, optional
+            Seconds for which this call may make no progress once it has begun; by default `timeout` of the group.
+        name : str
+            Compared between ranks, and shown in messages. Give one where calls of equal shape may be mixed up.
 
         Returns
         -------
@@ -175,7 +167,8 @@ class Communicator:
         Raises
         ------
         UsageError
-            If an argument cannot be used, before anything moves.
+            If an argument cannot be used, before anything moves. Other members raise it as well, unless the transport
+            does this collective itself (shared memory, MPI, Gloo): there they wait for a proper call.
         PlanMismatch, PeerLost, DeadlineMissed
             See `detcoll.errors`.
 
@@ -185,35 +178,159 @@ class Communicator:
         is the fold in rank order inside each site, then in site order, bit for bit on every rank, whatever the
         transport, the chunks and the load. 16-bit floats fold in float32 and are rounded once per level.
         """
-        parsed = ReduceOp.parse(op)
-        bound = bind(x)
-        if parsed is ReduceOp.AVG and is_integer(bound.dtype):
-            raise UsageError(f"op='avg' of {bound.dtype} has no exact result; use sum, or a float type")
-        return self._call("all_reduce", bound, parsed, 0, async_op, _count_of(x))
 
-    def broadcast(self, x: Any, root: int = 0, async_op: bool = False) -> Work | None:
+        def check() -> tuple[Bound, ReduceOp]:
+            parsed = ReduceOp.parse(op)
+            bound = bind(x)
+            if parsed is ReduceOp.AVG and is_integer(bound.dtype):
+                raise UsageError(f"op='avg' of {bound.dtype} has no exact result; use sum, or a float type")
+            return bound, parsed
+
+        bound, parsed = self._checked(check, timeout, name)
+        return self._call("all_reduce", bound, parsed, 0, async_op, _count_of(x), timeout, name)
+
+    @overload
+    def broadcast(
+        self, x: Any, root: int = 0, async_op: Literal[False] = False, *, timeout: float | None = None, name: str = ""
+    ) -> None: ...
+    @overload
+    def broadcast(
+        self, x: Any, root: int = 0, *, async_op: Literal[True], timeout: float | None = None, name: str = ""
+    ) -> Work: ...
+    @overload
+    def broadcast(self, x: Any, root: int, async_op: Literal[True]) -> Work: ...
+    @overload
+    def broadcast(
+        self, x: Any, root: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+    ) -> Work | None: ...
+
+    def broadcast(
+        self, x: Any, root: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+    ) -> Work | None:
         """Copy ``x`` of rank ``root`` into ``x`` of all ranks.
 
         Parameters
         ----------
         x : Buffer, as for `all_reduce`
         root : int
-            From 0 to size - 1, the same on all ranks.
-        async_op : bool
-            Return a `Work` at once instead of waiting.
+            A rank of the group, from 0 to size - 1, the same on all ranks.
+        async_op, timeout, name
+            As for `all_reduce`.
+
+        Raises
+        ------
+        UsageError, PlanMismatch, PeerLost, DeadlineMissed
+            As for `all_reduce`.
+        """
+
+        def check() -> Bound:
+            if isinstance(root, bool) or not isinstance(root, int | np.integer) or not 0 <= root < self.size:
+                raise UsageError(f"root={root!r} must be a rank from 0 to {self.size - 1}")
+            return bind(x)
+
+        bound = self._checked(check, timeout, name)
+        return self._call("broadcast", bound, ReduceOp.SUM, int(root), async_op, _count_of(x), timeout, name)
+
+    @overload
+    def barrier(self, async_op: Literal[False] = False, *, timeout: float | None = None, name: str = "") -> None: ...
+    @overload
+    def barrier(self, async_op: Literal[True], *, timeout: float | None = None, name: str = "") -> Work: ...
+    @overload
+    def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None: ...
+
+    def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
+        """Return once every rank of the group has called it; parameters as for `all_reduce`."""
+        bound = self._checked(lambda: bind(_BARRIER.copy()), timeout, name)
+        return self._call("barrier", bound, ReduceOp.MAX, 0, async_op, 1, timeout, name)
+
+    def split(self, color: int | None, key: int | None = None) -> Communicator | None:
+        """Part the group: ranks that give the same ``color`` get a communicator of their own.
+
+        All members call it.
+
+        Parameters
+        ----------
+        color : int, optional
+            Which part; None: this rank joins none, and gets None.
+        key : int, optional
+            Orders the ranks of a part; by default, and among equal keys, their order here does.
+
+        Returns
+        -------
+        Communicator or None
 
         Raises
         ------
         UsageError
-            If an argument cannot be used, before anything moves.
+            If an argument cannot be used.
+        ConnectError
+            If not all members called it in time; names those that did not.
         """
-        if isinstance(root, bool) or not isinstance(root, int | np.integer) or not 0 <= root < self.size:
-            raise UsageError(f"root={root!r} must be a rank from 0 to {self.size - 1}")
-        return self._call("broadcast", bind(x), ReduceOp.SUM, int(root), async_op, _count_of(x))
+        self._caller.check_usable()
+        for label, value in (("color", color), ("key", key)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+                raise UsageError(f"{label}={value!r} must be a whole number or None")
+        with self._lock:
+            number, self._splits = self._splits, self._splits + 1
+        mine = json.dumps([None if color is None else int(color), self.rank if key is None else int(key)]).encode()
+        told = self._job.session.exchange(f"split {self._group.id:016x} {number}", mine, self._deadline(), self.ranks)
+        parts = [json.loads(answer) for answer in told]
+        if color is None:
+            return None
+        members = sorted((order, rank) for rank, (part, order) in enumerate(parts) if part == color)
+        ranks = [rank for _, rank in members]
+        return self._open(ranks, f"{color}", f"split {number} {color}")
 
-    def barrier(self, async_op: bool = False) -> Work | None:
-        """Return once every rank has called it."""
-        return self._call("barrier", bind(_BARRIER.copy()), ReduceOp.MAX, 0, async_op, 1)
+    def group(self, ranks: Sequence[int], name: str | None = None) -> Communicator:
+        """Return a communicator of some ranks; only these call it, and all of them.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            Ranks of this group, each once, the same on all callers. Their order numbers them in the new group.
+        name : str, optional
+            At most 64 characters. With a name, members may make groups of the same ranks in any order; without, the
+            first one that a rank makes of exactly these ranks is the same as the first one of the others, and so on.
+
+        Returns
+        -------
+        Communicator
+
+        Raises
+        ------
+        UsageError
+            If an argument cannot be used, or an open group has this name and these ranks.
+        ConnectError
+            If not all members called it in time; names those that did not.
+        PeerLost
+            If a member is lost.
+        """
+        self._caller.check_usable()
+        members = self._members(ranks)
+        if name is not None:
+            _check_name(name)
+            return self._open(members, name, f"group {name}")
+        world_ranks = tuple(self.ranks[rank] for rank in members)
+        with self._lock:
+            earlier = self._earlier[world_ranks]
+            self._earlier[world_ranks] += 1
+        return self._open(members, "", None, earlier)
+
+    @property
+    def local(self) -> Communicator:
+        """The ranks of this group in this rank's site. Made when it is asked for first, by all of them."""
+        site = self._topology.sites[self._topology.site_of(self.rank)]
+        return self._made_once("local", site.ranks)
+
+    @property
+    def across(self) -> Communicator:
+        """This rank's counterparts: of each site that has as many, the rank in this rank's place among those of a site.
+
+        Made when it is asked for first, by all of them.
+        """
+        sites = self._topology.sites
+        place = sites[self._topology.site_of(self.rank)].ranks.index(self.rank)
+        return self._made_once("across", [site.ranks[place] for site in sites if place < len(site.ranks)])
 
     def empty(self, shape: int | Sequence[int], dtype: object = "float32") -> NDArray[Any]:
         """Return a new array in memory that collectives of this job's ranks need not stage.
@@ -249,7 +366,7 @@ class Communicator:
         sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
         if any(isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0 for size in sizes):
             raise UsageError(f"shape={shape!r} must be a whole number, or some, none negative")
-        native, nbytes = self._assembled.native, math.prod(map(int, sizes)) * kind.itemsize
+        native, nbytes = self._job.assembled.native, math.prod(map(int, sizes)) * kind.itemsize
         memory = native.allocate(nbytes) if native is not None else None
         return np.empty(sizes, kind) if memory is None else np.frombuffer(memory, kind).reshape(sizes)
 
@@ -271,52 +388,58 @@ class Communicator:
         Returns
         -------
         float or None
-            Seconds until the slowest rank has its result.
+            Seconds until the slowest rank has its result, where no other group uses the line meanwhile.
         """
         collective = self._collective(kind, nbytes, dtype)
-        if isinstance(self._runner, NativeRunner):
+        if self._caller.native is not None:
             return None
-        phase_ns = None if called_ns is None else self._phase_ns(called_ns)
-        return self._planner.predict_ns(collective, phase_ns=phase_ns) / 1e9
-
-    def _phase_ns(self, at_ns: int) -> int:
-        """Return where in the calendar's cycle a time of this rank falls."""
-        offset_ns = self._runner.site_offset_ns if isinstance(self._runner, Progress) else 0
-        return (at_ns + offset_ns) % self._calendar.sites[self._topology.site_of(self.rank)].cycle_ns
+        has_windows = self.calendar.has_windows
+        phase_ns = None if called_ns is None or not has_windows else self._job.phase_ns(called_ns)
+        return self._caller.planner.predict_ns(collective, phase_ns=phase_ns) / 1e9
 
     def bound(self, kind: str, nbytes: int, dtype: object = "float32") -> float | None:
         """Return the physical floor in seconds (see `detcoll.plan.bounds`), or None where there is no line."""
-        floor_ns = self._planner.floor_ns(self._collective(kind, nbytes, dtype))
+        floor_ns = self._caller.planner.floor_ns(self._collective(kind, nbytes, dtype))
         return None if floor_ns is None else floor_ns / 1e9
 
     def algorithm(self, kind: str, nbytes: int, dtype: object = "float32") -> str:
         """Return which algorithm a collective of ``nbytes`` would use."""
-        native = self._assembled.native
-        if native is not None:
-            return native.algorithm
-        return self._planner.algorithm(self._collective(kind, nbytes, dtype))
+        collective = self._collective(kind, nbytes, dtype)
+        if self._caller.native is not None and self._job.assembled.native is not None:
+            return self._job.assembled.native.algorithm
+        return self._caller.planner.algorithm(collective)
 
     def counters(self) -> dict[str, int]:
-        """Return what the transport and the calendar counted so far, by name.
+        """Return what the transport and the calendar counted so far for the whole job, by name.
 
         ``slot_misses`` and ``slot_trims`` count windows: those in which data waited and nothing was sent, and those in
         which some of what was due came too late. They are there where lines have slots, also one that never closes.
         """
-        counted: dict[str, int] = {}
-        for endpoint in self._assembled.endpoints:
-            for name, value in endpoint.counters().items():
-                counted[name] = counted.get(name, 0) + value
-        if isinstance(self._runner, Progress) and self._calendar.mode in (Slotting.CALENDAR, Slotting.TURNS):
-            counted["slot_misses"], counted["slot_trims"] = self._runner.late_windows
-        return counted
+        return self._job.counters()
 
     @property
     def trace(self) -> Trace:
         """What this rank did, beside what was planned; without DETCOLL_TRACE nothing is kept."""
-        return self._trace
+        return self._job.trace
+
+    def close(self, timeout: float = _FINALIZE_S) -> None:
+        """Finish what is under way in this group and meet its members; of the world, `finalize` the job. Idempotent.
+
+        Raises
+        ------
+        DeadlineMissed
+            If calls are still under way after ``timeout`` seconds; the group has failed then.
+        """
+        if self._parent is None:
+            self.finalize(timeout)
+        elif self.usable:
+            self._caller.close()
+            self._job.close_group(self._group, timeout)
 
     def finalize(self, timeout: float = _FINALIZE_S) -> None:
         """Finish what is under way, meet all ranks once more, and give everything back. Idempotent.
+
+        All groups of the job end with its world; of another group it does as `close`.
 
         Raises
         ------
@@ -325,169 +448,133 @@ class Communicator:
         PlanMismatch
             If this rank is through with a collective that others called differently, and was not told yet.
         """
-        if self._finalized or os.getpid() != self._pid:
+        if self._parent is not None:
+            self.close(timeout)
             return
-        self._finalized = True
         _open.discard(self)
-        deadline_ns = deadline_after(timeout)
-        had_failed = self._runner.failure is not None
-        trouble: Exception | None = None
-        try:
-            if not self._runner.drain(deadline_ns) and not had_failed:
-                trouble = self._runner.failure
-            if self._runner.failure is None:
-                self._part(deadline_ns)
-        finally:
-            self._runner.close()
-            trouble = trouble or self._untold_mismatch()
-            self._complete_trace()
-            for endpoint in self._assembled.endpoints:
-                if self._runner.failure is None:
-                    endpoint.close(deadline_ns)
-                else:
-                    endpoint.abort()
-            if self._runner.failure is not None:  # all have been told; a frozen rank 0 would not answer
-                deadline_ns = min(deadline_ns, deadline_after(_PARTING_AFTER_FAILURE_S))
-            self._session.close(deadline_ns)
-            self._write_trace()
-        if trouble is not None:
-            raise trouble
-
-    def _untold_mismatch(self) -> PlanMismatch | None:
-        failure = self._runner.failure
-        if failure is None:
-            failure = self._members.failure()
-        elif self._runner.was_told:
-            return None
-        return failure if isinstance(failure, PlanMismatch) else None
+        self._job.finalize(timeout)
 
     def __enter__(self) -> Communicator:
         """Return the communicator itself."""
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        """Finalize; after an error without waiting for anybody."""
+        """Close; after an error without waiting for anybody."""
         if kind is None:
-            self.finalize()
+            self.close()
         else:
             self.abort(f"{getattr(kind, '__name__', kind)}: {error}")
 
     def abort(self, reason: str) -> None:
-        """Give up: every collective under way fails on all ranks, with ``reason`` shown to them. Idempotent."""
-        if self._finalized or os.getpid() != self._pid:
-            return
-        self._finalized = True
-        _open.discard(self)
-        self._session.abort("TransportError", reason)
-        self._runner.fail(TransportError(f"rank {self.rank} aborted: {reason}"))
-        self._runner.close()
-        for endpoint in self._assembled.endpoints:
-            endpoint.abort()
-        self._session.close(deadline_after(0.5))
+        """Give up: every call under way fails on all ranks of the group, with ``reason`` shown to them. Idempotent.
 
-    def _call(self, kind: str, bound: Bound, op: ReduceOp, root: int, async_op: bool, arrays: int) -> Work | None:
-        self._check_usable()
-        called_ns = time.monotonic_ns()
-        bound.load()
-        with self._order:
-            work = self._start(kind, bound, op, root, arrays, called_ns, wait=not async_op)
-        if work is None:  # a native collective, which has ended
-            bound.store()
-            return None
-        if async_op:
+        Aborting the world ends the whole job.
+        """
+        if not self.usable:
+            return
+        if self._parent is None:
+            _open.discard(self)
+            self._job.abort(reason)
+            return
+        self._caller.close()
+        engine, group = self._job.loop.engine, self._group
+        error = TransportError(f"rank {self._job.session.rank}: {reason}")
+        self._job.loop.post(lambda now_ns: engine.fail_group(group, error, now_ns))
+
+    def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
+        """Check arguments; what cannot be used is told to the other ranks."""
+        try:
+            _check_name(name)
+            if timeout is not None:
+                _timeout_of(timeout)
+            return check()
+        except UsageError as error:
+            self._caller.refuse(error)
+            raise
+
+    def _call(
+        self, kind: str, bound: Bound, op: ReduceOp, root: int, async_op: bool, arrays: int, timeout: float | None,
+        name: str,
+    ) -> Work | None:  # fmt: skip
+        seconds = self._timeout if timeout is None else timeout
+        work = self._caller.call(kind, bound, op, root, arrays, timeout_s=seconds, name=name, wait=not async_op)
+        if async_op or work is None:  # None: a native collective, which has ended
             return work
         work.wait()
         return None
 
-    def _start(
-        self, kind: str, bound: Bound, op: ReduceOp, root: int, arrays: int, called_ns: int, *, wait: bool
-    ) -> Work | None:
-        """Begin a collective; None where the caller would wait and it has ended already."""
-        sequence = next(self._sequence)
-        deadline_ns = called_ns + round(self._settings.timeout_s * 1e9)
-        runner = self._runner
-        if isinstance(runner, NativeRunner):
-            call = NativeCall(sequence, kind, bound.array, op, root, deadline_ns, called_ns, arrays)
-            if wait and runner.run_at_once(call):
-                return None
-        work = Work(f"{kind} number {sequence}", bound.store if bound.staged else None)
-        if isinstance(runner, NativeRunner):
-            runner.run(call, work)
-            return work
-        collective = Collective(
-            kind, bound.array.size, bound.dtype.itemsize, accumulation_dtype(bound.dtype).itemsize, root
-        )
-        descriptor = Descriptor(sequence, kind, op.value, bound.dtype.name, bound.array.size, root, arrays)
-        runner.submit(
-            Operation(descriptor, self._planner.plan(collective), bound.array, op, work, deadline_ns, called_ns)
-        )
-        return work
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise UsageError("this communicator was made before a fork; call detcoll.init() in the new process")
-        if self._finalized:
-            raise Closed("the communicator was finalized")
-
     def _collective(self, kind: str, nbytes: int, dtype: object) -> Collective:
         element = parse_dtype(dtype)
-        if kind not in ("all_reduce", "broadcast", "barrier"):
-            raise UsageError(f"kind={kind!r} must be all_reduce, broadcast or barrier")
+        if kind not in KINDS:
+            raise UsageError(f"kind={kind!r} must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         if nbytes < 0 or nbytes % element.itemsize:
             raise UsageError(f"nbytes={nbytes} must be a multiple of {element.itemsize}, the size of {element}")
         count = nbytes // element.itemsize
         return Collective(kind, count, element.itemsize, accumulation_dtype(element).itemsize)
 
-    def _part(self, deadline_ns: int) -> None:
-        """Meet once more, so that nobody closes while another still needs an answer."""
-        try:
-            self._session.exchange("finalize", b"", deadline_ns)
-        except TransportError as error:
-            log.warning("rank %d: others did not finalize: %s", self.rank, error)
+    def _deadline(self) -> int:
+        return deadline_after(self._job.settings.timeout_s)
 
-    def _complete_trace(self) -> None:
-        """Note what is known at the end only."""
-        if self._trace.calendar is not None and isinstance(self._runner, Progress):
-            self._trace.calendar["offset_ns"] = self._runner.site_offset_ns
-            self._trace.misses = self._runner.missed_windows
-        self._trace.counts = self.counters()
-        for endpoint in self._assembled.endpoints:
-            self._trace.connections.extend(endpoint.connections())
+    def _members(self, ranks: Sequence[int]) -> list[int]:
+        """Return ranks as whole numbers, or refuse them."""
+        members = list(ranks)
+        whole = all(isinstance(rank, int | np.integer) and not isinstance(rank, bool) for rank in members)
+        if not members or not whole or not all(0 <= rank < self.size for rank in members):
+            raise UsageError(f"ranks={ranks!r} must be ranks from 0 to {self.size - 1}, at least one")
+        if len(set(members)) < len(members):
+            raise UsageError(f"ranks={ranks!r} must name each rank once")
+        if self.rank not in members:
+            raise UsageError(f"ranks={ranks!r} lacks rank {self.rank}, which called; only members make a group")
+        return [int(rank) for rank in members]
 
-    def _predict_call(self, call: Call, called_ns: int) -> int | None:
-        """Return the predicted time of a call in the trace; phases are rounded, so that few have to be computed."""
-        if not isinstance(call.subject, Collective):
-            return None
-        phase_ns = None
-        if self._calendar.has_windows:
-            cycle_ns = self._calendar.sites[self._topology.site_of(self.rank)].cycle_ns
-            step_ns = max(cycle_ns // TRACED_PHASES, 1)
-            phase_ns = self._phase_ns(called_ns) // step_ns * step_ns
-        return self._planner.predict_ns(call.subject, phase_ns=phase_ns)
+    def _made_once(self, name: str, members: Sequence[int]) -> Communicator:
+        with self._lock:
+            made = self._made.get(name)
+        if made is None or not made.usable:
+            self._caller.check_usable()
+            made = self._open(list(members), name, f"own {name}")
+            with self._lock:
+                self._made[name] = made
+        return made
 
-    def _write_trace(self) -> None:
-        if self._settings.trace is None:
-            return
-        folder = Path(self._settings.trace)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank{self.rank}.json").write_text(
-                json.dumps(self._trace.to_json(self._predict_call)), encoding="utf-8"
-            )
-        except OSError as error:
-            log.warning("trace of rank %d was not written: %s", self.rank, error)
+    def _open(self, members: Sequence[int], name: str, hashed: str | None, earlier: int = 0) -> Communicator:
+        """Make the communicator of some members, together with them."""
+        job = self._job
+        ranks = tuple(self.ranks[rank] for rank in members)
+        identity = group_id(self._group.id, ranks, hashed, earlier)
+        group = Group(identity, ranks, tuple(job.topology.site_of(rank) for rank in ranks), name)
+        job.open_group(group)
+        topology = job.topology.granted.restricted(ranks)
+        calendar = build_calendar(topology, _slotting(job.calendar))
+        return Communicator(job, group, topology, calendar, self._timeout, self)
 
 
 _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-def _costs(facts: Sequence[Facts]) -> Costs:
-    """Return what hosts cost, which is the same on all ranks: the most crowded host sets the pace of a call."""
-    ranks_on = Counter(fact.host for fact in facts)
-    cores_of = {host: set[int]().union(*(fact.cores for fact in facts if fact.host == host)) for host in ranks_on}
-    return max(
-        (Costs.on_host(count, len(cores_of[host])) for host, count in ranks_on.items()), key=lambda costs: costs.call_ns
-    )
+def open_communicator(
+    environ: Mapping[str, str], transport: str, topology: Topology | str | os.PathLike[str] | None,
+    timeout: float | None, reproducible: bool | None,
+) -> Communicator:  # fmt: skip
+    """Open a job and return the communicator of its world; see `detcoll.init`."""
+    job = open_job(environ, transport, topology, timeout, reproducible)
+    return Communicator(job, job.world, job.topology, job.calendar, job.settings.timeout_s)
+
+
+def _slotting(calendar: Calendar) -> Slotting:
+    """Return how plans of a group take lines to be shared: by rate, whatever windows the job's calendar has."""
+    return Slotting.OFF if calendar.mode is Slotting.OFF else Slotting.SHARE
+
+
+def _timeout_of(seconds: object) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST_TIMEOUT_S:
+        raise UsageError(f"timeout={seconds!r} must be a number of seconds above 0 and at most {LONGEST_TIMEOUT_S}")
+    return float(seconds)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or len(name.encode()) > LARGEST_NAME_CHARS:
+        raise UsageError(f"name={name!r} must be a string of at most {LARGEST_NAME_CHARS} bytes")
 
 
 def _count_of(x: Any) -> int:

@@ -19,8 +19,11 @@ HELLO_BYTES = 256
 LARGEST_KEPT_ANNOUNCEMENTS = 1024
 
 
-class Descriptor(msgspec.Struct, frozen=True):
-    """What a collective was called with; equal on all ranks, or the call is an error."""
+class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a collective was called with; equal on all ranks, or the call is an error.
+
+    ``group`` : the id of the group in hexadecimal, empty for the world.  ``name`` : what the caller calls it.
+    """
 
     sequence: int
     kind: str
@@ -29,6 +32,8 @@ class Descriptor(msgspec.Struct, frozen=True):
     count: int
     root: int
     arrays: int = 1
+    group: str = ""
+    name: str = ""
 
     def encode(self) -> bytes:
         """Return the record that ranks compare: its length, its text, and padding."""

@@ -18,7 +18,7 @@ Times are nanoseconds of the rank's local monotonic clock; `Slots.offset_ns` is 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -134,7 +134,7 @@ class Slots(Generic[Item]):
     ``frame_bytes`` is what a transport adds to each message. ``ahead``: sends are given out before their window opens,
     to a transport that holds them; otherwise only inside it. ``splits``: so is one of which only a part fits, to a
     transport that sends that part. In mode SHARE and OFF, and where nobody shares a downlink, everything goes at once,
-    at its flow's rate. Where windows lead to one site each, every peer has a queue and windows of its own, so that what
+    at its flow's rate. Where windows lead to one site each, every site has a queue and windows of its own, so that what
     waits for one does not hold up another; else one queue serves all.
 
     While ``trusted`` is not set, this rank does not know the time well enough for its windows: everything goes at once,
@@ -190,8 +190,14 @@ class Slots(Generic[Item]):
         for send, _, _ in reversed(sends):
             self._lane(send).queue.appendleft(send)
 
+    def withdraw(self, unwanted: Callable[[Item], bool]) -> None:
+        """Take sends out of the queues."""
+        for lane in self._lanes.values():
+            if any(unwanted(send.item) for send in lane.queue):
+                lane.queue = deque(send for send in lane.queue if not unwanted(send.item))
+
     def _lane(self, send: Queued[Item]) -> _Lane[Item]:
-        key = send.peer if self._leads else -1
+        key = send.destination_site if self._leads else -1
         if key not in self._lanes:
             windows = self.calendar.windows_to(self.site, self.rank, send.destination_site)
             self._lanes[key] = _Lane(tuple((window.start_ns, window.end_ns) for window in windows))
@@ -254,7 +260,8 @@ class Slots(Generic[Item]):
             send = lane.queue[0]
             rate = self.calendar.rate_bytes_per_s(self.site, send.destination_site)
             # Kernel pacing keeps the order inside one connection; another connection must not start before it drained.
-            begin_ns = max(start_ns, cursor_ns) if send.peer != lane.last_peer and not self._leads else start_ns
+            changes = send.peer != lane.last_peer and (lane.last_peer >= 0 or not self._leads)
+            begin_ns = max(start_ns, cursor_ns) if changes else start_ns
             window = Window(begin_ns, end_ns, rate)
             takes_ns = window.takes_ns(send.nbytes + self.frame_bytes)
             if takes_ns > end_ns - start_ns and not self.splits:

@@ -149,6 +149,33 @@ class Topology:
         """Return the same grouping with no lines between: the baseline that gives the same bits."""
         return Topology(tuple(Site(site.name, site.ranks) for site in self.sites), (), self.mtu_bytes)
 
+    def restricted(self, ranks: Sequence[int]) -> Topology:
+        """Return the topology of some ranks, numbered in the order given: sites that have one of them, in order.
+
+        A site's line counts in the proportion of its ranks that are there, since the others go on using their part.
+        """
+        kept, sites, shares = [], [], []
+        for index, site in enumerate(self.sites):
+            members = tuple(number for number, rank in enumerate(ranks) if rank in site.ranks)
+            if not members:
+                continue
+            share = len(members) / len(site.ranks)
+            up, down = (
+                None if rate is None else rate * share for rate in (site.uplink_bytes_per_s, site.downlink_bytes_per_s)
+            )
+            kept.append(index)
+            shares.append(share)
+            sites.append(Site(site.name, members, up, down))
+        links = []
+        for (low, high), link in self.links:
+            if low in kept and high in kept:
+                ends = kept.index(low), kept.index(high)
+                reserved = link.reserved_bytes_per_s
+                if reserved is not None:
+                    reserved *= min(shares[end] for end in ends)
+                links.append((ends, replace(link, reserved_bytes_per_s=reserved)))
+        return Topology(tuple(sites), tuple(links), self.mtu_bytes)
+
     def placed(self, site_names: Sequence[str]) -> Topology:
         """Return this topology with rank r in the site named ``site_names[r]``.
 

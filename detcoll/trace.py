@@ -23,6 +23,7 @@ LARGEST_TRACE = 65_536
 
 SEND_COLUMNS = (
     "sequence", "dst", "nbytes", "not_before_ns", "not_after_ns", "started_ns", "left_ns", "ended_ns", "trimmed",
+    "group",
 )  # fmt: skip
 
 
@@ -67,12 +68,16 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What all collectives of one kind and size have in common; ``subject`` is what their prediction is made from."""
+    """What all collectives of one kind, size and group have in common.
+
+    ``subject`` is what their prediction is made from, ``group`` the number of the group in tags; the world's is 1.
+    """
 
     kind: str
     nbytes: int
     algorithm: str
     subject: Hashable = None
+    group: int = 1
 
 
 Predict = Callable[[Call, int], int | None]
@@ -136,7 +141,7 @@ class Trace:
             takes_ns = predict(call, row["called_ns"]) if predict is not None else None
             told.append(
                 row | {
-                    "kind": call.kind, "nbytes": call.nbytes, "algorithm": call.algorithm,
+                    "kind": call.kind, "nbytes": call.nbytes, "algorithm": call.algorithm, "group": call.group,
                     "predicted_end_ns": None if takes_ns is None else row["called_ns"] + takes_ns,
                 }
             )  # fmt: skip

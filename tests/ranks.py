@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from detcoll.cli.run import rank_environments
-from detcoll.communicator import Communicator
-from detcoll.job.opening import open_communicator
+from detcoll.communicator import Communicator, open_communicator
 from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.topology import Topology
 
@@ -74,7 +71,7 @@ def attempt(
         try:
             communicator = open_communicator(given, mine(transport, rank), mine(topology, rank), timeout, reproducible)
             if patience is not None:
-                communicator._settings = msgspec.structs.replace(communicator._settings, timeout_s=patience)
+                communicator.timeout = patience
             with communicator:
                 answers[rank] = function(communicator)
         except BaseException as error:  # pytest's own is no Exception

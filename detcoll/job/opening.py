@@ -1,4 +1,4 @@
-"""How a communicator is opened: ranks meet, agree on settings and a calendar, and connect."""
+"""How a job is opened: ranks meet, agree on settings and a calendar, and connect."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from detcoll.clock import MonotonicClock, clock_domain
-from detcoll.communicator import Communicator
 from detcoll.errors import UsageError
 from detcoll.job.assembly import Assembled, assemble, deadline_after
 from detcoll.job.calendars import agree_on_calendar, aligns_arrivals
+from detcoll.job.job import Job
 from detcoll.job.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
 from detcoll.launch.launchers import read_environment
 from detcoll.plan import Calendar, Slotting
@@ -33,14 +33,14 @@ ALIGNING_NS = 5_000_000_000
 """How long sites may take for it. Mostly it is done in less than a second."""
 
 
-def open_communicator(
+def open_job(
     environ: Mapping[str, str],
     transport: str,
     topology: Topology | str | os.PathLike[str] | None,
-    timeout: float,
+    timeout: float | None,
     reproducible: bool | None,
-) -> Communicator:
-    """Meet all ranks and return this rank's communicator; see `detcoll.init`."""
+) -> Job:
+    """Meet all ranks and return this rank's part of the job; see `detcoll.init`."""
     configure_logging(environ.get("DETCOLL_LOG"))
     world = read_environment(environ)
     if not world.local_rank:  # one rank of a host is enough
@@ -54,7 +54,7 @@ def open_communicator(
         assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
         try:
             calendar, timekeeper = _calendar(settings, placed, facts, session, deadline_ns, assembled)
-            communicator = Communicator(session, settings, placed, assembled, calendar, facts, timekeeper)
+            job = Job(session, settings, placed, assembled, calendar, facts, timekeeper)
         except BaseException:
             for endpoint in assembled.endpoints:
                 endpoint.abort()
@@ -65,11 +65,11 @@ def open_communicator(
         session.close(deadline_after(1.0))
         raise
     try:
-        communicator.await_clock(deadline_ns)
+        job.await_clock(deadline_ns)
     except BaseException as error:
-        communicator.abort(str(error))
+        job.abort(str(error))
         raise
-    return communicator
+    return job
 
 
 def _calendar(

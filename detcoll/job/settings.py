@@ -16,7 +16,7 @@ import msgspec
 
 from detcoll.errors import UsageError
 from detcoll.plan.calendar import Slotting
-from detcoll.quantities import LONGEST_TIMEOUT_S, parse_flag
+from detcoll.quantities import LONGEST_TIMEOUT_S, parse_flag, parse_timeout_s
 from detcoll.rendezvous.sockets import Address, is_loopback, parse_ports
 from detcoll.topology import Topology
 
@@ -30,6 +30,9 @@ EXPEDITED_DSCP = 46
 
 LARGEST_DSCP = 63
 
+DEFAULT_TIMEOUT_S = 600.0
+"""Longer than a checkpoint takes to write, which other ranks may wait for."""
+
 
 PREFIX = "DETCOLL_"
 VARIABLES = frozenset(
@@ -37,7 +40,7 @@ VARIABLES = frozenset(
     for name in (
         "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
         "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES",
-        "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
+        "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
 """Every variable of the environment that means something to detcoll, its launchers and its tests."""
@@ -48,7 +51,7 @@ _warned: set[str] = set()
 class Settings(msgspec.Struct, frozen=True):
     """Everything that decides how this rank opens its communicator.
 
-    ``transport`` : a name or ``"auto"``.  ``timeout_s`` : deadline of each collective and of assembling.
+    ``transport`` : a name or ``"auto"``.  ``timeout_s`` : for assembling, and for collectives without progress.
     ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
     does best.  ``ports`` : range to bind in.  ``dscp`` : code point of what crosses lines.  ``trace`` : folder for
     trace files.  ``compare`` : whether Gloo's ranks compare what they call.  ``proxy`` : host:port of a SOCKS5 proxy
@@ -106,7 +109,7 @@ def read_settings(
     size: int,
     transport: str,
     topology: Topology | str | os.PathLike[str] | None,
-    timeout: float,
+    timeout: float | None,
     reproducible: bool | None,
 ) -> Settings:
     """Combine arguments and environment; what the environment says wins.
@@ -116,8 +119,7 @@ def read_settings(
     UsageError
         If one of them cannot be used.
     """
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= LONGEST_TIMEOUT_S:
-        raise UsageError(f"timeout={timeout!r} must be a number of seconds above 0 and at most {LONGEST_TIMEOUT_S}")
+    timeout_s = _timeout(environ.get("DETCOLL_TIMEOUT"), timeout)
     if not isinstance(transport, str):
         raise UsageError(f"transport={transport!r} must be a name such as 'auto' or 'slotted'")
     asked = environ.get("DETCOLL_SLOTTING")
@@ -127,7 +129,7 @@ def read_settings(
     return Settings(
         transport=environ.get("DETCOLL_TRANSPORT") or transport,
         topology=where,
-        timeout_s=float(timeout),
+        timeout_s=timeout_s,
         reproducible=bool(reproducible),
         slotting=slotting,
         insecure=insecure,
@@ -138,6 +140,17 @@ def read_settings(
         compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
         proxy=_proxy(environ.get("DETCOLL_PROXY"), insecure=insecure),
     )
+
+
+def _timeout(asked: str | None, given: float | None) -> float:
+    """Return the timeout in seconds: the environment's, else the caller's, else `DEFAULT_TIMEOUT_S`."""
+    if asked:
+        return parse_timeout_s(f"{asked} s" if asked.replace(".", "", 1).isdecimal() else asked, "DETCOLL_TIMEOUT")
+    if given is None:
+        return DEFAULT_TIMEOUT_S
+    if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given <= LONGEST_TIMEOUT_S:
+        raise UsageError(f"timeout={given!r} must be a number of seconds above 0 and at most {LONGEST_TIMEOUT_S}")
+    return float(given)
 
 
 def check_slotting(slotting: Slotting | None, topology: Topology) -> None:

@@ -50,6 +50,7 @@ class _Exchange:
     name: str
     answer_by_ns: int
     payloads: dict[int, bytes] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
 
 
 class Hub:
@@ -151,7 +152,7 @@ class Hub:
             self._drop(peer, "it said no hello")
         for number, exchange in list(self._exchanges.items()):
             if exchange.payloads and now_ns >= exchange.answer_by_ns:
-                absent = [rank for rank in range(self.size) if rank not in exchange.payloads]
+                absent = [rank for rank in exchange.ranks if rank not in exchange.payloads]
                 self._fail(number, wire.Missing(number, absent, ""))
 
     def _part(self) -> None:
@@ -211,8 +212,8 @@ class Hub:
                 self._greet(peer, message)
             case wire.Gather():
                 self._gather(peer, message)
-            case wire.Abort(kind, text):
-                self._tell_others(peer, wire.AbortedRank(_rank_of(peer), kind, text[: wire.TEXT_CHARS]))
+            case wire.Abort(kind, text, group):
+                self._tell_others(peer, wire.AbortedRank(_rank_of(peer), kind, text[: wire.TEXT_CHARS], group))
             case wire.Bye():
                 self._leave(peer)
 
@@ -273,23 +274,27 @@ class Hub:
             text = ", ".join(f"rank {rank} {why}" for rank, why in sorted(self._gone.items()))
             self._fail(gather.number, wire.Missing(gather.number, sorted(self._gone), text))
         else:
-            self._arrive(gather.number, peer, gather.payload, gather.remaining_ms)
+            self._arrive(gather.number, peer, gather.payload, gather.remaining_ms, gather.ranks)
 
-    def _arrive(self, number: int, peer: _Peer, payload: bytes, remaining_ms: int) -> None:
+    def _arrive(self, number: int, peer: _Peer, payload: bytes, remaining_ms: int, ranks: list[int] | None = None) -> None:
         exchange = self._exchanges[number]
+        exchange.ranks = ranks or list(range(self.size))
         exchange.payloads[_rank_of(peer)] = payload
         # The answer must arrive before the rank's own time is over.
         patience_ns = max(0, remaining_ms - min(500, remaining_ms // 10)) * 10**6
         exchange.answer_by_ns = min(exchange.answer_by_ns, time.monotonic_ns() + min(patience_ns, 2**62))
-        if len(exchange.payloads) < self.size:
+        if len(exchange.payloads) < len(exchange.ranks):
             return
         del self._exchanges[number]
         if number == 0:
             self._is_assembled = True
             answer: wire.FromHub = wire.Welcome(self._reach())
         else:
-            answer = wire.Gathered(number, [exchange.payloads[rank] for rank in range(self.size)])
-        self._tell_others(None, answer)
+            answer = wire.Gathered(number, [exchange.payloads[rank] for rank in exchange.ranks])
+        frame = wire.pack(answer)
+        for rank in sorted(exchange.payloads, reverse=True):
+            if rank in self._ranks:
+                self._send(self._ranks[rank], frame)
 
     def _fail(self, number: int, failure: wire.Missing | wire.Refused) -> None:
         """Tell all that came to an exchange, and all that will, that it failed."""

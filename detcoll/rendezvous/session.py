@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Aborted:
     rank: int
     kind: str
     text: str
+    group: int = 0
 
 
 Event = Lost | Aborted
@@ -122,7 +124,7 @@ class Session:
             # On the host of rank 0 the way to it may be loopback, which is no way for others.
             self._host = answer.reach if answer.reach and is_loopback(local) else local
 
-    def exchange(self, name: str, payload: bytes, deadline_ns: int) -> list[bytes]:
+    def exchange(self, name: str, payload: bytes, deadline_ns: int, ranks: Sequence[int] | None = None) -> list[bytes]:
         """Give ``payload`` under ``name`` and return every rank's, in rank order; all ranks must call it.
 
         Parameters
@@ -146,10 +148,15 @@ class Session:
         if len(payload) > limit or len(name) > 1024:
             raise UsageError(f"exchange {name[:64]!r}: {len(payload)} bytes exceed the {limit} that a rank may give")
         self._raise_trouble(name)
-        self._number += 1
+        if ranks is None:
+            self._number += 1
+            number = self._number
+        else:
+            number = zlib.crc32(repr((name, list(ranks))).encode()) + 2**20
         remaining_ms = round(left(deadline_ns) * 1000)
-        self._send(wire.pack(wire.Gather(self._number, name, bytes(payload), remaining_ms)), deadline_ns)
-        answer = self._await(self._number, deadline_ns)
+        gather = wire.Gather(number, name, bytes(payload), remaining_ms, list(ranks or ()))
+        self._send(wire.pack(gather), deadline_ns)
+        answer = self._await(number, deadline_ns)
         if isinstance(answer, wire.Gathered):
             return answer.payloads
         if isinstance(answer, wire.Missing):
@@ -172,7 +179,7 @@ class Session:
             told, self._pending = self._pending, []
             return told
 
-    def abort(self, kind: str, text: str) -> None:
+    def abort(self, kind: str, text: str, group: int = 0) -> None:
         """Tell all other ranks that this one gives up, and why; best effort, never blocks for long.
 
         Parameters
@@ -185,7 +192,7 @@ class Session:
         if self._is_closed or self._is_cut:
             return
         with contextlib.suppress(ConnectError):
-            frame = wire.pack(wire.Abort(kind, text[: wire.TEXT_CHARS]))
+            frame = wire.pack(wire.Abort(kind, text[: wire.TEXT_CHARS], group))
             self._send(frame, time.monotonic_ns() + round(_ABORT_S * 1e9))
 
     def close(self, deadline_ns: int) -> None:
@@ -287,8 +294,8 @@ class Session:
         match message:
             case wire.LostRank(rank):
                 self._note(Lost(rank), f"rank {rank} is lost")
-            case wire.AbortedRank(rank, kind, text):
-                self._note(Aborted(rank, kind, text), f"rank {rank} gave up ({kind}): {text}")
+            case wire.AbortedRank(rank, kind, text, group):
+                self._note(Aborted(rank, kind, text, group), "" if group else f"rank {rank} gave up ({kind}): {text}")
             case wire.Closing():
                 self._has_parted = True
             case _:
@@ -297,7 +304,8 @@ class Session:
 
     def _note(self, event: Event, text: str) -> None:
         self._pending.append(event)
-        self._trouble.append(text)
+        if text:
+            self._trouble.append(text)
         os.eventfd_write(self._told, 1)
         os.eventfd_write(self._answered, 1)
 

@@ -40,6 +40,7 @@ class Gather(msgspec.Struct, tag=True, array_like=True, frozen=True):
     name: str
     payload: bytes
     remaining_ms: int
+    ranks: list[int] = []
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -47,6 +48,7 @@ class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
     kind: str
     text: str
+    group: int = 0
 
 
 class Bye(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -93,6 +95,7 @@ class AbortedRank(msgspec.Struct, tag=True, array_like=True, frozen=True):
     rank: int
     kind: str
     text: str
+    group: int = 0
 
 
 class Closing(msgspec.Struct, tag=True, array_like=True, frozen=True):

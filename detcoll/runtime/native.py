@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError
+from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError, UsageError
 from detcoll.priority import shorten_turns
 from detcoll.runtime.work import Work
 from detcoll.trace import Call, Trace
@@ -38,6 +39,9 @@ class NativeCall:
     deadline_ns: int
     called_ns: int
     arrays: int = 1
+    load: Callable[[], None] | None = None
+    store: Callable[[], None] | None = None
+    name: str = ""
 
 
 class NativeRunner:
@@ -47,6 +51,8 @@ class NativeRunner:
     ----------
     collectives : NativeCollectives
         What does the work.
+    rank : int
+        This rank, for messages.
     trace : Trace
         Where calls are noted.
     on_failure : callable
@@ -58,11 +64,13 @@ class NativeRunner:
     def __init__(
         self,
         collectives: NativeCollectives,
+        rank: int,
         trace: Trace,
         on_failure: Callable[[Exception], None],
         explain: Callable[[], DetcollError | None] = lambda: None,
     ) -> None:
-        self._collectives, self._trace, self._on_failure, self._explain = collectives, trace, on_failure, explain
+        self._collectives, self._rank, self._trace = collectives, rank, trace
+        self._on_failure, self._explain = on_failure, explain
         self._turn = threading.Lock()
         self._queue: queue.Queue[tuple[NativeCall, Work] | None] = queue.Queue(LARGEST_QUEUE)
         self._queued = 0
@@ -76,6 +84,10 @@ class NativeRunner:
     def failure(self) -> Exception | None:
         """What ended this communicator, or None."""
         return self._failure
+
+    def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
+        """Tell whether the transport itself does a collective of this kind, type and operator."""
+        return self._collectives.supports(kind, dtype, op)
 
     def run(self, call: NativeCall, work: Work) -> None:
         """Queue ``call``; ``work`` ends when it does."""
@@ -104,6 +116,10 @@ class NativeRunner:
             if self._queued:
                 return False
             error = self._do(call)
+        except BaseException as interrupt:  # in the middle of it, so that no later call can be trusted to match
+            what = f"rank {self._rank} was interrupted in {call.kind} number {call.sequence}"
+            self._give_up(TransportError(f"{what}: {type(interrupt).__name__}"))
+            raise
         finally:
             self._turn.release()
         if error is not None:
@@ -156,7 +172,13 @@ class NativeRunner:
             return self._failure
         error: Exception
         try:
+            if call.load is not None:
+                call.load()
             self._dispatch(call)
+            if call.store is not None:
+                call.store()
+        except UsageError as problem:  # nothing has moved
+            return problem
         except DetcollError as problem:
             error = problem
         except Exception as problem:

@@ -1,109 +1,85 @@
-"""One collective on its way: a machine, the arrays it works on, and what it was asked to do."""
+"""One collective on its way, as the engine's rules see it. Its arrays are in `detcoll.runtime.memory`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from detcoll.descriptor import HELLO_BYTES, Descriptor
+from detcoll.descriptor import Descriptor
 from detcoll.machine import Machine
-from detcoll.plan.ir import Buffer, Plan
-from detcoll.runtime.work import Work
-from detcoll.transport import Ticket, byte_view
-from detcoll.types import ReduceOp, accumulation_dtype
+from detcoll.plan.ir import Plan
+from detcoll.runtime.control import Answer
+from detcoll.runtime.group import Group
 
-__all__ = ["HELLO_BYTES", "Descriptor", "Operation", "ScratchPool"]
+Span = tuple[int, int]
+"""First address and the one behind the last."""
 
 
-class ScratchPool:
-    """Scratch memory that operations use one after another, so that its pages are touched once."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
-
-    def take(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return ``nbytes`` of memory, content unspecified."""
-        free = self._free.get(nbytes)
-        return free.pop() if free else np.empty(nbytes, np.uint8)
-
-    def give(self, memory: NDArray[np.uint8]) -> None:
-        """Take memory back; sizes that are no longer asked for are forgotten."""
-        if memory.nbytes not in self._free and len(self._free) >= 4:
-            self._free.pop(next(iter(self._free)))
-        self._free.setdefault(memory.nbytes, []).append(memory)
+def overlap(one: Sequence[Span], other: Sequence[Span]) -> bool:
+    """Tell whether two pieces of memory have a byte in common."""
+    return any(low < end and begin < high for low, high in one for begin, end in other)
 
 
 @dataclass(eq=False, slots=True)
 class Operation:
-    """What the progress thread knows about one collective.
+    """A call of a group. It has many fields since it is all that is known of a call; the rules are the engine's.
 
-    ``array`` : (count,), the caller's memory or its staging copy; written in place.
+    ``plan`` : this rank's part; its ranks are those of the group.  ``timeout_ns`` : how long nothing may come.
+    ``spans`` : the caller's memory.  ``memory`` : the driver's own, never looked at by the engine.
+    ``order`` : its place among all calls of this rank.  ``progress_ns`` : when it began, or last got further.
+    ``limit_ns`` : when the engine looks after it.  ``over`` : ended with an error; what still comes is dropped.
     """
 
+    group: Group
     descriptor: Descriptor
     plan: Plan
-    array: NDArray[Any]
-    op: ReduceOp
-    work: Work
-    deadline_ns: int
+    timeout_ns: int
     called_ns: int
+    spans: Sequence[Span] = ()
+    memory: Any = None
+    order: int = -1
     machine: Machine = field(init=False)
-    lent: dict[int, Ticket] = field(default_factory=dict)
+    progress_ns: int = 0
+    limit_ns: int = 0
     strangers: set[int] = field(default_factory=set)
     """Ranks that have not said yet what they called; what comes from them is held."""
-    held: list[Ticket] = field(default_factory=list)
-    unasked_bytes: dict[int, int] = field(default_factory=dict)
-    """What was sent to each stranger."""
+    held: list[int] = field(default_factory=list)
+    """RECV steps that ended although their sender has not said what it called."""
+    wrong: dict[int, Exception] = field(default_factory=dict)
+    """What strangers sent that does not fit this call."""
+    lent: dict[int, int] = field(default_factory=dict)
+    """Bytes that RECV steps lent and nothing has used yet; negative where they were copied."""
     unsent: dict[int, list[int]] = field(default_factory=dict)
     """SEND steps that wait until a stranger has called, by rank."""
+    unasked_bytes: dict[int, int] = field(default_factory=dict)
+    """What was sent to each stranger."""
+    asked: dict[int, Answer | None] | None = None
+    """Whom this rank asked where they stand, after the deadline."""
+    delays: int = 0
     reported: bool = False
-    _buffers: dict[int, NDArray[Any]] = field(default_factory=dict)
-    _scratch: list[NDArray[np.uint8]] = field(default_factory=list)
+    over: bool = False
 
     def __post_init__(self) -> None:
         """Make the machine for the plan."""
         self.machine = Machine(self.plan)
 
-    def open(self, pool: ScratchPool) -> None:
-        """Lay out scratch for the plan."""
-        self._buffers[Buffer.USER] = self.array
-        for buffer, elems, dtype in (
-            (Buffer.PARTIAL, self.plan.partial_elems, self.array.dtype),
-            (Buffer.ACCUMULATOR, self.plan.accumulator_elems, self.accumulator_dtype),
-        ):
-            memory = pool.take(elems * dtype.itemsize)
-            self._scratch.append(memory)
-            self._buffers[buffer] = memory.view(dtype)
-
-    def close(self, pool: ScratchPool) -> None:
-        """Give scratch back; nothing may be under way any more."""
-        self._buffers.clear()
-        while self._scratch:
-            pool.give(self._scratch.pop())
+    @property
+    def sequence(self) -> int:
+        """Its number among the calls of its group."""
+        return self.descriptor.sequence
 
     @property
-    def accumulator_dtype(self) -> np.dtype[Any]:
-        """The type in which this operation folds."""
-        return accumulation_dtype(self.array.dtype)
+    def title(self) -> str:
+        """What messages call it."""
+        named = f" ({self.descriptor.name})" if self.descriptor.name else ""
+        title = self.group.title
+        return f"{self.descriptor.kind} number {self.sequence}{named}" + (f" of group {title}" if title else "")
 
-    @property
-    def divisor(self) -> int | None:
-        """By what the last fold divides, or None where it does not."""
-        return self.plan.size if self.op is ReduceOp.AVG else None
+    def peer(self, step: int) -> int:
+        """Return the rank of the job that a SEND or RECV is about."""
+        return self.group.ranks[self.plan.rows[step].peer]
 
-    def elements(self, buffer: int, offset: int, length: int) -> NDArray[Any]:
-        """Return elements of a buffer that the plan names."""
-        return self._buffers[buffer][offset : offset + length]
-
-    def view(self, buffer: int, offset: int, length: int) -> memoryview:
-        """Return the same as `elements`, as bytes."""
-        return byte_view(self.elements(buffer, offset, length))
-
-    def arrived(self, step: int, accumulated: bool) -> NDArray[Any]:
-        """Return what the RECV ``step`` lent."""
-        view = self.lent[step].view
-        dtype = self.accumulator_dtype if accumulated else self.array.dtype
-        return np.frombuffer(view if view is not None else b"", dtype)
+    def overlaps(self, other: Operation) -> bool:
+        """Tell whether two calls work on common memory."""
+        return overlap(self.spans, other.spans)

@@ -4,26 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from detcoll.errors import DetcollError
 from detcoll.transport import Endpoint
-
-
-class Membership(Protocol):
-    """What the rendezvous tells while ranks work: who is gone, and who gave up."""
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable when `failure` has something to say."""
-
-    def failure(self) -> DetcollError | None:
-        """Return the error that a lost rank or another rank's abort means here, without waiting."""
-
-    def explanation(self) -> DetcollError | None:
-        """Wait a little for why a peer is lost, which an endpoint does not see; None if nobody says."""
-
-    def abort(self, kind: str, text: str) -> None:
-        """Tell all other ranks that this one has given up, and why."""
 
 
 @dataclass(frozen=True, slots=True)

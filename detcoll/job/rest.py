@@ -1,0 +1,86 @@
+"""The other ranks as the rendezvous knows them: who is gone, who gave up, and why.
+
+What it tells is kept, since both the progress thread and a native collective that failed want to know it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+
+from detcoll.errors import DetcollError, PeerLost
+from detcoll.rendezvous import Aborted, Session
+from detcoll.rendezvous.session import Event
+from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
+from detcoll.runtime.engine import Engine
+
+_EXPLANATION_NS = 1_000_000_000
+"""How long a rank that lost a peer waits to hear from the rendezvous why."""
+
+_AT = "@"
+"""In the kind of an abort, before the sequence of the call that was refused."""
+
+
+class Rest:
+    """What this rank hears of the others. Thread-safe."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._lock = threading.Lock()
+        self._heard: list[Event] = []
+        self._told = 0
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when the rendezvous has something to say."""
+        return self._session.fileno()
+
+    def tell(self, engine: Engine, now_ns: int) -> None:
+        """Tell the engine what it has not been told yet, without waiting."""
+        self._listen()
+        heard, self._told = self._heard[self._told :], len(self._heard)
+        for event in heard:  # why a rank gave up comes before that it is gone, and says more
+            if isinstance(event, Aborted):
+                engine.told(_cause(event), now_ns)
+            else:
+                engine.rank_lost(event.rank, _loss(event), now_ns)
+
+    def announce(self, cause: Cause) -> None:
+        """Tell all other ranks why this rank ends a call, a group or the job."""
+        kind = cause.kind if cause.sequence == WHOLE_GROUP else f"{cause.kind}{_AT}{cause.sequence}"
+        self._session.abort(kind, cause.text, cause.group)
+
+    def failure(self, group: int) -> DetcollError | None:
+        """Return the error that a loss, or another rank's giving up this group or the job, means here."""
+        self._listen()
+        for event in self._heard:
+            if isinstance(event, Aborted) and event.group in (JOB_ID, group) and _AT not in event.kind:
+                return _cause(event).error()
+        for event in self._heard:
+            if not isinstance(event, Aborted):
+                return PeerLost(_loss(event))
+        return None
+
+    def explanation(self, group: int) -> DetcollError | None:
+        """Wait a little for why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        end_ns = time.monotonic_ns() + _EXPLANATION_NS
+        while (failure := self.failure(group)) is None and (left_ns := end_ns - time.monotonic_ns()) > 0:
+            poll.poll(left_ns / 1e6)
+        return failure
+
+    def _listen(self) -> None:
+        with self._lock:
+            self._heard += self._session.events()
+
+
+def _cause(event: Aborted) -> Cause:
+    kind, _, sequence = event.kind.partition(_AT)
+    return Cause(event.group, int(sequence) if sequence else WHOLE_GROUP, kind, event.text, event.rank)
+
+
+def _loss(event: Event) -> str:
+    text = getattr(event, "text", "")
+    return text or f"rank {event.rank} is lost: its connection to the rendezvous ended without a goodbye"

@@ -1,0 +1,690 @@
+"""The engine: what one rank does next in all its calls, without a clock, a socket or an array.
+
+Events come in with the time (`submit`, `received`, `sent`, `worked`, `greeted`, `told`, `rank_lost`, ...), and actions
+go out: the list `Engine.actions`, which the driver carries out in order and clears. The driver is `detcoll.runtime.loop`
+on the wire and `detcoll.sim` in virtual time; tests are drivers too. Steps that cost processor time, folds and copies,
+are not actions: the driver takes them one by one from `next_work`, as it finds time, and reports each by `worked`.
+
+A call's life::
+
+    submit -> queue of its group -> OPEN, greet -> RECV, SEND, work ... -> result ready -> FINISH -> last step -> CLOSE
+                    (at most `LARGEST_ACTIVE` of a group, after calls of any group that work on the same memory)
+
+- Greeting: ranks compare descriptors before a result counts. What comes from a rank that has not said what it called is
+  held, and it is sent `LARGEST_UNASKED_BYTES` at most, over all groups.
+- Groups are served in turns, one piece of work each; inside a group, calls and steps keep their order.
+- A call whose result makes no progress for its timeout is looked into: this rank asks those that it waits for. One that
+  does not answer, or has not called, is named; where all wait for others that have time left, so does this rank.
+- What an error ends: a refused call itself; a mismatch or a missed deadline its group; a lost rank every group that it
+  is in. All members are told, by those that know, without rank 0 (`detcoll.runtime.control`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from detcoll.errors import DeadlineMissed, DetcollError, FrameError, PeerLost, PlanMismatch, UsageError
+from detcoll.machine import Queued, Slots
+from detcoll.plan.headroom import Express
+from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
+from detcoll.plan.layout import uses_window
+from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Answer, Ask, Cause, Message
+from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, Group
+from detcoll.runtime.operation import Operation
+from detcoll.runtime.recorder import Recorder
+from detcoll.transport import Window
+
+LARGEST_ACTIVE = 16
+"""Operations of a group under way at once; further ones wait, so that scratch and credit stay bounded."""
+
+HELLO_TAG = LARGEST_PLAN_TAG
+
+LARGEST_UNASKED_BYTES = 8 * 2**20
+"""What a rank sends to one that has not called the same collective yet, over all groups: half of what the slotted
+transport lets peers hold for each other, so that what an earlier collective needs always gets through."""
+
+LARGEST_LENT_BYTES = 8 * 2**20
+"""Of one peer, what may lie in its transport's memory; what cannot be folded yet and comes beyond it is copied, so that
+a call that is stuck does not use up the credit of others."""
+
+LARGEST_COPIED_BYTES = 128 * 2**20
+
+LARGEST_REFUSALS = 1024
+
+ANSWER_NS = 1_000_000_000
+"""How long a rank that looks into a late call waits for answers."""
+
+HEARSAY_NS = 250_000_000
+"""How long it then waits for one that knows better."""
+
+EXPLANATION_NS = 1_000_000_000
+"""How long a rank that lost the connection to a peer waits to hear why."""
+
+LARGEST_DELAYS = 16
+"""How often a call may outlast its timeout because others have time left."""
+
+Wide = tuple[Operation, int]
+
+
+class Act(IntEnum):
+    """What a driver is to do; the fields that follow in the action are given here."""
+
+    OPEN = 0
+    """operation: load the caller's values, lay out scratch."""
+    RECV = 1
+    """operation, step: post the receive."""
+    SEND = 2
+    """operation, step, queued or None, window or None: send, what of ``queued`` is left."""
+    HELLO = 3
+    """operation, peer: send the descriptor."""
+    AWAIT_HELLO = 4
+    """operation, peer: post the receive of the peer's descriptor."""
+    COPY = 5
+    """operation, step: copy what the RECV lent and give the loan back."""
+    FINISH = 6
+    """operation, error or None: the caller's array is finished, or the call failed."""
+    CLOSE = 7
+    """operation: scratch may be used again."""
+    LISTEN = 8
+    """peer: post a receive for its control messages."""
+    TELL = 9
+    """peer, message: send a control message."""
+    ANNOUNCE = 10
+    """cause: tell it to whomever the rendezvous reaches."""
+    DISCARD = 11
+    """tag, bits: drop what belongs to these tags."""
+
+
+@dataclass(eq=False, slots=True)
+class Membership:
+    """A group as the engine keeps it.
+
+    ``contacts`` : members that this rank has to do with.  ``begun`` : the latest call that has left the queue.
+    ``refused`` : calls that some rank refused, by sequence.  ``told`` : whether a caller was shown the failure.
+    """
+
+    group: Group
+    acquaintances: frozenset[int]
+    contacts: set[int]
+    waiting: deque[Operation] = field(default_factory=deque)
+    active: list[Operation] = field(default_factory=list)
+    work: list[tuple[int, int, Operation]] = field(default_factory=list)
+    begun: int = -1
+    latest: int = -1
+    refused: dict[int, Cause] = field(default_factory=dict)
+    failure: Exception | None = None
+    told: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or is under way."""
+        return not self.waiting and not self.active
+
+
+class Engine:
+    """All calls of one rank; see the module. It keeps more than a few fields since it is where rules of calls meet.
+
+    Parameters
+    ----------
+    rank : int
+        This rank of the job.
+    site_of : sequence of int
+        The site of every rank.
+    wide : frozenset of int
+        Ranks behind the line.
+    slots : Slots
+        What this rank may send over the line, and when.
+    express : Express, optional
+        The budget of what leaves at once; None: not limited.
+    recorder : Recorder, optional
+        Where events are kept.
+    lines_cost : bool
+        Whether sends over the line are work too, as the simulator has it.
+    """
+
+    def __init__(
+        self, rank: int, site_of: Sequence[int], wide: frozenset[int], slots: Slots[Wide],
+        express: Express | None = None, recorder: Recorder | None = None, *, lines_cost: bool = False,
+    ) -> None:  # fmt: skip
+        self.rank, self.site_of, self.wide, self.slots = rank, site_of, wide, slots
+        self._express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
+        self.actions: list[tuple[Any, ...]] = []
+        self.groups: dict[int, Membership] = {}
+        self.lost: dict[int, PeerLost] = {}
+        self._suspects: dict[int, tuple[PeerLost, int]] = {}
+        self._listening: set[int] = set()
+        self._ready: deque[Membership] = deque()
+        self._unasked_bytes: dict[int, int] = {}
+        self._lent_bytes: dict[int, int] = {}
+        self._copied_bytes = 0
+        self._order = 0
+
+    # Groups and calls.
+
+    def join(self, group: Group) -> Membership:
+        """Take part in a group from now on.
+
+        Raises
+        ------
+        UsageError
+            If a group with the same id or number is open already.
+        PeerLost
+            If a member is lost already.
+        """
+        for other in self.groups.values():
+            if other.group.number == group.number:
+                same = other.group.id == group.id
+                text = "is open already" if same else f"has the same number as group {other.group.title}"
+                raise UsageError(f"group {group.title} {text}; close that one, or give this one another name=")
+        for rank in group.ranks:
+            if rank in self.lost:
+                raise PeerLost(str(self.lost[rank]))
+        known = group.acquaintances(self.rank)
+        membership = Membership(group, known, set(known))
+        self.groups[group.id] = membership
+        self._listen(known)
+        return membership
+
+    def leave(self, group: Group) -> None:
+        """Take no part in a group any more; nothing of it may be under way."""
+        if self.groups.pop(group.id, None) is not None:
+            self.actions.append((Act.DISCARD, group.prefix, 64 - NUMBER_BITS))
+
+    def submit(self, operation: Operation, now_ns: int) -> None:
+        """Take in a call; it starts as soon as its group and its memory allow."""
+        membership = self.groups[operation.group.id]
+        self.recorder.note(now_ns, "call", operation.group.number, operation.sequence)
+        if membership.failure is not None:
+            membership.told = True
+            self.actions.append((Act.FINISH, operation, membership.failure))
+            return
+        operation.order = self._order
+        self._order += 1
+        membership.latest = max(membership.latest, operation.sequence)
+        membership.waiting.append(operation)
+
+    def refuse(self, group: Group, sequence: int, error: Exception, now_ns: int) -> None:
+        """Tell all members that this rank cannot do call ``sequence``, which ends for all of them."""
+        membership = self.groups[group.id]
+        membership.latest = max(membership.latest, sequence)
+        self.recorder.note(now_ns, "refuse", group.number, sequence)
+        if membership.refused.pop(sequence, None) is None and membership.failure is None:
+            cause = Cause.of(group.id, sequence, error, self.rank)
+            self.actions.append((Act.DISCARD, group.call_prefix(sequence), PLAN_BITS))
+            self._spread(membership, cause, self.rank)
+
+    def start_ready(self, now_ns: int) -> None:
+        """Start calls that wait for nothing but this."""
+        for membership in self.groups.values():
+            while membership.waiting and len(membership.active) < LARGEST_ACTIVE:
+                operation = membership.waiting[0]
+                if operation.spans and self._must_follow(operation):
+                    break
+                membership.waiting.popleft()
+                membership.begun = operation.sequence
+                self._start(membership, operation, now_ns)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or is under way in any group."""
+        return all(membership.idle for membership in self.groups.values())
+
+    @property
+    def can_start(self) -> bool:
+        """Whether `start_ready` might start something."""
+        return any(
+            membership.waiting
+            and len(membership.active) < LARGEST_ACTIVE
+            and not self._must_follow(membership.waiting[0])
+            for membership in self.groups.values()
+        )
+
+    def _must_follow(self, operation: Operation) -> bool:
+        """Tell whether an earlier call works on the same memory and has not ended."""
+        for membership in self.groups.values():
+            for other in membership.active:
+                if not other.reported and other.order < operation.order and operation.overlaps(other):
+                    return True
+            for other in membership.waiting:
+                if other.order >= operation.order:
+                    break
+                if operation.overlaps(other):
+                    return True
+        return False
+
+    def _start(self, membership: Membership, operation: Operation, now_ns: int) -> None:
+        self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)
+        refusal = membership.refused.pop(operation.sequence, None)
+        if refusal is not None:
+            self._end_call(membership, operation, refusal.error())
+            return
+        membership.active.append(operation)
+        self._progressed(operation, now_ns)
+        self.actions.append((Act.OPEN, operation))
+        if len(operation.group.ranks) > 1:
+            self._greet(membership, operation, now_ns)
+        self._carry_out(membership, operation, operation.machine.start(), now_ns)
+        for peer in operation.strangers & self.wide:  # they wait longer for it than this site for its first chunk
+            if self._express is not None:
+                self._express.spend(HELLO_COST_BYTES, now_ns)
+            self.actions.append((Act.HELLO, operation, peer))
+
+    def _greet(self, membership: Membership, operation: Operation, now_ns: int) -> None:
+        """Exchange descriptors with every peer of the plan, so that nothing of another collective is taken in.
+
+        Acquaintances hear it too: ranks that called different collectives may have plans that share no message.
+        """
+        ranks = operation.group.ranks
+        operation.strangers = {ranks[peer] for peer in operation.plan.peers} | membership.acquaintances
+        membership.contacts |= operation.strangers
+        self._listen(operation.strangers)
+        for peer in operation.strangers:
+            self.actions.append((Act.AWAIT_HELLO, operation, peer))
+        for peer in operation.strangers - self.wide:
+            self.actions.append((Act.HELLO, operation, peer))
+
+    def _listen(self, peers: Iterable[int]) -> None:
+        for peer in peers:
+            if peer not in self._listening:
+                self._listening.add(peer)
+                self.actions.append((Act.LISTEN, peer))
+
+    # Steps.
+
+    def _carry_out(self, membership: Membership, operation: Operation, ready: list[int], now_ns: int) -> None:
+        """Start steps that may start and cost little; the others are put in order for `next_work`."""
+        rows, ranks = operation.plan.rows, operation.group.ranks
+        for step in ready:
+            row = rows[step]
+            if row.kind == Kind.RECV:
+                self.actions.append((Act.RECV, operation, step))
+            elif row.kind == Kind.SEND and not self._lines_cost and ranks[row.peer] in self.wide:
+                self._send(operation, step, now_ns)
+            else:
+                if not membership.work:
+                    self._ready.append(membership)
+                heapq.heappush(membership.work, (operation.order, step, operation))
+
+    def next_work(self) -> Wide | None:
+        """Return a fold or a send to be done now, or None; groups take turns."""
+        while self._ready:
+            membership = self._ready.popleft()
+            while membership.work:
+                _, step, operation = heapq.heappop(membership.work)
+                if operation.over:
+                    continue
+                if membership.work:
+                    self._ready.append(membership)
+                return operation, step
+        return None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `next_work` may have something."""
+        return bool(self._ready)
+
+    def worked(self, operation: Operation, step: int, now_ns: int) -> None:
+        """Take note that work of `next_work` is done: a fold has been folded, a send may go."""
+        if operation.over:
+            return
+        if operation.plan.rows[step].kind != Kind.FOLD:
+            self._send(operation, step, now_ns)
+            return
+        if operation.lent:
+            for buffer, offset in operation.plan.inputs_of(step):
+                if buffer == Buffer.LENT:
+                    self._give_back(operation, offset)
+        self._ended(operation, step, now_ns)
+
+    def received(self, operation: Operation, step: int, now_ns: int) -> None:
+        """Take note that what a RECV waits for has come."""
+        if operation.over:
+            return
+        ready: list[int] = []
+        if operation.peer(step) in operation.strangers:
+            operation.held.append(step)
+        else:
+            ready = self._ended(operation, step, now_ns)
+        if not ready and operation.plan.rows[step].buffer == Buffer.LENT:
+            self._keep_lent(operation, step)
+
+    def sent(self, operation: Operation, step: int, now_ns: int) -> None:
+        """Take note that a SEND has been acknowledged; that is no progress of the call."""
+        if not operation.over:
+            membership = self.groups[operation.group.id]
+            self._carry_out(membership, operation, operation.machine.ended(step), now_ns)
+
+    def missed(self, sends: Sequence[tuple[Queued[Wide], Window, int]]) -> None:
+        """Put back sends that left their window with only so many bytes (third) of them sent."""
+        left = [send for send in sends if not send[0].item[0].over]
+        if left:
+            self.slots.missed(left)
+
+    def failed(self, operation: Operation, step: int, peer: int, error: Exception, now_ns: int) -> None:
+        """Take note that a SEND or RECV of a step failed."""
+        if operation.over:
+            return
+        if isinstance(error, PeerLost):
+            self.suspect(peer, error, now_ns)
+        elif isinstance(error, FrameError) and peer in operation.strangers:
+            operation.wrong[peer] = error  # what the stranger called explains it, most probably
+        else:
+            self._end_group(self.groups[operation.group.id], error, now_ns)
+
+    def _ended(self, operation: Operation, step: int, now_ns: int) -> list[int]:
+        self._progressed(operation, now_ns)
+        self.recorder.note(now_ns, "step", operation.group.number, operation.sequence, step)
+        ready = operation.machine.ended(step)
+        if ready:
+            self._carry_out(self.groups[operation.group.id], operation, ready, now_ns)
+        return ready
+
+    def _progressed(self, operation: Operation, now_ns: int) -> None:
+        operation.progress_ns = now_ns
+        operation.limit_ns = now_ns + operation.timeout_ns
+        operation.asked, operation.delays = None, 0
+
+    def _keep_lent(self, operation: Operation, step: int) -> None:
+        """Count what cannot be folded yet; copy it where its sender has much of that here already."""
+        peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
+        if self._lent_bytes.get(peer, 0) + nbytes > LARGEST_LENT_BYTES:
+            if self._copied_bytes + nbytes <= LARGEST_COPIED_BYTES:
+                self._copied_bytes += nbytes
+                operation.lent[step] = -nbytes
+                self.actions.append((Act.COPY, operation, step))
+                return
+        self._lent_bytes[peer] = self._lent_bytes.get(peer, 0) + nbytes
+        operation.lent[step] = nbytes
+
+    def _give_back(self, operation: Operation, step: int) -> None:
+        nbytes = operation.lent.pop(step, 0)
+        if nbytes < 0:
+            self._copied_bytes += nbytes
+        elif nbytes:
+            self._lent_bytes[operation.peer(step)] -= nbytes
+
+    # Sending.
+
+    def _send(self, operation: Operation, step: int, now_ns: int) -> None:
+        peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
+        if peer in operation.strangers and not self._may_send_unasked(operation, peer, nbytes):
+            operation.unsent.setdefault(peer, []).append(step)
+            return
+        if peer in self.wide and not self._leaves_at_once(operation, nbytes, now_ns):
+            self.slots.add(Queued((operation, step), self.site_of[peer], peer, nbytes))
+        else:
+            self.actions.append((Act.SEND, operation, step, None, None))
+
+    def _leaves_at_once(self, operation: Operation, nbytes: int, now_ns: int) -> bool:
+        """Tell whether a wide message needs no window: one of a small collective that the headroom has room for."""
+        if uses_window(self.slots.calendar, operation.plan.collective.nbytes):
+            return False
+        return self._express is None or self._express.take(nbytes, now_ns)
+
+    def _may_send_unasked(self, operation: Operation, peer: int, nbytes: int) -> bool:
+        """Take note of a send to a rank that has not called yet; False if it holds enough already."""
+        held_bytes = self._unasked_bytes.get(peer, 0)
+        if operation.unsent.get(peer) or (held_bytes and held_bytes + nbytes > LARGEST_UNASKED_BYTES):
+            return False
+        self._unasked_bytes[peer] = held_bytes + nbytes
+        operation.unasked_bytes[peer] = operation.unasked_bytes.get(peer, 0) + nbytes
+        return True
+
+    def give_the_line(self, now_ns: int) -> None:
+        """Send what goes into this rank's current or next windows."""
+        for queued, window in self.slots.due(now_ns):
+            operation, step = queued.item
+            self.actions.append((Act.SEND, operation, step, queued, window))
+
+    def greeted(self, operation: Operation, peer: int, record: bytes, now_ns: int) -> None:
+        """Take in what a peer says that it called."""
+        if operation.over:
+            return
+        try:
+            operation.descriptor.compare(self.rank, peer, record)
+        except PlanMismatch as error:
+            self._end_group(self.groups[operation.group.id], error, now_ns)
+            return
+        if peer in operation.wrong:
+            self._end_group(self.groups[operation.group.id], operation.wrong[peer], now_ns)
+            return
+        operation.strangers.discard(peer)
+        self._unasked_bytes[peer] = self._unasked_bytes.get(peer, 0) - operation.unasked_bytes.pop(peer, 0)
+        for step in operation.unsent.pop(peer, ()):
+            self._send(operation, step, now_ns)
+        held, operation.held = operation.held, []
+        for step in held:
+            if operation.peer(step) in operation.strangers:
+                operation.held.append(step)
+            else:
+                self._ended(operation, step, now_ns)
+
+    def retire(self, now_ns: int) -> None:
+        """Report calls whose result is ready, and close those whose last step has ended."""
+        for membership in self.groups.values():
+            closed = 0
+            for operation in membership.active:
+                if not operation.reported:
+                    if not operation.machine.result_ready or operation.strangers:
+                        continue
+                    operation.reported = True
+                    self.recorder.note(now_ns, "end", operation.group.number, operation.sequence)
+                    self.actions.append((Act.FINISH, operation, None))
+                closed += operation.machine.done
+            if closed:
+                self._close(membership)
+
+    def _close(self, membership: Membership) -> None:
+        left = []
+        for operation in membership.active:
+            if operation.reported and operation.machine.done:
+                self.actions.append((Act.CLOSE, operation))
+            else:
+                left.append(operation)
+        membership.active = left
+
+    # Time.
+
+    def next_ns(self, now_ns: int) -> int | None:
+        """Return when `turn` has something to do even if nothing happens, or None."""
+        times = [until_ns for _, until_ns in self._suspects.values()]
+        line_ns = self.slots.next_ns(now_ns)
+        if line_ns is not None:
+            times.append(line_ns)
+        for membership in self.groups.values():
+            times += [operation.limit_ns for operation in membership.active if not operation.reported]
+        return min(times, default=None)
+
+    def look_after(self, now_ns: int) -> None:
+        """Look into calls that make no progress, and give up peers that nobody explains."""
+        for peer, (error, until_ns) in list(self._suspects.items()):
+            if now_ns >= until_ns:
+                self.rank_lost(peer, str(error), now_ns)
+        for membership in list(self.groups.values()):
+            for operation in membership.active:
+                if not operation.reported and now_ns >= operation.limit_ns:
+                    self._look_into(membership, operation, now_ns)
+                    if membership.failure is not None:
+                        break
+
+    def _look_into(self, membership: Membership, operation: Operation, now_ns: int) -> None:
+        """Ask those that a late call waits for, then judge by what they answered."""
+        if operation.asked is None:
+            awaited = self._awaited(operation)
+            operation.asked = dict.fromkeys(awaited)
+            operation.limit_ns = now_ns + (ANSWER_NS if awaited else HEARSAY_NS)
+            for peer in awaited:
+                self.actions.append((Act.TELL, peer, Ask(operation.group.id, operation.sequence)))
+            return
+        answers = operation.asked
+        to_blame = [peer for peer, answer in answers.items() if answer is None or answer.state == "absent"]
+        left_ns = max((answer.left_ns for answer in answers.values() if answer is not None), default=0)
+        if not to_blame and left_ns > 0 and operation.delays < LARGEST_DELAYS:
+            operation.delays += 1
+            operation.asked = None
+            operation.limit_ns = now_ns + left_ns + HEARSAY_NS
+        elif not to_blame and operation.delays < LARGEST_DELAYS:  # they know no better, or are about to tell
+            operation.delays = LARGEST_DELAYS
+            operation.limit_ns = now_ns + HEARSAY_NS
+        else:
+            self._end_group(membership, DeadlineMissed(self._late(operation, to_blame)), now_ns)
+
+    def _awaited(self, operation: Operation) -> dict[int, int]:
+        """Return how many messages are awaited from each rank, those that have not called among them."""
+        ranks = operation.group.ranks
+        if operation.strangers:
+            return dict.fromkeys(sorted(operation.strangers), 0)
+        return {ranks[peer]: count for peer, count in sorted(operation.machine.waiting_for().items())}
+
+    def _late(self, operation: Operation, to_blame: Sequence[int]) -> str:
+        awaited = self._awaited(operation)
+        peers = ", ".join(f"rank {peer} ({count} messages)" for peer, count in awaited.items())
+        if to_blame:
+            peers = ", ".join(f"rank {peer}, {self._reproach(operation, peer)}" for peer in to_blame)
+        return (
+            f"rank {self.rank}: {operation.title} was not finished after {operation.timeout_ns / 1e9:g} s "
+            f"without progress; it waits for {peers or 'nobody'}"
+        )
+
+    def _reproach(self, operation: Operation, peer: int) -> str:
+        answer = (operation.asked or {}).get(peer)
+        if answer is None:
+            called = "has not been heard to call it and" if peer in operation.strangers else "has called it and now"
+            return f"which {called} does not answer"
+        reached = f"is at number {answer.latest}" if answer.latest >= 0 else "has called nothing of this group"
+        return f"which has not called it: it {reached}"
+
+    # What others tell.
+
+    def message(self, peer: int, message: Message, now_ns: int) -> None:
+        """Take in a control message of ``peer``."""
+        match message:
+            case Cause():
+                self.told(message, now_ns, peer)
+            case Ask(group, sequence):
+                self.actions.append((Act.TELL, peer, self._answer(group, sequence, now_ns)))
+            case Answer(group, sequence):
+                membership = self.groups.get(group)
+                for operation in membership.active if membership is not None else ():
+                    if operation.sequence == sequence and operation.asked is not None and peer in operation.asked:
+                        operation.asked[peer] = message
+                        if None not in operation.asked.values():
+                            operation.limit_ns = now_ns
+
+    def _answer(self, group: int, sequence: int, now_ns: int) -> Answer:
+        membership = self.groups.get(group)
+        if membership is None:
+            return Answer(group, sequence, "absent")
+        unreported = [operation for operation in membership.active if not operation.reported]
+        first = next((op for op in unreported if op.sequence == sequence), None)
+        if first is None and membership.begun < sequence <= membership.latest and unreported:
+            first = unreported[0]  # it waits behind this one
+        if first is not None:
+            left_ns = 0 if first.asked is not None else max(first.limit_ns - now_ns, 1)
+            return Answer(group, sequence, "waiting", left_ns, membership.latest)
+        if sequence <= membership.latest:
+            return Answer(group, sequence, "ended", 0, membership.latest)
+        return Answer(group, sequence, "absent", 0, membership.latest)
+
+    def told(self, cause: Cause, now_ns: int, by: int = -1) -> None:
+        """Take in why something ended, from a peer (``by``) or from the rendezvous."""
+        if cause.group == JOB_ID:
+            for membership in list(self.groups.values()):
+                self._end_group(membership, cause.error(), now_ns, cause)
+            return
+        membership = self.groups.get(cause.group)
+        if membership is None or membership.failure is not None:
+            return
+        if cause.sequence == WHOLE_GROUP:
+            self._end_group(membership, cause.error(), now_ns, cause, by)
+        elif cause.sequence not in membership.refused:
+            self._refused(membership, cause, by)
+
+    def _refused(self, membership: Membership, cause: Cause, by: int) -> None:
+        """End a call that another rank refused, now or when it is made here."""
+        operation = next((op for op in membership.active if op.sequence == cause.sequence), None)
+        waits = any(op.sequence == cause.sequence for op in membership.waiting)
+        if operation is None and not waits and cause.sequence <= membership.latest:
+            return  # it has ended here, well or by the same cause
+        self._spread(membership, cause, by)
+        if operation is not None:
+            if not operation.reported:
+                self._end_call(membership, operation, cause.error())
+            return
+        if len(membership.refused) >= LARGEST_REFUSALS:
+            membership.refused.pop(next(iter(membership.refused)))
+        membership.refused[cause.sequence] = cause
+
+    def suspect(self, peer: int, error: PeerLost, now_ns: int) -> None:
+        """Take note that an endpoint lost a peer; perhaps somebody tells why before it counts."""
+        if peer not in self.lost:
+            self._suspects.setdefault(peer, (error, now_ns + EXPLANATION_NS))
+
+    def rank_lost(self, rank: int, text: str, now_ns: int) -> None:
+        """End every group that a lost rank is in."""
+        self._suspects.pop(rank, None)
+        if rank in self.lost:
+            return
+        self.recorder.note(now_ns, "lost", peer=rank)
+        self.lost[rank] = PeerLost(text)
+        for membership in list(self.groups.values()):
+            if rank in membership.group.members:
+                self._end_group(membership, PeerLost(text), now_ns)
+
+    def fail_group(self, group: Group, error: Exception, now_ns: int) -> None:
+        """End a group with an error that this rank found out."""
+        membership = self.groups.get(group.id)
+        if membership is not None:
+            self._end_group(membership, error, now_ns)
+
+    # Ends.
+
+    def _end_group(
+        self, membership: Membership, error: Exception, now_ns: int, cause: Cause | None = None, by: int = -1
+    ) -> None:
+        """End all calls of a group with ``error``, and tell its members: the cause as it was told, or this one."""
+        if membership.failure is not None:
+            return
+        membership.failure = error
+        self.recorder.note(now_ns, "fail", membership.group.number)
+        calls = [*membership.active, *membership.waiting]
+        membership.told = any(not operation.reported for operation in calls)
+        membership.active, membership.work = [], []
+        membership.waiting.clear()
+        for operation in calls:
+            self._drop(operation, error)
+        self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
+        self._spread(membership, cause or Cause.of(membership.group.id, WHOLE_GROUP, error, self.rank), by)
+
+    def _end_call(self, membership: Membership, operation: Operation, error: DetcollError) -> None:
+        if operation in membership.active:
+            membership.active.remove(operation)
+        self._drop(operation, error)
+        self.actions.append((Act.DISCARD, operation.group.call_prefix(operation.sequence), PLAN_BITS))
+
+    def _drop(self, operation: Operation, error: Exception) -> None:
+        operation.over = True
+        for peer, nbytes in operation.unasked_bytes.items():
+            self._unasked_bytes[peer] -= nbytes
+        for step in list(operation.lent):
+            self._give_back(operation, step)
+        self.slots.withdraw(lambda item: item[0] is operation)
+        if not operation.reported:
+            operation.reported = True
+            self.actions.append((Act.FINISH, operation, error))
+
+    def _spread(self, membership: Membership, cause: Cause, by: int) -> None:
+        """Pass a cause on to all that this rank has to do with in the group; who finds it out tells the rendezvous."""
+        for peer in sorted(membership.contacts - {by, *self.lost}):
+            self.actions.append((Act.TELL, peer, cause))
+        if cause.rank == self.rank:
+            self.actions.append((Act.ANNOUNCE, cause))
+
+
+HELLO_COST_BYTES = 256
+"""What a descriptor costs the headroom of the line."""

@@ -1,0 +1,97 @@
+"""Groups: who takes part in a call, and how its messages are told from those of other groups.
+
+A group is named by a hash, which every member computes for itself. Messages carry a tag of 64 bits::
+
+    63       32 31        20 19          0
+    |  number  |  sequence  |  plan tag  |
+
+``number`` is the lower half of the group's id, ``sequence`` counts the group's calls, modulo `SEQUENCES`, and the plan
+tag tells the messages of one call apart. Descriptors of calls hold the whole id, so two groups of equal number do not
+mix unnoticed; ranks that would be in both refuse to make the second. Number 0 belongs to the job: causes of failures
+and questions between ranks. The number with all bits set belongs to what keeps the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from detcoll.runtime.routes import acquaintances
+
+PLAN_BITS, SEQUENCE_BITS, NUMBER_BITS = 20, 12, 32
+SEQUENCES = 1 << SEQUENCE_BITS
+"""Calls of a group that tags tell apart, far more than may be under way."""
+
+WORLD_ID = 1
+JOB_NUMBER, TIME_NUMBER = 0, (1 << NUMBER_BITS) - 1
+_OWN_NUMBERS = (JOB_NUMBER, WORLD_ID, TIME_NUMBER)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Some ranks of the job, in the order that numbers them inside the group.
+
+    ``id`` : whole number below 2**64.  ``ranks`` : ranks of the job.  ``sites`` : the site of each of them.
+    ``name`` : what messages call it.
+    """
+
+    id: int
+    ranks: tuple[int, ...]
+    sites: tuple[int, ...]
+    name: str = ""
+    members: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Keep the members as a set."""
+        object.__setattr__(self, "members", frozenset(self.ranks))
+
+    @property
+    def number(self) -> int:
+        """What tells its messages from those of other groups."""
+        return self.id & TIME_NUMBER
+
+    @property
+    def title(self) -> str:
+        """Its name, or its ranks, for messages; empty for the world."""
+        if self.id == WORLD_ID:
+            return ""
+        shown = ", ".join(map(str, self.ranks[:8])) + (", ..." if len(self.ranks) > 8 else "")
+        return f"{self.name!r}" if self.name else f"of ranks {shown}"
+
+    def acquaintances(self, rank: int) -> frozenset[int]:
+        """Return the ranks of the job with which ``rank`` compares every call of this group."""
+        if len(self.ranks) < 2:
+            return frozenset()
+        own = self.ranks.index(rank)
+        return frozenset(self.ranks[member] for member in acquaintances(own, self.sites))
+
+    def tag(self, sequence: int, plan_tag: int) -> int:
+        """Return the tag of a message of call ``sequence``."""
+        return self.call_prefix(sequence) | plan_tag
+
+    def call_prefix(self, sequence: int) -> int:
+        """Return what all tags of call ``sequence`` begin with; their last `PLAN_BITS` bits differ."""
+        return (self.number << SEQUENCE_BITS | sequence % SEQUENCES) << PLAN_BITS
+
+    @property
+    def prefix(self) -> int:
+        """What all tags of this group begin with; their last ``PLAN_BITS + SEQUENCE_BITS`` bits differ."""
+        return self.number << (SEQUENCE_BITS + PLAN_BITS)
+
+
+def world(site_of: Sequence[int]) -> Group:
+    """Return the group of all ranks of a job."""
+    return Group(WORLD_ID, tuple(range(len(site_of))), tuple(site_of))
+
+
+def group_id(parent: int, ranks: Sequence[int], name: str | None, earlier: int) -> int:
+    """Return the id of a group: a hash of its parent's id, its ranks in order, and its name.
+
+    A group without a name is told from ``earlier`` ones of exactly these ranks by their count.
+    """
+    told = repr((parent, tuple(ranks), name if name is not None else earlier)).encode()
+    hashed = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big")
+    while hashed & TIME_NUMBER in _OWN_NUMBERS:
+        hashed += 1 << 8
+    return hashed

@@ -1,0 +1,124 @@
+"""The arrays that a collective works on: the caller's, and scratch from a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.plan.ir import Buffer, Plan
+from detcoll.runtime.work import Work
+from detcoll.transport import Ticket, byte_view
+from detcoll.types import ReduceOp, accumulation_dtype
+
+
+class ScratchPool:
+    """Scratch memory that operations use one after another, so that its pages are touched once."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return ``nbytes`` of memory, content unspecified."""
+        free = self._free.get(nbytes)
+        return free.pop() if free else np.empty(nbytes, np.uint8)
+
+    def give(self, memory: NDArray[np.uint8]) -> None:
+        """Take memory back; sizes that are no longer asked for are forgotten."""
+        if memory.nbytes not in self._free and len(self._free) >= 4:
+            self._free.pop(next(iter(self._free)))
+        self._free.setdefault(memory.nbytes, []).append(memory)
+
+
+@dataclass(eq=False, slots=True)
+class Memory:
+    """What the loop keeps of one operation.
+
+    ``array`` : (count,), the caller's memory or its staging copy; written in place.
+    ``load``, ``store`` : copy between a staging array and the caller's memory; None where there is none.
+    """
+
+    array: NDArray[Any]
+    op: ReduceOp
+    work: Work
+    hello: bytes
+    load: Callable[[], None] | None = None
+    store: Callable[[], None] | None = None
+    lent: dict[int, Ticket] = field(default_factory=dict)
+    copies: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    """What was lent and had to be copied, by RECV step."""
+    _size: int = 0
+    _buffers: dict[int, NDArray[Any]] = field(default_factory=dict)
+    _scratch: list[NDArray[np.uint8]] = field(default_factory=list)
+
+    def open(self, plan: Plan, pool: ScratchPool) -> None:
+        """Lay out scratch for the plan."""
+        self._size = plan.size
+        self._buffers[Buffer.USER] = self.array
+        for buffer, elems, dtype in (
+            (Buffer.PARTIAL, plan.partial_elems, self.array.dtype),
+            (Buffer.ACCUMULATOR, plan.accumulator_elems, self.accumulator_dtype),
+        ):
+            memory = pool.take(elems * dtype.itemsize)
+            self._scratch.append(memory)
+            self._buffers[buffer] = memory.view(dtype)
+
+    def close(self, pool: ScratchPool) -> None:
+        """Give scratch back; nothing may be under way any more."""
+        self._buffers.clear()
+        while self._scratch:
+            pool.give(self._scratch.pop())
+
+    def drop(self) -> None:
+        """Let go of everything; what a transport still borrows lives until its tickets end."""
+        for ticket in self.lent.values():
+            ticket.release()
+        self.lent.clear()
+        self.copies.clear()
+        self._buffers.clear()
+        self._scratch.clear()
+
+    @property
+    def accumulator_dtype(self) -> np.dtype[Any]:
+        """The type in which this operation folds."""
+        return accumulation_dtype(self.array.dtype)
+
+    @property
+    def divisor(self) -> int | None:
+        """By what the last fold divides, or None where it does not."""
+        return self._size if self.op is ReduceOp.AVG else None
+
+    def elements(self, buffer: int, offset: int, length: int) -> NDArray[Any]:
+        """Return elements of a buffer that the plan names."""
+        return self._buffers[buffer][offset : offset + length]
+
+    def view(self, buffer: int, offset: int, length: int) -> memoryview:
+        """Return the same as `elements`, as bytes."""
+        return byte_view(self.elements(buffer, offset, length))
+
+    def arrived(self, step: int, accumulated: bool) -> NDArray[Any]:
+        """Return what the RECV ``step`` lent."""
+        dtype = self.accumulator_dtype if accumulated else self.array.dtype
+        copy = self.copies.get(step)
+        if copy is not None:
+            return copy.view(dtype)
+        view = self.lent[step].view
+        return np.frombuffer(view if view is not None else b"", dtype)
+
+    def keep(self, step: int) -> None:
+        """Copy what the RECV ``step`` lent, and give the loan back."""
+        ticket = self.lent.pop(step, None)
+        if ticket is not None:
+            self.copies[step] = np.array(np.frombuffer(ticket.view if ticket.view is not None else b"", np.uint8))
+            ticket.release()
+
+    def used(self, step: int) -> None:
+        """Give back what the RECV ``step`` lent."""
+        ticket = self.lent.pop(step, None)
+        if ticket is not None:
+            ticket.release()
+        else:
+            self.copies.pop(step, None)
