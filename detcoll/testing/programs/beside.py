@@ -9,13 +9,18 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, PeerLost
+from detcoll.errors import Closed, TransportError
 from detcoll.testing.fabric import Here, pattern
 from detcoll.testing.programs.collectives import native_of
-from detcoll.transport import ReduceOp, Ticket
+from detcoll.transport import NativeCollectives, Ticket
+from detcoll.types import ReduceOp
 
-SOON_NS = 10**9
+SOON_NS = 3 * 10**8
+WAITING_LINE = 400
+"""A collective that has come so many lines without the others is waiting for them; one that waits in C ends late."""
 
 
 def natives_beside_messages(here: Here, rounds: int = 200, large_elems: int = 300_001) -> None:
@@ -69,45 +74,54 @@ class Interruption(BaseException):
 
 
 def interrupted(here: Here, line: int, elems: int) -> None:
-    """Rank 0 is interrupted inside a collective, at its ``line``-th line of Python: what it calls next is not poisoned.
+    """Rank 0 is interrupted at the ``line``-th line of Python inside a collective: no rank gets a wrong value.
 
-    Either the collective finishes, or it raises, and the next one of this rank raises Closed at once. The others finish
-    it, or come to a deadline, or see that rank 0 is gone; none gets a wrong value.
+    Each call, and each call after it, gives the right value or raises what says that ranks are not in step.
     """
     native = native_of(here)
     native.barrier(here.deadline_ns())
-    array = np.full(elems, here.rank + 1, np.float32)
-    again = np.full(elems, here.rank + 2, np.float32)
-    total, total_again = here.size * (here.size + 1) / 2, here.size * (here.size + 3) / 2
-    if here.rank == 0:
-        stopped = _stopped(line, lambda: native.all_reduce(array, ReduceOp.SUM, here.clock.now_ns() + SOON_NS))
-        here.meet()
+    for round_ in range(3):
+        array = np.full(elems, here.rank + round_, np.float32)
+        call = _call(here, native, array)
+        stopped = _stopped(line, call) if here.rank == 0 and round_ == 0 else _refused(call)
         if not stopped:
-            native.all_reduce(again, ReduceOp.SUM, here.deadline_ns())
-            assert (array == total).all()
-            assert (again == total_again).all()
-            return
-        try:
-            native.all_reduce(again, ReduceOp.SUM, here.clock.now_ns() + SOON_NS)
-        except Closed:
-            return
-        assert (again == total_again).all(), f"interrupted at line {line}: {again}"
+            assert (array == here.size * (here.size - 1) / 2 + here.size * round_).all(), f"round {round_}: {array}"
+        here.meet()
+
+
+def interrupted_while_it_waits(here: Here) -> None:
+    """Rank 0 is interrupted while it waits for the others: its next collective raises Closed, whoever calls it."""
+    native = native_of(here)
+    native.barrier(here.deadline_ns())
+    array = np.full(1000, here.rank, np.float32)
+    if here.rank == 0:
+        assert _stopped(WAITING_LINE, _call(here, native, array))
+        with pytest.raises(Closed):
+            _call(here, native, array)()
+        here.meet()
+        with pytest.raises(Closed):
+            _call(here, native, array)()
         return
-    try:
-        native.all_reduce(array, ReduceOp.SUM, here.clock.now_ns() + SOON_NS)
-        assert (array == total).all()
-    except (DeadlineMissed, PeerLost, Closed):
-        pass
     here.meet()
+    if not _refused(_call(here, native, array)):
+        assert (array == here.size * (here.size - 1) / 2).all()
+
+
+def _call(here: Here, native: NativeCollectives, array: NDArray[np.float32]) -> Callable[[], None]:
+    return lambda: native.all_reduce(array, ReduceOp.SUM, here.clock.now_ns() + SOON_NS)
+
+
+def _refused(call: Callable[[], None]) -> bool:
+    """Tell whether a call raises what says that ranks are not in step."""
     try:
-        native.all_reduce(again, ReduceOp.SUM, here.clock.now_ns() + SOON_NS)
-    except (DeadlineMissed, PeerLost, Closed):
-        return
-    assert (again == total_again).all()
+        call()
+    except TransportError:
+        return True
+    return False
 
 
 def _stopped(line: int, function: Callable[[], None]) -> bool:
-    """Call ``function`` and interrupt it at its ``line``-th line; False if it ended before."""
+    """Call ``function`` and interrupt it at its ``line``-th line; False if it gave its result."""
     left = line
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -122,7 +136,7 @@ def _stopped(line: int, function: Callable[[], None]) -> bool:
     sys.settrace(trace)
     try:
         function()
-    except Interruption:
+    except (Interruption, TransportError):
         return True
     finally:
         sys.settrace(before)
