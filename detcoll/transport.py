@@ -10,8 +10,15 @@ Guarantees that every transport gives, and that `detcoll.testing.TransportContra
 - A receive takes exactly the size it states; any other size fails the receive with FrameError.
 - `Endpoint.send` borrows the view until its ticket ends. `Endpoint.recv` with ``into`` owns that memory until its
   ticket ends. A receive without ``into`` lends a read-only view of what arrived, until `Ticket.release`.
+- Tags are whole numbers of 64 bits, matched in full. Two tags that differ in any bit never meet.
 - Sends and receives never block. `Endpoint.poll` is the only wait, and never waits past its deadline.
-- One thread at a time uses an endpoint; handing it to another thread needs a lock or a thread start between.
+- One thread at a time uses an endpoint; handing it to another thread needs a lock or a thread start between. While
+  one thread is inside a native collective, another may use the endpoint's send, recv, poll, arm, cancel and discard
+  (one thread at a time), and neither waits for the other. Messages and collectives never mix.
+- A peer that is lost costs its own tickets only: pending ones end FAILED with PeerLost, and sends and receives that
+  are posted afterwards raise PeerLost or end so. A receive still gets what the peer had sent before, if that has
+  arrived. `poll` does not raise for it, and the other peers' messages go on.
+- What an endpoint holds for a tag that nobody will ask for again can be dropped: `Endpoint.discard`.
 - After `Endpoint.close` or `Endpoint.abort` nothing of it is left: no process, no socket, no shared memory.
 
 Times are nanoseconds of the endpoint's clock (`Clock.now_ns`, the local monotonic clock).
@@ -21,7 +28,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -30,13 +37,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.types import ReduceOp
+from detcoll.types import DTYPES, ReduceOp, is_integer
 
 SMALLEST_PART_BYTES = 16_384
 """A window with room for less of a message than this is left alone: two more frames would cost more than it holds."""
 
 LARGEST_TAG = 2**64 - 1
 """Tags are whole numbers from 0 to this."""
+
+TAG_BITS = 64
+"""How many bits a tag has."""
+
+REDUCING = frozenset({"all_reduce", "reduce", "reduce_scatter"})
+"""Names of the collectives that reduce; the others only move bytes."""
 
 
 class Scope(Enum):
@@ -53,10 +66,12 @@ class Capabilities:
 
     ``timed``: holds a send until its window opens and ends it as MISSED when it no longer fits.
     ``splits``: sends what does fit of it; see `Ticket`.
-    ``native``: names of collectives done by the transport itself, on ``native_dtypes`` with ``native_ops``.
+    ``native``: names of collectives done by the transport itself. Those that reduce do so on ``native_dtypes`` with
+    ``native_ops``; see `supports`.
     ``ordered``: its native collectives fold in the order of the groups that `NativeCollectives.arrange` was given and
     compare what ranks call, so no plan is needed for reproducible results.
     ``largest_message_bytes``: a larger send is a UsageError.
+    ``frame_bytes``: at most so many bytes travel with a message, and with each part of one, beside its own.
     """
 
     scope: Scope
@@ -68,6 +83,20 @@ class Capabilities:
     native_ops: frozenset[ReduceOp] = frozenset()
     ordered: bool = False
     largest_message_bytes: int = 2**30
+    frame_bytes: int = 128
+
+    def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
+        """Tell whether the transport does a collective itself; where it says no, calling it is a UsageError.
+
+        ``op`` counts for collectives that reduce; the others move bytes, of any of `detcoll.types.DTYPES`. Equal on all
+        ranks that ask the same, so that it may decide how a call is done.
+        """
+        if kind not in self.native:
+            return False
+        if kind not in REDUCING:
+            return dtype.name in DTYPES
+        averages_integers = op is ReduceOp.AVG and is_integer(dtype)
+        return dtype.name in self.native_dtypes and op in self.native_ops and not averages_integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +210,24 @@ class Endpoint(ABC):
         """Where others reach this endpoint; opaque to all but its transport."""
 
     @abstractmethod
-    def connect(self, addresses: Mapping[int, str], deadline_ns: int) -> None:
-        """Join the ranks in ``addresses`` (this rank's own entry is ignored).
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
+        """Learn the addresses of the ranks in ``addresses`` (this rank's own entry is ignored) and join them.
+
+        Parameters
+        ----------
+        addresses : Mapping of int to str
+            `address` of each rank that may be sent to or received from.
+        deadline_ns : int
+            When to give up.
+        needed : Collection of int, optional
+            Which of them to join before this returns; all by default. The others are joined when a send or receive
+            first needs them, without blocking it: its ticket stays pending until then. What such a rank sends arrives
+            all the same. A transport that joins everybody anyway ignores ``needed``.
 
         Raises
         ------
         ConnectError
-            If not all of them are joined at the deadline; names them.
+            If not all that are needed are joined at the deadline; names them.
         """
 
     @abstractmethod
@@ -211,11 +251,39 @@ class Endpoint(ABC):
         """Return tickets that ended since the last call, waiting until there is one or the deadline passes.
 
         An empty answer means that the deadline passed, or that something woke the endpoint without ending a ticket.
+        What becomes of one peer, or of one message, is told by tickets and never raised here.
+
+        Raises
+        ------
+        Closed
+            If the endpoint was closed or aborted.
         """
 
     @abstractmethod
     def cancel(self, ticket: Ticket) -> bool:
-        """End a pending ticket as CANCELLED; False where it has ended or can no longer be stopped."""
+        """End a pending ticket as CANCELLED; False where it has ended or can no longer be stopped.
+
+        `poll` does not return a ticket that was cancelled so.
+        """
+
+    @abstractmethod
+    def discard(self, tag: int, bits: int) -> None:
+        """Drop what belongs to tags that equal ``tag`` in all but their lowest ``bits`` bits, from any peer.
+
+        Pending receives of such tags end as CANCELLED (they come out of the next poll), what has arrived unasked is
+        dropped and its memory or credit given back, and what arrives later is dropped as well. A sender cannot tell:
+        its ticket ends as if the message had been received. Pending sends of this endpoint and views that it has lent
+        are left alone. A receive into whose memory a message is being written ends once that is over, so that memory
+        is the caller's again when its ticket has ended.
+
+        Posting a receive, or sending, with such a tag later on ends the dropping for that prefix. The last 4,096
+        discarded prefixes are remembered. `detcoll.discarding.Discarded` keeps such a set.
+
+        Raises
+        ------
+        UsageError
+            If ``tag`` is out of range or ``bits`` is not from 0 to 64.
+        """
 
     @abstractmethod
     def abort(self) -> None:
@@ -256,8 +324,23 @@ class NativeCollectives(ABC):
     """Collectives done by a transport itself; its endpoint is one of these too.
 
     Arrays are one-dimensional, contiguous, writable, and reduced in place. Calls block the calling thread until the
-    collective is done or the deadline passes; one thread at a time calls. `Endpoint.abort` may come from another thread
-    meanwhile. ``arrays`` says how many arrays the caller coalesced into one, for transports that compare calls.
+    collective is done or the deadline passes; one thread at a time calls. ``arrays`` says how many arrays the caller
+    coalesced into one, for transports that compare calls.
+
+    While a collective is under way, another thread may use the endpoint's send, recv, poll, arm, cancel and discard,
+    and `Endpoint.abort` may come from any thread: it ends the collective, which then raises.
+
+    What a collective raises, and what that means:
+
+    - UsageError, before anything has moved: this call could not be used. It costs no other call, and the next
+      collective of all ranks works. `Capabilities.supports` tells beforehand which kinds, types and operations can.
+    - Anything else, KeyboardInterrupt and every other BaseException included: ranks may no longer be in step. The
+      collective either finishes, or raises and takes care that every later one of this endpoint raises Closed at once
+      instead of meeting what is left of this one. What the array holds is not defined, and a transport that cannot stop
+      its library keeps that memory alive for it. The endpoint's messages go on unless the transport says otherwise.
+
+    A collective that raises need not tell the other ranks: if it raises anything but UsageError, its caller (in
+    detcoll the runner) fails the group on all ranks, and says which rank gave up and why.
     """
 
     def arrange(self, groups: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most fold in an order of their own

@@ -23,17 +23,19 @@ import struct
 import sys
 import tempfile
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 import detcoll
+from detcoll.discarding import Discarded, has_prefix
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, UsageError
 from detcoll.registry import register
 from detcoll.transport import (
     LARGEST_TAG,
+    TAG_BITS,
     Capabilities,
     Clock,
     Endpoint,
@@ -46,7 +48,7 @@ from detcoll.transport import (
     Window,
 )
 
-HEADER = struct.Struct("<IQ")  # tag, size in bytes
+HEADER = struct.Struct("<QQ")  # tag, size in bytes
 HELLO = struct.Struct("<I")  # the rank that connects
 HELD_BYTES = 2**26
 
@@ -56,7 +58,7 @@ class UnixTransport(Transport):
     """Joins the ranks of one host; `detcoll.init(transport="unix")`."""
 
     name = "unix"
-    capabilities = Capabilities(scope=Scope.HOST)
+    capabilities = Capabilities(scope=Scope.HOST, frame_bytes=HEADER.size)
 
     def open(
         self, rank: int, size: int, rendezvous: Rendezvous, clock: Clock, options: Mapping[str, Any]
@@ -76,6 +78,7 @@ class Arriving:
     tag: int
     memory: memoryview
     taker: Receive | None
+    dropped: bool = False
     filled: int = 0
 
 
@@ -113,6 +116,7 @@ class UnixEndpoint(Endpoint):
         self._selector = selectors.EpollSelector()
         self._peers: dict[int, Peer] = {}
         self._ended: list[Ticket] = []
+        self._discarded = Discarded()
         self._closed = False
 
     @property
@@ -120,8 +124,8 @@ class UnixEndpoint(Endpoint):
         """The path of the socket that this endpoint listens on."""
         return self._path
 
-    def connect(self, addresses: Mapping[int, str], deadline_ns: int) -> None:
-        """Call the ranks below this one and wait for the calls of those above it."""
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
+        """Call the ranks below this one and wait for the calls of those above it, needed or not."""
         awaited = {rank for rank in addresses if rank != self._rank}
         try:
             for rank in sorted(awaited):
@@ -147,6 +151,7 @@ class UnixEndpoint(Endpoint):
         peer = self._checked("dst", dst, tag, view.nbytes)
         if peer.gone:
             raise PeerLost(f"rank {dst} is gone")
+        self._discarded.lift(tag)
         ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes, started_ns=self._clock.now_ns())
         peer.outgoing.append((ticket, [memoryview(HEADER.pack(tag, view.nbytes)), view]))
         self._serve(peer)
@@ -157,6 +162,7 @@ class UnixEndpoint(Endpoint):
         peer = self._checked("src", src, tag, nbytes)
         if into is not None and (into.readonly or into.nbytes != nbytes):
             raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable bytes")
+        self._discarded.lift(tag)
         ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
         receive = (ticket, None if into is None else into.cast("B"))
         if peer.held[tag]:
@@ -198,6 +204,22 @@ class UnixEndpoint(Endpoint):
                 ticket.status = TicketStatus.CANCELLED
                 return True
         return False
+
+    def discard(self, tag: int, bits: int) -> None:
+        """End what waits for a prefix of tags, and forget what is held or comes later of it."""
+        self._check_open()
+        if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= TAG_BITS):
+            raise UsageError(f"tag={tag}, bits={bits} must be from 0 to {LARGEST_TAG} and from 0 to {TAG_BITS}")
+        self._discarded.add(tag, bits)
+        for peer in self._peers.values():
+            for posted in [peer.posted[key] for key in peer.posted if has_prefix(key, tag, bits)]:
+                while posted:
+                    self._end(posted.popleft()[0], TicketStatus.CANCELLED)
+            for held in [peer.held.pop(key) for key in list(peer.held) if has_prefix(key, tag, bits)]:
+                peer.held_bytes -= sum(message.memory.nbytes for message in held)
+            if peer.arriving is not None and has_prefix(peer.arriving.tag, tag, bits):
+                peer.arriving.dropped = True
+            self._watch(peer)
 
     def abort(self) -> None:
         """Close every socket; peers see the end of the stream."""
@@ -320,13 +342,16 @@ class UnixEndpoint(Endpoint):
         taker = peer.posted[tag].popleft() if peer.posted[tag] else None
         into = taker[1] if taker is not None else None
         memory = into if into is not None and into.nbytes == nbytes else memoryview(bytearray(nbytes))
-        peer.arriving = Arriving(tag, memory, taker)
+        peer.arriving = Arriving(tag, memory, taker, self._discarded.covers(tag))
         if nbytes == 0:
             self._arrived(peer, peer.arriving)
 
     def _arrived(self, peer: Peer, message: Arriving) -> None:
         peer.arriving = None
-        if message.taker is not None:
+        if message.dropped:
+            if message.taker is not None:
+                self._end(message.taker[0], TicketStatus.CANCELLED)
+        elif message.taker is not None:
             self._hand_over(message, message.taker)
         elif peer.posted[message.tag]:  # posted while the message was on its way in
             self._hand_over(message, peer.posted[message.tag].popleft())

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import pytest
 
 from detcoll.testing.fabric import Fabric
-from detcoll.testing.programs import collectives, endings, messages, ownership, windows
+from detcoll.testing.programs import beside, collectives, discarding, endings, messages, ownership, windows
 from detcoll.transport import Capabilities
 
 MIB = 2**20
@@ -163,6 +163,51 @@ class MessageContract(ABC):
         with self.fabric(3) as fabric:
             fabric.run(endings.survivors_go_on)
 
+    @pytest.mark.parametrize("nbytes", [0, 5000, 3 * MIB])
+    def test_lost_peer_costs_its_own_tickets(self, nbytes: int) -> None:
+        if self.abort_unseen:
+            pytest.skip(self.abort_unseen)
+        with self.fabric(4) as fabric:
+            fabric.run(endings.lost_peer_costs_its_own_tickets, nbytes=nbytes)
+
+    def test_discarded_receives(self) -> None:
+        with self.fabric(3) as fabric:
+            fabric.run(discarding.discarded_receives)
+
+    @pytest.mark.parametrize("nbytes", [0, 100, 100_000, 3 * MIB])
+    def test_discarded_messages(self, nbytes: int) -> None:
+        with self.fabric(2) as fabric:
+            fabric.run(discarding.discarded_messages, nbytes=nbytes)
+
+    def test_discarded_messages_give_their_room_back(self) -> None:
+        with self.clogged_fabric() as fabric:
+            fabric.run(discarding.discarded_messages, nbytes=self.clogged_bytes, rounds=5)
+
+    def test_many_prefixes_are_discarded(self) -> None:
+        with self.fabric(2) as fabric:
+            fabric.run(discarding.discarded_messages, nbytes=100, others=4095)
+
+    @pytest.mark.parametrize("nbytes", [100, 100_000, 3 * MIB])
+    def test_discarded_while_they_arrive(self, nbytes: int) -> None:
+        with self.fabric(2) as fabric:
+            fabric.run(discarding.discarded_while_they_arrive, nbytes=nbytes)
+
+    def test_sending_ends_discarding(self) -> None:
+        with self.fabric(2) as fabric:
+            fabric.run(discarding.sending_ends_it)
+
+    def test_bad_prefixes(self) -> None:
+        with self.fabric(2) as fabric:
+            fabric.run(discarding.bad_prefixes)
+
+    @pytest.mark.parametrize("n", [2, 3])
+    def test_joined_when_needed(self, n: int) -> None:
+        fabric = self.fabric(n)
+        fabric.needed = ()
+        with fabric:
+            fabric.run(messages.each_to_each, nbytes=1001)
+            fabric.run(messages.flood, count=20)
+
     @pytest.mark.parametrize("nbytes", [100, 3 * MIB])
     def test_close_finishes_sends(self, nbytes: int) -> None:
         with self.fabric(2) as fabric:
@@ -278,6 +323,31 @@ class CollectiveContract(MessageContract):
         self._require(kind)
         with self.fabric(3) as fabric:
             fabric.run(collectives.late_collective, kind=kind)
+
+    def test_natives_beside_messages(self) -> None:
+        self._require("all_reduce")
+        with self.fabric(3) as fabric:
+            fabric.run(beside.natives_beside_messages)
+
+    @pytest.mark.parametrize("line", [1, 5, 10, 20, 40, 80, 200])
+    @pytest.mark.parametrize("elems", [10, MIB // 2])
+    def test_interrupted_collective(self, line: int, elems: int) -> None:
+        for name in ("all_reduce", "barrier"):
+            self._require(name)
+        with self.fabric(3) as fabric:
+            fabric.run(beside.interrupted, line=line, elems=elems)
+
+    def test_interrupted_while_it_waits(self) -> None:
+        for name in ("all_reduce", "barrier"):
+            self._require(name)
+        with self.fabric(3) as fabric:
+            fabric.run(beside.interrupted_while_it_waits)
+
+    def test_unsupported_collectives(self) -> None:
+        for name in ("all_reduce", "broadcast", "barrier"):
+            self._require(name)
+        with self.fabric(2) as fabric:
+            fabric.run(collectives.unsupported)
 
     def test_bad_collective_arguments(self) -> None:
         for name in ("all_reduce", "broadcast", "barrier"):

@@ -2,7 +2,7 @@
 
 A *program* is a function at the top level of a module, ``program(here, **arguments)``. Every rank runs it at the same
 time with its own `Here`, and raises where something is wrong. Whether the ranks are threads (`ThreadFabric`) or
-processes (`detcoll.testing.processes.ProcessFabric`) makes no difference to it::
+processes (`detcoll.testing.ProcessFabric`) makes no difference to it::
 
     def swap(here: Here, nbytes: int) -> None:
         other = 1 - here.rank
@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -102,9 +102,13 @@ def pattern(seed: int, nbytes: int) -> bytes:
 
 
 class Fabric(ABC):
-    """Connected endpoints of ``size`` ranks; open between ``__enter__`` and ``__exit__``."""
+    """Connected endpoints of ``size`` ranks; open between ``__enter__`` and ``__exit__``.
+
+    ``needed``, set before it is entered, goes to `Endpoint.connect` of every rank.
+    """
 
     size: int
+    needed: Collection[int] | None = None
 
     @abstractmethod
     def run(self, program: Program, **arguments: Any) -> list[Any]:
@@ -179,7 +183,7 @@ class ThreadFabric(Fabric, AbstractContextManager["ThreadFabric"]):
             self._endpoints[rank] = endpoint
             deadline_ns = self._clock.now_ns() + TIMEOUT_NS
             addresses = rendezvous.exchange("addresses", endpoint.address.encode(), deadline_ns)
-            endpoint.connect({peer: text.decode() for peer, text in enumerate(addresses)}, deadline_ns)
+            endpoint.connect({peer: text.decode() for peer, text in enumerate(addresses)}, deadline_ns, self.needed)
 
         try:
             in_threads(self.size, open_rank)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,9 +158,9 @@ class FaultyEndpoint(Endpoint):
         """Address of the inner endpoint."""
         return self.inner.address
 
-    def connect(self, addresses: Mapping[int, str], deadline_ns: int) -> None:
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
         """Connect the inner endpoint."""
-        self.inner.connect(addresses, deadline_ns)
+        self.inner.connect(addresses, deadline_ns, needed)
         self._peers |= set(addresses) - {self._rank}
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
@@ -211,6 +211,10 @@ class FaultyEndpoint(Endpoint):
                 ticket.status = inner.status
                 return cancelled
         return self.inner.cancel(ticket)
+
+    def discard(self, tag: int, bits: int) -> None:
+        """Discard in the inner endpoint; delayed sends leave all the same."""
+        self.inner.discard(tag, bits)
 
     def abort(self) -> None:
         """Drop what is delayed and abort the inner endpoint."""

@@ -15,14 +15,16 @@ import os
 import threading
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
+from detcoll.discarding import Discarded, has_prefix
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportUnavailable, UsageError
 from detcoll.transport import (
     LARGEST_TAG,
+    TAG_BITS,
     Capabilities,
     Clock,
     Endpoint,
@@ -88,11 +90,11 @@ class MemoryTransport(Transport):
     """Joins ranks of one process through shared dictionaries."""
 
     name = "memory"
-    capabilities = Capabilities(scope=Scope.HOST)
+    capabilities = Capabilities(scope=Scope.HOST, frame_bytes=0)
 
     def __init__(self, *, timed: bool = False) -> None:
         if timed:
-            self.capabilities = Capabilities(scope=Scope.HOST, timed=True)
+            self.capabilities = Capabilities(scope=Scope.HOST, timed=True, frame_bytes=0)
 
     def open(
         self, rank: int, size: int, rendezvous: Rendezvous, clock: Clock, options: Mapping[str, Any]
@@ -140,6 +142,7 @@ class MemoryEndpoint(Endpoint):
         self._held_bytes: defaultdict[int, int] = defaultdict(int)
         self._sends: dict[Ticket, _Message] = {}
         self._timed: defaultdict[tuple[int, int], deque[_Timed]] = defaultdict(deque)
+        self._discarded = Discarded()
         self._counters = {"messages_sent": 0, "bytes_sent": 0, "windows_missed": 0}
         with hub.lock:
             hub.endpoints[rank] = self
@@ -149,8 +152,8 @@ class MemoryEndpoint(Endpoint):
         """The rank; the hub finds the endpoint by it."""
         return f"memory:{self._rank}"
 
-    def connect(self, addresses: Mapping[int, str], deadline_ns: int) -> None:
-        """Join the ranks in ``addresses``, all of which are open by now."""
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
+        """Join the ranks in ``addresses``, all of which are open by now, whether needed or not."""
         with self._hub.lock:
             self._check_open()
             missing = sorted(set(addresses) - set(self._hub.endpoints))
@@ -166,6 +169,7 @@ class MemoryEndpoint(Endpoint):
             self._check_arguments("dst", dst, tag, view.nbytes)
             if dst in self._gone:
                 raise PeerLost(f"rank {dst} is gone")
+            self._discarded.lift(tag)
             ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
             message = _Message(self, ticket, view)
             self._sends[ticket] = message
@@ -185,6 +189,7 @@ class MemoryEndpoint(Endpoint):
             self._check_arguments("src", src, tag, nbytes)
             if into is not None and (into.readonly or into.nbytes != nbytes):
                 raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable bytes")
+            self._discarded.lift(tag)
             ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
             into = None if into is None else into.cast("B")
             waiting = self._arrived.get((src, tag))
@@ -223,6 +228,23 @@ class MemoryEndpoint(Endpoint):
             if found:
                 self._finish(ticket, TicketStatus.CANCELLED, tell=False)
             return found
+
+    def discard(self, tag: int, bits: int) -> None:
+        """Drop what belongs to a prefix of tags; see `Endpoint.discard`."""
+        with self._hub.lock:
+            self._check_open()
+            if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= TAG_BITS):
+                raise UsageError(f"tag={tag}, bits={bits} must be from 0 to {LARGEST_TAG} and from 0 to {TAG_BITS}")
+            self._discarded.add(tag, bits)
+            for key in [key for key in self._posted if has_prefix(key[1], tag, bits)]:
+                for ticket, _ in self._posted.pop(key):
+                    self._finish(ticket, TicketStatus.CANCELLED)
+            dropped = [key for key in self._arrived if has_prefix(key[1], tag, bits)]
+            for key in dropped:
+                for message in self._arrived.pop(key):
+                    self._let_go(message)
+            for source in {source for source, _ in dropped}:
+                self._hold_more(source)
 
     def abort(self) -> None:
         """Leave at once; others see PeerLost."""
@@ -310,6 +332,9 @@ class MemoryEndpoint(Endpoint):
         ticket = message.ticket
         receiver = self._hub.endpoints[ticket.peer]
         ticket.started_ns = self._clock.now_ns()
+        if receiver._discarded.covers(ticket.tag):
+            self._sent(message)
+            return
         posted = receiver._posted.get((self._rank, ticket.tag))
         if posted:
             receiver._match(*posted.popleft(), message)
@@ -347,8 +372,12 @@ class MemoryEndpoint(Endpoint):
             else:
                 into[:] = data
             self._finish(ticket, TicketStatus.DONE)
+        self._let_go(message)
+
+    def _let_go(self, message: _Message) -> None:
+        """Give back the room that a message took here, or the memory that its sender still lends."""
         if message.held:
-            self._held_bytes[ticket.peer] -= data.nbytes
+            self._held_bytes[message.source._rank] -= message.data.nbytes
         else:
             message.source._sent(message)
 

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -54,7 +54,7 @@ class Worker:
             raise ConnectError(f"not every rank exchanged {name!r}")
         return answers
 
-    def do_open(self, path: str, options: Mapping[str, Any]) -> None:
+    def do_open(self, path: str, options: Mapping[str, Any], needed: Collection[int] | None) -> None:
         """Open and connect an endpoint of the transport at ``path``."""
         module, _, name = path.partition(":")
         self._transport = getattr(importlib.import_module(module), name)()
@@ -63,7 +63,7 @@ class Worker:
         self._size = len(self.exchange("size", b"", deadline_ns))
         self._endpoint = self._transport.open(self._rank, self._size, self, self._clock, options)
         addresses = self.exchange("addresses", self._endpoint.address.encode(), deadline_ns)
-        self._endpoint.connect({rank: text.decode() for rank, text in enumerate(addresses)}, deadline_ns)
+        self._endpoint.connect({rank: text.decode() for rank, text in enumerate(addresses)}, deadline_ns, needed)
 
     def do_run(self, module: str, file: str, name: str, arguments: Mapping[str, Any]) -> Any:
         """Run a program."""

@@ -245,7 +245,7 @@ class ProcessFabric(Fabric):
 
     def __enter__(self) -> Self:
         """Open and connect an endpoint in each process."""
-        self._world.order("open", self._transport, self._options)
+        self._world.order("open", self._transport, self._options, self.needed)
         return self
 
     def __exit__(

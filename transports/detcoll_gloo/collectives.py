@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, PlanMismatch, TransportError, UsageError
+from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.fold import fold
 from detcoll.transport import Capabilities, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
@@ -54,37 +54,39 @@ class GlooCollectives(Endpoint, NativeCollectives):
             raise UsageError(f"Gloo does not reduce {dtype}; expected one of {known}")
         if op is ReduceOp.AVG and is_integer(dtype):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
-        self._agree("all_reduce", op, array, 0, arrays, deadline_ns)
-        if op is ReduceOp.AVG and is_half(dtype):
-            for start in range(0, array.size, STAGE_ELEMS):
-                part = array[start : start + STAGE_ELEMS]
-                wide = part.astype(np.float32)
-                self._all_reduce(wide, op, deadline_ns)
-                fold(op, [wide], part, self._group.size)
-            return
-        self._all_reduce(array, op, deadline_ns)
-        if op is ReduceOp.AVG:
-            fold(op, [array], array, self._group.size)
+        with self._in_step():
+            self._agree("all_reduce", op, array, 0, arrays, deadline_ns)
+            if op is ReduceOp.AVG and is_half(dtype):
+                for start in range(0, array.size, STAGE_ELEMS):
+                    part = array[start : start + STAGE_ELEMS]
+                    wide = part.astype(np.float32)
+                    self._all_reduce(wide, op, deadline_ns)
+                    fold(op, [wide], part, self._group.size)
+                return
+            self._all_reduce(array, op, deadline_ns)
+            if op is ReduceOp.AVG:
+                fold(op, [array], array, self._group.size)
 
     def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._check_usable()
         if not 0 <= root < self._group.size:
             raise UsageError(f"root={root} must be a rank from 0 to {self._group.size - 1}")
-        self._agree("broadcast", ReduceOp.SUM, array, root, arrays, deadline_ns)
         options = self._group.torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
-        self._run("broadcast", [self._group.tensor(array.view(np.uint8))], options, deadline_ns, array.size)
+        with self._in_step():
+            self._agree("broadcast", ReduceOp.SUM, array, root, arrays, deadline_ns)
+            self._run("broadcast", [self._group.tensor(array.view(np.uint8))], options, deadline_ns, array.size)
 
     def barrier(self, deadline_ns: int) -> None:
         """Return once every rank has called."""
         self._check_usable()
-        if self._agreement is not None:
-            self._agree("barrier", ReduceOp.MAX, _NOTHING, 0, 1, deadline_ns)
-        elif self._group.size > 1:
-            options = self._group.torch.distributed.BarrierOptions()
-            options.timeout = self._group.timeout(deadline_ns)
-            with self._broken_by_errors():
+        with self._in_step():
+            if self._agreement is not None:
+                self._agree("barrier", ReduceOp.MAX, _NOTHING, 0, 1, deadline_ns)
+            elif self._group.size > 1:
+                options = self._group.torch.distributed.BarrierOptions()
+                options.timeout = self._group.timeout(deadline_ns)
                 self._group.wait(lambda: self._group.gloo.barrier(options), deadline_ns)
 
     def _all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
@@ -96,24 +98,27 @@ class GlooCollectives(Endpoint, NativeCollectives):
         if self._group.size == 1 or elems == 0:
             return
         options.timeout = self._group.timeout(deadline_ns)
-        with self._broken_by_errors():
-            self._group.wait(lambda: getattr(self._group.gloo, name)(tensors, options), deadline_ns)
+        self._group.wait(lambda: getattr(self._group.gloo, name)(tensors, options), deadline_ns)
 
     def _agree(
         self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, deadline_ns: int
     ) -> None:  # fmt: skip
         """Return once all ranks are known to call the same, where they compare."""
         if self._agreement is not None:
-            with self._broken_by_errors():
-                self._agreement.reach(kind, op, array, root, arrays, deadline_ns)
+            self._agreement.reach(kind, op, array, root, arrays, deadline_ns)
 
     @contextmanager
-    def _broken_by_errors(self) -> Iterator[None]:
+    def _in_step(self) -> Iterator[None]:
+        """Count the ranks as out of step until the body has ended well, so that nothing interrupts unseen."""
+        self._is_broken = True
         try:
             yield
-        except (TransportError, PlanMismatch):
-            self._is_broken = True
+        except DetcollError:
             raise
+        except BaseException:
+            self._group.end()
+            raise
+        self._is_broken = False
 
     @abstractmethod
     def _check_open(self) -> object:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from detcoll.errors import Closed, UsageError
-from detcoll.transport import LARGEST_TAG, Capabilities, Clock, Ticket, TicketKind, TicketStatus, Window
+from detcoll.transport import LARGEST_TAG, TAG_BITS, Capabilities, Clock, Ticket, TicketKind, TicketStatus, Window
 from detcoll_gloo.collectives import GlooCollectives
 from detcoll_gloo.group import Group
 from detcoll_gloo.mail import Mail
@@ -48,8 +48,8 @@ class GlooEndpoint(GlooCollectives):
         """The address of the store on rank 0; nothing elsewhere, since Gloo exchanges addresses itself."""
         return self._address
 
-    def connect(self, addresses: Mapping[int, str], deadline_ns: int) -> None:
-        """Join all ranks of the job; Gloo has no part of a group.
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
+        """Join all ranks of the job, needed or not; Gloo has no part of a group.
 
         Raises
         ------
@@ -92,6 +92,13 @@ class GlooEndpoint(GlooCollectives):
         """End a ticket as CANCELLED unless its message is on the move."""
         mail = self._check_open()
         return ticket.status is TicketStatus.PENDING and mail.cancel(ticket)
+
+    def discard(self, tag: int, bits: int) -> None:
+        """Drop what belongs to a prefix of tags; see `Endpoint.discard`."""
+        mail = self._check_open()
+        if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= TAG_BITS):
+            raise UsageError(f"tag={tag}, bits={bits} must be from 0 to {LARGEST_TAG} and from 0 to {TAG_BITS}")
+        mail.discard(tag, bits)
 
     def abort(self) -> None:
         """Close all connections at once; others see that this rank is gone."""

@@ -103,18 +103,21 @@ class Group:
         Raises
         ------
         DeadlineMissed, PeerLost
-            All connections are closed then, and the memory of the collective is no longer in use.
+            All connections are closed then, as after any other exception, and the memory of the collective is no longer
+            in use.
         """
         work = None
         try:
             work = start()
             work.wait(self.timeout(deadline_ns))
-        except RuntimeError as error:
+        except BaseException as error:  # an interruption, too, would leave a collective that nobody waits for
             self.end()
             if work is not None:
                 with contextlib.suppress(RuntimeError):
                     work.wait(FOREVER)  # ends at once, since its connections are closed
-            raise self.error(error) from error
+            if isinstance(error, RuntimeError):
+                raise self.error(error) from error
+            raise
 
     def error(self, error: RuntimeError, peer: int | None = None) -> TransportError:
         """Return what an error of Gloo means."""

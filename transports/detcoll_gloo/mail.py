@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.discarding import Discarded, has_prefix
 from detcoll.errors import FrameError, PeerLost, TransportError
 from detcoll.transport import Clock, Ticket, TicketStatus
 from detcoll_gloo.group import FOREVER, Group
 
-_HEADER = struct.Struct("<BxxxIQ")
+_HEADER = struct.Struct("<B7xQQ")
 FRAME_BYTES = 1024
 INLINE_BYTES = FRAME_BYTES - _HEADER.size
 JOIN_TIMEOUT_S = 10.0
@@ -33,10 +34,11 @@ _DATA, _BYE, _SEEN = range(3)
 
 @dataclass(eq=False, slots=True)
 class _Posted:
-    """A receive that waits for its message."""
+    """A receive that waits for its message; where it ``is_dropped``, it ends once that is no longer being written."""
 
     ticket: Ticket
     into: memoryview | None
+    is_dropped: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +47,7 @@ class _Arrival:
 
     memory: NDArray[np.uint8]
     is_complete: bool = False
+    is_dropped: bool = False
     posted: _Posted | None = None
 
 
@@ -91,7 +94,9 @@ class Mail:
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._posted: defaultdict[tuple[int, int], deque[_Posted]] = defaultdict(deque)
         self._arrived: defaultdict[tuple[int, int], deque[_Arrival]] = defaultdict(deque)
-        self._receiving: set[Ticket] = set()
+        self._receiving: set[_Posted] = set()
+        self._blocked: dict[int, int | None] = {}  # the tag of a peer's message for which there is no room; None: drop
+        self._discarded = Discarded()
         self._held_bytes: defaultdict[int, int] = defaultdict(int)
         self._lines: dict[int, _Line] = {}
         self._lost: dict[int, TransportError] = {}
@@ -115,6 +120,7 @@ class Mail:
         with self._lock:
             self._check_peer(ticket.peer)
             self._start()
+            self._discarded.lift(ticket.tag)
             self._queue(ticket.peer, _Outgoing(_DATA, ticket.tag, view, ticket))
 
     def post_recv(self, ticket: Ticket, into: memoryview | None) -> None:
@@ -129,6 +135,7 @@ class Mail:
         posted = _Posted(ticket, into)
         with self._lock:
             self._start()
+            self._discarded.lift(ticket.tag)
             arrival = next((item for item in self._arrived.get(key, ()) if item.posted is None), None)
             if arrival is None:
                 self._check_peer(ticket.peer)
@@ -170,6 +177,25 @@ class Mail:
             if found:
                 self._end(ticket, TicketStatus.CANCELLED)
             return found
+
+    def discard(self, tag: int, bits: int) -> None:
+        """Drop what belongs to a prefix of tags, now and later."""
+        with self._lock:
+            self._discarded.add(tag, bits)
+            for key in [key for key in self._posted if has_prefix(key[1], tag, bits)]:
+                for posted in self._posted.pop(key):
+                    self._end(posted.ticket, TicketStatus.CANCELLED, tell=True)
+            for key in [key for key in self._arrived if has_prefix(key[1], tag, bits)]:
+                for arrival in self._arrived.pop(key):
+                    self._drop_arrival(key[0], arrival)
+            for posted in [item for item in self._receiving if has_prefix(item.ticket.tag, tag, bits)]:
+                posted.is_dropped = True
+                if posted.into is None and posted.ticket.status is TicketStatus.PENDING:
+                    self._end(posted.ticket, TicketStatus.CANCELLED, tell=True)
+            for peer, blocked in self._blocked.items():
+                if blocked is not None and has_prefix(blocked, tag, bits):
+                    self._blocked[peer] = None
+            self._room.notify_all()
 
     def close(self, deadline_ns: int) -> None:
         """Wait until what was sent has been seen by its receivers, then end all threads."""
@@ -224,10 +250,21 @@ class Mail:
         if peer in self._lost:
             raise PeerLost(f"rank {peer} is gone") from self._lost[peer]
 
-    def _end(self, ticket: Ticket, status: TicketStatus, error: Exception | None = None) -> None:
+    def _drop_arrival(self, peer: int, arrival: _Arrival) -> None:
+        """Give back the room of a message that was held, once it is no longer being written."""
+        if arrival.posted is not None:
+            self._end(arrival.posted.ticket, TicketStatus.CANCELLED, tell=True)
+            arrival.posted = None
+        arrival.is_dropped = True
+        if arrival.is_complete:
+            self._held_bytes[peer] -= arrival.memory.size
+
+    def _end(
+        self, ticket: Ticket, status: TicketStatus, error: Exception | None = None, *, tell: bool = False
+    ) -> None:  # fmt: skip
         ticket.error, ticket.ended_ns = error, self._clock.now_ns()
         ticket.status = status  # last, since the caller's thread may look at it any time
-        if status is not TicketStatus.CANCELLED:
+        if tell or status is not TicketStatus.CANCELLED:
             self._ended.append(ticket)
             os.eventfd_write(self._eventfd, 1)
         self._news.notify_all()
@@ -334,37 +371,47 @@ class Mail:
         else:
             self._group.gloo.recv([self._group.tensor(memory)], peer, _PAYLOAD_TAG).wait(FOREVER)
         with self._lock:
-            if arrival is None:
-                assert posted is not None
-                self._receiving.discard(posted.ticket)
+            if posted is not None:
+                self._receiving.discard(posted)
                 self._settle(posted, memory)
+            if arrival is None:
                 return
             arrival.is_complete = True
-            if arrival.posted is not None:
+            if arrival.is_dropped:
+                self._drop_arrival(peer, arrival)
+                self._room.notify_all()
+            elif arrival.posted is not None:
                 self._remove(self._arrived, key, arrival)
                 self._hand_over(arrival.posted, arrival)
 
     def _find_place(
         self, key: tuple[int, int], nbytes: int
     ) -> tuple[_Posted | None, NDArray[np.uint8], _Arrival | None] | None:
-        """Return where a message goes: to a posted receive, or to be held once there is room; None at the end."""
+        """Return where a message goes: to a posted receive, or to be held once there is room; None at the end.
+
+        What is discarded goes to memory that neither a receive nor a held message has.
+        """
+        peer, tag = key
         with self._lock:
             while True:
                 if self._is_closing:
                     return None
+                if self._blocked.pop(peer, tag) is None or self._discarded.covers(tag):
+                    return None, np.empty(nbytes, np.uint8), None
                 queue = self._posted.get(key)
                 if queue:
                     posted = queue[0]
                     self._remove(self._posted, key, posted)
-                    self._receiving.add(posted.ticket)
+                    self._receiving.add(posted)
                     if posted.into is not None and posted.ticket.nbytes == nbytes:
                         return posted, np.frombuffer(posted.into, np.uint8), None
                     return posted, np.empty(nbytes, np.uint8), None
-                if self._held_bytes[key[0]] + nbytes <= self._unexpected_bytes:
-                    self._held_bytes[key[0]] += nbytes
+                if self._held_bytes[peer] + nbytes <= self._unexpected_bytes:
+                    self._held_bytes[peer] += nbytes
                     arrival = _Arrival(np.empty(nbytes, np.uint8))
                     self._arrived[key].append(arrival)
                     return None, arrival.memory, arrival
+                self._blocked[peer] = tag
                 self._room.wait()
 
     def _hand_over(self, posted: _Posted, arrival: _Arrival) -> None:
@@ -378,6 +425,11 @@ class Mail:
     def _settle(self, posted: _Posted, memory: NDArray[np.uint8]) -> None:
         """End a receive whose message is in ``memory``, or in ``into`` already."""
         ticket = posted.ticket
+        if ticket.status is not TicketStatus.PENDING:
+            return
+        if posted.is_dropped:
+            self._end(ticket, TicketStatus.CANCELLED, tell=True)
+            return
         if memory.size != ticket.nbytes:
             text = f"{memory.size} bytes came from rank {ticket.peer} with tag {ticket.tag}; expected {ticket.nbytes}"
             self._end(ticket, TicketStatus.FAILED, FrameError(text))
@@ -401,7 +453,7 @@ class Mail:
         waiting = [posted.ticket for key, queue in self._posted.items() if key[0] == peer for posted in queue]
         for key, queue in self._arrived.items():
             waiting += [item.posted.ticket for item in queue if item.posted is not None and key[0] == peer]
-        waiting += [ticket for ticket in self._receiving if ticket.peer == peer]
+        waiting += [posted.ticket for posted in self._receiving if posted.ticket.peer == peer]
         line = self._lines.get(peer)
         if line is not None:
             waiting += [item.ticket for item in (line.under_way, *line.queue) if item is not None and item.ticket]

@@ -13,6 +13,7 @@ from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
 from detcoll.types import ReduceOp
 from detcoll_gloo.endpoint import GlooEndpoint
 from detcoll_gloo.group import Group, make_devices, open_store
+from detcoll_gloo.mail import FRAME_BYTES
 
 INSTALL = "pip install detcoll[gloo]"
 
@@ -36,6 +37,7 @@ class GlooTransport(Transport):
         native=frozenset({"all_reduce", "broadcast", "barrier"}),
         native_dtypes=frozenset({"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64"}),
         native_ops=frozenset(ReduceOp),
+        frame_bytes=FRAME_BYTES,
     )
 
     def open(

@@ -10,10 +10,15 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from detcoll.errors import Closed
+
 FINALIZE_S = 5
-_stuck: list[BlockingCaller] = []
-stuck_requests: list[tuple[Any, Any]] = []
-"""Collectives that missed their deadline, each with the MPI module: MPI may still use their memory, so it must stay."""
+_callers: list[BlockingCaller] = []
+"""Those that were not stopped, or not while a call was under way."""
+
+stuck_requests: list[tuple[Any, Any, Any]] = []
+"""What collectives that did not end well have left: the MPI module, a request, and the memory that MPI may still use
+for it, which must stay."""
 
 
 class BlockingCaller:
@@ -29,42 +34,54 @@ class BlockingCaller:
         self.mpi = mpi
         self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._answers: SimpleQueue[Exception | None] = SimpleQueue()
+        self._asked = self._returned = 0
         self._thread = threading.Thread(target=self._serve, name="detcoll MPI collectives", daemon=True)
-        self._is_stuck = False
+        _callers.append(self)
         self._thread.start()
 
     def call(self, function: Callable[[], Any], timeout_s: float) -> bool:
-        """Call ``function`` and return True; False if it has not returned in time, and never call again then."""
+        """Call ``function`` and return True; False if it has not returned in time.
+
+        After anything but True never call again: the answer may still come.
+
+        Raises
+        ------
+        Exception
+            What ``function`` raised, or Closed if `stop` was called meanwhile.
+        """
+        self._asked += 1
         self._calls.put(function)
         try:
             error = self._answers.get(timeout=timeout_s)
         except Empty:
-            self._is_stuck = True
-            _stuck.append(self)
             return False
         if error is not None:
             raise error
         return True
 
     def stop(self) -> None:
-        """End the thread, unless it is stuck."""
+        """End the thread, or give up the call that it is in; who waits for that call is told."""
         self._calls.put(None)
-        if not self._is_stuck:
+        if self.is_busy:
+            self._answers.put(Closed("the MPI endpoint was closed while a collective was under way"))
+        else:
             self._thread.join()
+            _callers.remove(self)
 
     @property
     def is_busy(self) -> bool:
-        """Whether a call that was given up has still not returned."""
-        return self._is_stuck and self._answers.empty()
+        """Whether a call has not returned."""
+        return self._asked != self._returned
 
     def _serve(self) -> None:
         while (function := self._calls.get()) is not None:
+            answer: Exception | None = None
             try:
                 function()
             except Exception as error:
-                self._answers.put(error)
-            else:
-                self._answers.put(None)
+                answer = error
+            self._returned += 1
+            self._answers.put(answer)
 
 
 @atexit.register
@@ -73,8 +90,8 @@ def _end_job_if_stuck() -> None:
 
     After a collective that never ended MPI may still finalize, unless a rank is frozen; so it gets some time.
     """
-    busy = [caller for caller in _stuck if caller.is_busy]
-    if any(not mpi.Is_finalized() and not request.Test() for mpi, request in stuck_requests):
+    busy = [caller for caller in _callers if caller.is_busy]
+    if any(not mpi.Is_finalized() and not request.Test() for mpi, request, _ in stuck_requests):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(FINALIZE_S)
     if busy:

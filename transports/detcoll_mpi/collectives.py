@@ -12,12 +12,13 @@ in MPI, and since a process in that state cannot leave MPI in good order, the jo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, UsageError
+from detcoll.errors import Closed, DeadlineMissed, PeerLost, UsageError
 from detcoll.fold import fold
 from detcoll.transport import Clock, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
@@ -51,6 +52,8 @@ class MpiCollectives(Endpoint, NativeCollectives):
         self._is_open = True
         progress.enter(mpi)
         self._is_broken = False
+        self._requests: list[Any] = []
+        self._memory: list[NDArray[Any]] = []
         self._caller: BlockingCaller | None = None
         self._ops = {
             ReduceOp.SUM: mpi.SUM,
@@ -71,33 +74,36 @@ class MpiCollectives(Endpoint, NativeCollectives):
         dtype = parse_dtype(array.dtype)
         if op is ReduceOp.AVG and is_integer(dtype):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
-        self._compare("all_reduce", op, array, 0, arrays)
-        if is_half(dtype):
-            self._all_reduce_half(array, op, deadline_ns)
-            return
-        for part in _parts(array, LARGEST_PART_BYTES // dtype.itemsize):
-            self._all_reduce_part(part, op, deadline_ns)
-        self._agree("all_reduce", deadline_ns)
-        if op is ReduceOp.AVG and array.size:
-            fold(op, [array], array, self._size)
+        with self._in_step(array):
+            self._compare("all_reduce", op, array, 0, arrays)
+            if is_half(dtype):
+                self._all_reduce_half(array, op, deadline_ns)
+                return
+            for part in _parts(array, LARGEST_PART_BYTES // dtype.itemsize):
+                self._all_reduce_part(part, op, deadline_ns)
+            self._agree("all_reduce", deadline_ns)
+            if op is ReduceOp.AVG and array.size:
+                fold(op, [array], array, self._size)
 
     def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._check_usable()
         if not 0 <= root < self._size:
             raise UsageError(f"root={root} must be a rank from 0 to {self._size - 1}")
-        self._compare("broadcast", ReduceOp.SUM, array, root, arrays)
-        for part in _parts(array.view(np.uint8), LARGEST_PART_BYTES):
-            self._broadcast_part(part, root, deadline_ns)
-        self._agree("broadcast", deadline_ns)
+        with self._in_step(array):
+            self._compare("broadcast", ReduceOp.SUM, array, root, arrays)
+            for part in _parts(array.view(np.uint8), LARGEST_PART_BYTES):
+                self._broadcast_part(part, root, deadline_ns)
+            self._agree("broadcast", deadline_ns)
 
     def barrier(self, deadline_ns: int) -> None:
         """Return once every rank has called."""
         self._check_usable()
         if self._size == 1:
             return
-        self._compare("barrier", ReduceOp.MAX, _NOTHING, 0, 1)
-        self._agree("barrier", deadline_ns)
+        with self._in_step(_NOTHING):
+            self._compare("barrier", ReduceOp.MAX, _NOTHING, 0, 1)
+            self._agree("barrier", deadline_ns)
 
     def _broadcast_part(self, part: NDArray[np.uint8], root: int, deadline_ns: int) -> None:
         message = [part, self._mpi.BYTE]
@@ -112,8 +118,10 @@ class MpiCollectives(Endpoint, NativeCollectives):
     def _all_reduce_half(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
         for part in _parts(array, STAGE_ELEMS):
             wide = part.astype(np.float32)
+            self._memory.append(wide)
             self._all_reduce_part(wide, op, deadline_ns)
             fold(op, [wide], part, self._size if op is ReduceOp.AVG else None)
+            self._memory.pop()
         self._agree("all_reduce", deadline_ns)
 
     def _all_reduce_part(self, part: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
@@ -150,6 +158,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
                 self._comparing = self._agreement.start(kind, op, array, root, arrays)
             except self._mpi.Exception as error:
                 raise self._lost(kind, error) from error
+            self._requests.append(self._comparing)
 
     def _agree(self, name: str, deadline_ns: int) -> None:
         """Wait until all ranks are known to have called the same, if that is still to be found out.
@@ -164,8 +173,8 @@ class MpiCollectives(Endpoint, NativeCollectives):
             return
         self._await(name, comparing, deadline_ns)
         if not self._agreement.is_reached:
-            self._is_broken = True
             request, records = self._agreement.exchange()
+            self._requests.append(request)
             self._await(name, request, deadline_ns)
             self._agreement.explain(records)
 
@@ -176,29 +185,39 @@ class MpiCollectives(Endpoint, NativeCollectives):
         except self._mpi.Exception as error:
             self._agree(name, deadline_ns)
             raise self._lost(name, error) from error
-        try:
-            self._agree(name, deadline_ns)
-        except DetcollError:
-            stuck_requests.append((self._mpi, request))
-            raise
+        self._requests.append(request)
+        self._agree(name, deadline_ns)
         self._await(name, request, deadline_ns)
 
     def _await(self, name: str, request: Any, deadline_ns: int) -> None:
         try:
             backoff = Backoff(self._clock, deadline_ns)
             while not request.Test():
+                if not self._is_open:
+                    raise Closed(f"the MPI endpoint was closed while {name} was under way")
                 if not backoff.pause():
-                    stuck_requests.append((self._mpi, request))
                     raise self._missed(name)
         except self._mpi.Exception as error:
             raise self._lost(name, error) from error
 
+    @contextmanager
+    def _in_step(self, array: NDArray[Any]) -> Iterator[None]:
+        """Count the ranks as out of step until the body has ended well, so that nothing interrupts it unseen.
+
+        What MPI may still read or write after an interruption is kept.
+        """
+        self._is_broken, self._memory = True, [array]
+        try:
+            yield
+        except BaseException:
+            stuck_requests.extend((self._mpi, request, self._memory) for request in self._requests)
+            raise
+        self._is_broken, self._requests, self._memory = False, [], []
+
     def _missed(self, name: str) -> DeadlineMissed:
-        self._is_broken = True
         return DeadlineMissed(f"{name} by MPI did not end before its deadline; at least one rank did not take part")
 
     def _lost(self, name: str, error: Exception) -> PeerLost:
-        self._is_broken = True
         return PeerLost(f"{name} by MPI failed: {error}")
 
     def _check_open(self) -> None:

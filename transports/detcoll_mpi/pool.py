@@ -51,6 +51,10 @@ class Loan:
         data: Any = self._buffer.data
         return memoryview(data)[:nbytes]
 
-    def take_back(self, ticket: Ticket) -> None:
+    def give_back(self) -> None:
         """Give the buffer to the pool."""
         self._pool.give(self._buffer)
+
+    def take_back(self, ticket: Ticket) -> None:
+        """Give the buffer to the pool when its ticket is released."""
+        self.give_back()

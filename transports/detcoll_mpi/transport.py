@@ -13,13 +13,16 @@ from typing import Any
 import msgspec
 
 from detcoll.errors import ConnectError, TransportUnavailable, UsageError
-from detcoll.transport import LARGEST_TAG, Capabilities, Clock, Rendezvous, Scope, Transport
+from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
 from detcoll.types import DTYPES, ReduceOp
 from detcoll_mpi.endpoint import MpiEndpoint
+from detcoll_mpi.mail import HEADER
 from detcoll_mpi.waiting import Backoff
 
 OPEN_TIMEOUT_NS = 60 * 10**9
-MOST_LANES = 64
+COMMUNICATORS = 3
+"""For messages, for collectives, and for what collectives compare."""
+
 INSTALL = "pip install detcoll[mpi]"
 _JOB_VARIABLES = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID")
 
@@ -52,6 +55,7 @@ class MpiTransport(Transport):
         native=frozenset({"all_reduce", "broadcast", "barrier"}),
         native_dtypes=frozenset(DTYPES),
         native_ops=frozenset(ReduceOp),
+        frame_bytes=HEADER.size,
     )
 
     def open(
@@ -76,8 +80,8 @@ class MpiTransport(Transport):
         answers = rendezvous.exchange("mpi", msgspec.msgpack.encode(_take_seat(mpi)), deadline_ns)
         seats = [msgspec.msgpack.decode(answer, type=_Seat) for answer in answers]
         _check_seats(seats, size)
-        lanes = _make_lanes(mpi, [seat.world_rank for seat in seats], clock, deadline_ns)
-        return MpiEndpoint(mpi, lanes, rank, size, clock, self.capabilities, settings.abort_job)
+        comms = _make_communicators(mpi, [seat.world_rank for seat in seats], clock, deadline_ns)
+        return MpiEndpoint(mpi, comms, rank, size, clock, self.capabilities, settings.abort_job)
 
 
 def _settings(options: Mapping[str, Any]) -> Settings:
@@ -121,15 +125,8 @@ def _take_seat(mpi: Any) -> _Seat:
     """Return this process's place in MPI, or why it has none."""
     if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
         return _Seat(trouble="MPI runs without MPI_THREAD_MULTIPLE, which mpi4py asks for by default")
-    lanes = -(-(LARGEST_TAG + 1) // (_largest_tag(mpi) + 1))
-    if lanes > MOST_LANES:
-        return _Seat(trouble=f"this MPI has tags up to {_largest_tag(mpi)} only")
     job = next((os.environ[name] for name in _JOB_VARIABLES if name in os.environ), "")
     return _Seat(mpi.COMM_WORLD.Get_rank(), mpi.COMM_WORLD.Get_size(), job)
-
-
-def _largest_tag(mpi: Any) -> int:
-    return int(mpi.COMM_WORLD.Get_attr(mpi.TAG_UB))
 
 
 def _check_seats(seats: list[_Seat], size: int) -> None:
@@ -144,8 +141,8 @@ def _check_seats(seats: list[_Seat], size: int) -> None:
         )
 
 
-def _make_lanes(mpi: Any, world_ranks: list[int], clock: Clock, deadline_ns: int) -> list[Any]:
-    """Return communicators in the job's order of ranks, as many as it takes to carry all tags of the SPI, and one more.
+def _make_communicators(mpi: Any, world_ranks: list[int], clock: Clock, deadline_ns: int) -> list[Any]:
+    """Return `COMMUNICATORS` communicators in the job's order of ranks.
 
     All ranks are known to be here, so that making the first one, which MPI offers without a deadline only, does not
     wait for one that never comes.
@@ -153,12 +150,12 @@ def _make_lanes(mpi: Any, world_ranks: list[int], clock: Clock, deadline_ns: int
     members = mpi.COMM_WORLD.Get_group().Incl(world_ranks)
     first = mpi.COMM_WORLD.Create_group(members, 0)
     members.Free()
-    lanes = [first]
-    while (len(lanes) - 1) * (_largest_tag(mpi) + 1) <= LARGEST_TAG:
-        lane, request = first.Idup()
+    comms = [first]
+    while len(comms) < COMMUNICATORS:
+        comm, request = first.Idup()
         backoff = Backoff(clock, deadline_ns)
         while not request.Test():
             if not backoff.pause():
                 raise ConnectError("MPI did not set up its communicators before the deadline")
-        lanes.append(lane)
-    return lanes
+        comms.append(comm)
+    return comms

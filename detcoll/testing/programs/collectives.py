@@ -22,7 +22,8 @@ from detcoll.types import DTYPES, ReduceOp, is_integer
 AHEAD_NS = 50 * 10**6
 
 
-def _native(here: Here) -> NativeCollectives:
+def native_of(here: Here) -> NativeCollectives:
+    """Return the endpoint as what does collectives."""
     assert isinstance(here.endpoint, NativeCollectives)
     return here.endpoint
 
@@ -60,7 +61,7 @@ def supported(dtype_names: frozenset[str], ops: frozenset[ReduceOp]) -> list[tup
 
 def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = None) -> None:
     """Every operation on every type gives the exact result, in place and on every rank."""
-    native = _native(here)
+    native = native_of(here)
     names = here.capabilities.native_dtypes if dtype_names is None else frozenset(dtype_names)
     for name, op in supported(names & here.capabilities.native_dtypes, here.capabilities.native_ops):
         dtype = DTYPES[name]
@@ -76,7 +77,7 @@ def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = No
 
 def ordered(here: Here, groups: list[list[int]], counts: list[int]) -> None:
     """Values whose sum depends on the order of folding give the promised bits."""
-    native = _native(here)
+    native = native_of(here)
     native.arrange(groups)
     for name, op in supported(here.capabilities.native_dtypes, here.capabilities.native_ops):
         dtype = DTYPES[name]
@@ -97,7 +98,7 @@ def all_reduce_part(here: Here, count: int = 1000) -> None:
     """Elements beside a slice that is reduced are not touched."""
     array = np.full(count + 20, -1.0, np.float32)
     array[10:-10] = here.rank + 1
-    _native(here).all_reduce(array[10:-10], ReduceOp.SUM, here.deadline_ns())
+    native_of(here).all_reduce(array[10:-10], ReduceOp.SUM, here.deadline_ns())
     assert (array[10:-10] == here.size * (here.size + 1) / 2).all()
     assert (array[:10] == -1).all()
     assert (array[-10:] == -1).all()
@@ -110,7 +111,7 @@ def broadcast(here: Here, counts: list[int]) -> None:
             for count in counts:
                 array = _contribution(here.rank + 1, count, ReduceOp.SUM, DTYPES[name])
                 expected = _contribution(root + 1, count, ReduceOp.SUM, DTYPES[name])
-                _native(here).broadcast(array, root, here.deadline_ns())
+                native_of(here).broadcast(array, root, here.deadline_ns())
                 assert array.tobytes() == expected.tobytes(), f"{count} {name} from {root} on rank {here.rank}"
 
 
@@ -119,14 +120,14 @@ def barrier(here: Here, rounds: int = 5) -> list[tuple[int, int]]:
     times = []
     for _ in range(rounds):
         entered_ns = here.clock.now_ns()
-        _native(here).barrier(here.deadline_ns())
+        native_of(here).barrier(here.deadline_ns())
         times.append((entered_ns, here.clock.now_ns()))
     return times
 
 
 def mixed(here: Here, count: int = 5000) -> None:
     """Check that collectives and messages of one endpoint do not disturb each other."""
-    native, endpoint = _native(here), here.endpoint
+    native, endpoint = native_of(here), here.endpoint
     incoming = {src: endpoint.recv(src, 3, 1000) for src in here.others}
     array = np.full(count, here.rank, np.float32)
     native.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
@@ -143,7 +144,7 @@ def mixed(here: Here, count: int = 5000) -> None:
 
 def late_collective(here: Here, kind: str) -> None:
     """Check that a collective which rank 0 never joins ends at the deadline and leaves the endpoint of no use."""
-    native = _native(here)
+    native = native_of(here)
     native.barrier(here.deadline_ns())
     if here.rank == 0:
         here.meet()
@@ -164,9 +165,28 @@ def late_collective(here: Here, kind: str) -> None:
     here.meet()
 
 
+def unsupported(here: Here) -> None:
+    """Check that what the capabilities do not name is a UsageError on this call alone, and the rest works."""
+    native = native_of(here)
+    for dtype in DTYPES.values():
+        for op in ReduceOp:
+            array = np.full(3, here.rank, dtype)
+            if here.capabilities.supports("all_reduce", dtype, op):
+                native.all_reduce(array, op, here.deadline_ns())
+            else:
+                with pytest.raises(UsageError):
+                    native.all_reduce(array, op, here.deadline_ns())
+        array = np.full(3, here.rank + 1, dtype)
+        assert here.capabilities.supports("broadcast", dtype, ReduceOp.SUM)
+        native.broadcast(array, here.size - 1, here.deadline_ns())
+        assert (array == here.size).all()
+    assert not here.capabilities.supports("no such kind", np.dtype(np.float32), ReduceOp.SUM)
+    native.barrier(here.deadline_ns())
+
+
 def bad_arguments(here: Here) -> None:
     """Check that what a collective cannot do is a UsageError before anything moves."""
-    native = _native(here)
+    native = native_of(here)
     with pytest.raises(UsageError):
         native.broadcast(np.ones(3, np.float32), here.size, here.deadline_ns())
     with pytest.raises(UsageError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from detcoll.errors import Closed, PeerLost, TransportError, UsageError
+from detcoll.errors import Closed, PeerLost, UsageError
 from detcoll.testing.fabric import Here, pattern
-from detcoll.transport import LARGEST_TAG, TicketStatus, byte_view
+from detcoll.transport import LARGEST_TAG, Ticket, TicketStatus, byte_view
 
 SLIGHTLY_NS = 2 * 10**6
 
@@ -115,13 +116,9 @@ def aborted_peer(here: Here, seen: bool) -> None:
         assert not here.endpoint.poll(here.clock.now_ns() + SLIGHTLY_NS)
         assert ticket.status is TicketStatus.PENDING
         return
-    try:
-        here.settle(ticket)
-    except PeerLost:
-        pass
-    else:
-        assert ticket.status is TicketStatus.FAILED, ticket
-        assert isinstance(ticket.error, TransportError), ticket
+    here.settle(ticket)
+    assert ticket.status is TicketStatus.FAILED, ticket
+    assert isinstance(ticket.error, PeerLost), ticket
     here.meet()
 
 
@@ -136,6 +133,43 @@ def survivors_go_on(here: Here) -> None:
         assert here.take(other, 1, 5000) == pattern(other, 5000)
         here.finish(sent)
     here.meet()
+
+
+def lost_peer_costs_its_own_tickets(here: Here, nbytes: int) -> None:
+    """When the last rank aborts, only tickets with it fail, whatever else is pending, and `poll` raises for none."""
+    lost = here.size - 1
+    if here.rank == lost:
+        here.meet()
+        here.endpoint.abort()
+        here.meet()
+        return
+    survivors = [rank for rank in here.others if rank != lost]
+    waiting = {src: here.endpoint.recv(src, 1, nbytes) for src in survivors}
+    failing = [here.endpoint.recv(lost, tag, nbytes) for tag in (1, 2)]
+    failing.append(here.endpoint.recv(lost, 3, nbytes, memoryview(bytearray(nbytes))))
+    here.meet()
+    here.settle(*failing)
+    for ticket in failing:
+        assert ticket.status is TicketStatus.FAILED, ticket
+        assert isinstance(ticket.error, PeerLost), ticket
+    here.meet()
+    _expect_lost(here, lambda: here.endpoint.recv(lost, 4, nbytes))
+    _expect_lost(here, lambda: here.send(lost, 4, bytes(nbytes)))
+    here.finish(*(here.send(dst, 1, pattern(here.rank, nbytes)) for dst in survivors), *waiting.values())
+    for src, ticket in waiting.items():
+        assert ticket.view is not None
+        assert bytes(ticket.view) == pattern(src, nbytes)
+        ticket.release()
+
+
+def _expect_lost(here: Here, start: Callable[[], Ticket]) -> None:
+    """Check that a send or receive raises PeerLost, or its ticket ends so."""
+    try:
+        ticket = start()
+    except PeerLost:
+        return
+    here.settle(ticket)
+    assert isinstance(ticket.error, PeerLost), ticket
 
 
 def close_finishes_sends(here: Here, nbytes: int) -> None:
