@@ -19,7 +19,7 @@ from detcoll_slotted.wire import HEADER_BYTES, MAGIC, FrameKind, Header, Lane, d
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 HEADERS = st.builds(
-    Header, st.sampled_from(FrameKind), st.sampled_from(Lane), U32, U32, U32, U32, U64, U64, st.tuples(U64, U64), U64
+    Header, st.sampled_from(FrameKind), st.sampled_from(Lane), U32, U64, U32, U32, U64, U64, st.tuples(U64, U64), U64
 )
 
 
