@@ -20,6 +20,7 @@ from detcoll.testing.fabric import in_threads
 from detcoll.transport import Ticket, TicketStatus, Window
 from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, line
 from detcoll_slotted.line import SO_MAX_PACING_RATE
+from detcoll_slotted.post import Post
 from detcoll_slotted.wire import FrameKind, Header, Lane
 
 pytestmark = pytest.mark.timeout(60)
@@ -229,8 +230,7 @@ def test_little_credit_moves_everything_and_bounds_memory() -> None:
         sends = [fabric[0].send(1, index, memoryview(payload)) for index, payload in enumerate(data)]
         fabric[1].poll(now_ns() + 20 * MS)
         for index, payload in enumerate(data):
-            held = sum(len(frame) for queue in fabric[1]._early.values() for frame, _ in queue)
-            assert held <= max(credit, len(payload))
+            assert fabric[1]._mailbox.held_bytes() <= max(credit, len(payload))
             ticket = fabric[1].recv(0, index, len(payload))
             settle(fabric, ticket)
             assert bytes(ticket.view) == payload
@@ -359,7 +359,7 @@ def test_a_send_withdrawn_from_its_window_holds_up_no_other() -> None:
 def test_what_is_consumed_last_is_told_at_the_next_poll() -> None:
     with pair(acknowledge_delay_ns=60_000 * MS) as fabric:
         fabric[0].send(1, 1, memoryview(bytes(9_000)))
-        pump(fabric, lambda: (0, 1) in fabric[1]._early)
+        pump(fabric, lambda: fabric[1]._mailbox.has_early((0, 1)))
         fabric[1].arm(now_ns() + 60_000 * MS)  # or its timer, which has gone off, makes it look
         assert fabric[1].recv(0, 1, 9_000, memoryview(bytearray(9_000))).status is DONE
         fabric[1].poll(0)
@@ -413,7 +413,7 @@ def test_who_is_lost_while_others_connect_is_told_at_once() -> None:
         endpoints[0]._peers[1] = peer = endpoints[0]._make_peer(1, addresses[1])
         deadline_ns = now_ns() + 20_000 * MS
         while not all(line.connected for line in peer.lines) and now_ns() < deadline_ns:
-            endpoints[0]._look_at([peer])
+            endpoints[0]._wait_and_look(now_ns() + MS)
         endpoints[1].abort()
         with pytest.raises(ConnectError, match="did not reach rank 1: rank 1: connection broken"):
             endpoints[0].connect(addresses, now_ns() + 30_000 * MS)
@@ -486,13 +486,13 @@ def test_what_is_sent_again_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
         lent.append(view.nbytes)
         constant.send_constant(push, view)
 
-    monkeypatch.setattr("detcoll_slotted.endpoint.send_constant", send_constant)
+    monkeypatch.setattr("detcoll_slotted.post.send_constant", send_constant)
     with pair() as fabric:
         data = pattern(0, 2**20)
         sent = fabric[0].send(1, 1, memoryview(data))
         peer = fabric[0]._peers[1]
         for kept in peer.outbound.kept[Lane.BULK]:
-            fabric[0]._transmit_kept(peer, Lane.BULK, kept, again=True)
+            fabric[0]._post.transmit_kept(peer, Lane.BULK, kept, again=True)
         received = fabric[1].recv(0, 1, len(data))
         settle(fabric, sent, received)
         pump(fabric, lambda: fabric[1].counters()["duplicates"] == 1)
@@ -503,14 +503,14 @@ def test_what_is_sent_again_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flows_warm_up_one_after_another_where_each_shall_have_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(3)}
-    transmit = SlottedEndpoint._transmit
+    transmit = Post.transmit
 
     def watched(self, peer, lane, kind, view=None, *rest) -> None:
         if kind is FrameKind.WARM:
             begun[self._rank].append((peer.rank, now_ns()))
         transmit(self, peer, lane, kind, view, *rest)
 
-    monkeypatch.setattr(SlottedEndpoint, "_transmit", watched)
+    monkeypatch.setattr(Post, "transmit", watched)
     options = {"warm_up_peers": frozenset(range(3)), "warm_up_bytes": 131_072, "warm_up_bytes_per_s": 1e7}
     with ThreadFabric(SlottedTransport(), 3, options | {"warm_up_in_turn": True}):
         for rank, order in ((0, [1, 2]), (1, [2, 0]), (2, [0, 1])):
@@ -554,3 +554,83 @@ class _Unprivileged:
         if name == line.SO_SNDBUFFORCE:
             raise PermissionError
         self._tcp.setsockopt(level, name, value)
+
+
+def test_discarded_receives_end_and_what_came_gives_its_credit_back() -> None:
+    with pair(credit_bytes=10_000) as fabric:
+        group = 5 << 20
+        early = fabric[0].send(1, group | 1, memoryview(bytes(9_000)))
+        held_up = fabric[0].send(1, 3, memoryview(bytes(9_000)))
+        pump(fabric, lambda: fabric[1]._mailbox.has_early((0, group | 1)))
+        awaited, other = fabric[1].recv(0, group | 2, 10), fabric[1].recv(0, 6 << 20, 10)
+        fabric[1].discard(group | 77, 20)
+        assert awaited in fabric[1].poll(0)
+        assert awaited.status is TicketStatus.CANCELLED
+        received = fabric[1].recv(0, 3, 9_000)
+        settle(fabric, early, held_up, received)
+        assert (early.status, received.status, other.status) == (DONE, DONE, PENDING)
+        received.release()
+
+
+def test_what_is_discarded_goes_on_being_dropped_until_its_tags_are_used_again() -> None:
+    with pair(credit_bytes=10_000) as fabric:
+        group = 5 << 20
+        fabric[1].discard(group, 20)
+        late = [fabric[0].send(1, group | tag, memoryview(bytes(9_000))) for tag in range(4)]
+        small = fabric[0].send(1, group | 9, memoryview(bytes(9)))
+        settle(fabric, *late, small)
+        assert {ticket.status for ticket in [*late, small]} == {DONE}
+        assert not fabric[1]._mailbox.held_bytes()
+        received = fabric[1].recv(0, group | 1, 9_000)
+        again = fabric[0].send(1, group | 1, memoryview(pattern(1, 9_000)))
+        settle(fabric, received, again)
+        assert bytes(received.view) == pattern(1, 9_000)
+        received.release()
+
+
+def test_sends_of_which_nothing_has_left_are_withdrawn_with_their_prefix() -> None:
+    with pair(credit_bytes=10_000) as fabric:
+        gone, kept = (fabric[0].send(1, 1 << 63 | tag, memoryview(bytes(9_000))) for tag in range(2))
+        timed = fabric[0].send(1, 1 << 63 | 2, memoryview(bytes(9)), Window(now_ns() + 10**12, None, 1e9))
+        fabric[0].discard(1 << 63, 8)
+        assert set(fabric[0].poll(0)) == {kept, timed}
+        assert kept.status is timed.status is TicketStatus.CANCELLED
+        received = fabric[1].recv(0, 1 << 63, 9_000)
+        settle(fabric, gone, received)
+        assert gone.status is received.status is DONE
+
+
+def test_a_message_of_which_a_part_has_left_may_begin_anew_after_it_was_discarded() -> None:
+    with pair() as fabric:
+        begins_ns = now_ns() + 20 * MS
+        first = fabric[0].send(1, 1, memoryview(bytes(200_000)), Window(begins_ns, begins_ns + 100 * MS, 1e6))
+        settle(fabric, first)
+        assert first.status is MISSED
+        fabric[0].discard(1, 0)
+        again = fabric[0].send(1, 1, memoryview(pattern(1, 70_000)))
+        received = fabric[1].recv(0, 1, 70_000)
+        settle(fabric, again, received)
+        assert bytes(received.view) == pattern(1, 70_000)
+
+
+def test_a_lost_peer_costs_its_own_tickets_only() -> None:
+    with ThreadFabric(SlottedTransport(), 3, {"reconnect_grace_ns": GRACE_NS, "credit_bytes": 10_000}) as fabric:
+        fabric.run(lambda here: here.meet())
+        window = Window(now_ns() + 10**12, None, 1e6)
+        lost = [fabric[0].send(2, 1, memoryview(bytes(9_000))), fabric[0].send(2, 2, memoryview(bytes(9_000)))]
+        lost += [fabric[0].recv(2, 1, 10), fabric[0].send(2, 3, memoryview(bytes(10)), window)]
+        timed = fabric[0].send(1, 3, memoryview(bytes(10)), window)
+        blocked = [fabric[0].send(1, tag, memoryview(pattern(tag, 9_000))) for tag in (1, 2)]
+        awaited = fabric[0].recv(1, 4, 10)
+        fabric[2].abort()
+        pump(fabric, lambda: all(ticket.status is not PENDING for ticket in lost))
+        assert {ticket.status for ticket in lost} == {FAILED}
+        assert all(isinstance(ticket.error, PeerLost) for ticket in lost)
+        for tag, sent in zip((1, 2), blocked, strict=True):
+            received = fabric[1].recv(0, tag, 9_000)
+            settle(fabric, received, sent)
+            assert bytes(received.view) == pattern(tag, 9_000)
+            received.release()
+        settle(fabric, awaited, fabric[1].send(0, 4, memoryview(bytes(10))))
+        assert (awaited.status, timed.status) == (DONE, PENDING)
+        assert fabric[0].cancel(timed)

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from detcoll.errors import FrameError
 from detcoll.transport import Ticket, TicketKind
 from detcoll_slotted.flow import Inbound, Outbound
+from detcoll_slotted.matching import REMEMBERED_PREFIXES, Prefixes
 from detcoll_slotted.timer import Timer
 from detcoll_slotted.wire import HEADER_BYTES, MAGIC, FrameKind, Header, Lane, decode
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 HEADERS = st.builds(
-    Header, st.sampled_from(FrameKind), st.sampled_from(Lane), U32, U32, U32, U32, U64, U64, st.tuples(U64, U64), U64
+    Header, st.sampled_from(FrameKind), st.sampled_from(Lane), U32, U64, U32, U32, U64, U64, st.tuples(U64, U64), U64
 )
 
 
@@ -99,7 +100,7 @@ def test_parts_are_joined_in_place(parts: list[bytes]) -> None:
     assert not inbound.begun
 
 
-@pytest.mark.parametrize(("total", "offset", "nbytes"), [(10, 1, 4), (10, 4, 7), (11, 4, 2), (10, 0, 4), (10, 5, 1)])
+@pytest.mark.parametrize(("total", "offset", "nbytes"), [(10, 1, 4), (10, 4, 7), (11, 4, 2), (10, 0, 14), (10, 5, 1)])
 def test_a_part_that_does_not_follow_is_refused(total: int, offset: int, nbytes: int) -> None:
     inbound = Inbound(100)
     if offset != 1:
@@ -213,3 +214,27 @@ def test_the_timer_gives_its_descriptor_back() -> None:
     timer.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(timer.fd)
+
+
+def test_the_last_discarded_prefixes_are_remembered() -> None:
+    prefixes = Prefixes()
+    for number in range(REMEMBERED_PREFIXES + 1):
+        prefixes.add(number << 8, 8)
+    assert 255 not in prefixes, "the oldest makes room"
+    assert (1 << 8) + 255 in prefixes
+    prefixes.add(1 << 8, 8)  # the newest now
+    prefixes.add(0, 8)
+    assert 1 << 8 in prefixes
+    assert 2 << 8 not in prefixes
+
+
+def test_a_prefix_ends_where_one_of_its_tags_is_used() -> None:
+    prefixes = Prefixes()
+    prefixes.add(2**64 - 1, 64)
+    prefixes.add(7, 0)
+    assert 12 in prefixes, "64 bits are all tags"
+    prefixes.revive(12)
+    assert 12 not in prefixes
+    assert 7 in prefixes
+    prefixes.revive(7)
+    assert not prefixes

@@ -32,11 +32,11 @@ from detcoll.clock import (
     answer_ping,
 )
 from detcoll.topology import Topology
-from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketStatus
+from detcoll.transport import Clock, Endpoint, Ticket, TicketStatus
 
 log = logging.getLogger("detcoll")
 
-PING_TAG, PONG_TAG, MARK_TAG = LARGEST_TAG, LARGEST_TAG - 1, LARGEST_TAG - 2
+PING_TAG, PONG_TAG, MARK_TAG = 2**31 - 1, 2**31 - 2, 2**31 - 3
 SILENCE_NS = 1_500_000_000
 _LOOK_NS = 100_000_000
 _ALIGNING_INTERVAL_NS = 250_000_000

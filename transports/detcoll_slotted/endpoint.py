@@ -1,56 +1,34 @@
-"""A rank's end of the slotted transport: sockets, queues and the one wait."""
+"""A rank's end of the slotted transport: the SPI, and the one wait."""
 
 from __future__ import annotations
 
-import contextlib
-import heapq
 import ipaddress
-import itertools
 import select
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import zmq
 
-from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, UsageError
+from detcoll.errors import Closed, FrameError, PeerLost, UsageError
 from detcoll.priority import OWNER, PROGRESS, Urgency, prompt_threads
 from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
-from detcoll_slotted.constant import send_constant
-from detcoll_slotted.flow import Inbound, Kept, Outbound
-from detcoll_slotted.line import UNPACED, Line
+from detcoll_slotted.departures import Departures
+from detcoll_slotted.flow import Inbound, Outbound
+from detcoll_slotted.joining import Joining
+from detcoll_slotted.line import Line
+from detcoll_slotted.matching import Mailbox
 from detcoll_slotted.options import Options
+from detcoll_slotted.outcomes import Outcomes
+from detcoll_slotted.peer import Peer
+from detcoll_slotted.post import Post
 from detcoll_slotted.timer import Timer
-from detcoll_slotted.wire import FRAME_BYTES, FrameKind, Header, Lane, decode
+from detcoll_slotted.wire import FrameKind, Header, Lane, decode
 
 EXPRESS_BYTES = 4_096
 LARGEST_MESSAGE_BYTES = 2**30
-_LEAD_NS = 150_000
-"""What a send needs from here through ZeroMQ's thread and TCP to the line, at least: it starts that much earlier."""
-_AHEAD_NS = 2_000_000
-"""How much of a window may lie in ZeroMQ's and TCP's queues: enough to sleep through, too little to spill far."""
-_SETTLE_NS = 300_000
-_SHORTEST_WAIT_NS = 100_000
-_WARM_FRAME_BYTES = 65_536
-_LEAST_LENT_BYTES = 65_536
-"""Smaller payloads are copied, which costs less than it does to lend them."""
-_HELLO_EVERY_NS = 200_000_000
 _PARTING_NS = 500_000_000
 _LINGER_MS = 100
 _LONG_WAIT_NS = 1_000_000_000
-
-
-@dataclass(slots=True)
-class _Peer:
-    """Everything about one other rank."""
-
-    rank: int
-    lines: tuple[Line, Line]
-    outbound: Outbound
-    inbound: Inbound
-    blocked: deque[tuple[Ticket, memoryview, Window | None]] = field(default_factory=deque)
-    """Bulk sends that wait for credit."""
-    lost: Exception | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -65,23 +43,23 @@ class _Loan:
 
 
 class SlottedEndpoint(Endpoint):
-    """See the package. One thread at a time uses it."""
+    """See the package. One thread at a time uses it.
+
+    It has more attributes than most classes, since it is where the parts meet: each of them knows one subject.
+    """
 
     def __init__(self, rank: int, host: str, token: int, clock: Clock, options: Options) -> None:
         self._rank, self._token, self._clock, self._options = rank, token, clock, options
-        self._peers: dict[int, _Peer] = {}
-        self._monitored: dict[int, tuple[_Peer, Lane]] = {}
-        self._timed: list[tuple[int, int, Ticket, memoryview, Window]] = []
-        self._order = itertools.count()
-        self._last_line: Line | None = None
-        self._handed_ns = self._drained_ns = 0
+        self._peers: dict[int, Peer] = {}
+        self._monitored: dict[int, tuple[Peer, Lane]] = {}
+        self._outcomes = Outcomes(clock)
+        self._mailbox = Mailbox()
+        self._post = Post(rank, token, clock)
+        self._departures = Departures(self._peers, self._post, self._outcomes, clock)
+        self._joining = Joining(rank, options, self._post, clock, self._wait_and_look)
         self._urgency = Urgency()
-        self._resume_ns = 0
         self._due_ns = 0
-        self._posted: dict[tuple[int, int], deque[tuple[Ticket, memoryview | None]]] = {}
-        self._early: dict[tuple[int, int], deque[tuple[memoryview, bool]]] = {}
-        self._ended: list[Ticket] = []
-        self._counted = dict.fromkeys(("resent_bytes", "duplicates", "foreign_frames", "missed_sends"), 0)
+        self._counted = {"duplicates": 0, "foreign_frames": 0}
         self._closed: Exception | None = None
         self._context = zmq.Context()
         try:
@@ -132,59 +110,9 @@ class SlottedEndpoint(Endpoint):
         for rank, address in addresses.items():
             if rank != self._rank and rank not in self._peers:
                 self._peers[rank] = self._make_peer(rank, address)
-        waiting = [self._peers[rank] for rank in addresses if rank != self._rank]
-        hello_ns = 0
-        while missing := [peer for peer in waiting if not self._joined(peer)]:
-            now_ns = self._clock.now_ns()
-            self._check_reachable(missing, now_ns >= deadline_ns)
-            if now_ns >= hello_ns:
-                hello_ns = now_ns + _HELLO_EVERY_NS
-                for peer in missing:
-                    for lane in Lane:
-                        self._transmit(peer, lane, FrameKind.HELLO)
-            self._wait(min(deadline_ns, hello_ns))
-            self._look_at(missing)
-        if self._options.warm_up_bytes:
-            self._warm_up([peer for peer in waiting if peer.rank in self._options.warm_up_peers], deadline_ns)
+        self._joining.join([self._peers[rank] for rank in addresses if rank != self._rank], deadline_ns)
 
-    def _check_reachable(self, missing: Sequence[_Peer], is_late: bool) -> None:
-        for peer in missing:
-            if peer.lost:
-                raise ConnectError(f"rank {self._rank} did not reach rank {peer.rank}: {peer.lost}") from peer.lost
-        if is_late:
-            ranks = ", ".join(str(peer.rank) for peer in missing)
-            raise ConnectError(f"rank {self._rank} did not reach rank {ranks} before the deadline")
-
-    def _look_at(self, peers: Sequence[_Peer]) -> None:
-        """Ask the monitors unasked: their descriptors tell only of what comes after a first look."""
-        for peer in peers:
-            for lane in Lane:
-                self._watch(peer, lane, self._clock.now_ns())
-
-    def _warm_up(self, peers: Sequence[_Peer], deadline_ns: int) -> None:
-        """Open TCP's windows, which start with ten segments, before the first message counts on them."""
-        nothing = memoryview(bytes(_WARM_FRAME_BYTES))
-        for peer in sorted(peers, key=lambda peer: (peer.rank < self._rank, peer.rank)):
-            peer.lines[Lane.BULK].pace(self._options.warm_up_bytes_per_s)
-            for _ in range(0, self._options.warm_up_bytes, _WARM_FRAME_BYTES):
-                self._transmit(peer, Lane.BULK, FrameKind.WARM, nothing)
-            if self._options.warm_up_in_turn:
-                self._let_leave(peer.lines[Lane.BULK], self._options.warm_up_bytes, deadline_ns)
-        while cold := [peer.rank for peer in peers if peer.inbound.warm_bytes < self._options.warm_up_bytes]:
-            if self._clock.now_ns() >= deadline_ns:
-                raise ConnectError(f"rank {self._rank}: warming up with rank {cold} took longer than the deadline")
-            self._wait(deadline_ns)
-
-    def _let_leave(self, line: Line, nbytes: int, deadline_ns: int) -> None:
-        """Wait until bytes given to a line at its pace have left, as far as the kernel knows of them."""
-        paced_ns = self._clock.now_ns() + int(nbytes / self._options.warm_up_bytes_per_s * 1e9)
-        while (now_ns := self._clock.now_ns()) < deadline_ns and (now_ns < paced_ns or line.unsent_bytes()):
-            self._wait(min(deadline_ns, max(paced_ns, now_ns + _AHEAD_NS)))
-
-    def _joined(self, peer: _Peer) -> bool:
-        return peer.inbound.hello and all(line.was_connected for line in peer.lines)
-
-    def _make_peer(self, rank: int, address: str) -> _Peer:
+    def _make_peer(self, rank: int, address: str) -> Peer:
         lines = []
         in_flight = self._options.in_flight_bytes if rank in self._options.warm_up_peers else 0
         for lane in Lane:
@@ -197,7 +125,7 @@ class SlottedEndpoint(Endpoint):
             push.connect(address)
             lines.append(line)
         credit = max(self._options.credit_bytes, 2 * in_flight)
-        peer = _Peer(rank, (lines[0], lines[1]), Outbound(credit), Inbound(credit // 8))
+        peer = Peer(rank, (lines[0], lines[1]), Outbound(credit), Inbound(credit // 8))
         for lane in Lane:
             descriptor = peer.lines[lane].monitor.fileno()
             self._monitored[descriptor] = peer, lane
@@ -213,70 +141,70 @@ class SlottedEndpoint(Endpoint):
         if sent + view.nbytes != total:
             left = total - sent
             raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
+        if self._mailbox.discarded:
+            self._mailbox.discarded.revive(tag)
         if window is not None and (window.not_after_ns is not None or window.not_before_ns > self._clock.now_ns()):
-            heapq.heappush(self._timed, (window.not_before_ns, next(self._order), ticket, view, window))
+            self._departures.hold(ticket, view, window)
             self._due_ns = 0
-            self._send_timed(self._clock.now_ns())
+            self._departures.turn(self._clock.now_ns())
         elif view.nbytes <= EXPRESS_BYTES and window is None and all(tag != entry[0].tag for entry in peer.blocked):
-            self._put(peer, peer.outbound.lane_for(tag, Lane.EXPRESS), ticket, view)
+            self._post.put(peer, peer.outbound.lane_for(tag, Lane.EXPRESS), ticket, view)
         else:
-            peer.blocked.append((ticket, view, window))
-            self._unblock(peer)
+            self._departures.queue(peer, ticket, view, window)
         return ticket
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         """Take ``nbytes`` from ``src``, from what has already arrived where it has."""
-        self._peer(src, tag, nbytes, may_be_lost=bool(self._early.get((src, tag))))
+        self._peer(src, tag, nbytes, may_be_lost=self._mailbox.has_early((src, tag)))
         if into is not None:
             if into.nbytes != nbytes or into.readonly or not into.c_contiguous:
                 raise UsageError(f"into must be contiguous, writable and of {nbytes} bytes, not {into.nbytes}")
             into = into.cast("B")
+        if self._mailbox.discarded:
+            self._mailbox.discarded.revive(tag)
         ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
-        early = self._early.get((src, tag))
-        if early:
-            payload, counts = early.popleft()
-            if not early:
-                del self._early[src, tag]
-            self._deliver(ticket, into, payload, counts)
-        else:
-            self._posted.setdefault((src, tag), deque()).append((ticket, into))
+        arrived = self._mailbox.post(ticket, into)
+        if arrived is not None:
+            self._deliver(ticket, into, *arrived)
         return ticket
 
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
         """Move what can be moved; wait until a ticket ends or the deadline passes."""
         self._check_open()
         self._progress()
-        if not self._ended and self._clock.now_ns() < deadline_ns:
+        if not self._outcomes and self._clock.now_ns() < deadline_ns:
             self._wait(deadline_ns)
-        ended, self._ended = self._ended, []
-        return ended
+        return self._outcomes.collect()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Cancel a receive that nothing matched, or a send of which nothing has left."""
         if ticket.status is not TicketStatus.PENDING or ticket.sent_bytes:
             return False
         if ticket.kind is TicketKind.RECV:
-            posted = self._posted.pop((ticket.peer, ticket.tag), deque())
-            kept = deque(entry for entry in posted if entry[0] is not ticket)
-            found = len(kept) < len(posted)
-            if kept:
-                self._posted[ticket.peer, ticket.tag] = kept
+            found = self._mailbox.withdraw(ticket)
         else:
-            found = self._withdraw(lambda other: other is ticket) != []
+            self._due_ns = 0  # the next of those that wait for a window may be due
+            found = self._departures.withdraw(lambda other: other is ticket) != []
         if found:
-            self._end(ticket, TicketStatus.CANCELLED)
+            self._outcomes.end(ticket, TicketStatus.CANCELLED)
         return found
 
-    def _withdraw(self, wanted: Callable[[Ticket], bool]) -> list[Ticket]:
-        """Take out sends that have not left, and return their tickets."""
-        self._due_ns = 0  # the next of those that wait for a window may be due
-        taken = [entry[2] for entry in self._timed if wanted(entry[2])]
-        self._timed = [entry for entry in self._timed if not wanted(entry[2])]
-        heapq.heapify(self._timed)
+    def discard(self, tag: int, bits: int) -> None:
+        """Drop what belongs to a prefix; sends of which nothing has left end as CANCELLED too."""
+        self._check_open()
+        if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= LARGEST_TAG.bit_length()):
+            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}, and bits={bits} from 0 to 64")
+
+        tickets, held = self._mailbox.discard(tag, bits)
+        tickets += self._departures.withdraw(lambda ticket: ticket.tag >> bits == tag >> bits and not ticket.sent_bytes)
+        for ticket in tickets:
+            self._outcomes.end(ticket, TicketStatus.CANCELLED)
+        for rank, nbytes in held:
+            self._consumed(rank, nbytes)
         for peer in self._peers.values():
-            taken += [entry[0] for entry in peer.blocked if wanted(entry[0])]
-            peer.blocked = deque(entry for entry in peer.blocked if not wanted(entry[0]))
-        return taken
+            peer.inbound.drop(tag, bits)
+            peer.outbound.drop(tag, bits, self._departures.begun_tags(peer.rank))
+        self._due_ns = 0
 
     def fileno(self) -> int | None:
         """Return the epoll descriptor that holds the sockets, their monitors and the timer."""
@@ -285,24 +213,27 @@ class SlottedEndpoint(Endpoint):
     def arm(self, deadline_ns: int) -> bool:
         """Set the timer for what comes next by itself; what arrives makes the descriptor readable."""
         self._check_open()
-        if self._ended:
+        if self._outcomes:
             return False
         self._timer.arm(min(deadline_ns, self._due_ns or self._next_ns()))
-        if self._timed:  # to wake up ahead of ranks whose window it is not
+        if self._departures.has_timed:  # to wake up ahead of ranks whose window it is not
             self._urgency.set(OWNER)
         return True
 
     def keep_time(self) -> None:
         """Give the line what is due."""
-        if self._timed:
+        if self._departures.has_timed:
             now_ns = self._clock.now_ns()
-            if self._timed[0][0] <= now_ns + _LEAD_NS and self._resume_ns <= now_ns:
-                self._send_timed(now_ns)
+            if self._departures.is_due(now_ns):
+                self._departures.turn(now_ns)
 
     def counters(self) -> Mapping[str, int]:
         """Return retransmitted TCP segments, sends that missed their windows, and what was resent or refused."""
-        retransmits = sum(line.info()[1] for peer in self._peers.values() for line in peer.lines)
-        return self._counted | {"retransmits": retransmits}
+        return self._counted | {
+            "resent_bytes": self._post.resent_bytes,
+            "missed_sends": self._departures.missed_sends,
+            "retransmits": sum(line.info()[1] for peer in self._peers.values() for line in peer.lines),
+        }
 
     def connections(self) -> list[dict[str, object]]:
         """Return which TCP connections carry what, for holding a capture of the line against the calendar."""
@@ -328,7 +259,7 @@ class SlottedEndpoint(Endpoint):
             self._wait(deadline_ns)
         for peer in self._peers.values():
             if not peer.lost or peer.inbound.bye:
-                self._transmit(peer, Lane.EXPRESS, FrameKind.BYE)
+                self._post.transmit(peer, Lane.EXPRESS, FrameKind.BYE)
         deadline_ns = min(deadline_ns, self._clock.now_ns() + _PARTING_NS)
         while any(not peer.lost for peer in self._peers.values()) and self._clock.now_ns() < deadline_ns:
             self._wait(deadline_ns)  # a goodbye loses the peer
@@ -345,14 +276,14 @@ class SlottedEndpoint(Endpoint):
                 line.close(linger_ms if line.connected else 0)
         self._pull.close(linger=0)
         self._timer.close()
-        self._early.clear()
+        self._mailbox.clear()
         self._context.term()
 
     def _check_open(self) -> None:
         if self._closed is not None:
             raise Closed(str(self._closed)) from self._closed
 
-    def _peer(self, rank: int, tag: int, nbytes: int, *, may_be_lost: bool = False) -> _Peer:
+    def _peer(self, rank: int, tag: int, nbytes: int, *, may_be_lost: bool = False) -> Peer:
         self._check_open()
         peer = self._peers.get(rank)
         if peer is None:
@@ -373,14 +304,21 @@ class SlottedEndpoint(Endpoint):
         self._epoll.poll(_LONG_WAIT_NS / 1e9)
         self._progress()
 
+    def _wait_and_look(self, deadline_ns: int) -> None:
+        """Wait, and ask monitors unasked: their descriptors tell only of what comes after a first look."""
+        self._wait(deadline_ns)
+        for peer in self._peers.values():
+            if not peer.is_joined:
+                for lane in Lane:
+                    self._watch(peer, lane, self._clock.now_ns())
+
     def _next_ns(self) -> int:
         """Return when this endpoint has something to do even if nothing arrives."""
-        times = [self._clock.now_ns() + _LONG_WAIT_NS]
-        if self._timed:
-            window = self._timed[0][4]
-            opens_ns = window.not_before_ns - _LEAD_NS
-            is_ahead = opens_ns > times[0] - _LONG_WAIT_NS
-            times.append(opens_ns if is_ahead else self._resume_ns or window.not_after_ns or times[0])
+        now_ns = self._clock.now_ns()
+        times = [now_ns + _LONG_WAIT_NS]
+        departs_ns = self._departures.next_ns(now_ns)
+        if departs_ns is not None:
+            times.append(departs_ns)
         for peer in self._peers.values():
             due_ns = None if peer.lost else peer.inbound.due_ns(self._options.acknowledge_delay_ns)
             if due_ns is not None:
@@ -396,7 +334,7 @@ class SlottedEndpoint(Endpoint):
         if self._pull_fd in ready:
             self._drain_pull()
             now_ns = self._clock.now_ns()
-        self._send_timed(now_ns)
+        self._departures.turn(now_ns)
         self._step_back(now_ns)
         for descriptor in ready:
             if descriptor in self._monitored:
@@ -408,17 +346,17 @@ class SlottedEndpoint(Endpoint):
                 self._give_up_if_late(peer, now_ns)
             due_ns = peer.inbound.due_ns(self._options.acknowledge_delay_ns)
             if due_ns is not None and (due_ns <= now_ns or self._is_at_rest()):  # nobody may poll again
-                self._transmit(peer, Lane.EXPRESS, FrameKind.ACK)
+                self._post.transmit(peer, Lane.EXPRESS, FrameKind.ACK)
         self._due_ns = self._next_ns()
 
     def _step_back(self, now_ns: int) -> None:
         """Let ranks go ahead whose window it is, unless it is this one's."""
-        if not self._timed or self._timed[0][0] > now_ns + _LEAD_NS:
+        if not self._departures.is_near(now_ns):
             self._urgency.set(PROGRESS)
 
     def _is_at_rest(self) -> bool:
         """Tell whether this rank waits for nobody."""
-        return not any(self._posted.values()) and all(peer.outbound.idle for peer in self._peers.values())
+        return not self._mailbox.is_waiting and all(peer.outbound.idle for peer in self._peers.values())
 
     def _drain_pull(self) -> None:
         while int(self._pull.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
@@ -435,9 +373,8 @@ class SlottedEndpoint(Endpoint):
             self._counted["foreign_frames"] += 1
             return
         for ticket in peer.outbound.acknowledged(header.acks, header.consumed):
-            if ticket.status is TicketStatus.PENDING:
-                self._end(ticket, TicketStatus.DONE)
-        self._unblock(peer)
+            self._outcomes.end(ticket, TicketStatus.DONE)
+        self._departures.unblock(peer)
         if header.kind is FrameKind.HELLO:
             peer.inbound.hello = True
         elif header.kind is FrameKind.BYE:
@@ -448,7 +385,7 @@ class SlottedEndpoint(Endpoint):
         elif header.kind is FrameKind.DATA:
             self._take_data(peer, header, frames)
 
-    def _take_data(self, peer: _Peer, header: Header, frames: Sequence[zmq.Frame]) -> None:
+    def _take_data(self, peer: Peer, header: Header, frames: Sequence[zmq.Frame]) -> None:
         if len(frames) != 2:
             self._counted["foreign_frames"] += 1
             return
@@ -460,22 +397,19 @@ class SlottedEndpoint(Endpoint):
         # Each acknowledgement wakes up two hosts, so it waits a little for the next one.
         peer.inbound.tell(self._clock.now_ns(), soon=False)
         counts = header.lane is Lane.BULK
+        if self._mailbox.discarded and header.tag in self._mailbox.discarded:
+            self._consumed(peer.rank, len(payload) if counts else 0)
+            return
         if header.total != len(payload):
             whole = self._join(peer, header, payload)
             if whole is None:
                 return
             payload, counts = whole, False
-        key = (peer.rank, header.tag)
-        posted = self._posted.get(key)
-        if posted:
-            ticket, into = posted.popleft()
-            if not posted:
-                del self._posted[key]
-            self._deliver(ticket, into, payload, counts)
-        else:
-            self._early.setdefault(key, deque()).append((payload, counts))
+        receive = self._mailbox.arrive((peer.rank, header.tag), payload, counts)
+        if receive is not None:
+            self._deliver(*receive, payload, counts)
 
-    def _join(self, peer: _Peer, header: Header, part: memoryview) -> memoryview | None:
+    def _join(self, peer: Peer, header: Header, part: memoryview) -> memoryview | None:
         """Put a part in its place, in memory of its own that no credit covers: one message for each tag at most."""
         if header.lane is Lane.BULK:
             self._consumed(peer.rank, len(part))
@@ -490,10 +424,8 @@ class SlottedEndpoint(Endpoint):
         held = len(payload) if counts else 0
         if len(payload) != ticket.nbytes:
             self._consumed(ticket.peer, held)
-            ticket.error = FrameError(
-                f"rank {ticket.peer} sent {len(payload)} bytes with tag {ticket.tag}, expected {ticket.nbytes}"
-            )
-            self._end(ticket, TicketStatus.FAILED)
+            told = f"rank {ticket.peer} sent {len(payload)} bytes with tag {ticket.tag}, expected {ticket.nbytes}"
+            self._outcomes.end(ticket, TicketStatus.FAILED, FrameError(told))
             return
         if into is None:
             ticket.view = payload.toreadonly()
@@ -501,7 +433,7 @@ class SlottedEndpoint(Endpoint):
         else:
             into[:] = payload
             self._consumed(ticket.peer, held)
-        self._end(ticket, TicketStatus.DONE)
+        self._outcomes.end(ticket, TicketStatus.DONE)
 
     def _consumed(self, rank: int, nbytes: int) -> None:
         inbound = self._peers[rank].inbound
@@ -514,126 +446,25 @@ class SlottedEndpoint(Endpoint):
         if due_ns is not None:
             self._due_ns = 0 if self._is_at_rest() else min(self._due_ns, due_ns)
 
-    def _send_timed(self, now_ns: int) -> None:
-        """Send what is in its window now, as far as it will have left by the window's end."""
-        self._resume_ns = 0
-        while self._timed and self._timed[0][0] <= now_ns + _LEAD_NS:
-            opens_ns, order, ticket, view, window = self._timed[0]
-            peer = self._peers[ticket.peer]
-            if window.not_after_ns is None:
-                heapq.heappop(self._timed)
-                peer.blocked.append((ticket, view, window))
-                self._unblock(peer)
-                continue
-            line = peer.lines[Lane.BULK]
-            closes_ns = window.not_after_ns - _LEAD_NS
-            window = replace(window, not_after_ns=closes_ns)
-            drained_ns = self._drained_at(now_ns, window.rate_bytes_per_s)
-            part_bytes = window.fitting_bytes(view.nbytes, drained_ns, FRAME_BYTES)
-            if not part_bytes and view.nbytes:
-                heapq.heappop(self._timed)
-                self._counted["missed_sends"] += not ticket.sent_bytes
-                self._end(ticket, TicketStatus.MISSED)
-                continue
-            if drained_ns - now_ns > (_AHEAD_NS if line is self._last_line else 0):
-                # Not yet: if the line is slower than said, what lies in the queues leaves after the window.
-                self._resume_ns = max(drained_ns - _AHEAD_NS // 2, now_ns + _SHORTEST_WAIT_NS)
-                return
-            before_tail = replace(window, not_after_ns=closes_ns - _AHEAD_NS)
-            part_bytes = before_tail.fitting_bytes(part_bytes, drained_ns, FRAME_BYTES) or part_bytes
-            if not peer.outbound.has_credit(part_bytes):
-                return
-            self._last_line, self._handed_ns = line, now_ns
-            self._drained_ns = drained_ns + window.takes_ns(part_bytes + FRAME_BYTES)
-            line.pace(window.rate_bytes_per_s)
-            self._put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
-            ticket.left_ns = self._drained_ns
-            if part_bytes == view.nbytes:
-                heapq.heappop(self._timed)
-            else:
-                ticket.sent_bytes += part_bytes
-                self._timed[0] = (opens_ns, order, ticket, view[part_bytes:], self._timed[0][4])
-
-    def _drained_at(self, now_ns: int, rate_bytes_per_s: float) -> int:
-        """Return when everything given to the line so far will have left, at this rate.
-
-        The kernel says what it has not sent; what ZeroMQ's thread was given a moment ago it may not know yet.
-        """
-        if self._last_line is None:
-            return now_ns
-        known_ns = now_ns + int(self._last_line.unsent_bytes() / rate_bytes_per_s * 1e9)
-        return max(known_ns, self._drained_ns) if now_ns - self._handed_ns < _SETTLE_NS else known_ns
-
-    def _unblock(self, peer: _Peer) -> None:
-        while peer.blocked and peer.outbound.has_credit(peer.blocked[0][0].nbytes):
-            ticket, view, window = peer.blocked.popleft()
-            peer.lines[Lane.BULK].pace(UNPACED if window is None else window.rate_bytes_per_s)
-            self._put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
-            if window is not None:
-                ticket.left_ns = peer.lines[Lane.BULK].leaves_ns(ticket.started_ns, view.nbytes + FRAME_BYTES)
-
-    def _put(self, peer: _Peer, lane: Lane, ticket: Ticket, view: memoryview) -> None:
-        if not ticket.sent_bytes:  # of several parts the first counts
-            lead_ns = _LEAD_NS if lane is Lane.BULK else 0  # when it reaches the line, at the earliest
-            ticket.started_ns = self._clock.now_ns() + lead_ns
-        self._transmit_kept(peer, lane, peer.outbound.keep(lane, ticket, view))
-
-    def _transmit_kept(self, peer: _Peer, lane: Lane, kept: Kept, *, again: bool = False) -> None:
-        # What is sent again may be acknowledged, and its memory given back, while it still waits behind the first.
-        lend = not again and kept.view.nbytes >= _LEAST_LENT_BYTES
-        self._transmit(peer, lane, FrameKind.DATA, kept.view, kept.ticket.tag, kept.sequence, kept.place, lend=lend)
-
-    def _transmit(
-        self, peer: _Peer, lane: Lane, kind: FrameKind, view: memoryview | None = None,
-        tag: int = 0, sequence: int = 0, place: tuple[int, int] = (0, 0), *, lend: bool = False,
-    ) -> None:  # fmt: skip
-        """Hand a frame to ZeroMQ, which copies it, or reads it where it lies if ``lend``."""
-        inbound = peer.inbound
-        acks = (inbound.received[0], inbound.received[1])
-        header = Header(
-            kind, lane, self._rank, tag, *place, self._token, sequence, acks, inbound.consumed_bytes
-        ).encode()
-        push = peer.lines[lane].push
-        with contextlib.suppress(zmq.Again):  # no connection yet: hellos are repeated, data comes after them
-            if view is None:
-                push.send(header, zmq.DONTWAIT)
-            elif lend:
-                push.send(header, zmq.DONTWAIT | zmq.SNDMORE)
-                send_constant(push, view)
-            else:
-                push.send_multipart((header, view), zmq.DONTWAIT)
-            if lane is Lane.EXPRESS:  # on the other lane it waits behind paced data
-                inbound.told()
-
-    def _watch(self, peer: _Peer, lane: Lane, now_ns: int) -> None:
+    def _watch(self, peer: Peer, lane: Lane, now_ns: int) -> None:
         """Take in what became of a connection, and send again over one that came back."""
         if peer.lines[lane].events(now_ns) and not peer.lost:
             peer.inbound.tell(now_ns, soon=True)  # what was said last may have gone with the connection
             self._note_due(peer.inbound)
-            for kept in peer.outbound.kept[lane]:
-                self._counted["resent_bytes"] += kept.view.nbytes
-                self._transmit_kept(peer, lane, kept, again=True)
+            self._post.resend(peer, lane)
 
-    def _give_up_if_late(self, peer: _Peer, now_ns: int) -> None:
+    def _give_up_if_late(self, peer: Peer, now_ns: int) -> None:
         """Lose a peer whose connection stays broken."""
         since_ns = min(line.broken_since_ns for line in peer.lines if line.broken_since_ns)
         if now_ns - since_ns > self._options.reconnect_grace_ns:
             seconds = self._options.reconnect_grace_ns / 1e9
             self._lose(peer, PeerLost(f"rank {peer.rank}: connection broken for more than {seconds:g} s"))
 
-    def _lose(self, peer: _Peer, reason: Exception) -> None:
-        """End everything that still needs this peer."""
+    def _lose(self, peer: Peer, reason: Exception) -> None:
+        """End everything that still needs this peer, and nothing else."""
         peer.lost = reason
+        self._due_ns = 0
         pending = [kept.ticket for lane in Lane for kept in peer.outbound.kept[lane]]
-        pending += self._withdraw(lambda ticket: ticket.peer == peer.rank)
-        for key in [key for key in self._posted if key[0] == peer.rank]:
-            pending += [ticket for ticket, _ in self._posted.pop(key)]
-        for ticket in pending:
-            if ticket.status is TicketStatus.PENDING:
-                ticket.error = reason
-                self._end(ticket, TicketStatus.FAILED)
-
-    def _end(self, ticket: Ticket, status: TicketStatus) -> None:
-        ticket.status = status
-        ticket.ended_ns = self._clock.now_ns()
-        self._ended.append(ticket)
+        pending += self._departures.withdraw(lambda ticket: ticket.peer == peer.rank)
+        for ticket in pending + self._mailbox.withdraw_all(peer.rank):
+            self._outcomes.end(ticket, TicketStatus.FAILED, reason)

@@ -12,6 +12,7 @@ that sent and not yet consumed. One message larger than the credit may go when n
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,6 +91,11 @@ class Outbound:
                     ended.append(ticket)
         return ended
 
+    def drop(self, prefix: int, bits: int, going_on: Container[int]) -> None:
+        """Expect no rest of messages of which a part has left, where tags have that prefix and are not ``going_on``."""
+        for tag in [tag for tag in self.begun if tag >> bits == prefix >> bits and tag not in going_on]:
+            del self.begun[tag]
+
     @property
     def idle(self) -> bool:
         """Whether everything sent was acknowledged."""
@@ -128,7 +134,8 @@ class Inbound:
             If it does not go on where the part before ended.
         """
         whole, there = self.begun.pop(tag, (None, 0))
-        if whole is None:
+        if whole is None or offset == 0:  # a message that begins anew: its sender has given up the one before
+            there = 0
             whole = np.empty(total, np.uint8).data
         if offset != there or len(whole) != total or offset + len(part) > total:
             raise FrameError(f"{len(part)} bytes at {offset} of {total} do not follow {there} of {len(whole)}")
@@ -137,6 +144,11 @@ class Inbound:
             return whole
         self.begun[tag] = whole, offset + len(part)
         return None
+
+    def drop(self, prefix: int, bits: int) -> None:
+        """Give up messages of which a part has come, where tags have that prefix."""
+        for tag in [tag for tag in self.begun if tag >> bits == prefix >> bits]:
+            del self.begun[tag]
 
     def tell(self, now_ns: int, *, soon: bool) -> None:
         """Take note that the sender has something to learn: at once with ``soon``, else it may wait for company."""

@@ -13,7 +13,7 @@ kind      1      HELLO, DATA, ACK, BYE or WARM
 lane      1      0 bulk, 1 express: which sequence ``sequence`` counts in
 (pad)     2
 source    4      rank of the sender
-tag       4      of a DATA message
+tag       8      of a DATA message
 total     4      bytes of the whole payload of which this is a part, or all
 offset    4      where in it this part begins
 token     8      random number of the job; a frame with another is not ours
@@ -32,8 +32,8 @@ from enum import IntEnum
 
 from detcoll.errors import FrameError
 
-MAGIC = b"DTC\x02"
-_LAYOUT = struct.Struct("<4sBBxxIIIIQQQQQ")
+MAGIC = b"DTC\x03"
+_LAYOUT = struct.Struct("<4sBBxxIQIIQQQQQ")
 HEADER_BYTES = _LAYOUT.size
 FRAME_BYTES = HEADER_BYTES + 2 + 9
 """What a DATA message adds to its payload on the wire: the header and ZMTP's lengths (RFC 23: 2 short, 9 long)."""

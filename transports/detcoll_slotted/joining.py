@@ -1,0 +1,72 @@
+"""Joining other ranks: hellos in both directions, and opening TCP's windows before the first message counts on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from detcoll.errors import ConnectError
+from detcoll.transport import Clock
+from detcoll_slotted.line import Line
+from detcoll_slotted.options import Options
+from detcoll_slotted.peer import Peer
+from detcoll_slotted.post import Post
+from detcoll_slotted.wire import FrameKind, Lane
+
+_HELLO_EVERY_NS = 200_000_000
+_WARM_FRAME_BYTES = 65_536
+_LOOK_EVERY_NS = 2_000_000
+
+
+class Joining:
+    """Joins peers of one rank; ``wait`` moves what can be moved until something happens or a time has come."""
+
+    def __init__(self, rank: int, options: Options, post: Post, clock: Clock, wait: Callable[[int], None]) -> None:
+        self._rank, self._options, self._post, self._clock, self._wait = rank, options, post, clock, wait
+
+    def join(self, peers: Sequence[Peer], deadline_ns: int) -> None:
+        """Return once hellos have passed in both directions with all of them, and their connections are warm.
+
+        Raises
+        ------
+        ConnectError
+            If that takes longer than the deadline, or one of them is lost.
+        """
+        hello_ns = 0
+        while missing := [peer for peer in peers if not peer.is_joined]:
+            now_ns = self._clock.now_ns()
+            self._check_reachable(missing, now_ns >= deadline_ns)
+            if now_ns >= hello_ns:
+                hello_ns = now_ns + _HELLO_EVERY_NS
+                for peer in missing:
+                    for lane in Lane:
+                        self._post.transmit(peer, lane, FrameKind.HELLO)
+            self._wait(min(deadline_ns, hello_ns))
+        if self._options.warm_up_bytes:
+            self._warm_up([peer for peer in peers if peer.rank in self._options.warm_up_peers], deadline_ns)
+
+    def _check_reachable(self, missing: Sequence[Peer], is_late: bool) -> None:
+        for peer in missing:
+            if peer.lost:
+                raise ConnectError(f"rank {self._rank} did not reach rank {peer.rank}: {peer.lost}") from peer.lost
+        if is_late:
+            ranks = ", ".join(str(peer.rank) for peer in missing)
+            raise ConnectError(f"rank {self._rank} did not reach rank {ranks} before the deadline")
+
+    def _warm_up(self, peers: Sequence[Peer], deadline_ns: int) -> None:
+        nothing = memoryview(bytes(_WARM_FRAME_BYTES))
+        for peer in sorted(peers, key=lambda peer: (peer.rank < self._rank, peer.rank)):
+            peer.lines[Lane.BULK].pace(self._options.warm_up_bytes_per_s)
+            for _ in range(0, self._options.warm_up_bytes, _WARM_FRAME_BYTES):
+                self._post.transmit(peer, Lane.BULK, FrameKind.WARM, nothing)
+            if self._options.warm_up_in_turn:
+                self._let_leave(peer.lines[Lane.BULK], self._options.warm_up_bytes, deadline_ns)
+        while cold := [peer.rank for peer in peers if peer.inbound.warm_bytes < self._options.warm_up_bytes]:
+            if self._clock.now_ns() >= deadline_ns:
+                raise ConnectError(f"rank {self._rank}: warming up with rank {cold} took longer than the deadline")
+            self._wait(deadline_ns)
+
+    def _let_leave(self, line: Line, nbytes: int, deadline_ns: int) -> None:
+        """Wait until bytes given to a line at its pace have left, as far as the kernel knows of them."""
+        paced_ns = self._clock.now_ns() + int(nbytes / self._options.warm_up_bytes_per_s * 1e9)
+        while (now_ns := self._clock.now_ns()) < deadline_ns and (now_ns < paced_ns or line.unsent_bytes()):
+            self._wait(min(deadline_ns, max(paced_ns, now_ns + _LOOK_EVERY_NS)))

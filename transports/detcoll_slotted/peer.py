@@ -1,0 +1,29 @@
+"""Everything that a rank knows about one other rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from detcoll.transport import Ticket, Window
+from detcoll_slotted.flow import Inbound, Outbound
+from detcoll_slotted.line import Line
+
+
+@dataclass(eq=False, slots=True)
+class Peer:
+    """One other rank: its connections, the rules of both directions, and sends that wait."""
+
+    rank: int
+    lines: tuple[Line, Line]
+    """By lane."""
+    outbound: Outbound
+    inbound: Inbound
+    blocked: deque[tuple[Ticket, memoryview, Window | None]] = field(default_factory=deque)
+    """Bulk sends that wait for credit."""
+    lost: Exception | None = None
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether hellos have passed in both directions."""
+        return self.inbound.hello and all(line.was_connected for line in self.lines)

@@ -1,0 +1,67 @@
+"""Writing frames and handing them to ZeroMQ."""
+
+from __future__ import annotations
+
+import contextlib
+
+import zmq
+
+from detcoll.transport import Clock, Ticket
+from detcoll_slotted.constant import send_constant
+from detcoll_slotted.flow import Kept
+from detcoll_slotted.peer import Peer
+from detcoll_slotted.wire import FrameKind, Header, Lane
+
+LEAD_NS = 150_000
+"""What a send needs from here through ZeroMQ's thread and TCP to the line, at least: it starts that much earlier."""
+_LEAST_LENT_BYTES = 65_536
+"""Smaller payloads are copied, which costs less than it does to lend them."""
+
+
+class Post:
+    """Sends frames of one rank; ``resent_bytes`` counts what went a second time."""
+
+    def __init__(self, rank: int, token: int, clock: Clock) -> None:
+        self.resent_bytes = 0
+        self._rank, self._token, self._clock = rank, token, clock
+
+    def put(self, peer: Peer, lane: Lane, ticket: Ticket, view: memoryview) -> None:
+        """Send a message, or a part of one, and keep it until it is acknowledged."""
+        if not ticket.sent_bytes:  # of several parts the first counts
+            lead_ns = LEAD_NS if lane is Lane.BULK else 0  # when it reaches the line, at the earliest
+            ticket.started_ns = self._clock.now_ns() + lead_ns
+        self.transmit_kept(peer, lane, peer.outbound.keep(lane, ticket, view))
+
+    def resend(self, peer: Peer, lane: Lane) -> None:
+        """Send everything of a lane again that is not acknowledged."""
+        for kept in peer.outbound.kept[lane]:
+            self.resent_bytes += kept.view.nbytes
+            self.transmit_kept(peer, lane, kept, again=True)
+
+    def transmit_kept(self, peer: Peer, lane: Lane, kept: Kept, *, again: bool = False) -> None:
+        """Send a kept message: lent the first time, where that pays."""
+        # What is sent again may be acknowledged, and its memory given back, while it still waits behind the first.
+        lend = not again and kept.view.nbytes >= _LEAST_LENT_BYTES
+        self.transmit(peer, lane, FrameKind.DATA, kept.view, kept.ticket.tag, kept.sequence, kept.place, lend=lend)
+
+    def transmit(
+        self, peer: Peer, lane: Lane, kind: FrameKind, view: memoryview | None = None,
+        tag: int = 0, sequence: int = 0, place: tuple[int, int] = (0, 0), *, lend: bool = False,
+    ) -> None:  # fmt: skip
+        """Hand a frame to ZeroMQ, which copies it, or reads it where it lies if ``lend``."""
+        inbound = peer.inbound
+        acks = (inbound.received[0], inbound.received[1])
+        header = Header(
+            kind, lane, self._rank, tag, *place, self._token, sequence, acks, inbound.consumed_bytes
+        ).encode()
+        push = peer.lines[lane].push
+        with contextlib.suppress(zmq.Again):  # no connection yet: hellos are repeated, data comes after them
+            if view is None:
+                push.send(header, zmq.DONTWAIT)
+            elif lend:
+                push.send(header, zmq.DONTWAIT | zmq.SNDMORE)
+                send_constant(push, view)
+            else:
+                push.send_multipart((header, view), zmq.DONTWAIT)
+            if lane is Lane.EXPRESS:  # on the other lane it waits behind paced data
+                inbound.told()
