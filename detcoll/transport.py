@@ -35,7 +35,7 @@ from detcoll.types import ReduceOp
 SMALLEST_PART_BYTES = 16_384
 """A window with room for less of a message than this is left alone: two more frames would cost more than it holds."""
 
-LARGEST_TAG = 2**31 - 1
+LARGEST_TAG = 2**64 - 1
 """Tags are whole numbers from 0 to this."""
 
 
