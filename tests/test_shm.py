@@ -375,3 +375,14 @@ def test_rings_no_bell_unless_the_peer_sleeps() -> None:
         here.send(1, 1, memoryview(b"x" * 1000))
         assert here.counters()["bells_rung"] == before + 1
         assert select.select([fd], [], [], 0)[0]
+
+
+@pytest.mark.parametrize("nbytes", [8, 1000, 40_000])
+def test_tags_keep_all_their_bits(nbytes: int) -> None:
+    tags = [5, *(5 + 2**bits for bits in range(31, 64)), 2**64 - 1]
+    with pair({}) as fabric:
+        here, there = sides(fabric)
+        for index, tag in enumerate(tags):
+            here.send(1, tag, memoryview(pattern(index, nbytes)))
+        for index, tag in reversed(list(enumerate(tags))):
+            assert take(there, 0, tag, nbytes) == pattern(index, nbytes)

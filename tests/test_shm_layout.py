@@ -118,7 +118,7 @@ def test_words_of_two_writers_share_no_cache_line() -> None:
     [
         (1, Kind.WHOLE, 1, 100, 0, 100),
         (0, 9, 1, 100, 0, 100),
-        (0, Kind.WHOLE, -1, 100, 0, 100),
+        (0, Kind.WHOLE, 1, -100, 0, -100),
         (0, Kind.WHOLE, 1, 100, 0, 99),
         (0, Kind.WHOLE, 1, 100, 10**7, 100),
         (0, Kind.WHOLE, 1, 100, 8, 100),

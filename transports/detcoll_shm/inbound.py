@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from detcoll.errors import FrameError
-from detcoll.transport import LARGEST_TAG, Ticket, TicketStatus
+from detcoll.transport import Ticket, TicketStatus
 from detcoll_shm.layout import (
     DESCRIPTOR,
     HEAD,
@@ -413,7 +413,7 @@ class Inbound:
     def _validate(self, index: int, kind: int, tag: int, nbytes: int, place: int, size: int) -> None:
         """Refuse a descriptor that this side would not have written."""
         assembly = self._assembly
-        fits = index == self._seen and 0 <= tag <= LARGEST_TAG and 0 <= size <= nbytes
+        fits = index == self._seen and 0 <= size <= nbytes
         if kind == _MORE:
             fits = fits and assembly is not None and assembly.tag == tag and assembly.nbytes == nbytes
             fits = fits and assembly is not None and assembly.filled + size <= nbytes

@@ -46,7 +46,7 @@ import msgspec
 
 from detcoll.errors import ConnectError
 
-VERSION = 3
+VERSION = 4
 MAGIC = b"detcoll\0"
 KEY_BYTES = 16
 HEADER = struct.Struct(f"<8sqqqqq{KEY_BYTES}s")
@@ -56,7 +56,7 @@ PAGE_BYTES = 4096
 WORD_BYTES = 8
 LINE_BYTES = 64
 SLOT_BYTES = 128
-DESCRIPTOR = struct.Struct("<qqqqqq")
+DESCRIPTOR = struct.Struct("<qqQqqq")
 INLINE_BYTES = SLOT_BYTES - DESCRIPTOR.size
 RECORD_HEADER_BYTES = LINE_BYTES
 SMALLEST_RING_BYTES = 4096
