@@ -29,7 +29,7 @@ from detcoll.job.opening import open_job
 from detcoll.plan import Calendar, Collective, Slotting, build_calendar
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime import Group, Work
-from detcoll.runtime.group import WORLD_ID, group_id
+from detcoll.runtime.group import group_id
 from detcoll.topology import Topology
 from detcoll.trace import Trace
 from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
@@ -324,7 +324,7 @@ class Communicator:
 
     @property
     def across(self) -> Communicator:
-        """This rank's counterparts: of each site that has as many, the rank in this rank's place among those of a site.
+        """The counterparts of this rank: in each site the rank at the same place, where it has as many ranks.
 
         Made when it is asked for first, by all of them.
         """

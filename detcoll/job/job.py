@@ -79,7 +79,8 @@ class Job:
         native = self.assembled.native
         if native is None:
             return None
-        return NativeRunner(native, self.session.rank, self.trace, self._native_failed, self._explain_native)
+        capabilities, rank = self.assembled.transport.capabilities, self.session.rank
+        return NativeRunner(native, capabilities, rank, self.trace, self._native_failed, self._explain_native)
 
     def _native_failed(self, error: Exception) -> None:
         self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))

@@ -5,7 +5,6 @@ What it tells is kept, since both the progress thread and a native collective th
 
 from __future__ import annotations
 
-import os
 import select
 import threading
 import time

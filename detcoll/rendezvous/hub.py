@@ -276,7 +276,9 @@ class Hub:
         else:
             self._arrive(gather.number, peer, gather.payload, gather.remaining_ms, gather.ranks)
 
-    def _arrive(self, number: int, peer: _Peer, payload: bytes, remaining_ms: int, ranks: list[int] | None = None) -> None:
+    def _arrive(
+        self, number: int, peer: _Peer, payload: bytes, remaining_ms: int, ranks: list[int] | None = None
+    ) -> None:
         exchange = self._exchanges[number]
         exchange.ranks = ranks or list(range(self.size))
         exchange.payloads[_rank_of(peer)] = payload

@@ -47,7 +47,7 @@ class Cause(msgspec.Struct, frozen=True, tag="cause"):
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """Where do you stand in this call?"""
+    """Asks where a rank stands in a call."""
 
     group: int
     sequence: int
@@ -85,6 +85,7 @@ def unpack(record: bytes) -> Message:
     """
     try:
         body = record[2 : 2 + int.from_bytes(record[:2], "little")]
-        return msgspec.msgpack.decode(body, type=Message)
+        message: Message = msgspec.msgpack.decode(body, type=Message)  # type: ignore[arg-type]
     except msgspec.MsgspecError as error:
         raise FrameError(f"a control message that cannot be read: {error}") from error
+    return message

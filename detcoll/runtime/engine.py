@@ -1,8 +1,8 @@
 """The engine: what one rank does next in all its calls, without a clock, a socket or an array.
 
 Events come in with the time (`submit`, `received`, `sent`, `worked`, `greeted`, `told`, `rank_lost`, ...), and actions
-go out: the list `Engine.actions`, which the driver carries out in order and clears. The driver is `detcoll.runtime.loop`
-on the wire and `detcoll.sim` in virtual time; tests are drivers too. Steps that cost processor time, folds and copies,
+go out: the list `Engine.actions`, which the driver carries out in order and clears. On the wire the driver is
+`detcoll.runtime.loop`, in virtual time `detcoll.sim` and the tests. Steps that cost processor time, folds and copies,
 are not actions: the driver takes them one by one from `next_work`, as it finds time, and reports each by `worked`.
 
 A call's life::
@@ -392,12 +392,12 @@ class Engine:
     def _keep_lent(self, operation: Operation, step: int) -> None:
         """Count what cannot be folded yet; copy it where its sender has much of that here already."""
         peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
-        if self._lent_bytes.get(peer, 0) + nbytes > LARGEST_LENT_BYTES:
-            if self._copied_bytes + nbytes <= LARGEST_COPIED_BYTES:
-                self._copied_bytes += nbytes
-                operation.lent[step] = -nbytes
-                self.actions.append((Act.COPY, operation, step))
-                return
+        is_much = self._lent_bytes.get(peer, 0) + nbytes > LARGEST_LENT_BYTES
+        if is_much and self._copied_bytes + nbytes <= LARGEST_COPIED_BYTES:
+            self._copied_bytes += nbytes
+            operation.lent[step] = -nbytes
+            self.actions.append((Act.COPY, operation, step))
+            return
         self._lent_bytes[peer] = self._lent_bytes.get(peer, 0) + nbytes
         operation.lent[step] = nbytes
 
@@ -568,13 +568,16 @@ class Engine:
                 self.told(message, now_ns, peer)
             case Ask(group, sequence):
                 self.actions.append((Act.TELL, peer, self._answer(group, sequence, now_ns)))
-            case Answer(group, sequence):
-                membership = self.groups.get(group)
-                for operation in membership.active if membership is not None else ():
-                    if operation.sequence == sequence and operation.asked is not None and peer in operation.asked:
-                        operation.asked[peer] = message
-                        if None not in operation.asked.values():
-                            operation.limit_ns = now_ns
+            case Answer():
+                self._answered(peer, message, now_ns)
+
+    def _answered(self, peer: int, answer: Answer, now_ns: int) -> None:
+        membership = self.groups.get(answer.group)
+        for operation in membership.active if membership is not None else ():
+            if operation.sequence == answer.sequence and operation.asked is not None and peer in operation.asked:
+                operation.asked[peer] = answer
+                if None not in operation.asked.values():
+                    operation.limit_ns = now_ns
 
     def _answer(self, group: int, sequence: int, now_ns: int) -> Answer:
         membership = self.groups.get(group)

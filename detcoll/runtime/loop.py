@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Container
 from typing import Any, Protocol
 
+from detcoll.descriptor import HELLO_BYTES
 from detcoll.errors import Closed, DetcollError, FrameError, PeerLost, TransportError
 from detcoll.fold import fold
 from detcoll.machine import Queued
@@ -29,7 +30,6 @@ from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.routes import Routes
 from detcoll.runtime.timekeeping import Timekeeper
-from detcoll.descriptor import HELLO_BYTES
 from detcoll.trace import Call, Trace
 from detcoll.transport import Ticket, TicketStatus, Window
 
@@ -580,7 +580,8 @@ class Loop:
     def _note_end(self, operation: Operation) -> None:
         if self._trace.recording:
             plan, group = operation.plan, operation.group
-            call = Call(operation.descriptor.kind, plan.collective.nbytes, plan.algorithm, plan.collective, group.number)
+            collective = plan.collective
+            call = Call(operation.descriptor.kind, collective.nbytes, plan.algorithm, collective, group.number)
             self._trace.note_collective(operation.sequence, call, operation.called_ns, time.monotonic_ns())
 
     def group_failure(self, group: Group) -> Exception | None:

@@ -21,7 +21,7 @@ from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, Trans
 from detcoll.priority import shorten_turns
 from detcoll.runtime.work import Work
 from detcoll.trace import Call, Trace
-from detcoll.transport import NativeCollectives
+from detcoll.transport import Capabilities, NativeCollectives
 from detcoll.types import ReduceOp
 
 LARGEST_QUEUE = 4096
@@ -51,6 +51,8 @@ class NativeRunner:
     ----------
     collectives : NativeCollectives
         What does the work.
+    capabilities : Capabilities
+        Which collectives it does.
     rank : int
         This rank, for messages.
     trace : Trace
@@ -64,12 +66,13 @@ class NativeRunner:
     def __init__(
         self,
         collectives: NativeCollectives,
+        capabilities: Capabilities,
         rank: int,
         trace: Trace,
         on_failure: Callable[[Exception], None],
         explain: Callable[[], DetcollError | None] = lambda: None,
     ) -> None:
-        self._collectives, self._rank, self._trace = collectives, rank, trace
+        self._collectives, self._capabilities, self._rank, self._trace = collectives, capabilities, rank, trace
         self._on_failure, self._explain = on_failure, explain
         self._turn = threading.Lock()
         self._queue: queue.Queue[tuple[NativeCall, Work] | None] = queue.Queue(LARGEST_QUEUE)
@@ -87,7 +90,7 @@ class NativeRunner:
 
     def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
         """Tell whether the transport itself does a collective of this kind, type and operator."""
-        return self._collectives.supports(kind, dtype, op)
+        return self._capabilities.supports(kind, dtype, op)
 
     def run(self, call: NativeCall, work: Work) -> None:
         """Queue ``call``; ``work`` ends when it does."""
