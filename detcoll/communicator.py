@@ -65,7 +65,7 @@ class Communicator:
         self._caller = Caller(job, group, topology.granted if parent is None else topology, calendar)
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._earlier: Counter[tuple[int, ...]] = Counter()
+        self._earlier: Counter[tuple[tuple[int, ...], str]] = Counter()
         self._splits = 0
         self._made: dict[str, Communicator] = {}
         if parent is None:
@@ -279,7 +279,7 @@ class Communicator:
             return None
         members = sorted((order, rank) for rank, (part, order) in enumerate(parts) if part == color)
         ranks = [rank for _, rank in members]
-        return self._open(ranks, f"{color}", f"split {number} {color}")
+        return self._open(ranks, f"{color}", f"split {color}")
 
     def group(self, ranks: Sequence[int], name: str | None = None) -> Communicator:
         """Return a communicator of some ranks; only these call it, and all of them.
@@ -289,8 +289,8 @@ class Communicator:
         ranks : sequence of int
             Ranks of this group, each once, the same on all callers. Their order numbers them in the new group.
         name : str, optional
-            At most 64 characters. With a name, members may make groups of the same ranks in any order; without, the
-            first one that a rank makes of exactly these ranks is the same as the first one of the others, and so on.
+            At most 64 bytes. Of groups with exactly these ranks and this name, or without one, the first that a rank
+            makes is the same as the first of the others, and so on; so with names the order does not matter.
 
         Returns
         -------
@@ -299,7 +299,7 @@ class Communicator:
         Raises
         ------
         UsageError
-            If an argument cannot be used, or an open group has this name and these ranks.
+            If an argument cannot be used.
         ConnectError
             If not all members called it in time; names those that did not.
         PeerLost
@@ -309,12 +309,7 @@ class Communicator:
         members = self._members(ranks)
         if name is not None:
             _check_name(name)
-            return self._open(members, name, f"group {name}")
-        world_ranks = tuple(self.ranks[rank] for rank in members)
-        with self._lock:
-            earlier = self._earlier[world_ranks]
-            self._earlier[world_ranks] += 1
-        return self._open(members, "", None, earlier)
+        return self._open(members, name or "", "group" if name is None else f"group {name}")
 
     @property
     def local(self) -> Communicator:
@@ -537,11 +532,14 @@ class Communicator:
                 self._made[name] = made
         return made
 
-    def _open(self, members: Sequence[int], name: str, hashed: str | None, earlier: int = 0) -> Communicator:
+    def _open(self, members: Sequence[int], name: str, kind: str) -> Communicator:
         """Make the communicator of some members, together with them."""
         job = self._job
         ranks = tuple(self.ranks[rank] for rank in members)
-        identity = group_id(self._group.id, ranks, hashed, earlier)
+        with self._lock:
+            earlier = self._earlier[ranks, kind]
+            self._earlier[ranks, kind] += 1
+        identity = group_id(self._group.id, ranks, kind, earlier)
         group = Group(identity, ranks, tuple(job.topology.site_of(rank) for rank in ranks), name)
         job.open_group(group)
         topology = job.topology.granted.restricted(ranks)

@@ -178,9 +178,10 @@ class Engine:
         """
         for other in self.groups.values():
             if other.group.number == group.number:
-                same = other.group.id == group.id
-                text = "is open already" if same else f"has the same number as group {other.group.title}"
-                raise UsageError(f"group {group.title} {text}; close that one, or give this one another name=")
+                raise UsageError(
+                    f"group {group.title} has the same number in tags as group {other.group.title}; close that one, or "
+                    "give this one another name="
+                )
         for rank in group.ranks:
             if rank in self.lost:
                 raise PeerLost(str(self.lost[rank]))
@@ -192,8 +193,7 @@ class Engine:
 
     def leave(self, group: Group) -> None:
         """Take no part in a group any more; nothing of it may be under way."""
-        if self.groups.pop(group.id, None) is not None:
-            self.actions.append((Act.DISCARD, group.prefix, 64 - NUMBER_BITS))
+        self.groups.pop(group.id, None)
 
     def submit(self, operation: Operation, now_ns: int) -> None:
         """Take in a call; it starts as soon as its group and its memory allow."""

@@ -14,6 +14,7 @@ and questions between ranks. The number with all bits set belongs to what keeps 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -85,13 +86,15 @@ def world(site_of: Sequence[int]) -> Group:
     return Group(WORLD_ID, tuple(range(len(site_of))), tuple(site_of))
 
 
-def group_id(parent: int, ranks: Sequence[int], name: str | None, earlier: int) -> int:
-    """Return the id of a group: a hash of its parent's id, its ranks in order, and its name.
+def group_id(parent: int, ranks: Sequence[int], kind: str, earlier: int) -> int:
+    """Return the id of a group, a hash below 2**64 that every member computes for itself.
 
-    A group without a name is told from ``earlier`` ones of exactly these ranks by their count.
+    ``kind`` : how it was made and what it is called.  ``earlier`` : how many groups of this kind with exactly these
+    ranks were made before, so that no id is used twice.
     """
-    told = repr((parent, tuple(ranks), name if name is not None else earlier)).encode()
-    hashed = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big")
-    while hashed & TIME_NUMBER in _OWN_NUMBERS:
-        hashed += 1 << 8
+    for attempt in itertools.count():
+        told = repr((parent, tuple(ranks), kind, earlier, attempt)).encode()
+        hashed = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big")
+        if hashed & TIME_NUMBER not in _OWN_NUMBERS:
+            break
     return hashed

@@ -1,0 +1,252 @@
+"""Groups of ranks: parts of the world that have calls of their own, over real transports."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from ranks import attempt, grouped, lines, run_ranks
+
+from detcoll.communicator import Communicator
+from detcoll.errors import Closed, ConnectError, DeadlineMissed, PlanMismatch, UsageError
+from detcoll.fold import reference
+from detcoll.types import ReduceOp
+
+PLACES = {"slotted": lines(2, 2), "slotted one site": None, "shm": None, "shm two groups": grouped(2, 2)}
+
+
+def values(ranks: tuple[int, ...], elems: int, seed: int) -> list[np.ndarray]:
+    return [np.random.default_rng([seed, rank]).standard_normal(elems).astype(np.float32) for rank in ranks]
+
+
+def check_sum(comm: Communicator, elems: int, seed: int = 0) -> None:
+    """All-reduce values that name their rank and hold the result against the promised fold, bit for bit."""
+    given = values(comm.ranks, elems, seed)
+    mine = given[comm.rank].copy()
+    comm.all_reduce(mine)
+    groups = [site.ranks for site in comm.topology.sites]
+    assert mine.tobytes() == reference(ReduceOp.SUM, given, groups, np.dtype(np.float32)).tobytes()
+
+
+def everywhere(function):
+    """Run a test on all places."""
+    return pytest.mark.parametrize("place", PLACES)(function)
+
+
+def run(place: str, size: int, function, **settings) -> list:
+    return run_ranks(size, function, transport=place.split()[0], topology=PLACES[place], **settings)
+
+
+@everywhere
+def test_split_parts_the_world(place: str) -> None:
+    def program(comm):
+        part = comm.split(comm.rank % 2, key=-comm.rank)
+        assert part.ranks == ((2, 0) if comm.rank % 2 == 0 else (3, 1))
+        assert part.ranks[part.rank] == comm.rank
+        for elems in (1, 1000, 70_000):
+            check_sum(part, elems)
+            check_sum(comm, elems)
+        x = np.full(5, comm.rank, np.float32)
+        part.broadcast(x, root=1)
+        assert (x == part.ranks[1]).all()
+        part.barrier()
+        part.close()
+        with pytest.raises(Closed):
+            part.barrier()
+        check_sum(comm, 10)
+
+    run(place, 4, program)
+
+
+@everywhere
+def test_who_gives_no_color_is_in_no_part(place: str) -> None:
+    def program(comm):
+        part = comm.split(None if comm.rank == 1 else 7)
+        if comm.rank == 1:
+            assert part is None
+        else:
+            assert part.ranks == (0, 2, 3)
+            check_sum(part, 3000)
+        comm.barrier()
+
+    run(place, 4, program)
+
+
+@everywhere
+def test_local_and_across(place: str) -> None:
+    def program(comm):
+        is_two = len(comm.topology.sites) == 2
+        assert comm.local.ranks == ((0, 1) if comm.rank < 2 else (2, 3)) if is_two else (0, 1, 2, 3)
+        assert comm.across.ranks == ((0, 2) if comm.rank % 2 == 0 else (1, 3)) if is_two else (comm.rank,)
+        check_sum(comm.local, 5000)
+        check_sum(comm.across, 5000)
+        assert comm.local is comm.local
+        assert comm.across.bound("all_reduce", 2**20) == (
+            pytest.approx(comm.bound("all_reduce", 2**21), rel=0.01) if comm.topology.is_wide else None
+        )
+
+    run(place, 4, program)
+
+
+@everywhere
+def test_groups_overlap_and_nest_and_are_made_by_their_members_alone(place: str) -> None:
+    def program(comm):
+        groups = [comm.group(ranks) for ranks in ((0, 1, 2), (1, 2, 3), (3, 0), (2,)) if comm.rank in ranks]
+        first = groups[0]
+        if comm.rank in (1, 2):
+            groups.append(first.group([first.ranks.index(2), first.ranks.index(1)], name="nested"))
+            assert groups[-1].ranks == (2, 1)
+        for group in groups:
+            check_sum(group, 1 + 1000 * sum(group.ranks), group.size)
+        works = []
+        for group in sorted(groups, key=lambda each: -sum(each.ranks)):
+            x = np.full(20_000, group.rank, np.float32)
+            works.append((group.all_reduce(x, op="max", async_op=True), x, group.size - 1))
+        for work, x, largest in works:
+            work.wait()
+            assert (x == largest).all()
+
+    run(place, 4, program)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([], "at least one"), ([0, 0], "each rank once"), ([1], "lacks rank 0"), ([0, 4], "must be ranks from 0 to 3"),
+        ([0, True], "must be ranks"), ([0, 1.0], "must be ranks"), ("01", "must be ranks"),
+    ],
+)  # fmt: skip
+def test_ranks_that_make_no_group(ranks: object, text: str) -> None:
+    def program(comm):
+        if comm.rank == 0:
+            with pytest.raises(UsageError, match=text):
+                comm.group(ranks)
+        comm.barrier()
+
+    run("shm", 4, program)
+
+
+def test_a_name_may_be_used_again() -> None:
+    def program(comm):
+        if comm.rank == 2:
+            return
+        pairs = [comm.group([0, 1], name="pair") for _ in range(2)]
+        for pair in pairs:
+            check_sum(pair, 100)
+        pairs[0].close()
+        again = comm.group([0, 1], name="pair")
+        check_sum(again, 100)
+        check_sum(pairs[1], 100)
+
+    run("slotted one site", 3, program)
+
+
+def test_a_member_that_does_not_come_is_named() -> None:
+    def program(comm):
+        if comm.rank == 0:
+            comm.group([0, 2])
+
+    answers = attempt(3, program, transport="slotted", timeout=1.5)
+    assert isinstance(answers[0], ConnectError)
+    assert "rank 2" in str(answers[0])
+
+
+@everywhere
+def test_three_groups_from_three_threads(place: str) -> None:
+    def program(comm):
+        here = comm.local if len(comm.topology.sites) == 2 else comm.group([0, 1] if comm.rank < 2 else [2, 3])
+        there = comm.split(comm.rank % 2)
+        pair = comm.group([0, 3]) if comm.rank in (0, 3) else None
+        problems: list[BaseException] = []
+
+        def work(group: Communicator, seed: int) -> None:
+            try:
+                for number in range(25):
+                    check_sum(group, 1 + 997 * number % 8000, seed + number)
+            except BaseException as error:
+                problems.append(error)
+
+        chosen = [group for group in (here, there, pair) if group is not None]
+        threads = [threading.Thread(target=work, args=(group, 100 * at)) for at, group in enumerate(chosen)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if problems:
+            raise problems[0]
+
+    run(place, 4, program)
+
+
+@pytest.mark.parametrize("place", ["slotted", "shm"])
+def test_what_ends_a_group_ends_no_other(place: str) -> None:
+    def program(comm):
+        part = comm.split(comm.rank // 2)
+        if comm.rank < 2:
+            with pytest.raises(PlanMismatch):
+                part.all_reduce(np.ones(5 + comm.rank, np.float32))
+            with pytest.raises(Closed) as closed:
+                part.barrier()
+            assert isinstance(closed.value.__cause__, PlanMismatch)
+        else:
+            check_sum(part, 1000)
+        check_sum(comm, 1000)
+        again = comm.split(comm.rank // 2)
+        check_sum(again, 1000)
+
+    run(place, 4, program)
+
+
+@pytest.mark.parametrize("place", ["slotted", "shm"])
+def test_a_member_that_never_calls_ends_its_group_only(place: str) -> None:
+    given_up = threading.Event()
+
+    def program(comm):
+        part = comm.split(comm.rank // 2)
+        if comm.rank == 1:
+            assert given_up.wait(20)
+        elif comm.rank == 0:
+            with pytest.raises(DeadlineMissed, match="waits for rank 1, which has not called it"):
+                part.all_reduce(np.ones(1000, np.float32), timeout=0.5)
+            given_up.set()
+        else:
+            check_sum(part, 1000)
+        check_sum(comm, 1000)
+
+    run(place, 4, program)
+
+
+def test_a_call_that_one_rank_refuses_ends_on_all_and_the_next_works() -> None:
+    def program(comm):
+        comm.barrier()
+        with pytest.raises(UsageError, match=r"op='median'|rank 2 refused the call: op='median'"):
+            comm.all_reduce(np.ones(70_000, np.float32), op="median" if comm.rank == 2 else "sum")
+        check_sum(comm, 70_000)
+
+    run("slotted", 4, program)
+
+
+def test_equal_calls_in_another_order_are_told_apart_by_name() -> None:
+    def program(comm):
+        first = "weights" if comm.rank == 0 else "biases"
+        with pytest.raises(PlanMismatch, match='"name":"weights"'):
+            comm.all_reduce(np.ones(10, np.float32), name=first)
+
+    run("slotted one site", 2, program)
+
+
+@everywhere
+def test_calls_on_the_same_memory_keep_their_order(place: str) -> None:
+    def program(comm):
+        part = comm.split(0)
+        for elems in (10, 5000, 200_000):
+            x = np.ones(elems, np.float32)
+            works = [comm.all_reduce(x, async_op=True), part.all_reduce(x[elems // 2 :], async_op=True)]
+            works += [comm.all_reduce([x[: elems // 2], x[elems // 2 :]], async_op=True)]
+            for work in works:
+                work.wait()
+            assert (x[: elems // 2] == 16).all()
+            assert (x[elems // 2 :] == 64).all()
+
+    run(place, 4, program)
