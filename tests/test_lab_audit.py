@@ -145,6 +145,18 @@ def test_ranks_that_share_a_slot_are_held_to_their_rates() -> None:
     assert not found.is_slotted
 
 
+def test_connections_of_a_rank_to_one_site_are_held_to_its_rate_together() -> None:
+    two = [sharing(rank) for rank in range(4)]
+    two[0]["connections"].append({**two[0]["connections"][0], "dst": 3, "local": "10.77.0.1:4005"})
+    both = log((0, 0, 4000, 100), (500, 0, 4005, 100), (1000, 0, 4000, 50))
+    found = audit(both, two, TOPOLOGY)
+    assert (found.bulk_bytes, found.bulk_inside_bytes) == (250, 150)
+    in_turn = log((0, 0, 4000, 100), (1000, 0, 4005, 100), (2000, 0, 4000, 50))
+    assert audit(in_turn, two, TOPOLOGY).is_slotted
+    two[0]["calendar"]["flows"] = [0, 2]
+    assert audit(both, two, TOPOLOGY).is_slotted, "a rate was reserved for each"
+
+
 def test_shares_that_add_up_to_more_than_the_line_are_found() -> None:
     greedy = [sharing(rank, 0.505 if rank < 2 else 0.5) for rank in range(4)]
     found = audit(log((0, 0, 4000, 1)), greedy, TOPOLOGY)

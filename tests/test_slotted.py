@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import os
 import select
@@ -20,6 +21,7 @@ from detcoll.testing.fabric import in_threads
 from detcoll.transport import Ticket, TicketStatus, Window
 from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, line
 from detcoll_slotted.line import SO_MAX_PACING_RATE
+from detcoll_slotted.pacing import SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
 from detcoll_slotted.wire import FrameKind, Header, Lane
 
@@ -343,17 +345,18 @@ def test_timed_sends_end_as_missed_where_credit_never_comes() -> None:
         fabric[1].recv(0, 1, 9_000)
 
 
-def test_a_send_withdrawn_from_its_window_holds_up_no_other() -> None:
+def test_a_send_without_credit_delays_only_its_own_peer() -> None:
     with ThreadFabric(SlottedTransport(), 3, {"credit_bytes": 10_000}) as fabric:
         fabric.run(lambda here: here.meet())
         fabric[0].send(1, 1, memoryview(bytes(9_000)))  # all the credit that rank 1 gives
         window = Window(now_ns(), now_ns() + 60_000 * MS, 1e9)
-        first, second = (fabric[0].send(peer, 2, memoryview(bytes(9_000)), window) for peer in (1, 2))
-        fabric[0].poll(0)
-        assert second.started_ns == 0
-        assert fabric[0].cancel(first)
-        fabric[0].poll(0)
-        assert second.started_ns > 0
+        held_up, behind, other = (fabric[0].send(peer, 2, memoryview(bytes(9_000)), window) for peer in (1, 1, 2))
+        pump(fabric, lambda: other.started_ns > 0, ranks=(0,))
+        assert held_up.started_ns == behind.started_ns == 0
+        fabric[1].recv(0, 1, 9_000, memoryview(bytearray(9_000)))
+        pump(fabric, lambda: held_up.started_ns > 0)
+        assert behind.started_ns == 0, "nor may the second pass the first"
+        assert fabric[0].cancel(behind)
 
 
 def test_what_is_consumed_last_is_told_at_the_next_poll() -> None:
@@ -634,3 +637,61 @@ def test_a_lost_peer_costs_its_own_tickets_only() -> None:
         settle(fabric, awaited, fabric[1].send(0, 4, memoryview(bytes(10))))
         assert (awaited.status, timed.status) == (DONE, PENDING)
         assert fabric[0].cancel(timed)
+
+
+def watch_bulk(monkeypatch: pytest.MonkeyPatch, endpoint: SlottedEndpoint) -> list[tuple[int, int, int]]:
+    """Return a list that fills with peer and tag of bulk messages, and what connections to others had not sent then."""
+    seen: list[tuple[int, int, int]] = []
+    put = endpoint._post.put
+
+    def watched(peer, lane, ticket, view) -> None:
+        if lane is Lane.BULK:
+            others = [other.lines[lane] for other in endpoint._peers.values() if other is not peer]
+            seen.append((peer.rank, ticket.tag, sum(line.unsent_bytes() for line in others)))
+        put(peer, lane, ticket, view)
+
+    monkeypatch.setattr(endpoint._post, "put", watched)
+    return seen
+
+
+def shared_pace(credit_bytes: int = 16_777_216) -> ThreadFabric:
+    options = {"pace_groups": {0: 1, 1: 2, 2: 2}, "credit_bytes": credit_bytes}
+    return ThreadFabric(SlottedTransport(), 3, options)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_peers_of_one_pace_take_turns_and_are_never_busy_together(
+    monkeypatch: pytest.MonkeyPatch, closes: bool
+) -> None:
+    rate, size = 10e6, 100_000
+    with shared_pace() as fabric:
+        fabric.run(lambda here: here.meet())
+        seen = watch_bulk(monkeypatch, fabric[0])
+        window = Window(now_ns(), now_ns() + 50_000 * MS if closes else None, rate)
+        order = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+        sends = [fabric[0].send(peer, tag, memoryview(pattern(tag, size)), window) for peer, tag in order]
+        received = [fabric[peer].recv(0, tag, size) for peer, tag in order]
+        pump(fabric, lambda: all(t.status is not PENDING for t in sends + received), ranks=(0, 1, 2))
+        assert {ticket.status for ticket in sends + received} == {DONE}
+        if not closes:
+            assert [entry[:2] for entry in seen] == [(1, 0), (1, 1), (2, 0), (1, 2), (2, 1), (2, 2)]
+        assert max(unsent for *_, unsent in seen) <= rate * SWITCH_AHEAD_NS / 1e9
+        sends.sort(key=lambda ticket: ticket.started_ns)
+        for before, after in itertools.pairwise(sends):
+            assert after.left_ns - before.left_ns >= int(size / rate * 1e9), "one rate for both"
+
+
+def test_a_peer_without_credit_keeps_nobody_of_its_pace_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with shared_pace(credit_bytes=10_000) as fabric:
+        fabric.run(lambda here: here.meet())
+        seen = watch_bulk(monkeypatch, fabric[0])
+        window = Window(now_ns(), None, 1e7)
+        sends = [fabric[0].send(1, tag, memoryview(bytes(9_000)), window) for tag in range(3)]
+        others = [fabric[0].send(2, tag, memoryview(bytes(9_000)), window) for tag in range(3)]
+        received = [fabric[2].recv(0, tag, 9_000, memoryview(bytearray(9_000))) for tag in range(3)]
+        pump(fabric, lambda: all(t.status is DONE for t in others + received), ranks=(0, 2))
+        assert [entry[:2] for entry in seen] == [(1, 0), (2, 0), (2, 1), (2, 2)]
+        assert fabric[0].cancel(sends[1])
+        later = [fabric[1].recv(0, tag, 9_000, memoryview(bytearray(9_000))) for tag in (0, 2)]
+        settle(fabric, sends[0], sends[2], *later)
+        assert sends[2].status is DONE

@@ -21,11 +21,12 @@ def calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[st
     site = topology.site_of(rank)
     windows, cycle_ns = calendar.windows_of(site, rank), calendar.sites[site].cycle_ns
     rates = [calendar.rate_bytes_per_s(site, other) for other in range(len(topology.sites))]
-    flows = dict.fromkeys(range(len(topology.sites)), 0.0)
+    flows = [0] * len(rates)
     for peer in partners(topology, rank):
-        flows[topology.site_of(peer)] += rates[topology.site_of(peer)]
+        flows[topology.site_of(peer)] += 1
     if calendar.mode is Slotting.TURNS and windows:
-        flows = dict(enumerate(rates))
+        flows = [1] * len(rates)
+    shares = [count * rate for count, rate in zip(flows, rates, strict=True)]
     line = (topology.sites[site].uplink_bytes_per_s or 0.0) * topology.payload_share
     burst_ns = max((window.end_ns - window.start_ns for window in windows), default=BURST_NS)
     return {
@@ -35,8 +36,9 @@ def calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[st
         "guard_ns": calendar.guard_ns,
         "mode": calendar.mode.value,
         "rates_bytes_per_s": rates,
+        "flows": flows,
         "burst_bytes": [max(rate / 1e9 * burst_ns, LEAST_BURST_BYTES) for rate in rates],
         "express_bytes_per_s": headroom_bytes_per_s(topology, rank),
         "express_burst_bytes": 2 * burst_bytes(topology, rank),
-        "line_share": (max(flows.values()) if windows else sum(flows.values())) / line,
+        "line_share": (max(shares) if windows else sum(shares)) / line,
     }

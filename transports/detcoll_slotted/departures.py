@@ -9,40 +9,19 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from detcoll.transport import Clock, Ticket, TicketStatus, Window
-from detcoll_slotted.line import UNPACED, Line
+from detcoll_slotted.line import UNPACED
 from detcoll_slotted.outcomes import Outcomes
+from detcoll_slotted.pacing import AHEAD_NS, SWITCH_AHEAD_NS, PaceGroup, Uplink
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import LEAD_NS, Post
 from detcoll_slotted.wire import FRAME_BYTES, Lane
 
-_AHEAD_NS = 2_000_000
-"""How much of a window may lie in ZeroMQ's and TCP's queues: enough to sleep through, too little to spill far."""
-_SETTLE_NS = 300_000
 _SHORTEST_WAIT_NS = 100_000
 
 _Timed = tuple[int, int, Ticket, memoryview, Window]
-
-
-@dataclass(slots=True)
-class Uplink:
-    """What this rank handed over last, and when it will have left."""
-
-    last: Line | None = None
-    handed_ns: int = 0
-    drained_ns: int = 0
-
-    def drained_at(self, now_ns: int, rate_bytes_per_s: float) -> int:
-        """Return when everything handed over so far will have left, at this rate.
-
-        The kernel says what it has not sent; what ZeroMQ's thread was given a moment ago it may not know yet.
-        """
-        if self.last is None:
-            return now_ns
-        known_ns = now_ns + int(self.last.unsent_bytes() / rate_bytes_per_s * 1e9)
-        return max(known_ns, self.drained_ns) if now_ns - self.handed_ns < _SETTLE_NS else known_ns
 
 
 class Departures:
@@ -52,30 +31,36 @@ class Departures:
         self.missed_sends = 0
         self._peers, self._post, self._outcomes, self._clock = peers, post, outcomes, clock
         self._timed: list[_Timed] = []
+        self._stalled: list[_Timed] = []
+        self._sharing: list[PaceGroup] = []
         self._order = itertools.count()
         self._uplink = Uplink()
         self._resume_ns = 0
 
     @property
     def has_timed(self) -> bool:
-        """Whether a send waits for its window or is in it."""
-        return bool(self._timed)
+        """Whether a send waits for a time that is not far."""
+        return bool(self._timed or self._stalled or self._sharing)
 
     def is_near(self, now_ns: int) -> bool:
         """Tell whether a window is open, or opens in a moment."""
-        return bool(self._timed) and self._timed[0][0] <= now_ns + LEAD_NS
+        return bool(self._stalled or self._sharing or (self._timed and self._timed[0][0] <= now_ns + LEAD_NS))
 
     def is_due(self, now_ns: int) -> bool:
         """Tell whether something may be handed over."""
-        return self.is_near(now_ns) and self._resume_ns <= now_ns
+        if any(group.resume_ns and group.resume_ns <= now_ns for group in self._sharing):
+            return True
+        return self._resume_ns <= now_ns and bool(self._timed) and self._timed[0][0] <= now_ns + LEAD_NS
 
     def next_ns(self, now_ns: int) -> int | None:
         """Return when something is to be handed over or given up even if nothing arrives; None for never."""
-        if not self._timed:
-            return None
-        window = self._timed[0][4]
-        opens_ns = window.not_before_ns - LEAD_NS
-        return opens_ns if opens_ns > now_ns else self._resume_ns or window.not_after_ns
+        times = [entry[4].not_after_ns for entry in self._stalled if entry[4].not_after_ns]
+        times += [group.resume_ns for group in self._sharing if group.resume_ns]
+        if self._timed:
+            window = self._timed[0][4]
+            opens_ns = window.not_before_ns - LEAD_NS
+            times.append(opens_ns if opens_ns > now_ns else self._resume_ns or window.not_after_ns or now_ns)
+        return min(times, default=None)
 
     def hold(self, ticket: Ticket, view: memoryview, window: Window) -> None:
         """Let a send wait for its window."""
@@ -87,65 +72,126 @@ class Departures:
         self.unblock(peer)
 
     def unblock(self, peer: Peer) -> None:
-        """Send what a peer's credit has room for."""
+        """Send what a peer's credit has room for, as far as it need not wait for others of its pace."""
         while peer.blocked and peer.outbound.has_credit(peer.blocked[0][0].nbytes):
-            ticket, view, window = peer.blocked.popleft()
+            ticket, view, window = peer.blocked[0]
+            if window is not None and peer.group is not None:
+                peer.group.join_queue(peer)
+                self._share(peer.group, self._clock.now_ns())
+                return
+            peer.blocked.popleft()
             peer.lines[Lane.BULK].pace(UNPACED if window is None else window.rate_bytes_per_s)
             self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
             if window is not None:
                 ticket.left_ns = peer.lines[Lane.BULK].leaves_ns(ticket.started_ns, view.nbytes + FRAME_BYTES)
 
+    def _share(self, group: PaceGroup, now_ns: int) -> None:
+        """Hand over messages of peers that share a pace, in turn, one connection at a time."""
+        group.resume_ns = 0
+        while (peer := group.first_ready()) is not None:
+            ticket, view, window = peer.blocked[0]
+            if window is None:  # it shares nothing
+                group.go_on(peer, has_more=False)
+                self.unblock(peer)
+                continue
+            line = peer.lines[Lane.BULK]
+            free_ns = group.free_ns(now_ns, window.rate_bytes_per_s)
+            is_same = line is group.last
+            if free_ns - now_ns > (AHEAD_NS if is_same else SWITCH_AHEAD_NS):
+                group.resume_ns = max(
+                    free_ns - (AHEAD_NS // 2 if is_same else SWITCH_AHEAD_NS), now_ns + _SHORTEST_WAIT_NS
+                )
+                break
+            peer.blocked.popleft()
+            line.pace(window.rate_bytes_per_s)
+            self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
+            group.hand(line, now_ns, max(free_ns, ticket.started_ns) + window.takes_ns(view.nbytes + FRAME_BYTES))
+            ticket.left_ns = group.drained_ns
+            group.go_on(peer, has_more=bool(peer.blocked))
+        if group.waiting and group not in self._sharing:
+            self._sharing.append(group)
+
     def withdraw(self, wanted: Callable[[Ticket], bool]) -> list[Ticket]:
         """Take out sends that have not left, and return their tickets."""
-        taken = [entry[2] for entry in self._timed if wanted(entry[2])]
-        self._timed = [entry for entry in self._timed if not wanted(entry[2])]
+        waiting = self._timed + self._stalled
+        taken = [entry[2] for entry in waiting if wanted(entry[2])]
+        self._timed, self._stalled = [entry for entry in waiting if not wanted(entry[2])], []
         heapq.heapify(self._timed)
         for peer in self._peers.values():
             taken += [entry[0] for entry in peer.blocked if wanted(entry[0])]
             kept = [entry for entry in peer.blocked if not wanted(entry[0])]
             peer.blocked.clear()
             peer.blocked.extend(kept)
+            if peer.group is not None and peer in peer.group.waiting and not kept:
+                peer.group.go_on(peer, has_more=False)
         return taken
 
     def begun_tags(self, rank: int) -> set[int]:
         """Return tags of sends to a peer that have left in part and go on by themselves."""
-        return {entry[2].tag for entry in self._timed if entry[2].peer == rank and entry[2].sent_bytes}
+        entries = self._timed + self._stalled
+        return {entry[2].tag for entry in entries if entry[2].peer == rank and entry[2].sent_bytes}
 
     def turn(self, now_ns: int) -> None:
-        """Send what is in its window now, as far as it will have left by the window's end."""
+        """Send what is in its window now, as far as it will have left by the window's end, and whose turn it is."""
+        if self._sharing:
+            for group in self._sharing:
+                self._share(group, now_ns)
+            self._sharing = [group for group in self._sharing if group.waiting]
         self._resume_ns = 0
+        while self._stalled:
+            heapq.heappush(self._timed, self._stalled.pop())
+        without_credit: set[int] = set()
         while self._timed and self._timed[0][0] <= now_ns + LEAD_NS:
-            opens_ns, order, ticket, view, window = self._timed[0]
-            peer = self._peers[ticket.peer]
-            if window.not_after_ns is None:
-                heapq.heappop(self._timed)
-                self.queue(peer, ticket, view, window)
-                continue
-            line = peer.lines[Lane.BULK]
-            closes_ns = window.not_after_ns - LEAD_NS
-            fitted = replace(window, not_after_ns=closes_ns)
-            drained_ns = self._uplink.drained_at(now_ns, window.rate_bytes_per_s)
-            part_bytes = fitted.fitting_bytes(view.nbytes, drained_ns, FRAME_BYTES)
-            if not part_bytes and view.nbytes:
-                heapq.heappop(self._timed)
-                self.missed_sends += not ticket.sent_bytes
-                self._outcomes.end(ticket, TicketStatus.MISSED)
-                continue
-            if drained_ns - now_ns > (_AHEAD_NS if line is self._uplink.last else 0):
-                # Not yet: if the line is slower than said, what lies in the queues leaves after the window.
-                self._resume_ns = max(drained_ns - _AHEAD_NS // 2, now_ns + _SHORTEST_WAIT_NS)
-                return
-            before_tail = replace(fitted, not_after_ns=closes_ns - _AHEAD_NS)
-            part_bytes = before_tail.fitting_bytes(part_bytes, drained_ns, FRAME_BYTES) or part_bytes
-            if not peer.outbound.has_credit(part_bytes):
-                return
-            drained_ns += fitted.takes_ns(part_bytes + FRAME_BYTES)
-            self._uplink.last, self._uplink.handed_ns, self._uplink.drained_ns = line, now_ns, drained_ns
-            line.pace(window.rate_bytes_per_s)
-            self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
-            ticket.left_ns = drained_ns
-            if part_bytes == view.nbytes:
-                heapq.heappop(self._timed)
-            else:
-                ticket.sent_bytes += part_bytes
-                self._timed[0] = (opens_ns, order, ticket, view[part_bytes:], window)
+            ticket, _, window = self._timed[0][2:]
+            if ticket.peer in without_credit:  # its later sends do not pass the first
+                self._stall()
+            elif window.not_after_ns is None:
+                _, _, ticket, view, window = heapq.heappop(self._timed)
+                self.queue(self._peers[ticket.peer], ticket, view, window)
+            elif not self._depart(window.not_after_ns - LEAD_NS, now_ns):
+                if self._resume_ns:
+                    return
+                without_credit.add(ticket.peer)
+                self._stall()
+
+    def _stall(self) -> None:
+        self._stalled.append(heapq.heappop(self._timed))
+
+    def _depart(self, closes_ns: int, now_ns: int) -> bool:
+        """Hand over what fits of the first send in its window, or end it; False where line or credit are lacking."""
+        opens_ns, order, ticket, view, window = self._timed[0]
+        peer = self._peers[ticket.peer]
+        line = peer.lines[Lane.BULK]
+        fitted = replace(window, not_after_ns=closes_ns)
+        is_same = line is self._uplink.last
+        drained_ns = self._uplink.drained_at(now_ns, window.rate_bytes_per_s)
+        if peer.group is not None:
+            drained_ns = max(drained_ns, peer.group.free_ns(now_ns, window.rate_bytes_per_s))
+            is_same = is_same and line is peer.group.last
+        part_bytes = fitted.fitting_bytes(view.nbytes, drained_ns, FRAME_BYTES)
+        if not part_bytes and view.nbytes:
+            heapq.heappop(self._timed)
+            self.missed_sends += not ticket.sent_bytes
+            self._outcomes.end(ticket, TicketStatus.MISSED)
+            return True
+        if drained_ns - now_ns > (AHEAD_NS if is_same else 0):
+            # Not yet: if the line is slower than said, what lies in the queues leaves after the window.
+            self._resume_ns = max(drained_ns - AHEAD_NS // 2, now_ns + _SHORTEST_WAIT_NS)
+            return False
+        before_tail = replace(fitted, not_after_ns=closes_ns - AHEAD_NS)
+        part_bytes = before_tail.fitting_bytes(part_bytes, drained_ns, FRAME_BYTES) or part_bytes
+        if not peer.outbound.has_credit(part_bytes):
+            return False
+        drained_ns += fitted.takes_ns(part_bytes + FRAME_BYTES)
+        self._uplink.hand(line, now_ns, drained_ns)
+        if peer.group is not None:
+            peer.group.hand(line, now_ns, drained_ns)
+        line.pace(window.rate_bytes_per_s)
+        self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
+        ticket.left_ns = drained_ns
+        if part_bytes == view.nbytes:
+            heapq.heappop(self._timed)
+        else:
+            ticket.sent_bytes += part_bytes
+            self._timed[0] = (opens_ns, order, ticket, view[part_bytes:], window)
+        return True

@@ -19,6 +19,7 @@ from detcoll_slotted.line import Line
 from detcoll_slotted.matching import Mailbox
 from detcoll_slotted.options import Options
 from detcoll_slotted.outcomes import Outcomes
+from detcoll_slotted.pacing import shared_groups
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import Post
 from detcoll_slotted.timer import Timer
@@ -52,6 +53,7 @@ class SlottedEndpoint(Endpoint):
         self._rank, self._token, self._clock, self._options = rank, token, clock, options
         self._peers: dict[int, Peer] = {}
         self._monitored: dict[int, tuple[Peer, Lane]] = {}
+        self._groups = shared_groups(options.pace_groups, rank)
         self._outcomes = Outcomes(clock)
         self._mailbox = Mailbox()
         self._post = Post(rank, token, clock)
@@ -125,7 +127,8 @@ class SlottedEndpoint(Endpoint):
             push.connect(address)
             lines.append(line)
         credit = max(self._options.credit_bytes, 2 * in_flight)
-        peer = Peer(rank, (lines[0], lines[1]), Outbound(credit), Inbound(credit // 8))
+        group = self._groups.get(rank)
+        peer = Peer(rank, (lines[0], lines[1]), Outbound(credit), Inbound(credit // 8), group=group)
         for lane in Lane:
             descriptor = peer.lines[lane].monitor.fileno()
             self._monitored[descriptor] = peer, lane
@@ -151,6 +154,8 @@ class SlottedEndpoint(Endpoint):
             self._post.put(peer, peer.outbound.lane_for(tag, Lane.EXPRESS), ticket, view)
         else:
             self._departures.queue(peer, ticket, view, window)
+            if peer.group is not None:
+                self._due_ns = 0  # its turn may come before anything else
         return ticket
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:

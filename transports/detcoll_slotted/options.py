@@ -17,7 +17,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     open before the first message; the peers do the same.  ``warm_up_in_turn`` : to one peer after another, the next
     rank first, instead of to all at once.  ``proxy`` : host:port of a SOCKS5 proxy (RFC 1928, without authentication)
     through which ``proxied_peers`` are reached; empty for none.  ``in_flight_bytes`` : what a connection to those that
-    are warmed up has under way at most; send buffers and credit are made to hold it.
+    are warmed up has under way at most; send buffers and credit are made to hold it.  ``pace_groups`` : for each peer a
+    number that stands for its site; sends with a window to peers of one number share one rate.
     """
 
     credit_bytes: int = 16_777_216
@@ -32,5 +33,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up_bytes_per_s: float = 0.0
     warm_up_in_turn: bool = False
     in_flight_bytes: int = 0
+    pace_groups: dict[int, int] = {}
     proxy: str = ""
     proxied_peers: frozenset[int] = frozenset()

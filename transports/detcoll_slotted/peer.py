@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from detcoll.transport import Ticket, Window
 from detcoll_slotted.flow import Inbound, Outbound
 from detcoll_slotted.line import Line
+from detcoll_slotted.pacing import PaceGroup
 
 
 @dataclass(eq=False, slots=True)
@@ -21,6 +22,8 @@ class Peer:
     inbound: Inbound
     blocked: deque[tuple[Ticket, memoryview, Window | None]] = field(default_factory=deque)
     """Bulk sends that wait for credit."""
+    group: PaceGroup | None = None
+    """With whom it shares a rate; None for nobody."""
     lost: Exception | None = None
 
     @property

@@ -3,9 +3,10 @@
 A transport is slotted if payload reaches its site's uplink inside windows of the rank that sent it, which lead to
 where it goes, and within the rate reserved for it there, and the windows that are open at a site never add up to more
 than its line. Windows in which a rank owns the whole line must not overlap; ranks that share a slot have windows of a
-part of the line each, which may. Whether a flow keeps to its rate is judged as a policer does, by a token bucket that
-holds what the flow may send in its longest window, or where its window never closes in a few milliseconds; arrays that
-fit into it prove nothing. The router's arrival log is the witness: it runs in another process, on the machine's
+part of the line each, which may. All that a rank sends to one site shares what is reserved for it there, over however
+many connections it goes. Whether it keeps to that is judged as a policer does, by a token bucket that holds what the
+rank may send in its longest window, or where its window never closes in a few milliseconds; arrays that fit into it
+prove nothing. The router's arrival log is the witness: it runs in another process, on the machine's
 monotonic clock, and knows nothing of calendars. What ranks give is a trace file each: their windows, the difference
 between their site's time and the monotonic clock, and which connections are theirs, so that a record can be put down
 to its sender.
@@ -133,6 +134,7 @@ class _Calendar:
     rates_bytes_per_s: tuple[float, ...]
     burst_bytes: tuple[float, ...]
     line_share: float
+    flows: tuple[int, ...] = ()
     express_bytes_per_s: float = 0.0
     express_burst_bytes: float = 0.0
 
@@ -145,6 +147,12 @@ class _Calendar:
             within |= (phase + self.cycle_ns >= start) & (phase + self.cycle_ns < end)
             inside |= within if leads in ([], [-1]) else within & (destinations == leads[0])
         return inside
+
+    def reserved(self) -> list[tuple[float, float]]:
+        """Return for each site what may be sent there: bytes per second, and how many at once."""
+        flows = self.flows or (1,) * len(self.rates_bytes_per_s)
+        each = zip(flows, self.rates_bytes_per_s, self.burst_bytes, strict=True)
+        return [(max(count, 1) * rate, max(count, 1) * burst) for count, rate, burst in each]
 
     def longest_ns(self) -> int:
         """Return the length of the longest window."""
@@ -214,9 +222,10 @@ def audit(
         if trace.calendar is not None:
             inside[mine] = trace.calendar.is_open(payload["time_ns"][mine], payload["destination_site"][mine])
             bulk = mine & (lanes == _BULK)
-            reserved = zip(trace.calendar.rates_bytes_per_s, trace.calendar.burst_bytes, strict=True)
-            for destination, (rate, burst) in enumerate(reserved):
-                inside &= ~_beyond_rate(payload, bulk & (payload["destination_site"] == destination), rate, burst)
+            for destination, (rate, burst) in enumerate(trace.calendar.reserved()):
+                if rate:
+                    there = np.flatnonzero(bulk & (payload["destination_site"] == destination))
+                    inside[there] &= ~_policed(payload[there], rate, burst)
             rate, burst = trace.calendar.express_bytes_per_s, trace.calendar.express_burst_bytes
             if rate:
                 express = np.flatnonzero(mine & (lanes == _EXPRESS))
@@ -240,20 +249,6 @@ def audit(
         mode=next((trace.calendar.mode for trace in known.values() if trace.calendar is not None), "off"),
         asleep_bytes=tuple(int(router_late_ns * (site.uplink_bytes_per_s or 0.0) / 1e9) for site in topology.sites),
     )
-
-
-def _beyond_rate(
-    payload: NDArray[Any], mine: NDArray[np.bool_], rate_bytes_per_s: float, room_bytes: float
-) -> NDArray[np.bool_]:
-    """Return which of the records that are ``mine`` a policer of each flow would have dropped."""
-    beyond = np.zeros(len(payload), dtype=np.bool_)
-    if not rate_bytes_per_s:
-        return beyond
-    receivers = payload[["destination_address", "destination_port"]]
-    for receiver in np.unique(receivers[mine]):
-        flow = np.flatnonzero(mine & (receivers == receiver))
-        beyond[flow] = _policed(payload[flow], rate_bytes_per_s, room_bytes)
-    return beyond
 
 
 def _policed(records: NDArray[Any], rate_bytes_per_s: float, room_bytes: float) -> NDArray[np.bool_]:
