@@ -24,6 +24,7 @@ from detcoll.job.settings import AUTO, Facts, Settings
 from detcoll.plan.calendar import Slotting, build_calendar
 from detcoll.plan.layout import partners
 from detcoll.runtime import Routes
+from detcoll.runtime.routes import acquaintances
 from detcoll.topology import Topology
 from detcoll.transport import Endpoint, NativeCollectives, Rendezvous, Scope, Transport
 
@@ -134,11 +135,11 @@ class _Opener:
             if any(self._local_peers_of(name, rank) for rank in range(len(self.facts))):
                 near = self._open_one(registry.load(LOCAL))
                 opened.append(near)
-                self._connect(LOCAL, near, local)
+                self._connect(LOCAL, near, local, local)
             here = self.topology.site_of(self.rank)
             sites = [self.topology.site_of(rank) for rank in range(self.topology.size)]
             others = frozenset(range(self.topology.size)) - {self.rank} - local
-            self._connect(name, main, others)
+            self._connect(name, main, others, others & self._needed())
             # Nobody begins, and perhaps fails, while others still connect to it.
             self.meeting.exchange(f"connected {name}", b"", self.deadline_ns)
         except BaseException:
@@ -183,10 +184,18 @@ class _Opener:
             lambda: transport.open(self.rank, self.topology.size, self.meeting, MonotonicClock(), options),
         )
 
-    def _connect(self, name: str, endpoint: Endpoint, peers: frozenset[int]) -> None:
+    def _needed(self) -> frozenset[int]:
+        """Return with whom collectives of the world have to do; others are connected when a group needs them."""
+        topology, rank = self.topology, self.rank
+        site_of = [topology.site_of(other) for other in range(topology.size)]
+        needed = {*topology.sites[site_of[rank]].ranks, *partners(topology, rank)}
+        last = {site.ranks[-1] for site in topology.sites}  # they move small arrays
+        return frozenset(needed | acquaintances(rank, site_of) | (last if rank in last else set()))
+
+    def _connect(self, name: str, endpoint: Endpoint, peers: frozenset[int], needed: frozenset[int]) -> None:
         texts = self.meeting.exchange(f"addresses {name}", endpoint.address.encode(), self.deadline_ns)
         addresses: Mapping[int, str] = {peer: texts[peer].decode() for peer in sorted(peers | {self.rank})}
-        endpoint.connect(addresses, self.deadline_ns)
+        endpoint.connect(addresses, self.deadline_ns, needed)
 
     def _on_all(self, what: str, action: Callable[[], Opened]) -> Opened:
         """Run ``action`` on every rank; if it fails on any, undo it and raise on all."""
@@ -229,12 +238,29 @@ def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> d
         rate *= (len(topology.sites) - 1) / 2
         most = max(site.uplink_bytes_per_s or 0 for site in topology.sites)
     round_trip_ns = 2 * max(link.one_way_ns for _, link in topology.links)
+    pace_groups = _pace_groups(topology, rank)
     nbytes = min(round(rate * WARM_UP_ROUND_TRIPS * round_trip_ns / 1e9), LARGEST_WARM_UP_BYTES)
     peers = partners(topology, rank)
     return {
         "warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate, "warm_up_in_turn": in_turn,
         "in_flight_bytes": round(most * round_trip_ns / 1e9), "acknowledge_delay_ns": WIDE_ACKNOWLEDGE_DELAY_NS,
+        "pace_groups": pace_groups,
     }  # fmt: skip
+
+
+def _pace_groups(topology: Topology, rank: int) -> dict[int, int]:
+    """Return a number for each rank of other sites; those with one number share one flow's rate.
+
+    The calendar counts a flow for each partner of a rank in the world's plans. All that a rank sends to a site,
+    whatever group and peer, goes at these rates: a peer that is no partner shares the flow of the site's first one.
+    """
+    own = partners(topology, rank)
+    numbers: dict[int, int] = {}
+    for site in topology.sites:
+        if rank not in site.ranks:
+            flows = sorted(own.intersection(site.ranks)) or list(site.ranks[:1])
+            numbers |= {peer: peer if peer in flows else flows[0] for peer in site.ranks}
+    return numbers
 
 
 def deadline_after(timeout_s: float) -> int:

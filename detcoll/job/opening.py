@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import time
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +25,9 @@ from detcoll.topology import Topology
 from detcoll.transport import host_identity
 
 VERSION = "0.1.0"
+MOST_DESCRIPTORS = 65_536
+"""To which a process raises its own limit of open files, where it may."""
+
 SITE_CLOCK_ERROR_NS = 200_000
 """What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
 
@@ -47,6 +52,7 @@ def open_job(
         warn_of_unknown(environ)
     settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
     deadline_ns = deadline_after(settings.timeout_s)
+    _raise_limit_of_descriptors()
     session = meet(world, deadline_ns, environ)
     try:
         facts = _introduce(session, settings, world.site or "", world.launcher, deadline_ns)
@@ -70,6 +76,15 @@ def open_job(
         job.abort(str(error))
         raise
     return job
+
+
+def _raise_limit_of_descriptors() -> None:
+    """Allow this process as many file descriptors as it may have: large worlds need more than the usual 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _calendar(

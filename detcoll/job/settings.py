@@ -30,6 +30,9 @@ EXPEDITED_DSCP = 46
 
 LARGEST_DSCP = 63
 
+LONGEST_CUT_S = 30.0
+"""For which a silent connection is borne, unless DETCOLL_TOLERANCE or a shorter timeout says otherwise."""
+
 DEFAULT_TIMEOUT_S = 600.0
 """Longer than a checkpoint takes to write, which other ranks may wait for."""
 
@@ -40,7 +43,8 @@ VARIABLES = frozenset(
     for name in (
         "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
         "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES",
-        "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
+        "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOLERANCE", "TOPOLOGY", "TRACE", "TRANSPORT",
+        "WORLD_SIZE",
     )
 )  # fmt: skip
 """Every variable of the environment that means something to detcoll, its launchers and its tests."""
@@ -55,7 +59,8 @@ class Settings(msgspec.Struct, frozen=True):
     ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
     does best.  ``ports`` : range to bind in.  ``dscp`` : code point of what crosses lines.  ``trace`` : folder for
     trace files.  ``compare`` : whether Gloo's ranks compare what they call.  ``proxy`` : host:port of a SOCKS5 proxy
-    through which the slotted transport reaches other sites; empty for none.
+    through which the slotted transport reaches other sites; empty for none.  ``tolerance_s`` : how long a connection
+    may be silent, or cut, before its peer counts as lost.
     """
 
     transport: str
@@ -70,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True):
     trace: str | None
     compare: bool = True
     proxy: str = ""
+    tolerance_s: float = LONGEST_CUT_S
 
     @property
     def options(self) -> dict[str, object]:
@@ -81,6 +87,7 @@ class Settings(msgspec.Struct, frozen=True):
             "compare": self.compare,
             "dscp": self.dscp,
             "proxy": self.proxy,
+            "tolerance_ns": round(self.tolerance_s * 1e9),
         }
 
 
@@ -139,13 +146,25 @@ def read_settings(
         trace=environ.get("DETCOLL_TRACE") or None,
         compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
         proxy=_proxy(environ.get("DETCOLL_PROXY"), insecure=insecure),
+        tolerance_s=read_tolerance_s(environ, timeout_s),
     )
+
+
+def read_tolerance_s(environ: Mapping[str, str], timeout_s: float) -> float:
+    """Return how long a cut of the network is borne: DETCOLL_TOLERANCE, else the timeout, `LONGEST_CUT_S` at most."""
+    asked = environ.get("DETCOLL_TOLERANCE")
+    return _seconds(asked, "DETCOLL_TOLERANCE") if asked else min(timeout_s, LONGEST_CUT_S)
+
+
+def _seconds(text: str, name: str) -> float:
+    """Return a duration in seconds; a bare number is one."""
+    return parse_timeout_s(f"{text} s" if text.replace(".", "", 1).isdecimal() else text, name)
 
 
 def _timeout(asked: str | None, given: float | None) -> float:
     """Return the timeout in seconds: the environment's, else the caller's, else `DEFAULT_TIMEOUT_S`."""
     if asked:
-        return parse_timeout_s(f"{asked} s" if asked.replace(".", "", 1).isdecimal() else asked, "DETCOLL_TIMEOUT")
+        return _seconds(asked, "DETCOLL_TIMEOUT")
     if given is None:
         return DEFAULT_TIMEOUT_S
     if not isinstance(given, int | float) or isinstance(given, bool) or not 0 < given <= LONGEST_TIMEOUT_S:
