@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from ranks import attempt, grouped, lines, run_ranks
+from ranks import attempt, grouped, launch, lines, run_ranks
 
 from detcoll.communicator import Communicator
 from detcoll.errors import Closed, ConnectError, DeadlineMissed, PlanMismatch, UsageError
@@ -177,6 +177,17 @@ def test_three_groups_from_three_threads(place: str) -> None:
             raise problems[0]
 
     run(place, 4, program)
+
+
+@pytest.mark.parametrize("transport", ["slotted", "shm", "mpi"])
+def test_random_calls_of_three_groups_from_three_threads(tmp_path, request, transport: str) -> None:
+    launcher = [*request.getfixturevalue("mpiexec"), "-n", "4"] if transport == "mpi" else None
+    ended = launch(
+        4, "random_groups.py", 150, 3, 20_000, topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path,
+        launcher=launcher, environ={"DETCOLL_TRANSPORT": transport},
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == [transport, "150"]
 
 
 @pytest.mark.parametrize("place", ["slotted", "shm"])
