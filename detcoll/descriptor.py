@@ -35,6 +35,11 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     group: str = ""
     name: str = ""
 
+    @property
+    def brief(self) -> str:
+        """What was called, for people: the same for calls that fit together."""
+        return brief(self.kind, self.op, self.dtype, self.count, self.root, self.arrays, self.name)
+
     def encode(self) -> bytes:
         """Return the record that ranks compare: its length, its text, and padding."""
         text = msgspec.json.encode(self)
@@ -56,6 +61,16 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
                 f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
                 f"rank {other} called {text}"
             )
+
+
+def brief(kind: str, op: str, dtype: str, count: int, root: int, arrays: int, name: str) -> str:
+    """Return what was called, for people: the same for calls that fit together."""
+    named = f" ({name})" if name else ""
+    if kind == "barrier":
+        return f"barrier{named}"
+    how = f"from rank {root}" if kind == "broadcast" else op
+    several = f" in {arrays} arrays" if arrays > 1 else ""
+    return f"{kind} of {count} {dtype}{several}, {how}{named}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
 from detcoll.job.assembly import Assembled, deadline_after
+from detcoll.job.flight import Flight
 from detcoll.job.rest import Rest
 from detcoll.job.settings import Facts, Settings
 from detcoll.machine import Slots
@@ -33,6 +35,8 @@ from detcoll.runtime.engine import Wide
 from detcoll.runtime.group import WORLD_ID, world
 from detcoll.runtime.native import NativeRunner
 from detcoll.runtime.operation import Span, overlap
+from detcoll.runtime.recorder import Recorder
+from detcoll.runtime.snapshot import snapshot
 from detcoll.topology import Topology
 from detcoll.trace import Call, Trace
 
@@ -66,6 +70,8 @@ class Job:
             calendar_facts(calendar, topology.granted, session.rank),
         )  # fmt: skip
         self._timekeeper = timekeeper
+        self.recorder = Recorder()
+        self.flight = Flight(facts[0].job, session.rank, self.describe, settings.record)
         self._lock = threading.Lock()
         self._loop: Loop | None = None
         self._finalized = False
@@ -80,9 +86,12 @@ class Job:
         if native is None:
             return None
         capabilities, rank = self.assembled.transport.capabilities, self.session.rank
-        return NativeRunner(native, capabilities, rank, self.trace, self._native_failed, self._explain_native)
+        return NativeRunner(
+            native, capabilities, rank, self.trace, self._native_failed, self._explain_native, self.recorder
+        )
 
     def _native_failed(self, error: Exception) -> None:
+        self._note_failure(str(error))
         self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
 
     def _explain_native(self) -> DetcollError | None:
@@ -95,7 +104,7 @@ class Job:
             if self._loop is None:
                 self._loop = self._make_loop()
                 self._loop.start()
-                self._loop.ask(lambda now_ns: self._loop and self._loop.engine.join(self.world))
+                self._loop.ask(lambda now_ns: self._loop and self._loop.engine.join(self.world, now_ns))
             return self._loop
 
     def _make_loop(self) -> Loop:
@@ -106,8 +115,23 @@ class Job:
             ahead=capabilities.timed, splits=capabilities.splits,
         )  # fmt: skip
         express = Express.of(self.topology, rank) if self.calendar.mode is not Slotting.OFF else None
-        engine = Engine(rank, routes.site_of, routes.wide, slots, express)
-        return Loop(engine, routes, self._timekeeper, self.rest, self.trace)
+        engine = Engine(rank, routes.site_of, routes.wide, slots, express, self.recorder)
+        return Loop(engine, routes, self._timekeeper, self.rest, self.trace, self._note_failure)
+
+    def describe(self) -> dict[str, Any]:
+        """Return where this rank stands, as plain data for its flight record."""
+        groups = snapshot(self._loop.engine) if self._loop is not None else []
+        if self.native is not None:
+            groups = [self.native.standing(self.world), *(group for group in groups if group["id"] != "world")]
+        return {
+            "rank": self.session.rank, "size": self.session.size, "transport": self.assembled.transport.name,
+            "site": self.topology.site_of(self.session.rank), "groups": groups, "events": self.recorder.rows(),
+        }  # fmt: skip
+
+    def _note_failure(self, reason: str) -> None:
+        path = self.flight.write(reason)
+        if path is not None:
+            log.info("rank %d: what led to it is in %s", self.session.rank, path)
 
     def keep_planner(self, group: Group, planner: Planner) -> None:
         """Remember what predicts the calls of a group, for the trace."""
@@ -147,7 +171,7 @@ class Job:
         """
         engine, problem = self.loop.engine, ""
         try:
-            self.loop.ask(lambda now_ns: engine.join(group))
+            self.loop.ask(lambda now_ns: engine.join(group, now_ns))
         except UsageError as error:
             problem = f"rank {self.session.rank}: {error}"
         try:
@@ -329,6 +353,7 @@ class Job:
             else:
                 endpoint.close(min(deadline_ns, deadline_after(_CLOSING_AFTER_FAILURE_S)))
         self.session.close(deadline_ns)
+        self.flight.close()
         self._write_trace()
 
     def abort(self, reason: str) -> None:
@@ -347,6 +372,7 @@ class Job:
         for endpoint in self.assembled.endpoints:
             endpoint.abort()
         self.session.close(deadline_after(0.5))
+        self.flight.close()
 
     def _part(self, deadline_ns: int) -> None:
         """Meet once more, so that nobody closes while another still needs an answer."""

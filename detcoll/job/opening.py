@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 
@@ -143,6 +144,7 @@ def _introduce(session: Session, settings: Settings, site: str, launcher: str, d
         VERSION, settings.transport, settings.topology.digest, settings.reproducible,
         settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
         clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
+        f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}",
     )  # fmt: skip
     answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
     everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]

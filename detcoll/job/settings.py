@@ -42,7 +42,7 @@ VARIABLES = frozenset(
     PREFIX + name
     for name in (
         "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
-        "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES",
+        "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RECORD", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES",
         "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOLERANCE", "TOPOLOGY", "TRACE", "TRANSPORT",
         "WORLD_SIZE",
     )
@@ -60,7 +60,7 @@ class Settings(msgspec.Struct, frozen=True):
     does best.  ``ports`` : range to bind in.  ``dscp`` : code point of what crosses lines.  ``trace`` : folder for
     trace files.  ``compare`` : whether Gloo's ranks compare what they call.  ``proxy`` : host:port of a SOCKS5 proxy
     through which the slotted transport reaches other sites; empty for none.  ``tolerance_s`` : how long a connection
-    may be silent, or cut, before its peer counts as lost.
+    may be silent, or cut, before its peer counts as lost.  ``record`` : where flight records go, see `job.flight`.
     """
 
     transport: str
@@ -76,6 +76,7 @@ class Settings(msgspec.Struct, frozen=True):
     compare: bool = True
     proxy: str = ""
     tolerance_s: float = LONGEST_CUT_S
+    record: str | None = None
 
     @property
     def options(self) -> dict[str, object]:
@@ -92,7 +93,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What a rank tells the others before anything is opened."""
+    """What a rank tells the others before anything is opened; rank 0's ``job`` is what all call it."""
 
     version: str
     transport: str
@@ -106,6 +107,7 @@ class Facts(msgspec.Struct, frozen=True):
     launcher: str
     cores: tuple[int, ...]
     compare: bool = True
+    job: str = ""
 
 
 _MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion", "compare")
@@ -147,6 +149,7 @@ def read_settings(
         compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
         proxy=_proxy(environ.get("DETCOLL_PROXY"), insecure=insecure),
         tolerance_s=read_tolerance_s(environ, timeout_s),
+        record=environ.get("DETCOLL_RECORD"),
     )
 
 

@@ -98,6 +98,8 @@ class Act(IntEnum):
     """cause: tell it to whomever the rendezvous reaches."""
     DISCARD = 11
     """tag, bits: drop what belongs to these tags."""
+    RECORD = 12
+    """reason: write the flight record, since a group has failed."""
 
 
 @dataclass(eq=False, slots=True)
@@ -166,7 +168,7 @@ class Engine:
 
     # Groups and calls.
 
-    def join(self, group: Group) -> Membership:
+    def join(self, group: Group, now_ns: int) -> Membership:
         """Take part in a group from now on.
 
         Raises
@@ -187,6 +189,7 @@ class Engine:
                 raise PeerLost(str(self.lost[rank]))
         known = group.acquaintances(self.rank)
         membership = Membership(group, known, set(known))
+        self.recorder.note(now_ns, "join", group.number, detail=group.title)
         self.groups[group.id] = membership
         self._listen(known)
         return membership
@@ -198,7 +201,9 @@ class Engine:
     def submit(self, operation: Operation, now_ns: int) -> None:
         """Take in a call; it starts as soon as its group and its memory allow."""
         membership = self.groups[operation.group.id]
-        self.recorder.note(now_ns, "call", operation.group.number, operation.sequence)
+        of = operation.descriptor
+        called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name)
+        self.recorder.note(now_ns, "call", operation.group.number, operation.sequence, detail=called)
         if membership.failure is not None:
             membership.told = True
             self.actions.append((Act.FINISH, operation, membership.failure))
@@ -439,6 +444,7 @@ class Engine:
         """Send what goes into this rank's current or next windows."""
         for queued, window in self.slots.due(now_ns):
             operation, step = queued.item
+            self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
             self.actions.append((Act.SEND, operation, step, queued, window))
 
     def greeted(self, operation: Operation, peer: int, record: bytes, now_ns: int) -> None:
@@ -453,6 +459,7 @@ class Engine:
         if peer in operation.wrong:
             self._end_group(self.groups[operation.group.id], operation.wrong[peer], now_ns)
             return
+        self.recorder.note(now_ns, "greeted", operation.group.number, operation.sequence, peer=peer)
         operation.strangers.discard(peer)
         self._unasked_bytes[peer] = self._unasked_bytes.get(peer, 0) - operation.unasked_bytes.pop(peer, 0)
         for step in operation.unsent.pop(peer, ()):
@@ -633,7 +640,7 @@ class Engine:
         self._suspects.pop(rank, None)
         if rank in self.lost:
             return
-        self.recorder.note(now_ns, "lost", peer=rank)
+        self.recorder.note(now_ns, "lost", peer=rank, detail=text)
         self.lost[rank] = PeerLost(text)
         for membership in list(self.groups.values()):
             if rank in membership.group.members:
@@ -654,7 +661,7 @@ class Engine:
         if membership.failure is not None:
             return
         membership.failure = error
-        self.recorder.note(now_ns, "fail", membership.group.number)
+        self.recorder.note(now_ns, "fail", membership.group.number, detail=str(error))
         calls = [*membership.active, *membership.waiting]
         membership.told = any(not operation.reported for operation in calls)
         membership.active, membership.work = [], []
@@ -663,6 +670,7 @@ class Engine:
             self._drop(operation, error)
         self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
         self._spread(membership, cause or Cause.of(membership.group.id, WHOLE_GROUP, error, self.rank), by)
+        self.actions.append((Act.RECORD, str(error)))
 
     def _end_call(self, membership: Membership, operation: Operation, error: DetcollError) -> None:
         if operation in membership.active:

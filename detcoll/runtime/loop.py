@@ -24,7 +24,7 @@ from detcoll.machine import Queued
 from detcoll.plan.ir import Buffer, Kind
 from detcoll.priority import make_prompt, quick_switches, shorten_turns
 from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, pack, unpack
-from detcoll.runtime.engine import HELLO_TAG, Engine, Membership, Wide
+from detcoll.runtime.engine import HELLO_TAG, Act, Engine, Membership, Wide
 from detcoll.runtime.group import Group
 from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
@@ -76,11 +76,16 @@ class Loop:
         The rendezvous.
     trace : Trace
         Where calls and sends are noted.
+    on_failure : callable
+        Called with the reason when a group has failed.
     """
 
-    def __init__(self, engine: Engine, routes: Routes, timekeeper: Timekeeper, rest: Rest, trace: Trace) -> None:
+    def __init__(
+        self, engine: Engine, routes: Routes, timekeeper: Timekeeper, rest: Rest, trace: Trace,
+        on_failure: Callable[[str], object] = lambda reason: None,
+    ) -> None:  # fmt: skip
         self.engine, self.routes, self.timekeeper = engine, routes, timekeeper
-        self._rest, self._trace = rest, trace
+        self._rest, self._trace, self._on_failure = rest, trace, on_failure
         self._pool = ScratchPool()
         self._lock = threading.Lock()
         self._posted: deque[Callable[[int], None]] = deque()
@@ -97,7 +102,7 @@ class Loop:
         self._waiter = self._make_waiter()
         self._carry = (
             self._open, self._recv, self._send, self._hello, self._await_hello, self._copy, self._finish,
-            self._close_call, self._listen, self._tell, self._announce, self._discard,
+            self._close_call, self._listen, self._tell, self._announce, self._discard, self._record,
         )  # fmt: skip
         self._thread = threading.Thread(target=self._run, name=f"detcoll-{engine.rank}", daemon=True)
 
@@ -263,8 +268,8 @@ class Loop:
         for membership in list(self.engine.groups.values()):
             self.engine.fail_group(membership.group, error, now_ns)
         for action in self.engine.actions:
-            if self._carry[action[0]] == self._finish:
-                self._finish(*action[1:])
+            if action[0] in (Act.FINISH, Act.RECORD):
+                self._carry[action[0]](*action[1:])
         self.engine.actions.clear()
 
     def _turn(self) -> None:
@@ -441,6 +446,9 @@ class Loop:
     def _discard(self, tag: int, bits: int) -> None:
         for endpoint in self._endpoints:
             endpoint.discard(tag, bits)
+
+    def _record(self, reason: str) -> None:
+        self._on_failure(reason)
 
     def _copy(self, operation: Operation, step: int) -> None:
         operation.memory.keep(step)

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.descriptor import brief
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError, UsageError
 from detcoll.priority import shorten_turns
+from detcoll.runtime.group import WORLD_ID, Group
+from detcoll.runtime.recorder import Detail, Recorder
 from detcoll.runtime.work import Work
 from detcoll.trace import Call, Trace
 from detcoll.transport import Capabilities, NativeCollectives
@@ -71,9 +74,12 @@ class NativeRunner:
         trace: Trace,
         on_failure: Callable[[Exception], None],
         explain: Callable[[], DetcollError | None] = lambda: None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._collectives, self._capabilities, self._rank, self._trace = collectives, capabilities, rank, trace
-        self._on_failure, self._explain = on_failure, explain
+        self._on_failure, self._explain, self._recorder = on_failure, explain, recorder or Recorder()
+        self._current: NativeCall | None = None
+        self._latest = -1
         self._turn = threading.Lock()
         self._queue: queue.Queue[tuple[NativeCall, Work] | None] = queue.Queue(LARGEST_QUEUE)
         self._queued = 0
@@ -174,6 +180,9 @@ class NativeRunner:
         if self._failure is not None:
             return self._failure
         error: Exception
+        self._latest = max(self._latest, call.sequence)
+        self._note("call", call, _called(call))
+        self._current = call
         try:
             if call.load is not None:
                 call.load()
@@ -181,6 +190,7 @@ class NativeRunner:
             if call.store is not None:
                 call.store()
         except UsageError as problem:  # nothing has moved
+            self._current = None
             return problem
         except DetcollError as problem:
             error = problem
@@ -188,11 +198,31 @@ class NativeRunner:
             error = TransportError(f"{call.kind} number {call.sequence} failed: {problem!r}")
             error.__cause__ = problem
         else:
+            self._current = None
+            self._note("end", call)
             if self._trace.recording:
                 what = Call(call.kind, call.array.nbytes, self._collectives.algorithm)
                 self._trace.note_collective(call.sequence, what, call.called_ns, time.monotonic_ns())
             return None
         return self._give_up(error)
+
+    def _note(self, event: str, call: NativeCall, detail: Detail = "") -> None:
+        self._recorder.note(time.monotonic_ns(), event, WORLD_ID, call.sequence, detail=detail)
+
+    def standing(self, world: Group) -> dict[str, Any]:
+        """Return where this rank stands in the world, as plain data for its flight record."""
+        call, failure = self._current, self._failure
+        calls = []
+        if call is not None:
+            what = f"call {call.sequence}, {brief(*_called(call))}"
+            calls.append({
+                "sequence": call.sequence, "what": what, "state": "is in the transport's own collective",
+                "waits_for": [],
+            })  # fmt: skip
+        return {
+            "id": "world", "number": WORLD_ID, "name": "", "ranks": list(world.ranks), "begun": self._latest,
+            "latest": self._latest, "failure": None if failure is None else str(failure), "calls": calls,
+        }  # fmt: skip
 
     def _give_up(self, error: Exception) -> Exception:
         """Remember why no call can follow, tell the others unless it is they who told, and return the reason."""
@@ -211,3 +241,8 @@ class NativeRunner:
             self._collectives.broadcast(call.array, call.root, call.deadline_ns, call.arrays)
         else:
             self._collectives.barrier(call.deadline_ns)
+
+
+def _called(call: NativeCall) -> tuple[str, str, str, int, int, int, str]:
+    array = call.array
+    return call.kind, call.op.value, array.dtype.name, array.size, call.root, call.arrays, call.name

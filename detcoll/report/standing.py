@@ -1,0 +1,126 @@
+"""Where the ranks of a job stand, read from their flight records, and which calls do not fit together.
+
+A record says of each group which calls its rank made and how far each came. The sentences here say no more than the
+records do: a rank without a record is named as such, and whoever others wait for is told from what those others saw.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detcoll.errors import UsageError
+
+RECORD_SCHEMA = "detcoll.record/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """Where one rank stands in one group.
+
+    ``doing`` : what is under way there, oldest first, or the last call that ended.  ``waits_for`` : ranks of the job.
+    """
+
+    group: str
+    rank: int
+    latest: int
+    doing: str
+    waits_for: tuple[int, ...]
+    failure: str
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records in a folder, by rank.
+
+    Raises
+    ------
+    UsageError
+        If one cannot be read or is no record.
+    """
+    records = []
+    for path in sorted(folder.glob("record*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"file={str(path)!r} cannot be read: {error}") from error
+        if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
+            raise UsageError(f"file={str(path)!r} is no flight record; expected schema {RECORD_SCHEMA}")
+        records.append(record)
+    return sorted(records, key=lambda record: int(record["rank"]))
+
+
+def stands(records: Sequence[dict[str, Any]]) -> list[Stand]:
+    """Return where each rank stands in each of its groups, by group and rank."""
+    found = []
+    for record in records:
+        for group in record["groups"]:
+            calls = group["calls"]
+            first = calls[0] if calls else None
+            doing = "nothing under way" if first is None else f"{first['what']}: {first['state']}"
+            waits = tuple(sorted({rank for call in calls[:1] for rank in call["waits_for"]}))
+            title = _title(group)
+            found.append(Stand(title, int(record["rank"]), group["latest"], doing, waits, group["failure"] or ""))
+    return sorted(found, key=lambda stand: (stand.group, stand.rank))
+
+
+def findings(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return sentences about what keeps the job: ranks without a record, calls that differ, and who is behind."""
+    if not records:
+        return ["There is no record."]
+    told = []
+    size = max(int(record["size"]) for record in records)
+    missing = sorted(set(range(size)) - {int(record["rank"]) for record in records})
+    if missing:
+        told.append(f"No record of {_ranks(missing)}.")
+    told += _misfits(records)
+    told += _behind(records)
+    return told
+
+
+def _misfits(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return calls of one group and number that ranks made differently."""
+    calls: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for event in record["events"]:
+            if event["event"] == "call" and event["detail"]:
+                calls[event["group"], event["sequence"]][event["detail"]].append(int(record["rank"]))
+    titles = {group["number"]: _title(group) for record in records for group in record["groups"]}
+    told = []
+    for (number, sequence), variants in sorted(calls.items()):
+        if len(variants) > 1:
+            sides = "; ".join(f"{_ranks(sorted(set(ranks)))} called {what}" for what, ranks in variants.items())
+            told.append(f"{titles.get(number, f'group {number}')}, call {sequence}: calls differ. {sides}.")
+    return told
+
+
+def _behind(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return who is behind the others of its group, and whom those wait for that are stuck."""
+    groups: dict[str, list[Stand]] = defaultdict(list)
+    for stand in stands(records):
+        groups[stand.group].append(stand)
+    told = []
+    for title, members in sorted(groups.items()):
+        furthest = max(stand.latest for stand in members)
+        late = [stand for stand in members if stand.latest < furthest]
+        if late:
+            made = ", ".join(f"rank {stand.rank} has made {stand.latest + 1}" for stand in late)
+            told.append(f"{title}: {made} of {furthest + 1} calls that others made.")
+        awaited = sorted({rank for stand in members for rank in stand.waits_for})
+        silent = [rank for rank in awaited if all(stand.rank != rank or not stand.waits_for for stand in members)]
+        if silent:
+            told.append(f"{title}: others wait for {_ranks(silent)}, which wait for nobody here.")
+    return told
+
+
+def _title(group: dict[str, Any]) -> str:
+    if group["id"] == "world":
+        return "world"
+    return f"group {group['name']!r}" if group["name"] else f"group of ranks {', '.join(map(str, group['ranks']))}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,0 +1,64 @@
+"""Where one rank stands in each of its groups, as plain data for its flight record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detcoll.runtime.engine import Engine, Membership
+from detcoll.runtime.group import WORLD_ID
+from detcoll.runtime.operation import Operation
+
+LARGEST_CALLS = 64
+"""Of a group, shown one by one."""
+
+
+def snapshot(engine: Engine) -> list[dict[str, Any]]:
+    """Return where this rank stands in each group; may be called from any thread, and then shows about one moment."""
+    while True:
+        try:
+            return [_of_group(membership) for membership in list(engine.groups.values())]
+        except RuntimeError:  # the progress thread changed something meanwhile
+            continue
+
+
+def _of_group(membership: Membership) -> dict[str, Any]:
+    group = membership.group
+    waiting = list(membership.waiting)[:LARGEST_CALLS]
+    active = [operation for operation in membership.active if not operation.reported]
+    return {
+        "id": "world" if group.id == WORLD_ID else f"{group.id:016x}",
+        "number": group.number,
+        "name": group.name,
+        "ranks": list(group.ranks),
+        "begun": membership.begun,
+        "latest": membership.latest,
+        "failure": None if membership.failure is None else str(membership.failure),
+        "calls": [_of_call(operation) for operation in active] + [_of_waiting(operation) for operation in waiting],
+    }
+
+
+def _of_call(operation: Operation) -> dict[str, Any]:
+    ranks = operation.group.ranks
+    strangers = sorted(operation.strangers)
+    waits = strangers or sorted(ranks[peer] for peer in operation.machine.waiting_for())
+    if strangers:
+        state = f"has not heard that {_ranks(strangers)} called it"
+    elif waits:
+        state = f"waits for messages from or to {_ranks(waits)}"
+    else:
+        state = "folds and copies"
+    return {
+        "sequence": operation.sequence,
+        "what": f"call {operation.sequence}, {operation.descriptor.brief}",
+        "state": state,
+        "waits_for": waits,
+    }
+
+
+def _of_waiting(operation: Operation) -> dict[str, Any]:
+    what = f"call {operation.sequence}, {operation.descriptor.brief}"
+    return {"sequence": operation.sequence, "what": what, "state": "waits to be started", "waits_for": []}
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
