@@ -243,9 +243,6 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._cancelled([ticket])
         return True
 
-    def discard(self, tag: int, bits: int) -> None:
-        """TEMP."""
-
     def abort(self) -> None:
         """Leave at once; peers see PeerLost."""
         self._leave(State.ABORTED)
