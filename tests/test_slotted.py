@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import operator
 import os
+import re
 import select
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import zmq
@@ -19,10 +24,11 @@ from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageEr
 from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.transport import Ticket, TicketStatus, Window
-from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, line
-from detcoll_slotted.line import SO_MAX_PACING_RATE
+from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, tcp
 from detcoll_slotted.pacing import SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
+from detcoll_slotted.roads import OWN_DESCRIPTORS
+from detcoll_slotted.tcp import SO_MAX_PACING_RATE
 from detcoll_slotted.wire import FrameKind, Header, Lane
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,7 +39,9 @@ PENDING, DONE, MISSED, FAILED = TicketStatus.PENDING, TicketStatus.DONE, TicketS
 
 
 def pair(**options: object) -> ThreadFabric:
-    return ThreadFabric(SlottedTransport(), 2, {"reconnect_grace_ns": 20_000_000_000} | options)
+    """Two ranks with a connection for each lane."""
+    options = {"reconnect_grace_ns": 20_000_000_000, "pace_groups": {0: 0, 1: 1}} | options
+    return ThreadFabric(SlottedTransport(), 2, options)
 
 
 def now_ns() -> int:
@@ -61,13 +69,13 @@ def break_line(fabric: ThreadFabric, rank: int, lane: Lane) -> None:
     """Cut the TCP connection under a line and wait for a new one; the peer acknowledges nothing meanwhile."""
     line = line_of(fabric[rank], 1 - rank, lane)
     pump(fabric, lambda: line.connected, ranks=(rank,))
-    cut = line._tcp
-    cut.shutdown(socket.SHUT_RDWR)
-    pump(fabric, lambda: line.connected and line._tcp is not cut, ranks=(rank,))
+    cut = line.tcp
+    line.cut()
+    pump(fabric, lambda: line.connected and line.tcp is not cut, ranks=(rank,))
 
 
 def pacing_rate(line) -> int:
-    return struct.unpack("Q", line._tcp.getsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8))[0]
+    return struct.unpack("Q", line.tcp.option(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8))[0]
 
 
 @pytest.mark.parametrize("lane", list(Lane))
@@ -116,7 +124,7 @@ def test_an_acknowledgement_that_went_with_its_connection_is_given_again() -> No
         peer = fabric[1]._peers[0]
         deadline_ns = now_ns() + 10_000 * MS
         while not peer.inbound.received[Lane.EXPRESS] and now_ns() < deadline_ns:
-            fabric[1]._drain_pull()
+            fabric[1]._drain()
         peer.inbound.told()  # as if it had been handed to the connection that breaks now
         break_line(fabric, 1, Lane.EXPRESS)
         settle(fabric, ticket)
@@ -129,10 +137,10 @@ def test_pace_and_congestion_control_are_set_again_after_a_reconnect() -> None:
         line.pace(12_345_678.9)
         assert pacing_rate(line) == 12_345_678
         break_line(fabric, 0, Lane.BULK)
-        pump(fabric, lambda: line._tcp is not None)
+        pump(fabric, lambda: line.tcp is not None)
         assert pacing_rate(line) == 12_345_678
-        assert line._tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"reno")
-        assert line.names()[1] == fabric[1].address.removeprefix("tcp://")
+        assert line.tcp.option(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"reno")
+        assert line.tcp.names[1] == fabric[1].address.removeprefix("tcp://")
 
 
 def test_a_peer_that_does_not_come_back_is_lost_after_the_grace() -> None:
@@ -184,7 +192,7 @@ def test_a_port_that_somebody_else_took_over_is_no_return() -> None:
 
 def foreign_frames(endpoint: SlottedEndpoint) -> list[list[bytes]]:
     def header(**changes: object) -> bytes:
-        fields = {"kind": FrameKind.DATA, "lane": Lane.BULK, "source": 0, "tag": 1, "token": endpoint._token,
+        fields = {"kind": FrameKind.DATA, "lane": Lane.BULK, "source": 0, "tag": 1, "token": endpoint._post.token,
                   "total": 7, "offset": 0, "sequence": 0, "acks": (0, 0), "consumed": 0} | changes  # fmt: skip
         return Header(**fields).encode()
 
@@ -192,7 +200,7 @@ def foreign_frames(endpoint: SlottedEndpoint) -> list[list[bytes]]:
         [b""],
         [b"GET / HTTP/1.1"],
         [os.urandom(len(header()))],
-        [header(token=endpoint._token ^ 1), b"payload"],
+        [header(token=endpoint._post.token ^ 1), b"payload"],
         [header(source=5), b"payload"],
         [header(source=1), b"from itself"],
         [header()],
@@ -208,7 +216,7 @@ def test_strangers_on_the_port_are_counted_and_do_no_harm() -> None:
         host, _, port = address.removeprefix("tcp://").rpartition(":")
         frames = foreign_frames(fabric[1])
         with contextlib.ExitStack() as stack:
-            push = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.PUSH))
+            push = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.DEALER))
             raw, mute = (stack.enter_context(socket.socket()) for _ in range(2))
             push.linger = 1000
             push.connect(address)
@@ -413,7 +421,8 @@ def test_who_is_lost_while_others_connect_is_told_at_once() -> None:
     in_threads(2, open_rank)
     addresses = {rank: endpoint.address for rank, endpoint in enumerate(endpoints)}
     try:
-        endpoints[0]._peers[1] = peer = endpoints[0]._make_peer(1, addresses[1])
+        endpoints[0]._addresses.update({1: addresses[1]})
+        peer = endpoints[0]._reach(1, now_ns() + 30_000 * MS)
         deadline_ns = now_ns() + 20_000 * MS
         while not all(line.connected for line in peer.lines) and now_ns() < deadline_ns:
             endpoints[0]._wait_and_look(now_ns() + MS)
@@ -508,10 +517,10 @@ def test_flows_warm_up_one_after_another_where_each_shall_have_a_line(monkeypatc
     begun: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(3)}
     transmit = Post.transmit
 
-    def watched(self, peer, lane, kind, view=None, *rest) -> None:
+    def watched(self, peer, lane, kind, *rest, **options) -> None:
         if kind is FrameKind.WARM:
             begun[self._rank].append((peer.rank, now_ns()))
-        transmit(self, peer, lane, kind, view, *rest)
+        transmit(self, peer, lane, kind, *rest, **options)
 
     monkeypatch.setattr(Post, "transmit", watched)
     options = {"warm_up_peers": frozenset(range(3)), "warm_up_bytes": 131_072, "warm_up_bytes_per_s": 1e7}
@@ -531,32 +540,33 @@ def test_send_buffers_and_credit_hold_what_is_under_way() -> None:
             peer = fabric[0]._peers[rank]
             assert (peer.outbound.credit_bytes == 2 * under_way) is held
             for lane in Lane:
-                buffer_bytes = peer.lines[lane]._tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-                assert (buffer_bytes >= line.BUFFER_SHARE * under_way) is (held and lane is Lane.BULK)
+                told = peer.lines[lane].tcp.option(socket.SOL_SOCKET, socket.SO_SNDBUF, 4)
+                buffer_bytes = struct.unpack("i", told)[0]
+                assert (buffer_bytes >= tcp.BUFFER_SHARE * under_way) is (held and lane is Lane.BULK)
 
 
 def test_without_the_right_to_exceed_limits_send_buffers_are_what_the_system_permits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    permitted = 2 * line._last_number("/proc/sys/net/core/wmem_max")
+    permitted = 2 * tcp._last_number("/proc/sys/net/core/wmem_max")
     for grows_to, expected in ((2**40, 0), (1, permitted)):
-        monkeypatch.setattr(line, "_grows_to_bytes", lambda most=grows_to: most)
-        with socket.socket() as tcp:
-            before = tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-            line._set_send_buffer(_Unprivileged(tcp), 2**30)
-            assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == (expected or before)
+        monkeypatch.setattr(tcp, "_grows_to_bytes", lambda most=grows_to: most)
+        with socket.socket() as made:
+            before = made.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            tcp._set_send_buffer(_Unprivileged(made), 2**30)
+            assert made.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == (expected or before)
 
 
 class _Unprivileged:
     """A socket that refuses what needs CAP_NET_ADMIN, as the kernel does."""
 
-    def __init__(self, tcp: socket.socket) -> None:
-        self._tcp = tcp
+    def __init__(self, made: socket.socket) -> None:
+        self._made = made
 
     def setsockopt(self, level: int, name: int, value: int) -> None:
-        if name == line.SO_SNDBUFFORCE:
+        if name == tcp.SO_SNDBUFFORCE:
             raise PermissionError
-        self._tcp.setsockopt(level, name, value)
+        self._made.setsockopt(level, name, value)
 
 
 def test_discarded_receives_end_and_what_came_gives_its_credit_back() -> None:
@@ -663,13 +673,14 @@ def shared_pace(credit_bytes: int = 16_777_216) -> ThreadFabric:
 def test_peers_of_one_pace_take_turns_and_are_never_busy_together(
     monkeypatch: pytest.MonkeyPatch, closes: bool
 ) -> None:
-    rate, size = 10e6, 100_000
+    rate, size = 1e6, 100_000  # so slow that all are sent while the first is on its way
     with shared_pace() as fabric:
         fabric.run(lambda here: here.meet())
         seen = watch_bulk(monkeypatch, fabric[0])
         window = Window(now_ns(), now_ns() + 50_000 * MS if closes else None, rate)
         order = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
-        sends = [fabric[0].send(peer, tag, memoryview(pattern(tag, size)), window) for peer, tag in order]
+        payload = memoryview(bytes(size))
+        sends = [fabric[0].send(peer, tag, payload, window) for peer, tag in order]
         received = [fabric[peer].recv(0, tag, size) for peer, tag in order]
         pump(fabric, lambda: all(t.status is not PENDING for t in sends + received), ranks=(0, 1, 2))
         assert {ticket.status for ticket in sends + received} == {DONE}
@@ -695,3 +706,135 @@ def test_a_peer_without_credit_keeps_nobody_of_its_pace_waiting(monkeypatch: pyt
         later = [fabric[1].recv(0, tag, 9_000, memoryview(bytearray(9_000))) for tag in (0, 2)]
         settle(fabric, sends[0], sends[2], *later)
         assert sends[2].status is DONE
+
+
+def test_ranks_are_connected_to_when_they_are_needed() -> None:
+    with partly_connected(4, lambda rank: {rank ^ 1}) as endpoints:
+        before = count_descriptors()
+        awaited = endpoints[2].recv(0, 5, 9_000)
+        sends = [endpoints[0].send(2, 5, memoryview(pattern(5, 9_000))), endpoints[0].send(2, 6, memoryview(b"small"))]
+        assert endpoints[0].poll(0) == [], "nothing blocks"
+        turn_all(endpoints, lambda: awaited.status is DONE)
+        late = endpoints[2].recv(0, 6, 5)
+        turn_all(endpoints, lambda: all(ticket.status is DONE for ticket in [*sends, late]))
+        assert bytes(awaited.view) == pattern(5, 9_000)
+        assert count_descriptors() - before == 4, "two for each of two ranks, and none for the others"
+        assert 3 not in endpoints[0]._peers
+
+
+def test_who_is_needed_and_not_reached_costs_the_tickets_with_it() -> None:
+    with partly_connected(3, lambda rank: {0, 1} - {rank} if rank < 2 else set(), tolerance_ns=GRACE_NS) as endpoints:
+        endpoints[2].abort()
+        lost = [endpoints[0].recv(2, 1, 10), endpoints[0].send(2, 1, memoryview(bytes(9_000)))]
+        turn_all(endpoints[:2], lambda: all(ticket.status is not PENDING for ticket in lost))
+        assert {ticket.status for ticket in lost} == {FAILED}
+        for ticket in lost:
+            assert isinstance(ticket.error, PeerLost)
+            assert str(ticket.error) == "rank 2 was not reached within 0.3 s"
+        tickets = [endpoints[0].send(1, 1, memoryview(b"on")), endpoints[1].recv(0, 1, 2)]
+        turn_all(endpoints[:2], lambda: all(ticket.status is DONE for ticket in tickets))
+
+
+@contextlib.contextmanager
+def partly_connected(
+    size: int, needed: Callable[[int], set[int]], **options: object
+) -> Iterator[list[SlottedEndpoint]]:
+    """Open endpoints that know all addresses and connect to some at first."""
+    meeting, clock = LocalMeeting(size), MonotonicClock()
+
+    def join(rank: int) -> SlottedEndpoint:
+        endpoint = SlottedTransport().open(rank, size, meeting.member(rank), clock, options)
+        told = meeting.member(rank).exchange("addresses", endpoint.address.encode(), now_ns() + 20_000 * MS)
+        addresses = {peer: address.decode() for peer, address in enumerate(told)}
+        endpoint.connect(addresses, now_ns() + 20_000 * MS, needed=needed(rank))
+        return endpoint
+
+    endpoints = in_threads(size, join)
+    try:
+        yield endpoints
+    finally:
+        for endpoint in endpoints:
+            endpoint.abort()
+
+
+def turn_all(endpoints: Sequence[SlottedEndpoint], until: Callable[[], bool]) -> None:
+    deadline_ns = now_ns() + 30_000 * MS
+    while not until():
+        assert now_ns() < deadline_ns, "it never came to that"
+        for endpoint in endpoints:
+            endpoint.poll(now_ns() + MS)
+
+
+def count_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_few_descriptors_a_peer(wide: bool) -> None:
+    groups = {rank: rank for rank in range(6)} if wide else {}
+
+    def opened(size: int) -> int:
+        before = count_descriptors()
+        with ThreadFabric(SlottedTransport(), size, {"pace_groups": groups}) as fabric:
+            fabric.run(lambda here: here.meet())
+            return count_descriptors() - before
+
+    for_each_rank = opened(6) / 6 - opened(2) / 2
+    assert for_each_rank <= 4 * (5 if wide else 2)
+
+
+_OPENS = """
+import os, resource, sys
+from detcoll.errors import ConnectError, TransportUnavailable
+from detcoll.testing import LocalMeeting, MonotonicClock
+from detcoll_slotted import SlottedTransport
+import resource as _  # all is imported before descriptors run out
+limit = len(os.listdir("/proc/self/fd")) - 1 + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+before = len(os.listdir("/proc/self/fd"))
+clock = MonotonicClock()
+try:
+    endpoint = SlottedTransport().open(0, 9, LocalMeeting(1).member(0), clock, {})
+    addresses = {rank: f"tcp://127.0.0.1:{rank + 1}" for rank in range(9)}
+    endpoint.connect(addresses, clock.now_ns() + 500_000_000)
+except (ConnectError, TransportUnavailable) as error:
+    print(type(error).__name__, error)
+    if isinstance(error, ConnectError):
+        endpoint.abort()
+print("left", len(os.listdir("/proc/self/fd")) - before)
+"""
+
+
+@pytest.mark.parametrize("spare", [*range(1, 32, 3)])
+def test_too_few_descriptors_are_told_and_never_waited_for(spare: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _OPENS, str(spare)], capture_output=True, text=True, timeout=40, check=False
+    )
+    told, left = ended.stdout.splitlines()
+    kind = "ConnectError" if spare >= OWN_DESCRIPTORS else "TransportUnavailable"
+    assert re.fullmatch(rf"{kind} .*needs about \d+ file descriptors, the limit is \d+; raise it with ulimit -n", told)
+    assert (left, ended.returncode) == ("left 0", 0), ended.stderr
+
+
+def test_where_zeromq_lacks_descriptors_what_was_opened_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count beforehand can be overtaken by others of the process."""
+    before = count_descriptors()
+    made = zmq.Context.socket
+    left = [0]
+
+    def socket_while_there_are(self: zmq.Context, kind: int, **options: object) -> zmq.Socket:
+        left[0] -= 1
+        if left[0] < 0:
+            raise zmq.ZMQError(errno.EMFILE)
+        return made(self, kind, **options)
+
+    monkeypatch.setattr(zmq.Context, "socket", socket_while_there_are)
+    with pytest.raises(TransportUnavailable, match="ulimit -n"):
+        SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), {})
+    for enough in (1, 2):
+        left[0] = enough
+        endpoint = SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), {})
+        with pytest.raises(ConnectError, match="Too many open files"):
+            endpoint.connect({1: "tcp://127.0.0.1:1"}, now_ns() + 100 * MS)
+        endpoint.abort()
+    assert count_descriptors() == before

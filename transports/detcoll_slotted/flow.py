@@ -42,6 +42,8 @@ class Outbound:
     """The sending side of an ordered pair."""
 
     credit_bytes: int
+    is_open: bool = True
+    """Whether the receiver knows this rank: until then nothing may go."""
     next_sequence: list[int] = field(default_factory=lambda: [0, 0])
     kept: tuple[deque[Kept], deque[Kept]] = field(default_factory=lambda: (deque(), deque()))
     sent_bytes: int = 0
@@ -54,7 +56,7 @@ class Outbound:
     def has_credit(self, nbytes: int) -> bool:
         """Tell whether a bulk message of ``nbytes`` may go now."""
         held = self.sent_bytes - self.consumed_bytes
-        return held == 0 or held + nbytes <= self.credit_bytes
+        return self.is_open and (held == 0 or held + nbytes <= self.credit_bytes)
 
     def lane_for(self, tag: int, preferred: Lane) -> Lane:
         """Return the lane for a message with ``tag``: the one that its unacknowledged predecessors took."""

@@ -1,11 +1,17 @@
-"""Joining other ranks: hellos in both directions, and opening TCP's windows before the first message counts on them."""
+"""Joining other ranks: hellos in both directions, and opening TCP's windows before the first message counts on them.
+
+All ranks know all addresses, and connect to those that they need. Who is greeted by a rank that it is not connected to
+connects back. A hello says whether an answer is wanted, and is repeated until it has come: whatever else is to be said
+waits for that, since a rank that does not know the other one yet would not take it in.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from detcoll.errors import ConnectError
+from detcoll.errors import ConnectError, PeerLost
 from detcoll.transport import Clock
+from detcoll_slotted.descriptors import shortage
 from detcoll_slotted.line import Line
 from detcoll_slotted.options import Options
 from detcoll_slotted.peer import Peer
@@ -22,6 +28,36 @@ class Joining:
 
     def __init__(self, rank: int, options: Options, post: Post, clock: Clock, wait: Callable[[int], None]) -> None:
         self._rank, self._options, self._post, self._clock, self._wait = rank, options, post, clock, wait
+        self._pending: dict[int, tuple[Peer, int]] = {}
+        self._hello_ns = 0
+
+    def begin(self, peer: Peer, deadline_ns: int) -> None:
+        """Greet a peer until it is joined, or given up at the deadline."""
+        self._pending[peer.rank] = peer, deadline_ns
+        self._hello_ns = 0
+
+    def greet(self, peer: Peer) -> None:
+        """Say hello, and whether an answer is wanted."""
+        self._post.transmit(peer, Lane.EXPRESS, FrameKind.HELLO, place=(0 if peer.inbound.hello else 1, 0))
+
+    def turn(self, now_ns: int) -> list[tuple[Peer, PeerLost]]:
+        """Greet those who are not joined yet; returns who was not reached in time, and what to say of it."""
+        for rank in [rank for rank, (peer, _) in self._pending.items() if peer.is_joined or peer.lost]:
+            del self._pending[rank]
+        if not self._pending or now_ns < self._hello_ns:
+            return []
+        self._hello_ns = now_ns + _HELLO_EVERY_NS
+        late = []
+        for peer, deadline_ns in self._pending.values():
+            if peer.lines[Lane.EXPRESS].connected:
+                self.greet(peer)
+            if now_ns >= deadline_ns:
+                late.append((peer, PeerLost(self._not_reached(peer.rank, self._options.tolerance_ns / 1e9))))
+        return late
+
+    def next_ns(self) -> int | None:
+        """Return when to greet again; None where everybody is joined."""
+        return self._hello_ns if self._pending else None
 
     def join(self, peers: Sequence[Peer], deadline_ns: int) -> None:
         """Return once hellos have passed in both directions with all of them, and their connections are warm.
@@ -31,26 +67,24 @@ class Joining:
         ConnectError
             If that takes longer than the deadline, or one of them is lost.
         """
-        hello_ns = 0
         while missing := [peer for peer in peers if not peer.is_joined]:
-            now_ns = self._clock.now_ns()
-            self._check_reachable(missing, now_ns >= deadline_ns)
-            if now_ns >= hello_ns:
-                hello_ns = now_ns + _HELLO_EVERY_NS
-                for peer in missing:
-                    for lane in Lane:
-                        self._post.transmit(peer, lane, FrameKind.HELLO)
-            self._wait(min(deadline_ns, hello_ns))
+            self._check_reachable(missing, self._clock.now_ns() >= deadline_ns)
+            self._wait(deadline_ns)
         if self._options.warm_up_bytes:
             self._warm_up([peer for peer in peers if peer.rank in self._options.warm_up_peers], deadline_ns)
+
+    def _not_reached(self, rank: int, seconds: float) -> str:
+        lacking = shortage(1)
+        return f"rank {rank} was not reached within {seconds:g} s" + (f": {lacking}" if lacking else "")
 
     def _check_reachable(self, missing: Sequence[Peer], is_late: bool) -> None:
         for peer in missing:
             if peer.lost:
                 raise ConnectError(f"rank {self._rank} did not reach rank {peer.rank}: {peer.lost}") from peer.lost
         if is_late:
-            ranks = ", ".join(str(peer.rank) for peer in missing)
-            raise ConnectError(f"rank {self._rank} did not reach rank {ranks} before the deadline")
+            ranks, lacking = ", ".join(str(peer.rank) for peer in missing), shortage(1)
+            reason = f": {lacking}" if lacking else ""
+            raise ConnectError(f"rank {self._rank} did not reach rank {ranks} before the deadline{reason}")
 
     def _warm_up(self, peers: Sequence[Peer], deadline_ns: int) -> None:
         nothing = memoryview(bytes(_WARM_FRAME_BYTES))

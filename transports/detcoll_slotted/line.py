@@ -1,85 +1,71 @@
-"""The TCP connection beneath a ZeroMQ socket.
+"""Connections to other ranks, several of one lane on one ZeroMQ socket.
 
-A socket's monitor reports the file descriptor of each connection that ZeroMQ makes. Through a duplicate of it the
-kernel is told to pace the connection (``SO_MAX_PACING_RATE``) and which congestion control to use, and asked what it
-retransmitted (``TCP_INFO``). After a reconnect the descriptor is a new one, and everything is set again.
-
-On a reserved, paced path loss does not happen, so a loss-based control never slows down, while BBR empties the pipe for
-200 ms every 10 s to probe the round trip. Hence CUBIC unless told otherwise.
-
-TCP has no more under way than its send buffer holds. The kernel lets them grow to the last number of ``tcp_wmem``, of
-which some two thirds are payload. Where more has to be under way the buffer is set, with room for what is acknowledged
-late and for what is to leave next, which beyond ``wmem_max`` only a process with CAP_NET_ADMIN may do.
+A ROUTER socket reaches each peer by a route, the name that it gave the connection. Its monitor, which costs three
+descriptors, tells of all of them, by the address where each leads. Through a proxy all addresses are the proxy's, so
+such connections have a socket each.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import socket
-import struct
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-SO_MAX_PACING_RATE = 47
-SO_SNDBUFFORCE = 32
+from detcoll_slotted.tcp import BUFFER_SHARE, Connection
+from detcoll_slotted.wire import Lane
+
 UNPACED = 2**64 - 1
 """What the kernel takes for no limit."""
-BUFFER_SHARE = 2.0
-"""Bytes of send buffer for each that is under way, with what the kernel keeps beside them. With 1.5 the line idles:
-64 MiB at 1 Gbit/s over 80 ms take 623 ms instead of 608."""
-_LARGEST_BUFFER_BYTES = 2**30 - 1
-_SIOCOUTQNSD = 0x894B
-_TCP_INFO_BYTES = 104
-_RTT_AT, _RETRANSMITS_AT = 68, 100  # struct tcp_info of linux/tcp.h
 _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 
-class Line:
-    """One PUSH socket, its monitor, and the TCP connection it has just now, with ``in_flight_bytes`` under way."""
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How the TCP connections of a line are set up; ``keep``: a duplicate of the descriptor is kept."""
 
-    def __init__(self, push: zmq.Socket[bytes], congestion: str | None, in_flight_bytes: int) -> None:
-        self.push = push
-        self.monitor = push.get_monitor_socket(_WATCHED)
+    congestion: str | None = None
+    in_flight_bytes: int = 0
+    keep: bool = False
+
+
+class Line:
+    """The connection to one peer, for one lane or both, and the TCP connection beneath it just now."""
+
+    def __init__(self, trunk: Trunk, route: bytes, rank: int, lanes: tuple[Lane, ...], style: Style) -> None:
+        self.trunk, self.route, self.rank, self.lanes = trunk, route, rank, lanes
         self.connected = False
         self.was_connected = False
         self.broken_since_ns = 0
-        self._congestion = congestion
-        self._buffer_bytes = round(in_flight_bytes * BUFFER_SHARE)
+        self._style = style
         self._rate_bytes_per_s = 0
         self._free_ns = 0
-        self._tcp: socket.socket | None = None
+        self._tcp: Connection | None = None
         self._past_retransmits = 0
 
-    def events(self, now_ns: int) -> bool:
+    def note(self, event: int, value: int, endpoint: str, now_ns: int) -> bool:
         """Take in what the monitor says; True when a broken connection has come back."""
-        returned = False
-        while True:
-            try:
-                event = parse_monitor_message(self.monitor.recv_multipart(zmq.DONTWAIT))
-            except zmq.Again:
-                return returned
-            if event["event"] == zmq.EVENT_CONNECTED:
-                self._adopt(int(event["value"]), event["endpoint"].decode())
-            elif event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                returned |= self.was_connected
-                self.connected = self.was_connected = True
-                self.broken_since_ns = 0
-            elif event["event"] == zmq.EVENT_DISCONNECTED:
-                self.connected = False
-                self.broken_since_ns = self.broken_since_ns or now_ns
-                self._drop()
+        if event == zmq.EVENT_CONNECTED:
+            self._adopt(value, endpoint)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            returned = self.was_connected
+            self.connected = self.was_connected = True
+            self.broken_since_ns = 0
+            return returned
+        elif event == zmq.EVENT_DISCONNECTED:
+            self.connected = False
+            self.broken_since_ns = self.broken_since_ns or now_ns
+            self._drop()
+        return False
 
     def pace(self, rate_bytes_per_s: float) -> None:
         """Let the kernel send at most this many payload bytes per second on this connection."""
         rate = int(rate_bytes_per_s)
         if rate != self._rate_bytes_per_s:
             self._rate_bytes_per_s = rate
-            self._apply_rate()
+            if self._tcp is not None:
+                self._tcp.pace(rate)
 
     def leaves_ns(self, now_ns: int, nbytes: int) -> int:
         """Return when ``nbytes`` handed over now will have left at the pace set, behind what was handed over before."""
@@ -89,102 +75,93 @@ class Line:
 
     def unsent_bytes(self) -> int:
         """Return what the kernel was given and has not sent yet; 0 where there is no connection."""
-        if self._tcp is None:
-            return 0
-        try:
-            return int(struct.unpack("i", fcntl.ioctl(self._tcp, _SIOCOUTQNSD, b"\0\0\0\0"))[0])
-        except OSError:
-            return 0
+        return self._tcp.unsent_bytes() if self._tcp is not None else 0
 
-    def info(self) -> tuple[int, int]:
-        """Return smoothed round trip in ns and retransmitted segments of all connections so far."""
-        info = self._read_info()
-        if info is None:
-            return 0, self._past_retransmits
-        round_trip_us, retransmits = (struct.unpack_from("I", info, at)[0] for at in (_RTT_AT, _RETRANSMITS_AT))
-        return round_trip_us * 1000, self._past_retransmits + retransmits
+    def retransmits(self) -> int:
+        """Return retransmitted segments of all connections so far, as far as the kernel told."""
+        tcp = self._tcp  # counters are also read by a thread that does not own the socket
+        told = tcp.info() if tcp is not None else None
+        return self._past_retransmits + (told[1] if told else 0)
 
-    def names(self) -> tuple[str, str] | None:
-        """Return local and remote ``ip:port`` of the connection, or None while there is none."""
-        tcp = self._tcp
-        if tcp is None:
-            return None
-        try:
-            local, remote = tcp.getsockname(), tcp.getpeername()
-        except OSError:
-            return None
-        return f"{local[0]}:{local[1]}", f"{remote[0]}:{remote[1]}"
+    @property
+    def tcp(self) -> Connection | None:
+        """The TCP connection, or None while there is none."""
+        return self._tcp
 
-    def close(self, linger_ms: int) -> None:
-        """Close the socket and its monitor; what is queued has ``linger_ms`` to leave."""
+    def cut(self) -> None:
+        """End the TCP connection, so that a new one takes its place."""
+        if self._tcp is not None:
+            self._tcp.cut()
+
+    def close(self) -> None:
+        """Give the TCP connection up; the trunk closes it."""
+        self.connected = False
         self._drop()
-        self.push.disable_monitor()
-        self.monitor.close(linger=0)
-        self.push.close(linger=linger_ms)
 
     def _adopt(self, descriptor: int, endpoint: str) -> None:
         self._drop()
-        try:
-            tcp = socket.socket(fileno=os.dup(descriptor))
-        except OSError:  # closed again already: the next event tells
-            return
-        try:
-            port = tcp.getpeername()[1]
-        except (OSError, IndexError):
-            port = None
-        if str(port) != endpoint.rpartition(":")[2]:  # the number went to another file meanwhile
-            tcp.close()
-            return
-        self._tcp = tcp
-        if self._congestion:
-            with contextlib.suppress(OSError):  # not offered by this kernel: its default stays, and counters show it
-                self._tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion.encode())
-        if self._buffer_bytes and self._buffer_bytes > _grows_to_bytes():
-            _set_send_buffer(self._tcp, self._buffer_bytes)
-        self._apply_rate()
-
-    def _apply_rate(self) -> None:
-        if self._tcp is not None and self._rate_bytes_per_s:
-            with contextlib.suppress(OSError):  # the connection just broke: set again on the next one
-                self._tcp.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", self._rate_bytes_per_s))
-
-    def _read_info(self) -> bytes | None:
-        """Return struct tcp_info, or None without a connection or where the kernel's is shorter."""
-        tcp = self._tcp  # counters are also read by a thread that does not own the socket
-        if tcp is None:
-            return None
-        try:
-            info = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        except OSError:
-            return None
-        return info if len(info) == _TCP_INFO_BYTES else None
+        self._tcp = Connection.adopt(descriptor, endpoint, keep=self._style.keep)
+        if self._tcp is not None:
+            self._tcp.prepare(self._style.congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
+            if self._rate_bytes_per_s:
+                self._tcp.pace(self._rate_bytes_per_s)
 
     def _drop(self) -> None:
         if self._tcp is not None:
-            self._past_retransmits = self.info()[1]
-            self._tcp.close()
-            self._tcp = None
+            self._past_retransmits = self.retransmits()
+            tcp, self._tcp = self._tcp, None
+            tcp.close()
 
 
-def _grows_to_bytes() -> int:
-    """Return how large the kernel lets a send buffer grow by itself."""
-    return _last_number("/proc/sys/net/ipv4/tcp_wmem")
+class Trunk:
+    """A ROUTER socket, its monitor, and the lines on it."""
 
-
-def _set_send_buffer(tcp: socket.socket, nbytes: int) -> None:
-    """Make room for ``nbytes``, or for as many as the system permits; the kernel doubles what it is told."""
-    half = min(nbytes // 2, _LARGEST_BUFFER_BYTES)
-    with contextlib.suppress(OSError):  # the connection just broke: set again on the next one
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], configure: Callable[[zmq.Socket[bytes]], None], proxy: str = ""
+    ) -> None:
+        self._proxy = proxy
+        self._lines: dict[str, Line] = {}
+        self.socket = context.socket(zmq.ROUTER)
         try:
-            tcp.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, half)
-        except PermissionError:
-            if 2 * min(half, _last_number("/proc/sys/net/core/wmem_max")) > _grows_to_bytes():
-                tcp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, half)
+            configure(self.socket)
+            self.socket.sndhwm = 0  # bounded by credit, which counts bytes
+            if proxy:
+                self.socket.setsockopt_string(zmq.SOCKS_PROXY, proxy)
+            self.monitor = self.socket.get_monitor_socket(_WATCHED)
+        except BaseException:
+            self.socket.close(linger=0)
+            raise
 
+    def connect(self, rank: int, address: str, lanes: tuple[Lane, ...], style: Style) -> Line:
+        """Begin to connect to a peer; what is sent meanwhile waits."""
+        # Not two connections of a socket may ever have one route: ZeroMQ would abort the process.
+        route = b"%d" % len(self._lines)
+        self.socket.setsockopt(zmq.CONNECT_ROUTING_ID, route)
+        self.socket.connect(address)
+        line = self._lines[self._proxy or address] = Line(self, route, rank, lanes, style)
+        return line
 
-def _last_number(path: str) -> int:
-    """Return the last number of a kernel setting, or one beyond all that is needed where it does not tell."""
-    try:
-        return int(Path(path).read_text(encoding="ascii").split()[-1])
-    except (OSError, ValueError, IndexError):
-        return sys.maxsize
+    def events(self, now_ns: int) -> list[tuple[Line, bool]]:
+        """Take in what the monitor says; returns lines of which it spoke, and whether they were broken and are back."""
+        told: dict[Line, bool] = {}
+        while True:
+            try:
+                event = parse_monitor_message(self.monitor.recv_multipart(zmq.DONTWAIT))
+            except zmq.Again:
+                return list(told.items())
+            endpoint = event["endpoint"].decode()
+            line = next(iter(self._lines.values())) if self._proxy else self._lines.get(endpoint)
+            if line is not None:
+                told[line] = line.note(event["event"], int(event["value"]), endpoint, now_ns) or told.get(line, False)
+
+    def close(self, linger_ms: int) -> None:
+        """Close socket and monitor; what is queued for connected peers has ``linger_ms`` to leave."""
+        self.socket.linger = 0
+        for address, line in self._lines.items():
+            if not line.connected and not self._proxy:
+                self.socket.disconnect(address)
+            linger_ms = 0 if self._proxy and not line.connected else linger_ms
+            line.close()
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close(linger=linger_ms)

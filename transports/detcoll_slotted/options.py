@@ -18,7 +18,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rank first, instead of to all at once.  ``proxy`` : host:port of a SOCKS5 proxy (RFC 1928, without authentication)
     through which ``proxied_peers`` are reached; empty for none.  ``in_flight_bytes`` : what a connection to those that
     are warmed up has under way at most; send buffers and credit are made to hold it.  ``pace_groups`` : for each peer a
-    number that stands for its site; sends with a window to peers of one number share one rate.
+    number that stands for its site; sends with a window to peers of one number share one rate.  ``tolerance_ns`` : how
+    long a peer may be out of reach, when it is first needed or later.
     """
 
     credit_bytes: int = 16_777_216
@@ -34,5 +35,12 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up_in_turn: bool = False
     in_flight_bytes: int = 0
     pace_groups: dict[int, int] = {}
+    tolerance_ns: int = 30_000_000_000
+
+    @property
+    def wide_peers(self) -> frozenset[int]:
+        """Peers across lines, which have a connection for each lane."""
+        return self.warm_up_peers | self.pace_groups.keys()
+
     proxy: str = ""
     proxied_peers: frozenset[int] = frozenset()

@@ -17,7 +17,7 @@ class Peer:
 
     rank: int
     lines: tuple[Line, Line]
-    """By lane."""
+    """By lane; where both lanes share a connection, it is twice the same."""
     outbound: Outbound
     inbound: Inbound
     blocked: deque[tuple[Ticket, memoryview, Window | None]] = field(default_factory=deque)
@@ -25,6 +25,11 @@ class Peer:
     group: PaceGroup | None = None
     """With whom it shares a rate; None for nobody."""
     lost: Exception | None = None
+
+    @property
+    def own_lines(self) -> tuple[Line, ...]:
+        """Its connections, each once."""
+        return self.lines if self.lines[0] is not self.lines[1] else self.lines[:1]
 
     @property
     def is_joined(self) -> bool:

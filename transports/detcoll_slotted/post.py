@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import zmq
 
 from detcoll.transport import Clock, Ticket
@@ -16,6 +14,7 @@ LEAD_NS = 150_000
 """What a send needs from here through ZeroMQ's thread and TCP to the line, at least: it starts that much earlier."""
 _LEAST_LENT_BYTES = 65_536
 """Smaller payloads are copied, which costs less than it does to lend them."""
+_PART = zmq.DONTWAIT | zmq.SNDMORE
 
 
 class Post:
@@ -23,7 +22,8 @@ class Post:
 
     def __init__(self, rank: int, token: int, clock: Clock) -> None:
         self.resent_bytes = 0
-        self._rank, self._token, self._clock = rank, token, clock
+        self.token = token
+        self._rank, self._clock = rank, clock
 
     def put(self, peer: Peer, lane: Lane, ticket: Ticket, view: memoryview) -> None:
         """Send a message, or a part of one, and keep it until it is acknowledged."""
@@ -52,16 +52,18 @@ class Post:
         inbound = peer.inbound
         acks = (inbound.received[0], inbound.received[1])
         header = Header(
-            kind, lane, self._rank, tag, *place, self._token, sequence, acks, inbound.consumed_bytes
+            kind, lane, self._rank, tag, *place, self.token, sequence, acks, inbound.consumed_bytes
         ).encode()
-        push = peer.lines[lane].push
-        with contextlib.suppress(zmq.Again):  # no connection yet: hellos are repeated, data comes after them
-            if view is None:
-                push.send(header, zmq.DONTWAIT)
-            elif lend:
-                push.send(header, zmq.DONTWAIT | zmq.SNDMORE)
-                send_constant(push, view)
+        line = peer.lines[lane]
+        router = line.trunk.socket
+        router.send(line.route, _PART)
+        if view is None:
+            router.send(header, zmq.DONTWAIT)
+        else:
+            router.send(header, _PART)
+            if lend:
+                send_constant(router, view)
             else:
-                push.send_multipart((header, view), zmq.DONTWAIT)
-            if lane is Lane.EXPRESS:  # on the other lane it waits behind paced data
-                inbound.told()
+                router.send(view, zmq.DONTWAIT)
+        if lane is Lane.EXPRESS:  # on the other lane it waits behind paced data
+            inbound.told()

@@ -14,8 +14,10 @@ import zmq
 
 from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.transport import Capabilities, Clock, Endpoint, Rendezvous, Scope, Transport
+from detcoll_slotted.descriptors import is_shortage, shortage
 from detcoll_slotted.endpoint import SlottedEndpoint
 from detcoll_slotted.options import Options
+from detcoll_slotted.roads import OWN_DESCRIPTORS
 
 _OPEN_TIMEOUT_NS = 60_000_000_000
 _LARGEST_KEPT_BYTES = 2**25 - 2**16
@@ -53,9 +55,15 @@ class SlottedTransport(Transport):
                 f"slotted would open {host}, which is not a loopback address, without encryption; "
                 "set DETCOLL_INSECURE=1 (or pass --insecure) to allow it on a network you trust"
             )
+        lacking = shortage(OWN_DESCRIPTORS)
+        if lacking:
+            raise TransportUnavailable(f"slotted cannot open: {lacking}")
         try:
             return SlottedEndpoint(rank, host, int.from_bytes(token, "little"), clock, parsed)
-        except zmq.ZMQError as error:
+        except (OSError, zmq.ZMQError) as error:
+            if is_shortage(error):
+                lacking = shortage(OWN_DESCRIPTORS) or f"{error}; raise the limit with ulimit -n"
+                raise TransportUnavailable(f"slotted cannot open: {lacking}") from error
             ports = "a free port" if parsed.ports is None else "a port from {} to {}".format(*parsed.ports)
             raise TransportUnavailable(f"slotted cannot bind {ports} on {host}: {error}") from error
 

@@ -1,0 +1,116 @@
+"""Which sockets there are, and what they are told: one to receive with, and trunks to send over.
+
+Peers across lines have a connection for each lane, so that small messages need not wait behind paced ones. All others
+have one for both.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+
+import zmq
+
+from detcoll_slotted.line import Line, Style, Trunk
+from detcoll_slotted.options import Options
+from detcoll_slotted.wire import Lane
+
+LARGEST_MESSAGE_BYTES = 2**30
+OWN_DESCRIPTORS = 24
+"""What an endpoint without peers has open at most: ZeroMQ's threads, sockets and monitors, epoll and timer."""
+_WIDE_DESCRIPTORS, _NARROW_DESCRIPTORS = 6, 3
+"""For each peer: two connections out, one duplicate, two in, and one for a moment; or one out, one in and that one."""
+
+
+class Roads:
+    """Makes and closes the sockets of one endpoint."""
+
+    def __init__(self, host: str, options: Options) -> None:
+        self._options = options
+        self._ipv6 = ipaddress.ip_address(host).version == 6
+        self._context = zmq.Context()
+        self._trunks: dict[tuple[Lane, int], Trunk] = {}
+        try:
+            self.inlet = self._bind(host)
+        except BaseException:
+            self.destroy()
+            raise
+        self.inlet_fd = self.inlet.fileno()
+        self.address = self.inlet.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def _bind(self, host: str) -> zmq.Socket[bytes]:
+        inlet = self._context.socket(zmq.DEALER)
+        self._configure(inlet)
+        inlet.rcvhwm = 0  # bounded by credit, which counts bytes
+        inlet.maxmsgsize = LARGEST_MESSAGE_BYTES
+        where = f"tcp://[{host}]" if self._ipv6 else f"tcp://{host}"
+        first, last = self._options.ports or (0, 0)
+        for port in range(first, last + 1):
+            try:
+                inlet.bind(f"{where}:{port}")
+                break
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE or port == last:
+                    raise
+        return inlet
+
+    def _configure(self, made: zmq.Socket[bytes]) -> None:
+        made.linger = 0
+        made.ipv6 = self._ipv6
+        made.tos = self._options.dscp << 2
+        made.reconnect_ivl, made.reconnect_ivl_max = 20, 500
+
+    @property
+    def trunks(self) -> Iterable[Trunk]:
+        """All sockets that send."""
+        return self._trunks.values()
+
+    def descriptors(self, rank: int) -> int:
+        """Return how many descriptors a peer needs, at most."""
+        return _WIDE_DESCRIPTORS if rank in self._options.wide_peers else _NARROW_DESCRIPTORS
+
+    def lead_to(self, rank: int, address: str) -> tuple[Line, Line]:
+        """Begin to connect to a peer, and return its line for each lane."""
+        options = self._options
+        address = _numeric(address)
+        in_flight = options.in_flight_bytes if rank in options.warm_up_peers else 0
+        congestion = options.congestion or None
+        swift = self._trunk(Lane.EXPRESS, rank)
+        if rank not in options.wide_peers:
+            line = swift.connect(rank, address, tuple(Lane), Style(congestion, in_flight))
+            return line, line
+        bulk = self._trunk(Lane.BULK, rank)
+        return (
+            bulk.connect(rank, address, (Lane.BULK,), Style(congestion, in_flight, keep=True)),
+            swift.connect(rank, address, (Lane.EXPRESS,), Style(congestion)),
+        )
+
+    def _trunk(self, lane: Lane, rank: int) -> Trunk:
+        proxy = self._options.proxy if rank in self._options.proxied_peers else ""
+        key = lane, rank if proxy else -1
+        if key not in self._trunks:
+            self._trunks[key] = Trunk(self._context, self._configure, proxy)
+        return self._trunks[key]
+
+    def close(self, linger_ms: int) -> None:
+        """Close everything; what is queued for connected peers has ``linger_ms`` to leave."""
+        for trunk in self.trunks:
+            trunk.close(linger_ms)
+        self.inlet.close(linger=0)
+        self.destroy()
+
+    def destroy(self) -> None:
+        """End ZeroMQ's threads, and whatever socket is still open, so that nothing is waited for."""
+        self._context.destroy(linger=0)
+
+
+def _numeric(address: str) -> str:
+    """Return an address with the host as a number, as monitors tell it; names are looked up."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4][0]
+        host = f"[{found}]" if ":" in str(found) else str(found)
+    return f"tcp://{host}:{port}"
