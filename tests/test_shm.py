@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import detcoll_shm.endpoint
+import detcoll_shm.bell
 from detcoll.errors import PeerLost
 from detcoll.testing.fabric import Here, ThreadFabric, pattern
 from detcoll.testing.worlds import ProcessFabric, Worlds
@@ -39,7 +39,7 @@ def worlds() -> Iterator[Worlds]:
 
 @pytest.fixture
 def _no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detcoll_shm.endpoint, "RECHECK_NS", LATER_NS)
+    monkeypatch.setattr(detcoll_shm.bell, "RECHECK_NS", LATER_NS)
 
 
 def soon_ns() -> int:
@@ -144,7 +144,7 @@ class Traffic:
 
 def random_traffic(here: Here, seed: int, count: int, largest: int) -> None:
     """All pairs exchange messages; sends, receives and releases happen in a random order on every rank."""
-    detcoll_shm.endpoint.RECHECK_NS = LATER_NS
+    detcoll_shm.bell.RECHECK_NS = LATER_NS
     traffic = Traffic(here, seed, count, largest)
     steps: list[Callable[[], None]] = [traffic.send, traffic.receive, traffic.release, traffic.collect]
     while not traffic.is_posted:
@@ -159,7 +159,7 @@ def random_traffic(here: Here, seed: int, count: int, largest: int) -> None:
 
 def chain(here: Here, seed: int, rounds: int, largest: int) -> None:
     """Each rank waits for the one before it and then sends to the one after, so a lost wake-up stops all."""
-    detcoll_shm.endpoint.RECHECK_NS = LATER_NS
+    detcoll_shm.bell.RECHECK_NS = LATER_NS
     chance = random.Random(seed)
     after, before = (here.rank + 1) % here.size, (here.rank - 1) % here.size
     for round_ in range(rounds):

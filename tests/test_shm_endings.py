@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import detcoll_shm.endpoint
+import detcoll_shm.bell
 from detcoll.errors import ConnectError, PeerLost, UsageError
 from detcoll.testing.fabric import LocalMeeting, MonotonicClock, ThreadFabric, in_threads, pattern
 from detcoll.transport import Ticket, TicketStatus
@@ -30,7 +30,7 @@ LATER_NS = 60 * S
 
 @pytest.fixture
 def _no_recheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detcoll_shm.endpoint, "RECHECK_NS", LATER_NS)
+    monkeypatch.setattr(detcoll_shm.bell, "RECHECK_NS", LATER_NS)
 
 
 def soon_ns() -> int:

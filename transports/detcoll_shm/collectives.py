@@ -23,6 +23,7 @@ reads instead, it copies 2 (n-1)/n V and folds V/n.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,10 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.descriptor import Descriptor
-from detcoll.errors import Closed, DetcollError, UsageError
+from detcoll.errors import Closed, UsageError
 from detcoll.fold import fold_groups
 from detcoll.types import ReduceOp, is_integer, parse_dtype
-from detcoll_shm.crew import Crew
+from detcoll_shm.crew import NEVER, Crew
 from detcoll_shm.forms import Cut, Cutter, Form
 from detcoll_shm.reading import Reader
 from detcoll_shm.regions import NOWHERE, OPEN, Mapped, Place, Regions
@@ -65,22 +66,22 @@ class Collectives:
         Reads arrays of other processes.
     read_bytes
         Size from which arrays are read so.
-    on_failure
-        Called when a collective failed, so that others learn of it.
     """
 
     def __init__(
         self, crew: Crew, cutter: Cutter, regions: Regions, mapped: Mapping[int, Mapped], reader: Reader,
-        read_bytes: int, on_failure: Callable[[], None],
+        read_bytes: int,
     ) -> None:  # fmt: skip
-        self._crew, self._cutter, self._on_failure = crew, cutter, on_failure
+        self._crew, self._cutter = crew, cutter
         self._regions, self._mapped = regions, mapped
         self._reader, self._read_bytes = reader, read_bytes
         self._groups = cutter.groups
         self._forms: OrderedDict[tuple[Any, ...], Form] = OrderedDict()
         self._chunk = 0
         """Chunks that went through the stages since the start, the same on all ranks between calls."""
-        self._error: Exception | None = None
+        self._ended = ""
+        """What ended a collective, and with it all later ones."""
+        self._cause: BaseException | None = None
         self.turn = threading.Lock()
         """Held while a collective uses shared memory."""
 
@@ -100,23 +101,28 @@ class Collectives:
         """Return once every rank has called."""
         self._run(self._barrier, self._form("barrier", ReduceOp.MAX, _NOTHING, 0, 1), _NOTHING, deadline_ns)
 
-    @property
-    def error(self) -> Exception | None:
-        """What ended a collective, and with it all later ones, or None."""
-        return self._error
-
     def _run(self, call: Call, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
-        if not self._crew.mates:
+        crew = self._crew
+        if not crew.mates:
             return
         with self.turn:
-            if self._error is not None:
-                raise Closed(f"an earlier collective failed: {self._error}") from self._error
+            if self._ended:
+                raise Closed(f"an earlier collective failed: {self._ended}") from self._cause
+            before = crew.sequence
             try:
                 call(form, array, deadline_ns)
-            except DetcollError as error:
-                self._error = error
-                self._on_failure()
+            except BaseException as error:
+                self._end(error, form, before)
                 raise
+
+    def _end(self, error: BaseException, form: Form, before: int) -> None:
+        """Take no later call, and tell the others, even if this is interrupted again."""
+        self._ended, self._cause = str(error) or repr(error), error
+        told = False
+        while not told:
+            with contextlib.suppress(KeyboardInterrupt):
+                self._ended = self._crew.resign(error, form.descriptor.kind, before)
+                told = True
 
     def _form(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> Form:
         key = (kind, op, array.dtype, array.size, root, arrays)
@@ -147,6 +153,7 @@ class Collectives:
 
     def _all_reduce_in_chunks(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
         crew, memory = self._crew, array.view(np.uint8)
+        crew.last_word = FOLDED, NEVER
         place = self._place_of(form, memory)
         if place is NOWHERE:
             self._give(form, 0, memory)
@@ -158,12 +165,20 @@ class Collectives:
             places = crew.places()
             if all(place.region > 0 for place in places):
                 self._all_reduce_in_place(form, places, memory)
+                self._finish()
                 return
             if all(place.region == OPEN for place in places):
                 self._all_reduce_by_reading(form, places, memory)
+                self._finish()
                 return
             self._give(form, 0, memory)
         self._all_reduce_staged(form, memory)
+        self._finish()
+
+    def _finish(self) -> None:
+        """End a collective that went on after all had arrived."""
+        self._crew.confirm()
+        self._crew.last_word = None
 
     def _place_of(self, form: Form, memory: NDArray[np.uint8]) -> Place:
         place = self._regions.place_of(memory)
@@ -174,6 +189,7 @@ class Collectives:
     def _all_reduce_staged(self, form: Form, memory: NDArray[np.uint8]) -> None:
         """Go through the stages; this rank has given its first chunk."""
         chunks = form.chunks
+        self._crew.last_word = FOLDED, self._chunk + chunks
         for step in range(1, chunks + 2):
             if step >= 2:
                 self._take(form, step - 2, memory)
@@ -200,6 +216,7 @@ class Collectives:
                 if rank != crew.rank:
                     np.copyto(other, own)
         self._chunk += 1
+        crew.last_word = FOLDED, self._chunk
         crew.publish(FOLDED, self._chunk)
         crew.await_all(FOLDED, self._chunk)
 
@@ -221,6 +238,7 @@ class Collectives:
                     if rank != crew.rank and begin < end:
                         self._reader.read(rank, place.offset + begin, memory[begin:end])
         self._chunk += rounds
+        crew.last_word = TAKEN, crew.sequence
         crew.publish(TAKEN, crew.sequence)
         crew.await_all(TAKEN, crew.sequence)
 
@@ -266,6 +284,8 @@ class Collectives:
         parts = [memory[at : at + step] for at in range(0, memory.size, step)]
         given = self._cutter.stages[root].given
         is_root = crew.rank == root
+        if len(parts) > 1:
+            crew.last_word = FOLDED, NEVER
         if is_root and parts:
             self._show(given, parts[0], self._chunk)
         crew.arrive(form.descriptor, form.digest, deadline_ns)
@@ -279,8 +299,10 @@ class Collectives:
                 crew.await_all(FOLDED, chunk - 1 if chunk > self._chunk + 1 else 0)
                 self._show(given, part, chunk)
         self._chunk += len(parts)
-        if is_root and len(parts) > 1:
-            crew.await_all(FOLDED, self._chunk)
+        if len(parts) > 1:
+            if is_root:
+                crew.await_all(FOLDED, self._chunk)
+            self._finish()
 
     def _show(self, given: tuple[NDArray[np.uint8], ...], part: NDArray[np.uint8], chunk: int) -> None:
         np.copyto(given[chunk & 1][: part.size], part)

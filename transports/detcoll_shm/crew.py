@@ -2,7 +2,8 @@
 
 A rank that waits looks again for a while, offering the processor to others between looks, and then sleeps on its
 doorbell. Where there are more ranks than processors it looks only a few times, since whoever it waits for needs one.
-Every wait ends at the deadline of the collective, when a peer aborts, or when one that is waited for has gone.
+Every wait ends at the deadline of the collective, when another rank has given up (`detcoll_shm.verdict`), or when one
+that is waited for has gone.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from dataclasses import dataclass
 import msgspec
 
 from detcoll.descriptor import Descriptor
-from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError
-from detcoll_shm.bell import ring
-from detcoll_shm.layout import State
+from detcoll.errors import Closed, DeadlineMissed, DetcollError, TransportError
 from detcoll_shm.processor import awaited_processor, current_processor, leave
 from detcoll_shm.regions import NOWHERE, Place
 from detcoll_shm.stage import (
     ARRIVED,
     ASLEEP,
+    BELL,
+    CALLED,
     DIGEST,
+    ENDED,
     FOLDED,
     PLACE,
     PLACE_WORDS,
@@ -35,8 +37,8 @@ from detcoll_shm.stage import (
     Stage,
 )  # fmt: skip
 from detcoll_shm.stores import Counts
+from detcoll_shm.verdict import GIVEN_UP, TRYING, Reason
 
-RECHECK_NS = 10 * 10**6
 APART_NS = 50_000
 """A rank with a processor of its own looks so long without offering it to others, who would keep it for milliseconds.
 Then it makes sure that it is not the one that keeps its peer from running."""
@@ -49,46 +51,62 @@ in some 15 us, and sleeps."""
 _LACKS = {ARRIVED: "has not called it", TOLD: "does not say what it called", TAKEN: "has not taken the result"}
 
 
+LONGEST_VERDICT_NS = 10**9
+"""How long to wait for one that is about to say whether it gives up: two stores, if only it is allowed to run."""
+
+NEVER = 2**62
+"""What no word reaches."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mate:
-    """Another rank of the crew."""
+    """Another rank of the crew; ``ring`` wakes it if it sleeps in a collective."""
 
     rank: int
     stage: Stage
-    bell_fd: int
-    state: Callable[[], int]
+    ring: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
     """What the crew needs of its endpoint.
 
-    ``hear`` : waits on the doorbell for so many nanoseconds.  ``is_open`` : False once the endpoint was closed.
-    ``why_lost`` : why a rank is gone, or None.
+    ``bell_fd`` : what others ring.  ``hear`` : waits on that doorbell for so many nanoseconds at most.  ``is_open`` :
+    False once the endpoint was closed.  ``why_lost`` : why a rank is gone, or None.
     """
 
+    bell_fd: int
     hear: Callable[[int], None]
     is_open: Callable[[], bool]
     why_lost: Callable[[int], TransportError | None]
 
 
+Mates = Sequence[tuple[Mate, memoryview]]
+
+
 class Crew:
-    """All ranks, as one of them sees them."""
+    """All ranks, as one of them sees them.
+
+    ``last_word`` : with which word and value the collective under way ends, where that is not its ARRIVED.
+    """
 
     def __init__(
         self, rank: int, stage: Stage, mates: Sequence[Mate], host: Host, wait_ns: int, counts: Counts
     ) -> None:
         self.rank, self.stage, self.mates = rank, stage, tuple(mates)
         self.sequence = 0
+        self.last_word: tuple[int, int] | None = None
         self._host, self._counts = host, counts
         self._wait_ns = wait_ns
         self._is_crowded = len(mates) + 1 > len(os.sched_getaffinity(0))
         self._words = stage.words
-        self._words[PROCESS] = os.getpid()
+        self._words[PROCESS], self._words[BELL] = os.getpid(), host.bell_fd
         self._mates = tuple((mate, mate.stage.words) for mate in mates)
         self._fence = threading.Lock()
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
         self._digest = self._began_ns = self._deadline_ns = 0
+        self._relayed: Reason | None = None
+        """Why another rank gave up, once that was found to end a collective of this rank."""
 
     def arrive(self, descriptor: Descriptor, digest: int, deadline_ns: int, place: Place = NOWHERE) -> None:
         """Show that this rank is in its next collective, what it called, and where its array is."""
@@ -108,16 +126,30 @@ class Crew:
         ------
         PlanMismatch
             If one called something else.
-        DeadlineMissed, PeerLost, Closed
+        DeadlineMissed, PeerLost, TransportError, Closed
             See `await_all`.
         """
-        sequence, digest = self.sequence, self._digest
-        word = DIGEST + (sequence & 1)
-        for mate, words in self._mates:
+        sequence = self.sequence
+        for _, words in self._mates:
             if words[ARRIVED] < sequence:
-                self._wait(words, ARRIVED, sequence)
+                self._wait(words, ARRIVED, sequence, self._mates)
+        self.confirm()
+
+    def confirm(self) -> None:
+        """Make sure, after the last wait of a round, that no rank has given the collective up.
+
+        Raises
+        ------
+        PlanMismatch
+            If one called something else.
+        DeadlineMissed, PeerLost, TransportError, Closed
+            See `await_all`.
+        """
+        digest = self._digest
+        word = DIGEST + (self.sequence & 1)
+        for mate, words in self._mates:
             if words[word] != digest:
-                self._differ(mate)
+                self._look_into(mate, words, word)
 
     def places(self) -> list[Place]:
         """Return where the arrays of all ranks are, by rank, in the collective at which all have arrived."""
@@ -134,7 +166,7 @@ class Crew:
         for mate, words in self._mates:
             if words[ASLEEP]:
                 self._counts.bells_rung += 1
-                ring(mate.bell_fd)
+                mate.ring()
 
     def await_all(self, word: int, value: int) -> None:
         """Return once ``word`` of every other rank has reached ``value``.
@@ -142,28 +174,48 @@ class Crew:
         Raises
         ------
         DeadlineMissed
-            If it does not before the deadline; names the ranks that are behind.
+            If it does not before the deadline, or another rank gave up at its own; names the ranks that are behind.
         PeerLost
-            If a rank that is behind is gone, or any has aborted.
+            If a rank that is behind is gone, or another rank gave up because one is.
+        TransportError
+            If another rank gave up for some other reason.
+        PlanMismatch
+            If a rank has called something else.
         Closed
             If this endpoint is closed meanwhile.
         """
         for _, words in self._mates:
             if words[word] < value:
-                self._wait(words, word, value)
+                self._wait(words, word, value, self._mates)
 
     def await_one(self, rank: int, word: int, value: int) -> None:
         """Do as `await_all` for one rank."""
         for mate, words in self._mates:
             if mate.rank == rank and words[word] < value:
-                self._wait(words, word, value)
+                self._wait(words, word, value, ((mate, words),))
 
-    def wake_all(self) -> None:
-        """Ring every bell."""
+    def resign(self, error: BaseException, kind: str, before: int) -> str:
+        """Take part in no collective any more because of ``error``, tell the others, and return why.
+
+        ``before`` is `sequence` as it was when the collective of that ``kind`` was called. May be repeated where it was
+        interrupted.
+        """
+        own, has_arrived = self._words, self.sequence != before
+        reason = Reason.of(error, self.rank, f"{kind} number {before}") if self._relayed is None else self._relayed
+        if not own[ENDED]:
+            goes_on = True
+            if has_arrived and own[DIGEST + (self.sequence & 1)] != GIVEN_UP:
+                goes_on = self._is_done_after_trying(reason, self._has_ended)
+            elif has_arrived:
+                goes_on = False
+            else:
+                self.stage.write_reason(reason.encode())
+            own[ENDED] = self.sequence + goes_on
         for mate in self.mates:
-            ring(mate.bell_fd)
+            mate.ring()
+        return reason.text
 
-    def _wait(self, words: memoryview[int], word: int, value: int) -> None:
+    def _wait(self, words: memoryview[int], word: int, value: int, awaited: Mates) -> None:
         if self._is_crowded:
             for _ in range(LOOKS_WHERE_CROWDED):
                 os.sched_yield()
@@ -182,7 +234,7 @@ class Crew:
                     if words[word] >= value:
                         return
                 now_ns = time.monotonic_ns()
-        self._sleep(words, word, value)
+        self._sleep(words, word, value, awaited)
 
     def _move_apart(self, words: memoryview[int]) -> None:
         """Leave this processor if the rank that is waited for would run on it."""
@@ -191,50 +243,121 @@ class Crew:
             leave(here)
             self._counts.moves += 1
 
-    def _sleep(self, words: memoryview[int], word: int, value: int) -> None:
+    def _sleep(self, words: memoryview[int], word: int, value: int, awaited: Mates) -> None:
+        """Wait on the doorbell; give the collective up where it has no end, unless it has one in that very moment."""
+        error = self._hear_until(lambda: words[word] >= value, lambda: self._trouble(word, value))
+        if error is None:
+            return
+        if self._relayed is not None:
+            raise error
+        reason = Reason.of(error, self.rank, self._call)
+        if not self._is_done_after_trying(reason, lambda: all(theirs[word] >= value for _, theirs in awaited)):
+            raise error
+
+    def _hear_until(
+        self, is_over: Callable[[], bool], trouble: Callable[[], DetcollError | None]
+    ) -> DetcollError | None:
+        """Sleep until ``is_over``, and return None, or what ``trouble`` finds while it is not."""
         own = self._words
         own[ASLEEP] = 1
         with self._fence:
             pass
         try:
-            while words[word] < value:
-                self._look_around(word, value)
-                if words[word] >= value:
-                    return
+            while not is_over():
+                error = trouble()
+                if is_over():
+                    break
+                if error is not None:
+                    return error
                 self._counts.sleeps += 1
-                self._host.hear(min(max(self._deadline_ns - time.monotonic_ns(), 0), RECHECK_NS))
+                self._host.hear(max(self._deadline_ns - time.monotonic_ns(), 0))
         finally:
             own[ASLEEP] = 0
+        return None
 
-    def _look_around(self, word: int, value: int) -> None:
-        """Raise why the wait for others has no end."""
+    def _is_done_after_trying(self, reason: Reason, is_done: Callable[[], bool]) -> bool:
+        """Give the collective up, unless it ``is_done`` after this rank asked to; see `detcoll_shm.verdict`."""
+        own, half = self._words, self.sequence & 1
+        self.stage.write_reason(reason.encode())
+        own[CALLED + half] = self._digest
+        own[DIGEST + half] = TRYING
+        with self._fence:
+            pass
+        done = is_done()
+        self.publish(DIGEST + half, self._digest if done else GIVEN_UP)
+        return done
+
+    def _has_ended(self) -> bool:
+        """Tell whether all ranks have published the last word of the collective, so that others may have returned."""
+        word, value = self.last_word or (ARRIVED, self.sequence)
+        return self._words[word] >= value and all(words[word] >= value for _, words in self._mates)
+
+    def _trouble(self, word: int, value: int) -> DetcollError | None:
+        """Return why the wait for others has no end."""
         if not self._host.is_open():
-            raise Closed("the endpoint was closed during a collective")
-        aborted = [other.rank for other in self.mates if other.state() == State.ABORTED]
-        if aborted:
-            self._compare_with_those_here()
-        # Who left or died comes before who aborted: often the one is the reason of the other.
-        lost = [other.rank for other, theirs in self._mates if self._host.why_lost(other.rank) and theirs[word] < value]
-        for rank in [*(rank for rank in lost if rank not in aborted), *aborted]:
-            raise self._host.why_lost(rank) or PeerLost(f"rank {rank} aborted")
-        if time.monotonic_ns() >= self._deadline_ns:
-            raise DeadlineMissed(self._late(word, value))
+            return Closed("the endpoint was closed during a collective")
+        self._compare_with_those_here()
+        # Who left or died comes before who gave up: often the one is the reason of the other.
+        for mate, theirs in self._mates:
+            error = self._host.why_lost(mate.rank)
+            if error is not None and theirs[word] < value:
+                return error
+        for mate, theirs in self._mates:
+            if 0 < theirs[ENDED] <= self.sequence:
+                return self._relay(mate)
+        return self._late(word, value) if time.monotonic_ns() >= self._deadline_ns else None
 
-    def _late(self, word: int, value: int) -> str:
+    def _trouble_with(self, mate: Mate, deadline_ns: int, word: int) -> DetcollError | None:
+        """Return why nothing more will come from ``mate``."""
+        if not self._host.is_open():
+            return Closed("the endpoint was closed during a collective")
+        error = self._host.why_lost(mate.rank)
+        if error is None and 0 < mate.stage.words[ENDED] <= self.sequence:
+            return self._relay(mate)
+        if error is None and time.monotonic_ns() >= deadline_ns:
+            return self._late(word, self.sequence)
+        return error
+
+    def _relay(self, mate: Mate) -> DetcollError:
+        """Return why ``mate`` gave up, as this rank raises it; those who look here are told the same."""
+        self._relayed = Reason.decode(mate.stage.read_reason())
+        return self._relayed.error(self.rank, self._call)
+
+    @property
+    def _call(self) -> str:
+        return f"{self._descriptor.kind} number {self.sequence - 1}"
+
+    def _late(self, word: int, value: int) -> DeadlineMissed:
         lack = _LACKS.get(word, "has not folded its part" if word == FOLDED else "has not given its part")
         behind = [mate.rank for mate, words in self._mates if words[word] < value]
         awaited = ", ".join(f"rank {rank}, which {lack}" for rank in behind)
         seconds = round((self._deadline_ns - self._began_ns) / 1e9, 2)
-        return (
-            f"rank {self.rank}: {self._descriptor.kind} number {self.sequence - 1} was not finished after "
-            f"{seconds:g} s; it waits for {awaited or 'nobody'}"
+        return DeadlineMissed(
+            f"rank {self.rank}: {self._call} was not finished after {seconds:g} s; it waits for {awaited or 'nobody'}"
         )
 
     def _compare_with_those_here(self) -> None:
-        sequence = self.sequence
+        sequence, half = self.sequence, self.sequence & 1
         for mate, words in self._mates:
-            if words[ARRIVED] >= sequence and words[DIGEST + (sequence & 1)] != self._digest:
-                self._differ(mate)
+            if words[ARRIVED] >= sequence:
+                digest = words[DIGEST + half]
+                if (words[CALLED + half] if digest < 0 else digest) != self._digest:
+                    self._differ(mate)
+
+    def _look_into(self, mate: Mate, words: memoryview[int], word: int) -> None:
+        """Find out why the digest of ``mate`` is not this rank's; return if it is after all."""
+        if words[word] == TRYING:
+            deadline_ns = max(self._deadline_ns, time.monotonic_ns() + LONGEST_VERDICT_NS)
+            error = self._hear_until(
+                lambda: words[word] != TRYING, lambda: self._trouble_with(mate, deadline_ns, ARRIVED)
+            )
+            if error is not None:
+                raise error
+        if words[word] == self._digest:
+            return
+        if words[word] == GIVEN_UP and words[CALLED + (self.sequence & 1)] == self._digest:
+            raise self._relay(mate)
+        self._differ(mate)
 
     def _differ(self, mate: Mate) -> None:
         """Exchange descriptors in full with ``mate``, whose digest differs, and raise."""
@@ -243,24 +366,9 @@ class Crew:
         self.stage.write_text(mine.encode())
         self.publish(TOLD, sequence)
         words = mate.stage.words
-        if words[TOLD] < sequence:
-            self._await_text(mate)
+        error = self._hear_until(
+            lambda: words[TOLD] >= sequence, lambda: self._trouble_with(mate, self._deadline_ns, TOLD)
+        )
+        if error is not None:
+            raise error
         mine.compare(self.rank, mate.rank, mate.stage.read_text())
-
-    def _await_text(self, mate: Mate) -> None:
-        words, sequence, own = mate.stage.words, self.sequence, self._words
-        own[ASLEEP] = 1
-        with self._fence:
-            pass
-        try:
-            while words[TOLD] < sequence:
-                if not self._host.is_open():
-                    raise Closed("the endpoint was closed during a collective")
-                error = self._host.why_lost(mate.rank)
-                if error is not None and words[TOLD] < sequence:
-                    raise error
-                if time.monotonic_ns() >= self._deadline_ns:
-                    raise DeadlineMissed(self._late(TOLD, sequence))
-                self._host.hear(min(max(self._deadline_ns - time.monotonic_ns(), 0), RECHECK_NS))
-        finally:
-            own[ASLEEP] = 0

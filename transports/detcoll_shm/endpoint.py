@@ -1,12 +1,16 @@
 """One rank's end of the shared-memory transport.
 
 `ShmEndpoint.poll` looks at the rings, and sleeps on the doorbell when there is nothing to see. Before it sleeps it
-says so in shared memory, passes a fence and looks once more, so that no message is missed; and it never sleeps longer
-than `RECHECK_NS` without another look, so that even a lost ring costs little.
+says so in shared memory, passes a fence and looks once more, so that no message is missed; and it never sleeps long
+without another look (`detcoll_shm.bell.RECHECK_NS`), so that even a lost ring costs little.
 
 Before all that it looks again for a few microseconds (``spin_ns``) and offers the processor to others between looks.
 Waking a sleeper takes some 25 us, so with idle cores a small message arrives five times sooner. With more ranks than
 cores it still helps, since whoever yields lets the rank run that it waits for; a plain spin would keep it from that.
+
+One thread at a time sends, receives and polls, and another one may be in a collective (`detcoll_shm.natives`). `close`
+and `abort` may come from any thread: they say that the endpoint is closed and wake whoever waits, and give back what
+it holds once both have left it.
 """
 
 from __future__ import annotations
@@ -32,20 +36,17 @@ from detcoll.transport import (
     Window,
 )
 from detcoll.types import ReduceOp
-from detcoll_shm.bell import Bell, process_ended, ring
+from detcoll_shm.bell import Bell, open_process, process_ended, ring
 from detcoll_shm.collectives import Collectives
-from detcoll_shm.crew import Crew, Host, Mate
-from detcoll_shm.forms import Cutter
+from detcoll_shm.discards import Discards
 from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
 from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
+from detcoll_shm.natives import NativePeer, Natives, NativeSettings
 from detcoll_shm.outbound import Outbound
-from detcoll_shm.reading import Reader
 from detcoll_shm.regions import Mapped, Regions
 from detcoll_shm.stage import Stage
 from detcoll_shm.stores import Budget, Counts, Pool
-
-RECHECK_NS = 10 * 10**6
 
 _WENT = {State.CLOSED: "closed its endpoint", State.ABORTED: "aborted"}
 
@@ -81,12 +82,19 @@ class _Peer:
     """One connected rank; ``error`` says why it is gone."""
 
     rank: int
+    address: Address
     bell_fd: int
     inbound: Inbound
     outbound: Outbound
     stage: Stage
     mapped: Mapped
     error: TransportError | None = None
+
+    def why_gone(self) -> TransportError | None:
+        """Return why it is gone, or None while it is there."""
+        if self.error is None and (state := self.inbound.peer_state()) >= State.CLOSED:
+            return PeerLost(f"rank {self.rank} {_WENT[State(state)]}")
+        return self.error
 
 
 class ShmEndpoint(Endpoint, NativeCollectives):
@@ -103,14 +111,23 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._geometry = Geometry(settings.ring_bytes, settings.slots, settings.chunk_bytes)
         self._pool = Pool(settings.pool_bytes)
         self._budget = Budget(settings.unexpected_bytes)
-        self._counts = Counts()
+        self._counts, self._native_counts = Counts(), Counts()
+        self._discards = Discards()
         self._fence = threading.Lock()
         self._peers: dict[int, _Peer] = {}
+        self._processes: dict[int, int] = {}
+        """Pidfds of other ranks' processes."""
         self._ended: list[Ticket] = []
         self._open = True
+        self._aborting = self._left = False
+        self._using = threading.Lock()
+        """Held by whoever sends, receives or polls, so that nothing is given back meanwhile."""
         self._asleep = False
         self._groups: Sequence[Sequence[int]] = [range(size)]
+        self._natives: Natives | None = None
         self._collectives: Collectives | None = None
+        self._making = threading.Lock()
+        """Held while the collectives are made or taken away."""
         self._bell = Bell()
         try:
             self._memory_fd, self._address = create(size, self._geometry, self._bell.reader)
@@ -133,27 +150,29 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             If one is on another host, has ended, may not be opened, or does not join before the deadline.
         """
         self._check_open()
-        joining = sorted(set(addresses) - {self._rank} - set(self._peers))
         try:
-            for rank in joining:
-                self._join(rank, Address.decode(rank, addresses[rank]))
-            self._await(joining, deadline_ns)
+            with self._using:
+                joining = sorted(set(addresses) - {self._rank} - set(self._peers))
+                for rank in joining:
+                    self._join(rank, Address.decode(rank, addresses[rank]))
+                self._await(joining, deadline_ns)
         except TransportError:
             self.abort()
             raise
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Send ``view``; the ticket ends when all of it is in the peer's memory. Windows are not kept."""
-        peer = self._ready("dst", dst, tag, view.nbytes)
-        if not view.c_contiguous:
-            raise UsageError("view must be contiguous")
-        if view.ndim != 1 or view.format != "B":
-            view = view.cast("B")
-        if peer.error is not None:
-            raise PeerLost(f"nothing can be sent: {peer.error}") from peer.error
-        ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
-        peer.outbound.post(ticket, view)
-        return ticket
+        with self._using:
+            peer = self._ready("dst", dst, tag, view.nbytes)
+            if not view.c_contiguous:
+                raise UsageError("view must be contiguous")
+            if view.ndim != 1 or view.format != "B":
+                view = view.cast("B")
+            if peer.error is not None:
+                raise PeerLost(f"nothing can be sent: {peer.error}") from peer.error
+            ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
+            peer.outbound.post(ticket, view)
+            return ticket
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         """Receive exactly ``nbytes`` from ``src``, at once if the message is here.
@@ -165,32 +184,34 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         PeerLost
             If ``src`` is gone and the message is not among what it sent before.
         """
-        peer = self._ready("src", src, tag, nbytes)
-        if into is not None:
-            if into.readonly or into.nbytes != nbytes or not into.c_contiguous:
-                raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} contiguous, writable bytes")
-            if into.ndim != 1 or into.format != "B":
-                into = into.cast("B")
-        ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
-        try:
-            peer.inbound.post(ticket, into)
-        except FrameError as error:
-            self._lose(peer, error)
-        if peer.error is not None and ticket.status is TicketStatus.PENDING and peer.inbound.drained():
-            peer.inbound.withdraw(ticket)
-            raise PeerLost(f"tag {tag} will not come: {peer.error}") from peer.error
-        return ticket
+        with self._using:
+            peer = self._ready("src", src, tag, nbytes)
+            if into is not None:
+                if into.readonly or into.nbytes != nbytes or not into.c_contiguous:
+                    raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} contiguous, writable bytes")
+                if into.ndim != 1 or into.format != "B":
+                    into = into.cast("B")
+            ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
+            try:
+                peer.inbound.post(ticket, into)
+            except FrameError as error:
+                self._lose(peer, error)
+            if peer.error is not None and ticket.status is TicketStatus.PENDING and peer.inbound.drained():
+                peer.inbound.withdraw(ticket)
+                raise PeerLost(f"tag {tag} will not come: {peer.error}") from peer.error
+            return ticket
 
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
         """Return tickets that ended; see `Endpoint.poll`."""
-        self._check_open()
-        if self._asleep:
-            self._set_asleep(False)
-        self._advance(self._peers.values())
-        while not self._ended and self._rest(deadline_ns):
-            pass
-        ended, self._ended = self._ended, []
-        return ended
+        with self._using:
+            self._check_open()
+            if self._asleep:
+                self._set_asleep(False)
+            self._advance(self._peers.values())
+            while not self._ended and self._rest(deadline_ns):
+                self._check_open()
+            ended, self._ended = self._ended, []
+            return ended
 
     def arrange(self, groups: Sequence[Sequence[int]]) -> None:
         """Fold the ranks of each group in its order, then the groups; see `NativeCollectives.arrange`.
@@ -233,27 +254,48 @@ class ShmEndpoint(Endpoint, NativeCollectives):
 
     def cancel(self, ticket: Ticket) -> bool:
         """End a pending ticket of which no byte has moved; `poll` does not return it."""
-        self._check_open()
-        peer = self._peers.get(ticket.peer)
-        if peer is None or ticket.status is not TicketStatus.PENDING:
-            return False
-        side = peer.outbound if ticket.kind is TicketKind.SEND else peer.inbound
-        if not side.withdraw(ticket):
-            return False
-        self._cancelled([ticket])
-        return True
+        with self._using:
+            self._check_open()
+            peer = self._peers.get(ticket.peer)
+            if peer is None or ticket.status is not TicketStatus.PENDING:
+                return False
+            side = peer.outbound if ticket.kind is TicketKind.SEND else peer.inbound
+            if not side.withdraw(ticket):
+                return False
+            self._cancelled([ticket])
+            return True
+
+    def discard(self, tag: int, bits: int) -> None:
+        """Drop what belongs to tags that equal ``tag`` in all but their lowest ``bits`` bits, from any peer.
+
+        Pending receives of such tags end as CANCELLED and come out of the next `poll`. What has arrived unasked is
+        dropped and its memory given back, and what arrives later is dropped as well. Posting a receive, or sending,
+        with such a tag later on ends the dropping for that prefix. The last 4,096 prefixes are remembered. Sends under
+        way are not touched.
+
+        Raises
+        ------
+        UsageError
+            If ``tag`` or ``bits`` is out of range.
+        """
+        if not 0 <= tag <= LARGEST_TAG:
+            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
+        if not 0 <= bits <= LARGEST_TAG.bit_length():
+            raise UsageError(f"bits={bits} must be from 0 to {LARGEST_TAG.bit_length()}")
+        with self._using:
+            self._check_open()
+            self._discards.add(tag, bits)
+            for peer in self._peers.values():
+                peer.inbound.discard()
 
     def abort(self) -> None:
         """Leave at once; peers see PeerLost."""
-        self._leave(State.ABORTED)
+        self._aborting = True
+        self._leave(0)
 
     def close(self, deadline_ns: int) -> None:
         """Wait until all that was sent is in the peers' memory, then leave; peers can still receive it."""
-        while self._open and any(peer.outbound.queue for peer in self._peers.values()):
-            self._advance(self._peers.values())
-            if not self._rest(deadline_ns, whatever_ended=True):
-                break
-        self._leave(State.CLOSED)
+        self._leave(deadline_ns)
 
     def fileno(self) -> int | None:
         """Return a descriptor that becomes readable when a peer rings or its process ends."""
@@ -262,16 +304,18 @@ class ShmEndpoint(Endpoint, NativeCollectives):
 
     def arm(self, deadline_ns: int) -> bool:
         """Ask peers to ring; True if there is nothing to collect yet."""
-        self._check_open()
-        self._hear(0)
-        self._fall_asleep()
-        if self._ended:
-            self._set_asleep(False)
-        return not self._ended
+        with self._using:
+            self._hear(0)
+            self._check_open()  # after `_hear`, which may have taken the ring that told of the end
+            self._fall_asleep()
+            if self._ended:
+                self._set_asleep(False)
+            return not self._ended
 
     def counters(self) -> Mapping[str, int]:
         """Return what was sent, received, lent, kept and rung."""
-        return asdict(self._counts)
+        of_natives = asdict(self._native_counts)
+        return {name: count + of_natives[name] for name, count in asdict(self._counts).items()}
 
     def _check_open(self) -> None:
         if not self._open:
@@ -290,6 +334,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             raise UsageError(f"nbytes={nbytes} of a message must be from 0 to {self._largest_message_bytes}")
         if self._asleep:
             self._set_asleep(False)
+        if self._discards:
+            self._discards.end(tag)
         return peer
 
     def _join(self, rank: int, address: Address) -> None:
@@ -304,7 +350,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         check_reachable(rank, address)
         # Watched first: if the memory is then found to be the right one, so is the process.
         if address.pid != os.getpid():
-            self._bell.watch(rank, address.pid)
+            self._processes[rank] = open_process(rank, address.pid)
+            self._bell.watch(rank, self._processes[rank])
         memory_fd = open_memory(rank, address)
         try:
             bell_fd = open_descriptor(rank, address, address.bell_fd, os.O_WRONLY | os.O_NONBLOCK)
@@ -319,47 +366,39 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         )  # fmt: skip
         inbound = Inbound(
             rank, Ring(self._memory_fd, self._geometry, rank), self._geometry, self._pool, self._budget, counts,
-            outbound.wake_sleeper, self._end,
+            self._discards, outbound.wake_sleeper, self._end,
         )  # fmt: skip
         mapped = Mapped(rank, address.key_bytes, lambda fd: open_descriptor(rank, address, fd, os.O_RDWR))
-        self._peers[rank] = _Peer(rank, bell_fd, inbound, outbound, stage, mapped)
+        self._peers[rank] = _Peer(rank, address, bell_fd, inbound, outbound, stage, mapped)
         outbound.set_state(State.JOINED)
         ring(bell_fd)
 
     def _begin_collectives(self) -> Collectives:
         """Make what collectives need, when the first is called."""
-        self._check_open()
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        missing = [rank for rank in others if rank not in self._peers]
-        if missing:
-            raise UsageError(f"collectives need all ranks; ranks {missing} are not connected")
-        own = Stage(self._memory_fd, self._geometry, self._size)
-        peers = [self._peers[rank] for rank in others]
-        mates = [Mate(peer.rank, peer.stage, peer.bell_fd, peer.inbound.peer_state) for peer in peers]
-        stages = [own if rank == self._rank else self._peers[rank].stage for rank in range(self._size)]
-        host = Host(self._hear, lambda: self._open, self._why_lost)
-        crew = Crew(self._rank, own, mates, host, self._settings.wait_ns, self._counts)
-        cutter = Cutter(self._rank, stages, self._groups, self._settings.chunk_bytes, self._settings.direct_bytes)
-        mapped = {peer.rank: peer.mapped for peer in peers}
-        marked = {peer.rank: (peer.stage.words, peer.mapped.key) for peer in peers}
-        reader = Reader(own.words, self._address.key_bytes, marked, self._why_lost)
-        self._collectives = Collectives(
-            crew, cutter, self._regions, mapped, reader, self._settings.read_bytes, self._give_up
-        )
-        return self._collectives
-
-    def _why_lost(self, rank: int) -> TransportError | None:
-        """Return why ``rank`` is gone, or None while it is there."""
-        peer = self._peers[rank]
-        if peer.error is None and (state := peer.inbound.peer_state()) >= State.CLOSED:
-            return PeerLost(f"rank {rank} {_WENT[State(state)]}")
-        return peer.error
-
-    def _give_up(self) -> None:
-        """Tell all peers that a collective of this rank failed."""
-        for peer in self._peers.values():
-            peer.outbound.set_state(State.ABORTED)
-            ring(peer.bell_fd)
+        with self._making:
+            self._check_open()
+            if self._collectives is not None:
+                return self._collectives
+            others = [rank for rank in range(self._size) if rank != self._rank]
+            missing = [rank for rank in others if rank not in self._peers]
+            if missing:
+                raise UsageError(f"collectives need all ranks; ranks {missing} are not connected")
+            own = Stage(self._memory_fd, self._geometry, self._size)
+            peers = [
+                NativePeer(rank, peer.address, self._processes.get(rank), peer.stage, peer.mapped, peer.why_gone)
+                for rank in others
+                for peer in (self._peers[rank],)
+            ]
+            settings = self._settings
+            given = NativeSettings(
+                self._groups, settings.chunk_bytes, settings.direct_bytes, settings.wait_ns, settings.read_bytes
+            )
+            self._natives = Natives(
+                self._rank, own, self._address.key_bytes, self._regions, peers, given, lambda: self._open,
+                self._native_counts,
+            )  # fmt: skip
+            self._collectives = self._natives.collectives
+            return self._collectives
 
     def _await(self, joining: Sequence[int], deadline_ns: int) -> None:
         """Wait until the ranks in ``joining`` have mapped their rings in this rank's memory."""
@@ -392,7 +431,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         for peer in peers:
             if peer.outbound.queue:
                 peer.outbound.advance()
-            if peer.inbound.waiting:
+            if peer.inbound.waiting or self._discards:
                 try:
                     peer.inbound.advance()
                 except FrameError as error:
@@ -412,7 +451,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._fall_asleep()
         if not self._ended or whatever_ended:
             self._counts.sleeps += 1
-            self._hear(min(deadline_ns - now_ns, RECHECK_NS))
+            self._hear(deadline_ns - now_ns)
         self._set_asleep(False)
         self._look_after_peers()
         return True
@@ -461,17 +500,31 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         elif peer.inbound.waiting:
             self._advance([peer])
 
-    def _leave(self, state: State) -> None:
-        """Tell all peers that this rank goes, and give everything back."""
-        if not self._open:
-            return
+    def _leave(self, deadline_ns: int) -> None:
+        """Send what there is until the deadline, unless this aborts, and give everything back."""
         self._open = False
-        collectives, self._collectives = self._collectives, None
-        if collectives is not None:
-            ring(self._bell.writer)  # a collective on another thread ends at once
-            collectives.turn.acquire()
-        if collectives is not None and collectives.error is not None:
-            state = State.ABORTED
+        self._bell.wake()  # whoever polls or is in a collective on another thread ends at once
+        with self._making:
+            natives = self._natives
+        if natives is not None:
+            natives.wake()
+        with self._using:
+            while not self._aborting and any(peer.outbound.queue for peer in self._peers.values()):
+                self._advance(self._peers.values())
+                if not self._rest(deadline_ns, whatever_ended=True):
+                    break
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Tell all peers that this rank goes, and give back what it holds, once."""
+        if self._left:
+            return
+        self._left = True
+        with self._making:
+            natives, self._natives, self._collectives = self._natives, None, None
+        if natives is not None:
+            natives.close()
+        state = State.ABORTED if self._aborting else State.CLOSED
         for peer in self._peers.values():  # all at once, or who hears first aborts before others know the reason
             peer.outbound.set_state(state)
         for peer in self._peers.values():
@@ -482,4 +535,5 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._peers.clear()
         self._ended.clear()
         self._bell.close()
-        os.close(self._memory_fd)
+        for fd in (*self._processes.values(), self._memory_fd):
+            os.close(fd)

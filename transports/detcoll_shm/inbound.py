@@ -4,6 +4,7 @@ Descriptors are taken in order, and only while a receive waits; so a peer that s
 ring, and then waits. A whole message without a receive stays in the ring. If the peer then wants room while a receive
 still waits for something later, such messages are copied out, so that no tag blocks another. What is copied out for
 receives not posted yet is bounded by one `Budget` for the endpoint; beyond it the peer waits until some are posted.
+Messages with tags that were discarded are taken and dropped even if no receive waits.
 
 A receive without ``into`` is lent the ring's memory itself, as long as no more than half of the ring is lent, since
 lent memory is room that the peer lacks. Beyond that, and for a message that came in parts, it is lent a pooled buffer.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from detcoll.errors import FrameError
 from detcoll.transport import Ticket, TicketStatus
+from detcoll_shm.discards import Discards
 from detcoll_shm.layout import (
     DESCRIPTOR,
     HEAD,
@@ -91,6 +93,8 @@ class Inbound:
         The peer's ring in this rank's memory.
     geometry
         Its sizes.
+    discards
+        Tags that the endpoint drops.
     wake
         Rings the peer's doorbell if it sleeps.
     end
@@ -105,6 +109,7 @@ class Inbound:
         pool: Pool,
         budget: Budget,
         counts: Counts,
+        discards: Discards,
         wake: Callable[[], None],
         end: Callable[[Ticket, TicketStatus], None],
     ) -> None:
@@ -123,15 +128,20 @@ class Inbound:
         self._pool = pool
         self._budget = budget
         self._counts = counts
+        self._discards = discards
         self._wake = wake
         self._end = end
         self._fence = threading.Lock()
+        self._lending = threading.Lock()
+        """Held while a loan begins or ends, and while the ring is unmapped: tickets may be released on any thread."""
         self._seen = 0
         self._lent_bytes = 0
         self._in_ring = 0
         self._posted: dict[int, deque[tuple[Ticket, memoryview | None]]] = {}
         self._arrived: dict[int, deque[_Arrived]] = {}
         self._assembly: _Assembly | None = None
+        self._doomed: set[int] = set()
+        """Descriptors in the ring that had come when their tags were discarded."""
 
     def post(self, ticket: Ticket, into: memoryview | None) -> None:
         """Start a receive; it ends at once if its message is here."""
@@ -151,7 +161,7 @@ class Inbound:
         self.advance()
 
     def advance(self) -> None:
-        """Take what the peer published, as far as receives wait for it.
+        """Take what the peer published, as far as receives wait for it or it is to be dropped.
 
         Raises
         ------
@@ -160,10 +170,12 @@ class Inbound:
         """
         words = self._words
         seen, head = self._seen, words[HEAD]
-        while self.waiting and self._seen < head and self._take_next():
+        while self._seen < head and (self.waiting or self._drops_next()) and self._take_next():
             self._seen += 1
         if self._seen != seen:
             words[TAIL] = self._seen
+            if self._doomed:
+                self._doomed = {index for index in self._doomed if index >= self._seen}
         if self._in_ring and self.waiting and words[WANTS_ROOM]:
             self._make_room()
         elif self._seen != seen:
@@ -193,6 +205,24 @@ class Inbound:
                 return True
         return False
 
+    def discard(self) -> None:
+        """Cancel receives of discarded tags, and drop what has come with such tags."""
+        covers = self._discards.covers
+        for tag in [tag for tag in self._posted if covers(tag)]:
+            for ticket, _ in self._posted.pop(tag):
+                self.waiting -= 1
+                self._end(ticket, TicketStatus.CANCELLED)
+        for tag in [tag for tag in self._arrived if covers(tag)]:
+            for message in self._arrived.pop(tag):
+                self._drop_arrived(message)
+        if self._assembly is not None and covers(self._assembly.tag):
+            self._drop_assembly(self._assembly)
+        for index in range(self._seen, self._words[HEAD]):
+            at = PAGE_BYTES + (index % self._slots) * SLOT_BYTES
+            if covers(DESCRIPTOR.unpack_from(self._data, at)[2]):
+                self._doomed.add(index)
+        self._tell_room()
+
     def fail(self, error: Exception) -> None:
         """End all receives that wait as FAILED."""
         for ticket in self._forget_waiting():
@@ -201,18 +231,20 @@ class Inbound:
 
     def drop(self) -> list[Ticket]:
         """Forget and return the receives that wait, and unmap the ring; what is lent stays readable."""
-        self.closed = True
         left = self._forget_waiting()
         self._arrived.clear()
-        self._ring.unmap()
+        with self._lending:
+            self.closed = True
+            self._ring.unmap()
         return left
 
     def take_back(self, place: int, nbytes: int) -> None:
         """End the loan of a record."""
-        if not self.closed:
-            self._lent_bytes -= record_bytes(nbytes)
-            self._free(place)
-            self._tell_room()
+        with self._lending:
+            if not self.closed:
+                self._lent_bytes -= record_bytes(nbytes)
+                self._free(place)
+                self._tell_room()
 
     def _forget_waiting(self) -> list[Ticket]:
         left = [ticket for posted in self._posted.values() for ticket, _ in posted]
@@ -238,6 +270,14 @@ class Inbound:
         at = PAGE_BYTES + (self._seen % self._slots) * SLOT_BYTES
         index, kind, tag, nbytes, place, size = DESCRIPTOR.unpack_from(self._data, at)
         self._validate(index, kind, tag, nbytes, place, size)
+        if kind != _MORE and self._is_dropped(tag):
+            self._counts.messages_dropped += 1
+            if kind == _WHOLE:
+                self._free(place)
+            elif kind == _FIRST:
+                self._assembly = _Assembly(tag, nbytes, None)
+                self._add_part(place, size)
+            return True
         if kind == _WHOLE:
             posted = self._posted.get(tag)
             if posted:
@@ -252,6 +292,42 @@ class Inbound:
             return False
         self._add_part(place, size)
         return True
+
+    def _is_dropped(self, tag: int) -> bool:
+        """Tell whether the next descriptor, which has ``tag``, belongs to what was discarded."""
+        return self._seen in self._doomed or (bool(self._discards) and self._discards.covers(tag))
+
+    def _drops_next(self) -> bool:
+        """Tell whether the next descriptor is taken although no receive waits."""
+        if not self._doomed and not self._discards:
+            return False
+        if self._assembly is not None:
+            return self._assembly.target is None
+        at = PAGE_BYTES + (self._seen % self._slots) * SLOT_BYTES
+        return self._is_dropped(DESCRIPTOR.unpack_from(self._data, at)[2])
+
+    def _drop_arrived(self, message: _Arrived) -> None:
+        self._counts.messages_dropped += 1
+        if message.data is not None:
+            self._budget.give(message.nbytes + _KEEPING_BYTES)
+        else:
+            self._in_ring -= 1
+            self._free(message.place)
+
+    def _drop_assembly(self, assembly: _Assembly) -> None:
+        """Let the parts that are still to come go nowhere."""
+        if assembly.target is None:
+            return
+        ticket, pooled = assembly.ticket, assembly.pooled
+        assembly.target = assembly.ticket = assembly.pooled = None
+        self._counts.messages_dropped += 1
+        if ticket is None:
+            self._budget.give(assembly.nbytes + _KEEPING_BYTES)
+            return
+        self.waiting -= 1
+        if pooled is not None:
+            self._pool.give(pooled)
+        self._end(ticket, TicketStatus.CANCELLED)
 
     def _next_posted(
         self, posted: deque[tuple[Ticket, memoryview | None]], tag: int
@@ -384,10 +460,13 @@ class Inbound:
 
     def _lend(self, place: int, at: int, nbytes: int, ticket: Ticket) -> bool:
         """Lend a record itself, unless it is small or too much is lent."""
-        lent_bytes = self._lent_bytes + record_bytes(nbytes)
-        if nbytes <= self._copied_bytes or lent_bytes > self._may_lend_bytes:
+        if nbytes <= self._copied_bytes:
             return False
-        self._lent_bytes = lent_bytes
+        with self._lending:
+            lent_bytes = self._lent_bytes + record_bytes(nbytes)
+            if lent_bytes > self._may_lend_bytes:
+                return False
+            self._lent_bytes = lent_bytes
         self._words[(self._area_at + place) // WORD_BYTES] = _LENT
         ticket.view = self._lendable[at : at + nbytes]
         ticket.lender = _RingLoan(self, place, nbytes)

@@ -10,13 +10,18 @@ A stage lies in the memory of its rank; that rank writes it and all others read 
 word      meaning
 ========= ====================================================================================================
 ARRIVED   number of the collective that this rank is in, from 1
-DIGEST    of what it called, for collectives of even and odd number in turn, beside ARRIVED on its cache line
+DIGEST    of what it called, for collectives of even and odd number in turn, beside ARRIVED on its cache line; or a
+          mark that this rank gives the collective up (`detcoll_shm.verdict`)
+CALLED    two words: what DIGEST was before the mark took its place
+ENDED     number of the first collective in which this rank takes no part any more, 0 while it does; why lies at
+          `REASON_AT`
 GIVEN     chunks that lie in ``given``, counted since the start
 FOLDED    chunks of which this rank's share lies in ``folded``
 ASLEEP    1 while this rank waits on its doorbell, so that others ring it
 PLACE     three words, for collectives of even and odd number in turn: where its array is (`detcoll_shm.regions`)
 PROCESS   process of this rank
 THREAD    and its thread in this collective, so that others see on which processor it is to run
+BELL      descriptor in that process of the pipe that wakes it in a collective
 TOKEN     address in that process at which the key of this rank's memory lies (`detcoll_shm.reading`)
 TAKEN     number of the last collective in which this rank has taken all results straight from others' arrays
 TOLD      number of the collective whose full descriptor lies at `TEXT_AT`
@@ -36,21 +41,23 @@ from numpy.typing import NDArray
 from detcoll.descriptor import HELLO_BYTES
 from detcoll_shm.layout import PAGE_BYTES, Geometry
 
-ARRIVED, DIGEST = 0, 1
-GIVEN, FOLDED, ASLEEP, TOLD, PROCESS, THREAD, TOKEN, PLACE, TAKEN = 16, 32, 48, 64, 80, 81, 82, 96, 112
+ARRIVED, DIGEST, CALLED, ENDED = 0, 1, 3, 5
+GIVEN, FOLDED, ASLEEP, TOLD, PROCESS, THREAD, TOKEN, BELL, PLACE, TAKEN = 16, 32, 48, 64, 80, 81, 82, 83, 96, 112
 PLACE_WORDS = 3
 TEXT_AT = 1024
+REASON_AT, REASON_BYTES = 2048, 1024
 
 
 class Stage:
     """The stage of one rank, mapped into this process."""
 
-    __slots__ = ("_text", "folded", "given", "words")
+    __slots__ = ("_reason", "_text", "folded", "given", "words")
 
     def __init__(self, fd: int, geometry: Geometry, ranks: int) -> None:
         memory = mmap.mmap(fd, geometry.stage_bytes, offset=geometry.stage_at(ranks))
         self.words = memoryview(memory).cast("q")
         self._text = memoryview(memory)[TEXT_AT : TEXT_AT + HELLO_BYTES]
+        self._reason = memoryview(memory)[REASON_AT : REASON_AT + REASON_BYTES]
         chunk, half = geometry.chunk_bytes, geometry.half_bytes
         halves = [np.frombuffer(memory, np.uint8, chunk, PAGE_BYTES + index * half) for index in range(4)]
         self.given: tuple[NDArray[np.uint8], ...] = tuple(halves[:2])
@@ -63,3 +70,11 @@ class Stage:
     def read_text(self) -> bytes:
         """Return what the rank showed."""
         return bytes(self._text)
+
+    def write_reason(self, record: bytes) -> None:
+        """Show why this rank takes part no more, before ENDED or a mark says that it does not."""
+        self._reason[: len(record)] = record
+
+    def read_reason(self) -> bytes:
+        """Return what the rank showed as its reason."""
+        return bytes(self._reason)

@@ -14,7 +14,8 @@ class Counts:
     """Counters of one endpoint.
 
     ``messages_lent``/``bytes_lent`` : received without a copy.  ``messages_kept`` : came before their receive was
-    posted and had to be copied out of the ring.  ``waits_for_room`` : times a send found the ring full.
+    posted and had to be copied out of the ring.  ``messages_dropped`` : came with a tag that was discarded.
+    ``waits_for_room`` : times a send found the ring full.
     """
 
     messages_sent: int = 0
@@ -24,6 +25,7 @@ class Counts:
     messages_lent: int = 0
     bytes_lent: int = 0
     messages_kept: int = 0
+    messages_dropped: int = 0
     waits_for_room: int = 0
     bells_rung: int = 0
     moves: int = 0

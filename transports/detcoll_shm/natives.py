@@ -1,0 +1,131 @@
+"""What collectives need of an endpoint, and all that they share with its messages.
+
+Collectives may run on one thread while another one sends, receives and polls. So they have a doorbell, counters and a
+view of who has died of their own. What is left in common is written before either side begins (peers, stages), or by
+one side alone and read as one word (states of peers, `_Peer.error`), and needs no lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from detcoll.errors import PeerLost, TransportError
+from detcoll_shm.bell import Bell, RemoteBell, process_ended
+from detcoll_shm.collectives import Collectives
+from detcoll_shm.crew import Crew, Host, Mate
+from detcoll_shm.forms import Cutter
+from detcoll_shm.layout import Address
+from detcoll_shm.memory import open_descriptor
+from detcoll_shm.reading import Reader
+from detcoll_shm.regions import Mapped, Regions
+from detcoll_shm.stage import BELL, Stage
+from detcoll_shm.stores import Counts
+
+
+@dataclass(frozen=True, slots=True)
+class NativePeer:
+    """Another rank, as collectives see it.
+
+    ``process_fd`` : its pidfd, None in this process.  ``why_gone`` : why its messages have ended, or None.
+    """
+
+    rank: int
+    address: Address
+    process_fd: int | None
+    stage: Stage
+    mapped: Mapped
+    why_gone: Callable[[], TransportError | None]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeSettings:
+    """What the endpoint's settings say about collectives, and how its ranks are grouped."""
+
+    groups: Sequence[Sequence[int]]
+    chunk_bytes: int
+    direct_bytes: int
+    wait_ns: int
+    read_bytes: int
+
+
+class Watch:
+    """The doorbell of a rank's collectives, and who it has heard to have died."""
+
+    def __init__(self, peers: Sequence[NativePeer]) -> None:
+        self.bell = Bell()
+        self._peers = {peer.rank: peer for peer in peers}
+        self._ended: dict[int, PeerLost] = {}
+        for peer in peers:
+            if peer.process_fd is not None:
+                self.bell.watch(peer.rank, peer.process_fd)
+
+    def hear(self, timeout_ns: int) -> None:
+        """Wait on the doorbell, and note whose process ended."""
+        for rank in self.bell.wait(timeout_ns):
+            self.bell.forget(rank)
+            self._ended[rank] = process_ended(rank)
+
+    def why_lost(self, rank: int) -> TransportError | None:
+        """Return why ``rank`` is gone, or None."""
+        return self._peers[rank].why_gone() or self._ended.get(rank)
+
+
+class Natives:
+    """The collectives of one endpoint.
+
+    Parameters
+    ----------
+    rank
+        This rank.
+    own
+        Its stage.
+    key
+        What marks its memory.
+    regions
+        Where its arrays may lie.
+    peers
+        All other ranks, in order.
+    settings
+        Sizes and times.
+    is_open
+        False once the endpoint was closed.
+    counts
+        What collectives count.
+    """
+
+    def __init__(
+        self, rank: int, own: Stage, key: bytes, regions: Regions, peers: Sequence[NativePeer],
+        settings: NativeSettings, is_open: Callable[[], bool], counts: Counts,
+    ) -> None:  # fmt: skip
+        self._watch = watch = Watch(peers)
+        self._bells = {peer.rank: RemoteBell(_opener(peer)) for peer in peers}
+        mates = [Mate(peer.rank, peer.stage, self._bells[peer.rank].ring) for peer in peers]
+        stages = {peer.rank: peer.stage for peer in peers} | {rank: own}
+        host = Host(watch.bell.writer, watch.hear, is_open, watch.why_lost)
+        crew = Crew(rank, own, mates, host, settings.wait_ns, counts)
+        in_order = [stages[other] for other in sorted(stages)]
+        cutter = Cutter(rank, in_order, settings.groups, settings.chunk_bytes, settings.direct_bytes)
+        marked = {peer.rank: (peer.stage.words, peer.mapped.key) for peer in peers}
+        reader = Reader(own.words, key, marked, watch.why_lost)
+        mapped: Mapping[int, Mapped] = {peer.rank: peer.mapped for peer in peers}
+        self.collectives = Collectives(crew, cutter, regions, mapped, reader, settings.read_bytes)
+
+    def wake(self) -> None:
+        """Let a collective under way on another thread see that the endpoint was closed."""
+        self._watch.bell.wake()
+
+    def close(self) -> None:
+        """Give everything back, once a collective under way on another thread has ended."""
+        with self.collectives.turn:
+            self._watch.bell.close()
+            for bell in self._bells.values():
+                bell.close()
+
+
+def _opener(peer: NativePeer) -> Callable[[], int]:
+    def open_bell() -> int:
+        return open_descriptor(peer.rank, peer.address, peer.stage.words[BELL], os.O_WRONLY | os.O_NONBLOCK)
+
+    return open_bell
