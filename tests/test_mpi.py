@@ -20,7 +20,7 @@ import pytest
 import detcoll_mpi.blocking
 import detcoll_mpi.collectives
 import detcoll_mpi.progress
-from detcoll.errors import DeadlineMissed, TransportUnavailable, UsageError
+from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportUnavailable, UsageError
 from detcoll.testing import (
     MPI_ENVIRONMENT,
     Here,
@@ -124,6 +124,68 @@ def raise_alone(here: Here) -> None:
         here.endpoint.barrier(here.clock.now_ns() + 10**7)
 
 
+def few_numbers(here: Here, count: int = 9, nbytes: int = 50_000) -> None:
+    """Messages that share one of MPI's tags, since those have begun again, are not mixed up in whatever order."""
+    here.endpoint._mail._numbers = 2
+    if here.rank == 0:
+        sent = [here.send(1, tag, pattern(tag, nbytes)) for tag in range(2 * count)]
+        here.meet()
+        here.finish(*sent)
+        here.finish(here.send(1, 99, b"done"))
+        return
+    posted = [here.endpoint.recv(0, tag, nbytes) for tag in range(0, count, 3)]
+    here.meet()
+    here.endpoint.poll(here.clock.now_ns())
+    here.endpoint.discard(16, 4)
+    for tag in reversed(range(16)):
+        if tag not in range(0, count, 3):
+            assert here.take(0, tag, nbytes) == pattern(tag, nbytes)
+    here.finish(*posted)
+    assert [bytes(ticket.view) == pattern(ticket.tag, nbytes) for ticket in posted] == [True] * len(posted)
+    assert here.take(0, 99, 4) == b"done"
+
+
+def too_late(here: Here) -> None:
+    """Rank 0 comes when the others have given up: it learns so, and by whom, instead of getting a result."""
+    array = np.ones(10)
+    if here.rank:
+        with pytest.raises((DeadlineMissed, PeerLost)):
+            here.endpoint.all_reduce(array, ReduceOp.SUM, here.clock.now_ns() + 10**7)
+        here.finish(here.send(0, 1, b"given up"))
+        return
+    for rank in here.others:
+        here.take(rank, 1, 8)
+    with pytest.raises(PeerLost, match=r"rank [12] gave up.*number 1 .*DeadlineMissed"):
+        here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+
+
+def reduce_and_meet(here: Here) -> None:
+    here.endpoint.all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
+    here.endpoint.barrier(here.deadline_ns())
+
+
+def interrupted_in_a_blocking_call(here: Here) -> None:
+    """An exception while a rank waits for a blocking call ends the wait of all, by name, and messages go on."""
+    module = detcoll_mpi.collectives
+    before, module.WATCHED_BYTES = module.WATCHED_BYTES, 0
+    endpoint = here.endpoint
+    try:
+        endpoint.all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
+        if here.rank == 0:
+            wait, endpoint._caller._answers = endpoint._caller._answers, SimpleNamespace(get=raise_inside)
+            with pytest.raises(ValueError, match="inside"):
+                endpoint.all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
+            endpoint._caller._answers = wait
+            with pytest.raises(Closed):
+                endpoint.barrier(here.deadline_ns())
+        else:
+            with pytest.raises(PeerLost, match=r"rank 0 gave up.*ValueError: inside"):
+                reduce_and_meet(here)
+    finally:
+        module.WATCHED_BYTES = before
+    messages.each_to_each(here, 100)
+
+
 class _Inside:
     """A rendezvous of the ranks ``members``, through the messages of an endpoint that joins more."""
 
@@ -193,6 +255,24 @@ def test_old_mail_is_not_delivered_to_the_next_endpoint(worlds: Worlds) -> None:
         fabric.run(leave_mail)
     with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
         fabric.run(expect_new_mail)
+
+
+@needs_mpi
+def test_numbers_that_begin_again(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(few_numbers)
+
+
+@needs_mpi
+def test_who_comes_too_late_learns_it(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(3), TRANSPORT) as fabric:
+        fabric.run(too_late)
+
+
+@needs_mpi
+def test_interrupted_in_a_blocking_call(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(interrupted_in_a_blocking_call)
 
 
 @needs_mpi
@@ -312,7 +392,7 @@ def test_a_call_that_does_not_return_is_given_up(
     assert ended == [1]
 
 
-def raise_inside() -> None:
+def raise_inside(timeout: float = 0.0) -> None:
     raise ValueError("inside")
 
 

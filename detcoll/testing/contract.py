@@ -343,6 +343,12 @@ class CollectiveContract(MessageContract):
         with self.fabric(3) as fabric:
             fabric.run(beside.interrupted_while_it_waits)
 
+    def test_aborted_inside_a_collective(self) -> None:
+        for name in ("all_reduce", "barrier"):
+            self._require(name)
+        with self.fabric(2) as fabric:
+            fabric.run(beside.aborted_inside)
+
     def test_unsupported_collectives(self) -> None:
         for name in ("all_reduce", "broadcast", "barrier"):
             self._require(name)

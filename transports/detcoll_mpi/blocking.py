@@ -6,6 +6,7 @@ import atexit
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from detcoll.errors import Closed
 
 FINALIZE_S = 5
+LOOK_S = 0.02
 _callers: list[BlockingCaller] = []
 """Those that were not stopped, or not while a call was under way."""
 
@@ -39,25 +41,30 @@ class BlockingCaller:
         _callers.append(self)
         self._thread.start()
 
-    def call(self, function: Callable[[], Any], timeout_s: float) -> bool:
+    def call(self, function: Callable[[], Any], timeout_s: float, look: Callable[[], None] = lambda: None) -> bool:
         """Call ``function`` and return True; False if it has not returned in time.
 
-        After anything but True never call again: the answer may still come.
+        ``look`` is called now and then meanwhile, and raises where the wait is over. After anything but True never call
+        again: the answer may still come.
 
         Raises
         ------
         Exception
-            What ``function`` raised, or Closed if `stop` was called meanwhile.
+            What ``function`` or ``look`` raised, or Closed if `stop` was called meanwhile.
         """
         self._asked += 1
         self._calls.put(function)
-        try:
-            error = self._answers.get(timeout=timeout_s)
-        except Empty:
-            return False
-        if error is not None:
-            raise error
-        return True
+        ends_s = time.monotonic() + timeout_s
+        while (left_s := ends_s - time.monotonic()) > 0:
+            try:
+                error = self._answers.get(timeout=min(left_s, LOOK_S))
+            except Empty:
+                look()
+                continue
+            if error is not None:
+                raise error
+            return True
+        return False
 
     def stop(self) -> None:
         """End the thread, or give up the call that it is in; who waits for that call is told."""

@@ -12,18 +12,18 @@ in MPI, and since a process in that state cannot leave MPI in good order, the jo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, PeerLost, UsageError
+from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, UsageError
 from detcoll.fold import fold
 from detcoll.transport import Clock, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
 from detcoll_mpi.agreement import Agreement
 from detcoll_mpi.blocking import BlockingCaller, stuck_requests
+from detcoll_mpi.giving_up import GaveUp, GivingUp
 from detcoll_mpi.progress import progress
 from detcoll_mpi.waiting import Backoff
 
@@ -52,6 +52,8 @@ class MpiCollectives(Endpoint, NativeCollectives):
         self._is_open = True
         progress.enter(mpi)
         self._is_broken = False
+        self._number = 0
+        self._giving_up = GivingUp(mpi, agreement.comm)
         self._requests: list[Any] = []
         self._memory: list[NDArray[Any]] = []
         self._caller: BlockingCaller | None = None
@@ -74,7 +76,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
         dtype = parse_dtype(array.dtype)
         if op is ReduceOp.AVG and is_integer(dtype):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
-        with self._in_step(array):
+        with _InStep(self, array):
             self._compare("all_reduce", op, array, 0, arrays)
             if is_half(dtype):
                 self._all_reduce_half(array, op, deadline_ns)
@@ -90,7 +92,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
         self._check_usable()
         if not 0 <= root < self._size:
             raise UsageError(f"root={root} must be a rank from 0 to {self._size - 1}")
-        with self._in_step(array):
+        with _InStep(self, array):
             self._compare("broadcast", ReduceOp.SUM, array, root, arrays)
             for part in _parts(array.view(np.uint8), LARGEST_PART_BYTES):
                 self._broadcast_part(part, root, deadline_ns)
@@ -101,7 +103,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
         self._check_usable()
         if self._size == 1:
             return
-        with self._in_step(_NOTHING):
+        with _InStep(self, _NOTHING):
             self._compare("barrier", ReduceOp.MAX, _NOTHING, 0, 1)
             self._agree("barrier", deadline_ns)
 
@@ -145,7 +147,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
             self._caller = BlockingCaller(self._mpi)
         timeout_s = max(0, deadline_ns - self._clock.now_ns()) / 1e9
         try:
-            done = self._caller.call(call, timeout_s)
+            done = self._caller.call(call, timeout_s, lambda: self._look(name))
         except self._mpi.Exception as error:
             raise self._lost(name, error) from error
         if not done:
@@ -193,26 +195,18 @@ class MpiCollectives(Endpoint, NativeCollectives):
         try:
             backoff = Backoff(self._clock, deadline_ns)
             while not request.Test():
-                if not self._is_open:
-                    raise Closed(f"the MPI endpoint was closed while {name} was under way")
+                if backoff.is_long:
+                    self._look(name)
                 if not backoff.pause():
                     raise self._missed(name)
         except self._mpi.Exception as error:
             raise self._lost(name, error) from error
 
-    @contextmanager
-    def _in_step(self, array: NDArray[Any]) -> Iterator[None]:
-        """Count the ranks as out of step until the body has ended well, so that nothing interrupts it unseen.
-
-        What MPI may still read or write after an interruption is kept.
-        """
-        self._is_broken, self._memory = True, [array]
-        try:
-            yield
-        except BaseException:
-            stuck_requests.extend((self._mpi, request, self._memory) for request in self._requests)
-            raise
-        self._is_broken, self._requests, self._memory = False, [], []
+    def _look(self, name: str) -> None:
+        """Raise if there is nothing to wait for any more."""
+        if not self._is_open:
+            raise Closed(f"the MPI endpoint was closed while {name} was under way")
+        self._giving_up.hear(self._number)
 
     def _missed(self, name: str) -> DeadlineMissed:
         return DeadlineMissed(f"{name} by MPI did not end before its deadline; at least one rank did not take part")
@@ -235,6 +229,33 @@ class MpiCollectives(Endpoint, NativeCollectives):
         progress.leave()
         if self._caller is not None:
             self._caller.stop()
+
+
+class _InStep:
+    """Counts the ranks as out of step until its body has ended well, so that nothing interrupts it unseen.
+
+    What MPI may still read or write after an interruption is kept.
+    """
+
+    __slots__ = ("_array", "_of")
+
+    def __init__(self, of: MpiCollectives, array: NDArray[Any]) -> None:
+        self._of, self._array = of, array
+
+    def __enter__(self) -> None:
+        of = self._of
+        of._is_broken, of._memory = True, [self._array]
+        of._number += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        of = self._of
+        if error is None:
+            of._giving_up.hear(of._number)
+            of._is_broken, of._requests, of._memory = False, [], []
+            return
+        stuck_requests.extend((of._mpi, request, of._memory) for request in of._requests)
+        if not isinstance(error, PlanMismatch | GaveUp):  # of these the others know
+            of._giving_up.tell(of._number, error)
 
 
 def _parts(array: NDArray[Any], longest_elems: int) -> Iterator[NDArray[Any]]:

@@ -140,7 +140,8 @@ class MpiEndpoint(MpiCollectives):
         if not self._is_open:
             return
         clean = self._mail.end() and clean and not self._is_broken
-        clean = clean and not self._post.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG)
+        mail = (self._post, self._agreement.comm)
+        clean = clean and not any(comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG) for comm in mail)
         self._stop()
         if clean:
             for comm in (self._post, self._comm, self._agreement.comm):

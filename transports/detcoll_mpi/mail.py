@@ -45,7 +45,7 @@ class _Sending:
 
     ticket: Ticket
     requests: list[Any]
-    memory: list[Any]
+    memory: tuple[bytes, memoryview]
 
 
 @dataclass(eq=False, slots=True)
@@ -108,14 +108,14 @@ class Mail:
         self._last_number: defaultdict[int, int] = defaultdict(int)
         self._pool = Pool()
         self._sending: dict[Ticket, _Sending] = {}
-        self._letters: defaultdict[int, deque[_Letter]] = defaultdict(deque)
+        self._letters: dict[int, deque[_Letter]] = {}
         self._posted: defaultdict[tuple[int, int], deque[_Posted]] = defaultdict(deque)
         self._arrived: defaultdict[tuple[int, int], deque[_Arrival]] = defaultdict(deque)
         self._waiting: dict[tuple[int, int], _Arrival] = {}  # by source and number: those that MPI was not asked for
         self._fetching: list[_Fetch] = []
         self._discarded = Discarded()
         self._ended: list[Ticket] = []
-        self._state = mpi.Status()
+        self._any, self._state = mpi.ANY_SOURCE, mpi.Status()
         self.counters = dict.fromkeys(("messages_sent", "bytes_sent", "messages_received", "bytes_received"), 0)
 
     def send(self, ticket: Ticket, view: memoryview) -> None:
@@ -126,23 +126,26 @@ class Mail:
         PeerLost
             If MPI refuses.
         """
-        self._discarded.lift(ticket.tag)
-        is_small = view.nbytes <= INLINE_BYTES
-        number = 0 if is_small else self._next_number(ticket.peer)
-        header = HEADER.pack(ticket.tag, view.nbytes, number)
-        letter = b"".join((header, view)) if is_small else header
+        if self._discarded:
+            self._discarded.lift(ticket.tag)
+        dst, nbytes, byte = ticket.peer, ticket.nbytes, self._mpi.BYTE
+        number = 0 if nbytes <= INLINE_BYTES else self._next_number(dst)
+        letter = HEADER.pack(ticket.tag, nbytes, number)
+        if not number:
+            letter += view
         try:
-            requests = [self._comm.Isend([letter, self._mpi.BYTE], ticket.peer, LETTER_TAG)]
-            if not is_small:
-                requests.append(self._comm.Isend([view, self._mpi.BYTE], ticket.peer, number))
+            requests = [self._comm.Isend([letter, byte], dst, LETTER_TAG)]
+            if number:
+                requests.append(self._comm.Isend([view, byte], dst, number))
         except self._mpi.Exception as error:
-            raise _lost(error, ticket.peer) from error
-        sending = self._sending[ticket] = _Sending(ticket, requests, [letter, view])
+            raise _lost(error, dst) from error
+        sending = self._sending[ticket] = _Sending(ticket, requests, (letter, view))
         self._advance_send(sending)
 
     def receive(self, ticket: Ticket, into: memoryview | None) -> None:
         """Match a receive with a message that was announced, or let it wait for one."""
-        self._discarded.lift(ticket.tag)
+        if self._discarded:
+            self._discarded.lift(ticket.tag)
         key = ticket.peer, ticket.tag
         posted = _Posted(ticket, into)
         if self._arrived.get(key):
@@ -162,10 +165,12 @@ class Mail:
             self._take_letters()
         except self._mpi.Exception as error:
             raise TransportError(f"MPI failed: {error}") from error
-        for fetch in list(self._fetching):
-            self._advance_fetch(fetch)
-        for sending in list(self._sending.values()):
-            self._advance_send(sending)
+        if self._fetching:
+            for fetch in list(self._fetching):
+                self._advance_fetch(fetch)
+        if self._sending:
+            for sending in list(self._sending.values()):
+                self._advance_send(sending)
 
     def collect(self) -> list[Ticket]:
         """Return the tickets that ended since the last call."""
@@ -205,7 +210,7 @@ class Mail:
 
     def end(self) -> bool:
         """Drop everything; False if MPI may still have messages of this mail, so that its communicator must stay."""
-        clean = not (self._waiting or self._fetching or self._sending or any(self._letters.values()))
+        clean = not (self._waiting or self._fetching or self._sending or self._letters)
         tickets = [posted.ticket for queue in self._posted.values() for posted in queue]
         tickets += [fetch.arrival.posted.ticket for fetch in self._fetching if fetch.arrival.posted is not None]
         for ticket in [*tickets, *self._sending]:
@@ -238,20 +243,28 @@ class Mail:
 
     def _take_letters(self) -> None:
         """Read the letters that are here, those of one source in the order in which they were sent."""
-        for src in [src for src, letters in self._letters.items() if letters]:
-            self._open_letters(src)
+        if self._letters:
+            for src, letters in list(self._letters.items()):
+                self._open_letters(src, letters)
+        state = self._state
         for _ in range(LETTERS_A_TURN):
-            message = self._comm.Improbe(self._mpi.ANY_SOURCE, LETTER_TAG, self._state)
+            message = self._comm.Improbe(self._any, LETTER_TAG, state)
             if message is None:
                 return
-            src, data = self._state.Get_source(), bytearray(self._state.Get_count(self._mpi.BYTE))
-            self._letters[src].append(_Letter(message.Irecv([data, self._mpi.BYTE]), data))
-            self._open_letters(src)
+            src, data = state.source, bytearray(state.count)
+            request = message.Irecv([data, self._mpi.BYTE])
+            if src in self._letters:
+                self._letters[src].append(_Letter(request, data))
+            elif request.Test():
+                self._read(src, data)
+            else:
+                self._letters[src] = deque([_Letter(request, data)])
 
-    def _open_letters(self, src: int) -> None:
-        letters = self._letters[src]
+    def _open_letters(self, src: int, letters: deque[_Letter]) -> None:
         while letters and letters[0].request.Test():
             self._read(src, letters.popleft().data)
+        if not letters:
+            del self._letters[src]
 
     def _read(self, src: int, letter: bytearray) -> None:
         """Give a message that is announced to the receive that waits for it, or keep it."""

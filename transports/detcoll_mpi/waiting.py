@@ -9,7 +9,7 @@ from detcoll.transport import Clock
 SPIN_NS = 100_000
 """An answer within this is found at once; the time of one message on one host is a few microseconds."""
 
-LONGEST_SLEEP_NS = 200_000
+SHORTEST_SLEEP_NS, LONGEST_SLEEP_NS = 1000, 200_000
 
 
 class Backoff:
@@ -21,7 +21,12 @@ class Backoff:
         self._clock = clock
         self._deadline_ns = deadline_ns
         self._spin_until_ns: int | None = None
-        self._sleep_ns = 1000
+        self._sleep_ns = SHORTEST_SLEEP_NS
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the wait is past its spinning."""
+        return self._sleep_ns > SHORTEST_SLEEP_NS
 
     def pause(self) -> bool:
         """Wait; False if the deadline has passed."""

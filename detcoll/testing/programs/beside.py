@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, TransportError
+from detcoll.errors import Closed, PeerLost, TransportError
 from detcoll.testing.fabric import Here, pattern
 from detcoll.testing.programs.collectives import native_of
 from detcoll.transport import NativeCollectives, Ticket
@@ -67,6 +67,27 @@ def _exchange(here: Here, index: int) -> None:
         assert ticket.view is not None
         assert bytes(ticket.view) == pattern(src + index, nbytes), f"message {index} of rank {src}"
         ticket.release()
+
+
+def aborted_inside(here: Here) -> None:
+    """Check that abort ends a collective that another thread is in, or begins."""
+    native = native_of(here)
+    native.barrier(here.deadline_ns())
+    if here.rank == 0:
+        errors: list[Exception] = []
+
+        def reduce() -> None:
+            try:
+                native.all_reduce(np.ones(1000, np.float32), ReduceOp.SUM, here.deadline_ns())
+            except TransportError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=reduce, name="rank 0 inside")
+        thread.start()
+        here.endpoint.abort()
+        thread.join()
+        assert [type(error) for error in errors] in ([Closed], [PeerLost]), errors
+    here.meet()
 
 
 class Interruption(BaseException):
