@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
-from detcoll.cli.run import rank_environments
 from detcoll.communicator import Communicator
 from detcoll.job.opening import open_communicator
+from detcoll.launch.environment import rank_environments
 from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.topology import Topology
 

@@ -207,6 +207,28 @@ def _say(message: str) -> None:
 
 
 @contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that what was started is ended and cleaned up."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    with _handled(leave, (signal.SIGTERM, signal.SIGHUP)):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Let ``handler`` have these signals meanwhile."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+@contextlib.contextmanager
 def _signals() -> Iterator[int]:
     """Give a descriptor on which the numbers of forwarded signals arrive, one byte each."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -216,12 +238,10 @@ def _signals() -> Iterator[int]:
             os.write(writing, bytes([number]))
 
     handled = _FORWARDED if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, receive) for number in handled}
     try:
-        yield reading
+        with _handled(receive, handled):
+            yield reading
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(reading)
         os.close(writing)
 
