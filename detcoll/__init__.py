@@ -18,10 +18,11 @@ from typing import Any
 from detcoll import errors
 from detcoll.communicator import Communicator, close_all
 from detcoll.errors import DetcollError, UsageError
-from detcoll.job.opening import VERSION, open_communicator
+from detcoll.job.opening import open_communicator
 from detcoll.runtime import Work
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp
+from detcoll.version import VERSION
 
 __version__ = VERSION
 

@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
 
@@ -18,13 +17,14 @@ from detcoll.cli.splitting import keep_script_options
 from detcoll.cli.terminal import PlainConsole, give_up_output, watched_output
 from detcoll.errors import DetcollError, UsageError
 from detcoll.outputs import OutputLost
+from detcoll.version import VERSION
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 app = App(
     name="detcoll",
     help="Collective communication for training that spans sites.",
-    version=lambda: version("detcoll"),
+    version=VERSION,
     result_action="return_value",
     suppress_keyboard_interrupt=False,
     console=PlainConsole(),

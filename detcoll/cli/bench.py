@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from detcoll import registry
-from detcoll.bench.runs import SLOTTED, LabBench, run_here, run_in_lab
+from detcoll.bench.runs import LabBench, run_here, run_in_lab
 from detcoll.bench.sweep import Sweep
 from detcoll.cli.invocation import command_line
 from detcoll.cli.quantity import Quantity
@@ -28,6 +28,7 @@ from detcoll.measure.tables import bench_table
 from detcoll.outputs import require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import parse_size_bytes, parse_timeout_s
+from detcoll.registry import SLOTTED
 
 ALONE = (
     "bench: nobody launched this process, so it times 1 rank alone; "

@@ -21,8 +21,8 @@ from detcoll.rendezvous import Session, meet
 from detcoll.runtime import Aligning, Routes, Timekeeper, align_arrivals
 from detcoll.topology import Topology
 from detcoll.transport import host_identity
+from detcoll.version import VERSION
 
-VERSION = "0.1.0"
 SITE_CLOCK_ERROR_NS = 200_000
 """What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
 

@@ -2,7 +2,7 @@
 
 A *program* is a function at the top level of a module, ``program(here, **arguments)``. Every rank runs it at the same
 time with its own `Here`, and raises where something is wrong. Whether the ranks are threads (`ThreadFabric`) or
-processes (`detcoll.testing.processes.ProcessFabric`) makes no difference to it::
+processes (`detcoll.testing.worlds.ProcessFabric`) makes no difference to it::
 
     def swap(here: Here, nbytes: int) -> None:
         other = 1 - here.rank
@@ -15,7 +15,6 @@ processes (`detcoll.testing.processes.ProcessFabric`) makes no difference to it:
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from detcoll.clock import MonotonicClock
 from detcoll.errors import ConnectError, TransportError
 from detcoll.transport import Capabilities, Clock, Endpoint, Rendezvous, Ticket, TicketStatus, Transport
 
@@ -34,14 +34,6 @@ TIMEOUT_NS = 20 * 10**9
 CLOSE_TIMEOUT_NS = 5 * 10**9
 
 Program = Callable[..., Any]
-
-
-class MonotonicClock:
-    """The system's monotonic clock."""
-
-    def now_ns(self) -> int:
-        """Return the time in nanoseconds."""
-        return time.monotonic_ns()
 
 
 @dataclass(frozen=True, slots=True)
