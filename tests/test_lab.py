@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from ranks import await_gone
 
+from detcoll.emulation.helper import Helper
 from detcoll.emulation.lab import Conditions, Lab, Launcher, Output, Service, read_log, run_ranks, why_unavailable
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.launch.leftovers import SHARED_MEMORY
@@ -297,15 +298,15 @@ signal.pause()
             Lab(two_sites(), log_path=tmp_path / "missing" / "log.npy")
 
     def test_an_interrupt_while_it_starts_stays_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupted(self: Lab) -> bytes:
+        def interrupted(self: Helper) -> bytes:
             if not interrupts:
                 interrupts.append(1)
                 raise KeyboardInterrupt
             return receive(self)
 
         interrupts: list[int] = []
-        receive = Lab._receive_line
-        monkeypatch.setattr(Lab, "_receive_line", interrupted)
+        receive = Helper.receive_line
+        monkeypatch.setattr(Helper, "receive_line", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Lab(two_sites())
 
