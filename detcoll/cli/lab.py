@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import msgspec
 
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
-from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
+from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
 from detcoll.errors import UsageError
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
@@ -152,16 +151,16 @@ def lab(
             wanted, conditions, log_path=log, slow_start_after_idle=slow_start_after_idle,
         ) as network,
     ):  # fmt: skip
-        result = run_ranks(
+        code = run_ranks(
             network,
             command,
             launcher=Launcher.MPIEXEC if mpi else Launcher.PLAIN,
-            deadline_ns=None if deadline_s is None else time.monotonic_ns() + round(deadline_s * 1e9),
-            output=Output.PREFIX if prefix else Output.RAW,
+            deadline_s=deadline_s,
+            prefix=prefix,
         )
         if statistics is not None:
             write_file(statistics, msgspec.json.encode(network.statistics()))
-    return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
+    return code
 
 
 def _topology(

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detcoll.emulation.lab import Lab
-from detcoll.emulation.lab.launch import Launcher, Output, run_ranks
+from detcoll.emulation.lab.launch import Launcher, run_ranks
 from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError
 from detcoll.launch.environment import rank_environments, without_place
-from detcoll.launch.processes import TIMED_OUT, exit_code
+from detcoll.launch.processes import TIMED_OUT
 from detcoll.launch.ranks import run_here
 from detcoll.measure.aggregate import Setting
 from detcoll.topology import Topology
@@ -48,8 +48,8 @@ class Places:
     ) -> float:  # fmt: skip
         """Run ``argv`` once a rank, apart in ``lab`` or together without, and return how long it took in seconds.
 
-        ``lab`` may be a relay, beside which the ranks are processes of this host. Standard output of ranks is dropped,
-        or kept under ``logs``; their errors go to this process's.
+        ``lab`` may be a relay, beside which the ranks are processes of this host. Standard output of ranks is
+        kept under ``logs``; their errors go to this process's.
 
         Raises
         ------
@@ -61,7 +61,7 @@ class Places:
         own = ONE_THREAD | AS_IT_IS | {"DETCOLL_TRANSPORT": setting.transport} | dict(env or {})
         begin_s = time.monotonic()
         if isinstance(lab, Lab):
-            code = self._run_apart(lab, setting, argv, own)
+            code = self._run_apart(lab, setting, argv, own, logs)
         else:
             placed = [{}] * self._topology.size if lab is None else lab.environments()
             code = self._run_together(argv, own, logs, placed)
@@ -75,11 +75,9 @@ class Places:
             raise DetcollError(f"{setting.name}, {setting.place}: its ranks never connected through the relay")
         return time.monotonic() - begin_s
 
-    def _run_apart(self, lab: Lab, setting: Setting, argv: Sequence[str], env: Mapping[str, str]) -> int:
+    def _run_apart(self, lab: Lab, setting: Setting, argv: Sequence[str], env: Mapping[str, str], logs: Path) -> int:
         launcher = Launcher.MPIEXEC if setting.transport == "mpi" else Launcher.PLAIN
-        deadline_ns = time.monotonic_ns() + round(self._deadline_s * 1e9)
-        result = run_ranks(lab, argv, launcher=launcher, env=env, deadline_ns=deadline_ns, output=Output.CAPTURE)
-        return exit_code(result.exit_code)
+        return run_ranks(lab, argv, launcher=launcher, env=env, deadline_s=self._deadline_s, logs=logs)
 
     def _run_together(
         self, argv: Sequence[str], env: Mapping[str, str], logs: Path, placed: Sequence[Mapping[str, str]]

@@ -203,7 +203,8 @@ class Lab:
             options = {"start_new_session": True, **options}
             start = partial(subprocess.Popen, list(argv), env=None if env is None else dict(env), **options)
             child: subprocess.Popen[Any] = run_inside(self._namespaces[site], start)
-            self._children = [known for known in self._children if known.poll() is None]
+            # Who started them reaps them, once what they left in their groups has ended.
+            self._children = [known for known in self._children if known.returncode is None]
             self._children.append(child)
         return child
 
