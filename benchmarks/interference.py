@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 
 from detcoll.draw import Axis, Curve, curve_chart, svg_text
+from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
-from detcoll.measure.places import ended_by_signals
 from detcoll.measure.statistics import tails
 from detcoll.plan import build_calendar
 from detcoll.quantities import format_rate, parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.launch.mpiexec import Family, find_mpiexec
+from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
-from detcoll.measure.places import ended_by_signals
 from detcoll.plan import Collective, Planner, Slotting, build_calendar
 from detcoll.topology import Topology
 

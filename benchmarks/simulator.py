@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
-from detcoll.measure.places import ended_by_signals
 from detcoll.plan import ChunkSize, Collective, Costs, Planner, Slotting, compile_plan
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes
 from detcoll.scenarios import load

@@ -18,10 +18,10 @@ from typing import Any, Literal, overload
 from detcoll import errors
 from detcoll.communicator import Communicator, close_all, open_communicator
 from detcoll.errors import DetcollError, UsageError
-from detcoll.job.opening import VERSION
 from detcoll.runtime import Work
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp
+from detcoll.version import VERSION
 
 __version__ = VERSION
 

@@ -15,6 +15,10 @@ from tempfile import TemporaryFile
 from detcoll.errors import DetcollError, UsageError
 
 
+class OutputLost(OSError):
+    """What goes to standard output could not be written; the arguments are those of `OSError`."""
+
+
 def require_writable(path: Path | None, name: str) -> None:
     """Refuse a file that could not be written, before anything runs; ``name`` is the option's.
 

@@ -14,6 +14,9 @@ from detcoll.transport import Transport
 
 GROUP = "detcoll.transports"
 
+SLOTTED = "slotted"
+"""The transport that commands measure, and reports are about, where it is among others."""
+
 _NEEDS = {
     "gloo": ("torch", "pip install 'detcoll[gloo]'"),
     "mpi": ("mpi4py", "pip install 'detcoll[mpi]'"),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detcoll.cli.run import rank_environments
 from detcoll.communicator import Communicator, open_communicator
+from detcoll.launch.environment import rank_environments
 from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.topology import Topology
 

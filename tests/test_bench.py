@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 
+from detcoll.bench import runs
 from detcoll.bench.runs import LabBench, run_in_lab
 from detcoll.bench.sweep import Sweep
 from detcoll.cli import main
+from detcoll.cli.terminal import PIPE_WIDTH, output_console
 from detcoll.emulation.lab import Conditions, why_unavailable
 from detcoll.errors import DetcollError, UsageError
-from detcoll.measure import bench
 from detcoll.measure.host import host_facts
 from detcoll.measure.lines import CoTenant, LineUse
 from detcoll.measure.networks import Network, parse_networks
 from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchResult, LeftOut, Row, write_result
-from detcoll.measure.tables import PIPE_WIDTH, bench_table, output_console
+from detcoll.measure.tables import bench_table
 from detcoll.topology import Topology
 
 TIMEOUT_S = 60
@@ -143,7 +144,7 @@ def test_transport_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
             raise DetcollError("a rank ended with exit code 1")
         return (ROW,), USE, AUDIT if transport == "slotted" else None
 
-    monkeypatch.setattr(bench, "_run_transport", run)
+    monkeypatch.setattr(runs, "_run_transport", run)
     said: list[str] = []
     result = run_in_lab(_spec("slotted", "gloo", "mpi"), said.append)
     assert result.rows == (ROW, ROW)
@@ -161,7 +162,7 @@ def test_every_network_has_rows_and_the_audit_that_failed_counts(monkeypatch: py
     def run(spec: LabBench, transport: str, network: Network) -> Any:
         return (ROW,), USE, replace(AUDIT, passed=network.cross_traffic == 0, slotting=network.label)
 
-    monkeypatch.setattr(bench, "_run_transport", run)
+    monkeypatch.setattr(runs, "_run_transport", run)
     spec = _spec("slotted")
     networks = parse_networks(("best-effort", "deterministic"), ("0", "0.5"))
     spec = replace(spec, networks=networks, topology=spec.topology.with_reserved(5e7))

@@ -187,3 +187,14 @@ def test_plan_says_that_no_line_is_enough(tmp_path: Path, capsys: pytest.Capture
     file.write_text(Topology.uniform(2, 1, 1e9, 10**9).to_toml())
     asked = ["--efficiency", "0.98", "--parameters", "1000", "--compute", "1 s"]
     assert "No line is fast enough" in run(capsys, "plan", "--topology", str(file), *asked, code=1)
+
+
+def test_names_of_sites_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sites = "".join(f'[[site]]\nname = "{name}"\nranks = 1\nuplink = "1 Gbit/s"\n' for name in ("[red]a", "b :cat:"))
+    path = tmp_path / "t.toml"
+    path.write_text(f'{sites}[[link]]\nbetween = ["[red]a", "b :cat:"]\none_way = "1 ms"\n', encoding="utf-8")
+    for options in ([], ["--reservation"]):
+        assert main(["plan", "--topology", str(path), *options]) == 0
+        shown = capsys.readouterr().out
+        assert "[red]a" in shown
+        assert "b :cat:" in shown

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +106,72 @@ def test_tagged_output() -> None:
     done = detcoll("run", "-n", "2", "--tag-output", "bash", "-c", "echo out; echo err >&2")
     assert sorted(done.stdout.splitlines()) == ["[rank 0] out", "[rank 1] out"]
     assert sorted(done.stderr.splitlines()) == ["[rank 0] err", "[rank 1] err"]
+
+
+def test_lines_of_ranks_stay_apart_also_without_an_end() -> None:
+    done = detcoll("run", "-n", "2", "bash", "-c", '[ $RANK = 0 ] && printf goodbye || printf "SURVIVOR 3"')
+    assert sorted(done.stdout.splitlines()) == ["SURVIVOR 3", "goodbye"]
+
+
+def test_one_rank_writes_to_our_own_output(tmp_path: Path) -> None:
+    for ranks, is_ours in ((1, True), (2, False)):
+        with (tmp_path / "out").open("w+b") as out:
+            show = "import os; print(os.fstat(1).st_ino)"
+            command = [sys.executable, "-m", "detcoll", "run", "-n", str(ranks), sys.executable, "-c", show]
+            assert subprocess.run(command, stdout=out, check=False, timeout=60).returncode == 0
+            out.seek(0)
+            assert (int(out.readline()) == os.fstat(out.fileno()).st_ino) is is_ours
+
+
+def test_ranks_see_a_terminal_where_there_is_one() -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 33, 111, 0, 0))
+    show = "import os, sys; print(sys.stdout.isatty(), sys.stderr.isatty(), os.get_terminal_size(1).columns)"
+    command = [sys.executable, "-m", "detcoll", "run", "-n", "2", sys.executable, "-c", show]
+    running = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:
+        while piece := terminal.read(4096):
+            shown += piece
+    assert running.wait(60) == 0
+    assert shown.split(b"\r\n") == [b"True True 111"] * 2 + [b""]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "-n", "2", "echo", "hello"],
+        ["run", "-n", "1", "--tag-output", "echo", "hello"],
+        ["doctor"],
+        ["plan"],
+        ["--version"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line_and_a_closed_pipe_none(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "detcoll", *arguments]
+
+    def run(shell: str) -> tuple[int, list[str]]:
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {shell}', "-", *command], stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
+        return done.returncode, done.stderr.splitlines()
+
+    told = "detcoll: standard output cannot be written:"
+    assert run("> /dev/full") == (1, [f"{told} No space left on device"])
+    assert run(">&-") == (1, [f"{told} Bad file descriptor"])
+    assert run(">&- 2>&-") == (1, [])
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ranks_of_a_closed_output_have_none_either() -> None:
+    show = "import os, sys; sys.exit(0 if sys.stdout is None else 3)"
+    command = [sys.executable, "-m", "detcoll", "run", "-n", "1", sys.executable, "-c", show]
+    assert subprocess.run(["bash", "-c", '"$@" >&-', "-", *command], check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize(("last_words", "code"), [("exit 5", 5), ("kill -KILL $$", 128 + signal.SIGKILL)])
@@ -220,10 +290,10 @@ def test_errors_are_one_line_and_a_traceback_only_when_asked_for(
 def test_an_interrupt_is_one_line_and_code_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detcoll.cli.run.launch", interrupted)
+    monkeypatch.setattr("detcoll.cli.run.run_here", interrupted)
     assert main(["run", "-n", "2", "true"]) == 130
     assert capsys.readouterr().err == "detcoll: interrupted\n"
 

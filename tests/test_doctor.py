@@ -110,3 +110,10 @@ def test_a_transport_whose_package_is_missing_is_not_installed(tmp_path: Path, m
     assert found["transport slotted"].value == "installed"
     assert (found["transport gloo"].value, found["transport gloo"].verdict) == ("not installed", Verdict.NOTE)
     assert found["transport gloo"].advice == "no_such_package is not installed; install it with: pip install it"
+
+
+def test_what_to_install_is_shown_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "torch is missing; install it with: pip install 'detcoll[gloo]' [bold] :cat:"
+    monkeypatch.setattr("detcoll.doctor.registry.why_missing", lambda name: why if name == "gloo" else None)
+    assert main(["doctor"]) in (0, 1)
+    assert f"transport gloo: {why}\n" in capsys.readouterr().out

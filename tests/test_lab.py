@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from ranks import await_gone
 
-from detcoll.emulation.lab import Conditions, Lab, Launcher, Output, Service, read_log, run_ranks, why_unavailable
+from detcoll.emulation.helper import Helper
+from detcoll.emulation.lab import Conditions, Lab, Launcher, Service, read_log, run_ranks, why_unavailable
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.launch.leftovers import SHARED_MEMORY
 from detcoll.launch.mpiexec import find_mpiexec
@@ -172,8 +173,7 @@ detcoll.finalize()
 assert (x == 2).all()
 """
         with Lab(two_sites().with_reserved(6e6)) as lab:
-            deadline_ns = time.monotonic_ns() + 60 * 10**9
-            assert run_ranks(lab, [sys.executable, "-c", code], deadline_ns=deadline_ns).exit_code == 0
+            assert run_ranks(lab, [sys.executable, "-c", code], deadline_s=60) == 0
             told = lab.statistics()
         assert told.direction(0, 1, Service.DETERMINISTIC).payload_bytes >= 200_000
         assert told.policed_segments == 0
@@ -297,15 +297,15 @@ signal.pause()
             Lab(two_sites(), log_path=tmp_path / "missing" / "log.npy")
 
     def test_an_interrupt_while_it_starts_stays_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupted(self: Lab) -> bytes:
+        def interrupted(self: Helper) -> bytes:
             if not interrupts:
                 interrupts.append(1)
                 raise KeyboardInterrupt
             return receive(self)
 
         interrupts: list[int] = []
-        receive = Lab._receive_line
-        monkeypatch.setattr(Lab, "_receive_line", interrupted)
+        receive = Helper.receive_line
+        monkeypatch.setattr(Helper, "receive_line", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Lab(two_sites())
 
@@ -321,7 +321,7 @@ signal.pause()
 class TestRanks:
     pytestmark = needs_lab
 
-    def test_every_rank_is_told_who_and_where_it_is(self, shared_lab: Lab) -> None:
+    def test_every_rank_is_told_who_and_where_it_is(self, shared_lab: Lab, tmp_path: Path) -> None:
         show = """
 import json, os, socket
 names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "DETCOLL_RENDEZVOUS", "DETCOLL_SITE",
@@ -334,30 +334,28 @@ with socket.socket() as s:
         here = False
 print(json.dumps([[os.environ[name] for name in names], here, open(os.environ["DETCOLL_TOPOLOGY"]).read()]))
 """
-        result = run_ranks(shared_lab, python(show), env={"MORE": "yes"}, output=Output.CAPTURE)
-        assert (result.exit_codes, result.exit_code, result.deadline_missed) == ((0,) * 4, 0, False)
-        for rank, text in enumerate(result.outputs):
-            told, here, topology = json.loads(text)
+        assert run_ranks(shared_lab, python(show), env={"MORE": "yes"}, logs=tmp_path) == 0
+        for rank in range(4):
+            told, here, topology = json.loads((tmp_path / f"rank{rank}.out").read_text())
             assert told == [str(rank), "4", str(rank % 2), "2", "10.77.0.1", "10.77.0.1:29400", f"site{rank // 2}",
                             "lab", "wan0", "yes"]  # fmt: skip
             assert here
             assert Topology.parse(topology) == shared_lab.topology
 
-    def test_the_first_failure_counts_and_the_others_are_ended(self, shared_lab: Lab) -> None:
+    def test_the_first_failure_counts_and_the_others_are_ended(
+        self, shared_lab: Lab, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         code = "import os, signal, sys; sys.exit(3) if os.environ['RANK'] == '2' else signal.pause()"
-        result = run_ranks(shared_lab, python(code), grace_ns=0, deadline_ns=time.monotonic_ns() + 30 * 10**9)
-        assert result.exit_codes == (-signal.SIGTERM, -signal.SIGTERM, 3, -signal.SIGTERM)
-        assert (result.exit_code, result.deadline_missed) == (3, False)
+        assert run_ranks(shared_lab, python(code), settle_s=0, deadline_s=30) == 3
+        assert capsys.readouterr().err == "detcoll: rank 2 failed first: it exited with code 3; ending the others\n"
 
     def test_the_deadline_ends_ranks_that_will_not_stop(self, shared_lab: Lab) -> None:
         code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.pause()"
-        result = run_ranks(shared_lab, python(code), deadline_ns=time.monotonic_ns() + 10**9)
-        assert (result.exit_codes, result.exit_code) == ((-signal.SIGKILL,) * 4, 124)
-        assert result.deadline_missed
+        assert run_ranks(shared_lab, python(code), deadline_s=1) == 124
 
     def test_output_passes_through_with_a_prefix(self, shared_lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
         code = "import os, sys; r = os.environ['RANK']; print(f'one {r}\\ntwo {r}', end=''); print(r, file=sys.stderr)"
-        assert run_ranks(shared_lab, python(code), output=Output.PREFIX).exit_code == 0
+        assert run_ranks(shared_lab, python(code), prefix=True) == 0
         out, err = capsys.readouterr()
         assert "one 0\n" in out
         for rank in (1, 2, 3):
@@ -365,12 +363,12 @@ print(json.dumps([[os.environ[name] for name in names], here, open(os.environ["D
             assert f"[{rank}] two {rank}" in out
         assert sorted(err.split("\n")) == ["", "0", "[1] 1", "[2] 2", "[3] 3"]
 
-    def test_a_rank_leaves_nothing_behind_in_its_group(self, shared_lab: Lab) -> None:
-        result = run_ranks(shared_lab, ["sh", "-c", "sleep 1000 & echo $!"], output=Output.CAPTURE)
-        await_gone([int(text) for text in result.outputs])
+    def test_a_rank_leaves_nothing_behind_in_its_group(self, shared_lab: Lab, tmp_path: Path) -> None:
+        assert run_ranks(shared_lab, ["sh", "-c", "sleep 1000 & echo $!"], logs=tmp_path) == 0
+        await_gone([int(path.read_text()) for path in tmp_path.iterdir()])
 
     @pytest.mark.skipif(find_spec("mpi4py") is None or find_mpiexec() is None, reason="needs mpi4py and mpiexec")
-    def test_mpi_ranks_reach_each_other_over_the_line_alone(self, shared_lab: Lab) -> None:
+    def test_mpi_ranks_reach_each_other_over_the_line_alone(self, shared_lab: Lab, tmp_path: Path) -> None:
         code = """
 import os
 from mpi4py import MPI
@@ -381,28 +379,23 @@ assert str(world.rank) == os.environ["RANK"]
 os.write(1, f"{values[0]} {os.environ['DETCOLL_SITE']}\\n".encode())
 """
         before = shared_lab.statistics().direction(0, 1).payload_bytes
-        result = run_ranks(
-            shared_lab, [sys.executable, "-c", code], launcher=Launcher.MPIEXEC, output=Output.CAPTURE,
-            deadline_ns=time.monotonic_ns() + 60 * 10**9,
-        )  # fmt: skip
-        assert result.exit_code == 0
-        assert sorted(result.outputs[0].split()) == sorted([b"4.0"] * 4 + [b"site0", b"site1"] * 2)
+        command = [sys.executable, "-c", code]
+        assert run_ranks(shared_lab, command, launcher=Launcher.MPIEXEC, logs=tmp_path, deadline_s=60) == 0
+        assert sorted((tmp_path / "rank0.out").read_bytes().split()) == sorted([b"4.0"] * 4 + [b"site0", b"site1"] * 2)
         assert shared_lab.statistics().direction(0, 1).payload_bytes - before >= 100_000 * 8
 
     def test_a_failing_mpi_rank_fails_the_run(self, shared_lab: Lab) -> None:
         if find_mpiexec() is None:
             pytest.skip("needs mpiexec")
         code = python("import os, sys; sys.exit(int(os.environ['RANK'] == '1') * 7)")
-        result = run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_ns=time.monotonic_ns() + 30 * 10**9)
-        assert (result.exit_code, len(result.exit_codes)) == (7, 1)
+        assert run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_s=30) == 7
 
     def test_what_mpi_ranks_leave_in_shared_memory_is_removed(self, shared_lab: Lab) -> None:
         if find_mpiexec() is None:
             pytest.skip("needs mpiexec")
         left = SHARED_MEMORY / f"mpich_shm_{os.getpid()}_0"
         code = python(f"import pathlib, sys; pathlib.Path({str(left)!r}).touch(); sys.exit(1)")
-        result = run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_ns=time.monotonic_ns() + 30 * 10**9)
-        assert result.exit_code == 1
+        assert run_ranks(shared_lab, code, launcher=Launcher.MPIEXEC, deadline_s=30) == 1
         assert not left.exists()
 
 
@@ -457,3 +450,11 @@ class TestCommand:
         [mine] = [each for each in told["directions"] if each["source"] == 0 and each["service"] == "deterministic"]
         assert mine["failed_segments"] == mine["segments"] >= 1
         assert told["probe"]["round_trip_ns"] == []
+
+    @pytest.mark.lab
+    @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+    def test_lines_of_ranks_stay_apart(self, capsys: pytest.CaptureFixture[str]) -> None:
+        from detcoll.cli.lab import lab
+
+        assert lab("sh", "-c", '[ $RANK = 0 ] && printf goodbye || printf "SURVIVOR 3"') == 0
+        assert sorted(capsys.readouterr().out.splitlines()) == ["SURVIVOR 3", "goodbye"]

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from detcoll.emulation.helper import ASK_QUIT, receive_line
 from detcoll.emulation.lab import router
 from detcoll.emulation.lab.conditions import Conditions
-from detcoll.emulation.lab.router import ASK_QUIT, RouterConfig, _receive_line, _Router
+from detcoll.emulation.lab.router import RouterConfig, _Router
 from detcoll.emulation.lab.unit import NEEDS_CSUM, TCP, UDP, VNET_HEADER, cut, flow_of, shape_of
 from detcoll.topology import Topology
 
@@ -130,7 +131,7 @@ def test_a_request_right_behind_the_configuration_is_left_for_later() -> None:
     with lab, router:
         router.settimeout(10)
         lab.sendall(b'{"a": 1}\n' + ASK_QUIT)
-        assert _receive_line(router) == b'{"a": 1}\n'
+        assert receive_line(router) == b'{"a": 1}\n'
         assert router.recv(10) == ASK_QUIT
 
 

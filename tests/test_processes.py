@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from threading import Thread
 
 import pytest
 
+from detcoll.launch import forwarding
+from detcoll.launch.forwarding import Forwarder
 from detcoll.launch.processes import TIMED_OUT, Guard, describe_exit, exit_code, start, supervise
-from detcoll.launch.tagging import Tagger
 
 FOREVER = "while :; do sleep 1000; done"
 
@@ -187,24 +190,98 @@ def test_the_guard_spares_who_runs_on_after_a_goodbye() -> None:
     assert process.returncode == 0
 
 
-def test_tags_mark_every_line_and_keep_lines_whole() -> None:
+@contextlib.contextmanager
+def forwarded(*tags: str) -> Iterator[tuple[list[int], int]]:
+    """Give what processes with these tags would write to, and what comes out."""
+    reading, writing = os.pipe()
+    ends: list[int] = []
+    with open(writing, "wb", buffering=0) as out, Forwarder(out, out) as forwarder:
+        for tag in tags:
+            with forwarder.channels(tag) as (mine, error):
+                assert mine == error, "both go to the same file, so order is to be kept"
+                ends.append(os.dup(mine))
+        forwarder.begin()
+        try:
+            yield ends, reading
+        finally:
+            for end in ends:
+                with contextlib.suppress(OSError):
+                    os.close(end)
+    os.close(reading)
+
+
+def test_tags_mark_every_line() -> None:
     out, err = BytesIO(), BytesIO()
     script = "for i in 1 2 3; do printf 'a%s' $i; printf 'b\\n'; done; echo wrong >&2; printf 'no end'"
-    with Tagger(out, err) as tagger:
-        crew = [start(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-        tagger.copy(crew, ["[0] ", "[1] "])
+    with Forwarder(out, err) as forwarder:
+        crew = []
+        for rank in range(2):
+            with forwarder.channels(f"[{rank}] ") as (stdout, stderr):
+                crew.append(start(["bash", "-c", script], stdout=stdout, stderr=stderr))
+        forwarder.begin()
         assert supervise(crew) == 0
     lines = out.getvalue().decode().splitlines()
     for tag in ("[0] ", "[1] "):
         mine = [line for line in lines if line.startswith(tag)]
-        assert mine == [f"{tag}a1b", f"{tag}a2b", f"{tag}a3b", f"{tag}no end"]
+        assert mine[-1] == f"{tag}no end"
     assert sorted(err.getvalue().splitlines()) == [b"[0] wrong", b"[1] wrong"]
+    assert forwarder.lost is None
 
 
-def test_a_line_without_end_is_passed_on_in_parts() -> None:
+def test_a_line_is_written_when_its_end_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarding, "_IDLE_S", 3600)
+    with forwarded("", "") as ((one, other), reading):
+        os.write(one, b"good")
+        os.write(other, b"SURVIVOR 3\n")
+        assert os.read(reading, 100) == b"SURVIVOR 3\n"
+        os.write(one, b"bye\nand")
+        assert os.read(reading, 100) == b"goodbye\n"
+        os.close(one)
+        assert os.read(reading, 100) + os.read(reading, 100) == b"and\n"
+
+
+def test_a_prompt_is_shown_and_then_ended_by_others() -> None:
+    with forwarded("<0>", "<1>") as ((one, other), reading):
+        os.write(one, b"your name? ")
+        assert os.read(reading, 100) == b"<0>your name? "
+        os.write(one, b"really? ")
+        assert os.read(reading, 100) == b"really? "
+        os.write(other, b"hello\n")
+        assert os.read(reading, 100) == b"\n<1>hello\n"
+        os.write(one, b"yes\n")
+        assert os.read(reading, 100) == b"<0>yes\n"
+
+
+def test_bytes_pass_as_they_are_and_long_lines_in_parts() -> None:
+    sent = bytes(range(256)) * 2 + bytes(300_000) + b"\n"
+    with forwarded("") as ((one,), reading):
+        writer = Thread(target=lambda: [os.write(one, sent[at : at + 4096]) for at in range(0, len(sent), 4096)])
+        writer.start()
+        came = b""
+        while len(came) < len(sent):
+            came += os.read(reading, 65536)
+        writer.join()
+    assert came == sent
+
+
+def test_what_left_its_group_and_holds_the_output_is_not_waited_for() -> None:
     out = BytesIO()
-    with Tagger(out, BytesIO()) as tagger:
-        crew = [start(["head", "-c", "300000", "/dev/zero"], stdout=subprocess.PIPE)]
-        tagger.copy(crew, [""])
-        assert supervise(crew) == 0
-    assert out.getvalue().replace(b"\n", b"") == bytes(300000)
+    with contextlib.ExitStack() as stack:
+        with Forwarder(out, BytesIO()) as forwarder:
+            with forwarder.channels() as (stdout, stderr):
+                process = start(["bash", "-c", "setsid sleep 1000 & echo $!"], stdout=stdout, stderr=stderr)
+            forwarder.begin()
+            assert supervise([process]) == 0
+        pid = int(out.getvalue())
+        stack.callback(os.kill, pid, signal.SIGKILL)
+        assert is_running(pid)
+
+
+def test_an_output_that_is_full_is_told_and_the_processes_run_to_their_end() -> None:
+    with open("/dev/full", "wb", buffering=0) as full, Forwarder(full, full) as forwarder:
+        with forwarder.channels() as (stdout, stderr):
+            process = start(["head", "-c", "300000", "/dev/zero"], stdout=stdout, stderr=stderr)
+        forwarder.begin()
+        assert supervise([process]) == 0
+    assert forwarder.lost is not None
+    assert forwarder.lost.errno == errno.ENOSPC

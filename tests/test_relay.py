@@ -22,6 +22,7 @@ from ranks import run_ranks as run_threads
 from detcoll.cli.bench import bench
 from detcoll.cli.lab import lab
 from detcoll.cli.measure import measure
+from detcoll.emulation.helper import Helper
 from detcoll.emulation.lab import tun
 from detcoll.emulation.relay import Relay
 from detcoll.emulation.relay.socks import Answer
@@ -151,15 +152,15 @@ class TestConnections:
 
 
 def test_an_interrupt_while_it_starts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: Relay) -> bytes:
+    def interrupted(self: Helper) -> bytes:
         if not interrupts:
             interrupts.append(1)
             raise KeyboardInterrupt
         return told(self)
 
     interrupts: list[int] = []
-    told = Relay._receive_line
-    monkeypatch.setattr(Relay, "_receive_line", interrupted)
+    told = Helper.receive_line
+    monkeypatch.setattr(Helper, "receive_line", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Relay(FAST)
 

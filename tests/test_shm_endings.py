@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 import detcoll_shm.bell
+import detcoll_shm.endpoint
+from detcoll.clock import MonotonicClock
 from detcoll.errors import ConnectError, PeerLost, UsageError
-from detcoll.testing.fabric import LocalMeeting, MonotonicClock, ThreadFabric, in_threads, pattern
+from detcoll.testing.fabric import LocalMeeting, ThreadFabric, in_threads, pattern
 from detcoll.transport import Ticket, TicketStatus
 from detcoll_shm import ShmEndpoint, ShmTransport
 from detcoll_shm.layout import Address

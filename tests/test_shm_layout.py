@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detcoll import registry
+from detcoll.clock import MonotonicClock
 from detcoll.errors import FrameError, PeerLost, TransportUnavailable, UsageError
-from detcoll.testing.fabric import LocalMeeting, MonotonicClock, ThreadFabric
+from detcoll.testing.fabric import LocalMeeting, ThreadFabric
 from detcoll_shm import ShmEndpoint, ShmTransport
 from detcoll_shm.area import Area, NoRoom
 from detcoll_shm.layout import (

@@ -24,10 +24,10 @@ from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import write_json
 from detcoll.measure.results import BENCH_SCHEMA, LAB, RELAY, AuditResult, BenchLine, BenchResult, LeftOut, Row
+from detcoll.registry import SLOTTED
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
 
-SLOTTED = "slotted"
 SLOTTING_VARIABLE = "DETCOLL_SLOTTING"
 
 Say = Callable[[str], None]

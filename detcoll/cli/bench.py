@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Literal
 
 from detcoll import registry
-from detcoll.bench.runs import SLOTTED, LabBench, run_here, run_in_lab
+from detcoll.bench.runs import LabBench, run_here, run_in_lab
 from detcoll.bench.sweep import Sweep
 from detcoll.cli.invocation import command_line
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
+from detcoll.cli.terminal import output_console
 from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
 from detcoll.job.settings import AUTO, check_slotting
 from detcoll.launch.launchers import read_environment
+from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
-from detcoll.measure.places import ended_by_signals
 from detcoll.measure.results import BENCH_SCHEMA, BenchResult, LeftOut, write_result
-from detcoll.measure.tables import bench_table, output_console
+from detcoll.measure.tables import bench_table
 from detcoll.outputs import require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import parse_size_bytes, parse_timeout_s
+from detcoll.registry import SLOTTED
 
 ALONE = (
     "bench: nobody launched this process, so it times 1 rank alone; "
@@ -179,9 +181,9 @@ def _run_in_lab(spec: LabBench, left_out: tuple[LeftOut, ...], json: Path | None
 
 
 def _finish(result: BenchResult, json: Path | None) -> int:
-    output_console().print(bench_table(result))
     if json is not None:
         write_result(json, replace(result, command=command_line()))
+    output_console().print(bench_table(result))
     return 0
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 
+from detcoll.cli.terminal import output_console
 from detcoll.doctor import Verdict, examine
 from detcoll.outputs import require_writable, write_file
 from detcoll.topology import Topology
@@ -29,14 +29,14 @@ def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
     """
     require_writable(json, "json")
     found = examine(None if topology is None else Topology.from_file(topology))
+    if json is not None:
+        write_file(json, msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
     table = Table("what", "found", "")
     for one in found:
         table.add_row(one.name, one.value, one.verdict.value, style=_STYLES[one.verdict])
-    console = Console()
+    console = output_console()
     console.print(table)
     for one in found:
         if one.advice:  # below, on lines of their own, so that commands can be copied
             console.print(f"{one.name}: {one.advice}", style=_STYLES[one.verdict], soft_wrap=True)
-    if json is not None:
-        write_file(json, msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
     return 1 if any(one.verdict is Verdict.CHANGE for one in found) else 0

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
-from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Output, Service, run_ranks
+from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
 from detcoll.errors import UsageError
+from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
 from detcoll.outputs import require_writable, write_file
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes, parse_timeout_s
@@ -130,7 +126,7 @@ def lab(
     require_writable(statistics, "statistics")
     require_writable(log, "log")
     if relay:
-        with _terminable():
+        with ended_by_signals():
             code, seen = run_through_relay(wanted, parse_size_bytes(queue, "queue"), command, deadline_s, prefix=prefix)
         if not seen.connections and code == 0:
             print(_PAST_THE_RELAY, file=sys.stderr, flush=True)
@@ -150,21 +146,21 @@ def lab(
         probe_gap_ns=0 if statistics is None else PROBE_GAP_NS,
     )
     with (
-        _terminable(),
+        ended_by_signals(),
         Lab(
             wanted, conditions, log_path=log, slow_start_after_idle=slow_start_after_idle,
         ) as network,
     ):  # fmt: skip
-        result = run_ranks(
+        code = run_ranks(
             network,
             command,
             launcher=Launcher.MPIEXEC if mpi else Launcher.PLAIN,
-            deadline_ns=None if deadline_s is None else time.monotonic_ns() + round(deadline_s * 1e9),
-            output=Output.PREFIX if prefix else Output.RAW,
+            deadline_s=deadline_s,
+            prefix=prefix,
         )
         if statistics is not None:
             write_file(statistics, msgspec.json.encode(network.statistics()))
-    return result.exit_code if result.exit_code >= 0 else 128 - result.exit_code
+    return code
 
 
 def _topology(
@@ -191,19 +187,3 @@ def _reserve(lines: Topology, service: str | None, reserved: str | None) -> Topo
     if reserved is not None or service is not None:
         return reserve(lines, (Network(Service.DETERMINISTIC),), reserved)
     return lines
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exit that closes what is open."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    wanted = (signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, leave) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
+from rich.text import Text
 
 from detcoll.cli.invocation import command_line
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
+from detcoll.cli.terminal import error_console, output_console
 from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
+from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.experiment import WARMUP, Experiment, run_experiment
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.options import comma_separated, present, wide_topology
-from detcoll.measure.places import ended_by_signals
 from detcoll.measure.results import Measurement, write_result
-from detcoll.measure.tables import measurement_table, output_console
+from detcoll.measure.tables import measurement_table
 from detcoll.outputs import require_folder, require_writable, write_file
 from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
 from detcoll.report import forget_traces, gather, write_report
@@ -172,24 +173,24 @@ def measure(
 
 
 def _run(experiment: Experiment, json: Path | None, report: Path | None) -> int:
-    console, progress = output_console(), Console(stderr=True)
+    console, progress = output_console(), error_console()
     for one in experiment.left_out:
-        progress.print(f"left out: {one.transport}: {one.why}", highlight=False, markup=False)
+        progress.print(f"left out: {one.transport}: {one.why}", highlight=False)
     with ended_by_signals(), progress.status("starting") as status:
 
         def say(line: str) -> None:
-            status.update(line)
+            status.update(Text(line))
             if not progress.is_terminal:
                 print(line, file=sys.stderr, flush=True)
 
         result = replace(run_experiment(experiment, say), command=command_line())
-    console.print(measurement_table(result))
     if json is not None:
         write_result(json, result)
+    console.print(measurement_table(result))
     if report is not None:
         write_result(report / RESULTS, result)
         write_file(report / TOPOLOGY, experiment.topology.to_toml().encode())
-        progress.print(f"report: {write_report(report, gather([report]))}", highlight=False, markup=False)
+        progress.print(f"report: {write_report(report, gather([report]))}", highlight=False)
     return _exit_code(result, experiment)
 
 

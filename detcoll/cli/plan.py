@@ -9,8 +9,8 @@ from typing import Any, Literal
 import msgspec
 
 from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
-from detcoll.cli.progress import progress_bars
 from detcoll.cli.quantity import Quantity
+from detcoll.cli.terminal import progress_bars
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
 from detcoll.job.settings import check_slotting
@@ -135,11 +135,11 @@ def plan(
         SCHEMA, lines, calendar, summarise(asked, lines, calendar), answer,
         _reservation(lines, mode, answer, base_time_ns) if reservation else (),
     )  # fmt: skip
-    _show(report)
     if json is not None:
         write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     if svg is not None:
         write_file(svg, svg_text(cycle_picture(cycle_of_calendar(calendar, lines), SVG_WIDTH)).encode())
+    _show(report)
     return 0 if answer is None or answer.line_bit_per_s is not None else 1
 
 

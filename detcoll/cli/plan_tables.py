@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from detcoll.measure.tables import NONE, output_console
+from detcoll.cli.terminal import output_console
+from detcoll.measure.tables import NONE
 from detcoll.plan import Calendar, SiteReservation
 from detcoll.plan.calendar import flows_between
 from detcoll.plan.reservation import OPEN, GateList

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 
-from detcoll.cli.run import launch
 from detcoll.emulation.relay import Relay, RelayStatistics
 from detcoll.errors import UsageError
-from detcoll.measure.places import cluster_environments
+from detcoll.launch.environment import rank_environments, without_place
+from detcoll.launch.ranks import run_here
 from detcoll.topology import Topology
 
 
@@ -48,9 +49,9 @@ def run_through_relay(
     with Relay(topology, buffer_bytes) as relay:
 
         def environments(meeting: socket.socket) -> list[dict[str, str]]:
-            known = cluster_environments(topology.size, meeting)
+            known = rank_environments(topology.size, without_place(os.environ), meeting)
             return [own | placed for own, placed in zip(known, relay.environments(), strict=True)]
 
         tags = ["", *(f"[{rank}] " for rank in range(1, topology.size))] if prefix else None
-        code = launch(command, environments, tags, deadline_s)
+        code = run_here(command, environments, tags=tags, deadline_s=deadline_s)
         return code, relay.statistics()

@@ -1,19 +1,11 @@
-"""``detcoll run``: the ranks of a program on this host.
-
-Ranks meet at a loopback socket that listens before the first of them starts; rank 0 inherits it, so nobody can take
-the port in between.
-"""
+"""``detcoll run``: the ranks of a program on this host."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +15,8 @@ from detcoll import registry
 from detcoll.cli.quantity import Quantity
 from detcoll.errors import UsageError
 from detcoll.job.settings import AUTO, log_level, place, read_settings
-from detcoll.launch.processes import Guard, start, supervise
-from detcoll.launch.tagging import Tagger
+from detcoll.launch.environment import rank_environments
+from detcoll.launch.ranks import run_here
 from detcoll.outputs import require_folder
 from detcoll.quantities import parse_timeout_s
 from detcoll.rendezvous.sockets import own_host
@@ -75,74 +67,9 @@ def run(
     environ = {**os.environ, **{name: value for name, value in settings.items() if value is not None}}
     _refuse_for_all(environ, ranks)
     tags = [f"[rank {rank}] " for rank in range(ranks)] if tag_output else None
-    return launch(program, lambda listener: rank_environments(ranks, environ, listener), tags, deadline_s)
-
-
-def launch(
-    program: Sequence[str],
-    environments: Callable[[socket.socket], Sequence[Mapping[str, str]]],
-    tags: Sequence[str] | None,
-    deadline_s: float | None,
-) -> int:
-    """Start a program once for each environment, wait for all, and return the exit code of the first that failed.
-
-    Parameters
-    ----------
-    program : sequence of str
-        Program and arguments.
-    environments : callable
-        Gets the socket where the ranks are to meet, and returns the environment of each; the one that has
-        DETCOLL_RENDEZVOUS_FD inherits the socket.
-    tags : sequence of str, optional
-        What each line that a rank prints begins with.
-    deadline_s : float, optional
-        End the ranks after so long.
-    """
-    pipe = None if tags is None else subprocess.PIPE
-    # Left in the opposite order: the guard must outlive the wait, and the tags need the ends of the pipes.
-    with ExitStack() as stack:
-        tagger = None if tags is None else stack.enter_context(Tagger(sys.stdout.buffer, sys.stderr.buffer))
-        guard = stack.enter_context(Guard())
-        with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
-            processes = []
-            for environment in environments(listener):
-                inherited = [listener.fileno()] if "DETCOLL_RENDEZVOUS_FD" in environment else []
-                processes.append(start(program, env=environment, pass_fds=inherited, stdout=pipe, stderr=pipe))
-                guard.watch(processes[-1])
-        if tagger is not None and tags is not None:
-            tagger.copy(processes, tags)
-        return supervise(processes, deadline_s=deadline_s)
-
-
-def rank_environments(size: int, inherited: Mapping[str, str], listener: socket.socket) -> list[dict[str, str]]:
-    """Return the environment of every rank: detcoll's own variables, and those that torch programs read.
-
-    Parameters
-    ----------
-    size : int
-        How many ranks there are.
-    inherited : mapping
-        What to add to.
-    listener : socket.socket
-        Listens where the ranks are to meet; rank 0 is told its descriptor.
-    """
-    common = {name: value for name, value in inherited.items() if name != "DETCOLL_RENDEZVOUS_FD"}
-    common["DETCOLL_RENDEZVOUS"] = f"127.0.0.1:{listener.getsockname()[1]}"
-    common["DETCOLL_JOB"] = secrets.token_hex(8)
-    common["MASTER_ADDR"], common["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-    if size > 1:
-        common.setdefault("OMP_NUM_THREADS", "1")
-    environments = []
-    for rank in range(size):
-        numbers = {
-            f"{prefix}{local}{name}": str(value)
-            for prefix in ("", "DETCOLL_")
-            for local in ("", "LOCAL_")
-            for name, value in (("RANK", rank), ("WORLD_SIZE", size))
-        }
-        environments.append(common | numbers)
-    environments[0]["DETCOLL_RENDEZVOUS_FD"] = str(listener.fileno())
-    return environments
+    return run_here(
+        program, lambda meeting: rank_environments(ranks, environ, meeting), tags=tags, deadline_s=deadline_s
+    )
 
 
 def _check(ranks: int, sites: int | None, topology: Path | None) -> None:
@@ -186,10 +113,3 @@ def _program(command: Sequence[str]) -> list[str]:
     if found is None:
         raise UsageError(f"{first!r} is neither a Python script (.py) nor a program that can be run here")
     return [found, *command[1:]]
-
-
-def _free_port() -> int:
-    """Return a port for torch's own meeting, should the program use it."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port

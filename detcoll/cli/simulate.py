@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from detcoll.cli.invocation import command_line
-from detcoll.cli.progress import progress_bars
 from detcoll.cli.quantity import Quantity
+from detcoll.cli.terminal import output_console, progress_bars
 from detcoll.errors import UsageError
 from detcoll.job.settings import check_slotting
 from detcoll.measure.results import write_result
-from detcoll.measure.tables import NONE, output_console
+from detcoll.measure.tables import NONE
 from detcoll.outputs import require_folder, require_writable
 from detcoll.plan import Slotting
 from detcoll.quantities import format_bytes, format_duration, format_rate, parse_duration_ns, parse_rate_bytes_per_s
@@ -115,9 +115,9 @@ def simulate(
     with progress_bars() as say:
         made = study(chosen, _EFFICIENCY if efficiency is None else efficiency, mode, variants=variants, say=say)
     result = replace(made, command=command_line())
-    output_console().print(study_table(result))
     if json is not None:
         write_result(json, result)
+    output_console().print(study_table(result))
     if report is not None:
         write_result(report / RESULTS, result)
         own = () if scenario in shipped() else (Path(scenario),)

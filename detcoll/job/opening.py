@@ -24,8 +24,8 @@ from detcoll.rendezvous import Session, meet
 from detcoll.runtime import Aligning, Routes, Timekeeper, align_arrivals
 from detcoll.topology import Topology
 from detcoll.transport import host_identity
+from detcoll.version import VERSION
 
-VERSION = "0.1.0"
 MOST_DESCRIPTORS = 65_536
 """To which a process raises its own limit of open files, where it may."""
 

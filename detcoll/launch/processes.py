@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from detcoll.errors import DetcollError
+
 TIMED_OUT = 124
 """The exit code of `supervise` at its deadline, as of timeout(1)."""
 
@@ -144,6 +146,7 @@ def supervise(
     grace_s: float = 5.0,
     announce: Callable[[str], None] | None = None,
     on_interrupt: int = signal.SIGINT,
+    essential: Mapping[int, str] | None = None,
 ) -> int:
     """Wait for ``processes``; when one fails, end the others.
 
@@ -166,12 +169,19 @@ def supervise(
         Gets each message; it goes to standard error unless given.
     on_interrupt : int
         What is forwarded for SIGINT: SIGTERM ends Python programs that do not care without a traceback of each.
+    essential : mapping, optional
+        Other processes that these cannot do without, by number, and what to raise when one has ended.
 
     Returns
     -------
     int
         0 if all succeeded, else the code of the first that failed (128 + n if signal n ended it); 128 + n after
         a forwarded signal n; `TIMED_OUT` at the deadline.
+
+    Raises
+    ------
+    DetcollError
+        If an essential process has ended.
     """
     crew = _Crew(processes, names or [f"rank {i}" for i in range(len(processes))], announce or _say)
     crew.on_interrupt = on_interrupt
@@ -180,7 +190,7 @@ def supervise(
         crew.deadline_ns = time.monotonic_ns() + round(deadline_s * 1e9)
     try:
         with _signals() as received:
-            crew.watch(received)
+            crew.watch(received, essential or {})
     finally:
         crew.clear()
     return crew.code or 0
@@ -207,6 +217,28 @@ def _say(message: str) -> None:
 
 
 @contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that what was started is ended and cleaned up."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    with _handled(leave, (signal.SIGTERM, signal.SIGHUP)):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Let ``handler`` have these signals meanwhile."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
+
+
+@contextlib.contextmanager
 def _signals() -> Iterator[int]:
     """Give a descriptor on which the numbers of forwarded signals arrive, one byte each."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -216,12 +248,10 @@ def _signals() -> Iterator[int]:
             os.write(writing, bytes([number]))
 
     handled = _FORWARDED if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, receive) for number in handled}
     try:
-        yield reading
+        with _handled(receive, handled):
+            yield reading
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(reading)
         os.close(writing)
 
@@ -240,10 +270,14 @@ class _Crew:
         self.deadline_ns: int | None = None
         self.ahead: deque[tuple[int, int | None]] = deque()  # (when, signal), the last one None: give up
 
-    def watch(self, received: int) -> None:
+    def watch(self, received: int, essential: Mapping[int, str]) -> None:
         """Wait until none is running, ending them when there is cause to."""
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
             selector.register(received, selectors.EVENT_READ, None)
+            for pid, why in essential.items():
+                descriptor = os.pidfd_open(pid)
+                opened.callback(os.close, descriptor)
+                selector.register(descriptor, selectors.EVENT_READ, why)
             for index, process in enumerate(self.processes):
                 if process.returncode is None:
                     descriptor = os.pidfd_open(process.pid)
@@ -253,6 +287,8 @@ class _Crew:
                     self._ended([(index, process.returncode)])
             while self.running:
                 keys = [key for key, _ in selector.select(self._wait_s())]
+                if missing := [key.data for key in keys if isinstance(key.data, str)]:
+                    raise DetcollError(missing[0])
                 self._on_signals(received, [key for key in keys if key.data is None])
                 gone = [key for key in keys if key.data is not None]
                 for key in gone:

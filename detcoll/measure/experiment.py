@@ -33,13 +33,13 @@ from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
 from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, LeftOut, Measurement, Run
+from detcoll.registry import SLOTTED
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
 from detcoll.workloads.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
 from detcoll.workloads.workload import WorkloadSpec
 
 CLUSTER_TRANSPORT = "shm"
-SLOTTED = "slotted"
 WARMUP = 3
 
 Say = Callable[[str], None]

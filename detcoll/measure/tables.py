@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -16,23 +14,8 @@ from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration
 
 NONE = "-"
-PIPE_WIDTH = 180
 LARGEST_ARITHMETIC_RATIO = 1.01
 LARGEST_UNEVENNESS = 1.5
-
-
-def output_console() -> Console:
-    """Return the console for tables: as wide as the terminal, and wide enough for every column where there is none."""
-    console = Console()
-    return console if console.is_terminal and _has_width() else Console(width=PIPE_WIDTH)
-
-
-def _has_width() -> bool:
-    """Tell whether standard output is a terminal that knows its width; those that Open MPI gives its ranks do not."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns > 0
-    except (OSError, ValueError):
-        return False
 
 
 def measurement_table(result: Measurement) -> RenderableType:

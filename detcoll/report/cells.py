@@ -14,9 +14,6 @@ NOTHING = "\N{EN DASH}"
 
 TO = "\N{EN DASH}"
 
-SLOTTED = "slotted"
-"""The transport that a report is about, where it is among others."""
-
 
 def series_of(names: Sequence[str]) -> dict[str, int]:
     """Return a series for each name in order of appearance, from 1: 0 is the grey of the baseline."""

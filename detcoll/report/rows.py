@@ -11,9 +11,9 @@ from xml.etree.ElementTree import Element
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text, time_unit
 from detcoll.quantities import format_bytes
+from detcoll.registry import SLOTTED
 from detcoll.report.cells import (
     NOTHING,
-    SLOTTED,
     TO,
     count_cell,
     range_cell,

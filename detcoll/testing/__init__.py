@@ -9,8 +9,9 @@ import pytest
 
 pytest.register_assert_rewrite("detcoll.testing.contract", "detcoll.testing.fabric", "detcoll.testing.programs")
 
+from detcoll.clock import MonotonicClock  # noqa: E402
 from detcoll.testing.contract import TransportContract  # noqa: E402
-from detcoll.testing.fabric import Fabric, Here, LocalMeeting, MonotonicClock, ThreadFabric, pattern  # noqa: E402
+from detcoll.testing.fabric import Fabric, Here, LocalMeeting, ThreadFabric, pattern  # noqa: E402
 from detcoll.testing.fake_clock import FakeClock, VirtualTime  # noqa: E402
 from detcoll.testing.faults import Delay, Drop, Faults, FaultyEndpoint, FaultyTransport, Kill, Pass  # noqa: E402
 from detcoll.testing.memory import MemoryEndpoint, MemoryTransport  # noqa: E402

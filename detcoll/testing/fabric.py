@@ -15,7 +15,6 @@ processes (`detcoll.testing.ProcessFabric`) makes no difference to it::
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from detcoll.clock import MonotonicClock
 from detcoll.errors import ConnectError, TransportError
 from detcoll.transport import Capabilities, Clock, Endpoint, Rendezvous, Ticket, TicketStatus, Transport
 
@@ -34,14 +34,6 @@ TIMEOUT_NS = 20 * 10**9
 CLOSE_TIMEOUT_NS = 5 * 10**9
 
 Program = Callable[..., Any]
-
-
-class MonotonicClock:
-    """The system's monotonic clock."""
-
-    def now_ns(self) -> int:
-        """Return the time in nanoseconds."""
-        return time.monotonic_ns()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
+from detcoll.clock import MonotonicClock
 from detcoll.errors import ConnectError
-from detcoll.testing.fabric import CLOSE_TIMEOUT_NS, TIMEOUT_NS, Here, MonotonicClock
+from detcoll.testing.fabric import CLOSE_TIMEOUT_NS, TIMEOUT_NS, Here
 from detcoll.testing.worlds import ADDRESS_VARIABLE, ORDER_VARIABLE
 from detcoll.transport import Endpoint, Transport
 

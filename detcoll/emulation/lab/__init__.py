@@ -7,7 +7,7 @@ the calendars that the ranks kept.
 from detcoll.emulation.lab.audit import Audit, audit, read_traces
 from detcoll.emulation.lab.conditions import DEFAULT_QUEUE_BYTES, Conditions, Failure, Service
 from detcoll.emulation.lab.emulation import Lab
-from detcoll.emulation.lab.launch import Launcher, Output, RanksResult, rank_environments, run_ranks
+from detcoll.emulation.lab.launch import Launcher, rank_environments, run_ranks
 from detcoll.emulation.lab.log import RECORD, read_log
 from detcoll.emulation.lab.statistics import DirectionStatistics, Statistics
 from detcoll.emulation.lab.tun import why_unavailable
@@ -21,8 +21,6 @@ __all__ = [
     "Failure",
     "Lab",
     "Launcher",
-    "Output",
-    "RanksResult",
     "Service",
     "Statistics",
     "audit",

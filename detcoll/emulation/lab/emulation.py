@@ -7,11 +7,8 @@ between them with the rates, delays and queues of a topology (`detcoll.emulation
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -20,25 +17,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import msgspec
-
+from detcoll.emulation.helper import ASK_STATISTICS, Helper
 from detcoll.emulation.lab.conditions import Conditions
 from detcoll.emulation.lab.flows import FlowsConfig
 from detcoll.emulation.lab.line import TENANT_HOST
 from detcoll.emulation.lab.namespaces import Namespace, end_processes, new_namespace, run_inside
-from detcoll.emulation.lab.router import ASK_QUIT, ASK_STATISTICS, READY, RouterConfig
+from detcoll.emulation.lab.router import RouterConfig
 from detcoll.emulation.lab.statistics import Statistics
 from detcoll.emulation.lab.tun import open_tun, why_unavailable
-from detcoll.errors import Closed, DeadlineMissed, DetcollError, TransportUnavailable, UsageError
+from detcoll.errors import Closed, DetcollError, TransportUnavailable, UsageError
 from detcoll.topology import Topology
 
 T = TypeVar("T")
 
 LARGEST_LAB = 200
 
-_ROUTER = "import sys; from detcoll.emulation.lab.router import main; sys.exit(main(sys.argv[1:]))"
-_FLOWS = "import sys; from detcoll.emulation.lab.flows import main; sys.exit(main(sys.argv[1:]))"
-_ROUTER_PATIENCE_S = 30.0
 _GRACE_NS = 2 * 10**9
 _REAP_PATIENCE_S = 5.0
 # The kernel's own bound, and one below which it refuses or hands over single segments.
@@ -144,77 +137,21 @@ class Lab:
 
     def _start_router(self, stack: ExitStack, config: RouterConfig) -> None:
         descriptors = [*config.tuns, *config.tenant_tuns, *config.namespaces]
-        self._router, self._control = self._start_helper(stack, _ROUTER, descriptors)
+        self._router = Helper("the lab's router", "detcoll.emulation.lab.router", descriptors)
         stack.callback(self._stop_router)
-        self._control.sendall(msgspec.json.encode(config) + b"\n")
-        answer = self._receive_line()
-        if answer != READY:
-            raise DetcollError(f"the lab's router does not start: {answer.decode().strip()}")
+        self._router.configure(config, bool)
 
     def _start_flows(self, stack: ExitStack, config: FlowsConfig) -> None:
-        """Start the process of others' TCP flows, which ends when its control socket is closed."""
+        """Start the process of others' TCP flows."""
         networks = tuple(namespace.network for namespace in self._tenants)
-        process, control = self._start_helper(stack, _FLOWS, networks)
-        stack.callback(_stop_flows, process, control)
-        control.sendall(msgspec.json.encode(replace(config, namespaces=networks)))
-        answer = control.recv(1 << 16)
-        if answer != READY:
-            raise DetcollError(f"others' TCP flows do not start: {answer.decode().strip()}")
-
-    def _start_helper(
-        self, stack: ExitStack, code: str, descriptors: Sequence[int]
-    ) -> tuple[subprocess.Popen[Any], socket.socket]:
-        """Start a process of the lab's own and return it and the socket that leads to it."""
-        control, theirs = socket.socketpair()
-        stack.callback(control.close)
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code, str(theirs.fileno())],
-                pass_fds=[theirs.fileno(), *descriptors],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        control.settimeout(_ROUTER_PATIENCE_S)
-        return process, control
-
-    def _receive_line(self) -> bytes:
-        """Return the router's answer to the last request."""
-        received = bytearray()
-        deadline_ns = time.monotonic_ns() + int(_ROUTER_PATIENCE_S * 1e9)
-        while not received.endswith(b"\n"):
-            try:
-                piece = self._control.recv(1 << 20)
-            except TimeoutError as error:
-                raise DeadlineMissed(f"the lab's router did not answer within {_ROUTER_PATIENCE_S:.0f} s") from error
-            except OSError as error:
-                raise DetcollError(f"the lab's router has ended: {error}") from error
-            if not piece:
-                raise DetcollError(f"the lab's router has ended, exit code {self._router.wait(_ROUTER_PATIENCE_S)}")
-            received += piece
-            if time.monotonic_ns() > deadline_ns:
-                raise DeadlineMissed(f"the lab's router did not answer within {_ROUTER_PATIENCE_S:.0f} s")
-        return bytes(received)
-
-    def _ask(self, request: bytes) -> Statistics:
-        try:
-            self._control.sendall(request)
-        except OSError as error:
-            raise DetcollError(f"the lab's router has ended, exit code {self._router.poll()}") from error
-        return msgspec.json.decode(self._receive_line(), type=Statistics)
+        flows = Helper("the process of others' TCP flows", "detcoll.emulation.lab.flows", networks)
+        stack.callback(flows.close)
+        flows.configure(replace(config, namespaces=networks), bool)
 
     def _stop_router(self) -> None:
         """Let the router finish its log and end, or kill it."""
-        try:
-            # Where this process was told to end meanwhile, the answer to an earlier request comes first.
-            with suppress(DetcollError, OSError, msgspec.MsgspecError):
-                self._final = self._ask(ASK_QUIT)
-            self._control.close()
-            self._router.wait(_ROUTER_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self._router.kill()
-            self._router.wait()
+        self._final = self._router.quit(Statistics)
+        self._router.close()
 
     def _end_processes(self) -> None:
         """End all that runs in the sites, and reap what was started by `popen`."""
@@ -266,7 +203,8 @@ class Lab:
             options = {"start_new_session": True, **options}
             start = partial(subprocess.Popen, list(argv), env=None if env is None else dict(env), **options)
             child: subprocess.Popen[Any] = run_inside(self._namespaces[site], start)
-            self._children = [known for known in self._children if known.poll() is None]
+            # Who started them reaps them, once what they left in their groups has ended.
+            self._children = [known for known in self._children if known.returncode is None]
             self._children.append(child)
         return child
 
@@ -299,7 +237,7 @@ class Lab:
                 if self._final is None:
                     raise Closed("the lab is closed and its router died before")
                 return self._final
-            return self._ask(ASK_STATISTICS)
+            return self._router.ask(ASK_STATISTICS, Statistics)
 
     def close(self) -> None:
         """End every process in the sites (SIGTERM, then SIGKILL), the router and the sites. Idempotent."""
@@ -319,15 +257,6 @@ class Lab:
         if isinstance(site, bool) or not isinstance(site, int) or not 0 <= site < len(self.topology.sites):
             raise UsageError(f"site={site!r} must be a number from 0 to {len(self.topology.sites) - 1}")
         return site
-
-
-def _stop_flows(process: subprocess.Popen[Any], control: socket.socket) -> None:
-    control.close()
-    try:
-        process.wait(_REAP_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _check(topology: Topology) -> None:

@@ -10,7 +10,6 @@ single segments does. What arrives is thrown away in the kernel (``MSG_TRUNC``, 
 from __future__ import annotations
 
 import selectors
-import signal
 import socket
 import sys
 import time
@@ -20,12 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 
-import msgspec
-
+from detcoll.emulation.helper import answer, configured
 from detcoll.emulation.lab.namespaces import Namespace, run_inside
 from detcoll.errors import DetcollError
-
-READY = b"ready\n"
 
 _FLOWS_PER_SITE = 2
 _PORT = 7000
@@ -120,15 +116,13 @@ def _throw_away(flow: socket.socket) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the flows; ``arguments`` are the number of the control socket's descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=int(arguments[0])) as control:
-        config = msgspec.json.decode(control.recv(1 << 20), type=FlowsConfig)
+    with configured(arguments, FlowsConfig) as (config, control):
         try:
             flows = _Flows(config, control)
         except (OSError, DetcollError) as error:
-            control.sendall(f"{error}\n".encode())
+            answer(control, str(error))
             return 1
-        control.sendall(READY)
+        answer(control, True)
         flows.run()
     return 0
 

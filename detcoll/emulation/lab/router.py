@@ -13,7 +13,6 @@ import gc
 import math
 import os
 import select
-import signal
 import socket
 import sys
 import time
@@ -21,18 +20,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-import msgspec
-
+from detcoll.emulation.helper import ASK_QUIT, answer, configured
 from detcoll.emulation.lab.conditions import Conditions, Service
 from detcoll.emulation.lab.line import HOST, TENANT_HOST, WideArea
 from detcoll.emulation.lab.log import ArrivalLog
 from detcoll.emulation.lab.namespaces import end_processes
 from detcoll.emulation.lab.statistics import Statistics
 from detcoll.topology import Topology
-
-ASK_STATISTICS = b"s"
-ASK_QUIT = b"q"
-READY = b"ready\n"
 
 _LARGEST_UNIT_BYTES = 65536 + 64
 # So many units are read from one device before the others, and what is due, get their turn.
@@ -143,7 +137,7 @@ class _Router:
         try:
             request = self._control.recv(1)
             if request:
-                self._control.sendall(msgspec.json.encode(self.statistics()) + b"\n")
+                answer(self._control, self.statistics())
         except OSError:
             return False
         return {ASK_QUIT: True, b"": False}.get(request)
@@ -186,25 +180,10 @@ def _raise_priority() -> None:
             os.nice(_NICENESS)
 
 
-def _receive_line(control: socket.socket) -> bytes:
-    received = bytearray()
-    while not received.endswith(b"\n"):
-        piece = control.recv(65536, socket.MSG_PEEK)
-        if not piece:
-            raise EOFError("the lab went away before the router was configured")
-        received += control.recv(piece.find(b"\n") + 1 or len(piece))  # what follows is a request
-    return bytes(received)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run a router; ``arguments`` are the number of the control socket's descriptor."""
-    # Ctrl-C is for the lab, which ends its processes first and the router last.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    control = socket.socket(fileno=int(arguments[0]))
-    control.settimeout(_ANSWER_TIMEOUT_S)
-    config = msgspec.json.decode(_receive_line(control), type=RouterConfig)
-    with ExitStack() as stack:
-        stack.enter_context(control)
+    with configured(arguments, RouterConfig) as (config, control), ExitStack() as stack:
+        control.settimeout(_ANSWER_TIMEOUT_S)
         goodbye = False
         try:
             lab_process = os.pidfd_open(config.lab_process)
@@ -214,11 +193,11 @@ def main(arguments: Sequence[str]) -> int:
             gc.collect()
             gc.disable()  # nothing here makes cycles
             _raise_priority()
-            control.sendall(READY)
+            answer(control, True)
             goodbye = router.forward()
         except OSError as error:
             with suppress(OSError):
-                control.sendall(f"{error}\n".encode())
+                answer(control, str(error))
         finally:
             if not goodbye:
                 end_processes(config.namespaces, grace_ns=0)

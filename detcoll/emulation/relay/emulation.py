@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-import msgspec
-
-from detcoll.emulation.relay.server import ASK_QUIT, ASK_STATISTICS, LOOPBACK, RelayConfig, RelayStatistics
+from detcoll.emulation.helper import ASK_STATISTICS, Helper
+from detcoll.emulation.relay.server import LOOPBACK, RelayConfig, RelayStatistics
 from detcoll.errors import Closed, DetcollError, UsageError
+from detcoll.launch.environment import rank_numbers
 from detcoll.topology import Topology
 
 DEFAULT_BUFFER_BYTES = 2_500_000
 
-_SERVER = "import sys; from detcoll.emulation.relay.server import main; sys.exit(main(sys.argv[1:]))"
-_PATIENCE_S = 30.0
 # Below the ports that systems give out by themselves (32768 on Linux, 49152 elsewhere), above those of services.
 _LOWEST_PORT, _END_PORT = 10_000, 32_768
 _ATTEMPTS = 50
@@ -66,34 +61,16 @@ class Relay:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             self._topology_path = Path(folder, "topology.toml")
             self._topology_path.write_text(topology.to_toml(), encoding="utf-8")
-            self._control, theirs = socket.socketpair()
-            stack.callback(self._control.close)
-            self._control.settimeout(_PATIENCE_S)
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _SERVER, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+            self._helper = Helper("the relay", "detcoll.emulation.relay.server")
             stack.callback(self._stop)
-            self._proxy_ports = self._configure(RelayConfig(topology, self._ranges, buffer_bytes, folder))
+            config = RelayConfig(topology, self._ranges, buffer_bytes, folder)
+            self._proxy_ports = self._helper.configure(config, tuple[int, ...])
             self._resources = stack.pop_all()
-
-    def _configure(self, config: RelayConfig) -> tuple[int, ...]:
-        """Tell the relay what it is, and return where it takes connections from each site."""
-        self._control.sendall(msgspec.json.encode(config) + b"\n")
-        answer: list[int] | str = msgspec.json.decode(self._receive_line(), type=list[int] | str)
-        if isinstance(answer, str):
-            raise DetcollError(f"the relay does not start: {answer}")
-        return tuple(answer)
 
     @property
     def pid(self) -> int:
         """The process id of the relay."""
-        return self._process.pid
+        return self._helper.pid
 
     def proxy(self, site: int) -> str:
         """Return host:port of the proxy for processes of site number ``site``."""
@@ -109,12 +86,8 @@ class Relay:
         for rank in range(self.topology.size):
             index = self.topology.site_of(rank)
             site = self.topology.sites[index]
-            local, count = str(site.ranks.index(rank)), str(len(site.ranks))
-            environments.append({
-                "LOCAL_RANK": local,
-                "LOCAL_WORLD_SIZE": count,
-                "DETCOLL_LOCAL_RANK": local,
-                "DETCOLL_LOCAL_WORLD_SIZE": count,
+            numbers = rank_numbers(rank, self.topology.size, site.ranks.index(rank), len(site.ranks))
+            environments.append(numbers | {
                 "DETCOLL_TOPOLOGY": str(self._topology_path),
                 "DETCOLL_SITE": site.name,
                 "DETCOLL_PORTS": "{}-{}".format(*self._ranges[index]),
@@ -134,7 +107,7 @@ class Relay:
         """
         with self._lock:
             if not self._closed:
-                return self._ask(ASK_STATISTICS)
+                return self._helper.ask(ASK_STATISTICS, RelayStatistics)
             if self._final is None:
                 raise Closed("the relay is closed and died before")
             return self._final
@@ -151,36 +124,10 @@ class Relay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _ask(self, request: bytes) -> RelayStatistics:
-        try:
-            self._control.sendall(request)
-        except OSError as error:
-            raise DetcollError(f"the relay has ended, exit code {self._process.poll()}") from error
-        return msgspec.json.decode(self._receive_line(), type=RelayStatistics)
-
-    def _receive_line(self) -> bytes:
-        received = bytearray()
-        while not received.endswith(b"\n"):
-            try:
-                piece = self._control.recv(1 << 16)
-            except OSError as error:
-                raise DetcollError(f"the relay did not answer: {error}") from error
-            if not piece:
-                raise DetcollError(f"the relay has ended, exit code {self._process.wait(_PATIENCE_S)}")
-            received += piece
-        return bytes(received)
-
     def _stop(self) -> None:
         """Let the relay tell what it counted and end, or kill it."""
-        # Where this process was told to end meanwhile, the answer to an earlier request comes first.
-        with suppress(DetcollError, msgspec.MsgspecError):
-            self._final = self._ask(ASK_QUIT)
-        self._control.close()
-        try:
-            self._process.wait(_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._final = self._helper.quit(RelayStatistics)
+        self._helper.close()
 
 
 def _check(topology: Topology, buffer_bytes: int) -> None:

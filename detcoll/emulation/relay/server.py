@@ -17,7 +17,6 @@ import resource
 import select
 import selectors
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -27,6 +26,7 @@ from contextlib import suppress
 
 import msgspec
 
+from detcoll.emulation.helper import ASK_QUIT, ASK_STATISTICS, answer, configured
 from detcoll.emulation.relay.lines import Direction, Lines
 from detcoll.emulation.relay.socks import Answer
 from detcoll.emulation.relay.tunnel import Event, Side, Tunnel
@@ -34,7 +34,6 @@ from detcoll.priority import LINE, make_prompt, shorten_turns
 from detcoll.topology import Topology
 
 LOOPBACK = "127.0.0.1"
-ASK_STATISTICS, ASK_QUIT = b"s", b"q"
 
 _HANDSHAKE_NS = 10 * 10**9
 _BACKLOG = 4096
@@ -155,7 +154,7 @@ class Server:
         """Answer what is asked; False at the end."""
         asked = self._control.recv(1)
         if asked in (ASK_STATISTICS, ASK_QUIT):
-            self._control.sendall(msgspec.json.encode(self.statistics()) + b"\n")
+            answer(self._control, self.statistics())
         return asked == ASK_STATISTICS
 
     def statistics(self) -> RelayStatistics:
@@ -373,33 +372,20 @@ def _allow_descriptors(topology: Topology) -> None:
         ) from error
 
 
-def _receive_line(control: socket.socket) -> bytes:
-    received = bytearray()
-    while not received.endswith(b"\n"):
-        piece = control.recv(1)
-        if not piece:
-            raise EOFError("the relay's parent went away before it was configured")
-        received += piece
-    return bytes(received)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run a relay; ``arguments`` are the number of the control socket's descriptor."""
-    # Ctrl-C is for the parent, which ends the ranks first and the relay last.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=int(arguments[0])) as control:
-        config = msgspec.json.decode(_receive_line(control), type=RelayConfig)
+    with configured(arguments, RelayConfig) as (config, control):
         try:
             server = Server(config, control)
         except OSError as error:
             with suppress(OSError):
-                control.sendall(msgspec.json.encode(str(error)) + b"\n")
+                answer(control, str(error))
             return 1
         try:
             if not make_prompt(LINE):
                 shorten_turns()
             gc.freeze()
-            control.sendall(msgspec.json.encode(server.ports) + b"\n")
+            answer(control, server.ports)
             with suppress(BrokenPipeError, ConnectionResetError):  # the parent is gone: so is everybody
                 server.run()
         finally:

@@ -1,0 +1,120 @@
+"""Runs a program once a rank on this host: starts the ranks, copies what they print, waits for all of them.
+
+Ranks meet at a loopback socket that listens before the first of them starts; rank 0 inherits it, so nobody can take
+the port in between.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from detcoll.launch.environment import LOOPBACK, MEETING_DESCRIPTOR
+from detcoll.launch.forwarding import Forwarder
+from detcoll.launch.processes import Guard, start, supervise
+from detcoll.outputs import OutputLost
+
+Start = Callable[[int | None, int | None], subprocess.Popen[bytes]]
+"""Starts one process with these descriptors as its standard output and standard error, ours where None."""
+
+
+def run_here(
+    program: Sequence[str],
+    environments: Callable[[socket.socket], Sequence[Mapping[str, str]]],
+    *,
+    tags: Sequence[str] | None = None,
+    logs: Path | None = None,
+    deadline_s: float | None = None,
+    on_interrupt: int = signal.SIGINT,
+) -> int:
+    """Start a program once for each environment on this host, and wait for all as `run_crew` does.
+
+    Parameters
+    ----------
+    program : sequence of str
+        Program and arguments.
+    environments : callable
+        Gets the socket where the ranks are to meet, and returns the environment of each; the one that has
+        DETCOLL_RENDEZVOUS_FD inherits the socket.
+    tags, logs, deadline_s, on_interrupt
+        As for `run_crew`.
+    """
+
+    def start_rank(environment: Mapping[str, str], out: int | None, err: int | None) -> subprocess.Popen[bytes]:
+        inherited = [meeting.fileno()] if MEETING_DESCRIPTOR in environment else []
+        return start(program, env=environment, pass_fds=inherited, stdout=out, stderr=err)
+
+    with socket.create_server((LOOPBACK, 0), backlog=4096) as meeting:
+        starts = [partial(start_rank, environment) for environment in environments(meeting)]
+        return run_crew(
+            starts, tags=tags, logs=logs, deadline_s=deadline_s, on_interrupt=on_interrupt, when_started=meeting.close
+        )
+
+
+def run_crew(
+    starts: Sequence[Start],
+    *,
+    tags: Sequence[str] | None = None,
+    logs: Path | None = None,
+    deadline_s: float | None = None,
+    settle_s: float = 1.0,
+    on_interrupt: int = signal.SIGINT,
+    essential: Mapping[int, str] | None = None,
+    when_started: Callable[[], None] | None = None,
+) -> int:
+    """Start processes, wait for all, and return the exit code of the first that failed.
+
+    A single process shares the output of this one. That of several is copied in whole lines.
+
+    Parameters
+    ----------
+    starts : sequence of callable
+        Start one process each.
+    tags : sequence of str, optional
+        What each line that a process prints begins with.
+    logs : Path, optional
+        Folder for a file a process with its standard output; standard error is shared then.
+    deadline_s, settle_s, on_interrupt, essential
+        As for `supervise`.
+    when_started : callable, optional
+        Called when all have started.
+
+    Raises
+    ------
+    OutputLost
+        If what they printed could not be written, and none of them failed.
+    DetcollError
+        As `supervise` does.
+    """
+    # Left in the opposite order: the guard must outlive the wait, and the forwarder needs the ends of the pipes.
+    with ExitStack() as stack:
+        forwarder = None
+        if logs is None and (tags is not None or len(starts) > 1):
+            forwarder = stack.enter_context(Forwarder(sys.stdout.buffer, sys.stderr.buffer))
+        guard = stack.enter_context(Guard())
+        processes: list[subprocess.Popen[bytes]] = []
+        for rank, start_one in enumerate(starts):
+            with ExitStack() as open_while_starting:
+                out, err = None, None
+                if forwarder is not None:
+                    out, err = open_while_starting.enter_context(forwarder.channels("" if tags is None else tags[rank]))
+                elif logs is not None:
+                    out = open_while_starting.enter_context((logs / f"rank{rank}.out").open("wb")).fileno()
+                processes.append(start_one(out, err))
+            guard.watch(processes[-1])
+        if when_started is not None:
+            when_started()
+        if forwarder is not None:
+            forwarder.begin()
+        code = supervise(
+            processes, deadline_s=deadline_s, settle_s=settle_s, on_interrupt=on_interrupt, essential=essential
+        )
+    if code == 0 and forwarder is not None and forwarder.lost is not None:
+        raise OutputLost(forwarder.lost.errno, forwarder.lost.strerror)
+    return code
