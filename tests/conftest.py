@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,17 @@ import pytest
 from detcoll.launch.mpiexec import find_mpiexec
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the many processes that tests start cheap: none compiles detcoll anew, none starts a pool of threads."""
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist inherits the environment
+        return
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # containers set it to keep images small
+    if "OMP_NUM_THREADS" not in os.environ:
+        patch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ TOPOLOGY = sites_of([2, 2])
 THREE = sites_of([2, 1, 2])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     ranks=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     count=st.integers(0, 200),
@@ -303,7 +303,7 @@ def test_steps_after_later_ones_are_refused() -> None:
 
 
 def test_a_message_larger_than_a_window_is_found() -> None:
-    big = Collective("all_reduce", 400_000, 2, 4)
+    big = Collective("all_reduce", 200_000, 2, 4)
     calendar = build_calendar(TOPOLOGY, Slotting.TURNS)
     check(all_parts(big, TOPOLOGY, "exchange", ChunkSize(100_000, 2)), TOPOLOGY, calendar)
     short = replace(

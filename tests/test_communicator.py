@@ -394,12 +394,12 @@ def test_mpi_starts_on_no_rank_unless_all_have_it(mpiexec: list[str]) -> None:
     assert len(ended.said) == 3
 
 
-def test_a_thousand_random_all_reduces_have_the_same_bits_everywhere(tmp_path, mpiexec: list[str]) -> None:
+def test_random_all_reduces_have_the_same_bits_everywhere(tmp_path, mpiexec: list[str]) -> None:
     topology = lines(2, 2, rate_bytes_per_s=1e9)
     digests = {}
     for transport, launcher in (("slotted", None), ("shm", None), ("mpi", [*mpiexec, "-n", "4"])):
         ended = launch(
-            4, "random_all_reduces.py", 1000, 11, 5000, topology=topology, folder=tmp_path, launcher=launcher,
+            4, "random_all_reduces.py", 300, 11, 5000, topology=topology, folder=tmp_path, launcher=launcher,
             environ={"DETCOLL_TRANSPORT": transport},
         )  # fmt: skip
         assert ended.code == 0, ended.err

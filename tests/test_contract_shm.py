@@ -29,6 +29,7 @@ class TestShm(TransportContract):
 class TestTinyRings(TransportContract):
     capabilities = ShmTransport.capabilities
     clogged_bytes = 100_000
+    large_count = 30_001
 
     def fabric(self, n: int) -> Fabric:
         return ThreadFabric(ShmTransport(), n, TINY)

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from detcoll.launch.mpiexec import find_mpiexec
+from detcoll.workloads.digits import save_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -30,6 +32,13 @@ WHY_NOT = {
     "torchrun": None if TORCHRUN else "torchrun is not installed",
 }
 HAS_DIGITS = find_spec("sklearn") is not None
+STAND_IN = """
+import numpy as np
+
+def load_digits(return_X_y):
+    with np.load({path!r}) as data:
+        return data["pixels"] * 16, data["labels"]
+"""
 
 pytestmark = [
     pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are not installed"),
@@ -37,14 +46,25 @@ pytestmark = [
 ]
 
 
-def run(launcher: str, script: str, *arguments: str) -> str:
+def run(launcher: str, script: str, *arguments: str, more: Mapping[str, str] | None = None) -> str:
     if (reason := WHY_NOT.get(launcher)) is not None:
         pytest.skip(reason)
     argv = [*LAUNCHERS[launcher], str(EXAMPLES / script), *arguments]
-    environ = os.environ | (MPIEXEC.environment if MPIEXEC else {})
+    environ = os.environ | (MPIEXEC.environment if MPIEXEC else {}) | dict(more or {})
     done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What gives examples the same digits without scikit-learn, whose import takes longer than they learn."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "sklearn").mkdir()
+    save_digits(folder / "digits.npz")
+    (folder / "sklearn" / "__init__.py").touch()
+    (folder / "sklearn" / "datasets.py").write_text(STAND_IN.format(path=str(folder / "digits.npz")))
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +87,12 @@ def test_digits_learn(curve: list[str]) -> None:
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_digits_have_one_loss_curve(launcher: str, curve: list[str]) -> None:
-    assert run(launcher, "02_digits.py", "--iterations", "21").splitlines() == curve
+def test_digits_have_one_loss_curve(launcher: str, curve: list[str], digits: dict[str, str]) -> None:
+    assert run(launcher, "02_digits.py", "--iterations", "21", more=digits).splitlines() == curve
 
 
-def test_digits_over_mpi_have_the_same_loss_curve(curve: list[str]) -> None:
-    assert run("mpiexec", "03_digits_mpi.py", "--iterations", "21").splitlines() == curve
+def test_digits_over_mpi_have_the_same_loss_curve(curve: list[str], digits: dict[str, str]) -> None:
+    assert run("mpiexec", "03_digits_mpi.py", "--iterations", "21", more=digits).splitlines() == curve
 
 
 def test_own_transport_serves_the_facade() -> None:

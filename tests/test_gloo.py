@@ -193,7 +193,7 @@ def test_connect_names_who_never_came() -> None:
 
     def connect(rank: int) -> None:
         with pytest.raises(ConnectError, match=r"ranks \[1\] never came"):
-            endpoints[rank].connect(addresses, clock.now_ns() + 5 * 10**8)
+            endpoints[rank].connect(addresses, clock.now_ns() + 3 * 10**9)
 
     in_threads(3, lambda rank: rank == 1 or connect(rank))
     for endpoint in endpoints:

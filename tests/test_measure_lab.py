@@ -79,7 +79,7 @@ def test_synthetic(tmp_path: Path) -> None:
 
 def test_digits(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    data = measure(tmp_path / "m.json", "--iterations", "6", "--rounds", "2", "--against", "none")
+    data = measure(tmp_path / "m.json", "--iterations", "6", "--rounds", "1", "--warmup", "1", "--against", "none")
     single, slotted = data["runs"]
     assert single["result_digest"] == slotted["result_digest"] is not None
     assert single["losses"] == slotted["losses"]
@@ -124,8 +124,8 @@ def test_a_reserved_rate_beside_others(tmp_path: Path) -> None:
 
 def test_each_gain_apart(tmp_path: Path) -> None:
     arguments = [
-        "--workload", "synthetic", "--compute", "60 ms", "--gradient-bytes", "256KiB", "--bucket-bytes", "64KiB",
-        "--iterations", "2", "--rounds", "1", "--warmup", "1", "--against", "none", "--service", "deterministic",
+        "--workload", "synthetic", "--compute", "20 ms", "--gradient-bytes", "1MiB", "--bucket-bytes", "256KiB",
+        "--iterations", "1", "--rounds", "1", "--warmup", "1", "--against", "none", "--service", "deterministic",
         "--compute-kind", "python", "--without", "topology,slots,overlap,reservation",
     ]  # fmt: skip
     data = measure(tmp_path / "m.json", *arguments, ranks_per_site=2)

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detcoll.plan import ALL_REDUCE, Collective, Costs, Planner, Slotting, build_calendar, choose_chunk, predict_ns
+from detcoll.plan import (
+    ALL_REDUCE,
+    Calendar,
+    Collective,
+    Costs,
+    Planner,
+    Slotting,
+    build_calendar,
+    choose_chunk,
+    predict_ns,
+)
 from detcoll.plan.lines import Lines, last_end_ns
 from detcoll.plan.predict import RETURN_WORK_NS
 from detcoll.sim import simulate
@@ -33,13 +43,19 @@ def both_ns(
     return predicted, simulated.slowest_ns
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("lateness_ns", [0, MS])
-def test_windows_of_unequal_distances_within_five_percent(lateness_ns: int) -> None:
+@pytest.fixture(scope="module")
+def unequal() -> tuple[Topology, Calendar]:
+    """Four sites whose distances differ; the solver uses all of its time."""
     even = sites_of([1] * 4, 31.25e6)
     delays = zip(even.links, (5, 12, 40, 9, 33, 21), strict=True)
     topology = replace(even, links=tuple((pair, Link(delay * MS)) for (pair, _), delay in delays))
-    calendar = build_calendar(topology, seconds=2)
+    return topology, build_calendar(topology, seconds=2)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("lateness_ns", [0, MS])
+def test_windows_of_unequal_distances_within_five_percent(unequal: tuple[Topology, Calendar], lateness_ns: int) -> None:
+    topology, calendar = unequal
     collective = Collective("all_reduce", 2**23, 4, 4)
     chunk = choose_chunk(topology, calendar, collective)
     parts = all_parts(collective, topology, "direct", chunk)

@@ -46,6 +46,18 @@ def wait_until_gone(pids: Sequence[int]) -> None:
         select.select([], [], [], 0.01)
 
 
+def wait_until_handled(launcher: subprocess.Popen[str]) -> None:
+    """Wait until `supervise` handles signals: SIGHUP is the last of them."""
+    deadline = time.monotonic() + 20
+    while True:
+        with open(f"/proc/{launcher.pid}/status", encoding="ascii") as status:
+            [caught] = [int(line.split()[1], 16) for line in status if line.startswith("SigCgt:")]
+        if caught >> (signal.SIGHUP - 1) & 1:
+            return
+        assert time.monotonic() < deadline, "the launcher handles no signals"
+        select.select([], [], [], 0.01)
+
+
 def test_success_of_all_is_zero() -> None:
     assert run("true", "sleep 0.05", "exit 0") == (0, [])
 
@@ -67,7 +79,10 @@ def test_who_ignores_sigterm_is_killed_after_the_grace() -> None:
 
 
 def test_the_deadline_ends_all() -> None:
-    code, said = run(FOREVER, "true", deadline_s=0.2)
+    said: list[str] = []
+    crew = shells(FOREVER, "true")
+    assert crew[1].wait(20) == 0, "it has ended before its time counts"
+    code = supervise(crew, settle_s=0.05, deadline_s=0.2, announce=said.append)
     assert code == TIMED_OUT
     assert said == ["the time is over; ending rank 0"]
 
@@ -139,6 +154,7 @@ def launched(on_interrupt: int = signal.SIGINT):  # type: ignore[no-untyped-def]
         assert launcher.stdout is not None
         pids = {int(word) for _ in range(3) for word in launcher.stdout.readline().split()}
         assert len(pids) == 5
+        wait_until_handled(launcher)
         yield launcher, pids
     finally:
         launcher.kill()

@@ -523,7 +523,8 @@ def test_a_rank_that_dies_before_all_have_come() -> None:
 class Dictionary:
     """A store as torch's are, with what the ranks of one process need."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 20.0) -> None:
+        self.timeout_s = timeout_s
         self.values: dict[str, bytes] = {}
         self.changed = threading.Condition()
 
@@ -534,7 +535,7 @@ class Dictionary:
 
     def get(self, key: str) -> bytes:
         with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, timeout=0.3):
+            if not self.changed.wait_for(lambda: key in self.values, self.timeout_s):
                 raise RuntimeError("wait timeout")
             return self.values[key]
 
@@ -551,7 +552,7 @@ def test_meeting_through_a_store() -> None:
 
 def test_a_store_without_rank_0() -> None:
     with pytest.raises(ConnectError, match="rank 0 never came"):
-        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary())
+        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary(0.1))
 
 
 def local_mpi_world(rank: int, size: int, job: str) -> World:

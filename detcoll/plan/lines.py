@@ -83,6 +83,7 @@ class Lines:
         for (low, high), link in topology.links:
             half = link.asymmetry_ns // 2
             self.delay_ns[low, high], self.delay_ns[high, low] = link.one_way_ns + half, link.one_way_ns - half
+        self._windows: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
         self._rates = np.array(calendar.rates, dtype=np.float64).reshape(count, count)
         up = [site.uplink_bytes_per_s or np.inf for site in topology.sites]
         down = [site.downlink_bytes_per_s or rate for site, rate in zip(topology.sites, up, strict=True)]
@@ -100,11 +101,14 @@ class Lines:
             return self._end_at_once(flows, begin_ns)
         rates = self._rates[self.site_of[flows.src], self.site_of[flows.dst]]
         ends: Floats = begin_ns + flows.nbytes / rates * 1e9
+        if self.calendar.mode is Slotting.CALENDAR:
+            for site in np.unique(self.site_of[flows.src]):
+                if self.calendar.sites[site].windows:
+                    self._end_by_destination(int(site), flows, begin_ns, ends)
+            return ends
         for rank in np.unique(flows.src):
             site = int(self.site_of[rank])
-            if self.calendar.sites[site].windows and self.calendar.mode is Slotting.CALENDAR:
-                self._end_by_destination(site, int(rank), flows, rates, begin_ns, ends)
-            elif self.calendar.sites[site].windows:
+            if self.calendar.sites[site].windows:
                 mine = flows.src == rank
                 ends[mine] = self._end_in_windows(site, int(rank), flows, mine, float(begin_ns[mine].min()))
         return ends
@@ -116,25 +120,29 @@ class Lines:
         ends: Floats = begin_ns + np.maximum(out[sources], into[destinations]) * 1e9
         return ends
 
-    def _end_by_destination(
-        self, site: int, rank: int, flows: Flows, rates: Floats, begin_ns: Floats, ends: Floats
-    ) -> None:
-        """Put in ``ends`` when flows of ``rank`` end, each in the windows that lead to its own destination."""
-        known: dict[tuple[int, float, float], float] = {}
-        for flow in np.flatnonzero(flows.src == rank):
-            key = (int(self.site_of[flows.dst[flow]]), float(begin_ns[flow]), float(flows.nbytes[flow]))
-            if key not in known:
-                windows = self._windows_to(site, rank, key[0])
-                takes_ns = key[2] / float(rates[flow]) * 1e9
-                cycle_ns = self.calendar.sites[site].cycle_ns
-                known[key] = last_end_ns(windows, cycle_ns, key[1] + self.phase_ns, takes_ns) - self.phase_ns
-            ends[flow] = known[key]
+    def _end_by_destination(self, site: int, flows: Flows, begin_ns: Floats, ends: Floats) -> None:
+        """Put in ``ends`` when flows of ``site`` end, each in the windows that lead to its own destination."""
+        cycle = self.calendar.sites[site]
+        mine = np.flatnonzero(self.site_of[flows.src] == site)
+        # Ranks share the windows of their site, so most flows to one destination end alike: each kind is solved once.
+        owners = flows.src[mine] if any(window.rank >= 0 for window in cycle.windows) else np.full(len(mine), -1)
+        keys = np.stack([owners, self.site_of[flows.dst[mine]], begin_ns[mine], flows.nbytes[mine]], axis=1)
+        kinds, where = np.unique(keys, axis=0, return_inverse=True)
+        solved = np.empty(len(kinds))
+        for kind, (owner, destination, starts_ns, nbytes) in enumerate(kinds.tolist()):
+            takes_ns = nbytes / float(self._rates[site, int(destination)]) * 1e9
+            windows = self._windows_to(site, int(owner), int(destination))
+            solved[kind] = last_end_ns(windows, cycle.cycle_ns, starts_ns + self.phase_ns, takes_ns) - self.phase_ns
+        ends[mine] = solved[where.ravel()]
 
-    def _windows_to(self, site: int, rank: int, destination: int) -> list[tuple[int, int]]:
+    def _windows_to(self, site: int, owner: int, destination: int) -> list[tuple[int, int]]:
         """Return when the line leads to ``destination``, lateness deducted, with no window over the cycle's end."""
+        key = (site, owner, destination)
+        if key in self._windows:
+            return self._windows[key]
         cycle_ns = self.calendar.sites[site].cycle_ns
         parts: list[tuple[int, int]] = []
-        for window in self.calendar.windows_to(site, rank, destination):
+        for window in self.calendar.windows_to(site, owner, destination):
             start, end = min(window.start_ns + self.late_ns, window.end_ns - 1), window.end_ns
             if end <= cycle_ns:
                 parts.append((start, end))
@@ -142,7 +150,7 @@ class Lines:
                 parts += [(start - cycle_ns, end - cycle_ns)] if start >= cycle_ns else [
                     (start, cycle_ns), (0, end - cycle_ns)
                 ]  # fmt: skip
-        return sorted(parts)
+        return self._windows.setdefault(key, sorted(parts))
 
     def _end_in_windows(self, site: int, rank: int, flows: Flows, mine: NDArray[np.bool_], begin_ns: float) -> float:
         rate = self.calendar.rate_bytes_per_s(site, 1 - site)
