@@ -89,11 +89,6 @@ class Operation:
         """The type in which this operation folds."""
         return accumulation_dtype(self.array.dtype)
 
-    @property
-    def divisor(self) -> int | None:
-        """By what the last fold divides, or None where it does not."""
-        return self.plan.size if self.op is ReduceOp.AVG else None
-
     def elements(self, buffer: int, offset: int, length: int) -> NDArray[Any]:
         """Return elements of a buffer that the plan names."""
         return self._buffers[buffer][offset : offset + length]

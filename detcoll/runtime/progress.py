@@ -24,7 +24,7 @@ from collections.abc import Container
 from typing import NoReturn
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, FrameError, PeerLost, TransportError
-from detcoll.fold import fold
+from detcoll.fold import fold_step
 from detcoll.machine import Queued, Slots
 from detcoll.plan.headroom import Express
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
@@ -428,7 +428,8 @@ class Progress:
             else:
                 inputs.append(operation.elements(buffer, offset, row.length))
         out = operation.elements(row.buffer, row.offset, row.length)
-        fold(operation.op, inputs, out, operation.divisor if row.final else None)
+        plan = operation.plan
+        fold_step(operation.op, inputs, plan.ranks_of(step), out, plan.size, final=bool(row.final))
         del inputs
         for lender in used:
             operation.lent.pop(lender).release()
