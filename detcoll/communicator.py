@@ -40,7 +40,7 @@ from detcoll.runtime.native import NativeCall, NativeRunner
 from detcoll.settings import Facts, Settings
 from detcoll.topology import Topology
 from detcoll.trace import Call, Trace
-from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
+from detcoll.types import ReduceOp, accumulation_dtype, check_kind, is_integer, parse_dtype
 
 log = logging.getLogger("detcoll")
 
@@ -291,6 +291,7 @@ class Communicator:
 
     def algorithm(self, kind: str, nbytes: int, dtype: object = "float32") -> str:
         """Return which algorithm a collective of ``nbytes`` would use."""
+        check_kind(kind)
         native = self._assembled.native
         if native is not None:
             return native.algorithm
@@ -431,8 +432,7 @@ class Communicator:
 
     def _collective(self, kind: str, nbytes: int, dtype: object) -> Collective:
         element = parse_dtype(dtype)
-        if kind not in ("all_reduce", "broadcast", "barrier"):
-            raise UsageError(f"kind={kind!r} must be all_reduce, broadcast or barrier")
+        check_kind(kind)
         if nbytes < 0 or nbytes % element.itemsize:
             raise UsageError(f"nbytes={nbytes} must be a multiple of {element.itemsize}, the size of {element}")
         count = nbytes // element.itemsize

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.types import check_kind
+
 
 class Kind(IntEnum):
     """What a step does."""
@@ -89,6 +91,11 @@ class Collective:
     """What is to be done, in terms that a plan depends on.
 
     ``count`` elements of ``itemsize`` bytes that fold in ``accumulator_itemsize`` bytes; ``root`` for a broadcast.
+
+    Raises
+    ------
+    UsageError
+        If no collective has the name ``kind``.
     """
 
     kind: str
@@ -96,6 +103,10 @@ class Collective:
     itemsize: int
     accumulator_itemsize: int
     root: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no reader of a plan knows."""
+        check_kind(self.kind)
 
     @property
     def nbytes(self) -> int:
