@@ -34,7 +34,7 @@ def edge_values(op: ReduceOp, dtype: np.dtype[Any], size: int, count: int) -> li
     arrays = []
     for rank in range(size):
         sign = -1.0 if rank % 2 else 1.0
-        cases: list[float | NDArray[Any]] = [
+        cases: list[Any] = [
             large * 0.6, large, -large, sign * large, large / size * (rank + 1), (rank + 1) * smallest, sign * 0.0,
             sign * (rank + 1.5), np.where(position // 9 % size == rank, np.nan, rank + 1.0),
         ]  # fmt: skip
