@@ -183,7 +183,14 @@ class Communicator:
         ----------
         With a transport or setting that keeps the promise (``slotted``, ``shm``, or ``reproducible=True``), the result
         is the fold in rank order inside each site, then in site order, bit for bit on every rank, whatever the
-        transport, the chunks and the load. 16-bit floats fold in float32 and are rounded once per level.
+        transport, the chunks and the load. 16-bit floats fold in float32 and are rounded once a level: within the
+        sites, and between them.
+
+        With every transport, ``min`` and ``max`` give NaN on all ranks where any rank has one, as NumPy does; its
+        payload and the sign of a zero among zeros are not promised, except that the promised fold gives NumPy's
+        ``op(lower, higher)``. ``avg`` of 16-bit floats is right wherever the mean can be represented, even if the sum
+        cannot: between sites it adds means, each weighted by how many ranks its site has. ``avg`` of float32 and
+        float64 divides the sum, which is infinite beyond the largest number. Integers wrap around.
         """
         parsed = ReduceOp.parse(op)
         bound = bind(x)

@@ -135,7 +135,7 @@ def fold_step(
     """
     if op is not ReduceOp.AVG:
         fold(op, inputs, out)
-    elif not any(is_half(array.dtype) for array in (out, *inputs)):
+    elif all(array.dtype in _NATIVE for array in (out, *inputs)):
         fold(op, inputs, out, size if final else None)
     elif len(inputs) == 1 and inputs[0].dtype == out.dtype:
         fold(op, inputs, out)
