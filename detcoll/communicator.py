@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from detcoll.buffers import Bound, bind
 from detcoll.errors import Closed, DetcollError, TransportError, UsageError
 from detcoll.job.assembly import deadline_after
-from detcoll.job.caller import KINDS, Caller
+from detcoll.job.caller import Caller
 from detcoll.job.job import Job
 from detcoll.job.opening import open_job
 from detcoll.plan import Calendar, Collective, Slotting, build_calendar
@@ -32,7 +32,7 @@ from detcoll.runtime import Group, Work
 from detcoll.runtime.group import group_id
 from detcoll.topology import Topology
 from detcoll.trace import Trace
-from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
+from detcoll.types import ReduceOp, accumulation_dtype, check_kind, is_integer, parse_dtype
 
 _FINALIZE_S = 10.0
 LARGEST_NAME_CHARS = 64
@@ -176,7 +176,14 @@ class Communicator:
         ----------
         With a transport or setting that keeps the promise (``slotted``, ``shm``, or ``reproducible=True``), the result
         is the fold in rank order inside each site, then in site order, bit for bit on every rank, whatever the
-        transport, the chunks and the load. 16-bit floats fold in float32 and are rounded once per level.
+        transport, the chunks and the load. 16-bit floats fold in float32 and are rounded once a level: within the
+        sites, and between them.
+
+        With every transport, ``min`` and ``max`` give NaN on all ranks where any rank has one, as NumPy does; its
+        payload and the sign of a zero among zeros are not promised, except that the promised fold gives NumPy's
+        ``op(lower, higher)``. ``avg`` of 16-bit floats is right wherever the mean can be represented, even if the sum
+        cannot: between sites it adds means, each weighted by how many ranks its site has. ``avg`` of float32 and
+        float64 divides the sum, which is infinite beyond the largest number. Integers wrap around.
         """
 
         def check() -> tuple[Bound, ReduceOp]:
@@ -399,10 +406,10 @@ class Communicator:
 
     def algorithm(self, kind: str, nbytes: int, dtype: object = "float32") -> str:
         """Return which algorithm a collective of ``nbytes`` would use."""
-        collective = self._collective(kind, nbytes, dtype)
+        check_kind(kind)
         if self._caller.native is not None and self._job.assembled.native is not None:
             return self._job.assembled.native.algorithm
-        return self._caller.planner.algorithm(collective)
+        return self._caller.planner.algorithm(self._collective(kind, nbytes, dtype))
 
     def counters(self) -> dict[str, int]:
         """Return what the transport and the calendar counted so far for the whole job, by name.
@@ -500,8 +507,7 @@ class Communicator:
 
     def _collective(self, kind: str, nbytes: int, dtype: object) -> Collective:
         element = parse_dtype(dtype)
-        if kind not in KINDS:
-            raise UsageError(f"kind={kind!r} must be {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        check_kind(kind)
         if nbytes < 0 or nbytes % element.itemsize:
             raise UsageError(f"nbytes={nbytes} must be a multiple of {element.itemsize}, the size of {element}")
         count = nbytes // element.itemsize

@@ -3,10 +3,21 @@
 A fold takes contributions in a fixed order and combines them from the left, ``((in0 op in1) op in2) ...``, so that
 the result depends on the order and never on length, alignment, blocking or who folds. What each type does:
 
-- float32, float64: in themselves, as IEEE 754 says. ``avg`` is a true division, once.
+- float32, float64: in themselves, as IEEE 754 says. ``avg`` is a true division of the sum, once; a sum beyond the
+  largest number is infinite, and so is its average.
 - float16, bfloat16: in float32, rounded once where the output is a 16-bit type. A float32 output keeps the
   accumulator for a later fold of the same level. Both 16-bit types can be mixed with float32, never with each other.
 - integers: in themselves, wrapping around silently. They have no average.
+
+An all-reduce folds in levels: a level takes values of the array's own type and ends with such a value, so a 16-bit
+float is rounded once a level. The ranks of a site are one level. Its results, one a site, are the next. With one site
+there is one level. How steps divide a level (a ring takes one step a site) changes no bit.
+
+An average of 16-bit floats is a mean at each level, since a mean has the range of what it is made from, and a sum has
+not: a level adds ``m_i * n_i`` in float32, where n_i ranks stand behind the value m_i, then divides by the sum of all
+n_i, then rounds. Inside a site every n_i is 1. Nothing overflows on the way: sums of float16 stay far below the
+largest float32. bfloat16 reaches as far as float32 does, so its terms are scaled by the largest power of two that is
+at most 1 / (number of ranks); that is exact, with up to 65,536 ranks also for subnormal numbers.
 
 ``min`` and ``max`` propagate NaN. Of two equal zeros of different sign they give what NumPy's ``minimum`` and
 ``maximum`` give on that processor: the later operand on x86. NaN payloads are not promised.
@@ -26,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import UsageError
-from detcoll.types import DTYPES, ReduceOp, accumulation_dtype, is_half, is_integer
+from detcoll.types import BFLOAT16, DTYPES, ReduceOp, accumulation_dtype, is_half, is_integer
 
 _UFUNCS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.SUM: np.add,
@@ -59,20 +70,21 @@ def fold(op: ReduceOp, inputs: Sequence[NDArray[Any]], out: NDArray[Any], diviso
     Parameters
     ----------
     op : ReduceOp
-        The reduction; AVG adds, and divides only where ``divisor`` is given.
+        The reduction; AVG adds, and divides only where ``divisor`` is given. Averages of 16-bit floats are the business
+        of `fold_step`.
     inputs : sequence of arrays, (n,), at least one
         Contributions in the promised order, of the type of ``out``, or float32 and one 16-bit float type.
     out : array, (n,), writable
         Where the result goes. It may be exactly the memory of one or more inputs, whichever they are. Overlap in any
         other way is refused, or harmless (one or two inputs of a native type).
     divisor : int, optional
-        What the result is divided by before it is rounded. Only the last fold of an average gives it.
+        What the result is divided by. Only the last fold of an average gives it.
 
     Raises
     ------
     UsageError
-        If shapes or types do not fit together, if ``divisor`` is given for anything but an average of floats, or if
-        ``out`` overlaps an input in part. ``out`` is untouched then.
+        If shapes or types do not fit together, if ``divisor`` is given for anything but an average of float32 or
+        float64, or if ``out`` overlaps an input in part. ``out`` is untouched then.
 
     Guarantees
     ----------
@@ -81,11 +93,65 @@ def fold(op: ReduceOp, inputs: Sequence[NDArray[Any]], out: NDArray[Any], diviso
     mixed = _check(op, inputs, out, divisor)
     if mixed or out.dtype not in _NATIVE:
         _check_half(inputs, out)
+        if divisor is not None:
+            raise UsageError(f"divisor={divisor} for {out.dtype}; 16-bit floats are averaged by fold_step")
     if is_integer(out.dtype):
         _fold(_UFUNCS[op], inputs, out, None)
         return
     with np.errstate(all="ignore"):
         _fold(_UFUNCS[op], inputs, out, divisor)
+
+
+def fold_step(
+    op: ReduceOp, inputs: Sequence[NDArray[Any]], ranks: Sequence[int], out: NDArray[Any], size: int, *, final: bool
+) -> None:
+    """Do one step of an all-reduce: combine ``inputs`` from the left into ``out``.
+
+    Parameters
+    ----------
+    op : ReduceOp
+        The reduction.
+    inputs : sequence of arrays, (n,), at least one
+        As for `fold`. In an average of 16-bit floats, a 16-bit input is a mean, and a float32 one the accumulator of an
+        earlier step of the same level.
+    ranks : sequence of int
+        How many ranks stand behind each input.
+    out : array, (n,), writable
+        Where the result goes; see `fold`. In an average of 16-bit floats, a 16-bit output ends the level with a mean,
+        and a float32 one leaves it open.
+    size : int
+        How many ranks the all-reduce has.
+    final : bool
+        Whether ``out`` is the result of the all-reduce. Only there are averages of other types divided.
+
+    Raises
+    ------
+    UsageError
+        As `fold`.
+
+    Guarantees
+    ----------
+    Those of `fold`. A 16-bit average is right, one rounding a level aside, wherever the mean can be represented.
+    """
+    if op is not ReduceOp.AVG:
+        fold(op, inputs, out)
+    elif all(array.dtype in _NATIVE for array in (out, *inputs)):
+        fold(op, inputs, out, size if final else None)
+    elif len(inputs) == 1 and inputs[0].dtype == out.dtype:
+        fold(op, inputs, out)
+    else:
+        _fold_means(inputs, ranks, out, size)
+
+
+def widened(op: ReduceOp, array: NDArray[Any], size: int) -> NDArray[np.float32]:
+    """Return a 16-bit ``array`` in float32, for a transport that reduces what all ``size`` ranks give by itself.
+
+    The result is finished by ``fold_step(op, [total], [size], array, size, final=True)``, which divides an average.
+    """
+    wide = array.astype(np.float32)
+    if op is ReduceOp.AVG and (scale := _scale(array.dtype, size)) != 1:
+        np.multiply(wide, np.float32(scale), out=wide)
+    return wide
 
 
 def fold_groups(
@@ -94,7 +160,6 @@ def fold_groups(
     groups: Sequence[Sequence[int]],
     out: NDArray[Any],
     rooms: Sequence[NDArray[Any]],
-    divisor: int | None = None,
 ) -> None:
     """Combine the ``inputs`` of each group from the left, then the groups from the left, into ``out``.
 
@@ -109,25 +174,26 @@ def fold_groups(
     out : array, (n,), writable
         Where the result goes; see `fold`.
     rooms : sequence of arrays, (n,), of the type of ``out``
-        One for each group, for its sum where it has more than one rank; unused with one group.
-    divisor : int, optional
-        What the result is divided by before its last rounding.
+        One for each group, for its result where it has more than one rank; unused with one group.
 
     Guarantees
     ----------
     The bits are those of `reference`: each level rounds once.
     """
     if len(groups) == 1:
-        fold(op, [inputs[rank] for rank in groups[0]], out, divisor)
+        group = groups[0]
+        fold_step(op, [inputs[rank] for rank in group], (1,) * len(group), out, len(group), final=True)
         return
-    sums = []
+    ranks = [len(group) for group in groups]
+    size = sum(ranks)
+    results = []
     for group, room in zip(groups, rooms, strict=True):
         if len(group) == 1:
-            sums.append(inputs[group[0]])
+            results.append(inputs[group[0]])
         else:
-            fold(op, [inputs[rank] for rank in group], room)
-            sums.append(room)
-    fold(op, sums, out, divisor)
+            fold_step(op, [inputs[rank] for rank in group], (1,) * len(group), room, size, final=False)
+            results.append(room)
+    fold_step(op, results, ranks, out, size, final=True)
 
 
 def reference(
@@ -149,21 +215,36 @@ def reference(
     Returns
     -------
     array, (n,), ``dtype``
-        The ranks of a group folded in order, then the groups in order; an average is divided once, after the last
-        fold and before its rounding.
+        The ranks of a group folded in order, then the groups in order. An average of float32 or float64 is divided
+        once, after the last fold. One of 16-bit floats is a mean at each level, whose values are weighted by the ranks
+        behind them.
     """
     if op is ReduceOp.AVG and is_integer(dtype):
         raise UsageError(f"op='avg' of {dtype} is not defined; expected a float type")
     wide = accumulation_dtype(dtype)
-    ranks = sum(len(group) for group in groups)
+    sizes = [len(group) for group in groups]
+    level = [[contributions[rank] for rank in group] for group in groups]
     with np.errstate(all="ignore"):
-        level = [[contributions[rank] for rank in group] for group in groups]
+        if op is ReduceOp.AVG and is_half(dtype):
+            means = [_plain_mean(group, [1] * len(group), sum(sizes)).astype(dtype) for group in level]
+            return means[0] if len(means) == 1 else _plain_mean(means, sizes, sum(sizes)).astype(dtype)
         while len(level) > 1:
             level = [[_plain(op, group, wide).astype(dtype) for group in level]]
         result = _plain(op, level[0], wide)
         if op is ReduceOp.AVG:
-            result = result / wide.type(ranks)
+            result = result / wide.type(sum(sizes))
         return result.astype(dtype)
+
+
+def _plain_mean(arrays: Sequence[NDArray[Any]], ranks: Sequence[int], size: int) -> NDArray[np.float32]:
+    """Return the mean of ``arrays`` in float32, each weighted by its ``ranks``; terms are scaled below 1 / ``size``."""
+    scale = np.float32(1.0)
+    while scale * size > 1:
+        scale /= np.float32(2)
+    total = arrays[0].astype(np.float32) * (ranks[0] * scale)
+    for array, count in zip(arrays[1:], ranks[1:], strict=True):
+        total = total + array.astype(np.float32) * (count * scale)
+    return np.asarray(total / (sum(ranks) * scale), np.float32)
 
 
 def _plain(op: ReduceOp, arrays: Sequence[NDArray[Any]], wide: np.dtype[Any]) -> NDArray[Any]:
@@ -203,7 +284,31 @@ def _check_half(inputs: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
         raise UsageError(f"a fold of {names} into {out.dtype} is not defined; expected one type of {', '.join(DTYPES)}")
 
 
-def _fold(ufunc: np.ufunc, inputs: Sequence[NDArray[Any]], out: NDArray[Any], divisor: int | None) -> None:
+def _scale(dtype: np.dtype[Any], size: int) -> float:
+    """Return what terms of an average over ``size`` ranks are multiplied by, so that their sum stays in float32."""
+    return 0.5 ** (size - 1).bit_length() if dtype == BFLOAT16 else 1.0
+
+
+def _fold_means(inputs: Sequence[NDArray[Any]], ranks: Sequence[int], out: NDArray[Any], size: int) -> None:
+    """Fold 16-bit means and float32 accumulators; see `fold_step`."""
+    _check(ReduceOp.AVG, inputs, out, None)
+    _check_half(inputs, out)
+    if len(ranks) != len(inputs) or min(ranks) < 1 or sum(ranks) > size:
+        raise UsageError(f"ranks={list(ranks)} of {len(inputs)} inputs; expected one count each, at most {size} in all")
+    half = out.dtype if is_half(out.dtype) else next(array.dtype for array in inputs if is_half(array.dtype))
+    scale = _scale(half, size)
+    weights = [count * scale if array.dtype == half else 1.0 for array, count in zip(inputs, ranks, strict=True)]
+    with np.errstate(all="ignore"):
+        _fold(np.add, inputs, out, sum(ranks) * scale if out.dtype == half else 1.0, weights)
+
+
+def _fold(
+    ufunc: np.ufunc,
+    inputs: Sequence[NDArray[Any]],
+    out: NDArray[Any],
+    divisor: float | None,
+    weights: Sequence[float] | None = None,
+) -> None:
     if divisor is None:
         if len(inputs) == 1:
             np.copyto(out, inputs[0], casting="unsafe")
@@ -221,7 +326,7 @@ def _fold(ufunc: np.ufunc, inputs: Sequence[NDArray[Any]], out: NDArray[Any], di
         block = slice(start, min(start + step, out.size))
         target = out[block]
         total = target if in_place else first[: target.size]
-        _fold_block(ufunc, [array[block] for array in inputs], total, first, second, divisor)
+        _fold_block(ufunc, [array[block] for array in inputs], total, first, second, divisor, weights)
         if not in_place:
             np.copyto(target, total, casting="unsafe")
 
@@ -232,21 +337,25 @@ def _fold_block(
     total: NDArray[Any],
     first: NDArray[Any],
     second: NDArray[Any],
-    divisor: int | None,
+    divisor: float | None,
+    weights: Sequence[float] | None,
 ) -> None:
-    left = _widened(inputs[0], first)
-    for array in inputs[1:]:
-        left = ufunc(left, _widened(array, second), out=total)
-    if divisor is not None:
+    factors = weights or (1.0,) * len(inputs)
+    left = _widened(inputs[0], first, factors[0])
+    for array, factor in zip(inputs[1:], factors[1:], strict=True):
+        left = ufunc(left, _widened(array, second, factor), out=total)
+    if divisor is not None and (divisor != 1 or left is not total):
         np.divide(left, total.dtype.type(divisor), out=total)
 
 
-def _widened(array: NDArray[Any], scratch: NDArray[Any]) -> NDArray[Any]:
-    """Return ``array`` if it already has the type of ``scratch``, else its values in ``scratch``."""
+def _widened(array: NDArray[Any], scratch: NDArray[Any], factor: float) -> NDArray[Any]:
+    """Return ``array`` if it already has the type of ``scratch``, else its values times ``factor`` in ``scratch``."""
     if array.dtype == scratch.dtype:
         return array
     wide = scratch[: array.size]
     np.copyto(wide, array)
+    if factor != 1:
+        np.multiply(wide, scratch.dtype.type(factor), out=wide)
     return wide
 
 

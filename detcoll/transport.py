@@ -347,8 +347,9 @@ class NativeCollectives(ABC):
         """Say how ranks are grouped, once, before the first collective; without it all ranks are one group.
 
         An ``ordered`` transport folds the ranks of each group in the order given, then the groups in theirs, always
-        ``op(lower, higher)``. 16-bit floats fold in float32 and are rounded once per level; an average is divided once,
-        after the last fold.
+        ``op(lower, higher)``. The ranks of a group are a level, the groups another. 16-bit floats fold in float32 and
+        are rounded once a level; an average of them is a mean at each level, any other is divided once, after the last
+        fold. `detcoll.fold.fold_groups` does all this.
         """
 
     def allocate(self, nbytes: int) -> memoryview | None:
@@ -360,7 +361,12 @@ class NativeCollectives(ABC):
 
     @abstractmethod
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
-        """Reduce ``array`` over all ranks, in place."""
+        """Reduce ``array`` over all ranks, in place.
+
+        On every rank NaN comes out of a minimum or maximum where any rank has one; `detcoll.extrema.comparable` helps
+        libraries whose own loses it. An average of 16-bit floats must be right where the mean can be represented, if
+        the sum cannot; see `detcoll.fold.widened`.
+        """
 
     @abstractmethod
     def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:

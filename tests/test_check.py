@@ -70,7 +70,7 @@ def drop(rows: list[dict[str, Any]], gone: int) -> None:
     del rows[gone]
     for row in rows:
         row["after"] = [s - (s > gone) for s in row["after"] if s != gone]
-        row["inputs"] = [(b, o - (b == Buffer.LENT and o > gone)) for b, o in row["inputs"]]
+        row["inputs"] = [(b, o - (b == Buffer.LENT and o > gone), n) for b, o, n in row["inputs"]]
 
 
 def test_unpacked_and_packed_is_the_same_plan() -> None:
@@ -105,16 +105,25 @@ def test_swapped_sites_break_the_promised_order() -> None:
 def test_a_contribution_folded_twice_is_found() -> None:
     def twice(rows: list[dict[str, Any]]) -> None:
         fold = rows[find(rows, Kind.FOLD)]
-        fold["inputs"] = [(b, o) for b, o in fold["inputs"] if b == Buffer.USER] * 2 + fold["inputs"][1:]
+        fold["inputs"] = [read for read in fold["inputs"] if read[0] == Buffer.USER] * 2 + fold["inputs"][1:]
 
-    with pytest.raises(PlanError, match=r"ends with final\(\(0 0 1\)"):
+    with pytest.raises(PlanError, match=r"input 0 counts as 2 ranks; it is \(0 0 1\)"):
         check(broken(0, twice), TOPOLOGY)
+
+
+def test_a_wrong_weight_is_found() -> None:
+    def lighter(rows: list[dict[str, Any]]) -> None:
+        fold = rows[find(rows, Kind.FOLD, final=1)]
+        fold["inputs"] = [(buffer, offset, 1) for buffer, offset, _ in fold["inputs"]]
+
+    with pytest.raises(PlanError, match=r"rank 0, step \d+ \(FOLD\): input 0 counts as 1 ranks; it is \(0 1\)"):
+        check(broken(0, lighter), TOPOLOGY)
 
 
 def test_final_twice_is_found() -> None:
     def again(rows: list[dict[str, Any]]) -> None:
         done = find(rows, Kind.FOLD, final=1)
-        user = (int(Buffer.USER), rows[done]["offset"])
+        user = (int(Buffer.USER), rows[done]["offset"], TOPOLOGY.size)
         rows.append(rows[done] | {"inputs": [user], "after": list(range(len(rows)))})
 
     with pytest.raises(PlanError, match=r"step \d+ \(FOLD\): input 0 is finished already: final"):
@@ -158,7 +167,7 @@ def test_scratch_reused_too_early_is_a_race() -> None:
 def test_a_fold_before_its_message_is_found() -> None:
     def early(rows: list[dict[str, Any]]) -> None:
         fold = rows[find(rows, Kind.FOLD, final=1)]
-        lender = next(o for b, o in fold["inputs"] if b == Buffer.LENT)
+        lender = next(o for b, o, _ in fold["inputs"] if b == Buffer.LENT)
         fold["after"].remove(lender)
 
     with pytest.raises(PlanError, match=r"\(FOLD\) reads what step \d+ lends, but does not come after it"):
@@ -168,7 +177,7 @@ def test_a_fold_before_its_message_is_found() -> None:
 def test_what_nobody_reads_is_found() -> None:
     def forget(rows: list[dict[str, Any]]) -> None:
         fold = rows[find(rows, Kind.FOLD)]
-        fold["inputs"] = [(b, o) for b, o in fold["inputs"] if b != Buffer.LENT]
+        fold["inputs"] = [read for read in fold["inputs"] if read[0] != Buffer.LENT]
 
     with pytest.raises(PlanError, match="read by 0 steps; expected 1"):
         check(broken(0, forget), TOPOLOGY)

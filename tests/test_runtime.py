@@ -251,6 +251,12 @@ def test_a_native_failure_ends_what_is_queued_and_refuses_more(native, kind: str
         call("broadcast")
 
 
+def test_an_unknown_kind_runs_nothing(native) -> None:
+    _, _, call, _ = native
+    with pytest.raises(UsageError, match="kind='gossip' is not a collective known here; expected one of all_reduce"):
+        call("gossip", wait=True)
+
+
 def test_draining_native_calls_waits_for_them_but_not_for_ever(native) -> None:
     runner, collectives, call, _ = native
     collectives.gate.clear()

@@ -17,7 +17,7 @@ from detcoll.errors import UsageError
 from detcoll.measure.kernel import NetworkCounts, network_counts
 from detcoll.measure.results import Row
 from detcoll.measure.statistics import tails
-from detcoll.types import parse_dtype
+from detcoll.types import parse_dtype, unknown_kind
 
 COLLECTIVES = ("all_reduce", "broadcast", "barrier")
 ROOT = 0
@@ -123,8 +123,10 @@ class _Case:
             self._comm.all_reduce(self._array, op="sum")
         elif self.collective == "broadcast":
             self._comm.broadcast(self._array, root=ROOT)
-        else:
+        elif self.collective == "barrier":
             self._comm.barrier()
+        else:
+            raise unknown_kind(self.collective)
 
     def verify(self) -> None:
         self._expected.require(self._array, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")

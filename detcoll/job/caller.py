@@ -23,8 +23,6 @@ from detcoll.runtime.operation import Span
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp, accumulation_dtype
 
-KINDS = ("all_reduce", "broadcast", "barrier")
-
 
 class Caller:
     """See the module.

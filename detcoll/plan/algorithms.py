@@ -21,6 +21,9 @@ star       the root's site sends to all others                           1      
 relay      site r -> r+1 -> ... -> r-1                                   S-1                 V
 =========  ============================================================  ==================  =====================
 
+Every site's fold is a level of the promised order and ends in the array's own type, a sum, or a mean where 16-bit
+floats are averaged; the fold between sites is the other level. Inputs of a fold say how many ranks they hold.
+
 Chunks go through these stages one behind the other, so the stages overlap. A ring here keeps the promised fold order
 (`op(lower, higher)`), which the textbook ring does not; it pays with the pipeline's length. Between sites it sends sums
 in the accumulation type, so that 16-bit floats are rounded once per level and not at every hop.
@@ -70,6 +73,11 @@ class _Part:
     def peers(self) -> list[int]:
         """The other ranks of this site, in rank order."""
         return [rank for rank in self.topology.sites[self.site].ranks if rank != self.rank]
+
+    @property
+    def ranks_of_sites(self) -> list[int]:
+        """How many ranks each site has."""
+        return [len(site.ranks) for site in self.topology.sites]
 
     def next_place(self) -> tuple[int, int, list[int]]:
         """Return a scratch place, its offset in elements, and what must end before it is written."""
@@ -148,7 +156,7 @@ def _local_fold(part: _Part, chunk: Chunk, target: tuple[Buffer, int], after: Se
         for peer in part.peers
     }  # fmt: skip
     inputs = [
-        (Buffer.LENT, lent[rank]) if rank in lent else (Buffer.USER, chunk.offset)
+        (Buffer.LENT, lent[rank], 1) if rank in lent else (Buffer.USER, chunk.offset, 1)
         for rank in part.topology.sites[part.site].ranks
     ]
     folded = part.builder.fold(Phase.LOCAL_REDUCE, inputs, target, chunk.length, [*after, *lent.values()], final=final)
@@ -173,8 +181,8 @@ def _wide_fold(part: _Part, chunk: Chunk, place_offset: int, folded: int, target
         if site != part.site
     }
     inputs = [
-        (Buffer.LENT, lent[site]) if site in lent else (Buffer.PARTIAL, place_offset)
-        for site in range(len(chunk.owners))
+        (Buffer.LENT, lent[site], ranks) if site in lent else (Buffer.PARTIAL, place_offset, ranks)
+        for site, ranks in enumerate(part.ranks_of_sites)
     ]
     done = part.builder.fold(Phase.WIDE_REDUCE, inputs, target, chunk.length, [folded, *lent.values()], final=True)
     part.wide_folds.append(done)
@@ -205,7 +213,8 @@ def _direct(part: _Part, chunk: Chunk, place: tuple[int, int], folded: int) -> i
             part.builder.send(Phase.WIDE_GATHER, owner, _tag(chunk, 3), partial, chunk.length, [summed], wide=True)
             for _, owner in _others_from(part.site, chunk.owners)
         ]
-        done = part.builder.fold(Phase.WIDE_GATHER, [partial], (Buffer.USER, chunk.offset), chunk.length, [summed])
+        copied = [(*partial, part.topology.size)]
+        done = part.builder.fold(Phase.WIDE_GATHER, copied, (Buffer.USER, chunk.offset), chunk.length, [summed])
         part.last_use[number] = [*sends, done]
         return done
     sent = part.builder.send(
@@ -221,7 +230,7 @@ def _direct(part: _Part, chunk: Chunk, place: tuple[int, int], folded: int) -> i
 
 def _ring(part: _Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
     number, offset = place
-    site, last = part.site, len(chunk.owners) - 1
+    site, last, ranks = part.site, len(chunk.owners) - 1, part.ranks_of_sites
     partial = (Buffer.PARTIAL, offset)
     if site == 0:
         sent = _ring_send(part, chunk, 1, partial, folded, accumulated=False)
@@ -233,8 +242,8 @@ def _ring(part: _Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int
         )  # fmt: skip
         target = (Buffer.USER, chunk.offset) if site == last else (Buffer.ACCUMULATOR, offset)
         summed = part.builder.fold(
-            Phase.WIDE_REDUCE, [(Buffer.LENT, lent), partial], target, chunk.length, [folded, lent],
-            final=site == last,
+            Phase.WIDE_REDUCE, [(Buffer.LENT, lent, sum(ranks[:site])), (*partial, ranks[site])], target, chunk.length,
+            [folded, lent], final=site == last,
         )  # fmt: skip
         part.wide_folds.append(summed)
         if site == last:

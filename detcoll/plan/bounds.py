@@ -17,10 +17,18 @@ For a broadcast the root sends V once: V / B_root / g + the longest delay from i
 from __future__ import annotations
 
 from detcoll.topology import Topology
+from detcoll.types import check_kind
 
 
 def floor_ns(topology: Topology, kind: str, nbytes: int, root: int = 0) -> float | None:
-    """Return the least time in nanoseconds that ``kind`` of ``nbytes`` takes, or None where there is no line."""
+    """Return the least time in nanoseconds that ``kind`` of ``nbytes`` takes, or None where there is no line.
+
+    Raises
+    ------
+    UsageError
+        If no collective has the name ``kind``.
+    """
+    check_kind(kind)
     if not topology.is_wide:
         return None
     count = len(topology.sites)

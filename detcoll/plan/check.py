@@ -5,7 +5,8 @@ It looks at the parts of all ranks together and proves, or raises with the rank,
 (a) every SEND has exactly one RECV, of the same size and type, and the other way round
 (b) no step waits on itself, across ranks too, even where nothing is buffered: a SEND may have to wait until its RECV
     has begun
-(c) every rank ends with every contribution exactly once, in the promised fold order
+(c) every rank ends with every contribution exactly once, in the promised fold order, and every input of a fold states
+    how many contributions it holds
 (d) inside a rank, steps that touch the same memory, one of them writing, are ordered by ``after``; what a RECV lends is
     read by exactly one FOLD, after it arrived; scratch is large enough
 (e) with a calendar: no line carries more than it may, and no message is larger than a window

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.types import check_kind
+
 
 class Kind(IntEnum):
     """What a step does."""
@@ -72,11 +74,13 @@ STEP = np.dtype(
         ("inputs_end", "i4"),
     ]
 )
-"""One step. ``wide``: the peer is in another site. ``final``: an average divides here. ``accumulated``: the message is
-in the accumulation type. ``after_end``, ``inputs_end``: where this step's rows end in `Plan.after`, `Plan.inputs`."""
+"""One step. ``wide``: the peer is in another site. ``final``: this FOLD completes the result; an average of other than
+16-bit floats divides here. ``accumulated``: the message is in the accumulation type. ``after_end``, ``inputs_end``:
+where this step's rows end in `Plan.after`, `Plan.inputs`."""
 
-INPUT = np.dtype([("buffer", "u1"), ("offset", "i8")])
-"""One input of a FOLD; with buffer LENT, ``offset`` is the index of the RECV step that lends it."""
+INPUT = np.dtype([("buffer", "u1"), ("offset", "i8"), ("ranks", "i4")])
+"""One input of a FOLD; with buffer LENT, ``offset`` is the index of the RECV step that lends it. ``ranks``: how many
+ranks' contributions it holds, which is its weight in an average of 16-bit floats."""
 
 LARGEST_PLAN_TAG = 2**20 - 1
 """Tags inside a plan stay below 20 bits; the rest of a transport's tag tells collectives apart."""
@@ -87,6 +91,11 @@ class Collective:
     """What is to be done, in terms that a plan depends on.
 
     ``count`` elements of ``itemsize`` bytes that fold in ``accumulator_itemsize`` bytes; ``root`` for a broadcast.
+
+    Raises
+    ------
+    UsageError
+        If no collective has the name ``kind``.
     """
 
     kind: str
@@ -94,6 +103,10 @@ class Collective:
     itemsize: int
     accumulator_itemsize: int
     root: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no reader of a plan knows."""
+        check_kind(self.kind)
 
     @property
     def nbytes(self) -> int:
@@ -179,7 +192,12 @@ class Plan:
 
     @cached_property
     def _input_rows(self) -> list[tuple[int, int]]:
-        return [(int(buffer), int(offset)) for buffer, offset in self.inputs.tolist()]
+        return [(int(buffer), int(offset)) for buffer, offset, _ in self.inputs.tolist()]
+
+    @cached_property
+    def _input_ranks(self) -> list[int]:
+        ranks: list[int] = self.inputs["ranks"].tolist()
+        return ranks
 
     def after_of(self, step: int) -> list[int]:
         """Return the steps that ``step`` comes after."""
@@ -190,6 +208,11 @@ class Plan:
         """Return the (buffer, offset) pairs that FOLD ``step`` reads, in fold order."""
         begin = self.rows[step - 1].inputs_end if step else 0
         return self._input_rows[begin : self.rows[step].inputs_end]
+
+    def ranks_of(self, step: int) -> list[int]:
+        """Return how many ranks' contributions each input of FOLD ``step`` holds."""
+        begin = self.rows[step - 1].inputs_end if step else 0
+        return self._input_ranks[begin : self.rows[step].inputs_end]
 
     def message_bytes(self, step: int) -> int:
         """Return the size of what SEND or RECV ``step`` moves."""
@@ -211,7 +234,8 @@ class Plan:
             "steps": [
                 {name: int(row[name]) for name in names}
                 | {"kind": Kind(row["kind"]).name, "buffer": Buffer(row["buffer"]).name}
-                | {"phase": Phase(row["phase"]).name, "after": self.after_of(i), "inputs": self.inputs_of(i)}
+                | {"phase": Phase(row["phase"]).name, "after": self.after_of(i)}
+                | {"inputs": self.inputs_of(i), "ranks": self.ranks_of(i)}
                 for i, row in enumerate(self.steps)
             ],
         }
@@ -247,10 +271,10 @@ class PlanBuilder:
         return self._add(Kind.RECV, phase, buffer, wide, False, accumulated, peer, tag, offset, length, after)
 
     def fold(
-        self, phase: Phase, inputs: Sequence[tuple[int, int]], target: tuple[Buffer, int], length: int,
+        self, phase: Phase, inputs: Sequence[tuple[int, int, int]], target: tuple[Buffer, int], length: int,
         after: Sequence[int], *, final: bool = False,
     ) -> int:  # fmt: skip
-        """Add a FOLD of ``inputs`` into ``target`` and return its index."""
+        """Add a FOLD of ``inputs`` (buffer, offset, ranks) into ``target`` and return its index."""
         for one in inputs:
             self.inputs.extend(one)
         buffer, offset = target
@@ -261,7 +285,7 @@ class PlanBuilder:
         tag: int, offset: int, length: int, after: Sequence[int],
     ) -> int:  # fmt: skip
         self.after.extend(after)
-        ends = (len(self.after), len(self.inputs) // 2)
+        ends = (len(self.after), len(self.inputs) // len(INPUT.names or ()))
         self.rows.extend((kind, phase, buffer, wide, final, accumulated, peer, tag, offset, length, *ends))
         self.count += 1
         return self.count - 1

@@ -33,6 +33,8 @@ class Expression:
     parts: tuple[int, ...] = ()
     open: bool = False
     final: bool = False
+    ranks: int = field(default=1, compare=False)
+    """How many contributions it holds."""
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class Symbols:
         flat = (*first.parts, *parts[1:]) if first.open else tuple(parts)
         if len(flat) == 1 and not open_ and not final:
             return flat[0]
-        return self._intern(Expression(parts=flat, open=open_, final=final))
+        return self._intern(Expression(-1, flat, open_, final, sum(self.known[part].ranks for part in flat)))
 
     def show(self, number: int) -> str:
         """Return an expression as people write it: ``final((0 1) (2 3))``."""
@@ -171,6 +173,8 @@ class Execution:
         columns, where = np.unique(np.stack([v.expressions for v in inputs]), axis=1, return_inverse=True)
         open_, final = row["buffer"] == Buffer.ACCUMULATOR, bool(row["final"])
         folded = np.array([self.symbols.fold(column.tolist(), open_=open_, final=final) for column in columns.T])
+        for place, (ranks, numbers) in enumerate(zip(plan.ranks_of(step), columns, strict=True)):
+            self._weighted(numbers, place, ranks)
         values = Values(folded[where.reshape(-1)], inputs[0].elements)
         self._buffers[rank][int(row["buffer"])].put(int(row["offset"]), values)
 
@@ -196,6 +200,11 @@ class Execution:
     def _written(self, values: Values, place: int) -> None:
         if len(values.expressions) and values.expressions.min() == UNWRITTEN:
             raise PlanError(f"input {place} reads scratch that nothing has written")
+
+    def _weighted(self, numbers: NDArray[np.int64], place: int, ranks: int) -> None:
+        for number in numbers.tolist():
+            if self.symbols.known[number].ranks != ranks:
+                raise PlanError(f"input {place} counts as {ranks} ranks; it is {self.symbols.show(number)}")
 
 
 def promise(symbols: Symbols, collective: Collective, topology: Topology) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from detcoll.descriptor import HELLO_BYTES
 from detcoll.errors import Closed, DetcollError, FrameError, PeerLost, TransportError
-from detcoll.fold import fold
+from detcoll.fold import fold_step
 from detcoll.machine import Queued
 from detcoll.plan.ir import Buffer, Kind
 from detcoll.priority import make_prompt, quick_switches, shorten_turns
@@ -483,7 +483,8 @@ class Loop:
             else:
                 inputs.append(memory.elements(buffer, offset, row.length))
         out = memory.elements(row.buffer, row.offset, row.length)
-        fold(memory.op, inputs, out, memory.divisor if row.final else None)
+        plan = operation.plan
+        fold_step(memory.op, inputs, plan.ranks_of(step), out, plan.size, final=bool(row.final))
         del inputs
         for lender in used:
             memory.used(lender)

@@ -50,13 +50,11 @@ class Memory:
     lent: dict[int, Ticket] = field(default_factory=dict)
     copies: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     """What was lent and had to be copied, by RECV step."""
-    _size: int = 0
     _buffers: dict[int, NDArray[Any]] = field(default_factory=dict)
     _scratch: list[NDArray[np.uint8]] = field(default_factory=list)
 
     def open(self, plan: Plan, pool: ScratchPool) -> None:
         """Lay out scratch for the plan."""
-        self._size = plan.size
         self._buffers[Buffer.USER] = self.array
         for buffer, elems, dtype in (
             (Buffer.PARTIAL, plan.partial_elems, self.array.dtype),
@@ -85,11 +83,6 @@ class Memory:
     def accumulator_dtype(self) -> np.dtype[Any]:
         """The type in which this operation folds."""
         return accumulation_dtype(self.array.dtype)
-
-    @property
-    def divisor(self) -> int | None:
-        """By what the last fold divides, or None where it does not."""
-        return self._size if self.op is ReduceOp.AVG else None
 
     def elements(self, buffer: int, offset: int, length: int) -> NDArray[Any]:
         """Return elements of a buffer that the plan names."""

@@ -25,7 +25,7 @@ from detcoll.runtime.recorder import Detail, Recorder
 from detcoll.runtime.work import Work
 from detcoll.trace import Call, Trace
 from detcoll.transport import Capabilities, NativeCollectives
-from detcoll.types import ReduceOp
+from detcoll.types import ReduceOp, unknown_kind
 
 LARGEST_QUEUE = 4096
 
@@ -239,8 +239,10 @@ class NativeRunner:
             self._collectives.all_reduce(call.array, call.op, call.deadline_ns, call.arrays)
         elif call.kind == "broadcast":
             self._collectives.broadcast(call.array, call.root, call.deadline_ns, call.arrays)
-        else:
+        elif call.kind == "barrier":
             self._collectives.barrier(call.deadline_ns)
+        else:
+            raise unknown_kind(call.kind)
 
 
 def _called(call: NativeCall) -> tuple[str, str, str, int, int, int, str]:

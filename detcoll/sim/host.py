@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import UsageError
-from detcoll.fold import fold
+from detcoll.fold import fold_step
 from detcoll.machine import Machine, Queued, Slots
 from detcoll.plan.ir import Buffer, Kind, Plan
 from detcoll.plan.predict import Costs
@@ -67,8 +67,8 @@ class Memory:
             self.lent.pop(offset) if buffer == Buffer.LENT else self.buffers[buffer][offset : offset + row.length]
             for buffer, offset in self.plan.inputs_of(step)
         ]
-        divisor = self.plan.size if row.final and self.op is ReduceOp.AVG else None
-        fold(self.op, inputs, self.buffers[row.buffer][row.offset : row.offset + row.length], divisor)
+        out = self.buffers[row.buffer][row.offset : row.offset + row.length]
+        fold_step(self.op, inputs, self.plan.ranks_of(step), out, self.plan.size, final=bool(row.final))
 
 
 class Columns:

@@ -296,6 +296,13 @@ class CollectiveContract(MessageContract):
             pytest.skip("its collectives fold in an order of their own")
         with self.fabric(3) as fabric:
             fabric.run(collectives.ordered, groups=groups, counts=list(COUNTS))
+            fabric.run(collectives.edge_values, groups=groups)
+
+    @pytest.mark.parametrize("n", [2, 3])
+    def test_all_reduce_of_edge_values(self, n: int) -> None:
+        self._require("all_reduce")
+        with self._world(n) as fabric:
+            fabric.run(collectives.edge_values)
 
     def test_all_reduce_of_a_slice(self) -> None:
         self._require("all_reduce")

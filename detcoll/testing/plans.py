@@ -37,10 +37,15 @@ def all_parts(collective: Collective, topology: Topology, algorithm: str, chunk_
 
 
 def unpacked(plan: Plan) -> list[dict[str, Any]]:
-    """Return the steps as dictionaries with lists ``after`` and ``inputs``, to be changed and `packed` again."""
+    """Return the steps as dictionaries with lists ``after`` and ``inputs``, to be changed and `packed` again.
+
+    An input is its buffer, its offset and how many ranks it holds.
+    """
     names = [name for name in STEP.names or () if not name.endswith("_end")]
     return [
-        {name: int(row[name]) for name in names} | {"after": plan.after_of(i), "inputs": plan.inputs_of(i)}
+        {name: int(row[name]) for name in names}
+        | {"after": plan.after_of(i)}
+        | {"inputs": [(*read, ranks) for read, ranks in zip(plan.inputs_of(i), plan.ranks_of(i), strict=True)]}
         for i, row in enumerate(plan.steps)
     ]
 
@@ -49,7 +54,7 @@ def packed(plan: Plan, rows: Sequence[dict[str, Any]], **changes: Any) -> Plan:
     """Return ``plan`` with these steps instead of its own."""
     steps = np.zeros(len(rows), dtype=STEP)
     after: list[int] = []
-    inputs: list[tuple[int, int]] = []
+    inputs: list[tuple[int, int, int]] = []
     for index, row in enumerate(rows):
         after += row["after"]
         inputs += row["inputs"]

@@ -20,6 +20,7 @@ import numpy as np
 import detcoll
 from detcoll.errors import DetcollError, TransportUnavailable
 from detcoll.launch.launchers import read_environment
+from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges
 
 
 def say(something: object) -> None:
@@ -40,6 +41,27 @@ def small(transport: str = "auto") -> None:
     detcoll.all_reduce(x)
     assert (x == sum(range(1, comm.size + 1))).all()
     say([comm.transport, comm.algorithm("all_reduce", x.nbytes), float(x[0])])
+    detcoll.finalize()
+
+
+def edge_values() -> None:
+    """Reduce by MPI what goes wrong easily, and tell the algorithm and what went wrong."""
+    comm = detcoll.init("mpi", timeout=20)
+    wrong = []
+
+    def reduce(array, op) -> None:
+        comm.all_reduce(array, op=op)
+
+    for name in FLOATS:
+        for op in EDGE_OPS:
+            try:
+                require_edges(
+                    reduce, comm.rank, [range(comm.size)], ordered=False, dtype_names=[name], ops=[op],
+                    counts=(37, 300_001),
+                )  # fmt: skip
+            except AssertionError:
+                wrong.append(f"{op.value} of {name}")
+    say([comm.algorithm("all_reduce", 8), wrong])
     detcoll.finalize()
 
 

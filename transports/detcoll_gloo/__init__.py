@@ -5,8 +5,9 @@ environment variables: rank 0 opens a store at its rendezvous address, over whic
 other. ``GLOO_SOCKET_IFNAME`` chooses the network interfaces, otherwise the rendezvous address does.
 ``pip install detcoll[gloo]`` brings torch.
 
-- all_reduce, broadcast and barrier are Gloo's, on the caller's memory. Its fold order is its own, and it folds 16-bit
-  floats in their own type; averages are divided once, after the last fold, and those of 16-bit floats fold in float32.
+- all_reduce, broadcast and barrier are Gloo's, on the caller's memory. Its fold order is its own, and it adds and
+  multiplies 16-bit floats in their own type; averages are divided once, after the last fold, and those of 16-bit floats
+  fold in float32, where nothing overflows. NaN comes through a minimum or maximum, where Gloo's own loses it.
 - Messages: Gloo matches sends and receives of equal size only, and cannot be asked whether one is done. So the
   messages of a pair travel one after the other, each led by a frame with its tag and size, and a thread for each
   direction of each pair waits for them. What no receive was posted for is held, up to ``unexpected_bytes`` for each

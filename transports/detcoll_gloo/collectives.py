@@ -11,14 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import Closed, DetcollError, UsageError
-from detcoll.fold import fold
+from detcoll.extrema import comparable
+from detcoll.fold import fold, fold_step, widened
 from detcoll.transport import Capabilities, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
 from detcoll_gloo.agreement import Agreement
 from detcoll_gloo.group import Group
 
 STAGE_ELEMS = 2**23
-"""So many 16-bit elements of an average are widened to float32 at a time."""
+"""So many 16-bit elements are widened to float32 at a time."""
+
+_WIDENED = (ReduceOp.AVG, ReduceOp.MIN, ReduceOp.MAX)
+"""What 16-bit floats go through in float32."""
 
 _NOTHING = np.empty(0, np.uint8)
 
@@ -46,7 +50,10 @@ class GlooCollectives(Endpoint, NativeCollectives):
         return "gloo-native"
 
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
-        """Reduce ``array`` over all ranks, in place; averages are divided once at the end."""
+        """Reduce ``array`` over all ranks, in place; averages are divided once at the end.
+
+        Gloo's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
+        """
         self._check_usable()
         dtype = parse_dtype(array.dtype)
         if dtype.name not in self._capabilities.native_dtypes:
@@ -56,12 +63,12 @@ class GlooCollectives(Endpoint, NativeCollectives):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
         with self._in_step():
             self._agree("all_reduce", op, array, 0, arrays, deadline_ns)
-            if op is ReduceOp.AVG and is_half(dtype):
+            if op in _WIDENED and is_half(dtype):
                 for start in range(0, array.size, STAGE_ELEMS):
                     part = array[start : start + STAGE_ELEMS]
-                    wide = part.astype(np.float32)
+                    wide = widened(op, part, self._group.size)
                     self._all_reduce(wide, op, deadline_ns)
-                    fold(op, [wide], part, self._group.size)
+                    fold_step(op, [wide], [self._group.size], part, self._group.size, final=True)
                 return
             self._all_reduce(array, op, deadline_ns)
             if op is ReduceOp.AVG:
@@ -92,7 +99,8 @@ class GlooCollectives(Endpoint, NativeCollectives):
     def _all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
         options = self._group.torch.distributed.AllreduceOptions()
         options.reduceOp = self._ops[op]
-        self._run("allreduce", [self._group.tensor(array)], options, deadline_ns, array.size)
+        with comparable(op, array) as given:
+            self._run("allreduce", [self._group.tensor(given)], options, deadline_ns, array.size)
 
     def _run(self, name: str, tensors: list[Any], options: Any, deadline_ns: int, elems: int) -> None:
         if self._group.size == 1 or elems == 0:

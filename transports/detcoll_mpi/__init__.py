@@ -7,7 +7,8 @@ it, in any order of ranks. ``pip install detcoll[mpi]`` brings mpi4py and an MPI
   promises fewer tags than the SPI, so as many communicators share them out as that takes.
 - all_reduce, broadcast and barrier are MPI's. Its fold order is its own: results agree on all ranks, and may differ
   in the last bits from those of another number of ranks or another library. 16-bit floats travel and fold in float32
-  and are rounded once, since MPI libraries know no bfloat16.
+  and are rounded once, since MPI libraries know no bfloat16; their averages do not overflow on the way. NaN comes
+  through a minimum or maximum, where MPI's own loses it.
 - What ranks call is compared while they call it, over a communicator for that alone, since MPI compares nothing.
 - MPI has no failure that survivors could handle: when a process dies, its launcher ends the job. An endpoint that
   aborts says nothing, and its peers find out at their deadlines. ``abort_job=True`` lets `abort` end the job at once.

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, UsageError
-from detcoll.fold import fold
+from detcoll.extrema import comparable
+from detcoll.fold import fold, fold_step, widened
 from detcoll.transport import Clock, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
 from detcoll_mpi.agreement import Agreement
@@ -71,7 +72,10 @@ class MpiCollectives(Endpoint, NativeCollectives):
         return "mpi-native"
 
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
-        """Reduce ``array`` over all ranks, in place; 16-bit floats in float32, averages divided once at the end."""
+        """Reduce ``array`` over all ranks, in place; 16-bit floats in float32, averages divided once at the end.
+
+        MPI's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
+        """
         self._check_usable()
         dtype = parse_dtype(array.dtype)
         if op is ReduceOp.AVG and is_integer(dtype):
@@ -81,9 +85,10 @@ class MpiCollectives(Endpoint, NativeCollectives):
             if is_half(dtype):
                 self._all_reduce_half(array, op, deadline_ns)
                 return
-            for part in _parts(array, LARGEST_PART_BYTES // dtype.itemsize):
-                self._all_reduce_part(part, op, deadline_ns)
-            self._agree("all_reduce", deadline_ns)
+            with comparable(op, array) as given:
+                for part in _parts(given, LARGEST_PART_BYTES // dtype.itemsize):
+                    self._all_reduce_part(part, op, deadline_ns)
+                self._agree("all_reduce", deadline_ns)
             if op is ReduceOp.AVG and array.size:
                 fold(op, [array], array, self._size)
 
@@ -119,10 +124,11 @@ class MpiCollectives(Endpoint, NativeCollectives):
 
     def _all_reduce_half(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
         for part in _parts(array, STAGE_ELEMS):
-            wide = part.astype(np.float32)
+            wide = widened(op, part, self._size)
             self._memory.append(wide)
-            self._all_reduce_part(wide, op, deadline_ns)
-            fold(op, [wide], part, self._size if op is ReduceOp.AVG else None)
+            with comparable(op, wide) as given:
+                self._all_reduce_part(given, op, deadline_ns)
+            fold_step(op, [wide], [self._size], part, self._size, final=True)
             self._memory.pop()
         self._agree("all_reduce", deadline_ns)
 

@@ -148,7 +148,7 @@ class Collectives:
         np.copyto(given[self._crew.rank], array)
         self._crew.arrive(form.descriptor, form.digest, deadline_ns)
         self._crew.await_all_here()
-        fold_groups(form.op, given, self._groups, array, form.rooms, form.divisor)
+        fold_groups(form.op, given, self._groups, array, form.rooms)
         self._chunk += 1
 
     def _all_reduce_in_chunks(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
@@ -211,7 +211,7 @@ class Collectives:
             inputs = [array[at : min(at + form.chunk_bytes, end)].view(form.dtype) for array in arrays]
             own = inputs[crew.rank]
             rooms = [room[: own.size] for room in form.rooms]
-            fold_groups(form.op, inputs, self._groups, own, rooms, form.divisor)
+            fold_groups(form.op, inputs, self._groups, own, rooms)
             for rank, other in enumerate(inputs):
                 if rank != crew.rank:
                     np.copyto(other, own)
@@ -252,7 +252,7 @@ class Collectives:
                 self._reader.read(rank, place.offset + begin, given)
             inputs.append(given.view(form.dtype))
         out = own.view(form.dtype)
-        fold_groups(form.op, inputs, self._groups, out, [room[: out.size] for room in form.rooms], form.divisor)
+        fold_groups(form.op, inputs, self._groups, out, [room[: out.size] for room in form.rooms])
 
     def _give(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
         at, chunk = number * form.chunk_bytes, self._chunk + number
@@ -269,7 +269,7 @@ class Collectives:
         if begin < end:
             mine = own.view(form.dtype)
             inputs = [mine if given is None else given for given in cut.inputs]
-            fold_groups(form.op, inputs, self._groups, cut.out, cut.rooms, form.divisor)
+            fold_groups(form.op, inputs, self._groups, cut.out, cut.rooms)
         self._crew.publish(FOLDED, chunk + 1)
         np.copyto(own, cut.out_bytes)
 

@@ -65,7 +65,6 @@ class Form:
     digest: int
     op: ReduceOp
     dtype: np.dtype[Any]
-    divisor: int | None
     chunk_bytes: int
     read_step_bytes: int
     nbytes: int
@@ -98,20 +97,18 @@ class Cutter:
     def form(self, descriptor: Descriptor, op: ReduceOp, dtype: np.dtype[Any]) -> Form:
         """Return the form for calls that `descriptor` (of number 0) describes."""
         nbytes = descriptor.count * dtype.itemsize
-        ranks = len(self.stages)
-        divisor = ranks if op is ReduceOp.AVG else None
         digest = digest_of(descriptor)
         step = self._step_bytes(nbytes, dtype.itemsize)
         if nbytes <= min(self.direct_bytes, step):
             whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
             rooms = self._rooms(descriptor.count, dtype)
-            return Form(descriptor, digest, op, dtype, divisor, step, 0, nbytes, 0, (), (), whole, rooms)
+            return Form(descriptor, digest, op, dtype, step, 0, nbytes, 0, (), (), whole, rooms)
         chunks = -(-nbytes // step)
         full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
         last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
         read_step = self._read_step_bytes(nbytes, dtype.itemsize)
         rooms = self._rooms(max(step, read_step) // dtype.itemsize, dtype)
-        return Form(descriptor, digest, op, dtype, divisor, step, read_step, nbytes, chunks, full, last, (), rooms)
+        return Form(descriptor, digest, op, dtype, step, read_step, nbytes, chunks, full, last, (), rooms)
 
     def edges(self, nbytes: int, itemsize: int) -> list[int]:
         """Return where shares of an array begin, by rank, and its end, in bytes."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here
+from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges
 from detcoll.transport import NativeCollectives
 from detcoll.types import DTYPES, ReduceOp, is_integer
 
@@ -87,6 +88,23 @@ def ordered(here: Here, groups: list[list[int]], counts: list[int]) -> None:
             native.all_reduce(array, op, here.deadline_ns())
             expected = reference(op, given, groups, dtype)
             assert array.tobytes() == expected.tobytes(), f"{op.value} of {count} {name} on rank {here.rank}"
+
+
+def edge_values(here: Here, groups: list[list[int]] | None = None) -> None:
+    """Averages of 16-bit floats stay in range, and NaN comes through minimum and maximum on every rank.
+
+    ``groups`` : what the endpoint was told by `arrange`, if it was.
+    """
+    native = native_of(here)
+    require_edges(
+        lambda array, op: native.all_reduce(array, op, here.deadline_ns()),
+        here.rank,
+        groups or [list(range(here.size))],
+        ordered=here.capabilities.ordered,
+        dtype_names=[name for name in FLOATS if name in here.capabilities.native_dtypes],
+        ops=[op for op in EDGE_OPS if op in here.capabilities.native_ops],
+        counts=(1, 37, 5003),
+    )
 
 
 def _uneven(rank: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
