@@ -25,6 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
         patch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def records(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep flight records of failures, which many tests provoke, out of the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def mpiexec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The command that starts MPI ranks, from the environment of this Python before any other, up to its ``-n``."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.table import Table
+from rich.text import Text
 
 from detcoll.cli.terminal import output_console
 from detcoll.doctor import Verdict, examine
+from detcoll.errors import UsageError
+from detcoll.job.flight import ask, running
 from detcoll.outputs import require_writable, write_file
+from detcoll.report.standing import findings, stands
 from detcoll.topology import Topology
 
 _STYLES = {Verdict.GOOD: "green", Verdict.CHANGE: "bold red", Verdict.NOTE: "yellow"}
 
 
-def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
+def doctor(*, topology: Path | None = None, json: Path | None = None, job: bool = False) -> int:
     """Look at this host's buffers, clocks, scheduling and transports, and say what to change.
 
     The exit code is 1 where something should be changed.
@@ -26,8 +31,15 @@ def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
         The topology file whose lines this host is to serve; a line of 1 Gbit/s over 20 ms is assumed without.
     json
         File for what was found.
+    job
+        Instead, ask the ranks that run on this host as this user where they stand, and let each write its flight
+        record. Ranks in other network namespaces are not found.
     """
     require_writable(json, "json")
+    if job:
+        if topology is not None:
+            raise UsageError("--topology means nothing with --job")
+        return _ask_job(json)
     found = examine(None if topology is None else Topology.from_file(topology))
     if json is not None:
         write_file(json, msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
@@ -40,3 +52,32 @@ def doctor(*, topology: Path | None = None, json: Path | None = None) -> int:
         if one.advice:  # below, on lines of their own, so that commands can be copied
             console.print(f"{one.name}: {one.advice}", style=_STYLES[one.verdict], soft_wrap=True)
     return 1 if any(one.verdict is Verdict.CHANGE for one in found) else 0
+
+
+def _ask_job(json: Path | None) -> int:
+    """Ask the ranks on this host; the exit code is 1 where there is none."""
+    records = [record for record in map(ask, running()) if record is not None]
+    if json is not None:
+        write_file(json, msgspec.json.encode(records))
+    if not records:
+        print("No rank of detcoll runs on this host as this user.")
+        return 1
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        jobs.setdefault(record["job"], []).append(record)
+    console = output_console()
+    for name, ranks in sorted(jobs.items()):
+        console.print(f"job {name}", highlight=False, markup=False)
+        console.print(standing_table(sorted(ranks, key=lambda record: int(record["rank"]))))
+        for sentence in findings(ranks):
+            console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def standing_table(records: list[dict[str, Any]]) -> Table:
+    """Return where each rank stands in each group."""
+    table = Table("group", "rank", "calls", "doing")
+    for stand in stands(records):
+        doing = f"failed: {stand.failure}" if stand.failure else stand.doing
+        table.add_row(Text(stand.group), str(stand.rank), str(stand.latest + 1), Text(doing))
+    return table

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import msgspec
 
+from detcoll.cli.doctor import standing_table
+from detcoll.cli.terminal import output_console
 from detcoll.draw import chrome_trace
 from detcoll.errors import UsageError
 from detcoll.outputs import require_folder, require_writable, write_file
 from detcoll.report import ReportInputs, gather, write_report
+from detcoll.report.standing import findings, read_records
 
 
 def report(
@@ -25,7 +28,8 @@ def report(
     ----------
     files
         Files of measure --json and bench --json, traces of ranks (DETCOLL_TRACE), folders of these, and TOML files
-        whose sites have a latitude and a longitude.
+        whose sites have a latitude and a longitude. Or one folder of flight records (record0.json and so on): then
+        nothing is drawn, and what the records say about a job that failed or hangs is printed.
     out
         Directory for report.html; "report" unless given, and not made where only --perfetto is asked for.
     svg
@@ -39,6 +43,9 @@ def report(
     if not files:
         raise UsageError("FILES are missing; expected result files, traces or folders of them")
     require_writable(perfetto, "perfetto")
+    if len(files) == 1 and files[0].is_dir() and any(files[0].glob("record*.json")):
+        _print_records(files[0])
+        return 0
     folder = Path("report") if out is None and (svg or perfetto is None) else out
     require_folder(folder, "out")
     inputs = gather(files, topology)
@@ -56,3 +63,12 @@ def _write_perfetto(path: Path, inputs: ReportInputs) -> None:
     trace = chrome_trace(inputs.traced[0].traces, inputs.site_names)
     write_file(path, msgspec.json.encode(trace))
     print(path)
+
+
+def _print_records(folder: Path) -> None:
+    """Print where the ranks of a job stood, and what does not fit."""
+    records = read_records(folder)
+    console = output_console()
+    console.print(standing_table(records))
+    for sentence in findings(records):
+        console.print(sentence, soft_wrap=True, highlight=False, markup=False)

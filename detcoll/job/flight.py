@@ -55,7 +55,7 @@ class Flight:
     """
 
     def __init__(self, name: str, rank: int, describe: Callable[[], dict[str, Any]], setting: str | None) -> None:
-        self._rank, self._describe = rank, describe
+        self.name, self._rank, self._describe = name, rank, describe
         self._is_off = (setting or "").lower() in _OFF
         self._is_own = not setting
         self._folder = (_default_folder() if self._is_own else Path(setting or "")) / name
@@ -82,12 +82,8 @@ class Flight:
 
     def told(self, reason: str) -> dict[str, Any]:
         """Return the record as plain data."""
-        return {
-            "schema": RECORD_SCHEMA,
-            "reason": reason,
-            "pid": os.getpid(),
-            "written_at": time.time(),
-        } | self._describe()
+        head = {"schema": RECORD_SCHEMA, "job": self.name, "reason": reason, "pid": os.getpid(), "at": time.time()}
+        return head | self._describe()
 
     def close(self) -> None:
         """Give the socket and the signal back. Idempotent."""

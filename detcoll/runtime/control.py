@@ -85,7 +85,7 @@ def unpack(record: bytes) -> Message:
     """
     try:
         body = record[2 : 2 + int.from_bytes(record[:2], "little")]
-        message: Message = msgspec.msgpack.decode(body, type=Message)  # type: ignore[arg-type]
+        message: Message = msgspec.msgpack.decode(body, type=Message)
     except msgspec.MsgspecError as error:
         raise FrameError(f"a control message that cannot be read: {error}") from error
     return message

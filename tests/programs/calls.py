@@ -10,9 +10,11 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -333,6 +335,24 @@ def shifted_sites(seconds: str) -> None:
         assert (x == total).all()
     keeper = comm._runner._timekeeper
     say([comm.calendar.mode.value, comm.calendar.guard_ns, time.monotonic_ns(), keeper.trusted, keeper.arrivals_ns])
+    detcoll.finalize()
+
+
+def asked(folder: str) -> None:
+    """Rank 1 does not come to a barrier until doctor has asked both ranks where they stand."""
+    comm = detcoll.init(timeout=30)
+    comm.barrier()
+    if comm.rank == 0:
+        comm.all_reduce(np.ones(10, np.float32))
+    else:
+        path = Path(folder) / "asked.json"
+        command = [sys.executable, "-m", "detcoll", "doctor", "--job", "--json", str(path)]
+        records: list[dict] = []
+        while not any(group["calls"] for record in records for group in record["groups"]):
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            records = [record for record in json.loads(path.read_text()) if record["job"] == comm._job.flight.name]
+        path.write_text(json.dumps(sorted(records, key=lambda record: record["rank"])))
+        comm.all_reduce(np.ones(10, np.float32))
     detcoll.finalize()
 
 

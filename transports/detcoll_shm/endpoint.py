@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -141,7 +141,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         """The process and its descriptors of memory and doorbell."""
         return self._address.encode()
 
-    def connect(self, addresses: Mapping[int, str], deadline_ns: int) -> None:
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
         """Map the rings of the ranks in ``addresses``, and wait until they have done so with this rank's.
 
         Raises

@@ -1,0 +1,148 @@
+"""Flight records: what is written when a job fails, on a signal and when asked, and what is read from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import attempt, launch
+
+from detcoll.cli import main
+from detcoll.errors import DeadlineMissed, PlanMismatch, UsageError
+from detcoll.job.flight import LARGEST_KEPT_JOBS, Flight, ask, running
+from detcoll.report.standing import RECORD_SCHEMA, findings, read_records, stands
+from detcoll.runtime.recorder import COLUMNS, LARGEST_RECORD, Recorder
+
+
+def test_the_last_events_are_kept() -> None:
+    recorder = Recorder()
+    for number in range(LARGEST_RECORD + 5):
+        recorder.note(number, "call", 1, number, detail=("all_reduce", "sum", "float32", number, 0, 1, ""))
+    rows = recorder.rows()
+    assert len(rows) == LARGEST_RECORD
+    assert tuple(rows[0]) == COLUMNS
+    assert rows[0]["detail"] == "all_reduce of 5 float32, sum"
+    assert rows[-1]["at_ns"] == LARGEST_RECORD + 4
+
+
+@pytest.mark.parametrize("transport", ["slotted", "shm"])
+def test_a_mismatch_leaves_records_that_show_it(tmp_path: Path, capsys, transport: str) -> None:
+    def program(comm):
+        comm.barrier()
+        comm.all_reduce(np.ones(100 + (comm.rank == 2), np.float32), name="gradients")
+
+    answers = attempt(3, program, transport=transport, environ={"DETCOLL_RECORD": str(tmp_path)})
+    assert all(isinstance(answer, PlanMismatch) for answer in answers)
+    (folder,) = tmp_path.iterdir()
+    records = read_records(folder)
+    assert [record["rank"] for record in records] == [0, 1, 2]
+    assert all(record["schema"] == RECORD_SCHEMA for record in records)
+    (told,) = [sentence for sentence in findings(records) if "differ" in sentence]
+    assert "world, call 1: calls differ." in told
+    assert "ranks 0, 1 called all_reduce of 100 float32, sum (gradients)" in told
+    assert "rank 2 called all_reduce of 101 float32, sum (gradients)" in told
+    assert main(["report", str(folder)]) == 0
+    assert "calls differ" in capsys.readouterr().out
+
+
+def test_who_is_behind_shows(tmp_path: Path) -> None:
+    def program(comm):
+        part = comm.group([0, 1], name="part") if comm.rank < 2 else None
+        comm.barrier()
+        if comm.rank == 0:
+            with pytest.raises(DeadlineMissed):
+                part.barrier(timeout=0.5)
+        comm.barrier()
+
+    attempt(3, program, transport="slotted", environ={"DETCOLL_RECORD": str(tmp_path)})
+    (folder,) = tmp_path.iterdir()
+    told = findings(read_records(folder))
+    assert "No record of rank 2." in told
+    assert "group 'part': rank 1 has made 0 of 1 calls that others made." in told
+
+
+def hung_record(rank: int, calls: list[dict]) -> dict:
+    group = {
+        "id": "world", "number": 1, "name": "", "ranks": [0, 1, 2], "begun": 4, "latest": 4, "failure": None,
+        "calls": calls,
+    }  # fmt: skip
+    return {"schema": RECORD_SCHEMA, "job": "j", "rank": rank, "size": 3, "groups": [group], "events": []}
+
+
+def test_whom_others_wait_for_shows() -> None:
+    call = {"sequence": 4, "what": "call 4, barrier", "state": "waits for rank 1"}
+    records = [
+        hung_record(0, [call | {"waits_for": [1]}]), hung_record(1, []), hung_record(2, [call | {"waits_for": [0]}])
+    ]  # fmt: skip
+    assert findings(records) == ["world: others wait for rank 1, which wait for nobody here."]
+    assert [(stand.rank, stand.waits_for) for stand in stands(records)] == [(0, (1,)), (1, ()), (2, (0,))]
+
+
+def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "record0.json").write_text("{}")
+    with pytest.raises(UsageError, match="is no flight record"):
+        read_records(tmp_path)
+
+
+def test_only_the_last_jobs_are_kept_where_nobody_chose_the_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for number in range(LARGEST_KEPT_JOBS + 3):
+        flight = Flight(f"job{number:02}", 0, dict, None)
+        path = flight.write("test")
+        assert path is not None
+        os.utime(path.parent, (number, number))
+        flight.close()
+    kept = sorted(path.name for path in (tmp_path / "detcoll" / "records").iterdir())
+    assert kept == [f"job{number:02}" for number in range(3, LARGEST_KEPT_JOBS + 3)]
+
+
+def test_records_can_be_switched_off(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    flight = Flight("job", 0, dict, "off")
+    assert flight.write("test") is None
+    flight.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_flight_is_not_found() -> None:
+    flight = Flight("job", 7, lambda: {"rank": 7}, "off")
+    (name,) = [name for name in running() if name.endswith(f"-{os.getpid()}-7")]
+    record = ask(name)
+    assert record is not None
+    assert (record["rank"], record["job"]) == (7, "job")
+    flight.close()
+    assert name not in running()
+    assert ask(name) is None
+
+
+def test_a_hanging_job_tells_where_it_stands(tmp_path: Path) -> None:
+    environ = {"DETCOLL_RECORD": str(tmp_path / "records")}
+    ended = launch(2, "calls.py", "asked", tmp_path, environ=environ)
+    assert ended.code == 0, ended.err
+    records = json.loads((tmp_path / "asked.json").read_text())
+    assert [record["rank"] for record in records] == [0, 1]
+    waiting = [stand for stand in stands(records) if stand.waits_for]
+    assert [(stand.rank, stand.waits_for) for stand in waiting] == [(0, (1,))]
+    (folder,) = (tmp_path / "records").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"record0.json", "record1.json"}
+
+
+def test_a_signal_writes_a_record(tmp_path: Path) -> None:
+    program = (
+        "import detcoll, os, signal, sys, pathlib, threading\n"
+        "detcoll.init()\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "while not list(folder.glob('*/record0.json')): threading.Event().wait(0.01)\n"
+        "detcoll.finalize()\n"
+        "assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "DETCOLL_RECORD": str(tmp_path)}, timeout=60, check=False
+    )
+    assert done.returncode == 0
