@@ -122,7 +122,7 @@ def test_a_closed_flight_is_not_found() -> None:
 
 def test_a_hanging_job_tells_where_it_stands(tmp_path: Path) -> None:
     environ = {"DETCOLL_RECORD": str(tmp_path / "records")}
-    ended = launch(2, "calls.py", "asked", tmp_path, environ=environ)
+    ended = launch(2, "calls.py", "asked", tmp_path, options=["--transport", "slotted"], environ=environ)
     assert ended.code == 0, ended.err
     records = json.loads((tmp_path / "asked.json").read_text())
     assert [record["rank"] for record in records] == [0, 1]

@@ -260,6 +260,7 @@ class Loop:
 
     def _end_all(self, error: Exception) -> None:
         """End what is left; nothing more is sent."""
+        wanted = (Act.FINISH, Act.RECORD) if self._failure is not None else (Act.FINISH,)
         with self._lock:
             self._failure = error
         now_ns = time.monotonic_ns()
@@ -268,7 +269,7 @@ class Loop:
         for membership in list(self.engine.groups.values()):
             self.engine.fail_group(membership.group, error, now_ns)
         for action in self.engine.actions:
-            if action[0] in (Act.FINISH, Act.RECORD):
+            if action[0] in wanted:
                 self._carry[action[0]](*action[1:])
         self.engine.actions.clear()
 
