@@ -18,11 +18,14 @@ from detcoll.launch.mpiexec import find_mpiexec
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-TIMEOUT_S = 90
+TIMEOUT_S = 180
 TINY = ["-m", "pytest", str(BENCHMARKS), "--sizes", "4KiB", "--rounds", "2"]
 MPIEXEC = find_mpiexec()
 
-pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not installed")
+pytestmark = [
+    pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not installed"),
+    pytest.mark.timeout(200),
+]
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from detcoll.workloads.digits import save_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-TIMEOUT_S = 90
+TIMEOUT_S = 180
 RANKS = "2"
 BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 MPIEXEC, TORCHRUN = find_mpiexec(), shutil.which("torchrun", path=BIN)

@@ -147,6 +147,18 @@ def test_no_thread_and_no_descriptor_stays() -> None:
 
 
 @needs_torch
+def test_nothing_starts_once_connections_are_closed() -> None:
+    """Gloo may neither do nor fail a send that starts while it closes connections, and its thread would stay."""
+    with ThreadFabric(GlooTransport(), 2) as fabric:
+        fabric.run(messages.each_to_each, nbytes=10)
+        group = fabric[0]._mail._group
+        group.end()
+        for start in (group.start_send, group.start_recv):
+            with pytest.raises(RuntimeError, match="the connections are closed"):
+                start(group.bytes_tensor(memoryview(bytearray(8))), 1, 5)
+
+
+@needs_torch
 def test_processes() -> None:
     crews = Worlds()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -42,6 +43,8 @@ class Group:
         self._store = store
         self._clock = clock
         self._group: Any = None
+        self._starting = threading.Lock()
+        self._has_ended = False
 
     @property
     def gloo(self) -> Any:
@@ -73,11 +76,33 @@ class Group:
             missing = self._missing()
             raise ConnectError(f"Gloo did not join all ranks before the deadline; {missing}: {error}") from error
 
+    def start_send(self, tensor: Any, peer: int, tag: int) -> Any:
+        """Return a send under way; a RuntimeError, as Gloo's own, once the connections are closed."""
+        with self._starting:
+            self._require_open()
+            return self._group.send([tensor], peer, tag)
+
+    def start_recv(self, tensor: Any, peer: int, tag: int) -> Any:
+        """Return a receive under way; a RuntimeError, as Gloo's own, once the connections are closed."""
+        with self._starting:
+            self._require_open()
+            return self._group.recv([tensor], peer, tag)
+
     def end(self) -> None:
         """Close all connections: whatever waits for Gloo here fails, and the peers see that this rank is gone.
 
-        Gloo closes a group's connections when a wait times out, and in no other way that wakes all waits up.
+        Gloo closes a group's connections when a wait times out, and in no other way that wakes all waits up. What is
+        started meanwhile may neither be done nor fail, so nothing is.
         """
+        with self._starting:
+            self._has_ended = True
+            self._close_connections()
+
+    def _require_open(self) -> None:
+        if self._has_ended:
+            raise RuntimeError("the connections are closed")
+
+    def _close_connections(self) -> None:
         for step in range(1, self.size if self._group is not None else 0):
             with contextlib.suppress(RuntimeError):
                 nothing = self.torch.empty(1, dtype=self.torch.uint8)

@@ -308,9 +308,9 @@ class Mail:
                 _HEADER.pack_into(frame, 0, outgoing.kind, outgoing.tag, view.nbytes)
                 if 0 < view.nbytes <= INLINE_BYTES:
                     frame[_HEADER.size : _HEADER.size + view.nbytes] = view
-                self._group.gloo.send([self._group.bytes_tensor(memoryview(frame))], peer, _FRAME_TAG).wait(FOREVER)
+                self._group.start_send(self._group.bytes_tensor(memoryview(frame)), peer, _FRAME_TAG).wait(FOREVER)
                 if view.nbytes > INLINE_BYTES:
-                    self._group.gloo.send([self._group.bytes_tensor(view)], peer, _PAYLOAD_TAG).wait(FOREVER)
+                    self._group.start_send(self._group.bytes_tensor(view), peer, _PAYLOAD_TAG).wait(FOREVER)
                 self._sent(line, outgoing)
         except RuntimeError as error:
             self._lose(peer, self._group.error(error, peer))
@@ -339,7 +339,7 @@ class Mail:
         frame = bytearray(FRAME_BYTES)
         try:
             while not self._is_closing:
-                self._group.gloo.recv([self._group.bytes_tensor(memoryview(frame))], peer, _FRAME_TAG).wait(FOREVER)
+                self._group.start_recv(self._group.bytes_tensor(memoryview(frame)), peer, _FRAME_TAG).wait(FOREVER)
                 kind, tag, nbytes = _HEADER.unpack_from(frame)
                 if kind == _DATA:
                     self._receive(peer, tag, nbytes, memoryview(frame)[_HEADER.size :])
@@ -369,7 +369,7 @@ class Mail:
         if nbytes <= INLINE_BYTES:
             memory[:] = np.frombuffer(inline[:nbytes], np.uint8)
         else:
-            self._group.gloo.recv([self._group.tensor(memory)], peer, _PAYLOAD_TAG).wait(FOREVER)
+            self._group.start_recv(self._group.tensor(memory), peer, _PAYLOAD_TAG).wait(FOREVER)
         with self._lock:
             if posted is not None:
                 self._receiving.discard(posted)
