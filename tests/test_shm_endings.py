@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -18,11 +19,12 @@ import pytest
 import detcoll_shm.bell
 import detcoll_shm.endpoint
 from detcoll.clock import MonotonicClock
-from detcoll.errors import ConnectError, PeerLost, UsageError
+from detcoll.errors import ConnectError, PeerLost, TransportError, UsageError
 from detcoll.testing.fabric import LocalMeeting, ThreadFabric, in_threads, pattern
 from detcoll.transport import Ticket, TicketStatus
 from detcoll_shm import ShmEndpoint, ShmTransport
 from detcoll_shm.layout import Address
+from detcoll_shm.stage import ASLEEP
 
 S = 10**9
 MIB = 2**20
@@ -76,7 +78,7 @@ from detcoll_shm import ShmTransport
 class Clock:
     now_ns = staticmethod(time.monotonic_ns)
 soon_ns = lambda: time.monotonic_ns() + 20 * 10**9
-endpoint = ShmTransport().open(1, 2, None, Clock(), {"ring_bytes": 65536})
+endpoint = ShmTransport().open(1, int(sys.argv[2]), None, Clock(), {"ring_bytes": 65536})
 print(endpoint.address, flush=True)
 endpoint.connect({0: sys.stdin.readline().strip()}, soon_ns())
 exec(sys.argv[1])
@@ -86,12 +88,11 @@ sys.stdin.readline()
 
 
 class Child:
-    """Rank 1 of 2 as a process: it connects, does ``code``, and waits."""
+    """Rank 1 as a process: it connects to rank 0, does ``code``, and waits."""
 
-    def __init__(self, code: str = "") -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, code: str = "", size: int = 2) -> None:
+        command = [sys.executable, "-c", CHILD, code, str(size)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.address = self._read()
 
     def join(self, endpoint: ShmEndpoint) -> None:
@@ -102,6 +103,13 @@ class Child:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait(10)
+
+    def hears(self) -> str:
+        """Return the next line that the child prints."""
+        return self._read()
+
+    def interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
 
     def leave(self) -> None:
         self._write("")
@@ -237,6 +245,103 @@ class TestDeath:
             assert _shared_files() == before
             child.kill()
         assert _shared_files() == before
+
+
+@pytest.fixture
+def three() -> Iterator[tuple[ShmEndpoint, ShmEndpoint, Child]]:
+    """Ranks 0 and 2 in this process, and rank 1 as a child that only rank 0 is connected to."""
+    here, there = opened(0, 3, ring_bytes=65536), opened(2, 3, ring_bytes=65536)
+    with Child(size=3) as child:
+        child.join(here)
+        in_threads(
+            2, lambda i: (here, there)[i].connect({(2, 0)[i]: (there, here)[i].address}, time.monotonic_ns() + 20 * S)
+        )
+        yield here, there, child
+        here.abort()
+        there.abort()
+
+
+@pytest.mark.usefixtures("_no_recheck")
+class TestDeathOfOne:
+    def test_costs_only_what_was_under_way_with_it(self, three: tuple[ShmEndpoint, ShmEndpoint, Child]) -> None:
+        here, there, child = three
+        lost = [here.recv(1, 1, 8), here.recv(1, 2, MIB), here.send(1, 1, memoryview(bytes(MIB)))]
+        kept = [here.recv(2, 1, 8), here.recv(2, 2, MIB), here.send(2, 1, memoryview(bytes(MIB)))]
+        child.kill()
+        ended: list[Ticket] = []
+        while len(ended) < len(lost):
+            ended += here.poll(soon_ns())
+        assert set(ended) == set(lost)
+        assert all(ticket.status is TicketStatus.FAILED for ticket in lost)
+        assert all(isinstance(ticket.error, PeerLost) for ticket in lost)
+        assert {ticket.status for ticket in kept} == {TicketStatus.PENDING}
+        assert not here.poll(0)
+        sent = [there.send(0, 1, memoryview(pattern(1, 8))), there.send(0, 2, memoryview(pattern(2, MIB)))]
+        taken = there.recv(0, 1, MIB)
+        while any(ticket.status is TicketStatus.PENDING for ticket in (*kept, *sent, taken)):
+            here.poll(0)
+            there.poll(0)
+        assert [bytes(ticket.view or b"") for ticket in kept[:2]] == [pattern(1, 8), pattern(2, MIB)]
+        with pytest.raises(PeerLost, match="rank 1"):
+            here.send(1, 1, memoryview(b"x"))
+        here.send(2, 3, memoryview(b"still"))
+        assert take(there, 0, 3, 5) == b"still"
+
+    def test_does_not_hold_a_close_up(self, three: tuple[ShmEndpoint, ShmEndpoint, Child]) -> None:
+        here, there, child = three
+        sent = here.send(1, 1, memoryview(bytes(MIB)))
+        closer = threading.Thread(target=here.close, args=(time.monotonic_ns() + LATER_NS,))
+        closer.start()
+        child.kill()
+        closer.join(20)
+        assert not closer.is_alive()
+        assert sent.status is TicketStatus.FAILED
+        ticket = there.recv(0, 1, 8)
+        finish(there, ticket)
+        assert str(ticket.error) == "rank 0 closed its endpoint"
+
+
+AT_ITS_LAST_MOMENT = """
+import os, signal, threading
+crew = endpoint._begin_collectives()._crew
+give_up = crew._is_done_after_trying
+crew._is_done_after_trying = lambda reason, is_done: give_up(reason, lambda: os.kill(os.getpid(), signal.SIGKILL))
+threading.Thread(target=endpoint.barrier, args=(1,)).start()
+"""
+"""Dies when it has asked whether to give up, and before it says that it does."""
+
+IS_INTERRUPTED = """
+import threading
+from detcoll.errors import DetcollError
+def collect():
+    for _ in range(2):
+        try:
+            endpoint.barrier(soon_ns())
+        except (KeyboardInterrupt, DetcollError) as error:
+            print(type(error).__name__, error, flush=True)
+print("ready", flush=True)
+collect()
+"""
+
+
+class TestOneThatGivesUp:
+    def test_and_dies_before_it_says_so(self, endpoint: ShmEndpoint) -> None:
+        with Child(AT_ITS_LAST_MOMENT) as child:
+            child.join(endpoint)
+            with pytest.raises(PeerLost, match="rank 1 ended"):
+                endpoint.barrier(soon_ns())
+
+    def test_since_a_signal_came(self, endpoint: ShmEndpoint) -> None:
+        with Child(IS_INTERRUPTED) as child:
+            child.join(endpoint)
+            words = endpoint._peers[1].stage.words
+            while not words[ASLEEP]:
+                os.sched_yield()
+            child.interrupt()
+            assert child.hears() == "KeyboardInterrupt"
+            with pytest.raises(TransportError, match="rank 1 was interrupted in barrier number 0"):
+                endpoint.barrier(soon_ns())
+            assert child.hears() == "Closed an earlier collective failed: rank 1 was interrupted in barrier number 0"
 
 
 def _shared_files() -> list[str]:
