@@ -5,7 +5,7 @@ from __future__ import annotations
 from detcoll.testing import ThreadFabric, TransportContract
 from detcoll_slotted import SlottedTransport
 
-QUICK = {"reconnect_grace_ns": 300_000_000}
+QUICK = {"tolerance_ns": 300_000_000}
 
 
 class TestSlotted(TransportContract):

@@ -1,9 +1,18 @@
-"""The client's side of SOCKS5 (RFC 1928), as much as tests and benchmarks of the relay need."""
+"""SOCKS5 (RFC 1928): the client's side, as much as tests and benchmarks of the relay need, and a proxy that fails.
+
+`FaultyProxy` plays a path between two hosts that forgets connections, as a firewall does: what is sent over them is
+taken and leads nowhere, without a word. New connections work, unless the path is dark altogether.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import selectors
 import socket
+import threading
+from types import TracebackType
+from typing import Self
 
 GREETING = b"\x05\x01\x00"
 """Version 5, and one way of authentication: none."""
@@ -62,3 +71,110 @@ def open_through(proxy: str, host: str, port: int) -> socket.socket:
         connection.close()
         raise ConnectionRefusedError(f"the proxy at {proxy} answers {reply!r}")
     return connection
+
+
+class FaultyProxy:
+    """A SOCKS5 proxy on loopback, in a thread of its own, from ``__enter__`` to ``__exit__``."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._tunnels: list[_Tunnel] = []
+        self._is_dark = self._is_over = False
+        self._thread = threading.Thread(target=self._accept, name="faulty proxy")
+
+    @property
+    def address(self) -> str:
+        """Where it listens, as ``host:port``."""
+        host, port = self._listener.getsockname()
+        return f"{host}:{port}"
+
+    @property
+    def connections(self) -> int:
+        """How many connections it has made."""
+        return len(self._tunnels)
+
+    def forget(self) -> None:
+        """Lead nothing any more of what comes over the connections that there are."""
+        for tunnel in self._tunnels:
+            tunnel.is_silent = True
+
+    def go_dark(self) -> None:
+        """Forget all connections, and answer no new ones."""
+        self._is_dark = True
+        self.forget()
+
+    def __enter__(self) -> Self:
+        """Begin to accept."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close everything."""
+        self._is_over = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread up
+        self._thread.join()
+        self._listener.close()
+        for tunnel in self._tunnels:
+            tunnel.close()
+
+    def _accept(self) -> None:
+        while not self._is_over:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            tunnel = _Tunnel(client)
+            tunnel.is_silent = self._is_dark
+            self._tunnels.append(tunnel)
+            tunnel.thread.start()
+
+
+class _Tunnel:
+    """One connection through a `FaultyProxy`, carried by a thread."""
+
+    def __init__(self, client: socket.socket) -> None:
+        self.is_silent = False
+        self._ends = [client]
+        self.thread = threading.Thread(target=self._run, name="faulty proxy's tunnel", daemon=True)
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if not self.is_silent:
+                self._open()
+            with selectors.DefaultSelector() as selector:
+                for end in self._ends:
+                    selector.register(end, selectors.EVENT_READ)
+                while all(self._carry(key.fileobj) for key, _ in selector.select()):
+                    pass
+        for end in self._ends:
+            end.close()
+
+    def _open(self) -> None:
+        client = self._ends[0]
+        receive(client, receive(client, 2)[1])
+        client.sendall(b"\x05\x00")
+        asked = receive(client, 10)
+        target = socket.create_connection((socket.inet_ntoa(asked[4:8]), int.from_bytes(asked[8:10], "big")))
+        self._ends.append(target)
+        for end in self._ends:
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(b"\x05\x00\x00\x01" + bytes(6))
+
+    def _carry(self, end: object) -> bool:
+        assert isinstance(end, socket.socket)
+        data = end.recv(65_536)
+        if not self.is_silent:
+            for other in self._ends:
+                if other is not end:
+                    other.sendall(data)
+        return bool(data)
+
+    def close(self) -> None:
+        """End the connection and its thread."""
+        for end in list(self._ends):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self.thread.join()

@@ -13,6 +13,7 @@ from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, 
 from detcoll_slotted.departures import Departures
 from detcoll_slotted.descriptors import is_shortage, shortage
 from detcoll_slotted.flow import Inbound, Outbound
+from detcoll_slotted.health import Health
 from detcoll_slotted.intake import Intake
 from detcoll_slotted.joining import Joining
 from detcoll_slotted.line import Trunk
@@ -60,6 +61,7 @@ class SlottedEndpoint(Endpoint):
         try:
             self._timer = Timer()
             self._epoll = select.epoll()
+            self._health = Health(options, self._epoll)
             for descriptor in (self._timer.fd, self._roads.inlet_fd):
                 self._epoll.register(descriptor, select.EPOLLIN)
         except BaseException:
@@ -253,9 +255,10 @@ class SlottedEndpoint(Endpoint):
         if self._closed is not None:
             return
         self._closed = reason
+        self._health.close()
         self._epoll.close()
         for peer in self._peers.values():
-            self._lose(peer, peer.lost or reason)
+            self._fail(peer, peer.lost or reason)
         self._roads.close(linger_ms)
         self._timer.close()
         self._mailbox.clear()
@@ -309,7 +312,8 @@ class SlottedEndpoint(Endpoint):
         """Return when this endpoint has something to do even if nothing arrives."""
         now_ns = self._clock.now_ns()
         times = [now_ns + _LONG_WAIT_NS]
-        times += [at_ns for at_ns in (self._departures.next_ns(now_ns), self._joining.next_ns()) if at_ns is not None]
+        at_times = self._departures.next_ns(now_ns), self._joining.next_ns(), self._health.next_ns()
+        times += [at_ns for at_ns in at_times if at_ns is not None]
         for peer in self._peers.values():
             due_ns = None if peer.lost else peer.inbound.due_ns(self._options.acknowledge_delay_ns)
             if due_ns is not None:
@@ -330,14 +334,11 @@ class SlottedEndpoint(Endpoint):
         for descriptor in ready:
             if descriptor in self._monitored:
                 self._watch(self._monitored[descriptor], now_ns)
-        for peer, reason in self._joining.turn(now_ns):
+        for peer, reason in self._joining.turn(now_ns) + self._health.turn(ready, now_ns):
             self._lose(peer, reason)
         for peer in self._peers.values():
-            if peer.lost:
-                continue
-            if any(line.broken_since_ns for line in peer.lines):
-                self._give_up_if_late(peer, now_ns)
-            self._intake.acknowledge(peer, now_ns)
+            if not peer.lost:
+                self._intake.acknowledge(peer, now_ns)
         self._intake.due_ns = self._next_ns()
 
     def _step_back(self, now_ns: int) -> None:
@@ -369,8 +370,10 @@ class SlottedEndpoint(Endpoint):
 
     def _watch(self, trunk: Trunk, now_ns: int) -> None:
         """Take in what became of connections, and send again over those that came back."""
-        for line, is_back in trunk.events(now_ns):
+        for line, is_back in trunk.events():
             peer = self._peers[line.rank]
+            if not line.connected:
+                self._health.ended(peer, now_ns)
             if line.connected and not peer.is_joined:
                 self._joining.greet(peer)
             if is_back and not peer.lost:
@@ -379,15 +382,15 @@ class SlottedEndpoint(Endpoint):
                 for lane in line.lanes:
                     self._post.resend(peer, lane)
 
-    def _give_up_if_late(self, peer: Peer, now_ns: int) -> None:
-        """Lose a peer whose connection stays broken."""
-        since_ns = min(line.broken_since_ns for line in peer.lines if line.broken_since_ns)
-        if now_ns - since_ns > self._options.reconnect_grace_ns:
-            seconds = self._options.reconnect_grace_ns / 1e9
-            self._lose(peer, PeerLost(f"rank {peer.rank}: connection broken for more than {seconds:g} s"))
-
     def _lose(self, peer: Peer, reason: Exception) -> None:
         """End everything that still needs this peer, and nothing else."""
+        if not peer.inbound.bye:  # to one that says goodbye it is said back
+            for line in peer.own_lines:
+                line.trunk.disconnect(line)
+        self._fail(peer, reason)
+
+    def _fail(self, peer: Peer, reason: Exception) -> None:
+        """Fail the tickets with a peer. What was lent to ZeroMQ stays referred to by what is kept for it."""
         peer.lost = reason
         self._intake.due_ns = 0
         pending = [kept.ticket for lane in Lane for kept in peer.outbound.kept[lane]]

@@ -60,7 +60,9 @@ class Intake:
         if peer is None:
             self.counted["foreign_frames"] += 1
             return
+        peer.heard_ns = self._clock.now_ns()
         for ticket in peer.outbound.acknowledged(header.acks, header.consumed):
+            peer.acknowledged_ns = peer.heard_ns
             self._outcomes.end(ticket, TicketStatus.DONE)
         self._departures.unblock(peer)
         if header.kind is FrameKind.BYE:

@@ -7,6 +7,7 @@ such connections have a socket each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,30 +34,28 @@ class Style:
 class Line:
     """The connection to one peer, for one lane or both, and the TCP connection beneath it just now."""
 
-    def __init__(self, trunk: Trunk, route: bytes, rank: int, lanes: tuple[Lane, ...], style: Style) -> None:
-        self.trunk, self.route, self.rank, self.lanes = trunk, route, rank, lanes
+    def __init__(
+        self, trunk: Trunk, route: bytes, rank: int, address: str, lanes: tuple[Lane, ...], style: Style
+    ) -> None:
+        self.trunk, self.route, self.rank, self.address, self.lanes = trunk, route, rank, address, lanes
         self.connected = False
         self.was_connected = False
-        self.broken_since_ns = 0
         self._style = style
         self._rate_bytes_per_s = 0
         self._free_ns = 0
         self._tcp: Connection | None = None
         self._past_retransmits = 0
 
-    def note(self, event: int, value: int, endpoint: str, now_ns: int) -> bool:
+    def note(self, event: int, value: int, endpoint: str) -> bool:
         """Take in what the monitor says; True when a broken connection has come back."""
         if event == zmq.EVENT_CONNECTED:
             self._adopt(value, endpoint)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             returned = self.was_connected
             self.connected = self.was_connected = True
-            self.broken_since_ns = 0
             return returned
         elif event == zmq.EVENT_DISCONNECTED:
-            self.connected = False
-            self.broken_since_ns = self.broken_since_ns or now_ns
-            self._drop()
+            self.close()
         return False
 
     def pace(self, rate_bytes_per_s: float) -> None:
@@ -94,7 +93,7 @@ class Line:
             self._tcp.cut()
 
     def close(self) -> None:
-        """Give the TCP connection up; the trunk closes it."""
+        """Take note that the TCP connection has ended."""
         self.connected = False
         self._drop()
 
@@ -121,6 +120,7 @@ class Trunk:
     ) -> None:
         self._proxy = proxy
         self._lines: dict[str, Line] = {}
+        self._routes = itertools.count()
         self.socket = context.socket(zmq.ROUTER)
         try:
             configure(self.socket)
@@ -135,13 +135,20 @@ class Trunk:
     def connect(self, rank: int, address: str, lanes: tuple[Lane, ...], style: Style) -> Line:
         """Begin to connect to a peer; what is sent meanwhile waits."""
         # Not two connections of a socket may ever have one route: ZeroMQ would abort the process.
-        route = b"%d" % len(self._lines)
+        route = b"%d" % next(self._routes)
         self.socket.setsockopt(zmq.CONNECT_ROUTING_ID, route)
         self.socket.connect(address)
-        line = self._lines[self._proxy or address] = Line(self, route, rank, lanes, style)
+        line = self._lines[self._proxy or address] = Line(self, route, rank, address, lanes, style)
         return line
 
-    def events(self, now_ns: int) -> list[tuple[Line, bool]]:
+    def disconnect(self, line: Line) -> None:
+        """Drop what was sent to a peer and has not left, and connect to it no more."""
+        if self._lines.pop(self._proxy or line.address, None) is not None:
+            self.socket.linger = 0
+            self.socket.disconnect(line.address)
+            line.close()
+
+    def events(self) -> list[tuple[Line, bool]]:
         """Take in what the monitor says; returns lines of which it spoke, and whether they were broken and are back."""
         told: dict[Line, bool] = {}
         while True:
@@ -150,17 +157,15 @@ class Trunk:
             except zmq.Again:
                 return list(told.items())
             endpoint = event["endpoint"].decode()
-            line = next(iter(self._lines.values())) if self._proxy else self._lines.get(endpoint)
+            line = self._lines.get(self._proxy or endpoint)
             if line is not None:
-                told[line] = line.note(event["event"], int(event["value"]), endpoint, now_ns) or told.get(line, False)
+                told[line] = line.note(event["event"], int(event["value"]), endpoint) or told.get(line, False)
 
     def close(self, linger_ms: int) -> None:
         """Close socket and monitor; what is queued for connected peers has ``linger_ms`` to leave."""
-        self.socket.linger = 0
-        for address, line in self._lines.items():
-            if not line.connected and not self._proxy:
-                self.socket.disconnect(address)
-            linger_ms = 0 if self._proxy and not line.connected else linger_ms
+        for line in [line for line in self._lines.values() if not line.connected]:
+            self.disconnect(line)
+        for line in self._lines.values():
             line.close()
         self.socket.disable_monitor()
         self.monitor.close(linger=0)

@@ -9,9 +9,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What can be set.
 
     ``credit_bytes`` : bulk payload that a receiver holds for each sender.  ``congestion`` : TCP congestion control,
-    empty for the kernel's default.  ``reconnect_grace_ns`` : how long a broken connection may take to come back.
-    ``acknowledge_delay_ns`` : how long the acknowledgement of a message may wait for company.
-    ``insecure`` : open an address off loopback without keys.  ``ports`` : range to bind in, as ``(first, last)``.
+    empty for the kernel's default.  ``acknowledge_delay_ns`` : how long the acknowledgement of a message may wait for
+    company.  ``insecure`` : open an address off loopback without keys.  ``ports`` : range to bind in, as
+    ``(first, last)``.
     ``dscp`` : differentiated services code point of both lanes.  ``warm_up_peers``, ``warm_up_bytes``,
     ``warm_up_bytes_per_s`` : to whom this rank sends how much while connecting, and how fast, so that TCP's window is
     open before the first message; the peers do the same.  ``warm_up_in_turn`` : to one peer after another, the next
@@ -24,7 +24,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     credit_bytes: int = 16_777_216
     congestion: str = "cubic"
-    reconnect_grace_ns: int = 3_000_000_000
     acknowledge_delay_ns: int = 2_000_000
     insecure: bool = False
     ports: tuple[int, int] | None = None

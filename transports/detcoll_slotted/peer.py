@@ -24,6 +24,10 @@ class Peer:
     """Bulk sends that wait for credit."""
     group: PaceGroup | None = None
     """With whom it shares a rate; None for nobody."""
+    heard_ns: int = 0
+    """When something came from it."""
+    acknowledged_ns: int = 0
+    """When a message to it was acknowledged."""
     lost: Exception | None = None
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import zmq
 
+from detcoll_slotted.health import beat, guard
 from detcoll_slotted.line import Line, Style, Trunk
 from detcoll_slotted.options import Options
 from detcoll_slotted.wire import Lane
@@ -59,7 +60,7 @@ class Roads:
         made.linger = 0
         made.ipv6 = self._ipv6
         made.tos = self._options.dscp << 2
-        made.reconnect_ivl, made.reconnect_ivl_max = 20, 500
+        guard(made, self._options.tolerance_ns)
 
     @property
     def trunks(self) -> Iterable[Trunk]:
@@ -90,7 +91,9 @@ class Roads:
         proxy = self._options.proxy if rank in self._options.proxied_peers else ""
         key = lane, rank if proxy else -1
         if key not in self._trunks:
-            self._trunks[key] = Trunk(self._context, self._configure, proxy)
+            self._trunks[key] = trunk = Trunk(self._context, self._configure, proxy)
+            if lane is Lane.EXPRESS:
+                beat(trunk.socket, self._options.tolerance_ns)
         return self._trunks[key]
 
     def close(self, linger_ms: int) -> None:
