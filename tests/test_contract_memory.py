@@ -60,6 +60,16 @@ def test_capacity_bounds_what_is_held() -> None:
         assert all(ticket.status is TicketStatus.DONE for ticket in sends)
 
 
+def test_discarded_messages_give_their_room_back() -> None:
+    with ThreadFabric(MemoryTransport(), 2, {"capacity_bytes": 100}) as fabric:
+        sends = [fabric[0].send(1, tag, memoryview(bytes(40))) for tag in (256, 257, 258, 5)]
+        assert [ticket.status is TicketStatus.DONE for ticket in sends] == [True, True, False, False]
+        fabric[1].discard(256, 8)
+        assert all(ticket.status is TicketStatus.DONE for ticket in sends)
+        sends = [fabric[0].send(1, tag, memoryview(bytes(40))) for tag in (300, 5, 6)]
+        assert [ticket.status is TicketStatus.DONE for ticket in sends] == [True, True, False]
+
+
 def test_unknown_option() -> None:
     with pytest.raises(UsageError, match="capcity"), ThreadFabric(MemoryTransport(), 1, {"capcity": 1}):
         pass

@@ -80,6 +80,19 @@ def unexpected_is_bounded(here: Here) -> None:
             assert [here.take(0, tag, 4000) for tag in (1, 2, 0)] == [pattern(tag, 4000) for tag in (1, 2, 0)]
 
 
+def discarded_gives_room_back(here: Here) -> None:
+    """What was held and is discarded takes no room of ``unexpected_bytes`` any more."""
+    messages.each_to_each(here, 10)
+    for round_ in range(3):
+        if here.rank == 0:
+            here.finish(*(here.send(1, round_ * 256 + tag, pattern(tag, 4000)) for tag in range(2)))
+            here.meet()
+        else:
+            here.meet()
+            here.endpoint.discard(round_ * 256, 8)
+        here.meet()
+
+
 def cancelled_while_it_arrives(here: Here, nbytes: int) -> None:
     """Of receives that are cancelled at any moment, the next one of the tag gets the message."""
     if here.rank == 0:
@@ -120,6 +133,12 @@ def test_unknown_types() -> None:
 def test_unexpected_is_bounded() -> None:
     with ThreadFabric(GlooTransport(), 2, {"unexpected_bytes": 8000}) as fabric:
         fabric.run(unexpected_is_bounded)
+
+
+@needs_torch
+def test_discarded_gives_room_back() -> None:
+    with ThreadFabric(GlooTransport(), 2, {"unexpected_bytes": 8000}) as fabric:
+        fabric.run(discarded_gives_room_back)
 
 
 @needs_torch

@@ -183,9 +183,11 @@ class MessageContract(ABC):
         with self.fabric(2) as fabric:
             fabric.run(discarding.discarded_messages, nbytes=nbytes)
 
-    def test_discarded_messages_give_their_room_back(self) -> None:
+    @pytest.mark.parametrize("nbytes", [300, 8000, None], ids=["300", "8000", "clogging"])
+    def test_discarded_messages_give_their_room_back(self, nbytes: int | None) -> None:
+        rounds = 4 if nbytes is None else 20
         with self.clogged_fabric() as fabric:
-            fabric.run(discarding.discarded_messages, nbytes=self.clogged_bytes, rounds=5)
+            fabric.run(discarding.discarded_messages, nbytes=nbytes or self.clogged_bytes, rounds=rounds)
 
     def test_many_prefixes_are_discarded(self) -> None:
         with self.fabric(2) as fabric:

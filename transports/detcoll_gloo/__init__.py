@@ -12,9 +12,9 @@ other. ``GLOO_SOCKET_IFNAME`` chooses the network interfaces, otherwise the rend
   messages of a pair travel one after the other, each led by a frame with its tag and size, and a thread for each
   direction of each pair waits for them. What no receive was posted for is held, up to ``unexpected_bytes`` for each
   sender; then that sender's messages wait at their source.
-- Gloo knows one way to end a wait: closing every connection of the group. So a collective that misses its deadline
-  ends the endpoint, and the peers see that it is gone.
-
+- Gloo knows one way to end a wait: closing every connection of the group. So a collective that misses its deadline, or
+  that an exception interrupts, ends the endpoint, its messages included, and the peers see that it is gone. Python
+  handles Ctrl-C only when Gloo returns, at the deadline at the latest.
 - Ranks tell each other what they are about to call before they call it, since Gloo compares nothing.
 
 Options: ``unexpected_bytes`` (64 MiB), ``open_timeout_ns`` (60 s) and ``compare`` (True).

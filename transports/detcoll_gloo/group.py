@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import ConnectError, DeadlineMissed, PeerLost, TransportError
+from detcoll.errors import Closed, ConnectError, DeadlineMissed, PeerLost, TransportError
 from detcoll.transport import Clock
 from detcoll.types import BFLOAT16
 
@@ -48,7 +48,15 @@ class Group:
 
     @property
     def gloo(self) -> Any:
-        """The process group itself."""
+        """The process group itself.
+
+        Raises
+        ------
+        Closed
+            If the endpoint was closed, maybe by another thread.
+        """
+        if self._group is None:
+            raise Closed("the Gloo endpoint is closed")
         return self._group
 
     def join(self, address: str, deadline_ns: int) -> None:
@@ -103,10 +111,11 @@ class Group:
             raise RuntimeError("the connections are closed")
 
     def _close_connections(self) -> None:
-        for step in range(1, self.size if self._group is not None else 0):
+        group = self._group  # another thread may forget it
+        for step in range(1, self.size if group is not None else 0):
             with contextlib.suppress(RuntimeError):
                 nothing = self.torch.empty(1, dtype=self.torch.uint8)
-                self._group.recv([nothing], (self.rank + step) % self.size, _END_TAG).wait(timedelta(milliseconds=1))
+                group.recv([nothing], (self.rank + step) % self.size, _END_TAG).wait(timedelta(milliseconds=1))
 
     def forget(self) -> None:
         """Give the group and the store back; no one may use them any more."""

@@ -181,6 +181,7 @@ class Mail:
     def discard(self, tag: int, bits: int) -> None:
         """Drop what belongs to a prefix of tags, now and later."""
         with self._lock:
+            self._start()
             self._discarded.add(tag, bits)
             for key in [key for key in self._posted if has_prefix(key[1], tag, bits)]:
                 for posted in self._posted.pop(key):
