@@ -24,7 +24,6 @@ from detcoll.errors import DetcollError, UsageError
 from detcoll.launch import processes
 from detcoll.measure import experiment, marks, step
 from detcoll.measure.aggregate import (
-    SINGLE_CLUSTER,
     ScriptRound,
     Setting,
     iteration_times_s,
@@ -42,7 +41,7 @@ from detcoll.measure.lines import CoTenant, LineRecord, use_of
 from detcoll.measure.networks import parse_networks, reserve
 from detcoll.measure.places import Places
 from detcoll.measure.records import Marks, RankRecord, read_config, read_marks, write_json
-from detcoll.measure.results import LeftOut, Measurement, write_result
+from detcoll.measure.results import SINGLE_CLUSTER, LeftOut, Measurement, write_result
 from detcoll.measure.statistics import ratio, summarize, tails
 from detcoll.measure.tables import measurement_table
 from detcoll.topology import Topology
