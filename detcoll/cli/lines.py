@@ -121,7 +121,7 @@ class NetworkOptions:
         return reserve(lines, self.networks(), self.reserved)
 
 
-ANY_SITES, ANY_LINES, ANY_NETWORK = SiteOptions(), LineOptions(), NetworkOptions()
+ANY_LINES, ANY_NETWORK = LineOptions(), NetworkOptions()
 """Nothing given."""
 
 
