@@ -29,11 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from detcoll.cli.lines import comma_separated
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart, element, svg_text
 from detcoll.draw.scale import percent
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
-from detcoll.measure.options import comma_separated
 from detcoll.measure.statistics import Summary, ratio, summarize
 from detcoll.quantities import format_bytes
 

@@ -160,6 +160,16 @@ def launch(
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
+def options(**given: object) -> list[str]:
+    """Return the options of a command line: a name with True stands alone, one with a list is repeated."""
+    words: list[str] = []
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list) else [value]:
+            words += [option] if one is True else [option, str(one)]
+    return words
+
+
 def await_gone(pids: Sequence[int]) -> None:
     """Wait until none of the processes runs any more."""
     for pid in pids:

@@ -28,8 +28,8 @@ from detcoll.topology import Topology
 
 TIMEOUT_S = 60
 ROW = Row(
-    "all_reduce", "slotted", "exchange", 4, 2, "float32", 2**20, 0.02, 0.018, 0.03, 0.029, 0.0187, 0.021, 0.935, 0.05,
-    20, "instant", 1e-4, cpu_s_per_gb=0.625, extra_memory_bytes=3 * 2**20,
+    "all_reduce", "slotted", "exchange", 4, 2, "float32", 0.018, 0.03, 0.029, 0.0187, 0.021, 0.935, 0.05, 20, "instant",
+    1e-4, bytes=2**20, median_s=0.02, cpu_s_per_gb=0.625, extra_memory_bytes=3 * 2**20,
 )  # fmt: skip
 AUDIT = AuditResult("calendar", True, 0.999, 0.998, 10**6, 1000, 10, 0, (0, 0), (0, 0), (2**20, 2**19), (2**21, 2**21))
 USE = LineUse(10**6, 1, 2, 3, 4, 5000, 0.01, 0.011, CoTenant(0.02, 0.03, 9, 10), 0, 0, 0.001, 0.2)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import await_gone
+from ranks import await_gone, options
 
+from detcoll.cli import main
 from detcoll.emulation.helper import Helper
 from detcoll.emulation.lab import Conditions, Lab, Launcher, Service, read_log, run_ranks, why_unavailable
 from detcoll.errors import Closed, DetcollError, UsageError
@@ -263,11 +264,8 @@ signal.pause()
     def test_signals_end_everything(self, number: signal.Signals, code: int, tmp_path: Path) -> None:
         command = """
 import sys
-from detcoll.cli.lab import lab
-try:
-    sys.exit(lab(sys.executable, "-c", sys.argv[1], sites=2, ranks_per_site=2))
-except KeyboardInterrupt:
-    sys.exit(130)
+from detcoll.cli import main
+sys.exit(main(["lab", "--sites", "2", "--ranks-per-site", "2", "--", sys.executable, "-c", sys.argv[1]]))
 """
         rank = """
 import os, signal
@@ -400,14 +398,10 @@ os.write(1, f"{values[0]} {os.environ['DETCOLL_SITE']}\\n".encode())
 
 
 class TestCommand:
-    def test_options_that_clash_or_are_missing_are_refused(self, tmp_path: Path) -> None:
-        from detcoll.cli.lab import lab
-
-        with pytest.raises(UsageError, match="COMMAND is missing"):
-            lab()
-        with pytest.raises(UsageError, match="--topology cannot be combined with --sites, --rate"):
-            lab("true", topology=tmp_path / "t.toml", sites=2, rate="1 Gbit/s")
-        for options, message in (
+    def test_options_that_clash_or_are_missing_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["lab"]) == 2
+        assert "COMMAND is missing" in capsys.readouterr().err
+        for given, message in (
             ({"rate": "1000"}, "rate='1000'"),
             ({"service": "best"}, "service='best' is not known"),
             ({"service": "best-effort", "reserved": "1 Mbit/s"}, "needs service=deterministic"),
@@ -421,31 +415,30 @@ class TestCommand:
             ({"failure": ["now"]}, "failure='now' must be of the form"),
             ({"statistics": Path("/no/such/place/s.json")}, "no directory"),
         ):
-            with pytest.raises(UsageError, match=message):
-                lab("true", **options)
+            assert main(["lab", *options(**given), "true"]) == 2
+            assert message in capsys.readouterr().err
 
     @pytest.mark.lab
     @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
     def test_it_runs_in_the_topology_of_a_file(self, tmp_path: Path) -> None:
-        from detcoll.cli.lab import lab
-
         topology = replace(two_sites(ranks_per_site=1), mtu_bytes=1400)
         (tmp_path / "t.toml").write_text(topology.to_toml(), encoding="utf-8")
         code = "import os, sys; sys.exit(open('/sys/class/net/wan0/mtu').read() != '1400\\n')"
-        assert lab(*python(code), topology=tmp_path / "t.toml", log=tmp_path / "log.npy") == 0
+        files = options(topology=tmp_path / "t.toml", log=tmp_path / "log.npy")
+        assert main(["lab", *files, "--", *python(code)]) == 0
         assert (tmp_path / "log.npy").stat().st_size > 0
-        assert lab("sh", "-c", "kill -9 $$", rate="100 Mbit/s", round_trip="2 ms", queue="100 kB") == 137
+        lines = options(rate="100 Mbit/s", round_trip="2 ms", queue="100 kB")
+        assert main(["lab", *lines, "--", "sh", "-c", "kill -9 $$"]) == 137
 
     @pytest.mark.lab
     @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
     def test_it_tells_what_the_router_counted(self, tmp_path: Path) -> None:
-        from detcoll.cli.lab import lab
-
         connects = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('10.77.1.1', 9))"
-        assert lab(
-            *python(connects), service="deterministic", reserved="500 Mbit/s", failure=["0 s to 1 min"],
+        given = options(
+            ranks_per_site=1, service="deterministic", reserved="500 Mbit/s", failure=["0 s to 1 min"],
             statistics=tmp_path / "s.json",
-        ) == 0  # fmt: skip
+        )  # fmt: skip
+        assert main(["lab", *given, "--", *python(connects)]) == 0
         told = json.loads((tmp_path / "s.json").read_text())
         [mine] = [each for each in told["directions"] if each["source"] == 0 and each["service"] == "deterministic"]
         assert mine["failed_segments"] == mine["segments"] >= 1
@@ -454,7 +447,6 @@ class TestCommand:
     @pytest.mark.lab
     @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
     def test_lines_of_ranks_stay_apart(self, capsys: pytest.CaptureFixture[str]) -> None:
-        from detcoll.cli.lab import lab
-
-        assert lab("sh", "-c", '[ $RANK = 0 ] && printf goodbye || printf "SURVIVOR 3"') == 0
+        code = '[ $RANK = 0 ] && printf goodbye || printf "SURVIVOR 3"'
+        assert main(["lab", "--ranks-per-site", "1", "--", "sh", "-c", code]) == 0
         assert sorted(capsys.readouterr().out.splitlines()) == ["SURVIVOR 3", "goodbye"]

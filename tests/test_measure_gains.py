@@ -77,9 +77,8 @@ def test_bits_without_topology_are_not_held_against_the_cluster() -> None:
     def run(transport: str, digest: str, without: str | None = None) -> Run:
         times = summarize([1.0])
         return Run(
-            transport, transport, "wide-area", "deterministic", 0.0, times, None, 1.0, (1.0, 1.0), None, None, digest,
-            None, None, without=without,
-        )  # fmt: skip
+            transport, transport, "wide-area", "deterministic", iteration_s=times, result_digest=digest, without=without
+        )
 
     cluster, slotted = run("shm", "same"), run("slotted", "same")
     assert digests_equal([cluster, slotted, run("slotted", "other", "topology")]) is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import sys
@@ -16,13 +17,13 @@ import pytest
 from rich.console import Console
 
 from detcoll.cli import main
+from detcoll.cli.lines import LineOptions, SiteOptions, comma_separated, present
 from detcoll.emulation.lab import Conditions, DirectionStatistics, Service, Statistics
 from detcoll.emulation.lab.statistics import BurstStatistics, ProbeStatistics
 from detcoll.errors import DetcollError, UsageError
 from detcoll.launch import processes
 from detcoll.measure import experiment, marks, step
 from detcoll.measure.aggregate import (
-    SINGLE_CLUSTER,
     ScriptRound,
     Setting,
     iteration_times_s,
@@ -38,10 +39,9 @@ from detcoll.measure.host import host_facts
 from detcoll.measure.kernel import network_counts, parse_retransmits, parse_sent_bytes
 from detcoll.measure.lines import CoTenant, LineRecord, use_of
 from detcoll.measure.networks import parse_networks, reserve
-from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.places import Places
 from detcoll.measure.records import Marks, RankRecord, read_config, read_marks, write_json
-from detcoll.measure.results import LeftOut, Measurement, write_result
+from detcoll.measure.results import SINGLE_CLUSTER, LeftOut, Measurement, write_result
 from detcoll.measure.statistics import ratio, summarize, tails
 from detcoll.measure.tables import measurement_table
 from detcoll.topology import Topology
@@ -200,27 +200,50 @@ def test_host_facts_name_versions_and_nobody() -> None:
     assert socket.gethostname() not in json.dumps(facts)
 
 
+@pytest.mark.parametrize("command", [["lab", "true"], ["bench", "--lab"], ["measure"], ["plan"]])
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        ((Path("/nowhere.toml"), None, None, None, None), "cannot be read"),
-        ((Path("/nowhere.toml"), 2, None, "1 Gbit/s", None), "sites, rate"),
-        ((None, 1, None, None, None), "sites=1"),
-        ((None, 0, None, None, None), "sites=0"),
-        ((None, None, 0, None, None), "ranks_per_site=0"),
-        ((None, None, None, "1", None), "rate='1'"),
-        ((None, None, None, None, "20"), "round_trip='20'"),
+        (["--topology", "/nowhere.toml"], "topology='/nowhere.toml' cannot be read"),
+        (
+            ["--topology", "/nowhere.toml", "--sites", "2", "--rate", "1 Gbit/s"],
+            "topology='/nowhere.toml' already says what sites, rate would",
+        ),
+        (["--sites", "1"], "sites=1"),
+        (["--sites", "0"], "sites=0"),
+        (["--ranks-per-site", "0"], "ranks_per_site=0"),
+        (["--rate", "1"], "rate='1'"),
+        (["--rate", "-1 Gbit/s"], "rate='-1 Gbit/s'"),
+        (["--round-trip", "20"], "round_trip='20'"),
     ],
 )
-def test_lines_that_cannot_be_are_refused(arguments: Any, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        wide_topology(*arguments)
+def test_commands_refuse_lines_that_cannot_be_in_the_same_words(
+    command: list[str], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command[0], *options, *command[1:]]) == 2
+    assert capsys.readouterr().err.startswith(f"detcoll: {message}")
+
+
+def test_commands_explain_lines_in_the_same_words(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("sites", "ranks-per-site", "rate", "round-trip")
+    wanted = {"lab": (*names, "queue", "topology"), "bench": (*names, "queue", "topology"), "plan": names}
+    told: dict[str, set[str]] = {}
+    for command in ("lab", "bench", "measure", "plan"):
+        assert main([command, "--help"]) == 0
+        shown = " ".join(word for word in capsys.readouterr().out.split() if word != "\u2502")
+        for name in wanted.get(command, wanted["bench"]):
+            said = re.search(rf"--{name} [A-Z]+ (.*?) --[a-z-]+ ([A-Z]{{3}}|--no)", shown)
+            assert said is not None
+            told.setdefault(name, set()).add(said[1])
+    assert {name: len(texts) for name, texts in told.items()} == dict.fromkeys(told, 1)
+    assert told["ranks-per-site"] == {"Ranks in each site; 2 unless given."}
 
 
 def test_lines_from_options() -> None:
-    topology = wide_topology(None, 3, 1, "100 Mbit/s", "5 ms")
-    assert topology == Topology.uniform(3, 1, 12.5e6, 2_500_000)
-    assert wide_topology(None, None, None, None, None) == Topology.uniform(2, 2, 125e6, 10 * MS)
+    options = SiteOptions(sites=3, ranks_per_site=1, rate="100 Mbit/s", round_trip="5 ms")
+    assert options.wide_topology() == Topology.uniform(3, 1, 12.5e6, 2_500_000)
+    assert LineOptions().wide_topology() == Topology.uniform(2, 2, 125e6, 10 * MS)
+    assert LineOptions().queue_bytes() == 2_500_000
 
 
 class _Anywhere:
@@ -229,7 +252,7 @@ class _Anywhere:
 
 def test_transports_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detcoll.registry._NEEDS", {"gloo": ("no_such_package", "pip install it")})
-    for room in ("registry", "measure.options"):
+    for room in ("registry", "cli.lines"):
         monkeypatch.setattr(f"detcoll.{room}.load", lambda name: _Anywhere)
     monkeypatch.setattr("detcoll.registry.find_mpiexec", lambda: "/bin/mpiexec")
     here, left_out = present(("gloo", "mpi"), "against")
@@ -537,7 +560,7 @@ def test_an_interrupt_reaches_ranks_as_what_ends_them_without_a_traceback(
         given.update(options)
         return supervise(crew, **options)
 
-    monkeypatch.setattr(processes, "supervise", noted)
+    monkeypatch.setattr("detcoll.launch.ranks.supervise", noted)
     Places(Topology.single_site(1), 30.0).run(Setting("alone", "shm", SINGLE_CLUSTER), ["true"], tmp_path)
     assert given["on_interrupt"] == signal.SIGTERM
 

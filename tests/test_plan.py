@@ -33,7 +33,6 @@ from detcoll.plan import (
     choose_algorithm,
     choose_chunk,
     compile_plan,
-    plan_for,
     predict_ns,
     uses_window,
 )  # fmt: skip
@@ -329,8 +328,6 @@ def test_a_planner_compiles_once() -> None:
     assert planner.plan(Collective("all_reduce", 2**24, 4, 4)) is plan
     assert planner.plan(LARGE, plan.algorithm) is plan
     assert planner.plan(LARGE, "ring") is not plan
-    assert plan_for(LARGE, topology, calendar, 1) is plan_for(LARGE, sites_of([2, 2]), build_calendar(topology), 1)
-    assert plan_for(LARGE, topology, calendar, 0).rank == 0
 
 
 def test_a_planner_forgets_what_was_used_longest_ago(monkeypatch: pytest.MonkeyPatch) -> None:

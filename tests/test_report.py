@@ -395,3 +395,25 @@ def test_only_the_traces_of_an_earlier_report_are_forgotten(tmp_path: Path) -> N
     kept = put(tmp_path / "traces" / "wide-area-slotted-1" / "mine.json", {})
     forget_traces(tmp_path)
     assert [path for path in (tmp_path / "traces").rglob("*") if path.is_file()] == [kept]
+
+
+def test_files_of_other_versions_are_read_as_far_as_they_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"median": 0.1, "p01": 0.09, "p99": 0.12, "samples": [0.1], "later": 1}
+    run = {"name": "slotted", "iteration_s": times, "line": {"policed_segments": 3}, "later": {}}
+    row = {"collective": "all_reduce", "transport": "slotted", "bytes": 4096, "median_s": 0.1, "later": []}
+    audit = {"slotting": "calendar", "passed": True, "inside_share": 1.0}
+    setting = {"setting": "deterministic", "iteration_s": 1.5, "efficiency": 0.9}
+    need = {"condition": "none", "target": 0.9, "line_bit_per_s": 1e9, "efficiency": 0.9, "iteration_s": 1.0}
+    for name, data in (
+        ("measure", {"schema": "detcoll.measure/1", "runs": [run]}),
+        ("bench", {"schema": "detcoll.bench/1", "rows": [row], "audit": audit, "later": 1}),
+        ("simulate", {"schema": "detcoll.simulate/1", "runs": [setting], "needed": [need]}),
+    ):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(data))
+        assert main(["report", str(path), "--out", str(tmp_path / name)]) == 0, capsys.readouterr().err
+        assert (tmp_path / name / "report.html").is_file()
+    for lacking, field in (({"name": "slotted"}, "iteration_s"), ({"iteration_s": times}, "name")):
+        path.write_text(json.dumps({"schema": "detcoll.measure/1", "runs": [lacking]}))
+        assert main(["report", str(path)]) == 2
+        assert f"missing required field `{field}`" in capsys.readouterr().err

@@ -17,13 +17,23 @@ from detcoll.emulation.lab.audit import audit, read_traces
 from detcoll.emulation.lab.log import of_ranks
 from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError
-from detcoll.measure.aggregate import WIDE_AREA, Setting
+from detcoll.measure.aggregate import Setting
 from detcoll.measure.host import host_facts
 from detcoll.measure.lines import LineUse, read_lines, use_of
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import write_json
-from detcoll.measure.results import BENCH_SCHEMA, LAB, RELAY, AuditResult, BenchLine, BenchResult, LeftOut, Row
+from detcoll.measure.results import (
+    BENCH_SCHEMA,
+    LAB,
+    RELAY,
+    WIDE_AREA,
+    AuditResult,
+    BenchLine,
+    BenchResult,
+    LeftOut,
+    Row,
+)
 from detcoll.registry import SLOTTED
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE

@@ -12,6 +12,7 @@ from detcoll import registry
 from detcoll.bench.runs import LabBench, run_here, run_in_lab
 from detcoll.bench.sweep import Sweep
 from detcoll.cli.invocation import command_line
+from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
 from detcoll.cli.terminal import output_console
@@ -21,8 +22,6 @@ from detcoll.job.settings import AUTO, check_slotting
 from detcoll.launch.launchers import read_environment
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
-from detcoll.measure.networks import parse_networks, reserve
-from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.results import BENCH_SCHEMA, BenchResult, LeftOut, write_result
 from detcoll.measure.tables import bench_table
 from detcoll.outputs import require_writable
@@ -49,15 +48,8 @@ def bench(
     json: Path | None = None,
     lab: bool = False,
     relay: bool = False,
-    sites: int | None = None,
-    ranks_per_site: int | None = None,
-    rate: Quantity | None = None,
-    round_trip: Quantity | None = None,
-    topology: Path | None = None,
-    queue: Quantity | None = None,
-    service: str | None = None,
-    cross_traffic: str | None = None,
-    reserved: Quantity | None = None,
+    lines: LineOptions = ANY_LINES,
+    network: NetworkOptions = ANY_NETWORK,
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
     timeout: Quantity = "60 s",
     deadline: Quantity | None = None,
@@ -66,7 +58,7 @@ def bench(
 
     Runs on the ranks of the launcher it is started under (detcoll run, mpiexec, torchrun), or with --lab on ranks of
     emulated sites that it starts itself. There the slotted transport is audited: the exit code is 1 if the router saw
-    that it did not keep to its calendar.
+    that it did not keep to its calendar. Options of lines and networks need --lab or --relay; a topology file does not.
 
     Parameters
     ----------
@@ -92,28 +84,7 @@ def bench(
         Start ranks in emulated sites; needs Linux and root.
     relay
         Start ranks on this host and relay what they send between sites, with rate and delay alone; needs no root. Of
-        slotted only. The options of --lab below hold, but for service, cross traffic and reserved.
-    sites
-        With --lab: number of sites; 2 unless given.
-    ranks_per_site
-        With --lab: ranks in each site; 2 unless given.
-    rate
-        With --lab: of each site's line; "1 Gbit/s" unless given.
-    round_trip
-        With --lab: between any two sites; "20 ms" unless given.
-    topology
-        A topology file; with --lab instead of the four above.
-    queue
-        With --lab: drop-tail queue at each end of a line; 2.5MB unless given.
-    service
-        With --lab: best-effort (the default), deterministic (a reserved and policed rate that goes first), or both
-        separated by commas.
-    cross_traffic
-        With --lab: what others offer each line's best-effort class, as shares of its rate from 0 to 2, separated by
-        commas; 0 unless given.
-    reserved
-        With --lab: rate that the deterministic service reserves between any two sites, headers included; four fifths
-        of the line unless given here or by the topology file.
+        slotted only. The options of --lab hold, but for service, cross traffic and reserved.
     slotting
         With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one; two sites),
         share (pacing without slots), off.
@@ -131,39 +102,33 @@ def bench(
     if relay:
         if lab:
             raise UsageError("--lab and --relay are two ways to make the lines; give one")
-        refuse_with_relay(service=service, cross_traffic=cross_traffic, reserved=reserved)
+        refuse_with_relay(**given(network))
         _refuse_without_proxy(comma_separated(transport or SLOTTED))
     if not (lab or relay):
-        _refuse_without_lab(
-            sites=sites, ranks_per_site=ranks_per_site, rate=rate, round_trip=round_trip, service=service,
-            cross_traffic=cross_traffic, reserved=reserved, queue=queue, slotting=slotting, deadline=deadline,
-        )  # fmt: skip
+        useless = {name: value for name, value in given(lines).items() if name != "topology"} | given(network)
+        _refuse_without_lab(**useless, slotting=slotting, deadline=deadline)
         names = comma_separated(transport or AUTO)
         for name in names:
             if name != AUTO:
                 registry.require_known(name)
         if read_environment(os.environ).launcher == "none":
             print(ALONE, file=sys.stderr, flush=True)
-        rank, rows = run_here(sweep, names, topology, timeout_s)
+        rank, rows = run_here(sweep, names, lines.topology, timeout_s)
         return _finish(BenchResult(BENCH_SCHEMA, host_facts(), rows), json) if rank == 0 else 0
     transports, left_out = present(comma_separated(transport or SLOTTED), "transport")
     if slotting is not None and SLOTTED not in transports:
         raise UsageError(f"slotting={slotting!r} is for {SLOTTED}, which is not in transport={transport!r}")
-    networks = parse_networks(
-        comma_separated("best-effort" if service is None else service),
-        comma_separated("0" if cross_traffic is None else cross_traffic),
-    )
-    lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
-    check_slotting(Slotting(slotting) if slotting else None, lines)
+    topology = network.reserve(lines.wide_topology())
+    check_slotting(Slotting(slotting) if slotting else None, topology)
     spec = LabBench(
         sweep,
         transports,
-        lines,
-        Conditions(parse_size_bytes("2.5MB" if queue is None else queue, "queue")),
+        topology,
+        Conditions(lines.queue_bytes()),
         slotting,
         timeout_s,
         parse_timeout_s("10 min" if deadline is None else deadline, "deadline"),
-        networks,
+        network.networks(),
         relay,
     )
     return _run_in_lab(spec, left_out, json)
@@ -187,8 +152,8 @@ def _finish(result: BenchResult, json: Path | None) -> int:
     return 0
 
 
-def _refuse_without_lab(**given: object) -> None:
-    useless = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+def _refuse_without_lab(**options: object) -> None:
+    useless = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if useless:
         raise UsageError(f"{', '.join(useless)} need --lab or --relay: without the ranks are those of the launcher")
 

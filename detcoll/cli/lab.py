@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from detcoll.cli.lines import ANY_LINES, LineOptions
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
 from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
@@ -14,7 +15,7 @@ from detcoll.errors import UsageError
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
 from detcoll.outputs import require_writable, write_file
-from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s, parse_size_bytes, parse_timeout_s
+from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
 from detcoll.topology import Topology
 
 _CROSS_TCP = 0.05
@@ -26,12 +27,7 @@ _PAST_THE_RELAY = (
 
 def lab(
     *command: str,
-    sites: int | None = None,
-    ranks_per_site: int | None = None,
-    rate: Quantity | None = None,
-    round_trip: Quantity | None = None,
-    topology: Path | None = None,
-    queue: Quantity = "2.5MB",
+    lines: LineOptions = ANY_LINES,
     loss: float = 0.0,
     jitter: Quantity = "0 ms",
     service: str | None = None,
@@ -58,18 +54,6 @@ def lab(
     ----------
     command : str
         Program and arguments, after ``--``.
-    sites : int
-        Number of sites (default 2).
-    ranks_per_site : int
-        Ranks in each site (default 1).
-    rate : str
-        What each site's uplink and downlink carry, such as "1 Gbit/s" (the default). Headers count.
-    round_trip : str
-        Round-trip time between any two sites, such as "20 ms" (the default).
-    topology : Path
-        Topology file, instead of sites, ranks per site, rate and round trip.
-    queue : str
-        Drop-tail queue of each line; with --relay, what may wait at it before senders are held up.
     loss : float
         Probability with which a best-effort segment is lost.
     jitter : str
@@ -110,7 +94,7 @@ def lab(
     """
     if not command:
         raise UsageError("COMMAND is missing; expected detcoll lab [OPTIONS] -- COMMAND [ARGUMENTS]")
-    wanted = _topology(topology, sites, ranks_per_site, rate, round_trip)
+    wanted = lines.wide_topology()
     if relay:
         refuse_with_relay(
             loss=loss, jitter=parse_duration_ns(jitter, "jitter"), service=service, reserved=reserved, burst=burst,
@@ -127,14 +111,14 @@ def lab(
     require_writable(log, "log")
     if relay:
         with ended_by_signals():
-            code, seen = run_through_relay(wanted, parse_size_bytes(queue, "queue"), command, deadline_s, prefix=prefix)
+            code, seen = run_through_relay(wanted, lines.queue_bytes(), command, deadline_s, prefix=prefix)
         if not seen.connections and code == 0:
             print(_PAST_THE_RELAY, file=sys.stderr, flush=True)
         if statistics is not None:
             write_file(statistics, msgspec.json.encode(seen))
         return code
     conditions = Conditions(
-        queue_bytes=parse_size_bytes(queue, "queue"),
+        queue_bytes=lines.queue_bytes(),
         loss=loss,
         jitter_ns=parse_duration_ns(jitter, "jitter"),
         seed=seed,
@@ -161,23 +145,6 @@ def lab(
         if statistics is not None:
             write_file(statistics, msgspec.json.encode(network.statistics()))
     return code
-
-
-def _topology(
-    file: Path | None, sites: int | None, ranks_per_site: int | None, rate: str | None, round_trip: str | None
-) -> Topology:
-    """Return the topology of the file, or the uniform one that the other options describe."""
-    if file is not None:
-        given = {"sites": sites, "ranks-per-site": ranks_per_site, "rate": rate, "round-trip": round_trip}
-        if clashing := [f"--{name}" for name, value in given.items() if value is not None]:
-            raise UsageError(f"--topology cannot be combined with {', '.join(clashing)}")
-        return Topology.from_file(file)
-    return Topology.uniform(
-        2 if sites is None else sites,
-        1 if ranks_per_site is None else ranks_per_site,
-        parse_rate_bytes_per_s(rate or "1 Gbit/s"),
-        parse_duration_ns(round_trip or "20 ms", "round-trip") // 2,
-    )
 
 
 def _reserve(lines: Topology, service: str | None, reserved: str | None) -> Topology:

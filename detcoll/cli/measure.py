@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from rich.text import Text
 
 from detcoll.cli.invocation import command_line
+from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
 from detcoll.cli.terminal import error_console, output_console
@@ -18,8 +19,6 @@ from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.experiment import WARMUP, Experiment, run_experiment
-from detcoll.measure.networks import parse_networks, reserve
-from detcoll.measure.options import comma_separated, present, wide_topology
 from detcoll.measure.results import Measurement, write_result
 from detcoll.measure.tables import measurement_table
 from detcoll.outputs import require_folder, require_writable, write_file
@@ -36,12 +35,8 @@ _COMPUTE, _GRADIENT, _BUCKET = "400 ms", "16MiB", "1MiB"
 def measure(
     *script: Annotated[str, Parameter(allow_leading_hyphen=True)],
     workload: Literal["digits", "synthetic"] | None = None,
-    sites: int | None = None,
-    ranks_per_site: int | None = None,
-    rate: Quantity | None = None,
-    round_trip: Quantity | None = None,
-    topology: Path | None = None,
-    queue: Quantity = "2.5MB",
+    lines: LineOptions = ANY_LINES,
+    network: NetworkOptions = ANY_NETWORK,
     iterations: int | None = None,
     rounds: int = 2,
     warmup: int | None = None,
@@ -50,9 +45,6 @@ def measure(
     gradient_bytes: Quantity | None = None,
     bucket_bytes: Quantity | None = None,
     against: str | None = None,
-    service: str | None = None,
-    cross_traffic: str | None = None,
-    reserved: Quantity | None = None,
     without: str = "none",
     json: Path | None = None,
     report: Path | None = None,
@@ -73,18 +65,6 @@ def measure(
     workload
         digits: real training of a perceptron on handwritten digits (the default). synthetic: given compute time and
         gradient size.
-    sites
-        Number of sites; 2 unless given.
-    ranks_per_site
-        Ranks in each site; 2 unless given.
-    rate
-        Of each site's line; "1 Gbit/s" unless given.
-    round_trip
-        Between any two sites; "20 ms" unless given.
-    topology
-        A topology file instead of the four above.
-    queue
-        Drop-tail queue at each end of a line.
     iterations
         Measured in each setting; 60 for digits and 20 for synthetic unless given.
     rounds
@@ -102,15 +82,6 @@ def measure(
         What is reduced at once while the backward pass goes on; 1MiB unless given. A script has its own.
     against
         Transports to compare with, separated by commas, or none; "gloo,mpi" unless given, with --relay none.
-    service
-        What the network promises: best-effort (the default), deterministic (a reserved and policed rate that goes
-        first), or both separated by commas, one after the other.
-    cross_traffic
-        What others offer each line's best-effort class, as shares of its rate from 0 to 2, separated by commas; 0
-        unless given.
-    reserved
-        Rate that the deterministic service reserves between any two sites, headers included; four fifths of the line
-        unless given here or by the topology file.
     without
         What to switch off in slotted runs of their own in the deterministic service, each on its own, to show what it
         gains: some of topology, slots, overlap, reservation, separated by commas.
@@ -139,27 +110,21 @@ def measure(
             gradient_bytes=gradient_bytes,
         )
     if relay:
-        refuse_with_relay(
-            against=comma_separated(against or ""), service=service, cross_traffic=cross_traffic, reserved=reserved
-        )
+        refuse_with_relay(against=comma_separated(against or ""), **given(network))
         against = ""
-    networks = parse_networks(
-        comma_separated("best-effort" if service is None else service),
-        comma_separated("0" if cross_traffic is None else cross_traffic),
-    )
-    lines = reserve(wide_topology(topology, sites, ranks_per_site, rate, round_trip), networks, reserved)
+    topology = network.reserve(lines.wide_topology())
     builtin = _workload(name, compute, compute_kind or "wait", gradient_bytes, bucket_bytes)
     transports, left_out = present(comma_separated("gloo,mpi" if against is None else against), "against")
     experiment = Experiment(
-        topology=lines,
+        topology=topology,
         workload=None if script else builtin,
         script=script,
         iterations=_ITERATIONS[name] if iterations is None else iterations,
         rounds=rounds,
         against=transports,
         left_out=left_out,
-        conditions=Conditions(parse_size_bytes(queue, "queue")),
-        networks=networks,
+        conditions=Conditions(lines.queue_bytes()),
+        networks=network.networks(),
         deadline_s=parse_timeout_s(deadline, "deadline"),
         traces=None if report is None else report / TRACES,
         relay=relay,
@@ -200,9 +165,9 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
     return 1 if result.digests_equal is False or failed else 0
 
 
-def _refuse(workload: str, **given: object) -> None:
+def _refuse(workload: str, **options: object) -> None:
     """Refuse options that mean nothing to ``workload``, in words; those with a value were given."""
-    useless = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+    useless = [f"{name}={value!r}" for name, value in options.items() if value is not None]
     if useless:
         raise UsageError(f"{', '.join(useless)}: of no use to {workload}")
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from cyclopts import Parameter
 
+from detcoll.cli.lines import SiteOptions
 from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.terminal import progress_bars
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
 from detcoll.job.settings import check_slotting
-from detcoll.measure.options import wide_topology
 from detcoll.outputs import require_writable, write_file
 from detcoll.plan import Calendar, Collective, SiteReservation, Slotting, reserve
 from detcoll.plan.summary import Summary, summarise
@@ -43,13 +44,21 @@ class PlanReport:
     reservation: tuple[SiteReservation, ...] = ()
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlannedOptions(SiteOptions):
+    """Sites of equal size with lines between, or those of a file, which may say more than that."""
+
+    topology: Path | None = None
+    """A topology file, a scenario file, or the name of a shipped scenario, instead of the four that follow."""
+
+
+_ANY = PlannedOptions()
+
+
 def plan(
     *,
-    topology: str | None = None,
-    sites: int | None = None,
-    ranks_per_site: int | None = None,
-    rate: Quantity | None = None,
-    round_trip: Quantity | None = None,
+    lines: PlannedOptions = _ANY,
     collective: Literal["all_reduce", "broadcast", "barrier"] = "all_reduce",
     bytes: Quantity = "64MiB",
     dtype: str = "float32",
@@ -73,16 +82,6 @@ def plan(
 
     Parameters
     ----------
-    topology
-        A topology file, a scenario file, or the name of a shipped scenario.
-    sites
-        Without a topology: number of equal sites; 2 unless given.
-    ranks_per_site
-        Without a topology: ranks in each; 2 unless given.
-    rate
-        Without a topology: of each site's line; "1 Gbit/s" unless given.
-    round_trip
-        Without a topology: between any two sites; "20 ms" unless given.
     collective
         What to plan.
     bytes
@@ -121,24 +120,24 @@ def plan(
         raise UsageError(f"base_time={base_time!r} is of no use without --reservation")
     base_time_ns = parse_duration_ns("0 ns" if base_time is None else base_time, "base_time")
     mode = None if slotting is None else Slotting.parse(slotting)
-    found = _found(topology, sites, ranks_per_site, rate, round_trip)
-    lines = found.reserved if isinstance(found, Scenario) else found
-    check_slotting(mode, lines)
-    require_few_sites(lines)
+    found = _found(lines)
+    topology = found.reserved if isinstance(found, Scenario) else found
+    check_slotting(mode, topology)
+    require_few_sites(topology)
     work = {
         "parameters": parameters, "precision": precision, "backward": backward, "buckets": buckets, "overlap": overlap,
         "compute_ns": None if compute is None else parse_duration_ns(compute, "compute"),
     }  # fmt: skip
-    answer = _needed(found, efficiency, mode, work, topology or "topology")
-    calendar = default_calendar(lines, mode)
+    answer = _needed(found, efficiency, mode, work, str(lines.topology or "topology"))
+    calendar = default_calendar(topology, mode)
     report = PlanReport(
-        SCHEMA, lines, calendar, summarise(asked, lines, calendar), answer,
-        _reservation(lines, mode, answer, base_time_ns) if reservation else (),
+        SCHEMA, topology, calendar, summarise(asked, topology, calendar), answer,
+        _reservation(topology, mode, answer, base_time_ns) if reservation else (),
     )  # fmt: skip
     if json is not None:
         write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     if svg is not None:
-        write_file(svg, svg_text(cycle_picture(cycle_of_calendar(calendar, lines), SVG_WIDTH)).encode())
+        write_file(svg, svg_text(cycle_picture(cycle_of_calendar(calendar, topology), SVG_WIDTH)).encode())
     _show(report)
     return 0 if answer is None or answer.line_bit_per_s is not None else 1
 
@@ -152,16 +151,13 @@ def _show(report: PlanReport) -> None:
         print_reservation(report.reservation)
 
 
-def _found(
-    topology: str | None, sites: int | None, ranks_per_site: int | None, rate: str | None, round_trip: str | None
-) -> Scenario | Topology:
+def _found(options: PlannedOptions) -> Scenario | Topology:
     """Return what the options name: a scenario, or lines alone."""
-    if topology is None or not (topology in shipped() or _says_what_is_trained(topology)):
-        return wide_topology(None if topology is None else Path(topology), sites, ranks_per_site, rate, round_trip)
-    given = {"sites": sites, "ranks_per_site": ranks_per_site, "rate": rate, "round_trip": round_trip}
-    if also := [name for name, value in given.items() if value is not None]:
-        raise UsageError(f"topology={topology!r} already says what {', '.join(also)} would")
-    return load(topology)
+    name = None if options.topology is None else str(options.topology)
+    if name is None or not (name in shipped() or _says_what_is_trained(name)):
+        return options.wide_topology()
+    options.require_one_way()
+    return load(name)
 
 
 def _says_what_is_trained(path: str) -> bool:

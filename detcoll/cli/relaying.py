@@ -13,7 +13,7 @@ from detcoll.launch.ranks import run_here
 from detcoll.topology import Topology
 
 
-def refuse_with_relay(**given: object) -> None:
+def refuse_with_relay(**options: object) -> None:
     """Refuse options that only the lab can honour; those with a value were given.
 
     Raises
@@ -21,7 +21,7 @@ def refuse_with_relay(**given: object) -> None:
     UsageError
         Naming them all.
     """
-    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    named = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
     if named:
         raise UsageError(
             f"{', '.join(named)} cannot be combined with --relay, which has rate and delay alone; the lab without "

@@ -11,7 +11,7 @@ from detcoll.draw.scale import NARROW_BELOW, Scale, shortened, text_width
 from detcoll.draw.style import series_class
 
 BAR_HEIGHT, BAR_PITCH, LABEL_ABOVE = 18.0, 34.0, 20.0
-AXIS_HEIGHT, LEGEND_LINE, CURVE_HEIGHT = 34.0, 22.0, 240.0
+LEGEND_LINE, CURVE_HEIGHT = 22.0, 240.0
 LARGEST_POINTS = 400
 """A curve of more points is drawn as the least and the greatest of each stretch, so that no peak is lost."""
 

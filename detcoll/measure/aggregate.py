@@ -11,12 +11,9 @@ from numpy.typing import NDArray
 from detcoll.measure.lines import LineRecord, use_of
 from detcoll.measure.networks import QUIET, Network
 from detcoll.measure.records import Marks, RankRecord
-from detcoll.measure.results import Run
+from detcoll.measure.results import WIDE_AREA, Run
 from detcoll.measure.statistics import Summary, ratio, summarize
 from detcoll.topology import Topology
-
-SINGLE_CLUSTER = "single-cluster"
-WIDE_AREA = "wide-area"
 
 
 @dataclass(frozen=True, slots=True)

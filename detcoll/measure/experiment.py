@@ -17,7 +17,7 @@ from typing import Any
 from detcoll.emulation.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
-from detcoll.measure.aggregate import SINGLE_CLUSTER, WIDE_AREA, Round, ScriptRound, Setting, make_run, make_script_run
+from detcoll.measure.aggregate import Round, ScriptRound, Setting, make_run, make_script_run
 from detcoll.measure.gains import (
     OVERLAP,
     TOPOLOGY,
@@ -32,7 +32,7 @@ from detcoll.measure.marks import MARKS_VARIABLE
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.places import Places
 from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
-from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, LeftOut, Measurement, Run
+from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, SINGLE_CLUSTER, WIDE_AREA, LeftOut, Measurement, Run
 from detcoll.registry import SLOTTED
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE

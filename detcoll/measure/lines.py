@@ -23,8 +23,8 @@ class CoTenant:
 
     median_s: float
     p99_s: float
-    answered: int
-    sent: int
+    answered: int = 0
+    sent: int = 0
     counted: int = 0
 
 
@@ -39,19 +39,19 @@ class LineUse:
     ``router_cpu_share`` the part of a core that it took: what lies near one says that the machine decided.
     """
 
-    wire_bytes: int
-    queue_dropped_segments: int
-    policed_segments: int
-    lost_segments: int
-    failed_segments: int
-    peak_queue_bytes: int
-    delay_p50_s: float | None
-    delay_p99_s: float | None
-    co_tenant: CoTenant | None
-    burst_offered_bytes: int
-    burst_dropped_bytes: int
-    router_late_s: float
-    router_cpu_share: float
+    wire_bytes: int = 0
+    queue_dropped_segments: int | None = None
+    policed_segments: int | None = None
+    lost_segments: int = 0
+    failed_segments: int = 0
+    peak_queue_bytes: int | None = None
+    delay_p50_s: float | None = None
+    delay_p99_s: float | None = None
+    co_tenant: CoTenant | None = None
+    burst_offered_bytes: int = 0
+    burst_dropped_bytes: int = 0
+    router_late_s: float = 0.0
+    router_cpu_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

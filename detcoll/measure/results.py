@@ -1,8 +1,12 @@
-"""The result files of `detcoll measure` and `detcoll bench`. Times in seconds, sizes in bytes, null: does not apply."""
+"""The result files of `detcoll measure` and `detcoll bench`. Times in seconds, sizes in bytes, null: does not apply.
+
+They are written and read as this. Files of other versions are read too: what they have beyond this is passed over, and
+what they lack has the value given here, so that nothing but a run's name and times has to be there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,9 @@ from detcoll.scenarios import Study
 
 MEASURE_SCHEMA = "detcoll.measure/1"
 BENCH_SCHEMA = "detcoll.bench/1"
+
+SINGLE_CLUSTER, WIDE_AREA = "single-cluster", "wide-area"
+"""Where a setting runs."""
 
 LAB, RELAY = "lab", "relay"
 """What lines between sites can be made by."""
@@ -34,19 +41,19 @@ class Run:
     """
 
     name: str
-    transport: str
-    setting: str
-    service: str
-    cross_traffic: float
-    iteration_s: Summary
-    sync_s: Summary | None
-    efficiency: float
-    efficiency_spread: tuple[float, float]
-    wire_busy_fraction: float | None
-    algorithm: str | None
-    result_digest: str | None
-    retransmits: int | None
-    slot_misses: int | None
+    transport: str = ""
+    setting: str = WIDE_AREA
+    service: str = "best-effort"
+    cross_traffic: float = 0.0
+    iteration_s: Summary = field(kw_only=True)
+    sync_s: Summary | None = None
+    efficiency: float | None = None
+    efficiency_spread: tuple[float, float] | None = None
+    wire_busy_fraction: float | None = None
+    algorithm: str | None = None
+    result_digest: str | None = None
+    retransmits: int | None = None
+    slot_misses: int | None = None
     arithmetic_ratio: float | None = None
     losses: tuple[float, ...] | None = None
     accuracy: float | None = None
@@ -54,6 +61,11 @@ class Run:
     slot_trims: int | None = None
     line: LineUse | None = None
     without: str | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it ran across sites."""
+        return self.setting != SINGLE_CLUSTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +112,22 @@ class Row:
 
     collective: str
     transport: str
-    algorithm: str | None
-    ranks: int
-    sites: int
-    dtype: str
-    bytes: int
-    median_s: float
-    min_s: float
-    max_s: float
-    p99_s: float
-    bound_s: float | None
-    predicted_s: float | None
-    fraction_of_bound: float | None
-    prediction_error: float | None
-    iterations: int
-    start: str
-    skew_s: float | None
+    algorithm: str | None = None
+    ranks: int | None = None
+    sites: int | None = None
+    dtype: str | None = None
+    bytes: int = field(kw_only=True)
+    median_s: float = field(kw_only=True)
+    min_s: float | None = None
+    max_s: float | None = None
+    p99_s: float | None = None
+    bound_s: float | None = None
+    predicted_s: float | None = None
+    fraction_of_bound: float | None = None
+    prediction_error: float | None = None
+    iterations: int | None = None
+    start: str | None = None
+    skew_s: float | None = None
     empty: bool = False
     slot_misses: int | None = None
     slot_trims: int | None = None
@@ -146,15 +158,15 @@ class AuditResult:
     slotting: str
     passed: bool
     inside_share: float
-    payload_inside_share: float
-    bulk_bytes: int
-    express_bytes: int
-    other_bytes: int
-    warm_up_bytes: int
-    overlap_ns: tuple[int, ...]
-    clock_spread_ns: tuple[int, ...]
-    peak_queue_bytes: tuple[int, ...]
-    window_capacity_bytes: tuple[int, ...]
+    payload_inside_share: float = 0.0
+    bulk_bytes: int = 0
+    express_bytes: int = 0
+    other_bytes: int = 0
+    warm_up_bytes: int = 0
+    overlap_ns: tuple[int, ...] = ()
+    clock_spread_ns: tuple[int, ...] = ()
+    peak_queue_bytes: tuple[int, ...] = ()
+    window_capacity_bytes: tuple[int, ...] = ()
     ranks_share: bool = False
     asleep_bytes: tuple[int, ...] = ()
     express_beyond_bytes: int = 0

@@ -121,7 +121,7 @@ def line_note(name: str, use: LineUse) -> Text:
     others = "no probe came back"
     if co_tenant is not None:
         others = f"a co-tenant's round trip {_time(co_tenant.median_s)}, p99 {_time(co_tenant.p99_s)}"
-    queue = f"peak queue {format_bytes(use.peak_queue_bytes)}, router {use.router_cpu_share:.0%} of a core"
+    queue = f"peak queue {format_bytes(use.peak_queue_bytes or 0)}, router {use.router_cpu_share:.0%} of a core"
     return Text(f"{name}: dropped segments: {dropped}; {queue}; {others}")
 
 
@@ -131,7 +131,7 @@ def _has_networks(entries: Sequence[Run | Row]) -> bool:
 
 
 def _cells(run: Run, has_networks: bool) -> list[str]:
-    low, high = run.efficiency_spread
+    spread = run.efficiency_spread
     is_wide = run.line is not None
     network = [run.service if is_wide else NONE, f"{run.cross_traffic:.0%}" if is_wide else NONE]
     return [
@@ -141,7 +141,7 @@ def _cells(run: Run, has_networks: bool) -> list[str]:
         _range(run.iteration_s),
         _time(run.sync_s.median if run.sync_s else None),
         _share(run.efficiency),
-        f"{low:.1%} .. {high:.1%}",
+        NONE if spread is None else "{:.1%} .. {:.1%}".format(*spread),
         _share(run.wire_busy_fraction),
         NONE if run.retransmits is None else str(run.retransmits),
         NONE if run.slot_misses is None else str(run.slot_misses),

@@ -11,7 +11,7 @@ from detcoll.plan.calendar import Calendar, Slotting, build_calendar, check_cale
 from detcoll.plan.check import check
 from detcoll.plan.ir import Buffer, Collective, Kind, Phase, Plan, PlanBuilder
 from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
-from detcoll.plan.planner import Planner, choose_algorithm, plan_for
+from detcoll.plan.planner import Planner, choose_algorithm
 from detcoll.plan.predict import Costs, predict_ns
 from detcoll.plan.reservation import SiteReservation, reserve
 
@@ -37,7 +37,6 @@ __all__ = [
     "choose_chunk",
     "compile_plan",
     "floor_ns",
-    "plan_for",
     "predict_ns",
     "reserve",
     "uses_window",

@@ -150,15 +150,3 @@ class Planner:
         while len(self._plans) > 1 and (self._kept_steps > LARGEST_KEPT_STEPS or len(self._plans) > LARGEST_KEPT_PLANS):
             _, dropped = self._plans.popitem(last=False)
             self._kept_steps -= len(dropped.steps)
-
-
-@lru_cache(maxsize=16)
-def _planner(topology: Topology, calendar: Calendar, rank: int) -> Planner:
-    return Planner(topology, rank, calendar)
-
-
-def plan_for(
-    collective: Collective, topology: Topology, calendar: Calendar, rank: int, algorithm: str | None = None
-) -> Plan:
-    """Return ``rank``'s part of ``collective``, remembered by value; who calls often keeps a `Planner`."""
-    return _planner(topology, calendar, rank).plan(collective, algorithm)

@@ -15,11 +15,12 @@ from detcoll.quantities import format_bytes, format_rate
 from detcoll.report.cells import TO
 from detcoll.report.inputs import ReportInputs
 from detcoll.report.page import facts, page, section
-from detcoll.report.reported import Reported, ReportedResult, ReportedStudy
+from detcoll.report.reported import Reported, ReportedResult
 from detcoll.report.rows import row_headline, row_sections, row_tiles
 from detcoll.report.runs import run_headline, run_sections, run_tiles
 from detcoll.report.study import study_headline, study_sections, study_setup, study_tiles
 from detcoll.report.traced import map_section, trace_sections
+from detcoll.scenarios import Study
 
 _FACTS = (
     ("cpu", "processor"), ("cores", "cores"), ("kernel", "Linux"), ("python", "Python"), ("detcoll", "detcoll"),
@@ -60,7 +61,7 @@ def report(inputs: ReportInputs) -> Element:
     tiles: list[Element] = []
     sections: list[Element] = []
     for result in inputs.results:
-        if isinstance(result, ReportedStudy):
+        if isinstance(result, Study):
             tiles += study_tiles(result)
             sections += study_sections(result)
         elif result.schema == MEASURE_SCHEMA:
@@ -77,7 +78,7 @@ def report(inputs: ReportInputs) -> Element:
 
 def _headline(inputs: ReportInputs) -> tuple[str, str]:
     for result in inputs.results:
-        if isinstance(result, ReportedStudy):
+        if isinstance(result, Study):
             found, lede = study_headline(result), study_setup(result)
         else:
             found = run_headline(result) if result.schema == MEASURE_SCHEMA else row_headline(result)
@@ -131,7 +132,7 @@ def _lines(uplinks: Sequence[float] | None, round_trips: Sequence[float] | None)
 
 def _origin(result: Reported) -> Element:
     made = element("code", None, result.command or "not kept in this file")
-    if isinstance(result, ReportedStudy):
+    if isinstance(result, Study):
         return section("Command", "What made these figures. Time is virtual, so they are the same anywhere.", made)
     known = [(name, str(result.host[key])) for key, name in _FACTS if result.host.get(key) is not None]
     told = "The command that made these figures, and what it ran on. They hold for this machine."

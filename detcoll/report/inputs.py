@@ -13,14 +13,13 @@ from detcoll.draw.traces import TRACE_SCHEMA
 from detcoll.errors import UsageError
 from detcoll.report.reported import (
     Reported,
-    ReportedStudy,
     SiteMap,
     parse_site_map,
     read_result,
     read_site_map,
     schema_of,
 )
-from detcoll.scenarios import shipped
+from detcoll.scenarios import Study, shipped
 from detcoll.topology import Topology
 
 RESULTS, TRACES, TOPOLOGY = "results.json", "traces", "topology.toml"
@@ -54,7 +53,7 @@ class ReportInputs:
         if self.topology is not None:
             return self.topology.one_way_ns
         for result in self.results:
-            if isinstance(result, ReportedStudy):
+            if isinstance(result, Study):
                 continue
             round_trips = result.workload.get("round_trip_s") or ()
             if round_trips and len(set(round_trips)) == 1:
@@ -124,7 +123,7 @@ def _schema_of(path: Path) -> str:
 
 def _scenarios(results: Sequence[Reported], maps: Sequence[SiteMap]) -> set[str]:
     """Return the names of simulated scenarios whose map was not given."""
-    named = {str(each.scenario.get("name")) for each in results if isinstance(each, ReportedStudy)}
+    named = {str(each.scenario.get("name")) for each in results if isinstance(each, Study)}
     return named - {each.name for each in maps}
 
 

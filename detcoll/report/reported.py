@@ -1,8 +1,4 @@
-"""What a report takes from files: results of `detcoll measure` and `detcoll bench`, and places of sites.
-
-Files of other versions are read too: what they have beyond this is passed over, what they lack is left out of the
-report. So nothing here but a run's name and times has to be there.
-"""
+"""What a report takes from files: results of `detcoll measure`, `bench` and `simulate`, and places of sites."""
 
 from __future__ import annotations
 
@@ -17,163 +13,27 @@ import msgspec
 from detcoll.draw import Place
 from detcoll.draw.traces import TRACE_SCHEMA
 from detcoll.errors import UsageError
-from detcoll.measure.results import BENCH_SCHEMA, MEASURE_SCHEMA
-from detcoll.measure.statistics import Summary
+from detcoll.measure.results import BENCH_SCHEMA, MEASURE_SCHEMA, AuditResult, LeftOut, Row, Run
 from detcoll.scenarios.study import SCHEMA as STUDY_SCHEMA
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedCoTenant:
-    """Round trips of somebody else's small packets on the same lines, in seconds."""
-
-    median_s: float
-    p99_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedLine:
-    """What the lines saw of a run."""
-
-    queue_dropped_segments: int | None = None
-    policed_segments: int | None = None
-    peak_queue_bytes: int | None = None
-    co_tenant: ReportedCoTenant | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedRun:
-    """One setting of a measurement; see `detcoll.measure.results.Run`."""
-
-    name: str
-    iteration_s: Summary
-    transport: str = ""
-    setting: str = "wide-area"
-    service: str = "best-effort"
-    cross_traffic: float = 0.0
-    sync_s: Summary | None = None
-    efficiency: float | None = None
-    efficiency_spread: tuple[float, float] | None = None
-    wire_busy_fraction: float | None = None
-    algorithm: str | None = None
-    result_digest: str | None = None
-    retransmits: int | None = None
-    slot_misses: int | None = None
-    accuracy: float | None = None
-    arithmetic_ratio: float | None = None
-    line: ReportedLine | None = None
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether it ran across sites."""
-        return self.setting != "single-cluster"
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedRow:
-    """One collective at one size; see `detcoll.measure.results.Row`."""
-
-    collective: str
-    transport: str
-    bytes: int
-    median_s: float
-    min_s: float | None = None
-    max_s: float | None = None
-    p99_s: float | None = None
-    algorithm: str | None = None
-    ranks: int | None = None
-    sites: int | None = None
-    dtype: str | None = None
-    bound_s: float | None = None
-    predicted_s: float | None = None
-    fraction_of_bound: float | None = None
-    prediction_error: float | None = None
-    iterations: int | None = None
-    service: str = "best-effort"
-    cross_traffic: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedLeftOut:
-    """What was not measured, and why."""
-
-    transport: str
-    why: str
-    network: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedAudit:
-    """What the router saw of a slotted run; see `detcoll.measure.results.AuditResult`."""
-
-    slotting: str
-    passed: bool
-    inside_share: float
+from detcoll.scenarios.study import Study
 
 
 @dataclass(frozen=True, slots=True)
 class ReportedResult:
-    """A result file; ``rows`` are a sweep's, ``runs`` a measurement's."""
+    """A file of `detcoll measure` or `detcoll bench`; ``rows`` are a sweep's, ``runs`` a measurement's."""
 
     schema: str
     host: dict[str, Any] = field(default_factory=dict)
     workload: dict[str, Any] = field(default_factory=dict)
-    runs: tuple[ReportedRun, ...] = ()
-    rows: tuple[ReportedRow, ...] = ()
-    left_out: tuple[ReportedLeftOut, ...] = ()
+    runs: tuple[Run, ...] = ()
+    rows: tuple[Row, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     digests_equal: bool | None = None
-    audit: ReportedAudit | None = None
+    audit: AuditResult | None = None
     command: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ReportedSetting:
-    """One network of a simulation; see `detcoll.scenarios.study.SettingResult`."""
-
-    setting: str
-    iteration_s: float
-    efficiency: float
-    line_bit_per_s: float | None = None
-    exposed_s: float | None = None
-    sync_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedPoint:
-    """A variant of a simulation; see `detcoll.scenarios.study.Point`."""
-
-    setting: str
-    changed: str
-    value: float
-    iteration_s: float
-    efficiency: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedNeed:
-    """The line that an efficiency needs; see `detcoll.scenarios.study.Needed`."""
-
-    condition: str
-    target: float
-    line_bit_per_s: float | None
-    efficiency: float
-    iteration_s: float
-    ordinary_efficiency: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ReportedStudy:
-    """The file of `detcoll simulate`."""
-
-    schema: str
-    scenario: dict[str, Any] = field(default_factory=dict)
-    algorithm: str = ""
-    runs: tuple[ReportedSetting, ...] = ()
-    sensitivity: tuple[ReportedPoint, ...] = ()
-    needed: tuple[ReportedNeed, ...] = ()
-    command: str | None = None
-
-
-Reported = ReportedResult | ReportedStudy
+Reported = ReportedResult | Study
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +73,10 @@ def parse_result(data: bytes, name: str) -> Reported:
         raise UsageError(f"file={name!r} is no result of schema {schema}: {error}") from error
 
 
-_READ_AS: dict[str, type[ReportedResult] | type[ReportedStudy]] = {
+_READ_AS: dict[str, type[ReportedResult] | type[Study]] = {
     MEASURE_SCHEMA: ReportedResult,
     BENCH_SCHEMA: ReportedResult,
-    STUDY_SCHEMA: ReportedStudy,
+    STUDY_SCHEMA: Study,
 }
 
 

@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text, time_unit
+from detcoll.measure.results import Row
 from detcoll.quantities import format_bytes
 from detcoll.registry import SLOTTED
 from detcoll.report.cells import (
@@ -24,7 +25,7 @@ from detcoll.report.cells import (
     traffic_axis,
 )
 from detcoll.report.page import figure, heading, notes, section, table, tile
-from detcoll.report.reported import ReportedResult, ReportedRow
+from detcoll.report.reported import ReportedResult
 
 CROSS = "Share of the physical floor against others' traffic"
 
@@ -41,7 +42,7 @@ def row_headline(result: ReportedResult) -> str | None:
     return f"{what} reaches {share} of what the lines allow{hedge}"
 
 
-def _called(row: ReportedRow) -> str:
+def _called(row: Row) -> str:
     return row.collective.replace("_", "-")
 
 
@@ -63,12 +64,12 @@ def row_sections(result: ReportedResult) -> list[Element]:
     return [each for each in sections if each is not None]
 
 
-def _row_label(row: ReportedRow, has_networks: bool) -> str:
+def _row_label(row: Row, has_networks: bool) -> str:
     others = f"others {percent(row.cross_traffic, 0)}"
     return f"{row.transport}, {row.service}, {others}" if has_networks else row.transport
 
 
-def _has_networks(rows: Sequence[ReportedRow]) -> bool:
+def _has_networks(rows: Sequence[Row]) -> bool:
     return len({(row.service, row.cross_traffic) for row in rows}) > 1
 
 
@@ -109,14 +110,14 @@ def _cross_traffic(result: ReportedResult) -> Element | None:
     return section("Under cross traffic", told, figure(partial(curve_chart, curves, traffic_axis(shares), y, CROSS)))
 
 
-def _bound_bar(row: ReportedRow, series: dict[str, int], many: bool) -> Bar:
+def _bound_bar(row: Row, series: dict[str, int], many: bool) -> Bar:
     low = row.bound_s / row.max_s if row.bound_s and row.max_s else None
     high = row.bound_s / row.min_s if row.bound_s and row.min_s else None
     label, share = _row_label(row, many), row.fraction_of_bound or 0.0
     return Bar(label, share, percent(share), series[label], low, high, f"median {time_text(row.median_s)}")
 
 
-def _by_size(rows: Sequence[ReportedRow]) -> list[tuple[tuple[str, int], list[ReportedRow]]]:
+def _by_size(rows: Sequence[Row]) -> list[tuple[tuple[str, int], list[Row]]]:
     keys = sorted({(row.collective, row.bytes) for row in rows})
     return [(key, [row for row in rows if (row.collective, row.bytes) == key]) for key in keys]
 

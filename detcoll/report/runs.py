@@ -9,6 +9,7 @@ from xml.etree.ElementTree import Element
 
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import linear_ticks, percent, plain, time_text, time_unit
+from detcoll.measure.results import Run
 from detcoll.registry import SLOTTED
 from detcoll.report.cells import (
     NOTHING,
@@ -22,7 +23,7 @@ from detcoll.report.cells import (
     traffic_axis,
 )
 from detcoll.report.page import figure, heading, notes, section, table, tile
-from detcoll.report.reported import ReportedResult, ReportedRun
+from detcoll.report.reported import ReportedResult
 
 MOST_TILES = 6
 """Figures at a glance; all others stand in the pictures and the table."""
@@ -43,7 +44,7 @@ def run_headline(result: ReportedResult) -> str | None:
     return f"{where}, {name} trains at {shown} of one cluster\N{RIGHT SINGLE QUOTATION MARK}s speed{hedge}"
 
 
-def _main_name(wide: Sequence[ReportedRun]) -> str | None:
+def _main_name(wide: Sequence[Run]) -> str | None:
     """Return which run the report is about: the slotted one, else the first; None where there is none."""
     return next((run.name for run in wide if run.transport == SLOTTED), wide[0].name if wide else None)
 
@@ -57,7 +58,7 @@ def _network_label(service: str, cross_traffic: float) -> str:
     return f"{service}, {others}"
 
 
-def _label(run: ReportedRun, has_networks: bool) -> str:
+def _label(run: Run, has_networks: bool) -> str:
     if not has_networks or not run.is_wide:
         return run.name
     return f"{run.name}, {run.service}, others {percent(run.cross_traffic, 0)}"
@@ -105,7 +106,7 @@ def _efficiency(result: ReportedResult) -> Element | None:
     return section("Efficiency", told, drawn)
 
 
-def _efficiency_bar(run: ReportedRun, series: int, has_networks: bool) -> Bar:
+def _efficiency_bar(run: Run, series: int, has_networks: bool) -> Bar:
     share = run.efficiency or 0.0
     low, high = run.efficiency_spread or (None, None)
     tip = f"{run.name}: {percent(share)}"
@@ -133,7 +134,7 @@ def _iterations(result: ReportedResult) -> Element | None:
     return section("Iteration time over the run", told, *parts)
 
 
-def _samples(run: ReportedRun, series: int) -> Curve:
+def _samples(run: Run, series: int) -> Curve:
     points = tuple((float(number), value) for number, value in enumerate(run.iteration_s.samples, 1))
     return Curve(f"{run.name}, median {time_text(run.iteration_s.median)}", points, series)
 
@@ -146,7 +147,7 @@ def _time_figure(curves: Sequence[Curve], x_label: str, title: str) -> Element:
     return figure(partial(curve_chart, curves, Axis(x_label, plain, ticks=ticks), y, title))
 
 
-def _by_flow(runs: Sequence[ReportedRun]) -> list[tuple[str, list[ReportedRun]]]:
+def _by_flow(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """Return the runs of each transport and service that met several amounts of others' traffic, in order of it."""
     keys = dict.fromkeys((run.name, run.service) for run in runs)
     found = []

@@ -11,9 +11,7 @@ from detcoll.draw.scale import percent, plain, time_text
 from detcoll.quantities import format_bytes, format_rate
 from detcoll.report.cells import NOTHING, share_cell, time_cell
 from detcoll.report.page import figure, heading, section, table, tile
-from detcoll.report.reported import ReportedPoint, ReportedStudy
-
-SINGLE, DETERMINISTIC = "single-cluster", "deterministic"
+from detcoll.scenarios.study import DETERMINISTIC, SINGLE, Point, Study
 
 _CHANGED: dict[str, tuple[str, Callable[[float], str]]] = {
     "reserved_bit_per_s": ("reserved rate of every site", lambda value: format_rate(value / 8)),
@@ -22,7 +20,7 @@ _CHANGED: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def study_headline(study: ReportedStudy) -> str | None:
+def study_headline(study: Study) -> str | None:
     """Return what a simulation found, in a sentence; None where it holds no network."""
     wide = [run for run in study.runs if run.setting != SINGLE]
     if not wide:
@@ -33,7 +31,7 @@ def study_headline(study: ReportedStudy) -> str | None:
     return f"{where}, {what} of one cluster\N{RIGHT SINGLE QUOTATION MARK}s speed, in simulation"
 
 
-def study_setup(study: ReportedStudy) -> str:
+def study_setup(study: Study) -> str:
     """Return what was simulated, in a sentence."""
     facts, parts = study.scenario, list[str]()
     if facts.get("ranks"):
@@ -49,19 +47,19 @@ def study_setup(study: ReportedStudy) -> str:
     return f"Scenario {facts.get('name', NOTHING)}: {', '.join(parts) or 'no facts are known'}."
 
 
-def study_tiles(study: ReportedStudy) -> list[Element]:
+def study_tiles(study: Study) -> list[Element]:
     """Return the efficiency of each network."""
     wide = [run for run in study.runs if run.setting != SINGLE]
     return [tile(percent(run.efficiency), f"of one cluster: {run.setting}, simulated") for run in wide]
 
 
-def study_sections(study: ReportedStudy) -> list[Element]:
+def study_sections(study: Study) -> list[Element]:
     """Return the pictures of a simulation and the tables of all its figures."""
     sections = [_efficiency(study), _sensitivity(study), _settings(study), _needs(study)]
     return [each for each in sections if each is not None]
 
 
-def _efficiency(study: ReportedStudy) -> Element | None:
+def _efficiency(study: Study) -> Element | None:
     if not study.runs:
         return None
     bars = [
@@ -74,7 +72,7 @@ def _efficiency(study: ReportedStudy) -> Element | None:
     return section("Efficiency, simulated", told, drawn)
 
 
-def _sensitivity(study: ReportedStudy) -> Element | None:
+def _sensitivity(study: Study) -> Element | None:
     parts: list[Element] = []
     for changed in dict.fromkeys(point.changed for point in study.sensitivity):
         points = [point for point in study.sensitivity if point.changed == changed]
@@ -84,7 +82,7 @@ def _sensitivity(study: ReportedStudy) -> Element | None:
     return section("What it depends on", "One thing is changed at a time.", *parts) if parts else None
 
 
-def _sensitivity_figure(points: Sequence[ReportedPoint], label: str, shown: Callable[[float], str]) -> Element:
+def _sensitivity_figure(points: Sequence[Point], label: str, shown: Callable[[float], str]) -> Element:
     names = sorted({point.setting for point in points})
     curves = [
         Curve(
@@ -101,7 +99,7 @@ def _sensitivity_figure(points: Sequence[ReportedPoint], label: str, shown: Call
     return figure(partial(curve_chart, curves, x, y, f"Efficiency against {label}"))
 
 
-def _settings(study: ReportedStudy) -> Element | None:
+def _settings(study: Study) -> Element | None:
     headings = ("network", "line", "iteration", "efficiency", "beyond computing", "all buckets in a row")
     rows = [
         (run.setting, _line(run.line_bit_per_s), time_text(run.iteration_s), percent(run.efficiency),
@@ -112,7 +110,7 @@ def _settings(study: ReportedStudy) -> Element | None:
     return section("All figures", told, table("An iteration on each network", headings, rows)) if rows else None
 
 
-def _needs(study: ReportedStudy) -> Element | None:
+def _needs(study: Study) -> Element | None:
     if not study.needed:
         return None
     headings = ("if", "line", "iteration", "efficiency", "ordinary network on it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from detcoll.plan import Calendar, Slotting, floor_ns
@@ -35,14 +35,14 @@ class SettingResult:
     """
 
     setting: str
-    line_bit_per_s: float | None
-    iteration_s: float
-    efficiency: float
-    exposed_s: float
-    sync_s: float
-    bucket_s: float
-    interval_s: float
-    bound_s: float | None
+    line_bit_per_s: float | None = None
+    iteration_s: float = field(kw_only=True)
+    efficiency: float = field(kw_only=True)
+    exposed_s: float | None = None
+    sync_s: float | None = None
+    bucket_s: float | None = None
+    interval_s: float | None = None
+    bound_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +69,13 @@ class Needed:
     line_bit_per_s: float | None
     efficiency: float
     iteration_s: float
-    ordinary_iteration_s: float | None
-    ordinary_efficiency: float | None
+    ordinary_iteration_s: float | None = None
+    ordinary_efficiency: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """The file of `detcoll simulate --json`.
+    """The file of `detcoll simulate --json`, written and read as this; what files of other versions lack is as here.
 
     ``together_error`` : by how much the quick figures (sensitivity, needed) differ from the full simulation, of an
     iteration on the ordinary network. What is inside a site was taken from the deterministic one.  ``command`` :
@@ -83,12 +83,12 @@ class Study:
     """
 
     schema: str
-    scenario: dict[str, Any]
-    algorithm: str
-    runs: tuple[SettingResult, ...]
-    sensitivity: tuple[Point, ...]
-    needed: tuple[Needed, ...]
-    together_error: float
+    scenario: dict[str, Any] = field(default_factory=dict)
+    algorithm: str = ""
+    runs: tuple[SettingResult, ...] = ()
+    sensitivity: tuple[Point, ...] = ()
+    needed: tuple[Needed, ...] = ()
+    together_error: float = 0.0
     command: str | None = None
 
 
@@ -119,10 +119,16 @@ class _Setting:
         takes_ns = iteration_ns(self.work, times)
         bound_ns = floor_ns(topology, "all_reduce", self.work.bucket().nbytes) if topology is not None else None
         return SettingResult(
-            name, slowest_bit_per_s(topology) if topology is not None else None, takes_ns / 1e9,
-            self.baseline_ns / takes_ns, (takes_ns - self.work.compute_ns) / 1e9, times.all_ns(self.work.buckets) / 1e9,
-            times.first_ns / 1e9, times.interval_ns / 1e9, None if bound_ns is None else bound_ns / 1e9,
-        )  # fmt: skip
+            name,
+            slowest_bit_per_s(topology) if topology is not None else None,
+            iteration_s=takes_ns / 1e9,
+            efficiency=self.baseline_ns / takes_ns,
+            exposed_s=(takes_ns - self.work.compute_ns) / 1e9,
+            sync_s=times.all_ns(self.work.buckets) / 1e9,
+            bucket_s=times.first_ns / 1e9,
+            interval_s=times.interval_ns / 1e9,
+            bound_s=None if bound_ns is None else bound_ns / 1e9,
+        )
 
     def about(self, rate_bytes_per_s: float) -> BucketTimes:
         """Return about what the deterministic network gives with lines of this rate at every site."""

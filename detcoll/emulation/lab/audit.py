@@ -74,11 +74,6 @@ class Audit:
     mode: str
 
     @property
-    def bulk_inside_share(self) -> float:
-        """The share of bulk payload that came inside its owner's windows; 0 if there was none."""
-        return self.bulk_inside_bytes / self.bulk_bytes if self.bulk_bytes else 0.0
-
-    @property
     def kept_share(self) -> float:
         """The share of payload that kept to its reservation: bulk to windows and rates, and what exceeds the headroom.
 
