@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 from detcoll.descriptor import HELLO_BYTES
 from detcoll.errors import Closed, DetcollError, FrameError, PeerLost, TransportError
-from detcoll.fold import fold
 from detcoll.machine import Queued
 from detcoll.plan.ir import Buffer, Kind
 from detcoll.priority import make_prompt, quick_switches, shorten_turns
 from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, pack, unpack
-from detcoll.runtime.engine import HELLO_TAG, Engine, Membership, Wide
+from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
 from detcoll.runtime.group import Group
+from detcoll.runtime.membership import Membership
 from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.routes import Routes
@@ -310,7 +310,7 @@ class Loop:
         while now_ns < until_ns and (work := engine.next_work()) is not None:
             operation, step = work
             if operation.plan.rows[step].kind == Kind.FOLD:
-                self._fold(operation, step)
+                operation.memory.fold(operation.plan, step)
             now_ns = time.monotonic_ns()
             engine.worked(operation, step, now_ns)
             if engine.slots.waiting:
@@ -382,12 +382,21 @@ class Loop:
     # Actions.
 
     def _open(self, operation: Operation) -> None:
+        if operation.over:
+            return
         memory: Memory = operation.memory
-        memory.open(operation.plan, self._pool)
-        if memory.load is not None:
-            memory.load()
+        try:
+            memory.open(operation.plan, self._pool)
+            if memory.load is not None:
+                memory.load()
+        except Exception as problem:
+            error = TransportError(f"{operation.title}: its memory cannot be used: {problem!r}")
+            error.__cause__ = problem
+            self.engine.broken(operation, error, time.monotonic_ns())
 
     def _recv(self, operation: Operation, step: int) -> None:
+        if operation.over:
+            return
         row = operation.plan.rows[step]
         memory: Memory = operation.memory
         into = None if row.buffer == Buffer.LENT else memory.view(row.buffer, row.offset, row.length)
@@ -405,10 +414,14 @@ class Loop:
         self._post_send(peer, tag, view, (STEP, operation, step, (queued, window)), window)
 
     def _hello(self, operation: Operation, peer: int) -> None:
+        if operation.over:
+            return
         tag = operation.group.tag(operation.sequence, HELLO_TAG)
         self._post_send(peer, tag, memoryview(operation.memory.hello), (SENT_RECORD, operation.memory.hello))
 
     def _await_hello(self, operation: Operation, peer: int) -> None:
+        if operation.over:
+            return
         tag = operation.group.tag(operation.sequence, HELLO_TAG)
         self._post_recv(peer, tag, HELLO_BYTES, (HELLO, operation))
 
@@ -462,23 +475,6 @@ class Loop:
 
     def _close_call(self, operation: Operation) -> None:
         operation.memory.close(self._pool)
-
-    def _fold(self, operation: Operation, step: int) -> None:
-        memory: Memory = operation.memory
-        rows = operation.plan.rows
-        row = rows[step]
-        inputs, used = [], []
-        for buffer, offset in operation.plan.inputs_of(step):
-            if buffer == Buffer.LENT:
-                inputs.append(memory.arrived(offset, bool(rows[offset].accumulated)))
-                used.append(offset)
-            else:
-                inputs.append(memory.elements(buffer, offset, row.length))
-        out = memory.elements(row.buffer, row.offset, row.length)
-        fold(memory.op, inputs, out, memory.divisor if row.final else None)
-        del inputs
-        for lender in used:
-            memory.used(lender)
 
     # Events.
 
