@@ -68,7 +68,7 @@ def test_who_is_behind_shows(tmp_path: Path) -> None:
 
 def hung_record(rank: int, calls: list[dict]) -> dict:
     group = {
-        "id": "world", "number": 1, "name": "", "ranks": [0, 1, 2], "begun": 4, "latest": 4, "failure": None,
+        "id": "world", "number": 1, "name": "", "ranks": [0, 1, 2], "latest": 4, "failure": None,
         "calls": calls,
     }  # fmt: skip
     return {"schema": RECORD_SCHEMA, "job": "j", "rank": rank, "size": 3, "groups": [group], "events": []}

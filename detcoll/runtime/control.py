@@ -6,6 +6,8 @@ causes travel without rank 0, which may be the one that is gone.
 
 from __future__ import annotations
 
+from enum import Enum
+
 import msgspec
 
 from detcoll.errors import DeadlineMissed, DetcollError, FrameError, PeerLost, PlanMismatch, TransportError, UsageError
@@ -21,19 +23,23 @@ _KINDS = {kind.__name__: kind for kind in (DeadlineMissed, PeerLost, PlanMismatc
 
 
 class Cause(msgspec.Struct, frozen=True, tag="cause"):
-    """Why a call (``sequence``), a whole group or the job (``group`` 0) ended, as ``rank`` found out first."""
+    """Why a call (``sequence``), a whole group or the job (``group`` 0) ended, as ``rank`` found out first.
+
+    ``lost`` : the rank that is gone, if that is why; every group with it ends.
+    """
 
     group: int
     sequence: int
     kind: str
     text: str
     rank: int
+    lost: int = -1
 
     @classmethod
-    def of(cls, group: int, sequence: int, error: Exception, rank: int) -> Cause:
+    def of(cls, group: int, sequence: int, error: Exception, rank: int, lost: int = -1) -> Cause:
         """Return the cause that ``error`` is; a long text is cut."""
         text = str(error).encode()[:LARGEST_TEXT_BYTES].decode(errors="ignore")
-        return cls(group, sequence, type(error).__name__, text, rank)
+        return cls(group, sequence, type(error).__name__, text, rank, lost)
 
     def error(self) -> DetcollError:
         """Return what it means on a rank that is told: an error of the same kind where that holds there too."""
@@ -46,23 +52,32 @@ class Cause(msgspec.Struct, frozen=True, tag="cause"):
         return kind(f"rank {self.rank} gave up: {name}{self.text.removeprefix(f'rank {self.rank}: ')}")
 
 
+class State(Enum):
+    """Where a rank stands in a call."""
+
+    ABSENT = "absent"
+    """It has not called it, and waits in no earlier call of the group."""
+    WAITING = "waiting"
+    """It waits in this call or an earlier one of the group."""
+    ENDED = "ended"
+    """It has its result."""
+
+
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """Asks where a rank stands in a call."""
+    """Asks where a rank stands in a call that has made no progress for ``timeout_ns`` where this comes from."""
 
     group: int
     sequence: int
+    timeout_ns: int
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """``state`` : ``absent`` (not called here), ``waiting`` or ``ended``.
-
-    ``left_ns`` : how long the one that waits goes on before it gives up.  ``latest`` : its latest call of the group.
-    """
+    """``idle_ns`` : for how long one that waits has known of no progress.  ``latest`` : its latest call."""
 
     group: int
     sequence: int
-    state: str
-    left_ns: int = 0
+    state: State
+    idle_ns: int = 0
     latest: int = -1
 
 

@@ -11,10 +11,9 @@ A call's life::
                     (at most `LARGEST_ACTIVE` of a group, after calls of any group that work on the same memory)
 
 - Greeting: ranks compare descriptors before a result counts. What comes from a rank that has not said what it called is
-  held, and it is sent `LARGEST_UNASKED_BYTES` at most, over all groups.
+  held, and it is sent a bounded number of bytes (`detcoll.runtime.credit`).
 - Groups are served in turns, one piece of work each; inside a group, calls and steps keep their order.
-- A call whose result makes no progress for its timeout is looked into: this rank asks those that it waits for. One that
-  does not answer, or has not called, is named; where all wait for others that have time left, so does this rank.
+- A call whose result makes no progress for its timeout is looked into (`detcoll.runtime.blame`).
 - What an error ends: a refused call itself; a mismatch or a missed deadline its group; a lost rank every group that it
   is in. All members are told, by those that know, without rank 0 (`detcoll.runtime.control`).
 """
@@ -24,17 +23,19 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
-from detcoll.errors import DeadlineMissed, DetcollError, FrameError, PeerLost, PlanMismatch, UsageError
+from detcoll.errors import Closed, FrameError, PeerLost, PlanMismatch, UsageError
 from detcoll.machine import Queued, Slots
 from detcoll.plan.headroom import Express
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
+from detcoll.runtime import blame
+from detcoll.runtime.actions import Act
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Answer, Ask, Cause, Message
+from detcoll.runtime.credit import Credit
 from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, Group
+from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
 from detcoll.transport import Window
@@ -44,88 +45,12 @@ LARGEST_ACTIVE = 16
 
 HELLO_TAG = LARGEST_PLAN_TAG
 
-LARGEST_UNASKED_BYTES = 8 * 2**20
-"""What a rank sends to one that has not called the same collective yet, over all groups: half of what the slotted
-transport lets peers hold for each other, so that what an earlier collective needs always gets through."""
-
-LARGEST_LENT_BYTES = 8 * 2**20
-"""Of one peer, what may lie in its transport's memory; what cannot be folded yet and comes beyond it is copied, so that
-a call that is stuck does not use up the credit of others."""
-
-LARGEST_COPIED_BYTES = 128 * 2**20
-
 LARGEST_REFUSALS = 1024
-
-ANSWER_NS = 1_000_000_000
-"""How long a rank that looks into a late call waits for answers."""
-
-HEARSAY_NS = 250_000_000
-"""How long it then waits for one that knows better."""
 
 EXPLANATION_NS = 1_000_000_000
 """How long a rank that lost the connection to a peer waits to hear why."""
 
-LARGEST_DELAYS = 16
-"""How often a call may outlast its timeout because others have time left."""
-
 Wide = tuple[Operation, int]
-
-
-class Act(IntEnum):
-    """What a driver is to do; the fields that follow in the action are given here."""
-
-    OPEN = 0
-    """operation: load the caller's values, lay out scratch."""
-    RECV = 1
-    """operation, step: post the receive."""
-    SEND = 2
-    """operation, step, queued or None, window or None: send, what of ``queued`` is left."""
-    HELLO = 3
-    """operation, peer: send the descriptor."""
-    AWAIT_HELLO = 4
-    """operation, peer: post the receive of the peer's descriptor."""
-    COPY = 5
-    """operation, step: copy what the RECV lent and give the loan back."""
-    FINISH = 6
-    """operation, error or None: the caller's array is finished, or the call failed."""
-    CLOSE = 7
-    """operation: scratch may be used again."""
-    LISTEN = 8
-    """peer: post a receive for its control messages."""
-    TELL = 9
-    """peer, message: send a control message."""
-    ANNOUNCE = 10
-    """cause: tell it to whomever the rendezvous reaches."""
-    DISCARD = 11
-    """tag, bits: drop what belongs to these tags."""
-    RECORD = 12
-    """reason: write the flight record, since a group has failed."""
-
-
-@dataclass(eq=False, slots=True)
-class Membership:
-    """A group as the engine keeps it.
-
-    ``contacts`` : members that this rank has to do with.  ``begun`` : the latest call that has left the queue.
-    ``refused`` : calls that some rank refused, by sequence.  ``told`` : whether a caller was shown the failure.
-    """
-
-    group: Group
-    acquaintances: frozenset[int]
-    contacts: set[int]
-    waiting: deque[Operation] = field(default_factory=deque)
-    active: list[Operation] = field(default_factory=list)
-    work: list[tuple[int, int, Operation]] = field(default_factory=list)
-    begun: int = -1
-    latest: int = -1
-    refused: dict[int, Cause] = field(default_factory=dict)
-    failure: Exception | None = None
-    told: bool = False
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits or is under way."""
-        return not self.waiting and not self.active
 
 
 class Engine:
@@ -161,15 +86,14 @@ class Engine:
         self._suspects: dict[int, tuple[PeerLost, int]] = {}
         self._listening: set[int] = set()
         self._ready: deque[Membership] = deque()
-        self._unasked_bytes: dict[int, int] = {}
-        self._lent_bytes: dict[int, int] = {}
-        self._copied_bytes = 0
+        self.credit = Credit()
+        self._heard_ns: dict[int, int] = {}
         self._order = 0
 
     # Groups and calls.
 
-    def join(self, group: Group, now_ns: int) -> Membership:
-        """Take part in a group from now on.
+    def join(self, group: Group, now_ns: int = 0, partners: Iterable[int] = ()) -> Membership:
+        """Take part in a group from now on, and listen to the ranks with which its calls will probably have to do.
 
         Raises
         ------
@@ -188,10 +112,10 @@ class Engine:
             if rank in self.lost:
                 raise PeerLost(str(self.lost[rank]))
         known = group.acquaintances(self.rank)
-        membership = Membership(group, known, set(known))
-        self.recorder.note(now_ns, "join", group.number, detail=group.title)
+        membership = Membership(group, known, {*known, *group.neighbours(self.rank)})
         self.groups[group.id] = membership
-        self._listen(known)
+        self._listen(membership.contacts.union(partners))
+        self.recorder.note(now_ns, "join", group.number, detail=group.title)
         return membership
 
     def leave(self, group: Group) -> None:
@@ -200,10 +124,14 @@ class Engine:
 
     def submit(self, operation: Operation, now_ns: int) -> None:
         """Take in a call; it starts as soon as its group and its memory allow."""
-        membership = self.groups[operation.group.id]
+        membership = self.groups.get(operation.group.id)
         of = operation.descriptor
         called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name)
         self.recorder.note(now_ns, "call", operation.group.number, operation.sequence, detail=called)
+        if membership is None:
+            closed = Closed(f"{operation.title}: the group was closed")
+            self.actions.append((Act.FINISH, operation, closed))
+            return
         if membership.failure is not None:
             membership.told = True
             self.actions.append((Act.FINISH, operation, membership.failure))
@@ -215,7 +143,9 @@ class Engine:
 
     def refuse(self, group: Group, sequence: int, error: Exception, now_ns: int) -> None:
         """Tell all members that this rank cannot do call ``sequence``, which ends for all of them."""
-        membership = self.groups[group.id]
+        membership = self.groups.get(group.id)
+        if membership is None:
+            return
         membership.latest = max(membership.latest, sequence)
         self.recorder.note(now_ns, "refuse", group.number, sequence)
         if membership.refused.pop(sequence, None) is None and membership.failure is None:
@@ -231,7 +161,6 @@ class Engine:
                 if operation.spans and self._must_follow(operation):
                     break
                 membership.waiting.popleft()
-                membership.begun = operation.sequence
                 self._start(membership, operation, now_ns)
 
     @property
@@ -266,10 +195,10 @@ class Engine:
         self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)
         refusal = membership.refused.pop(operation.sequence, None)
         if refusal is not None:
-            self._end_call(membership, operation, refusal.error())
+            self._end_call(membership, operation, refusal.error(), now_ns)
             return
         membership.active.append(operation)
-        self._progressed(operation, now_ns)
+        blame.progressed(operation, now_ns)
         self.actions.append((Act.OPEN, operation))
         if len(operation.group.ranks) > 1:
             self._greet(membership, operation, now_ns)
@@ -343,7 +272,7 @@ class Engine:
         if operation.lent:
             for buffer, offset in operation.plan.inputs_of(step):
                 if buffer == Buffer.LENT:
-                    self._give_back(operation, offset)
+                    self.credit.give_back(operation, offset)
         self._ended(operation, step, now_ns)
 
     def received(self, operation: Operation, step: int, now_ns: int) -> None:
@@ -351,16 +280,19 @@ class Engine:
         if operation.over:
             return
         ready: list[int] = []
-        if operation.peer(step) in operation.strangers:
+        peer = operation.peer(step)
+        self._heard_ns[peer] = now_ns
+        if peer in operation.strangers:
             operation.held.append(step)
         else:
             ready = self._ended(operation, step, now_ns)
-        if not ready and operation.plan.rows[step].buffer == Buffer.LENT:
-            self._keep_lent(operation, step)
+        if not ready and operation.plan.rows[step].buffer == Buffer.LENT and self.credit.lend(operation, step):
+            self.actions.append((Act.COPY, operation, step))
 
     def sent(self, operation: Operation, step: int, now_ns: int) -> None:
         """Take note that a SEND has been acknowledged; that is no progress of the call."""
         if not operation.over:
+            self._heard_ns[operation.peer(step)] = now_ns
             membership = self.groups[operation.group.id]
             self._carry_out(membership, operation, operation.machine.ended(step), now_ns)
 
@@ -382,42 +314,20 @@ class Engine:
             self._end_group(self.groups[operation.group.id], error, now_ns)
 
     def _ended(self, operation: Operation, step: int, now_ns: int) -> list[int]:
-        self._progressed(operation, now_ns)
-        self.recorder.note(now_ns, "step", operation.group.number, operation.sequence, step)
+        blame.progressed(operation, now_ns)
+        peer = operation.plan.rows[step].peer
+        peer = operation.group.ranks[peer] if peer >= 0 else -1
+        self.recorder.note(now_ns, "step", operation.group.number, operation.sequence, step, peer)
         ready = operation.machine.ended(step)
         if ready:
             self._carry_out(self.groups[operation.group.id], operation, ready, now_ns)
         return ready
 
-    def _progressed(self, operation: Operation, now_ns: int) -> None:
-        operation.progress_ns = now_ns
-        operation.limit_ns = now_ns + operation.timeout_ns
-        operation.asked, operation.delays = None, 0
-
-    def _keep_lent(self, operation: Operation, step: int) -> None:
-        """Count what cannot be folded yet; copy it where its sender has much of that here already."""
-        peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
-        is_much = self._lent_bytes.get(peer, 0) + nbytes > LARGEST_LENT_BYTES
-        if is_much and self._copied_bytes + nbytes <= LARGEST_COPIED_BYTES:
-            self._copied_bytes += nbytes
-            operation.lent[step] = -nbytes
-            self.actions.append((Act.COPY, operation, step))
-            return
-        self._lent_bytes[peer] = self._lent_bytes.get(peer, 0) + nbytes
-        operation.lent[step] = nbytes
-
-    def _give_back(self, operation: Operation, step: int) -> None:
-        nbytes = operation.lent.pop(step, 0)
-        if nbytes < 0:
-            self._copied_bytes += nbytes
-        elif nbytes:
-            self._lent_bytes[operation.peer(step)] -= nbytes
-
     # Sending.
 
     def _send(self, operation: Operation, step: int, now_ns: int) -> None:
         peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
-        if peer in operation.strangers and not self._may_send_unasked(operation, peer, nbytes):
+        if peer in operation.strangers and not self.credit.may_send_unasked(operation, peer, nbytes):
             operation.unsent.setdefault(peer, []).append(step)
             return
         if peer in self.wide and not self._leaves_at_once(operation, nbytes, now_ns):
@@ -431,15 +341,6 @@ class Engine:
             return False
         return self._express is None or self._express.take(nbytes, now_ns)
 
-    def _may_send_unasked(self, operation: Operation, peer: int, nbytes: int) -> bool:
-        """Take note of a send to a rank that has not called yet; False if it holds enough already."""
-        held_bytes = self._unasked_bytes.get(peer, 0)
-        if operation.unsent.get(peer) or (held_bytes and held_bytes + nbytes > LARGEST_UNASKED_BYTES):
-            return False
-        self._unasked_bytes[peer] = held_bytes + nbytes
-        operation.unasked_bytes[peer] = operation.unasked_bytes.get(peer, 0) + nbytes
-        return True
-
     def give_the_line(self, now_ns: int) -> None:
         """Send what goes into this rank's current or next windows."""
         for queued, window in self.slots.due(now_ns):
@@ -451,6 +352,7 @@ class Engine:
         """Take in what a peer says that it called."""
         if operation.over:
             return
+        self._heard_ns[peer] = now_ns
         try:
             operation.descriptor.compare(self.rank, peer, record)
         except PlanMismatch as error:
@@ -461,7 +363,7 @@ class Engine:
             return
         self.recorder.note(now_ns, "greeted", operation.group.number, operation.sequence, peer=peer)
         operation.strangers.discard(peer)
-        self._unasked_bytes[peer] = self._unasked_bytes.get(peer, 0) - operation.unasked_bytes.pop(peer, 0)
+        self.credit.has_called(operation, peer)
         for step in operation.unsent.pop(peer, ()):
             self._send(operation, step, now_ns)
         held, operation.held = operation.held, []
@@ -482,9 +384,16 @@ class Engine:
                     operation.reported = True
                     self.recorder.note(now_ns, "end", operation.group.number, operation.sequence)
                     self.actions.append((Act.FINISH, operation, None))
+                    self._promote(membership, now_ns)
                 closed += operation.machine.done
             if closed:
                 self._close(membership)
+
+    def _promote(self, membership: Membership, now_ns: int) -> None:
+        """Let the time of the earliest unfinished call run from now on: it may have waited for the one before."""
+        first = membership.first
+        if first is not None:
+            blame.progressed(first, now_ns)
 
     def _close(self, membership: Membership) -> None:
         left = []
@@ -503,8 +412,7 @@ class Engine:
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:
             times.append(line_ns)
-        for membership in self.groups.values():
-            times += [operation.limit_ns for operation in membership.active if not operation.reported]
+        times += [first.limit_ns for membership in self.groups.values() if (first := membership.first) is not None]
         return min(times, default=None)
 
     def look_after(self, now_ns: int) -> None:
@@ -513,93 +421,39 @@ class Engine:
             if now_ns >= until_ns:
                 self.rank_lost(peer, str(error), now_ns)
         for membership in list(self.groups.values()):
-            for operation in membership.active:
-                if not operation.reported and now_ns >= operation.limit_ns:
-                    self._look_into(membership, operation, now_ns)
-                    if membership.failure is not None:
-                        break
-
-    def _look_into(self, membership: Membership, operation: Operation, now_ns: int) -> None:
-        """Ask those that a late call waits for, then judge by what they answered."""
-        if operation.asked is None:
-            awaited = self._awaited(operation)
-            operation.asked = dict.fromkeys(awaited)
-            operation.limit_ns = now_ns + (ANSWER_NS if awaited else HEARSAY_NS)
-            for peer in awaited:
-                self.actions.append((Act.TELL, peer, Ask(operation.group.id, operation.sequence)))
-            return
-        answers = operation.asked
-        to_blame = [peer for peer, answer in answers.items() if answer is None or answer.state == "absent"]
-        left_ns = max((answer.left_ns for answer in answers.values() if answer is not None), default=0)
-        if not to_blame and left_ns > 0 and operation.delays < LARGEST_DELAYS:
-            operation.delays += 1
-            operation.asked = None
-            operation.limit_ns = now_ns + left_ns + HEARSAY_NS
-        elif not to_blame and operation.delays < LARGEST_DELAYS:  # they know no better, or are about to tell
-            operation.delays = LARGEST_DELAYS
-            operation.limit_ns = now_ns + HEARSAY_NS
-        else:
-            self._end_group(membership, DeadlineMissed(self._late(operation, to_blame)), now_ns)
-
-    def _awaited(self, operation: Operation) -> dict[int, int]:
-        """Return how many messages are awaited from each rank, those that have not called among them."""
-        ranks = operation.group.ranks
-        if operation.strangers:
-            return dict.fromkeys(sorted(operation.strangers), 0)
-        return {ranks[peer]: count for peer, count in sorted(operation.machine.waiting_for().items())}
-
-    def _late(self, operation: Operation, to_blame: Sequence[int]) -> str:
-        awaited = self._awaited(operation)
-        peers = ", ".join(f"rank {peer} ({count} messages)" for peer, count in awaited.items())
-        if to_blame:
-            peers = ", ".join(f"rank {peer}, {self._reproach(operation, peer)}" for peer in to_blame)
-        return (
-            f"rank {self.rank}: {operation.title} was not finished after {operation.timeout_ns / 1e9:g} s "
-            f"without progress; it waits for {peers or 'nobody'}"
-        )
-
-    def _reproach(self, operation: Operation, peer: int) -> str:
-        answer = (operation.asked or {}).get(peer)
-        if answer is None:
-            called = "has not been heard to call it and" if peer in operation.strangers else "has called it and now"
-            return f"which {called} does not answer"
-        reached = f"is at number {answer.latest}" if answer.latest >= 0 else "has called nothing of this group"
-        return f"which has not called it: it {reached}"
+            first = membership.first
+            while first is not None and now_ns >= first.limit_ns:
+                peers, missed = blame.look_into(self.rank, first, self._heard_ns, now_ns)
+                for peer in peers:
+                    self.recorder.note(now_ns, "ask", first.group.number, first.sequence, peer=peer)
+                    self.actions.append((Act.TELL, peer, Ask(first.group.id, first.sequence, first.timeout_ns)))
+                if missed is not None:
+                    self._end_group(membership, missed, now_ns)
+                first = membership.first
 
     # What others tell.
 
     def message(self, peer: int, message: Message, now_ns: int) -> None:
         """Take in a control message of ``peer``."""
+        self._heard_ns[peer] = now_ns
         match message:
             case Cause():
                 self.told(message, now_ns, peer)
-            case Ask(group, sequence):
-                self.actions.append((Act.TELL, peer, self._answer(group, sequence, now_ns)))
+            case Ask():
+                self._asked(peer, message, now_ns)
             case Answer():
-                self._answered(peer, message, now_ns)
+                membership = self.groups.get(message.group)
+                if membership is not None and membership.first is not None:
+                    self.recorder.note(now_ns, "answer", membership.group.number, message.sequence, peer=peer)
+                    blame.answered(membership.first, peer, message, now_ns)
 
-    def _answered(self, peer: int, answer: Answer, now_ns: int) -> None:
-        membership = self.groups.get(answer.group)
-        for operation in membership.active if membership is not None else ():
-            if operation.sequence == answer.sequence and operation.asked is not None and peer in operation.asked:
-                operation.asked[peer] = answer
-                if None not in operation.asked.values():
-                    operation.limit_ns = now_ns
-
-    def _answer(self, group: int, sequence: int, now_ns: int) -> Answer:
-        membership = self.groups.get(group)
-        if membership is None:
-            return Answer(group, sequence, "absent")
-        unreported = [operation for operation in membership.active if not operation.reported]
-        first = next((op for op in unreported if op.sequence == sequence), None)
-        if first is None and membership.begun < sequence <= membership.latest and unreported:
-            first = unreported[0]  # it waits behind this one
-        if first is not None:
-            left_ns = 0 if first.asked is not None else max(first.limit_ns - now_ns, 1)
-            return Answer(group, sequence, "waiting", left_ns, membership.latest)
-        if sequence <= membership.latest:
-            return Answer(group, sequence, "ended", 0, membership.latest)
-        return Answer(group, sequence, "absent", 0, membership.latest)
+    def _asked(self, peer: int, ask: Ask, now_ns: int) -> None:
+        membership = self.groups.get(ask.group)
+        if membership is not None and membership.cause is not None:
+            self.actions.append((Act.TELL, peer, membership.cause))
+            return
+        told = blame.answer(membership, self.groups.values(), ask, now_ns)
+        self.actions.append((Act.TELL, peer, told))
 
     def told(self, cause: Cause, now_ns: int, by: int = -1) -> None:
         """Take in why something ended, from a peer (``by``) or from the rendezvous."""
@@ -607,15 +461,16 @@ class Engine:
             for membership in list(self.groups.values()):
                 self._end_group(membership, cause.error(), now_ns, cause)
             return
-        membership = self.groups.get(cause.group)
-        if membership is None or membership.failure is not None:
-            return
-        if cause.sequence == WHOLE_GROUP:
-            self._end_group(membership, cause.error(), now_ns, cause, by)
-        elif cause.sequence not in membership.refused:
-            self._refused(membership, cause, by)
+        member_of = self.groups.get(cause.group)
+        if member_of is not None and member_of.failure is None:
+            if cause.sequence == WHOLE_GROUP:
+                self._end_group(member_of, cause.error(), now_ns, cause, by)
+            elif cause.sequence not in member_of.refused:
+                self._refused(member_of, cause, by, now_ns)
+        if cause.lost not in (-1, self.rank):
+            self.rank_lost(cause.lost, cause.text, now_ns)
 
-    def _refused(self, membership: Membership, cause: Cause, by: int) -> None:
+    def _refused(self, membership: Membership, cause: Cause, by: int, now_ns: int) -> None:
         """End a call that another rank refused, now or when it is made here."""
         operation = next((op for op in membership.active if op.sequence == cause.sequence), None)
         waits = any(op.sequence == cause.sequence for op in membership.waiting)
@@ -624,7 +479,8 @@ class Engine:
         self._spread(membership, cause, by)
         if operation is not None:
             if not operation.reported:
-                self._end_call(membership, operation, cause.error())
+                self.recorder.note(now_ns, "refused", membership.group.number, cause.sequence, peer=cause.rank)
+                self._end_call(membership, operation, cause.error(), now_ns)
             return
         if len(membership.refused) >= LARGEST_REFUSALS:
             membership.refused.pop(next(iter(membership.refused)))
@@ -644,13 +500,22 @@ class Engine:
         self.lost[rank] = PeerLost(text)
         for membership in list(self.groups.values()):
             if rank in membership.group.members:
-                self._end_group(membership, PeerLost(text), now_ns)
+                cause = Cause.of(membership.group.id, WHOLE_GROUP, self.lost[rank], self.rank, lost=rank)
+                self._end_group(membership, PeerLost(text), now_ns, cause)
 
     def fail_group(self, group: Group, error: Exception, now_ns: int) -> None:
         """End a group with an error that this rank found out."""
         membership = self.groups.get(group.id)
         if membership is not None:
             self._end_group(membership, error, now_ns)
+
+    def broken(self, operation: Operation, error: Exception, now_ns: int) -> None:
+        """End a call that cannot begin here, such as one whose array cannot be read, on all members."""
+        membership = self.groups.get(operation.group.id)
+        if membership is None or operation.over or operation.reported:
+            return
+        self._end_call(membership, operation, error, now_ns)
+        self._spread(membership, Cause.of(membership.group.id, operation.sequence, error, self.rank), self.rank)
 
     # Ends.
 
@@ -661,6 +526,7 @@ class Engine:
         if membership.failure is not None:
             return
         membership.failure = error
+        membership.cause = cause = cause or Cause.of(membership.group.id, WHOLE_GROUP, error, self.rank)
         self.recorder.note(now_ns, "fail", membership.group.number, detail=str(error))
         calls = [*membership.active, *membership.waiting]
         membership.told = any(not operation.reported for operation in calls)
@@ -669,21 +535,19 @@ class Engine:
         for operation in calls:
             self._drop(operation, error)
         self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
-        self._spread(membership, cause or Cause.of(membership.group.id, WHOLE_GROUP, error, self.rank), by)
+        self._spread(membership, cause, by)
         self.actions.append((Act.RECORD, str(error)))
 
-    def _end_call(self, membership: Membership, operation: Operation, error: DetcollError) -> None:
+    def _end_call(self, membership: Membership, operation: Operation, error: Exception, now_ns: int) -> None:
         if operation in membership.active:
             membership.active.remove(operation)
         self._drop(operation, error)
+        self._promote(membership, now_ns)
         self.actions.append((Act.DISCARD, operation.group.call_prefix(operation.sequence), PLAN_BITS))
 
     def _drop(self, operation: Operation, error: Exception) -> None:
         operation.over = True
-        for peer, nbytes in operation.unasked_bytes.items():
-            self._unasked_bytes[peer] -= nbytes
-        for step in list(operation.lent):
-            self._give_back(operation, step)
+        self.credit.drop(operation)
         self.slots.withdraw(lambda item: item[0] is operation)
         if not operation.reported:
             operation.reported = True

@@ -67,6 +67,11 @@ class Group:
         own = self.ranks.index(rank)
         return frozenset(self.ranks[member] for member in acquaintances(own, self.sites))
 
+    def neighbours(self, rank: int) -> frozenset[int]:
+        """Return the ranks of the job before and behind ``rank``: a ring that no one lost rank cuts in two."""
+        own = self.ranks.index(rank)
+        return frozenset({self.ranks[own - 1], self.ranks[(own + 1) % len(self.ranks)]} - {rank})
+
     def tag(self, sequence: int, plan_tag: int) -> int:
         """Return the tag of a message of call ``sequence``."""
         return self.call_prefix(sequence) | plan_tag

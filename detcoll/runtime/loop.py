@@ -19,13 +19,14 @@ from typing import Any, Protocol
 
 from detcoll.descriptor import HELLO_BYTES
 from detcoll.errors import Closed, DetcollError, FrameError, PeerLost, TransportError
-from detcoll.fold import fold_step
 from detcoll.machine import Queued
 from detcoll.plan.ir import Buffer, Kind
 from detcoll.priority import make_prompt, quick_switches, shorten_turns
+from detcoll.runtime.actions import Act
 from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, pack, unpack
-from detcoll.runtime.engine import HELLO_TAG, Act, Engine, Membership, Wide
+from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
 from detcoll.runtime.group import Group
+from detcoll.runtime.membership import Membership
 from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.routes import Routes
@@ -316,7 +317,7 @@ class Loop:
         while now_ns < until_ns and (work := engine.next_work()) is not None:
             operation, step = work
             if operation.plan.rows[step].kind == Kind.FOLD:
-                self._fold(operation, step)
+                operation.memory.fold(operation.plan, step)
             now_ns = time.monotonic_ns()
             engine.worked(operation, step, now_ns)
             if engine.slots.waiting:
@@ -388,12 +389,21 @@ class Loop:
     # Actions.
 
     def _open(self, operation: Operation) -> None:
+        if operation.over:
+            return
         memory: Memory = operation.memory
-        memory.open(operation.plan, self._pool)
-        if memory.load is not None:
-            memory.load()
+        try:
+            memory.open(operation.plan, self._pool)
+            if memory.load is not None:
+                memory.load()
+        except Exception as problem:
+            error = TransportError(f"{operation.title}: its memory cannot be used: {problem!r}")
+            error.__cause__ = problem
+            self.engine.broken(operation, error, time.monotonic_ns())
 
     def _recv(self, operation: Operation, step: int) -> None:
+        if operation.over:
+            return
         row = operation.plan.rows[step]
         memory: Memory = operation.memory
         into = None if row.buffer == Buffer.LENT else memory.view(row.buffer, row.offset, row.length)
@@ -411,10 +421,14 @@ class Loop:
         self._post_send(peer, tag, view, (STEP, operation, step, (queued, window)), window)
 
     def _hello(self, operation: Operation, peer: int) -> None:
+        if operation.over:
+            return
         tag = operation.group.tag(operation.sequence, HELLO_TAG)
         self._post_send(peer, tag, memoryview(operation.memory.hello), (SENT_RECORD, operation.memory.hello))
 
     def _await_hello(self, operation: Operation, peer: int) -> None:
+        if operation.over:
+            return
         tag = operation.group.tag(operation.sequence, HELLO_TAG)
         self._post_recv(peer, tag, HELLO_BYTES, (HELLO, operation))
 
@@ -471,24 +485,6 @@ class Loop:
 
     def _close_call(self, operation: Operation) -> None:
         operation.memory.close(self._pool)
-
-    def _fold(self, operation: Operation, step: int) -> None:
-        memory: Memory = operation.memory
-        rows = operation.plan.rows
-        row = rows[step]
-        inputs, used = [], []
-        for buffer, offset in operation.plan.inputs_of(step):
-            if buffer == Buffer.LENT:
-                inputs.append(memory.arrived(offset, bool(rows[offset].accumulated)))
-                used.append(offset)
-            else:
-                inputs.append(memory.elements(buffer, offset, row.length))
-        out = memory.elements(row.buffer, row.offset, row.length)
-        plan = operation.plan
-        fold_step(memory.op, inputs, plan.ranks_of(step), out, plan.size, final=bool(row.final))
-        del inputs
-        for lender in used:
-            memory.used(lender)
 
     # Events.
 

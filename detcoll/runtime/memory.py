@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.fold import fold_step
 from detcoll.plan.ir import Buffer, Plan
 from detcoll.runtime.work import Work
 from detcoll.transport import Ticket, byte_view
@@ -107,6 +108,21 @@ class Memory:
         if ticket is not None:
             self.copies[step] = np.array(np.frombuffer(ticket.view if ticket.view is not None else b"", np.uint8))
             ticket.release()
+
+    def fold(self, plan: Plan, step: int) -> None:
+        """Do the FOLD ``step``, and give back what it used."""
+        row, inputs, used = plan.rows[step], [], []
+        for buffer, offset in plan.inputs_of(step):
+            if buffer == Buffer.LENT:
+                inputs.append(self.arrived(offset, bool(plan.rows[offset].accumulated)))
+                used.append(offset)
+            else:
+                inputs.append(self.elements(buffer, offset, row.length))
+        out = self.elements(row.buffer, row.offset, row.length)
+        fold_step(self.op, inputs, plan.ranks_of(step), out, plan.size, final=bool(row.final))
+        del inputs
+        for lender in used:
+            self.used(lender)
 
     def used(self, step: int) -> None:
         """Give back what the RECV ``step`` lent."""

@@ -220,7 +220,7 @@ class NativeRunner:
                 "waits_for": [],
             })  # fmt: skip
         return {
-            "id": "world", "number": WORLD_ID, "name": "", "ranks": list(world.ranks), "begun": self._latest,
+            "id": "world", "number": WORLD_ID, "name": "", "ranks": list(world.ranks),
             "latest": self._latest, "failure": None if failure is None else str(failure), "calls": calls,
         }  # fmt: skip
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detcoll.descriptor import Descriptor
 from detcoll.machine import Machine
 from detcoll.plan.ir import Plan
-from detcoll.runtime.control import Answer
 from detcoll.runtime.group import Group
+
+if TYPE_CHECKING:
+    from detcoll.runtime.blame import Inquiry
 
 Span = tuple[int, int]
 """First address and the one behind the last."""
@@ -27,8 +29,8 @@ class Operation:
 
     ``plan`` : this rank's part; its ranks are those of the group.  ``timeout_ns`` : how long nothing may come.
     ``spans`` : the caller's memory.  ``memory`` : the driver's own, never looked at by the engine.
-    ``order`` : its place among all calls of this rank.  ``progress_ns`` : when it began, or last got further.
-    ``limit_ns`` : when the engine looks after it.  ``over`` : ended with an error; what still comes is dropped.
+    ``order`` : its place among all calls of this rank.  ``live_ns`` : when it, or one that it waits for, was last known
+    to get further.  ``limit_ns`` : when it is looked into.  ``over`` : ended with an error; what comes is dropped.
     """
 
     group: Group
@@ -40,7 +42,7 @@ class Operation:
     memory: Any = None
     order: int = -1
     machine: Machine = field(init=False)
-    progress_ns: int = 0
+    live_ns: int = 0
     limit_ns: int = 0
     strangers: set[int] = field(default_factory=set)
     """Ranks that have not said yet what they called; what comes from them is held."""
@@ -54,9 +56,8 @@ class Operation:
     """SEND steps that wait until a stranger has called, by rank."""
     unasked_bytes: dict[int, int] = field(default_factory=dict)
     """What was sent to each stranger."""
-    asked: dict[int, Answer | None] | None = None
-    """Whom this rank asked where they stand, after the deadline."""
-    delays: int = 0
+    inquiry: Inquiry | None = None
+    """What this rank has heard since the call is late."""
     reported: bool = False
     over: bool = False
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from detcoll.runtime.engine import Engine, Membership
+from detcoll.runtime.engine import Engine
 from detcoll.runtime.group import WORLD_ID
+from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 
 LARGEST_CALLS = 64
@@ -30,7 +31,6 @@ def _of_group(membership: Membership) -> dict[str, Any]:
         "number": group.number,
         "name": group.name,
         "ranks": list(group.ranks),
-        "begun": membership.begun,
         "latest": membership.latest,
         "failure": None if membership.failure is None else str(membership.failure),
         "calls": [_of_call(operation) for operation in active] + [_of_waiting(operation) for operation in waiting],
