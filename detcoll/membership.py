@@ -6,7 +6,7 @@ import select
 import time
 
 from detcoll.errors import DeadlineMissed, DetcollError, PeerLost, PlanMismatch, TransportError
-from detcoll.rendezvous import Aborted, Session
+from detcoll.rendezvous import Aborted, Lost, Session
 
 _EXPLANATION_NS = 1_000_000_000
 """How long a rank that lost a peer waits to hear from the rendezvous why."""
@@ -26,10 +26,11 @@ class Members:
         """Return the error that a lost rank or another rank's abort means here, without waiting."""
         events = self._session.events()
         for event in events:
-            if isinstance(event, Aborted):
+            if isinstance(event, Aborted) and not event.group:
                 return _told(event)
         for event in events:
-            return PeerLost(f"rank {event.rank} is lost: its process ended without saying goodbye")
+            if isinstance(event, Lost):
+                return PeerLost(f"rank {event.rank} is lost: {event.why}")
         return None
 
     def explanation(self) -> DetcollError | None:
