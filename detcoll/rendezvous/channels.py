@@ -6,6 +6,8 @@ not know yet that it is dead.
 
 Who connects must name the protocol before it may send anything. That is not secret, but keeps what speaks another
 protocol from filling the hub's memory. The mechanism is PLAIN with a ZAP handler.
+
+ZeroMQ is imported when a socket is made: whoever only starts ranks does not wait for it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import contextlib
 import enum
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
-from typing import Any
-
-import zmq
-from zmq.utils.monitor import parse_monitor_message
+from typing import TYPE_CHECKING, Any
 
 from detcoll.rendezvous import wire
+
+if TYPE_CHECKING:
+    import zmq
 
 TOKEN_BYTES = 16
 _NAME = b"detcoll"
@@ -32,6 +35,21 @@ _CONNECT_MS = 3_000
 _RECONNECT_MS, _LONGEST_RECONNECT_MS = 50, 500
 _LONGEST_HEARTBEAT_MS, _LONGEST_SILENCE_MS = 1_000, 5_000
 _SHORTEST_HEARTBEAT_MS, _SHORTEST_SILENCE_MS = 50, 250
+
+
+READ, WRITE = 1, 2
+"""What `wait` waits for, as ZeroMQ numbers it."""
+
+_EVENT = struct.Struct("=Hi")
+
+
+class Change(enum.Enum):
+    """What happened to a connection."""
+
+    OPENED = enum.auto()
+    READY = enum.auto()
+    REFUSED = enum.auto()
+    ENDED = enum.auto()
 
 
 class Sent(enum.Enum):
@@ -54,6 +72,8 @@ class Router:
     """
 
     def __init__(self, listener: socket.socket, tolerance_ns: int) -> None:
+        import zmq
+
         self._context = zmq.Context(1)
         try:
             self.gate = self._context.socket(zmq.REP)
@@ -73,15 +93,17 @@ class Router:
             listener.setblocking(False)
             self.socket.setsockopt(zmq.USE_FD, listener.detach())
             self.socket.bind(endpoint)
-        except BaseException:
+        except BaseException as error:
             self._context.destroy(0)
-            raise
+            raise _translated(error) from error
 
     def receive(self) -> tuple[bytes, bytes, int, str] | None:
         """Return the next frame with token, descriptor of the connection and host of the sender; None if there is none.
 
         What is no frame is passed over, and counts as one without a header.
         """
+        import zmq
+
         try:
             parts = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
         except zmq.Again:
@@ -95,6 +117,8 @@ class Router:
 
     def send(self, token: bytes, frame: bytes) -> Sent:
         """Send a frame if that needs no waiting."""
+        import zmq
+
         try:
             self.socket.send_multipart((token, frame), zmq.DONTWAIT)
         except zmq.Again:
@@ -107,6 +131,8 @@ class Router:
 
     def admit(self) -> bool:
         """Answer one that asks to be let in; False if nobody does."""
+        import zmq
+
         try:
             request = self.gate.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
@@ -136,14 +162,18 @@ class Dealer:
     def __init__(self, endpoint: str, tolerance_ns: int) -> None:
         self._endpoint, self._tolerance_ns = endpoint, tolerance_ns
         self._token = os.urandom(TOKEN_BYTES)
+        import zmq
+
         self._context = zmq.Context(1)
         try:
             self._open()
-        except BaseException:
+        except BaseException as error:
             self._context.destroy(0)
-            raise
+            raise _translated(error) from error
 
     def _open(self) -> None:
+        import zmq
+
         self.socket = self._context.socket(zmq.DEALER)
         _configure(self.socket, self._tolerance_ns)
         self.socket.setsockopt(zmq.ROUTING_ID, self._token)
@@ -171,6 +201,8 @@ class Dealer:
 
     def receive(self) -> bytes | None:
         """Return the next frame, None if there is none."""
+        import zmq
+
         try:
             parts = self.socket.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
@@ -179,6 +211,8 @@ class Dealer:
 
     def send(self, frame: bytes) -> Sent:
         """Send a frame if that needs no waiting."""
+        import zmq
+
         try:
             self.socket.send(frame, zmq.DONTWAIT)
         except zmq.Again:
@@ -190,14 +224,24 @@ class Dealer:
         _end(self._context, self.socket, self.monitor)
 
 
-def events(monitor: zmq.Socket[bytes], at_most: int) -> Iterator[tuple[int, int]]:
-    """Give what happened to connections, as kind and value."""
+def changes(monitor: zmq.Socket[bytes], at_most: int) -> Iterator[tuple[Change, int]]:
+    """Give what happened to connections, and the descriptor where there is one."""
+    import zmq
+
+    kinds = {
+        zmq.EVENT_ACCEPTED: Change.OPENED,
+        zmq.EVENT_HANDSHAKE_SUCCEEDED: Change.READY,
+        zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: Change.REFUSED,
+        zmq.EVENT_HANDSHAKE_FAILED_AUTH: Change.REFUSED,
+        zmq.EVENT_DISCONNECTED: Change.ENDED,
+    }
     for _ in range(at_most):
         try:
-            told = parse_monitor_message(monitor.recv_multipart(zmq.DONTWAIT))
+            event, value = _EVENT.unpack(monitor.recv_multipart(zmq.DONTWAIT)[0])
         except zmq.Again:
             return
-        yield int(told["event"]), int(told["value"])
+        if event in kinds:  # the last of all says that there are no more
+            yield kinds[event], value
 
 
 def endpoint_of(where: tuple[str, int] | tuple[str, int, int, int]) -> str:
@@ -208,6 +252,8 @@ def endpoint_of(where: tuple[str, int] | tuple[str, int, int, int]) -> str:
 
 def wait(items: list[tuple[Any, int]], deadline_ns: int | None) -> None:
     """Sleep until one of ``items`` is ready, or it is time."""
+    import zmq
+
     left_ms = -1
     if deadline_ns is not None:
         left_ms = max(0, -(-(deadline_ns - time.monotonic_ns()) // 10**6))
@@ -216,6 +262,8 @@ def wait(items: list[tuple[Any, int]], deadline_ns: int | None) -> None:
 
 
 def _configure(made: zmq.Socket[bytes], tolerance_ns: int) -> None:
+    import zmq
+
     silence_ms = max(_SHORTEST_SILENCE_MS, min(_LONGEST_SILENCE_MS, tolerance_ns // 3_000_000))
     made.linger = 0
     made.set_hwm(_HIGH_WATER)
@@ -229,6 +277,13 @@ def _configure(made: zmq.Socket[bytes], tolerance_ns: int) -> None:
     made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
     made.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
     made.setsockopt(zmq.TCP_MAXRT, max(1_000, silence_ms))
+
+
+def _translated(error: BaseException) -> BaseException:
+    """Return an error of ZeroMQ as one of the system."""
+    import zmq
+
+    return OSError(error.errno, error.strerror) if isinstance(error, zmq.ZMQError) else error
 
 
 def _end(context: zmq.Context[zmq.Socket[bytes]], monitored: zmq.Socket[bytes], *others: zmq.Socket[bytes]) -> None:

@@ -15,12 +15,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import zmq
-
 from detcoll.errors import FrameError
 from detcoll.rendezvous import wire
 from detcoll.rendezvous.asking import Answer, Asker
-from detcoll.rendezvous.channels import Dealer, Sent, endpoint_of, events, wait
+from detcoll.rendezvous.channels import READ, WRITE, Change, Dealer, Sent, changes, endpoint_of, wait
 from detcoll.rendezvous.link import Link
 from detcoll.rendezvous.member import Member
 from detcoll.rendezvous.sockets import Where, close_inherited, left
@@ -159,11 +157,11 @@ class Connection:
         asked = self._asker.begin(time.monotonic_ns())
         wait(
             [
-                (path.dealer.socket, zmq.POLLIN),
-                (path.dealer.monitor, zmq.POLLIN),
-                (self._wake, zmq.POLLIN),
-                (self._life.fileno(), zmq.POLLIN),
-                *((connection.fileno(), zmq.POLLOUT) for connection in asked),
+                (path.dealer.socket, READ),
+                (path.dealer.monitor, READ),
+                (self._wake, READ),
+                (self._life.fileno(), READ),
+                *((connection.fileno(), WRITE) for connection in asked),
             ],
             self._next_ns(),
         )
@@ -194,18 +192,18 @@ class Connection:
 
     def _look_at_connection(self, now_ns: int) -> None:
         path = self._path
-        for kind, _ in events(path.dealer.monitor, _AT_A_TIME):
-            match kind:
-                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        for change, _ in changes(path.dealer.monitor, _AT_A_TIME):
+            match change:
+                case Change.READY:
                     path.is_up = True
                     path.watch.up()
                     path.link.restart()
                     path.dealer.send(path.link.note(wire.HERE))
-                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                case Change.REFUSED:
                     if self._member.greeting is None:
                         self.fault = "it speaks ZeroMQ, but another protocol"
                         self._tell()
-                case _:
+                case Change.ENDED:
                     path.is_up, path.must_renew = False, True
                     path.watch.down(now_ns)
         if path.must_renew and not self._is_over and now_ns >= path.made_ns + _RENEWAL_NS:

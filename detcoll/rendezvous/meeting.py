@@ -30,8 +30,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-import zmq
-
 from detcoll.errors import ConnectError, DetcollError, UsageError
 from detcoll.quantities import parse_flag
 from detcoll.rendezvous.hub import Hub
@@ -174,7 +172,7 @@ def meet(
     require_descriptors("the rendezvous", _DESCRIPTORS + (_HUB_DESCRIPTORS + world.size if world.rank == 0 else 0))
     try:
         return _meet(world, deadline_ns, environ, store, tolerance_ns)
-    except (OSError, zmq.ZMQError) as error:
+    except OSError as error:
         if isinstance(error, DetcollError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         raise too_few_descriptors("the rendezvous", _DESCRIPTORS) from error

@@ -20,12 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import zmq
-
 from detcoll.errors import FrameError
 from detcoll.rendezvous import wire
 from detcoll.rendezvous.asking import Answer, Asker
-from detcoll.rendezvous.channels import Router, Sent, events, wait
+from detcoll.rendezvous.channels import READ, WRITE, Change, Router, Sent, changes, wait
 from detcoll.rendezvous.door import Door, local_host
 from detcoll.rendezvous.hub import Hub
 from detcoll.rendezvous.link import Link
@@ -170,14 +168,14 @@ class Server:
     def _turn(self) -> None:
         asked = self._asker.begin(time.monotonic_ns())
         items: list[tuple[Any, int]] = [
-            (self._router.socket, zmq.POLLIN),
-            (self._router.gate, zmq.POLLIN),
-            (self._router.monitor, zmq.POLLIN),
-            (self._wake, zmq.POLLIN),
-            *((connection.fileno(), zmq.POLLOUT) for connection in asked),
+            (self._router.socket, READ),
+            (self._router.gate, READ),
+            (self._router.monitor, READ),
+            (self._wake, READ),
+            *((connection.fileno(), WRITE) for connection in asked),
         ]
         if self._directory is not None:
-            items.append((self._directory.fileno(), zmq.POLLIN))
+            items.append((self._directory.fileno(), READ))
         wait(items, self._next_ns())
         now_ns = time.monotonic_ns()
         with contextlib.suppress(BlockingIOError):
@@ -197,8 +195,8 @@ class Server:
         return min((time_ns for time_ns in times if time_ns is not None), default=None)
 
     def _look_at_connections(self, now_ns: int) -> None:
-        for kind, descriptor in events(self._router.monitor, _AT_A_TIME):
-            if kind == zmq.EVENT_ACCEPTED:
+        for change, descriptor in changes(self._router.monitor, _AT_A_TIME):
+            if change is Change.OPENED:
                 self._door.opened(descriptor, now_ns)
                 continue
             self._door.closed(descriptor)
