@@ -6,57 +6,33 @@ import errno
 import logging
 import os
 import select
-import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.launch.launchers import World
 from detcoll.rendezvous import Aborted, Address, Lost, Session, is_loopback, meet, wire
-from detcoll.rendezvous.hub import Hub
-from detcoll.rendezvous.sockets import connect, listen, own_host, parse_ports
-
-
-def ahead(seconds: float = 20.0) -> int:
-    return time.monotonic_ns() + round(seconds * 1e9)
-
-
-def free_address(host: str = "127.0.0.1") -> str:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as probe:
-        return str(Address(host, probe.getsockname()[1]))
-
-
-def world_at(rank: int, size: int, address: str | None, **changes: Any) -> World:
-    return World(rank, size, None, None, "environment", "address", address, **changes)
-
-
-def in_threads(calls: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Return what each call returned or raised."""
-    with ThreadPoolExecutor(max(1, len(calls))) as pool:
-        futures: list[Future[Any]] = [pool.submit(call) for call in calls]
-        return [future.exception() or future.result() for future in futures]
-
-
-def meet_all(worlds: Sequence[World], seconds: float = 20.0, environ: Mapping[str, str] | None = None) -> list[Any]:
-    return in_threads([lambda world=world: meet(world, ahead(seconds), environ or {}) for world in worlds])
-
-
-def exchange_all(met: Sequence[Session], payload: bytes = b"", seconds: float = 20.0) -> list[Any]:
-    """Let all of ``met`` exchange ``payload`` and their rank, and return what each got."""
-    return in_threads([lambda s=s: s.exchange("x", payload + b"%d" % s.rank, ahead(seconds)) for s in met])
-
-
-def close_all(met: Sequence[Session]) -> None:
-    assert in_threads([lambda s=s: s.close(ahead()) for s in met]) == [None] * len(met)
+from detcoll.rendezvous.connection import Connection
+from detcoll.rendezvous.member import Member
+from detcoll.rendezvous.sockets import listen, open_life_port, own_host, parse_ports, reach
+from detcoll.testing.meetings import (
+    ahead,
+    close_all,
+    end_child,
+    exchange_all,
+    free_address,
+    in_threads,
+    meet_all,
+    start_child,
+    wait_for_event,
+    world_at,
+)
 
 
 @pytest.fixture
@@ -71,17 +47,7 @@ def sessions() -> Iterator[Callable[..., list[Session]]]:
         return met
 
     yield make
-    in_threads([lambda session=session: session.close(ahead(5)) for session in opened])
-
-
-def wait_for_event(session: Session) -> Any:
-    """Return the first event, waiting on the descriptor as a progress thread would."""
-    poll = select.poll()
-    poll.register(session.fileno(), select.POLLIN)
-    while poll.poll(10_000):  # sooner than the deadline of an exchange, which makes it readable too
-        if told := session.events():
-            return told[0]
-    raise AssertionError("nothing was told in time")
+    close_all(opened, seconds=5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -124,7 +90,7 @@ def test_ranks_may_come_in_any_order() -> None:
 
 def test_all_that_came_learn_who_never_came() -> None:
     address = free_address()
-    errors = meet_all([world_at(rank, 6, address) for rank in (0, 1, 3, 4)], seconds=4.0)
+    errors = meet_all([world_at(rank, 6, address) for rank in (0, 1, 3, 4)], seconds=1.0)
     for error in errors:
         assert isinstance(error, ConnectError)
         assert "rank 2, 5 never came" in str(error)
@@ -148,31 +114,48 @@ def test_an_exchange_names_those_that_never_arrived(sessions: Callable[..., list
 
 def test_different_exchanges_are_told_apart(sessions: Callable[..., list[Session]]) -> None:
     met = sessions(2)
-    for error in in_threads([lambda s=s: s.exchange(f"of {s.rank}", b"", ahead()) for s in met]):
-        assert isinstance(error, ConnectError)
-        assert "'of 0'" in str(error)
-        assert "'of 1'" in str(error)
+    errors = in_threads([lambda s=s: s.exchange(f"of {s.rank}", b"", ahead(1 + s.rank)) for s in met])
+    assert all(isinstance(error, ConnectError) for error in errors)
+    assert str(errors[0]) == "exchange 'of 0': rank 1 never arrived; rank 1 came to 'of 1' of all ranks"
+    assert str(errors[1]) == "exchange 'of 1': rank 0 never arrived"
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
 
 
-def test_two_processes_of_one_rank() -> None:
+def test_a_double_is_refused_alone_and_is_part_of_why_a_meeting_failed() -> None:
     address = free_address()
-    errors = meet_all([world_at(rank, 3, address) for rank in (0, 1, 1)])
+    errors = meet_all([world_at(rank, 3, address) for rank in (0, 1, 1)], seconds=1.0)
     assert sorted(type(error).__name__ for error in errors) == ["ConnectError", "ConnectError", "UsageError"]
     assert all("two processes say that they are rank 1" in str(error) for error in errors)
+    assert "rank 2 never came; a process that says it is rank 1 of 3 was refused" in str(errors[0])
 
 
-def test_a_rank_with_another_world_size() -> None:
+def test_a_rank_with_another_world_size_is_refused_and_the_others_learn_why_it_is_missing() -> None:
     address = free_address()
-    errors = meet_all([world_at(0, 3, address), world_at(1, 3, address), world_at(2, 4, address)])
+    worlds = [world_at(0, 3, address), world_at(1, 3, address), world_at(2, 4, address)]
+    errors = meet_all(worlds, seconds=1.0)
     assert [type(error) for error in errors] == [ConnectError, ConnectError, UsageError]
     assert all("rank 2 says that the world has 4 ranks, rank 0 says 3" in str(error) for error in errors)
+    assert all("rank 2 never came; a process that says it is rank 2 of 4 was refused" in str(e) for e in errors[:2])
 
 
-def test_a_late_double_harms_nobody(sessions: Callable[..., list[Session]]) -> None:
+def test_a_stray_of_another_size_does_not_break_the_meeting() -> None:
+    address = free_address()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, world_at(0, 2, address), ahead(), {})
+        with pytest.raises(UsageError, match="rank 1 says that the world has 5 ranks, rank 0 says 2"):
+            meet(world_at(1, 5, address), ahead(), {})
+        second = meet(world_at(1, 2, address), ahead(), {})
+        met = [first.result(), second]
+        assert exchange_all(met) == [[b"0", b"1"]] * 2
+        assert close_all(met) == [None] * 2
+
+
+def test_a_late_double_harms_nobody(sessions: Callable[..., list[Session]], monkeypatch: pytest.MonkeyPatch) -> None:
     address = free_address()
     met = sessions(2, address)
+    monkeypatch.setattr("detcoll.rendezvous.meeting._epochs", Counter())  # as another process would count
     with pytest.raises(UsageError, match="two processes say that they are rank 1"):
-        Probe(address).join(1, 2, epoch=0)
+        meet(world_at(1, 2, address), ahead(), {})
     assert exchange_all(met) == [[b"0", b"1"]] * 2
 
 
@@ -214,135 +197,6 @@ def test_the_same_ranks_meet_again_and_again() -> None:
     assert in_threads([lambda rank=rank: live(rank) for rank in range(3)]) == [expected] * 3
 
 
-class Probe:
-    """Speaks to a hub in raw bytes."""
-
-    def __init__(self, address: str) -> None:
-        self.connection = connect(Address.parse(address), ahead())
-
-    def join(self, rank: int, size: int, epoch: int) -> None:
-        with self.connection:
-            self.connection.sendall(wire.pack(wire.Hello(wire.VERSION, "", epoch, rank, size, 1000)))
-            inbox = wire.Inbox(wire.HELLO_BYTES)
-            inbox.feed(self.connection.recv(4096))
-            answer = inbox.from_hub()
-            assert isinstance(answer, wire.Refused)
-            raise (UsageError if answer.fault == "usage" else ConnectError)(answer.text)
-
-    def is_dropped_after(self, data: bytes) -> bool:
-        with self.connection:
-            try:
-                self.connection.sendall(data)
-                return self.connection.recv(1) == b""
-            except ConnectionError:
-                return True
-
-
-class RawWorld:
-    """Ranks as bare sockets at a hub, rank 0 the first to come, all served by the test's own thread."""
-
-    def __init__(self, size: int) -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        address = Address(*listener.getsockname())
-        self.hub = Hub(listener, size, "", 0)
-        self.hub.start()
-        self.ranks = []
-        for rank in range(size):
-            connection = connect(address, ahead())
-            connection.sendall(wire.pack(wire.Hello(wire.VERSION, "", 0, rank, size, 20_000)))
-            self.ranks.append((connection, wire.Inbox(wire.FRAME_BYTES)))
-        for rank in range(size):
-            assert isinstance(self.receive(rank), wire.Welcome)
-
-    def gather(self, payload: bytes) -> None:
-        for connection, _ in self.ranks:
-            connection.sendall(wire.pack(wire.Gather(1, "x", payload, 20_000)))
-
-    def receive(self, rank: int) -> wire.FromHub:
-        connection, inbox = self.ranks[rank]
-        connection.settimeout(20)
-        while (message := inbox.from_hub()) is None:
-            inbox.feed(connection.recv(2**18))
-        return message
-
-    def close(self) -> None:
-        for connection, _ in self.ranks:
-            connection.close()
-        self.hub.close(ahead())
-
-
-@pytest.fixture
-def raw_world() -> Iterator[Callable[[int], RawWorld]]:
-    worlds: list[RawWorld] = []
-
-    def make(size: int) -> RawWorld:
-        worlds.append(RawWorld(size))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.close()
-
-
-def test_rank_0_hears_after_all_others(raw_world: Callable[[int], RawWorld]) -> None:
-    world = raw_world(30)
-    world.gather(b"x")
-    others = [connection for connection, _ in world.ranks[1:]]
-    assert isinstance(world.receive(0), wire.Gathered)
-    assert len(select.select(others, [], [], 0)[0]) == 29
-
-
-def test_a_hub_that_is_over_before_it_is_woken_closes_without_harm() -> None:
-    hub = Hub(socket.create_server(("127.0.0.1", 0)), 1, "", 0)
-    hub._is_over = lambda now_ns: True  # type: ignore[method-assign]
-    hub.start()
-    hub._thread.join()
-    hub.close(ahead())
-    hub.close(ahead())
-
-
-def test_rank_0_waits_for_a_slow_reader_and_hears_then(raw_world: Callable[[int], RawWorld]) -> None:
-    world = raw_world(2)
-    world.gather(bytes(6 * 2**20))  # more than a socket's buffers take
-    first, second = (connection for connection, _ in world.ranks)
-    assert select.select([second], [], [], 20)[0]
-    assert not select.select([first], [], [], 0)[0]
-    for rank in (1, 0):
-        answer = world.receive(rank)
-        assert isinstance(answer, wire.Gathered)
-        assert [len(payload) for payload in answer.payloads] == [6 * 2**20] * 2
-
-
-NONSENSE = [
-    b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"\xff" * 64,
-    b"\0\0\0\0",
-    b"\0\0\0\4\xc1\xc1\xc1\xc1",
-    (2**24).to_bytes(4, "big"),
-    wire.pack(wire.Bye()),
-    wire.pack(wire.Gather(1, "x", b"", 1000)),
-    wire.pack(wire.Hello(wire.VERSION, "x" * 5000, 0, 0, 2, 1000)),
-    b"\0\0\0\x05\x91\xa3\xff\xfe\xfd",
-]
-
-
-@pytest.mark.parametrize("data", NONSENSE, ids=range(len(NONSENSE)))
-def test_nonsense_on_the_port_is_dropped_without_harm(sessions: Callable[..., list[Session]], data: bytes) -> None:
-    address = free_address()
-    met = sessions(2, address)
-    assert Probe(address).is_dropped_after(data)
-    assert exchange_all(met) == [[b"0", b"1"]] * 2
-
-
-def test_nonsense_before_all_have_come() -> None:
-    address = free_address()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, world_at(0, 2, address), ahead(), {})
-        assert Probe(address).is_dropped_after(NONSENSE[0])
-        second = meet(world_at(1, 2, address), ahead(), {})
-        in_threads([lambda: first.result().close(ahead()), lambda: second.close(ahead())])
-
-
 def test_another_service_at_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -350,7 +204,6 @@ def test_another_service_at_the_address() -> None:
             connection, _ = server.accept()
             with connection:
                 connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                connection.recv(4096)
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -436,43 +289,13 @@ def test_no_thread_and_no_descriptor_is_left() -> None:
     def live() -> None:
         address = free_address()
         met = meet_all([world_at(rank, 3, address) for rank in range(3)])
-        close_all(met)
-        meet_all([world_at(rank, 3, address) for rank in (0, 1, 1)])
+        assert close_all(met) == [None] * len(met)
+        meet_all([world_at(rank, 3, address) for rank in (0, 1, 1)], seconds=0.5)
 
     live()
     before = (threading.active_count(), len(os.listdir("/proc/self/fd")))
     live()
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
-
-
-CHILD = """
-import os, sys, time
-from detcoll.launch.launchers import read_environment
-from detcoll.rendezvous import meet
-session = meet(read_environment(os.environ), time.monotonic_ns() + 20 * 10**9)
-if "fork" in sys.argv:
-    if os.fork() == 0:
-        os.close(1)
-        time.sleep(60)
-        os._exit(0)
-print("here", session.exchange("hello", b"child", time.monotonic_ns() + 20 * 10**9), flush=True)
-sys.stdin.read()
-session.close(time.monotonic_ns() + 20 * 10**9)
-"""
-
-
-def start_child(world: World, *arguments: str) -> subprocess.Popen[str]:
-    environ = dict(os.environ) | {"RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
-    environ["DETCOLL_RENDEZVOUS"] = world.rendezvous or ""
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments],
-        env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0,
-    )  # fmt: skip
-
-
-def end(child: subprocess.Popen[str]) -> None:
-    os.killpg(child.pid, signal.SIGKILL)
-    child.communicate()
 
 
 @pytest.mark.parametrize("arguments", [(), ("fork",)], ids=["alone", "with a forked worker"])
@@ -490,7 +313,7 @@ def test_a_killed_rank_is_lost(arguments: tuple[str, ...]) -> None:
         assert wait_for_event(session) == Lost(1)
         session.close(ahead())  # the dead need not say goodbye
     finally:
-        end(child)
+        end_child(child)
 
 
 def test_when_rank_0_is_killed_the_others_lose_it() -> None:
@@ -506,16 +329,18 @@ def test_when_rank_0_is_killed_the_others_lose_it() -> None:
         session.abort("error", "nobody hears it")
         session.close(ahead())
     finally:
-        end(child)
+        end_child(child)
 
 
 def test_a_rank_that_dies_before_all_have_come() -> None:
     address = free_address()
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(meet, world_at(0, 3, address), ahead(), {})
-        dying = connect(Address.parse(address), ahead())
-        dying.sendall(wire.pack(wire.Hello(wire.VERSION, "", 0, 1, 3, 20_000)))
-        dying.close()
+        life, where = open_life_port("127.0.0.1", {}, 1), reach(Address.parse(address), ahead()).where
+        dying = Connection(Member(1, 3), where, 30 * 10**9, life, lambda: None)
+        dying.start()
+        dying.deliver(wire.Hello(wire.VERSION, "", 0, 1, 3, 20_000, life.getsockname()[1]), ahead())
+        dying.stop()
         with pytest.raises(ConnectError, match="rank 1 came, but was gone before all had come"):
             pending.result()
 
@@ -523,8 +348,7 @@ def test_a_rank_that_dies_before_all_have_come() -> None:
 class Dictionary:
     """A store as torch's are, with what the ranks of one process need."""
 
-    def __init__(self, timeout_s: float = 20.0) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.changed = threading.Condition()
 
@@ -535,7 +359,7 @@ class Dictionary:
 
     def get(self, key: str) -> bytes:
         with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, self.timeout_s):
+            if not self.changed.wait_for(lambda: key in self.values, timeout=0.3):
                 raise RuntimeError("wait timeout")
             return self.values[key]
 
@@ -546,13 +370,13 @@ def test_meeting_through_a_store() -> None:
     for _ in range(2):
         met = in_threads([lambda w=w: meet(w, ahead(), {}, store) for w in worlds])
         assert exchange_all(met) == [[b"0", b"1"]] * 2
-        close_all(met)
+        assert close_all(met) == [None] * len(met)
     assert len(store.values) == 2  # each meeting has a key of its own
 
 
 def test_a_store_without_rank_0() -> None:
     with pytest.raises(ConnectError, match="rank 0 never came"):
-        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary(0.1))
+        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary())
 
 
 def local_mpi_world(rank: int, size: int, job: str) -> World:
@@ -566,7 +390,7 @@ def test_mpi_on_one_host_meets_at_a_socket_named_after_the_job() -> None:
     assert got == [[[b"job%d/%d" % (j, rank) for rank in range(3)]] * 3 for j in range(2)]
     with open("/proc/net/unix", encoding="ascii") as table:
         assert sum("@detcoll-" in line for line in table) >= 2
-    close_all(met)
+    assert close_all(met) == [None] * len(met)
 
 
 def test_mpi_on_one_host_without_rank_0() -> None:
@@ -607,7 +431,7 @@ def test_insecure_use_is_warned_of_once(caplog: pytest.LogCaptureFixture, monkey
     address = free_address("0.0.0.0")  # reached over loopback here, but open to all
     with caplog.at_level(logging.WARNING, "detcoll"):
         met = meet_all([world_at(rank, 2, address) for rank in range(2)], environ={"DETCOLL_INSECURE": "1"})
-    close_all(met)
+    assert close_all(met) == [None] * len(met)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "nothing is encrypted or authenticated" in caplog.text
 
@@ -623,7 +447,7 @@ def test_an_inherited_socket_is_used_and_a_foreign_one_is_left_alone() -> None:
         descriptor = os.dup(listener.fileno())
         environ = {"DETCOLL_RENDEZVOUS_FD": str(descriptor)}
         met = meet_all([world_at(rank, 2, address) for rank in range(2)], environ=environ)
-        close_all(met)
+        assert close_all(met) == [None] * len(met)
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
         with pytest.raises(ConnectError, match="already in use"):

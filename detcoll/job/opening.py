@@ -54,7 +54,7 @@ def open_job(
     settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
     deadline_ns = deadline_after(settings.timeout_s)
     _raise_limit_of_descriptors()
-    session = meet(world, deadline_ns, environ)
+    session = meet(world, deadline_ns, environ, tolerance_ns=round(settings.tolerance_s * 1e9))
     try:
         facts = _introduce(session, settings, world.site or "", world.launcher, deadline_ns)
         placed = place(settings.topology, [fact.site for fact in facts])

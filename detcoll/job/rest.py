@@ -10,8 +10,7 @@ import threading
 import time
 
 from detcoll.errors import DetcollError, PeerLost
-from detcoll.rendezvous import Aborted, Session
-from detcoll.rendezvous.session import Event
+from detcoll.rendezvous import Aborted, Event, Lost, Session
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.engine import Engine
 
@@ -57,7 +56,7 @@ class Rest:
             if isinstance(event, Aborted) and event.group in (JOB_ID, group) and _AT not in event.kind:
                 return _cause(event).error()
         for event in self._heard:
-            if not isinstance(event, Aborted):
+            if isinstance(event, Lost):
                 return PeerLost(_loss(event))
         return None
 
@@ -80,6 +79,5 @@ def _cause(event: Aborted) -> Cause:
     return Cause(event.group, int(sequence) if sequence else WHOLE_GROUP, kind, event.text, event.rank)
 
 
-def _loss(event: Event) -> str:
-    text = getattr(event, "text", "")
-    return text or f"rank {event.rank} is lost: its connection to the rendezvous ended without a goodbye"
+def _loss(event: Lost) -> str:
+    return f"rank {event.rank} is lost: {event.why}"

@@ -14,6 +14,7 @@ There is no encryption yet, so nothing off loopback opens unless DETCOLL_INSECUR
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -29,28 +30,37 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-from detcoll.errors import ConnectError, UsageError
+from detcoll.errors import ConnectError, DetcollError, UsageError
 from detcoll.quantities import parse_flag
-from detcoll.rendezvous import wire
-from detcoll.rendezvous.hub import Hub, peer_uid
+from detcoll.rendezvous.hub import Hub
+from detcoll.rendezvous.member import Member
+from detcoll.rendezvous.server import Server, peer_uid
 from detcoll.rendezvous.session import Refusal, Session
 from detcoll.rendezvous.sockets import (
     LONGEST_NAP_S,
     SHORTEST_NAP_S,
     Address,
+    Reached,
     adopt,
-    connect,
     is_loopback,
     left,
     listen,
+    open_life_port,
     own_host,
     parse_ports,
+    reach,
+    require_descriptors,
     resolve_in_time,
     source_address,
+    too_few_descriptors,
 )
 
 _log = logging.getLogger("detcoll")
 
+TOLERANCE_NS = 30 * 10**9
+"""How long a connection may be cut."""
+_DESCRIPTORS, _HUB_DESCRIPTORS = 20, 20
+"""What a session and a hub open, and a few more for connections that come and go."""
 _LINGER_NS = 10**9
 """How long rank 0 stays to tell late ranks why the world failed."""
 
@@ -109,11 +119,12 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Spot:
-    """Where to meet; rank 0 has the sockets that listen."""
+    """Where to meet; rank 0 has the sockets that listen. ``is_told``: rank 0 listened there before it told."""
 
     address: Address
     listener: socket.socket | None = None
     directory: socket.socket | None = None
+    is_told: bool = False
 
     @contextlib.contextmanager
     def closed_on_error(self) -> Iterator[None]:
@@ -121,13 +132,18 @@ class _Spot:
         try:
             yield
         except BaseException:
-            if self.listener is not None:
-                self.listener.close()
+            for one in (self.listener, self.directory):
+                if one is not None:
+                    one.close()
             raise
 
 
 def meet(
-    world: Place, deadline_ns: int, environ: Mapping[str, str] | None = None, store: Store | None = None
+    world: Place,
+    deadline_ns: int,
+    environ: Mapping[str, str] | None = None,
+    store: Store | None = None,
+    tolerance_ns: int = TOLERANCE_NS,
 ) -> Session:
     """Join all ranks of ``world`` and return the standing connection with them.
 
@@ -142,29 +158,43 @@ def meet(
         and DETCOLL_RENDEZVOUS_FD.
     store : Store, optional
         Meet through this store, whatever the launcher.
+    tolerance_ns : int
+        How long a connection may be cut before who is at its other end counts as lost.
 
     Raises
     ------
     UsageError
         If an address cannot be used, would need keys, or this rank does not fit into the world.
     ConnectError
-        If not every rank came before the deadline; names those that did not.
+        If not every rank came before the deadline; names those that did not. Or if file descriptors run out.
     """
     environ = os.environ if environ is None else environ
+    require_descriptors("the rendezvous", _DESCRIPTORS + (_HUB_DESCRIPTORS + world.size if world.rank == 0 else 0))
+    try:
+        return _meet(world, deadline_ns, environ, store, tolerance_ns)
+    except OSError as error:
+        if isinstance(error, DetcollError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise too_few_descriptors("the rendezvous", _DESCRIPTORS) from error
+
+
+def _meet(
+    world: Place, deadline_ns: int, environ: Mapping[str, str], store: Store | None, tolerance_ns: int
+) -> Session:
     host = own_host(environ) if world.size > 1 else None
     parse_ports(environ.get("DETCOLL_PORTS", ""))
     key = (world.rank, world.launcher, world.rendezvous, world.job)
-    meeting = _Meeting(world, deadline_ns, environ, _epochs[key], host)
+    meeting = _Meeting(world, deadline_ns, environ, _epochs[key], host, tolerance_ns)
     if host is not None:
         meeting.require_permission(Address(host, 0), "this rank's address")
     spot = meeting.find(store)
-    hub = meeting.serve(spot) if spot.listener is not None else None
+    server = meeting.serve(spot) if spot.listener is not None else None
     try:
-        session = meeting.join(spot.address, hub)
+        session = meeting.join(spot, server)
     except BaseException as error:
-        if hub is not None:
+        if server is not None:
             is_worth_telling = isinstance(error, UsageError | ConnectError) and left(deadline_ns) > 0
-            hub.close(min(deadline_ns, time.monotonic_ns() + _LINGER_NS) if is_worth_telling else 0)
+            server.close(min(deadline_ns, time.monotonic_ns() + _LINGER_NS) if is_worth_telling else 0)
         raise
     _epochs[key] += 1
     _sessions.add(session)
@@ -180,6 +210,7 @@ class _Meeting:
     environ: Mapping[str, str]
     epoch: int
     host: str | None
+    tolerance_ns: int
 
     def find(self, store: Store | None) -> _Spot:
         """Return where to meet; on rank 0, listen there."""
@@ -195,27 +226,29 @@ class _Meeting:
             case _:
                 return self._at_address()
 
-    def serve(self, spot: _Spot) -> Hub:
+    def serve(self, spot: _Spot) -> Server:
         """Start the hub of rank 0."""
         assert spot.listener is not None
-        hub = Hub(spot.listener, self.world.size, self.world.job, self.epoch, spot.directory, str(spot.address))
-        hub.start()
-        return hub
+        hub = Hub(self.world.size, self.world.job, self.epoch)
+        with spot.closed_on_error():
+            server = Server(spot.listener, hub, self.tolerance_ns, spot.directory, str(spot.address))
+        server.start()
+        return server
 
-    def join(self, address: Address, hub: Hub | None) -> Session:
+    def join(self, spot: _Spot, server: Server | None) -> Session:
         """Connect and say hello, again while the hub says that it is too early."""
         nap_s = SHORTEST_NAP_S
         while True:
-            remaining_ms = round(left(self.deadline_ns) * 1000)
-            hello = wire.Hello(wire.VERSION, self.world.job, self.epoch, self.world.rank, self.world.size, remaining_ms)
-            session = Session(connect(address, self.deadline_ns), hello, str(address), self.host, hub)
+            reached = reach(spot.address, self.deadline_ns, is_known=spot.is_told)
+            session = self._open_session(reached, spot.address, server)
             try:
-                session.join(hello, self.deadline_ns)
+                session.join(self.world.job, self.epoch, self.deadline_ns)
             except Refusal as refusal:
                 session.drop()
-                if refusal.fault != "later" or left(self.deadline_ns) == 0:
-                    kind = UsageError if refusal.fault == "usage" else ConnectError
-                    raise kind(f"rendezvous {address}: {refusal}") from refusal
+                # The hub of the meeting before goes without a word to those who come early to the next.
+                is_early = refusal.fault == "later" or (refusal.fault == "gone" and self.epoch > 0)
+                if not is_early or left(self.deadline_ns) == 0:
+                    raise _refused(spot.address, refusal) from refusal
             except BaseException:
                 session.drop()
                 raise
@@ -223,6 +256,11 @@ class _Meeting:
                 return session
             time.sleep(min(nap_s, left(self.deadline_ns)))
             nap_s = min(2 * nap_s, LONGEST_NAP_S)
+
+    def _open_session(self, reached: Reached, address: Address, server: Server | None) -> Session:
+        life = open_life_port(reached.local, self.environ, self.world.local_size or self.world.size)
+        member = Member(self.world.rank, self.world.size)
+        return Session(reached, member, str(address), self.tolerance_ns, life, self.host, server)
 
     def require_permission(self, address: Address, what: str = "rendezvous") -> bool:
         """Return True on loopback; else False if the environment allows to be without encryption."""
@@ -304,7 +342,7 @@ class _Meeting:
     def _told(self, text: str) -> _Spot:
         address = Address.parse(text, "the address of rank 0")
         self.require_permission(address)
-        return _Spot(address)
+        return _Spot(address, is_told=True)
 
     def _listening(self, address: Address) -> _Spot:
         """Listen, and return where others reach this."""
@@ -329,6 +367,13 @@ class _Meeting:
                 if not is_loopback(where[0]):
                     return where[0]
         return source_address(Address("192.0.2.1", 9))  # an address for documentation: the default route's source
+
+
+def _refused(address: Address, refusal: Refusal) -> UsageError | ConnectError:
+    if refusal.fault == "gone":
+        return ConnectError(f"rendezvous {address}: rank 0 is lost before all had come: {refusal}")
+    kind = UsageError if refusal.fault == "usage" else ConnectError
+    return kind(f"rendezvous {address}: {refusal}")
 
 
 def _open_store(address: Address, deadline_ns: int) -> Store:

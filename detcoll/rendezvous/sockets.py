@@ -8,11 +8,13 @@ import fcntl
 import ipaddress
 import os
 import re
+import resource
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from detcoll.errors import ConnectError, UsageError
 
@@ -20,8 +22,20 @@ SHORTEST_NAP_S, LONGEST_NAP_S = 0.02, 0.5
 _ATTEMPT_S = 3.0
 _SIOCGIFADDR = 0x8915
 
-Where = tuple[str, *tuple[int, ...]]
+Where = tuple[str, int] | tuple[str, int, int, int]
 """A socket address of IPv4 (host, port) or IPv6 (host, port, flow, scope)."""
+
+
+class _Unknown(ConnectError):
+    """A name that is not known here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A hub that answered: its numeric socket address, and this host's own address on the way to it."""
+
+    where: Where
+    local: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +79,8 @@ class Address:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise ConnectError(f"the host of rendezvous {self} is not known here: {error}") from error
-        return [(family, (str(where[0]), *map(int, where[1:]))) for family, _, _, _, where in found]
+            raise _Unknown(f"the host of rendezvous {self} is not known here: {error}") from error
+        return [(family, _where(where)) for family, _, _, _, where in found]
 
 
 def is_loopback(host: str) -> bool:
@@ -98,7 +112,7 @@ def listen(address: Address, environ: Mapping[str, str], *, everywhere: bool = F
         host = where[0] if not everywhere else "::" if family == socket.AF_INET6 else "0.0.0.0"
         for port in ports:
             try:
-                return _bind(family, (host, port, where[2], where[3]) if len(where) == 4 else (host, port))
+                return _bind(family, at_port(where, port, host))
             except OSError as error:
                 failures.append(error)
     raise _cannot_listen(address, failures, environ) from failures[0]
@@ -140,23 +154,40 @@ def adopt(descriptor: str | None, address: Address) -> socket.socket | None:
     return None
 
 
-def connect(address: Address, deadline_ns: int) -> socket.socket:
-    """Return a connection to ``address``, trying again until the deadline.
+def reach(address: Address, deadline_ns: int, *, is_known: bool = False) -> Reached:
+    """Return how to connect to a hub at ``address``, trying until the deadline; it must answer as ZeroMQ does.
+
+    Parameters
+    ----------
+    address : Address
+        Where.
+    deadline_ns : int
+        On this process's `time.monotonic_ns`.
+    is_known : bool
+        Rank 0 told the address when it listened there already: if it listens no more, it is gone.
 
     Raises
     ------
     ConnectError
-        If nothing answers in time.
+        If nothing answers in time, or something else does.
     """
     nap_s, why = SHORTEST_NAP_S, "the time was over before the first attempt"
     while (left_s := left(deadline_ns)) > 0:
         try:
             for family, where in address.resolve():
                 try:
-                    return _connect_once(family, where, min(left_s, _ATTEMPT_S))
+                    return _reach_once(family, where, min(left_s, _ATTEMPT_S))
+                except _Foreign as error:
+                    raise ConnectError(f"what answers at {address} is no rendezvous of detcoll: {error}") from error
                 except OSError as error:
                     why = error.strerror or str(error)
-        except ConnectError as error:  # a name may become known while its host starts
+                    if error.errno in (errno.EMFILE, errno.ENFILE):
+                        raise too_few_descriptors("the way to rank 0", 1) from error
+                    if is_known and error.errno == errno.ECONNREFUSED:
+                        raise ConnectError(
+                            f"rank 0 is gone: it was at {address}, but nobody listens there any more"
+                        ) from error
+        except _Unknown as error:  # a name may become known while its host starts
             why = str(error)
         time.sleep(min(nap_s, left(deadline_ns)))
         nap_s = min(2 * nap_s, LONGEST_NAP_S)
@@ -179,14 +210,73 @@ def left(deadline_ns: int) -> float:
     return max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
 
 
-def keep_alive(connection: socket.socket) -> None:
-    """Let a vanished host show within half a minute, and small messages leave at once."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+def open_life_port(host: str, environ: Mapping[str, str], ranks: int) -> socket.socket:
+    """Return a listening socket on ``host``: as long as it is open, this process lives.
+
+    Its port is of DETCOLL_PORTS where that has plenty for so many ranks here: what a transport needs comes first.
+
+    Raises
+    ------
+    OSError
+        If there is no descriptor or no port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    where = _where(found[0][4])
+    ports = parse_ports(environ.get("DETCOLL_PORTS", ""))
+    spare = reversed(ports) if len(ports) > 2 * ranks + 1 else range(0)
+    for port in (*spare, 0):
+        try:
+            made = _bind(family, at_port(where, port))
+        except OSError as error:
+            if port == 0 or error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+        else:
+            made.setblocking(False)
+            return made
+    raise AssertionError("port 0 is always tried")
+
+
+def require_descriptors(what: str, count: int) -> None:
+    """Raise unless ``count`` more file descriptors can be opened: ZeroMQ ends the process when they run out.
+
+    Raises
+    ------
+    ConnectError
+        If there are fewer.
+    """
+    free = 0
+    try:
+        with contextlib.ExitStack() as opened:
+            for free in range(count):  # noqa: B007 - how far it comes is said in the error
+                opened.callback(os.close, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise too_few_descriptors(what, count, free) from error
+
+
+def too_few_descriptors(what: str, count: int, free: int = 0) -> ConnectError:
+    """Return the error that says so."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return ConnectError(
+        f"too few file descriptors: {what} needs {count} more, and {free} are left of the {limit} that this process "
+        "may have; raise the limit (ulimit -n)"
+    )
+
+
+def close_inherited(is_ours: Callable[[socket.socket], bool]) -> None:
+    """Close those TCP sockets of this process that are ours; ZeroMQ does not tell its own. For a forked child."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found = socket.socket(fileno=int(name))
+        except OSError:
+            continue
+        with contextlib.suppress(OSError):
+            if found.family in (socket.AF_INET, socket.AF_INET6) and is_ours(found):
+                found.close()
+                continue
+        found.detach()
 
 
 def own_host(environ: Mapping[str, str]) -> str | None:
@@ -263,15 +353,31 @@ def _cannot_listen(address: Address, failures: list[OSError], environ: Mapping[s
     return ConnectError(f"rendezvous {address}: cannot listen there: {failures[0].strerror}")
 
 
-def _connect_once(family: socket.AddressFamily, where: Where, timeout_s: float) -> socket.socket:
-    connection = socket.socket(family, socket.SOCK_STREAM)
-    try:
+def _where(found: tuple[Any, ...]) -> Where:
+    if len(found) == 4:
+        return str(found[0]), int(found[1]), int(found[2]), int(found[3])
+    return str(found[0]), int(found[1])
+
+
+def at_port(where: Where, port: int, host: str | None = None) -> Where:
+    """Return a socket address with another port, and another host if one is given."""
+    host = where[0] if host is None else host
+    return (host, port, where[2], where[3]) if len(where) == 4 else (host, port)
+
+
+class _Foreign(Exception):
+    """Something answered, but not as ZeroMQ does."""
+
+
+def _reach_once(family: socket.AddressFamily, where: Where, timeout_s: float) -> Reached:
+    with socket.socket(family, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         connection.connect(where)
         if connection.getsockname() == connection.getpeername():
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")  # TCP met itself on that port
-        keep_alive(connection)
-    except OSError:
-        connection.close()
-        raise
-    return connection
+        begin = connection.recv(1)  # ZeroMQ speaks first, on both sides
+        if not begin:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection ended at once")
+        if begin != b"\xff":
+            raise _Foreign("it does not speak ZeroMQ")
+        return Reached(_where(connection.getpeername()), str(connection.getsockname()[0]))

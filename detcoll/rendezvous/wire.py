@@ -1,29 +1,73 @@
-"""What crosses the wire between a rank and the hub: length-prefixed MessagePack, bounded, and never pickle.
+"""What crosses the wire between a rank and the hub: MessagePack in bounded frames, and never pickle.
 
-A frame is four bytes of length, highest first, and one message. Until a hello was accepted a frame may have 4 KiB;
-nobody gets memory out of a hub by connecting to it.
+A message is cut into pieces, each a ZeroMQ message of one part: a header (`Header`) and at most 60 KiB. So a large
+message never holds back ZeroMQ's heartbeats, and nobody can make the other side hold more than a piece unasked.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from detcoll.errors import FrameError
 
-VERSION = 1
+VERSION = 2
 HELLO_BYTES = 4096
-FRAME_BYTES = 64 * 2**20
+PIECE_BYTES = 60 * 1024
+MESSAGE_BYTES = 64 * 2**20
+"""What all payloads of an exchange may have together."""
+PAYLOAD_BYTES = 2**20
+NAME_CHARS = 1024
 TEXT_CHARS = 16_384
 """Longer texts of an abort are cut."""
+RANK_BYTES = PAYLOAD_BYTES + 2**17
+"""The largest message of a rank: its payload, and who takes part."""
 
-_LENGTH = struct.Struct(">I")
+_HEADER = struct.Struct(">BQQ")
+FRAME_BYTES = _HEADER.size + PIECE_BYTES
+
+CONTINUES = 1
+HERE = 2
+
+
+class Header(NamedTuple):
+    """What a frame says beside its piece.
+
+    ``number`` counts the pieces of one direction from 1; 0 is a note, which is neither counted nor repeated.
+    ``received`` is the number of the last piece that arrived from the other side. ``flags``: `CONTINUES` if the message
+    has more pieces, `HERE` in the note that comes first on a new connection.
+    """
+
+    flags: int
+    number: int
+    received: int
+
+
+def frame(header: Header, piece: bytes | memoryview = b"") -> bytes:
+    """Return one frame."""
+    return _HEADER.pack(*header) + bytes(piece)
+
+
+def parse(data: bytes) -> tuple[Header, bytes]:
+    """Return header and piece of a frame.
+
+    Raises
+    ------
+    FrameError
+        If it is too short to have a header.
+    """
+    if len(data) < _HEADER.size:
+        raise FrameError(f"a frame of {len(data)} bytes has no header")
+    return Header(*_HEADER.unpack_from(data)), data[_HEADER.size :]
 
 
 class Hello(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank asks to join. ``epoch`` counts the meetings of its process, ``remaining_ms`` is how long it will wait."""
+    """A rank asks to join. ``epoch`` counts the meetings of its process, ``remaining_ms`` is how long it will wait.
+
+    As long as the process lives, its host accepts connections at ``port``; 0 if there is no such port.
+    """
 
     version: int
     job: str
@@ -31,28 +75,35 @@ class Hello(msgspec.Struct, tag=True, array_like=True, frozen=True):
     rank: int
     size: int
     remaining_ms: int
+    port: int = 0
+
+
+class Key(msgspec.Struct, array_like=True, frozen=True):
+    """Which exchange: its name, who takes part (None: all ranks), and the how many-th of that name and those ranks."""
+
+    name: str
+    ranks: tuple[int, ...] | None
+    turn: int
 
 
 class Gather(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank comes to the exchange ``name``, its ``number``-th."""
+    """A rank comes to an exchange."""
 
-    number: int
-    name: str
+    key: Key
     payload: bytes
     remaining_ms: int
-    ranks: list[int] = []
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank gives up and says why."""
+    """A rank gives up a group (0: the whole job) and says why."""
 
     kind: str
     text: str
-    group: int = 0
+    group: int
 
 
 class Bye(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank leaves in good order; the hub answers by closing the connection."""
+    """A rank leaves in good order."""
 
 
 class Welcome(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -62,31 +113,37 @@ class Welcome(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The world cannot be joined: ``fault`` "usage" blames the receiver, "world" somebody else, "later" nobody."""
+    """The receiver cannot take part: ``fault`` "usage" blames it, "world" somebody else, "later" nobody."""
 
     fault: Literal["usage", "world", "later"]
     text: str
 
 
 class Gathered(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Everybody's payload of an exchange, in rank order."""
+    """The payloads of those who take part in an exchange, in rank order."""
 
-    number: int
+    key: Key
     payloads: list[bytes]
 
 
 class Missing(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """An exchange, or the joining (number 0), failed since ``ranks`` never came to it."""
+    """An exchange, or the joining (no key), failed.
 
-    number: int
-    ranks: list[int]
+    ``fault`` "absent": ``ranks`` did not come to it, and ``text`` adds what else is known; "lost" and "other": ``text``
+    says it all.
+    """
+
+    key: Key | None
+    fault: Literal["absent", "lost", "other"]
+    ranks: tuple[int, ...]
     text: str
 
 
 class LostRank(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The connection of ``rank`` ended without a goodbye."""
+    """``rank`` is gone without a goodbye; ``text`` says what is known of that."""
 
     rank: int
+    text: str
 
 
 class AbortedRank(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -95,7 +152,7 @@ class AbortedRank(msgspec.Struct, tag=True, array_like=True, frozen=True):
     rank: int
     kind: str
     text: str
-    group: int = 0
+    group: int
 
 
 class Closing(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -111,49 +168,29 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def pack(message: ToHub | FromHub) -> bytes:
-    """Return ``message`` as a frame."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
+    """Return ``message`` as bytes."""
+    return _encoder.encode(message)
 
 
-class Inbox:
-    """Turns the bytes of one connection into messages."""
+def to_hub(data: bytes) -> ToHub:
+    """Return the message of a rank.
 
-    def __init__(self, largest_bytes: int) -> None:
-        self.largest_bytes = largest_bytes
-        self._bytes = bytearray()
+    Raises
+    ------
+    FrameError
+        If the bytes are no message that a rank may send.
+    """
+    try:
+        message: ToHub = _to_hub.decode(data)
+    except ValueError as error:  # of msgspec, and of text that is not UTF-8
+        raise FrameError(f"not a message of the rendezvous: {error}") from error
+    return message
 
-    def feed(self, data: bytes) -> None:
-        """Take what was received."""
-        self._bytes += data
 
-    def to_hub(self) -> ToHub | None:
-        """Return the next message of a rank, None if it is not complete yet.
-
-        Raises
-        ------
-        FrameError
-            If the bytes are no message that a rank may send.
-        """
-        message: ToHub | None = self._next(_to_hub)
-        return message
-
-    def from_hub(self) -> FromHub | None:
-        """Return the next message of a hub; as `to_hub`."""
-        message: FromHub | None = self._next(_from_hub)
-        return message
-
-    def _next(self, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-        if len(self._bytes) < _LENGTH.size:
-            return None
-        (size,) = _LENGTH.unpack_from(self._bytes)
-        if size > self.largest_bytes:
-            raise FrameError(f"a frame of {size} bytes exceeds {self.largest_bytes}")
-        if len(self._bytes) < _LENGTH.size + size:
-            return None
-        body = bytes(self._bytes[_LENGTH.size : _LENGTH.size + size])
-        del self._bytes[: _LENGTH.size + size]
-        try:
-            return decoder.decode(body)
-        except ValueError as error:  # of msgspec, and of text that is not UTF-8
-            raise FrameError(f"a frame is not a message of the rendezvous: {error}") from error
+def from_hub(data: bytes) -> FromHub:
+    """Return the message of a hub; as `to_hub`."""
+    try:
+        message: FromHub = _from_hub.decode(data)
+    except ValueError as error:
+        raise FrameError(f"not a message of the rendezvous: {error}") from error
+    return message
