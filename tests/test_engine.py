@@ -479,7 +479,7 @@ def test_calls_on_the_same_memory_are_carried_out_in_the_order_in_which_they_wer
 def test_a_group_of_equal_id_or_number_is_refused() -> None:
     fleet = Fleet(3)
     group = fleet.group([0, 1], "a")
-    with pytest.raises(UsageError, match="group 'a' is open already"):
+    with pytest.raises(UsageError, match="has the same number in tags as group"):
         fleet.engine(0).join(group)
     clash = Group(group.id + (1 << 40), (0, 1, 2), (0, 0, 0), "b")
     with pytest.raises(UsageError, match="group 'b' has the same number as group 'a'"):
