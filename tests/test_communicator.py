@@ -206,9 +206,10 @@ def test_a_later_collective_does_not_use_up_what_an_earlier_one_needs(slotting: 
     is_full = threading.Event()
 
     def holds_enough(comm) -> bool:
-        (outbound,) = [peer.outbound for endpoint in comm._runner._routes.endpoints
+        (outbound,) = [peer.outbound for endpoint in comm._job.assembled.endpoints
                        for rank, peer in endpoint._peers.items() if rank == 2]  # fmt: skip
-        stopped = any(operation.unsent for operation in list(comm._runner._active))
+        world = comm._job.loop.engine.groups[comm._group.id]
+        stopped = any(operation.unsent for operation in list(world.active))
         return stopped or not outbound.has_credit(2**20)
 
     def program(comm):
@@ -334,8 +335,9 @@ def test_a_trace_holds_what_was_planned_against_what_happened(tmp_path, slotting
 def test_small_messages_leave_at_once_until_the_headroom_is_used_up(tmp_path) -> None:
     def program(comm):
         comm.all_reduce(np.ones(100, np.float32))
-        assert 0 < comm._runner._express.rate_bytes_per_s < 0.01 * 100e6 / 2
-        comm._runner._express = Express(1.0, 1)
+        engine = comm._job.loop.engine
+        assert 0 < engine.express.rate_bytes_per_s < 0.01 * 100e6 / 2
+        engine.express = Express(1.0, 1)
         comm.all_reduce(np.ones(100, np.float32))
 
     environ = {"DETCOLL_SLOTTING": "turns", "DETCOLL_TRACE": str(tmp_path)}

@@ -7,6 +7,7 @@ reserved rate whatever group it is of.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -200,6 +201,7 @@ class Job:
             title = group.title
             error = DeadlineMissed(f"closing group {title}: collectives were still under way after {timeout:g} s")
             loop.ask(lambda now_ns: loop.engine.fail_group(group, error, now_ns))
+            loop.post(lambda now_ns: loop.engine.leave(group))
             raise error
         if self.failure(group) is None:
             try:
@@ -362,16 +364,24 @@ class Job:
             return
         self._finalized = True
         error = TransportError(f"rank {self.session.rank} aborted: {reason}")
-        self.rest.announce(Cause(JOB_ID, WHOLE_GROUP, "TransportError", reason, self.session.rank))
+        cause = Cause(JOB_ID, WHOLE_GROUP, "TransportError", reason, self.session.rank)
+        loop = self._loop
+        if loop is not None:  # first, so that what it has to tell goes before this
+            with contextlib.suppress(Closed):
+                loop.ask(lambda now_ns: loop.engine.told(cause, now_ns))
+        self.rest.announce(cause)
         if self.native is not None:
             self.native.fail(error)
             self.native.close()
-        if self._loop is not None:
-            self._loop.fail(error)
-            self._loop.close()
+        if loop is not None:
+            loop.fail(error)
+            loop.close()
         for endpoint in self.assembled.endpoints:
-            endpoint.abort()
-        self.session.close(deadline_after(0.5))
+            if self.native is not None:
+                endpoint.abort()
+            else:
+                endpoint.close(deadline_after(_CLOSING_AFTER_FAILURE_S))
+        self.session.close(deadline_after(_CLOSING_AFTER_FAILURE_S))
         self.flight.close()
 
     def _part(self, deadline_ns: int) -> None:

@@ -79,7 +79,7 @@ class Engine:
         express: Express | None = None, recorder: Recorder | None = None, *, lines_cost: bool = False,
     ) -> None:  # fmt: skip
         self.rank, self.site_of, self.wide, self.slots = rank, site_of, wide, slots
-        self._express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
+        self.express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
         self.actions: list[tuple[Any, ...]] = []
         self.groups: dict[int, Membership] = {}
         self.lost: dict[int, PeerLost] = {}
@@ -204,8 +204,8 @@ class Engine:
             self._greet(membership, operation, now_ns)
         self._carry_out(membership, operation, operation.machine.start(), now_ns)
         for peer in operation.strangers & self.wide:  # they wait longer for it than this site for its first chunk
-            if self._express is not None:
-                self._express.spend(HELLO_COST_BYTES, now_ns)
+            if self.express is not None:
+                self.express.spend(HELLO_COST_BYTES, now_ns)
             self.actions.append((Act.HELLO, operation, peer))
 
     def _greet(self, membership: Membership, operation: Operation, now_ns: int) -> None:
@@ -339,7 +339,7 @@ class Engine:
         """Tell whether a wide message needs no window: one of a small collective that the headroom has room for."""
         if uses_window(self.slots.calendar, operation.plan.collective.nbytes):
             return False
-        return self._express is None or self._express.take(nbytes, now_ns)
+        return self.express is None or self.express.take(nbytes, now_ns)
 
     def give_the_line(self, now_ns: int) -> None:
         """Send what goes into this rank's current or next windows."""
@@ -514,8 +514,8 @@ class Engine:
         membership = self.groups.get(operation.group.id)
         if membership is None or operation.over or operation.reported:
             return
-        self._end_call(membership, operation, error, now_ns)
         self._spread(membership, Cause.of(membership.group.id, operation.sequence, error, self.rank), self.rank)
+        self._end_call(membership, operation, error, now_ns)
 
     # Ends.
 
@@ -528,6 +528,8 @@ class Engine:
         membership.failure = error
         membership.cause = cause = cause or Cause.of(membership.group.id, WHOLE_GROUP, error, self.rank)
         self.recorder.note(now_ns, "fail", membership.group.number, detail=str(error))
+        self._spread(membership, cause, by)  # before callers wake up here, who may end the job
+        self.actions.append((Act.RECORD, str(error)))
         calls = [*membership.active, *membership.waiting]
         membership.told = any(not operation.reported for operation in calls)
         membership.active, membership.work = [], []
@@ -535,8 +537,6 @@ class Engine:
         for operation in calls:
             self._drop(operation, error)
         self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
-        self._spread(membership, cause, by)
-        self.actions.append((Act.RECORD, str(error)))
 
     def _end_call(self, membership: Membership, operation: Operation, error: Exception, now_ns: int) -> None:
         if operation in membership.active:

@@ -23,7 +23,16 @@ from detcoll.machine import Queued
 from detcoll.plan.ir import Buffer, Kind
 from detcoll.priority import make_prompt, quick_switches, shorten_turns
 from detcoll.runtime.actions import Act
-from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, pack, unpack
+from detcoll.runtime.control import (
+    CONTROL_BYTES,
+    CONTROL_TAG,
+    JOB_ID,
+    WHOLE_GROUP,
+    Cause,
+    Message,
+    pack,
+    unpack,
+)
 from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
 from detcoll.runtime.group import Group
 from detcoll.runtime.membership import Membership
@@ -248,16 +257,21 @@ class Loop:
                 while self._failure is None and not self._stopping:
                     self._turn()
         except DetcollError as error:
-            self.fail(error)
+            self._give_up(error)
         except Exception as error:
             log.exception("rank %d: the progress thread failed", self.engine.rank)
-            self.fail(TransportError(f"rank {self.engine.rank}: the progress thread failed: {error!r}"))
+            self._give_up(TransportError(f"rank {self.engine.rank}: the progress thread failed: {error!r}"))
         finally:
             try:
                 self._end_all(self._failure or Closed("the job was closed"))
             finally:
                 self.synchronised.set()
                 self._drained.set()
+
+    def _give_up(self, error: Exception) -> None:
+        """End everything here, and tell the others by the one way that needs no thread."""
+        self._announce(Cause.of(JOB_ID, WHOLE_GROUP, error, self.engine.rank))
+        self.fail(error)
 
     def _end_all(self, error: Exception) -> None:
         """End what is left; nothing more is sent."""

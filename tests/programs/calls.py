@@ -179,7 +179,7 @@ def never_calls(timeout: str) -> None:
     detcoll.barrier()
     try:
         if comm.rank == comm.size - 1:
-            while comm.usable and comm._runner.failure is None:
+            while comm.usable and comm._job.failure(comm._group) is None:
                 threading.Event().wait(0.02)
             detcoll.barrier()
         else:
@@ -318,9 +318,8 @@ def shifted(seconds: str) -> None:
         x = np.full(100_000, comm.rank + 1, np.float32)
         detcoll.all_reduce(x)
         assert (x == total).all()
-    runner = comm._runner
     now_ns = time.monotonic_ns()
-    say([runner.site_offset_ns, runner._timekeeper.bound_ns(now_ns), now_ns])
+    say([comm._job.site_offset_ns(), comm._job._timekeeper.bound_ns(now_ns), now_ns])
     detcoll.finalize()
 
 
@@ -333,7 +332,7 @@ def shifted_sites(seconds: str) -> None:
         x = np.full(500_000, comm.rank + 1, np.float32)
         detcoll.all_reduce(x)
         assert (x == total).all()
-    keeper = comm._runner._timekeeper
+    keeper = comm._job._timekeeper
     say([comm.calendar.mode.value, comm.calendar.guard_ns, time.monotonic_ns(), keeper.trusted, keeper.arrivals_ns])
     detcoll.finalize()
 
