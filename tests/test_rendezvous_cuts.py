@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +16,7 @@ import zmq
 
 from detcoll.errors import ConnectError, PeerLost
 from detcoll.rendezvous import Aborted, Address, Event, Lost, Session, meet, wire
+from detcoll.rendezvous.channels import Router
 from detcoll.rendezvous.link import Link
 from detcoll.rendezvous.sockets import reach
 from detcoll.testing.cuts import CuttingRelay
@@ -306,50 +306,55 @@ def test_bytes_that_are_not_zeromq_end_the_connection(pair: tuple[str, list[Sess
     assert exchange_all(met) == [[b"0", b"1"]] * 2
 
 
-def test_too_many_strangers_push_each_other_out_and_no_rank(pair: tuple[str, list[Session]]) -> None:
+def is_ended(connection: socket.socket) -> bool:
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(4096):
+            pass
+    return True
+
+
+def test_too_many_strangers_push_each_other_out_and_no_rank(
+    pair: tuple[str, list[Session]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detcoll.rendezvous.door.HELLO_NS", 2**62)
     address, met = pair
     host, _, port = address.rpartition(":")
-    connections = [socket.create_connection((host, int(port)), timeout=20) for _ in range(80)]
+    # ZeroMQ itself ends what does not shake hands in 10 s.
+    connections = [socket.create_connection((host, int(port)), timeout=5) for _ in range(80)]
     try:
-        with contextlib.suppress(ConnectionResetError):
-            while connections[0].recv(4096):
-                pass
+        assert is_ended(connections[0])
         assert exchange_all(met) == [[b"0", b"1"]] * 2
     finally:
         for connection in connections:
             connection.close()
 
 
-def test_a_flood_delays_no_deadline(pair: tuple[str, list[Session]]) -> None:
+def test_a_stranger_that_says_nothing_is_shown_out_and_no_rank(
+    pair: tuple[str, list[Session]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detcoll.rendezvous.door.HELLO_NS", 10**8)
     address, met = pair
-    is_over = threading.Event()
+    with Stranger(address) as stranger:
+        assert stranger.is_dropped()
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
 
-    def flood() -> None:
-        with Stranger(address) as stranger:
-            stranger.socket.sndtimeo = 100
-            while not is_over.is_set():
-                try:
-                    stranger.socket.send(wire.frame(wire.Header(0, 0, 0)) + bytes(64))
-                except zmq.Again:
-                    continue
 
-    thread = threading.Thread(target=flood)
-    thread.start()
-    try:
-        with pytest.raises(ConnectError, match="exchange 'alone': rank 1 never arrived"):
-            met[0].exchange("alone", b"", ahead(2))
-        assert exchange_all(met) == [[b"0", b"1"]] * 2
-    finally:
-        is_over.set()
-        thread.join()
+def test_a_flood_delays_no_deadline(pair: tuple[str, list[Session]], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, met = pair
+    receive = Router.receive
+    monkeypatch.setattr(Router, "receive", lambda router: receive(router) or (b"stranger", bytes(64), -1, ""))
+    with pytest.raises(ConnectError, match="exchange 'alone': rank 1 never arrived"):
+        met[0].exchange("alone", b"", ahead(2))
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
+    monkeypatch.undo()
 
 
 class RawRank:
     """A rank that takes in what the hub says when the test wants it to."""
 
-    def __init__(self, address: str, rank: int, size: int) -> None:
+    def __init__(self, address: str, rank: int, size: int, port: int = 0) -> None:
         self.stranger, self.link = Stranger(address), Link(2 * wire.MESSAGE_BYTES)
-        self.link.send(wire.pack(wire.Hello(wire.VERSION, "", 0, rank, size, 20_000)))
+        self.link.send(wire.pack(wire.Hello(wire.VERSION, "", 0, rank, size, 20_000, port)))
         self.hand_over()
 
     def hand_over(self) -> None:
@@ -387,6 +392,28 @@ def test_rank_0_hears_last() -> None:
             assert message.payloads == [payload] * 2
             assert answer.result() == [payload] * 2
         first.close(ahead(1))
+
+
+def test_a_port_that_could_never_be_reached_says_nothing_of_a_death() -> None:
+    address = free_address()
+    nobody = Address.parse(free_address()).port
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(meet, world_at(0, 2, address), ahead(), {}, None, SHORT_NS)
+        reach(Address.parse(address), ahead())
+        raw = RawRank(address, 1, 2, nobody)
+        with raw.stranger:
+            assert isinstance(raw.receive(), wire.Welcome)
+            session = pending.result()
+            answer = pool.submit(session.exchange, "x", b"", ahead())
+            raw.link.send(wire.pack(wire.Gather(wire.Key("x", None, 0), b"", 20_000)))
+            raw.hand_over()
+            assert isinstance(raw.receive(), wire.Gathered)
+            answer.result()
+        lost = wait_for_event(session)
+        assert lost == Lost(1)
+        assert isinstance(lost, Lost)
+        assert lost.why == "nothing was heard of it for 1.5 s"
+        session.close(ahead())
 
 
 STARVED = """
