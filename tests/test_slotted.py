@@ -25,7 +25,7 @@ from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.testing.socks import FaultyProxy
 from detcoll.transport import Ticket, TicketStatus, Window
-from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, tcp
+from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, gate, tcp
 from detcoll_slotted.pacing import SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import OWN_DESCRIPTORS
@@ -70,9 +70,9 @@ def break_line(fabric: ThreadFabric, rank: int, lane: Lane) -> None:
     """Cut the TCP connection under a line and wait for a new one; the peer acknowledges nothing meanwhile."""
     line = line_of(fabric[rank], 1 - rank, lane)
     pump(fabric, lambda: line.connected, ranks=(rank,))
-    cut = line.tcp
+    cut, its_gate = line.tcp, fabric[1 - rank]._roads.gate
     line.cut()
-    pump(fabric, lambda: line.connected and line.tcp is not cut, ranks=(rank,))
+    pump(fabric, lambda: its_gate.admit() or (line.connected and line.tcp is not cut), ranks=(rank,))
 
 
 def pacing_rate(line) -> int:
@@ -125,7 +125,7 @@ def test_an_acknowledgement_that_went_with_its_connection_is_given_again() -> No
         peer = fabric[1]._peers[0]
         deadline_ns = now_ns() + 10_000 * MS
         while not peer.inbound.received[Lane.EXPRESS] and now_ns() < deadline_ns:
-            fabric[1]._drain()
+            fabric[1]._roads.gate.turn(fabric[1]._roads.gate.descriptors, fabric[1]._take)
         peer.inbound.told()  # as if it had been handed to the connection that breaks now
         break_line(fabric, 1, Lane.EXPRESS)
         settle(fabric, ticket)
@@ -210,27 +210,117 @@ def foreign_frames(endpoint: SlottedEndpoint) -> list[list[bytes]]:
     ]
 
 
-def test_strangers_on_the_port_are_counted_and_do_no_harm() -> None:
+@contextlib.contextmanager
+def sender(address: str, token: int | None) -> Iterator[zmq.Socket]:
+    """A socket of somebody who knows the job's token, or shows none."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as made:
+        made.linger, made.sndhwm = 1000, 0
+        if token is not None:
+            gate.show(made, token)
+        made.connect(address)
+        yield made
+
+
+def test_senders_that_know_the_token_and_not_the_protocol_are_counted_and_do_no_harm() -> None:
     with pair() as fabric:
-        address = fabric[1].address
-        host, _, port = address.removeprefix("tcp://").rpartition(":")
         frames = foreign_frames(fabric[1])
-        with contextlib.ExitStack() as stack:
-            push = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.DEALER))
-            raw, mute = (stack.enter_context(socket.socket()) for _ in range(2))
-            push.linger = 1000
-            push.connect(address)
+        with sender(fabric[1].address, fabric[1]._post.token) as stranger:
             for message in frames:
-                push.send_multipart(message)
-            mute.connect((host, int(port)))
-            raw.connect((host, int(port)))
-            raw.sendall(b"\x16\x03\x01" + os.urandom(2000))
+                stranger.send_multipart(message)
             pump(fabric, lambda: fabric[1].counters()["foreign_frames"] >= len(frames))
             ticket = fabric[1].recv(0, 1, 100_000)
             sent = fabric[0].send(1, 1, memoryview(pattern(3, 100_000)))
             settle(fabric, sent, ticket)
             assert bytes(ticket.view) == pattern(3, 100_000)
             assert fabric[1].counters()["duplicates"] == 0
+
+
+def test_strangers_on_the_port_are_not_let_in() -> None:
+    with pair() as fabric:
+        host, _, port = fabric[1].address.removeprefix("tcp://").rpartition(":")
+        with (
+            sender(fabric[1].address, None) as nameless, sender(fabric[1].address, fabric[1]._post.token ^ 1) as other,
+            socket.create_connection((host, int(port))), socket.create_connection((host, int(port))) as raw,
+        ):  # fmt: skip
+            for stranger in (nameless, other):
+                with contextlib.suppress(zmq.Again):  # it knows that it is refused
+                    for message in foreign_frames(fabric[1]):
+                        stranger.send_multipart(message, zmq.DONTWAIT)
+            raw.sendall(b"\x16\x03\x01" + os.urandom(2000))
+            pump(fabric, lambda: fabric[1].counters()["refused_connections"] > 0)
+            ticket = fabric[1].recv(0, 1, 100_000)
+            sent = fabric[0].send(1, 1, memoryview(pattern(3, 100_000)))
+            settle(fabric, sent, ticket)
+            assert bytes(ticket.view) == pattern(3, 100_000)
+            assert fabric[1].counters()["foreign_frames"] == 0
+
+
+def greeted(address: str, mechanism: bytes) -> socket.socket:
+    """Return a connection over which ZeroMQ's protocol was begun, as far as nobody asks who it is (RFC 23)."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    made = socket.create_connection((host, int(port)), timeout=20)
+    made.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + mechanism.ljust(20, b"\0") + bytes(32))
+    return made
+
+
+def is_ended(made: socket.socket, sends: bytes) -> bool:
+    """Tell whether a connection comes to its end while more and more is sent."""
+    made.settimeout(20)
+    try:
+        for _ in range(64):
+            made.sendall(sends)
+        while made.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def test_messages_without_an_end_are_not_collected_for_those_who_are_not_let_in() -> None:
+    endless = b"\x03" + (2**20).to_bytes(8, "big") + bytes(2**20)  # a long frame, and more to come
+    ready = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+    hello = b"\x06" + (gate.LARGEST_FRAME_BYTES + 1).to_bytes(8, "big") + b"\x05HELLO"
+    with pair() as fabric, greeted(fabric[1].address, b"NULL") as null, greeted(fabric[1].address, b"PLAIN") as plain:
+        assert is_ended(null, ready + endless)
+        assert is_ended(plain, hello + bytes(2**20)), "nor is a command larger than what is held for each"
+        settle(fabric, fabric[0].send(1, 1, memoryview(b"on")), fabric[1].recv(0, 1, 2))
+
+
+def test_a_flood_is_taken_a_part_at_a_time() -> None:
+    with pair() as fabric, sender(fabric[1].address, fabric[1]._post.token) as stranger:
+        floods = 20 * gate.TURN_MESSAGES
+        for _ in range(floods):
+            stranger.send(b"x" * 64)
+        inlet = fabric[1]._roads._inlet
+        pump(fabric, lambda: fabric[1]._roads.gate.admit() or inlet.getsockopt(zmq.EVENTS) & zmq.POLLIN, ranks=(0,))
+        fabric[1]._roads.gate.has_more = True  # it was looked at, so the socket will not tell again
+        seen = []
+        while fabric[1].counters()["foreign_frames"] < floods:
+            before = fabric[1].counters()["foreign_frames"]
+            fabric[1].arm(now_ns() + 60_000 * MS)
+            assert select.select([fabric[1].fileno()], [], [], 10)[0], "what is left makes the descriptor readable"
+            fabric[1].poll(0)
+            seen.append(fabric[1].counters()["foreign_frames"] - before)
+        assert max(seen) <= gate.TURN_MESSAGES
+
+
+def test_messages_larger_than_a_frame_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for user in ("peer", "departures"):
+        monkeypatch.setattr(f"detcoll_slotted.{user}.LARGEST_FRAME_BYTES", 100_000)
+    nbytes = 1_000_005
+    with pair(credit_bytes=250_000) as fabric:
+        for window in (None, Window(now_ns(), None, 1e10), Window(now_ns(), now_ns() + 10**11, 1e10)):
+            sends = [fabric[0].send(1, 1, memoryview(pattern(seed, nbytes)), window) for seed in (1, 2)]
+            for seed in (1, 2):
+                received = fabric[1].recv(0, 1, nbytes)
+                settle(fabric, received)
+                assert bytes(received.view) == pattern(seed, nbytes)
+                received.release()
+            settle(fabric, *sends)
+            assert {ticket.status for ticket in sends} == {DONE}
+        assert fabric[0]._peers[1].outbound.next_sequence[Lane.BULK] == 3 * 2 * 11
 
 
 def test_little_credit_moves_everything_and_bounds_memory() -> None:
@@ -426,6 +516,7 @@ def test_who_is_lost_while_others_connect_is_told_at_once() -> None:
         deadline_ns = now_ns() + 20_000 * MS
         while not all(line.connected for line in peer.lines) and now_ns() < deadline_ns:
             endpoints[0]._wait_and_look(now_ns() + MS)
+            endpoints[1]._roads.gate.admit()
         endpoints[1].abort()
         with pytest.raises(ConnectError, match="did not reach rank 1: rank 1: its connection ended and new"):
             endpoints[0].connect(addresses, now_ns() + 30_000 * MS)
@@ -829,9 +920,11 @@ def test_where_zeromq_lacks_descriptors_what_was_opened_is_closed(monkeypatch: p
         return made(self, kind, **options)
 
     monkeypatch.setattr(zmq.Context, "socket", socket_while_there_are)
-    with pytest.raises(TransportUnavailable, match="ulimit -n"):
-        SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), {})
-    for enough in (1, 2):
+    for too_few in (0, 1):
+        left[0] = too_few
+        with pytest.raises(TransportUnavailable, match="ulimit -n"):
+            SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), {})
+    for enough in (2, 3):
         left[0] = enough
         endpoint = SlottedTransport().open(0, 1, _Meeting("127.0.0.1"), MonotonicClock(), {})
         with pytest.raises(ConnectError, match="Too many open files"):

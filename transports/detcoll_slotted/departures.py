@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from detcoll.transport import Clock, Ticket, TicketStatus, Window
+from detcoll_slotted.gate import LARGEST_FRAME_BYTES
 from detcoll_slotted.line import UNPACED
 from detcoll_slotted.outcomes import Outcomes
 from detcoll_slotted.pacing import AHEAD_NS, SWITCH_AHEAD_NS, PaceGroup, Uplink
@@ -73,23 +74,36 @@ class Departures:
 
     def unblock(self, peer: Peer) -> None:
         """Send what a peer's credit has room for, as far as it need not wait for others of its pace."""
-        while peer.blocked and peer.outbound.has_credit(peer.blocked[0][0].nbytes):
-            ticket, view, window = peer.blocked[0]
+        while peer.blocked and peer.outbound.has_credit(peer.next_bytes):
+            window = peer.blocked[0][2]
             if window is not None and peer.group is not None:
                 peer.group.join_queue(peer)
                 self._share(peer.group, self._clock.now_ns())
                 return
-            peer.blocked.popleft()
             peer.lines[Lane.BULK].pace(UNPACED if window is None else window.rate_bytes_per_s)
-            self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
+            ticket, nbytes = self._put_next(peer)
             if window is not None:
-                ticket.left_ns = peer.lines[Lane.BULK].leaves_ns(ticket.started_ns, view.nbytes + FRAME_BYTES)
+                ticket.left_ns = peer.lines[Lane.BULK].leaves_ns(ticket.started_ns, nbytes + FRAME_BYTES)
+
+    def _put_next(self, peer: Peer) -> tuple[Ticket, int]:
+        """Hand over the next message that waits for nothing but credit, or the next part of a large one."""
+        ticket, view, window = peer.blocked[0]
+        nbytes = peer.next_bytes
+        if nbytes == view.nbytes:
+            peer.blocked.popleft()
+        else:
+            peer.blocked[0] = ticket, view[nbytes:], window
+            view = view[:nbytes]
+        self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
+        if peer.blocked and peer.blocked[0][0] is ticket:
+            ticket.sent_bytes += nbytes
+        return ticket, nbytes
 
     def _share(self, group: PaceGroup, now_ns: int) -> None:
         """Hand over messages of peers that share a pace, in turn, one connection at a time."""
         group.resume_ns = 0
         while (peer := group.first_ready()) is not None:
-            ticket, view, window = peer.blocked[0]
+            window = peer.blocked[0][2]
             if window is None:  # it shares nothing
                 group.go_on(peer, has_more=False)
                 self.unblock(peer)
@@ -102,10 +116,10 @@ class Departures:
                     free_ns - (AHEAD_NS // 2 if is_same else SWITCH_AHEAD_NS), now_ns + _SHORTEST_WAIT_NS
                 )
                 break
-            peer.blocked.popleft()
             line.pace(window.rate_bytes_per_s)
-            self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
-            group.hand(line, now_ns, max(free_ns, ticket.started_ns) + window.takes_ns(view.nbytes + FRAME_BYTES))
+            ticket, nbytes = self._put_next(peer)
+            begins_ns = max(free_ns, now_ns + LEAD_NS)
+            group.hand(line, now_ns, begins_ns + window.takes_ns(nbytes + FRAME_BYTES))
             ticket.left_ns = group.drained_ns
             group.go_on(peer, has_more=bool(peer.blocked))
         if group.waiting and group not in self._sharing:
@@ -129,7 +143,10 @@ class Departures:
     def begun_tags(self, rank: int) -> set[int]:
         """Return tags of sends to a peer that have left in part and go on by themselves."""
         entries = self._timed + self._stalled
-        return {entry[2].tag for entry in entries if entry[2].peer == rank and entry[2].sent_bytes}
+        tickets = [entry[2] for entry in entries if entry[2].peer == rank]
+        if rank in self._peers:
+            tickets += [entry[0] for entry in self._peers[rank].blocked]
+        return {ticket.tag for ticket in tickets if ticket.sent_bytes}
 
     def turn(self, now_ns: int) -> None:
         """Send what is in its window now, as far as it will have left by the window's end, and whose turn it is."""
@@ -180,6 +197,7 @@ class Departures:
             return False
         before_tail = replace(fitted, not_after_ns=closes_ns - AHEAD_NS)
         part_bytes = before_tail.fitting_bytes(part_bytes, drained_ns, FRAME_BYTES) or part_bytes
+        part_bytes = min(part_bytes, LARGEST_FRAME_BYTES)
         if not peer.outbound.has_credit(part_bytes):
             return False
         drained_ns += fitted.takes_ns(part_bytes + FRAME_BYTES)

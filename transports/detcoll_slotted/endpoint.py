@@ -23,11 +23,12 @@ from detcoll_slotted.outcomes import Outcomes
 from detcoll_slotted.pacing import shared_groups
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import Post
-from detcoll_slotted.roads import LARGEST_MESSAGE_BYTES, Roads
+from detcoll_slotted.roads import Roads
 from detcoll_slotted.timer import Timer
 from detcoll_slotted.wire import FrameKind, Lane
 
 EXPRESS_BYTES = 4_096
+LARGEST_MESSAGE_BYTES = 2**30
 _PARTING_NS = 500_000_000
 _LINGER_MS = 100
 _LONG_WAIT_NS = 1_000_000_000
@@ -57,12 +58,12 @@ class SlottedEndpoint(Endpoint):
         self._urgency = Urgency()
         self._closed: Exception | None = None
         with prompt_threads():
-            self._roads = Roads(host, options)
+            self._roads = Roads(host, token, options)
         try:
             self._timer = Timer()
             self._epoll = select.epoll()
             self._health = Health(options, self._epoll)
-            for descriptor in (self._timer.fd, self._roads.inlet_fd):
+            for descriptor in (self._timer.fd, *self._roads.gate.descriptors):
                 self._epoll.register(descriptor, select.EPOLLIN)
         except BaseException:
             self._roads.close(0)
@@ -118,7 +119,7 @@ class SlottedEndpoint(Endpoint):
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
         ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
         total, sent = peer.outbound.begun.get(tag, (view.nbytes, 0))
-        if sent + view.nbytes != total:
+        if sent + view.nbytes != total and tag not in self._departures.begun_tags(dst):
             left = total - sent
             raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
         if self._mailbox.discarded:
@@ -212,6 +213,7 @@ class SlottedEndpoint(Endpoint):
     def counters(self) -> Mapping[str, int]:
         """Return retransmitted TCP segments, sends that missed their windows, and what was resent or refused."""
         return self._intake.counted | {
+            "refused_connections": self._roads.gate.refused_connections,
             "resent_bytes": self._post.resent_bytes,
             "missed_sends": self._departures.missed_sends,
             "retransmits": sum(line.retransmits() for peer in list(self._peers.values()) for line in peer.own_lines),
@@ -310,6 +312,8 @@ class SlottedEndpoint(Endpoint):
 
     def _next_ns(self) -> int:
         """Return when this endpoint has something to do even if nothing arrives."""
+        if self._roads.gate.has_more:
+            return 1
         now_ns = self._clock.now_ns()
         times = [now_ns + _LONG_WAIT_NS]
         at_times = self._departures.next_ns(now_ns), self._joining.next_ns(), self._health.next_ns()
@@ -326,8 +330,7 @@ class SlottedEndpoint(Endpoint):
         if not ready and now_ns < self._intake.due_ns:
             self._step_back(now_ns)
             return
-        if self._roads.inlet_fd in ready:
-            self._drain()
+        if self._roads.gate.turn(ready, self._take):
             now_ns = self._clock.now_ns()
         self._departures.turn(now_ns)
         self._step_back(now_ns)
@@ -346,10 +349,8 @@ class SlottedEndpoint(Endpoint):
         if not self._departures.is_near(now_ns):
             self._urgency.set(PROGRESS)
 
-    def _drain(self) -> None:
-        inlet = self._roads.inlet
-        while int(inlet.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._intake.take(inlet.recv_multipart(zmq.DONTWAIT, copy=False), self._greeted, self._left)
+    def _take(self, frames: Sequence[zmq.Frame]) -> None:
+        self._intake.take(frames, self._greeted, self._left)
 
     def _greeted(self, rank: int, wants_answer: bool) -> None:
         """Take a hello in, and connect back to whom this rank has not needed yet."""

@@ -83,7 +83,7 @@ class PaceGroup(Uplink):
     def first_ready(self) -> Peer | None:
         """Return the first that waits and has credit."""
         for peer in self.waiting:
-            if peer.outbound.has_credit(peer.blocked[0][0].nbytes):
+            if peer.outbound.has_credit(peer.next_bytes):
                 return peer
         return None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from detcoll.transport import Ticket, Window
 from detcoll_slotted.flow import Inbound, Outbound
+from detcoll_slotted.gate import LARGEST_FRAME_BYTES
 from detcoll_slotted.line import Line
 from detcoll_slotted.pacing import PaceGroup
 
@@ -29,6 +30,11 @@ class Peer:
     acknowledged_ns: int = 0
     """When a message to it was acknowledged."""
     lost: Exception | None = None
+
+    @property
+    def next_bytes(self) -> int:
+        """How much of the next bulk send goes into one frame."""
+        return min(self.blocked[0][1].nbytes, LARGEST_FRAME_BYTES)
 
     @property
     def own_lines(self) -> tuple[Line, ...]:

@@ -12,12 +12,12 @@ from collections.abc import Iterable
 
 import zmq
 
+from detcoll_slotted.gate import LARGEST_FRAME_BYTES, ZAP, Gate, show
 from detcoll_slotted.health import beat, guard
 from detcoll_slotted.line import Line, Style, Trunk
 from detcoll_slotted.options import Options
 from detcoll_slotted.wire import Lane
 
-LARGEST_MESSAGE_BYTES = 2**30
 OWN_DESCRIPTORS = 24
 """What an endpoint without peers has open at most: ZeroMQ's threads, sockets and monitors, epoll and timer."""
 _WIDE_DESCRIPTORS, _NARROW_DESCRIPTORS = 6, 3
@@ -27,24 +27,28 @@ _WIDE_DESCRIPTORS, _NARROW_DESCRIPTORS = 6, 3
 class Roads:
     """Makes and closes the sockets of one endpoint."""
 
-    def __init__(self, host: str, options: Options) -> None:
-        self._options = options
+    def __init__(self, host: str, token: int, options: Options) -> None:
+        self._token, self._options = token, options
         self._ipv6 = ipaddress.ip_address(host).version == 6
         self._context = zmq.Context()
         self._trunks: dict[tuple[Lane, int], Trunk] = {}
         try:
-            self.inlet = self._bind(host)
+            self._requests = self._context.socket(zmq.REP)
+            self._requests.linger = 0
+            self._requests.bind(ZAP)
+            self._inlet = self._bind(host)
+            self.gate = Gate(self._inlet, self._requests, token)
         except BaseException:
             self.destroy()
             raise
-        self.inlet_fd = self.inlet.fileno()
-        self.address = self.inlet.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self.address = self._inlet.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def _bind(self, host: str) -> zmq.Socket[bytes]:
         inlet = self._context.socket(zmq.DEALER)
         self._configure(inlet)
         inlet.rcvhwm = 0  # bounded by credit, which counts bytes
-        inlet.maxmsgsize = LARGEST_MESSAGE_BYTES
+        inlet.maxmsgsize = LARGEST_FRAME_BYTES
+        inlet.plain_server = True
         where = f"tcp://[{host}]" if self._ipv6 else f"tcp://{host}"
         first, last = self._options.ports or (0, 0)
         for port in range(first, last + 1):
@@ -92,6 +96,7 @@ class Roads:
         key = lane, rank if proxy else -1
         if key not in self._trunks:
             self._trunks[key] = trunk = Trunk(self._context, self._configure, proxy)
+            show(trunk.socket, self._token)
             if lane is Lane.EXPRESS:
                 beat(trunk.socket, self._options.tolerance_ns)
         return self._trunks[key]
@@ -100,7 +105,8 @@ class Roads:
         """Close everything; what is queued for connected peers has ``linger_ms`` to leave."""
         for trunk in self.trunks:
             trunk.close(linger_ms)
-        self.inlet.close(linger=0)
+        self._inlet.close(linger=0)
+        self._requests.close(linger=0)
         self.destroy()
 
     def destroy(self) -> None:
