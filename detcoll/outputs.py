@@ -60,11 +60,11 @@ def require_folder(path: Path | None, name: str) -> None:
     if path is None:
         return
     try:
-        place = next(each for each in (path, *path.absolute().parents) if each.exists())
-        with TemporaryFile(dir=place):
+        nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+        with TemporaryFile(dir=nearest):
             pass
     except NotADirectoryError as error:
-        what = "is a file; expected a folder" if path.exists() else f"cannot be made: {str(place)!r} is a file"
+        what = "is a file; expected a folder" if path.exists() else f"cannot be made: {str(nearest)!r} is a file"
         raise UsageError(f"{name}={str(path)!r} {what}") from error
     except OSError as error:
         raise UsageError(f"{name}={str(path)!r} cannot be written to: {error.strerror}") from error

@@ -39,9 +39,9 @@ from detcoll.measure.host import host_facts
 from detcoll.measure.kernel import network_counts, parse_retransmits, parse_sent_bytes
 from detcoll.measure.lines import CoTenant, LineRecord, use_of
 from detcoll.measure.networks import parse_networks, reserve
-from detcoll.measure.places import Places
 from detcoll.measure.records import Marks, RankRecord, read_config, read_marks, write_json
 from detcoll.measure.results import SINGLE_CLUSTER, LeftOut, Measurement, write_result
+from detcoll.measure.runner import Runner
 from detcoll.measure.statistics import ratio, summarize, tails
 from detcoll.measure.tables import measurement_table
 from detcoll.topology import Topology
@@ -379,7 +379,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> type[FakePlaces]:
     monkeypatch.setattr(experiment, "Lab", no_lab)
     monkeypatch.setattr(experiment, "why_unavailable", lambda: None)
     monkeypatch.setattr(experiment, "read_lines", lambda lab, service: LineRecord(service, counted(), 7))
-    monkeypatch.setattr(experiment, "Places", FakePlaces)
+    monkeypatch.setattr(experiment, "Runner", FakePlaces)
     monkeypatch.setattr(experiment, "save_digits", lambda path: None)
     FakePlaces.calls, FakePlaces.faults, FakePlaces.traced = [], {}, []
     return FakePlaces
@@ -561,7 +561,7 @@ def test_an_interrupt_reaches_ranks_as_what_ends_them_without_a_traceback(
         return supervise(crew, **options)
 
     monkeypatch.setattr("detcoll.launch.ranks.supervise", noted)
-    Places(Topology.single_site(1), 30.0).run(Setting("alone", "shm", SINGLE_CLUSTER), ["true"], tmp_path)
+    Runner(Topology.single_site(1), 30.0).run(Setting("alone", "shm", SINGLE_CLUSTER), ["true"], tmp_path)
     assert given["on_interrupt"] == signal.SIGTERM
 
 

@@ -21,7 +21,6 @@ from detcoll.measure.aggregate import Setting
 from detcoll.measure.host import host_facts
 from detcoll.measure.lines import LineUse, read_lines, use_of
 from detcoll.measure.networks import QUIET, Network, require_usable
-from detcoll.measure.places import Places
 from detcoll.measure.records import write_json
 from detcoll.measure.results import (
     BENCH_SCHEMA,
@@ -34,6 +33,7 @@ from detcoll.measure.results import (
     LeftOut,
     Row,
 )
+from detcoll.measure.runner import Runner
 from detcoll.registry import SLOTTED
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
@@ -144,16 +144,16 @@ def _run_transport(
         write_json(directory / "config.json", config)
         env, log_path = {SLOTTING_VARIABLE: bench.slotting} if bench.slotting else {}, None
         argv = [sys.executable, "-m", "detcoll.bench.runs", str(directory / "config.json")]
-        setting, places = Setting(transport, transport, WIDE_AREA, network), Places(topology, bench.deadline_s)
+        setting, runner = Setting(transport, transport, WIDE_AREA, network), Runner(topology, bench.deadline_s)
         if bench.relay:
             with Relay(topology, bench.conditions.queue_bytes) as relay:
-                places.run(setting, argv, directory, env, relay)
+                runner.run(setting, argv, directory, env, relay)
             return _read_rows(config), None, None
         if transport == SLOTTED:
             env[TRACE_VARIABLE] = str(directory)
             log_path = directory / "arrivals.npy"
         with Lab(topology, network.conditions(bench.conditions), log_path=log_path) as lab:
-            places.run(setting, argv, directory, env, lab)
+            runner.run(setting, argv, directory, env, lab)
             seen = read_lines(lab, network.service)
         late_ns = seen.statistics.late_peak_ns
         audited = None if log_path is None else _audit(topology, network, log_path, directory, late_ns)

@@ -68,7 +68,7 @@ def measure(
     iterations
         Measured in each setting; 60 for digits and 20 for synthetic unless given.
     rounds
-        In how many turns the settings share them.
+        In how many rounds the settings take turns.
     warmup
         Iterations of each setting before the measured ones, in each round; 3 unless given.
     compute

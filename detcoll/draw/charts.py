@@ -84,32 +84,32 @@ def bar_chart(
     top = 22.0 if mark is not None else 4.0
     bottom = top + pitch * len(bars)
     reach = max([0.0, *axis.includes, *(bar.high or bar.value for bar in bars), *(bar.value for bar in bars)])
-    place = Scale(0.0, reach or 1.0, left, width - room)
+    at = Scale(0.0, reach or 1.0, left, width - room)
     parts: list[Element | None] = []
-    for tick in axis.ticks or place.ticks(5 if narrow else 8):
-        parts.append(line(place(tick), top, place(tick), bottom, "rule"))
-        parts.append(_tick_words(place(tick), bottom + 16, axis.shown(tick), width))
+    for tick in axis.ticks or at.ticks(5 if narrow else 8):
+        parts.append(line(at(tick), top, at(tick), bottom, "rule"))
+        parts.append(_tick_words(at(tick), bottom + 16, axis.shown(tick), width))
     for index, bar in enumerate(bars):
-        parts += _bar(bar, place, top + pitch * index, width, left, narrow)
+        parts += _bar(bar, at, top + pitch * index, width, left, narrow)
     if mark is not None:
-        parts.append(line(place(mark), top - 4, place(mark), bottom, "mark dashed"))
-        parts.append(_tick_words(place(mark), 12, mark_label, width))
+        parts.append(line(at(mark), top - 4, at(mark), bottom, "mark dashed"))
+        parts.append(_tick_words(at(mark), 12, mark_label, width))
     parts.append(words(left, bottom + 32, axis.label, "muted small"))
     told = "; ".join(f"{bar.label}: {bar.shown}" for bar in bars)
     return picture(width, bottom + 38, title, told, *parts)
 
 
-def _bar(bar: Bar, place: Scale, top: float, width: float, left: float, narrow: bool) -> list[Element | None]:
+def _bar(bar: Bar, at: Scale, top: float, width: float, left: float, narrow: bool) -> list[Element | None]:
     y = top + (LABEL_ABOVE if narrow else (BAR_PITCH - BAR_HEIGHT) / 2)
     middle = y + BAR_HEIGHT / 2
     parts: list[Element | None] = [
         words(0, top + 14, shortened(bar.label, width))
         if narrow
         else words(left - 12, middle + 4.5, shortened(bar.label, left - 12), anchor="end"),
-        rect(left, y, place(bar.value) - left, BAR_HEIGHT, f"fill {series_class(bar.series)}", bar.tip or bar.label),
+        rect(left, y, at(bar.value) - left, BAR_HEIGHT, f"fill {series_class(bar.series)}", bar.tip or bar.label),
     ]
     if bar.low is not None and bar.high is not None:
-        parts += _whisker(place(bar.low), place(bar.high), middle)
+        parts += _whisker(at(bar.low), at(bar.high), middle)
     return [*parts, words(width, middle + 4.5, bar.shown, "strong number", "end")]
 
 

@@ -74,8 +74,8 @@ class Mpiexec:
 
 def find_mpiexec(python: str | None = None) -> Mpiexec | None:
     """Return the launcher beside ``python``, by default this one, or else the first in PATH; None if there is none."""
-    places = os.pathsep.join([str(Path(python or sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    path = shutil.which("mpiexec", path=places)
+    folders = os.pathsep.join([str(Path(python or sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    path = shutil.which("mpiexec", path=folders)
     if path is None:
         return None
     family = _family(path)

@@ -25,14 +25,14 @@ class Setting:
 
     name: str
     transport: str
-    place: str
+    where: str
     network: Network = QUIET
     without: str | None = None
 
     @property
     def is_wide(self) -> bool:
         """Whether the ranks are apart."""
-        return self.place == WIDE_AREA
+        return self.where == WIDE_AREA
 
 
 Round = Sequence[RankRecord]
@@ -89,7 +89,7 @@ def make_run(
     return Run(
         name=setting.name,
         transport=setting.transport,
-        setting=setting.place,
+        setting=setting.where,
         service=setting.network.service.value,
         cross_traffic=setting.network.cross_traffic,
         iteration_s=iteration_s,
@@ -117,7 +117,7 @@ def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: R
     return Run(
         name=setting.name,
         transport=setting.transport,
-        setting=setting.place,
+        setting=setting.where,
         service=setting.network.service.value,
         cross_traffic=setting.network.cross_traffic,
         iteration_s=iteration_s,

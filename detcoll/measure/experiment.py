@@ -30,9 +30,9 @@ from detcoll.measure.host import host_facts
 from detcoll.measure.lines import LineRecord, read_lines
 from detcoll.measure.marks import MARKS_VARIABLE
 from detcoll.measure.networks import QUIET, Network, require_usable
-from detcoll.measure.places import Places
 from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
 from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, SINGLE_CLUSTER, WIDE_AREA, LeftOut, Measurement, Run
+from detcoll.measure.runner import Runner
 from detcoll.registry import SLOTTED
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
@@ -148,7 +148,7 @@ def run_experiment(experiment: Experiment, say: Say) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="detcoll-measure-") as directory:
         if experiment.workload is not None and experiment.workload.name == "digits":
             save_digits(_digits_path(Path(directory)))
-        session = _Session(experiment, Places(experiment.topology, experiment.deadline_s), Path(directory))
+        session = _Session(experiment, Runner(experiment.topology, experiment.deadline_s), Path(directory))
         session.run_all(say)
     return session.result()
 
@@ -158,7 +158,7 @@ class _Session:
     """What one measurement has gathered so far."""
 
     experiment: Experiment
-    places: Places
+    runner: Runner
     directory: Path
     rounds: dict[Setting, list[Round]] = field(default_factory=dict)
     script_rounds: dict[Setting, list[ScriptRound]] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class _Session:
         for number in range(self.experiment.rounds):
             for setting in settings if number % 2 == 0 else settings[::-1]:
                 if setting not in self.failed:
-                    where = f"{setting.place}, {setting.network.label}" if setting.is_wide else setting.place
+                    where = f"{setting.where}, {setting.network.label}" if setting.is_wide else setting.where
                     say(f"round {number + 1} of {self.experiment.rounds}: {setting.name}, {where}")
                     self._run(setting, number, say)
 
@@ -200,13 +200,13 @@ class _Session:
     ) -> float:
         """Run the ranks, apart in a fresh lab or together, and keep what the lines saw; returns how long it took."""
         if not setting.is_wide:
-            return self.places.run(setting, argv, here, env)
+            return self.runner.run(setting, argv, here, env)
         network, experiment = setting.network, self.experiment
         if experiment.relay:
             with Relay(network.topology(experiment.topology), experiment.conditions.queue_bytes) as relay:
-                return self.places.run(setting, argv, here, env, relay)
+                return self.runner.run(setting, argv, here, env, relay)
         with Lab(network.topology(experiment.topology), network.conditions(experiment.conditions)) as lab:
-            total_s = self.places.run(setting, argv, here, env, lab)
+            total_s = self.runner.run(setting, argv, here, env, lab)
             self.lines.setdefault(setting, []).append(read_lines(lab, network.service))
         return total_s
 
@@ -261,9 +261,9 @@ class _Session:
     def _directory_of(self, setting: Setting, number: int) -> Path:
         network = f"{setting.network.service.value}-{setting.network.cross_traffic:g}"
         name = setting.name.replace(" ", "-") if setting.without else setting.transport
-        place = self.directory / f"{setting.place}-{name}-{network}-{number}"
-        place.mkdir(exist_ok=True)
-        return place
+        folder = self.directory / f"{setting.where}-{name}-{network}-{number}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def result(self) -> Measurement:
         runs: list[Run] = []

@@ -38,7 +38,7 @@ Reported = ReportedResult | Study
 
 @dataclass(frozen=True, slots=True)
 class SiteMap:
-    """Places of sites and the pairs that are joined."""
+    """Runner of sites and the pairs that are joined."""
 
     name: str
     places: tuple[Place, ...]

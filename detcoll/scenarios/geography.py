@@ -12,12 +12,12 @@ from math import asin, cos, radians, sin, sqrt
 EARTH_RADIUS_KM = 6371.0088
 LIGHT_KM_PER_S = 299_792.458
 
-Place = tuple[float, float]
+Position = tuple[float, float]
 """Latitude and longitude in degrees."""
 
 
-def great_circle_km(a: Place, b: Place) -> float:
-    """Return the length of the shortest way between two places over the Earth's surface in km."""
+def great_circle_km(a: Position, b: Position) -> float:
+    """Return the length of the shortest way between two positions over the Earth's surface in km."""
     (latitude_a, longitude_a), (latitude_b, longitude_b) = ((radians(x), radians(y)) for x, y in (a, b))
     half = sin((latitude_b - latitude_a) / 2) ** 2
     half += cos(latitude_a) * cos(latitude_b) * sin((longitude_b - longitude_a) / 2) ** 2

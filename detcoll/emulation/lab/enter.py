@@ -22,15 +22,15 @@ def main(arguments: list[str]) -> int:
         placement = json.load(file)
     command = arguments[2:]
     rank = int(os.environ[placement["rank_variable"]])
-    place = placement["ranks"][rank]
+    own = placement["ranks"][rank]
     directory = os.getcwd()
     library = ctypes.CDLL(None, use_errno=True)
-    for path in placement["namespaces"][place["site"]]:
+    for path in placement["namespaces"][own["site"]]:
         namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if library.setns(namespace, _ANY_KIND) != 0:
             print(f"rank {rank} cannot enter its site: {os.strerror(ctypes.get_errno())}", file=sys.stderr)
             return 126
-    os.environ.update(place["environment"])
+    os.environ.update(own["environment"])
     try:
         os.chdir(directory)
         os.execvp(command[0], command)

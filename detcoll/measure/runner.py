@@ -28,8 +28,8 @@ AS_IT_IS = {"DETCOLL_COMPARE": "0"}
 _ENDED_BY_USER = {128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP}
 
 
-class Places:
-    """Where settings run.
+class Runner:
+    """Runs programs on the ranks of a topology.
 
     Parameters
     ----------
@@ -63,16 +63,16 @@ class Places:
         if isinstance(lab, Lab):
             code = self._run_apart(lab, setting, argv, own, logs)
         else:
-            placed = [{}] * self._topology.size if lab is None else lab.environments()
-            code = self._run_together(argv, own, logs, placed)
+            told = [{}] * self._topology.size if lab is None else lab.environments()
+            code = self._run_together(argv, own, logs, told)
         if code in _ENDED_BY_USER:
             raise SystemExit(code)
         if code == TIMED_OUT:
-            raise DetcollError(f"{setting.name}, {setting.place}: not done within {self._deadline_s:g} s")
+            raise DetcollError(f"{setting.name}, {setting.where}: not done within {self._deadline_s:g} s")
         if code != 0:
-            raise DetcollError(f"{setting.name}, {setting.place}: a rank ended with exit code {code}")
+            raise DetcollError(f"{setting.name}, {setting.where}: a rank ended with exit code {code}")
         if isinstance(lab, Relay) and not lab.statistics().connections:
-            raise DetcollError(f"{setting.name}, {setting.place}: its ranks never connected through the relay")
+            raise DetcollError(f"{setting.name}, {setting.where}: its ranks never connected through the relay")
         return time.monotonic() - begin_s
 
     def _run_apart(self, lab: Lab, setting: Setting, argv: Sequence[str], env: Mapping[str, str], logs: Path) -> int:
@@ -80,12 +80,12 @@ class Places:
         return run_ranks(lab, argv, launcher=launcher, env=env, deadline_s=self._deadline_s, logs=logs)
 
     def _run_together(
-        self, argv: Sequence[str], env: Mapping[str, str], logs: Path, placed: Sequence[Mapping[str, str]]
+        self, argv: Sequence[str], env: Mapping[str, str], logs: Path, told: Sequence[Mapping[str, str]]
     ) -> int:
-        """Run the ranks on this host; ``placed`` tells each what it alone is to know."""
+        """Run the ranks on this host; ``told`` tells each what it alone is to know."""
 
         def environments(meeting: socket.socket) -> list[dict[str, str]]:
             known = rank_environments(self._topology.size, without_place(os.environ), meeting)
-            return [own | dict(env) | dict(given) for own, given in zip(known, placed, strict=True)]
+            return [own | dict(env) | dict(given) for own, given in zip(known, told, strict=True)]
 
         return run_here(argv, environments, logs=logs, deadline_s=self._deadline_s, on_interrupt=signal.SIGTERM)
