@@ -96,7 +96,7 @@ class Job:
             if self._loop is None:
                 self._loop = self._make_loop()
                 self._loop.start()
-                self._loop.ask(lambda now_ns: self._loop and self._loop.engine.join(self.world))
+                self._loop.ask(lambda now_ns: self._loop and self._loop.engine.join(self.world, now_ns))
             return self._loop
 
     def _make_loop(self) -> Loop:
@@ -148,7 +148,7 @@ class Job:
         """
         engine, problem = self.loop.engine, ""
         try:
-            self.loop.ask(lambda now_ns: engine.join(group))
+            self.loop.ask(lambda now_ns: engine.join(group, now_ns))
         except UsageError as error:
             problem = f"rank {self.session.rank}: {error}"
         try:
