@@ -72,6 +72,36 @@ def test_bad_arguments_are_refused_before_anything_moves(transport: str) -> None
     run_ranks(2, program, transport=transport)
 
 
+@pytest.mark.parametrize("topology", [None, lines(2, 2)])
+def test_what_one_rank_refuses_ends_for_all_and_the_next_call_works(topology: Topology | None) -> None:
+    def program(comm):
+        with pytest.raises(UsageError, match="median" if comm.rank == 1 else "rank 1 refused the call: op='median'"):
+            comm.all_reduce(np.ones(5), op="median" if comm.rank == 1 else "sum")
+        x = np.ones(5)
+        comm.all_reduce(x)
+        assert (x == 4).all()
+
+    run_ranks(4, program, transport="slotted", topology=topology)
+
+
+def test_a_group_that_has_failed_costs_no_other_group() -> None:
+    def program(comm):
+        group = comm.group([0, 1], "pair") if comm.rank < 2 else None
+        if group is not None:
+            group.timeout = 0.3
+            assert group.timeout == 0.3
+        if comm.rank == 0:
+            with pytest.raises(DeadlineMissed, match="group 'pair' was not finished after 0.3 s without progress"):
+                group.all_reduce(np.ones(5))
+        comm.barrier()
+        if group is not None:
+            with pytest.raises((Closed, DeadlineMissed), match="waits for rank 1"):
+                group.barrier()
+        comm.barrier()
+
+    run_ranks(3, program, transport="slotted")
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

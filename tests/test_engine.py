@@ -298,7 +298,7 @@ def test_a_rank_that_never_calls_is_named_by_all(shape: str, count: int) -> None
         calls = [fleet.call(rank, "all_reduce", ones(count), timeout_s=1.0) for rank in others]
         fleet.run(60 * SECOND_NS)
         assert {culprit(call) for call in calls} == {absent}
-        assert "which has not called it: it has called nothing of this group" in str(calls[0].error)
+        assert all("it has called nothing of this group" in str(call.error) for call in calls)
         assert all(SECOND_NS <= call.ended_ns <= 4 * SECOND_NS for call in calls)
 
 

@@ -92,7 +92,7 @@ class Engine:
 
     # Groups and calls.
 
-    def join(self, group: Group, now_ns: int = 0, partners: Iterable[int] = ()) -> Membership:
+    def join(self, group: Group, now_ns: int = 0) -> Membership:
         """Take part in a group from now on, and listen to the ranks with which its calls will probably have to do.
 
         Raises
@@ -114,7 +114,7 @@ class Engine:
         known = group.acquaintances(self.rank)
         membership = Membership(group, known, {*known, *group.neighbours(self.rank)})
         self.groups[group.id] = membership
-        self._listen(membership.contacts.union(partners))
+        self._listen(membership.contacts | group.partners(self.rank))
         self.recorder.note(now_ns, "join", group.number, detail=group.title)
         return membership
 

@@ -72,6 +72,18 @@ class Group:
         own = self.ranks.index(rank)
         return frozenset({self.ranks[own - 1], self.ranks[(own + 1) % len(self.ranks)]} - {rank})
 
+    def partners(self, rank: int) -> frozenset[int]:
+        """Return the ranks of the job that a large all-reduce brings together with ``rank``.
+
+        They are those of its site and, in each other site, the one at its place.
+        """
+        members: dict[int, list[int]] = {}
+        for member, site in zip(self.ranks, self.sites, strict=True):
+            members.setdefault(site, []).append(member)
+        mates = members.pop(self.sites[self.ranks.index(rank)])
+        place = mates.index(rank)
+        return frozenset({*mates, *(others[place % len(others)] for others in members.values())} - {rank})
+
     def tag(self, sequence: int, plan_tag: int) -> int:
         """Return the tag of a message of call ``sequence``."""
         return self.call_prefix(sequence) | plan_tag

@@ -166,7 +166,7 @@ class Fleet:
             wide = frozenset(other for other in range(size) if sites[other] != sites[rank])
             slots: Slots[Wide] = Slots(self.calendar, sites[rank], rank)
             engine = Engine(rank, sites, wide, slots)
-            engine.join(self.world, partners=set(range(size)) - {rank})
+            engine.join(self.world)
             self.hosts.append(Host(engine))
             self.at(0, rank, lambda: None)
 
@@ -181,7 +181,7 @@ class Fleet:
         identity = group_id(WORLD_ID, ranks, name, earlier)
         group = Group(identity, tuple(ranks), tuple(self.topology.site_of(rank) for rank in ranks), name)
         for rank in ranks:
-            self.engine(rank).join(group, self.now_ns, set(ranks) - {rank})
+            self.engine(rank).join(group, self.now_ns)
             self.at(self.now_ns, rank, lambda: None)
         return group
 
