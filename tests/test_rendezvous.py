@@ -379,6 +379,14 @@ def test_a_store_without_rank_0() -> None:
         meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary())
 
 
+def test_a_store_whose_rank_0_is_gone() -> None:
+    store = Dictionary()
+    address = free_address()
+    store.set("detcoll/gone.0/0/rendezvous", address)
+    with pytest.raises(ConnectError, match=f"rank 0 is gone: it was at {address}, but nobody listens there any more"):
+        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "gone.0"), ahead(1000), {}, store)
+
+
 def local_mpi_world(rank: int, size: int, job: str) -> World:
     return World(rank, size, rank, size, "openmpi", "mpi", None, job)
 
@@ -478,6 +486,15 @@ def test_ports_of_a_range_are_taken_in_order() -> None:
         with listen(Address("127.0.0.1", 0), {"DETCOLL_PORTS": f"{first}-{last}"}) as listener:
             assert first < listener.getsockname()[1] <= last
     assert list(parse_ports("7-9")) == [7, 8, 9]
+
+
+def test_the_port_that_shows_life_leaves_a_narrow_range_to_the_transport() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        first = min(taken.getsockname()[1], 65000)
+    environ = {"DETCOLL_PORTS": f"{first}-{first + 8}"}
+    with open_life_port("127.0.0.1", environ, 2) as wide, open_life_port("127.0.0.1", environ, 4) as narrow:
+        assert first < wide.getsockname()[1] <= first + 8
+        assert not first <= narrow.getsockname()[1] <= first + 8
 
 
 def test_the_interface_gives_the_address() -> None:

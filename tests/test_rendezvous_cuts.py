@@ -1,11 +1,10 @@
-"""Connections of the rendezvous that are cut, processes that die or freeze, strangers, and descriptors that run out."""
+"""Connections of the rendezvous that are cut, processes that die or freeze, and descriptors that run out."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import zmq
 
-from detcoll.errors import ConnectError, PeerLost
-from detcoll.rendezvous import Aborted, Address, Event, Lost, Session, meet, wire
-from detcoll.rendezvous.channels import Router
-from detcoll.rendezvous.link import Link
-from detcoll.rendezvous.sockets import reach
+from detcoll.errors import PeerLost
+from detcoll.rendezvous import Aborted, Event, Lost, Session, meet
+from detcoll.rendezvous.channels import Dealer
 from detcoll.testing.cuts import CuttingRelay
 from detcoll.testing.meetings import (
     ahead,
@@ -79,6 +76,24 @@ def test_a_reset_connection_is_made_again_and_nothing_is_lost_or_doubled(cuttabl
 def test_a_connection_that_was_forgotten_on_the_way_is_replaced(cuttable: Callable[..., Cuttable]) -> None:
     world = cuttable(2, 3 * SHORT_NS)
     world.relay.forget()
+    assert exchange_all(world.met) == [[b"0", b"1"]] * 2
+    assert [session.events() for session in world.met] == [[], []]
+
+
+def test_a_connection_is_made_again_once_there_are_descriptors_for_it(
+    cuttable: Callable[..., Cuttable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = cuttable(2)
+    scarce, opens = [1, 2], Dealer._open
+
+    def open_if_there_are(dealer: Dealer) -> None:
+        if scarce:
+            scarce.pop()
+            raise zmq.ZMQError(errno.EMFILE)
+        opens(dealer)
+
+    monkeypatch.setattr(Dealer, "_open", open_if_there_are)
+    world.relay.reset()
     assert exchange_all(world.met) == [[b"0", b"1"]] * 2
     assert [session.events() for session in world.met] == [[], []]
 
@@ -226,203 +241,14 @@ def test_an_abort_of_a_group_is_told_and_fails_no_exchange() -> None:
     assert close_all(met) == [None] * 3
 
 
-class Stranger:
-    """Speaks ZeroMQ to a hub, and what it likes."""
-
-    def __init__(self, address: str, name: bytes = b"detcoll") -> None:
-        self.context = zmq.Context(1)
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.plain_username = self.socket.plain_password = name
-        self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self.socket.connect(f"tcp://{address}")
-
-    def is_dropped(self) -> bool:
-        while self.monitor.poll(20_000):
-            if int.from_bytes(self.monitor.recv_multipart()[0][:2], sys.byteorder) == zmq.EVENT_DISCONNECTED:
-                return True
-        return False
-
-    def __enter__(self) -> Stranger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.disable_monitor()
-        self.monitor.close(0)
-        self.socket.close(0)
-        self.context.term()
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[str, list[Session]]]:
-    address = free_address()
-    met: list[Session] = meet_all([world_at(rank, 2, address) for rank in range(2)])
-    assert [type(one) for one in met] == [Session] * 2, met
-    yield address, met
-    assert close_all(met) == [None] * 2
-
-
-def numbered(message: wire.ToHub, number: int = 1) -> bytes:
-    return wire.frame(wire.Header(0, number, 0), wire.pack(message))
-
-
-NONSENSE = [
-    [b""],
-    [wire.frame(wire.Header(255, 1, 2**64 - 1), b"\xff" * 64)],
-    [wire.frame(wire.Header(0, 1, 0), b"\xc1\xc1\xc1\xc1")],
-    [numbered(wire.Hello(wire.VERSION, "x" * 5000, 0, 0, 2, 1000))],
-    [numbered(wire.Bye())],
-    [numbered(wire.Gather(wire.Key("x", None, 0), b"", 1000))],
-    [b"two", b"parts", b"or more"],
-    [bytes(wire.FRAME_BYTES + 1)],
-]
-
-
-@pytest.mark.parametrize("parts", NONSENSE, ids=range(len(NONSENSE)))
-def test_nonsense_ends_the_connection_of_who_says_it(pair: tuple[str, list[Session]], parts: list[bytes]) -> None:
-    address, met = pair
-    with Stranger(address) as stranger:
-        stranger.socket.send_multipart(parts)
-        assert stranger.is_dropped()
-    assert exchange_all(met) == [[b"0", b"1"]] * 2
-
-
-def test_who_does_not_name_the_protocol_may_not_say_anything(pair: tuple[str, list[Session]]) -> None:
-    address, met = pair
-    with Stranger(address, b"other") as stranger:
-        assert stranger.is_dropped()
-    assert exchange_all(met) == [[b"0", b"1"]] * 2
-
-
-def test_bytes_that_are_not_zeromq_end_the_connection(pair: tuple[str, list[Session]]) -> None:
-    address, met = pair
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        with contextlib.suppress(ConnectionResetError):
-            while connection.recv(4096):
-                pass
-    assert exchange_all(met) == [[b"0", b"1"]] * 2
-
-
-def is_ended(connection: socket.socket) -> bool:
-    with contextlib.suppress(ConnectionResetError):
-        while connection.recv(4096):
-            pass
-    return True
-
-
-def test_too_many_strangers_push_each_other_out_and_no_rank(
-    pair: tuple[str, list[Session]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("detcoll.rendezvous.door.HELLO_NS", 2**62)
-    address, met = pair
-    host, _, port = address.rpartition(":")
-    # ZeroMQ itself ends what does not shake hands in 10 s.
-    connections = [socket.create_connection((host, int(port)), timeout=5) for _ in range(80)]
-    try:
-        assert is_ended(connections[0])
-        assert exchange_all(met) == [[b"0", b"1"]] * 2
-    finally:
-        for connection in connections:
-            connection.close()
-
-
-def test_a_stranger_that_says_nothing_is_shown_out_and_no_rank(
-    pair: tuple[str, list[Session]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("detcoll.rendezvous.door.HELLO_NS", 10**8)
-    address, met = pair
-    with Stranger(address) as stranger:
-        assert stranger.is_dropped()
-    assert exchange_all(met) == [[b"0", b"1"]] * 2
-
-
-def test_a_flood_delays_no_deadline(pair: tuple[str, list[Session]], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, met = pair
-    receive = Router.receive
-    monkeypatch.setattr(Router, "receive", lambda router: receive(router) or (b"stranger", bytes(64), -1, ""))
-    with pytest.raises(ConnectError, match="exchange 'alone': rank 1 never arrived"):
-        met[0].exchange("alone", b"", ahead(2))
-    assert exchange_all(met) == [[b"0", b"1"]] * 2
-    monkeypatch.undo()
-
-
-class RawRank:
-    """A rank that takes in what the hub says when the test wants it to."""
-
-    def __init__(self, address: str, rank: int, size: int, port: int = 0) -> None:
-        self.stranger, self.link = Stranger(address), Link(2 * wire.MESSAGE_BYTES)
-        self.link.send(wire.pack(wire.Hello(wire.VERSION, "", 0, rank, size, 20_000, port)))
-        self.hand_over()
-
-    def hand_over(self) -> None:
-        for frame in self.link.frames():
-            self.stranger.socket.send(frame)
-
-    def receive(self) -> wire.FromHub:
-        while True:
-            assert self.stranger.socket.poll(20_000)
-            message = self.link.take(*wire.parse(self.stranger.socket.recv()))
-            self.hand_over()
-            if message is not None:
-                return wire.from_hub(message)
-
-
-def test_rank_0_hears_last() -> None:
-    address = free_address()
-    payload = bytes(wire.PAYLOAD_BYTES)  # the answer has more pieces than are on their way at a time
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(meet, world_at(0, 2, address), ahead(), {})
-        reach(Address.parse(address), ahead())
-        slow = RawRank(address, 1, 2)
-        with slow.stranger:
-            assert isinstance(slow.receive(), wire.Welcome)
-            first = pending.result()
-            answer = pool.submit(first.exchange, "x", payload, ahead())
-            slow.link.send(wire.pack(wire.Gather(wire.Key("x", None, 0), payload, 20_000)))
-            while not slow.link.is_idle:
-                slow.hand_over()
-                slow.link.take(*wire.parse(slow.stranger.socket.recv()))
-            with pytest.raises(TimeoutError):
-                answer.result(timeout=0.3)
-            message = slow.receive()
-            assert isinstance(message, wire.Gathered)
-            assert message.payloads == [payload] * 2
-            assert answer.result() == [payload] * 2
-        first.close(ahead(1))
-
-
-def test_a_port_that_could_never_be_reached_says_nothing_of_a_death() -> None:
-    address = free_address()
-    nobody = Address.parse(free_address()).port
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(meet, world_at(0, 2, address), ahead(), {}, None, SHORT_NS)
-        reach(Address.parse(address), ahead())
-        raw = RawRank(address, 1, 2, nobody)
-        with raw.stranger:
-            assert isinstance(raw.receive(), wire.Welcome)
-            session = pending.result()
-            answer = pool.submit(session.exchange, "x", b"", ahead())
-            raw.link.send(wire.pack(wire.Gather(wire.Key("x", None, 0), b"", 20_000)))
-            raw.hand_over()
-            assert isinstance(raw.receive(), wire.Gathered)
-            answer.result()
-        lost = wait_for_event(session)
-        assert lost == Lost(1)
-        assert isinstance(lost, Lost)
-        assert lost.why == "nothing was heard of it for 1.5 s"
-        session.close(ahead())
-
-
 STARVED = """
 import resource, sys, time, os
 from detcoll.launch.launchers import World
 from detcoll.rendezvous import meet
 from detcoll.errors import DetcollError
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
 before = len(os.listdir("/proc/self/fd"))
+limit = int(sys.argv[1]) + (before if sys.argv[1][0] == "+" else 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 try:
     session = meet(World(0, int(sys.argv[3]), None, None, "environment", "address", sys.argv[2]),
                    time.monotonic_ns() + 10 * 10**9, {})
@@ -447,7 +273,7 @@ def test_too_few_descriptors_are_said_to_be_so(limit: int) -> None:
 
 def test_a_world_of_one_opens_no_more_than_it_announced() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", STARVED, "64", free_address(), "1"],
+        [sys.executable, "-c", STARVED, "+41", free_address(), "1"],
         env=dict(os.environ), capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert done.stdout == "met\n"

@@ -175,6 +175,15 @@ class Dealer:
         import zmq
 
         self.socket = self._context.socket(zmq.DEALER)
+        try:
+            self._connect()
+        except zmq.ZMQError:
+            self.socket.close(0)
+            raise
+
+    def _connect(self) -> None:
+        import zmq
+
         _configure(self.socket, self._tolerance_ns)
         self.socket.setsockopt(zmq.ROUTING_ID, self._token)
         self.socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
@@ -193,11 +202,24 @@ class Dealer:
         self.socket.connect(self._endpoint)
 
     def renew(self) -> None:
-        """Drop the connection and whatever is on its way, and connect anew."""
-        self.socket.disable_monitor()
-        self.monitor.close(0)
-        self.socket.close(0)
-        self._open()
+        """Drop the connection and whatever is on its way, and connect anew.
+
+        Raises
+        ------
+        OSError
+            If there are too few descriptors; all is as before.
+        """
+        import zmq
+
+        old = self.socket, self.monitor
+        try:
+            self._open()
+        except zmq.ZMQError as error:
+            self.socket, self.monitor = old
+            raise _translated(error) from error
+        old[0].disable_monitor()
+        for one in old:
+            one.close(0)
 
     def receive(self) -> bytes | None:
         """Return the next frame, None if there is none."""

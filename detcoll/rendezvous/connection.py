@@ -207,8 +207,12 @@ class Connection:
                     path.is_up, path.must_renew = False, True
                     path.watch.down(now_ns)
         if path.must_renew and not self._is_over and now_ns >= path.made_ns + _RENEWAL_NS:
-            path.dealer.renew()
             path.made_ns, path.must_renew = now_ns, False
+            try:
+                path.dealer.renew()
+            except OSError as error:
+                _log.debug("rendezvous: no new connection yet: %s", error)
+                path.must_renew = True
 
     def _take_in(self) -> bool:
         """Take in what the hub says; return whether that was all."""

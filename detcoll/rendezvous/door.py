@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 HELLO_NS = 10 * 10**9
+_RECEIVED_AT = 128
+"""Where tcpi_bytes_received is in the kernel's tcp_info."""
+_LOOK_NS = 50_000_000
+_MOST_BYTES = 2**16
 _STRANGERS = 64
 """Connections that may wait without a hello, beyond one for each rank."""
 
@@ -22,7 +27,10 @@ class _Stranger:
 
 
 class Door:
-    """Ends connections that stay strangers for too long, or are too many.
+    """Ends connections that stay strangers for too long, say too much, or are too many.
+
+    ZeroMQ keeps the parts of a message until the last has come, however many there are. So it is looked at how much a
+    stranger has sent.
 
     ZeroMQ owns the connections and tells descriptors only. A number may mean another connection by the time that it
     is used here; so it is compared who is at the other end.
@@ -38,6 +46,7 @@ class Door:
     def __init__(self, size: int, is_rank: Callable[[int], bool]) -> None:
         self._most, self._is_rank = _STRANGERS + size, is_rank
         self._strangers: dict[int, _Stranger] = {}
+        self._look_ns = 0
 
     def opened(self, descriptor: int, now_ns: int) -> None:
         """Note that a connection was accepted."""
@@ -52,13 +61,15 @@ class Door:
         self._strangers.pop(descriptor, None)
 
     def on_time(self, now_ns: int) -> None:
-        """End connections that said no hello in time."""
-        for descriptor in [one for one, who in self._strangers.items() if now_ns >= who.since_ns + HELLO_NS]:
-            self.end(descriptor)
+        """End connections that said no hello in time, or more than that."""
+        for descriptor, who in list(self._strangers.items()):
+            if now_ns >= who.since_ns + HELLO_NS or _received_bytes(descriptor) > _MOST_BYTES:
+                self.end(descriptor)
+        self._look_ns = now_ns + _LOOK_NS
 
     def next_ns(self) -> int | None:
         """Return when `on_time` has something to do."""
-        return next((who.since_ns + HELLO_NS for who in self._strangers.values()), None)
+        return self._look_ns if self._strangers else None
 
     def end(self, descriptor: int) -> None:
         """End a stranger's connection."""
@@ -74,6 +85,14 @@ def local_host(descriptor: int) -> str:
     with contextlib.suppress(OSError), _connection(descriptor) as connection:
         return str(connection.getsockname()[0])
     return ""
+
+
+def _received_bytes(descriptor: int) -> int:
+    with contextlib.suppress(OSError), _connection(descriptor) as connection:
+        facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
+        if len(facts) == _RECEIVED_AT + 8:
+            return int.from_bytes(facts[_RECEIVED_AT:], sys.byteorder)
+    return 0
 
 
 def _connection(descriptor: int) -> socket.socket:

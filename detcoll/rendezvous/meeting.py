@@ -173,9 +173,11 @@ def meet(
     try:
         return _meet(world, deadline_ns, environ, store, tolerance_ns)
     except OSError as error:
-        if isinstance(error, DetcollError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        if isinstance(error, DetcollError):
             raise
-        raise too_few_descriptors("the rendezvous", _DESCRIPTORS) from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise too_few_descriptors("the rendezvous", _DESCRIPTORS) from error
+        raise ConnectError(f"the rendezvous cannot be opened: {error}") from error
 
 
 def _meet(

@@ -58,6 +58,10 @@ class _Seat:
         self.checks = deque(now_ns + later_ns for later_ns in _CHECKS_NS)
 
 
+_UNKNOWN = -1
+"""The descriptor of a seat whose connection ended, until something comes over a new one."""
+
+
 class Seats:
     """Who sits where: ranks by the tokens of their sessions."""
 
@@ -201,7 +205,7 @@ class Server:
                 continue
             self._door.closed(descriptor)
             for seat in self._seats:
-                if seat.descriptor == descriptor:
+                if seat.descriptor in (descriptor, _UNKNOWN):
                     seat.check_after(now_ns)
         for _ in range(_AT_A_TIME):
             if not self._router.admit():
@@ -298,13 +302,21 @@ class Server:
             while seat.checks and now_ns >= seat.checks[0]:
                 seat.checks.popleft()
                 self._send(seat, [seat.link.note()], now_ns)
-            if seat.watch.must_ask(now_ns) and seat.life is not None and seat.is_reachable is not False:
-                self._asker.ask(seat.rank, seat.life, now_ns)
+            if seat.watch.must_ask(now_ns):
+                self._seek(seat, now_ns)
             loss = seat.watch.loss(now_ns)
             if loss is not None and self._is_drained:  # what it said last counts
                 self._lose(seat, loss)
         self._door.on_time(now_ns)
         self._hub.on_time(now_ns)
+
+    def _seek(self, seat: _Seat, now_ns: int) -> None:
+        """Look for a rank whose connection ended: ZeroMQ makes a new one though the rank's own threads are busy."""
+        if self._router.send(seat.token, seat.link.note()) is Sent.OUT:
+            seat.watch.up()
+            seat.link.restart()
+        elif seat.life is not None and seat.is_reachable is not False:
+            self._asker.ask(seat.rank, seat.life, now_ns)
 
     def _learn(self, rank: int, answer: Answer, now_ns: int) -> None:
         """Take in what a rank's host said; a refusal says something only where a living rank's host accepts."""
@@ -358,6 +370,7 @@ class Server:
             seat.link.restart()
             if sent is Sent.UNREACHABLE:
                 seat.checks.clear()
+                seat.descriptor = _UNKNOWN
                 seat.watch.down(now_ns)
             else:
                 seat.checks.appendleft(now_ns + _RETRY_NS)
