@@ -295,7 +295,7 @@ def test_a_flood_is_taken_a_part_at_a_time() -> None:
             stranger.send(b"x" * 64)
         inlet = fabric[1]._roads._inlet
         pump(fabric, lambda: fabric[1]._roads.gate.admit() or inlet.getsockopt(zmq.EVENTS) & zmq.POLLIN, ranks=(0,))
-        fabric[1]._roads.gate.has_more = True  # it was looked at, so the socket will not tell again
+        fabric[1]._roads.gate._has_messages = True  # it was looked at, so the socket will not tell again
         seen = []
         while fabric[1].counters()["foreign_frames"] < floods:
             before = fabric[1].counters()["foreign_frames"]

@@ -1,13 +1,16 @@
 """Slot-scheduled ZeroMQ: every message leaves in its window, at its rate, and is kept until it is acknowledged.
 
-Each rank binds one PULL socket and connects two PUSH sockets to every peer:
+Each rank receives on one DEALER socket, and sends over ROUTER sockets that all peers share. Peers across lines have two
+connections, since small messages must not wait behind paced ones; others have one for both lanes:
 
 - the *bulk* lane carries what a plan moves; the kernel paces its TCP connection to the rate of the window
 - the *express* lane carries small messages and acknowledgements, which leave at once
 
-`wire` is the format, `flow` the rules of one ordered pair (sequence, credit, retention), both without any I/O;
-`line` is the TCP connection beneath a ZeroMQ socket (pacing, congestion control, counters); `endpoint` puts them
-together behind the SPI.
+Rules without any I/O: `wire` is the format, `flow` an ordered pair of ranks (sequence, credit, retention), `matching`
+finds the receive for a message, `pacing` keeps peers of one site to one rate. What moves bytes: `roads` makes the
+sockets, `line` and `tcp` are the connections, `post` writes frames, `departures` decides when sends leave, `gate` lets
+connections and messages in, `intake` takes them. `joining` makes two ranks known to each other, on demand; `health`
+follows connections that ended, and says when a peer is lost. `endpoint` puts them together behind the SPI.
 """
 
 from __future__ import annotations

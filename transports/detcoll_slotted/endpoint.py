@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 from collections.abc import Collection, Mapping, Sequence
 
@@ -59,15 +60,15 @@ class SlottedEndpoint(Endpoint):
         self._closed: Exception | None = None
         with prompt_threads():
             self._roads = Roads(host, token, options)
-        try:
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._roads.close, 0)
             self._timer = Timer()
+            opened.callback(self._timer.close)
             self._epoll = select.epoll()
-            self._health = Health(options, self._epoll)
-            for descriptor in (self._timer.fd, *self._roads.gate.descriptors):
-                self._epoll.register(descriptor, select.EPOLLIN)
-        except BaseException:
-            self._roads.close(0)
-            raise
+            opened.pop_all()
+        self._health = Health(options, self._epoll)
+        for descriptor in (self._timer.fd, *self._roads.gate.descriptors):
+            self._epoll.register(descriptor, select.EPOLLIN)
 
     @property
     def address(self) -> str:

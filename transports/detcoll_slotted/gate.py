@@ -38,15 +38,22 @@ class Gate:
 
     def __init__(self, inlet: zmq.Socket[bytes], requests: zmq.Socket[bytes], token: int) -> None:
         self.refused_connections = 0
-        self.has_more = False
+        self._has_messages = self._has_requests = False
         self._inlet, self._requests, self._password = inlet, requests, _password(token)
         self.descriptors = inlet.fileno(), requests.fileno()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether a turn left something, of which no descriptor tells."""
+        return self._has_messages or self._has_requests
+
     def turn(self, ready: Sequence[int], take: Callable[[Sequence[zmq.Frame]], None]) -> bool:
-        """Take in a bounded part of what has come; False where there was nothing to look at."""
-        if self.has_more or any(descriptor in ready for descriptor in self.descriptors):
-            more_requests = self.admit()
-            self.has_more = self._receive(take) or more_requests
+        """Take in a bounded part of what has come; False where no message was looked for."""
+        inlet_fd, requests_fd = self.descriptors
+        if self._has_requests or requests_fd in ready:
+            self._has_requests = self.admit()
+        if self._has_messages or inlet_fd in ready:
+            self._has_messages = self._receive(take)
             return True
         return False
 

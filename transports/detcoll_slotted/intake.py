@@ -143,4 +143,4 @@ class Intake:
 
     def _is_at_rest(self) -> bool:
         """Tell whether this rank waits for nobody."""
-        return not self._mailbox.is_waiting and all(peer.outbound.idle for peer in self._peers.values())
+        return not self._mailbox.is_waiting and all(peer.outbound.idle or peer.lost for peer in self._peers.values())
