@@ -170,9 +170,8 @@ def test_an_output_that_cannot_be_written_is_one_line_and_a_closed_pipe_none(arg
 
 def test_a_closed_output_that_nobody_writes_to_is_no_error() -> None:
     command = [sys.executable, "-m", "detcoll", "run", "-n", "2", "bash", "-c", "echo hello >&2"]
-    assert (
-        subprocess.run(["bash", "-c", '"$@" >&- 2>/dev/null', "-", *command], check=False, timeout=60).returncode == 0
-    )
+    done = subprocess.run(["bash", "-c", '"$@" >&- 2>/dev/null', "-", *command], check=False, timeout=60)
+    assert done.returncode == 0
 
 
 def test_ranks_of_a_closed_output_have_none_either() -> None:

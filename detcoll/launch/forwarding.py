@@ -78,10 +78,9 @@ class _Stream:
 
     def end(self) -> None:
         """Pass on the rest, with a newline where it has none."""
+        if self.waiting or self.target.begun_by is self:
+            self.waiting += b"\n"
         self.show_begun()
-        if self.target.begun_by is self:
-            self.target.write(b"\n")
-            self.target.begun_by = None
 
     def _pass_on(self, count: int) -> None:
         if not count:
