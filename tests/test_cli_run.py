@@ -168,6 +168,12 @@ def test_an_output_that_cannot_be_written_is_one_line_and_a_closed_pipe_none(arg
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_closed_output_that_nobody_writes_to_is_no_error() -> None:
+    command = [sys.executable, "-m", "detcoll", "run", "-n", "2", "bash", "-c", "echo hello >&2"]
+    done = subprocess.run(["bash", "-c", '"$@" >&- 2>/dev/null', "-", *command], check=False, timeout=60)
+    assert done.returncode == 0
+
+
 def test_ranks_of_a_closed_output_have_none_either() -> None:
     show = "import os, sys; sys.exit(0 if sys.stdout is None else 3)"
     command = [sys.executable, "-m", "detcoll", "run", "-n", "1", sys.executable, "-c", show]
@@ -293,7 +299,7 @@ def test_an_interrupt_is_one_line_and_code_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detcoll.cli.run.run_here", interrupted)
+    monkeypatch.setattr("detcoll.cli.run.run_local", interrupted)
     assert main(["run", "-n", "2", "true"]) == 130
     assert capsys.readouterr().err == "detcoll: interrupted\n"
 

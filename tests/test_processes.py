@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -79,11 +80,9 @@ def test_who_ignores_sigterm_is_killed_after_the_grace() -> None:
 
 
 def test_the_deadline_ends_all() -> None:
-    said: list[str] = []
-    crew = shells(FOREVER, "true")
-    assert crew[1].wait(20) == 0, "it has ended before its time counts"
-    code = supervise(crew, settle_s=0.05, deadline_s=0.2, announce=said.append)
-    assert code == TIMED_OUT
+    crew, said = shells(FOREVER, "true"), list[str]()
+    os.waitid(os.P_PID, crew[1].pid, os.WEXITED | os.WNOWAIT)
+    assert supervise(crew, deadline_s=0.2, announce=said.append) == TIMED_OUT
     assert said == ["the time is over; ending rank 0"]
 
 
@@ -221,9 +220,7 @@ def forwarded(*tags: str) -> Iterator[tuple[list[int], int]]:
             yield ends, reading
         finally:
             for end in ends:
-                with contextlib.suppress(OSError):
-                    os.close(end)
-    os.close(reading)
+                os.close(end)
 
 
 def test_tags_mark_every_line() -> None:
@@ -252,8 +249,9 @@ def test_a_line_is_written_when_its_end_has_come(monkeypatch: pytest.MonkeyPatch
         assert os.read(reading, 100) == b"SURVIVOR 3\n"
         os.write(one, b"bye\nand")
         assert os.read(reading, 100) == b"goodbye\n"
-        os.close(one)
-        assert os.read(reading, 100) + os.read(reading, 100) == b"and\n"
+        os.write(one, b" the last")
+    assert os.read(reading, 100) == b"and the last\n"
+    os.close(reading)
 
 
 def test_a_prompt_is_shown_and_then_ended_by_others() -> None:
@@ -266,6 +264,7 @@ def test_a_prompt_is_shown_and_then_ended_by_others() -> None:
         assert os.read(reading, 100) == b"\n<1>hello\n"
         os.write(one, b"yes\n")
         assert os.read(reading, 100) == b"<0>yes\n"
+    os.close(reading)
 
 
 def test_bytes_pass_as_they_are_and_long_lines_in_parts() -> None:
@@ -277,15 +276,18 @@ def test_bytes_pass_as_they_are_and_long_lines_in_parts() -> None:
         while len(came) < len(sent):
             came += os.read(reading, 65536)
         writer.join()
+    os.close(reading)
     assert came == sent
 
 
-def test_what_left_its_group_and_holds_the_output_is_not_waited_for() -> None:
-    out = BytesIO()
+def test_what_left_its_group_and_holds_the_output_is_not_waited_for(tmp_path: Path) -> None:
+    out, told = BytesIO(), tmp_path / "told"
+    os.mkfifo(told)
+    script = f"setsid sh -c 'echo $$ > {told}; exec sleep 1000' & read pid < {told}; echo $pid"
     with contextlib.ExitStack() as stack:
         with Forwarder(out, BytesIO()) as forwarder:
             with forwarder.channels() as (stdout, stderr):
-                process = start(["bash", "-c", "setsid sleep 1000 & echo $!"], stdout=stdout, stderr=stderr)
+                process = start(["bash", "-c", script], stdout=stdout, stderr=stderr)
             forwarder.begin()
             assert supervise([process]) == 0
         pid = int(out.getvalue())

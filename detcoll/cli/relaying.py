@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from detcoll.emulation.relay import Relay, RelayStatistics
 from detcoll.errors import UsageError
 from detcoll.launch.environment import rank_environments, without_place
-from detcoll.launch.ranks import run_here
+from detcoll.launch.ranks import run_local
 from detcoll.topology import Topology
 
 
@@ -53,5 +53,5 @@ def run_through_relay(
             return [own | placed for own, placed in zip(known, relay.environments(), strict=True)]
 
         tags = ["", *(f"[{rank}] " for rank in range(1, topology.size))] if prefix else None
-        code = run_here(command, environments, tags=tags, deadline_s=deadline_s)
+        code = run_local(command, environments, tags=tags, deadline_s=deadline_s)
         return code, relay.statistics()

@@ -16,7 +16,7 @@ from detcoll.cli.quantity import Quantity
 from detcoll.errors import UsageError
 from detcoll.job.settings import AUTO, log_level, place, read_settings
 from detcoll.launch.environment import rank_environments
-from detcoll.launch.ranks import run_here
+from detcoll.launch.ranks import run_local
 from detcoll.outputs import require_folder
 from detcoll.quantities import parse_timeout_s
 from detcoll.rendezvous.sockets import own_host
@@ -67,7 +67,7 @@ def run(
     environ = {**os.environ, **{name: value for name, value in settings.items() if value is not None}}
     _refuse_for_all(environ, ranks)
     tags = [f"[rank {rank}] " for rank in range(ranks)] if tag_output else None
-    return run_here(
+    return run_local(
         program, lambda meeting: rank_environments(ranks, environ, meeting), tags=tags, deadline_s=deadline_s
     )
 

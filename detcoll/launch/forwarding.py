@@ -78,10 +78,9 @@ class _Stream:
 
     def end(self) -> None:
         """Pass on the rest, with a newline where it has none."""
+        if self.waiting or self.target.begun_by is self:
+            self.waiting += b"\n"
         self.show_begun()
-        if self.target.begun_by is self:
-            self.target.write(b"\n")
-            self.target.begun_by = None
 
     def _pass_on(self, count: int) -> None:
         if not count:
@@ -201,18 +200,23 @@ def _unbuffered(file: BinaryIO) -> BinaryIO:
 
 def _is_same_file(one: BinaryIO, other: BinaryIO) -> bool:
     try:
-        return os.path.samestat(os.fstat(one.fileno()), os.fstat(other.fileno()))
+        numbers = one.fileno(), other.fileno()
+        is_same = os.path.samestat(*map(os.fstat, numbers))
+        # One that is open for reading only stands in for a closed output.
+        first, second = (fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE for number in numbers)
     except (OSError, ValueError):
         return one is other
+    return is_same and first == second
 
 
 def _open_channel(target: BinaryIO) -> tuple[int, int]:
     """Return our end and the process's: of a terminal as large as the target, or of a pipe where that is none."""
-    if target.isatty():
-        with contextlib.suppress(OSError):  # there are no more of them
-            ours, theirs = pty.openpty()
-            tty.setraw(theirs)
-            size = fcntl.ioctl(target.fileno(), termios.TIOCGWINSZ, bytes(8))
-            fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
-            return ours, theirs
-    return os.pipe2(os.O_CLOEXEC)
+    if not target.isatty():
+        return os.pipe2(os.O_CLOEXEC)
+    try:
+        ours, theirs = pty.openpty()
+    except OSError:  # there are no more of them
+        return os.pipe2(os.O_CLOEXEC)
+    tty.setraw(theirs)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, fcntl.ioctl(target.fileno(), termios.TIOCGWINSZ, bytes(8)))
+    return ours, theirs

@@ -24,7 +24,7 @@ Start = Callable[[int | None, int | None], subprocess.Popen[bytes]]
 """Starts one process with these descriptors as its standard output and standard error, ours where None."""
 
 
-def run_here(
+def run_local(
     program: Sequence[str],
     environments: Callable[[socket.socket], Sequence[Mapping[str, str]]],
     *,

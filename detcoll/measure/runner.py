@@ -15,7 +15,7 @@ from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError
 from detcoll.launch.environment import rank_environments, without_place
 from detcoll.launch.processes import TIMED_OUT
-from detcoll.launch.ranks import run_here
+from detcoll.launch.ranks import run_local
 from detcoll.measure.aggregate import Setting
 from detcoll.topology import Topology
 
@@ -88,4 +88,4 @@ class Runner:
             known = rank_environments(self._topology.size, without_place(os.environ), meeting)
             return [own | dict(env) | dict(given) for own, given in zip(known, told, strict=True)]
 
-        return run_here(argv, environments, logs=logs, deadline_s=self._deadline_s, on_interrupt=signal.SIGTERM)
+        return run_local(argv, environments, logs=logs, deadline_s=self._deadline_s, on_interrupt=signal.SIGTERM)
