@@ -100,7 +100,7 @@ def ends(here: Here, how: str) -> None:
         with pytest.raises(PeerLost, match=r"rank 0 (left during barrier number 0|closed its endpoint|aborted)"):
             endpoint.barrier(here.deadline_ns() + LATER_NS)
         return
-    words = endpoint._begin_collectives()._crew.stage.words
+    words = endpoint._begin_collectives()._lockstep.stage.words
     ticket = endpoint.recv(1, 1, 8)
 
     def wait(index: int) -> None:

@@ -301,9 +301,9 @@ class TestDeathOfOne:
 
 AT_ITS_LAST_MOMENT = """
 import os, signal, threading
-crew = endpoint._begin_collectives()._crew
-give_up = crew._is_done_after_trying
-crew._is_done_after_trying = lambda reason, is_done: give_up(reason, lambda: os.kill(os.getpid(), signal.SIGKILL))
+lockstep = endpoint._begin_collectives()._lockstep
+give_up = lockstep._is_done_after_trying
+lockstep._is_done_after_trying = lambda reason, is_done: give_up(reason, lambda: os.kill(os.getpid(), signal.SIGKILL))
 threading.Thread(target=endpoint.barrier, args=(1,)).start()
 """
 """Dies when it has asked whether to give up, and before it says that it does."""
