@@ -80,7 +80,7 @@ class Collectives:
         self._chunk = 0
         """Chunks that went through the stages since the start, the same on all ranks between calls."""
         self._ended = ""
-        """What ended a collective, and with it all later ones."""
+        """Why no later call is taken, or nothing."""
         self._cause: BaseException | None = None
         self.turn = threading.Lock()
         """Held while a collective uses shared memory."""
@@ -101,13 +101,17 @@ class Collectives:
         """Return once every rank has called."""
         self._run(self._barrier, self._layout("barrier", ReduceOp.MAX, _NOTHING, 0, 1), _NOTHING, deadline_ns)
 
+    def refuse(self, reason: str) -> None:
+        """Take no later call; to be called with ``turn``."""
+        self._ended = self._ended or reason
+
     def _run(self, call: Call, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
         lockstep = self._lockstep
         if not lockstep.peers:
             return
         with self.turn:
             if self._ended:
-                raise Closed(f"an earlier collective failed: {self._ended}") from self._cause
+                raise Closed(self._ended) from self._cause
             before = lockstep.sequence
             try:
                 call(layout, array, deadline_ns)
@@ -117,11 +121,12 @@ class Collectives:
 
     def _end(self, error: BaseException, layout: CallLayout, before: int) -> None:
         """Take no later call, and tell the others, even if this is interrupted again."""
-        self._ended, self._cause = str(error) or repr(error), error
+        self._ended, self._cause = f"an earlier collective failed: {error!r}", error
         told = False
         while not told:
             with contextlib.suppress(KeyboardInterrupt):
-                self._ended = self._lockstep.resign(error, layout.descriptor.kind, before)
+                reason = self._lockstep.resign(error, layout.descriptor.kind, before)
+                self._ended = f"an earlier collective failed: {reason}"
                 told = True
 
     def _layout(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> CallLayout:

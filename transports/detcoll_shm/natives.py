@@ -119,6 +119,7 @@ class Natives:
     def close(self) -> None:
         """Give everything back, once a collective under way on another thread has ended."""
         with self.collectives.turn:
+            self.collectives.refuse("the endpoint was closed")
             self._watch.bell.close()
             for bell in self._bells.values():
                 bell.close()
