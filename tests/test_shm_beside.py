@@ -100,7 +100,7 @@ def ends(here: Here, how: str) -> None:
         with pytest.raises(PeerLost, match=r"rank 0 (left during barrier number 0|closed its endpoint|aborted)"):
             endpoint.barrier(here.deadline_ns() + LATER_NS)
         return
-    words = endpoint._begin_collectives()._crew.stage.words
+    words = endpoint._begin_collectives()._lockstep.stage.words
     ticket = endpoint.recv(1, 1, 8)
 
     def wait(index: int) -> None:
@@ -160,3 +160,14 @@ def test_collectives_take_no_ring_that_is_meant_for_messages() -> None:
 
     with ThreadFabric(ShmTransport(), 2, {"wait_ns": 0}) as fabric:
         fabric.run(program)
+
+
+def test_a_collective_that_begins_after_an_ending_is_refused() -> None:
+    """Its thread had taken hold of the collectives before."""
+    with ThreadFabric(ShmTransport(), 2) as fabric:
+        here = fabric[0]
+        assert isinstance(here, ShmEndpoint)
+        taken = here._begin_collectives()
+        here.abort()
+        with pytest.raises(Closed, match="the endpoint was closed"):
+            taken.barrier(time.monotonic_ns() + LATER_NS)

@@ -16,7 +16,7 @@ from detcoll.fold import reference
 from detcoll.testing.fabric import Here, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import DTYPES, ReduceOp, is_integer
-from detcoll_shm import ShmTransport, crew, processor, reading, regions
+from detcoll_shm import ShmTransport, lockstep, processor, reading, regions
 
 GROUPINGS = {
     "1": [[0]], "2": [[0, 1]], "1+1": [[0], [1]], "3": [[0, 1, 2]], "2+1": [[0, 1], [2]], "placed": [[1, 2], [0]],
@@ -141,7 +141,7 @@ def hides_its_array(here: Here) -> None:
     here.endpoint.all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
     collectives = here.endpoint._collectives
     if here.rank == 1:
-        collectives._place_of = lambda form, memory: regions.Place(regions.OPEN, 0, 8)
+        collectives._place_of = lambda layout, memory: regions.Place(regions.OPEN, 0, 8)
     with pytest.raises(TransportError) as seen:
         here.endpoint.all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
     assert "memory of rank 1 cannot be read: Bad address" in str(seen.value) or "rank 0 aborted" in str(seen.value)
@@ -231,9 +231,9 @@ def test_a_rank_leaves_the_processor_of_the_one_it_waits_for(monkeypatch: pytest
         assert processor == 5
         left.set()
 
-    monkeypatch.setattr(crew, "current_processor", lambda: 5)
-    monkeypatch.setattr(crew, "awaited_processor", awaited)
-    monkeypatch.setattr(crew, "leave", leave)
+    monkeypatch.setattr(lockstep, "current_processor", lambda: 5)
+    monkeypatch.setattr(lockstep, "awaited_processor", awaited)
+    monkeypatch.setattr(lockstep, "leave", leave)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     with ThreadFabric(ShmTransport(), 2, {"wait_ns": 10**9}) as fabric:
         fabric.run(crossed, left=left)

@@ -24,7 +24,8 @@ from detcoll.testing.fabric import LocalMeeting, ThreadFabric, in_threads, patte
 from detcoll.transport import Ticket, TicketStatus
 from detcoll_shm import ShmEndpoint, ShmTransport
 from detcoll_shm.layout import Address
-from detcoll_shm.stage import ASLEEP
+from detcoll_shm.stage import ASLEEP, DIGEST
+from detcoll_shm.verdict import TRYING
 
 S = 10**9
 MIB = 2**20
@@ -302,16 +303,16 @@ class TestDeathOfOne:
 
 
 AT_ITS_LAST_MOMENT = """
-import os, signal, threading
-crew = endpoint._begin_collectives()._crew
-give_up = crew._is_done_after_trying
-crew._is_done_after_trying = lambda reason, is_done: give_up(reason, lambda: os.kill(os.getpid(), signal.SIGKILL))
-threading.Thread(target=endpoint.barrier, args=(1,)).start()
+import os, signal
+lockstep = endpoint._begin_collectives()._lockstep
+give_up = lockstep._is_done_after_trying
+lockstep._is_done_after_trying = lambda reason, is_done: give_up(reason, lambda: os.kill(os.getpid(), signal.SIGKILL))
+print("ready", flush=True)
+endpoint.barrier(1)
 """
 """Dies when it has asked whether to give up, and before it says that it does."""
 
 IS_INTERRUPTED = """
-import threading
 from detcoll.errors import DetcollError
 def collect():
     for _ in range(2):
@@ -328,6 +329,9 @@ class TestOneThatGivesUp:
     def test_and_dies_before_it_says_so(self, endpoint: ShmEndpoint) -> None:
         with Child(AT_ITS_LAST_MOMENT) as child:
             child.join(endpoint)
+            words = endpoint._peers[1].stage.words
+            while words[DIGEST + 1] != TRYING:
+                os.sched_yield()
             with pytest.raises(PeerLost, match="rank 1 ended"):
                 endpoint.barrier(soon_ns())
 

@@ -17,7 +17,7 @@ from detcoll.testing.fabric import Here, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import ReduceOp
 from detcoll_shm import ShmEndpoint, ShmTransport, bell, collectives
-from detcoll_shm.crew import Crew
+from detcoll_shm.lockstep import Lockstep
 from detcoll_shm.stage import ARRIVED, ASLEEP
 from detcoll_shm.verdict import Reason
 
@@ -30,9 +30,9 @@ NEVER_NS = 10**12
 """Longer than a test may take: whoever is not woken waits until it is ended."""
 
 
-def crew_of(here: Here) -> Crew:
+def lockstep_of(here: Here) -> Lockstep:
     assert isinstance(here.endpoint, ShmEndpoint)
-    return here.endpoint._begin_collectives()._crew
+    return here.endpoint._begin_collectives()._lockstep
 
 
 def reduces(here: Here, deadline_ns: int, placed: bool = False) -> None:
@@ -91,23 +91,23 @@ def test_a_late_rank_does_not_finish_what_others_gave_up(kind: str, options: dic
 def publishes_late(here: Here, kind: str) -> None:
     """Rank 0 is late with the very last word of a collective, when it has all that it needs of the others."""
     prepare(here, kind)
-    crew = crew_of(here)
-    publish, await_all = crew.publish, crew.await_all
+    lockstep = lockstep_of(here)
+    publish, await_all = lockstep.publish, lockstep.await_all
 
     def publish_late(word: int, value: int) -> None:
-        if (word, value) == crew.last_word:
+        if (word, value) == lockstep.last_word:
             here.meet()
         publish(word, value)
 
     def await_no_longer(word: int, value: int) -> None:
-        if (word, value) == crew.last_word:
-            crew._deadline_ns = PASSED_NS
+        if (word, value) == lockstep.last_word:
+            lockstep._deadline_ns = PASSED_NS
         await_all(word, value)
 
     if here.rank == 0:
-        crew.publish = publish_late
+        lockstep.publish = publish_late
     else:
-        crew.await_all = await_no_longer
+        lockstep.await_all = await_no_longer
     with pytest.raises(DeadlineMissed, match=r"it waits for rank 0, which has not (folded|taken)"):
         call(here, kind, here.deadline_ns())
     if here.rank:
@@ -130,12 +130,12 @@ def until(is_true: Callable[[], bool]) -> None:
 
 def comes_in_time_after_all(here: Here, asks: threading.Event) -> None:
     """Rank 0 arrives while rank 1 asks whether to give up, and waits until that is settled."""
-    crew = crew_of(here)
+    lockstep = lockstep_of(here)
     if here.rank == 0:
         assert asks.wait(30)
         here.endpoint.barrier(here.deadline_ns())
     else:
-        give_up, words = crew._is_done_after_trying, crew.mates[0].stage.words
+        give_up, words = lockstep._is_done_after_trying, lockstep.peers[0].stage.words
 
         def give_up_slowly(reason: Reason, is_done: Callable[[], bool]) -> bool:
             def asked() -> bool:
@@ -146,9 +146,9 @@ def comes_in_time_after_all(here: Here, asks: threading.Event) -> None:
 
             return give_up(reason, asked)
 
-        crew._is_done_after_trying = give_up_slowly
+        lockstep._is_done_after_trying = give_up_slowly
         here.endpoint.barrier(PASSED_NS)
-        crew._is_done_after_trying = give_up
+        lockstep._is_done_after_trying = give_up
     here.endpoint.barrier(here.deadline_ns())
 
 
@@ -193,10 +193,10 @@ def interrupt(thread: int) -> None:
 
 def interrupted(here: Here, threads: dict[int, int], is_over: threading.Event, kind: str) -> None:
     """Rank 1 is interrupted while it waits for rank 2, as does rank 0."""
-    crew = crew_of(here)
+    lockstep = lockstep_of(here)
     threads[here.rank] = threading.get_ident()
     if here.rank == 2:
-        until(lambda: all(mate.stage.words[ASLEEP] for mate in crew.mates))
+        until(lambda: all(peer.stage.words[ASLEEP] for peer in lockstep.peers))
         interrupt(threads[1])
         assert is_over.wait(30)
     if here.rank == 1:
@@ -253,11 +253,11 @@ def test_a_failure_in_the_middle_is_told_to_all(
 
 def fails_first(here: Here) -> None:
     """Rank 1 fails before it has arrived, while the others sleep."""
-    crew = crew_of(here)
+    lockstep = lockstep_of(here)
     if here.rank == 1:
 
         def fail(*_: object) -> None:
-            until(lambda: all(mate.stage.words[ASLEEP] for mate in crew.mates))
+            until(lambda: all(peer.stage.words[ASLEEP] for peer in lockstep.peers))
             raise MemoryError
 
         here.endpoint._collectives._give = fail
@@ -300,9 +300,9 @@ def test_what_all_ranks_have_called_goes_on_without_one_that_is_interrupted(monk
 
 def interrupted_twice(here: Here) -> None:
     """Rank 1 fails, and is interrupted while it says so."""
-    crew = crew_of(here)
+    lockstep = lockstep_of(here)
     if here.rank == 1:
-        give_up, times = crew._is_done_after_trying, []
+        give_up, times = lockstep._is_done_after_trying, []
 
         def interrupted(reason: Reason, is_done: Callable[[], bool]) -> bool:
             times.append(reason)
@@ -310,7 +310,7 @@ def interrupted_twice(here: Here) -> None:
                 raise KeyboardInterrupt
             return give_up(reason, is_done)
 
-        crew._is_done_after_trying = interrupted
+        lockstep._is_done_after_trying = interrupted
         with pytest.raises(KeyboardInterrupt):
             here.endpoint.barrier(PASSED_NS)
     else:

@@ -37,16 +37,16 @@ from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, UsageError
 from detcoll.fold import fold_groups
 from detcoll.types import ReduceOp, is_integer, parse_dtype
-from detcoll_shm.crew import NEVER, Crew
-from detcoll_shm.forms import Cut, Cutter, Form
+from detcoll_shm.call_layout import CallLayout, Cut, Cutter
+from detcoll_shm.lockstep import NEVER, Lockstep
 from detcoll_shm.reading import Reader
 from detcoll_shm.regions import NOWHERE, OPEN, Mapped, Place, Regions
 from detcoll_shm.stage import FOLDED, GIVEN, TAKEN
 
-LARGEST_KEPT_FORMS = 256
+LARGEST_KEPT_LAYOUTS = 256
 _NOTHING = np.zeros(1, np.uint8)
 
-Call = Callable[[Form, NDArray[Any], int], None]
+Call = Callable[[CallLayout, NDArray[Any], int], None]
 
 
 class Collectives:
@@ -54,7 +54,7 @@ class Collectives:
 
     Parameters
     ----------
-    crew
+    lockstep
         How ranks wait for each other.
     cutter
         Cuts arrays and stages.
@@ -69,244 +69,249 @@ class Collectives:
     """
 
     def __init__(
-        self, crew: Crew, cutter: Cutter, regions: Regions, mapped: Mapping[int, Mapped], reader: Reader,
+        self, lockstep: Lockstep, cutter: Cutter, regions: Regions, mapped: Mapping[int, Mapped], reader: Reader,
         read_bytes: int,
     ) -> None:  # fmt: skip
-        self._crew, self._cutter = crew, cutter
+        self._lockstep, self._cutter = lockstep, cutter
         self._regions, self._mapped = regions, mapped
         self._reader, self._read_bytes = reader, read_bytes
         self._groups = cutter.groups
-        self._forms: OrderedDict[tuple[Any, ...], Form] = OrderedDict()
+        self._layouts: OrderedDict[tuple[Any, ...], CallLayout] = OrderedDict()
         self._chunk = 0
         """Chunks that went through the stages since the start, the same on all ranks between calls."""
         self._ended = ""
-        """What ended a collective, and with it all later ones."""
+        """Why no later call is taken, or nothing."""
         self._cause: BaseException | None = None
         self.turn = threading.Lock()
         """Held while a collective uses shared memory."""
 
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int) -> None:
         """Reduce ``array`` over all ranks, in place."""
-        form = self._form("all_reduce", op, array, 0, arrays)
-        self._run(self._all_reduce_in_chunks if form.chunks else self._all_reduce_whole, form, array, deadline_ns)
+        layout = self._layout("all_reduce", op, array, 0, arrays)
+        self._run(self._all_reduce_in_chunks if layout.chunks else self._all_reduce_whole, layout, array, deadline_ns)
 
     def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int) -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._run(
-            self._broadcast, self._form("broadcast", ReduceOp.SUM, array, root, arrays), array.view(np.uint8),
+            self._broadcast, self._layout("broadcast", ReduceOp.SUM, array, root, arrays), array.view(np.uint8),
             deadline_ns,
         )  # fmt: skip
 
     def barrier(self, deadline_ns: int) -> None:
         """Return once every rank has called."""
-        self._run(self._barrier, self._form("barrier", ReduceOp.MAX, _NOTHING, 0, 1), _NOTHING, deadline_ns)
+        self._run(self._barrier, self._layout("barrier", ReduceOp.MAX, _NOTHING, 0, 1), _NOTHING, deadline_ns)
 
-    def _run(self, call: Call, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
-        crew = self._crew
-        if not crew.mates:
+    def refuse(self, reason: str) -> None:
+        """Take no later call; to be called with ``turn``."""
+        self._ended = self._ended or reason
+
+    def _run(self, call: Call, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+        lockstep = self._lockstep
+        if not lockstep.peers:
             return
         with self.turn:
             if self._ended:
-                raise Closed(f"an earlier collective failed: {self._ended}") from self._cause
-            before = crew.sequence
+                raise Closed(self._ended) from self._cause
+            before = lockstep.sequence
             try:
-                call(form, array, deadline_ns)
+                call(layout, array, deadline_ns)
             except BaseException as error:
-                self._end(error, form, before)
+                self._end(error, layout, before)
                 raise
 
-    def _end(self, error: BaseException, form: Form, before: int) -> None:
+    def _end(self, error: BaseException, layout: CallLayout, before: int) -> None:
         """Take no later call, and tell the others, even if this is interrupted again."""
-        self._ended, self._cause = str(error) or repr(error), error
+        self._ended, self._cause = f"an earlier collective failed: {error!r}", error
         told = False
         while not told:
             with contextlib.suppress(KeyboardInterrupt):
-                self._ended = self._crew.resign(error, form.descriptor.kind, before)
+                reason = self._lockstep.resign(error, layout.descriptor.kind, before)
+                self._ended = f"an earlier collective failed: {reason}"
                 told = True
 
-    def _form(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> Form:
+    def _layout(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> CallLayout:
         key = (kind, op, array.dtype, array.size, root, arrays)
-        form = self._forms.get(key)
-        if form is None:
+        layout = self._layouts.get(key)
+        if layout is None:
             dtype = parse_dtype(array.dtype)
             if op is ReduceOp.AVG and is_integer(dtype):
                 raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
-            if not 0 <= root <= len(self._crew.mates):
-                raise UsageError(f"root={root} must be a rank from 0 to {len(self._crew.mates)}")
+            if not 0 <= root <= len(self._lockstep.peers):
+                raise UsageError(f"root={root} must be a rank from 0 to {len(self._lockstep.peers)}")
             descriptor = Descriptor(0, kind, op.value, dtype.name, array.size, root, arrays)
-            if len(self._forms) >= LARGEST_KEPT_FORMS:
-                self._forms.popitem(last=False)
-            form = self._forms[key] = self._cutter.form(descriptor, op, dtype)
-        return form
+            if len(self._layouts) >= LARGEST_KEPT_LAYOUTS:
+                self._layouts.popitem(last=False)
+            layout = self._layouts[key] = self._cutter.layout(descriptor, op, dtype)
+        return layout
 
-    def _barrier(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
-        self._crew.arrive(form.descriptor, form.digest, deadline_ns)
-        self._crew.await_all_here()
+    def _barrier(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+        self._lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
+        self._lockstep.await_all_here()
 
-    def _all_reduce_whole(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
-        given = form.whole[self._chunk & 1]
-        np.copyto(given[self._crew.rank], array)
-        self._crew.arrive(form.descriptor, form.digest, deadline_ns)
-        self._crew.await_all_here()
-        fold_groups(form.op, given, self._groups, array, form.rooms)
+    def _all_reduce_whole(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+        given = layout.whole[self._chunk & 1]
+        np.copyto(given[self._lockstep.rank], array)
+        self._lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
+        self._lockstep.await_all_here()
+        fold_groups(layout.op, given, self._groups, array, layout.rooms)
         self._chunk += 1
 
-    def _all_reduce_in_chunks(self, form: Form, array: NDArray[Any], deadline_ns: int) -> None:
-        crew, memory = self._crew, array.view(np.uint8)
-        crew.last_word = FOLDED, NEVER
-        place = self._place_of(form, memory)
+    def _all_reduce_in_chunks(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+        lockstep, memory = self._lockstep, array.view(np.uint8)
+        lockstep.last_word = FOLDED, NEVER
+        place = self._place_of(layout, memory)
         if place is NOWHERE:
-            self._give(form, 0, memory)
-        crew.arrive(form.descriptor, form.digest, deadline_ns, place)
-        crew.await_all_here()
+            self._give(layout, 0, memory)
+        lockstep.arrive(layout.descriptor, layout.digest, deadline_ns, place)
+        lockstep.await_all_here()
         if place is NOWHERE:
             self._reader.try_all()
         else:
-            places = crew.places()
+            places = lockstep.places()
             if all(place.region > 0 for place in places):
-                self._all_reduce_in_place(form, places, memory)
+                self._all_reduce_in_place(layout, places, memory)
                 self._finish()
                 return
             if all(place.region == OPEN for place in places):
-                self._all_reduce_by_reading(form, places, memory)
+                self._all_reduce_by_reading(layout, places, memory)
                 self._finish()
                 return
-            self._give(form, 0, memory)
-        self._all_reduce_staged(form, memory)
+            self._give(layout, 0, memory)
+        self._all_reduce_staged(layout, memory)
         self._finish()
 
     def _finish(self) -> None:
         """End a collective that went on after all had arrived."""
-        self._crew.confirm()
-        self._crew.last_word = None
+        self._lockstep.confirm()
+        self._lockstep.last_word = None
 
-    def _place_of(self, form: Form, memory: NDArray[np.uint8]) -> Place:
+    def _place_of(self, layout: CallLayout, memory: NDArray[np.uint8]) -> Place:
         place = self._regions.place_of(memory)
-        if place is NOWHERE and form.nbytes >= self._read_bytes and self._reader.may_read:
+        if place is NOWHERE and layout.nbytes >= self._read_bytes and self._reader.may_read:
             return Place(OPEN, 0, memory.__array_interface__["data"][0])
         return place
 
-    def _all_reduce_staged(self, form: Form, memory: NDArray[np.uint8]) -> None:
+    def _all_reduce_staged(self, layout: CallLayout, memory: NDArray[np.uint8]) -> None:
         """Go through the stages; this rank has given its first chunk."""
-        chunks = form.chunks
-        self._crew.last_word = FOLDED, self._chunk + chunks
+        chunks = layout.chunks
+        self._lockstep.last_word = FOLDED, self._chunk + chunks
         for step in range(1, chunks + 2):
             if step >= 2:
-                self._take(form, step - 2, memory)
+                self._take(layout, step - 2, memory)
             if step < chunks:
-                self._give(form, step, memory)
+                self._give(layout, step, memory)
             if step <= chunks:
-                self._fold(form, step - 1, memory)
+                self._fold(layout, step - 1, memory)
         self._chunk += chunks
 
-    def _all_reduce_in_place(self, form: Form, places: Sequence[Place], memory: NDArray[np.uint8]) -> None:
-        crew = self._crew
+    def _all_reduce_in_place(self, layout: CallLayout, places: Sequence[Place], memory: NDArray[np.uint8]) -> None:
+        lockstep = self._lockstep
         arrays = [
-            memory if rank == crew.rank else self._mapped[rank].view(place, form.nbytes)
+            memory if rank == lockstep.rank else self._mapped[rank].view(place, layout.nbytes)
             for rank, place in enumerate(places)
         ]
-        edges = self._cutter.edges(form.nbytes, form.dtype.itemsize)
-        begin, end = edges[crew.rank], edges[crew.rank + 1]
-        for at in range(begin, end, form.chunk_bytes):
-            inputs = [array[at : min(at + form.chunk_bytes, end)].view(form.dtype) for array in arrays]
-            own = inputs[crew.rank]
-            rooms = [room[: own.size] for room in form.rooms]
-            fold_groups(form.op, inputs, self._groups, own, rooms)
+        edges = self._cutter.edges(layout.nbytes, layout.dtype.itemsize)
+        begin, end = edges[lockstep.rank], edges[lockstep.rank + 1]
+        for at in range(begin, end, layout.chunk_bytes):
+            inputs = [array[at : min(at + layout.chunk_bytes, end)].view(layout.dtype) for array in arrays]
+            own = inputs[lockstep.rank]
+            rooms = [room[: own.size] for room in layout.rooms]
+            fold_groups(layout.op, inputs, self._groups, own, rooms)
             for rank, other in enumerate(inputs):
-                if rank != crew.rank:
+                if rank != lockstep.rank:
                     np.copyto(other, own)
         self._chunk += 1
-        crew.last_word = FOLDED, self._chunk
-        crew.publish(FOLDED, self._chunk)
-        crew.await_all(FOLDED, self._chunk)
+        lockstep.last_word = FOLDED, self._chunk
+        lockstep.publish(FOLDED, self._chunk)
+        lockstep.await_all(FOLDED, self._chunk)
 
-    def _all_reduce_by_reading(self, form: Form, places: Sequence[Place], memory: NDArray[np.uint8]) -> None:
-        crew, step = self._crew, form.read_step_bytes
-        edges = self._cutter.edges(form.nbytes, form.dtype.itemsize)
+    def _all_reduce_by_reading(self, layout: CallLayout, places: Sequence[Place], memory: NDArray[np.uint8]) -> None:
+        lockstep, step = self._lockstep, layout.read_step_bytes
+        edges = self._cutter.edges(layout.nbytes, layout.dtype.itemsize)
         shares = list(pairwise(edges))
         rounds = -(-max(end - begin for begin, end in shares) // step)
         for number in range(rounds + 1):
             if number < rounds:
-                begin, end = _part(shares[crew.rank], number, step)
+                begin, end = _part(shares[lockstep.rank], number, step)
                 if begin < end:
-                    self._fold_read(form, places, memory[begin:end], begin)
-                crew.publish(FOLDED, self._chunk + number + 1)
+                    self._fold_read(layout, places, memory[begin:end], begin)
+                lockstep.publish(FOLDED, self._chunk + number + 1)
             if number:
-                crew.await_all(FOLDED, self._chunk + number)
+                lockstep.await_all(FOLDED, self._chunk + number)
                 for rank, place in enumerate(places):
                     begin, end = _part(shares[rank], number - 1, step)
-                    if rank != crew.rank and begin < end:
+                    if rank != lockstep.rank and begin < end:
                         self._reader.read(rank, place.offset + begin, memory[begin:end])
         self._chunk += rounds
-        crew.last_word = TAKEN, crew.sequence
-        crew.publish(TAKEN, crew.sequence)
-        crew.await_all(TAKEN, crew.sequence)
+        lockstep.last_word = TAKEN, lockstep.sequence
+        lockstep.publish(TAKEN, lockstep.sequence)
+        lockstep.await_all(TAKEN, lockstep.sequence)
 
-    def _fold_read(self, form: Form, places: Sequence[Place], own: NDArray[np.uint8], begin: int) -> None:
+    def _fold_read(self, layout: CallLayout, places: Sequence[Place], own: NDArray[np.uint8], begin: int) -> None:
         """Fold into ``own``, which lies ``begin`` bytes behind the beginning of the array, what all have there."""
         inputs = []
         for rank, place in enumerate(places):
             given = own
-            if rank != self._crew.rank:
+            if rank != self._lockstep.rank:
                 given = self._reader.room(rank, own.size)
                 self._reader.read(rank, place.offset + begin, given)
-            inputs.append(given.view(form.dtype))
-        out = own.view(form.dtype)
-        fold_groups(form.op, inputs, self._groups, out, [room[: out.size] for room in form.rooms])
+            inputs.append(given.view(layout.dtype))
+        out = own.view(layout.dtype)
+        fold_groups(layout.op, inputs, self._groups, out, [room[: out.size] for room in layout.rooms])
 
-    def _give(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
-        at, chunk = number * form.chunk_bytes, self._chunk + number
-        for place, begin, end in form.cut(number, chunk & 1).gives:
+    def _give(self, layout: CallLayout, number: int, memory: NDArray[np.uint8]) -> None:
+        at, chunk = number * layout.chunk_bytes, self._chunk + number
+        for place, begin, end in layout.cut(number, chunk & 1).gives:
             np.copyto(place, memory[at + begin : at + end])
-        self._crew.publish(GIVEN, chunk + 1)
+        self._lockstep.publish(GIVEN, chunk + 1)
 
-    def _fold(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
-        at, chunk = number * form.chunk_bytes, self._chunk + number
-        cut: Cut = form.cut(number, chunk & 1)
+    def _fold(self, layout: CallLayout, number: int, memory: NDArray[np.uint8]) -> None:
+        at, chunk = number * layout.chunk_bytes, self._chunk + number
+        cut: Cut = layout.cut(number, chunk & 1)
         begin, end = cut.share
         own = memory[at + begin : at + end]
-        self._crew.await_all(GIVEN, chunk + 1)
+        self._lockstep.await_all(GIVEN, chunk + 1)
         if begin < end:
-            mine = own.view(form.dtype)
+            mine = own.view(layout.dtype)
             inputs = [mine if given is None else given for given in cut.inputs]
-            fold_groups(form.op, inputs, self._groups, cut.out, cut.rooms)
-        self._crew.publish(FOLDED, chunk + 1)
+            fold_groups(layout.op, inputs, self._groups, cut.out, cut.rooms)
+        self._lockstep.publish(FOLDED, chunk + 1)
         np.copyto(own, cut.out_bytes)
 
-    def _take(self, form: Form, number: int, memory: NDArray[np.uint8]) -> None:
-        at, chunk = number * form.chunk_bytes, self._chunk + number
-        self._crew.await_all(FOLDED, chunk + 1)
-        for place, begin, end in form.cut(number, chunk & 1).takes:
+    def _take(self, layout: CallLayout, number: int, memory: NDArray[np.uint8]) -> None:
+        at, chunk = number * layout.chunk_bytes, self._chunk + number
+        self._lockstep.await_all(FOLDED, chunk + 1)
+        for place, begin, end in layout.cut(number, chunk & 1).takes:
             np.copyto(memory[at + begin : at + end], place)
 
-    def _broadcast(self, form: Form, memory: NDArray[np.uint8], deadline_ns: int) -> None:
-        crew, step, root = self._crew, self._cutter.chunk_bytes, form.descriptor.root
+    def _broadcast(self, layout: CallLayout, memory: NDArray[np.uint8], deadline_ns: int) -> None:
+        lockstep, step, root = self._lockstep, self._cutter.chunk_bytes, layout.descriptor.root
         parts = [memory[at : at + step] for at in range(0, memory.size, step)]
         given = self._cutter.stages[root].given
-        is_root = crew.rank == root
+        is_root = lockstep.rank == root
         if len(parts) > 1:
-            crew.last_word = FOLDED, NEVER
+            lockstep.last_word = FOLDED, NEVER
         if is_root and parts:
             self._show(given, parts[0], self._chunk)
-        crew.arrive(form.descriptor, form.digest, deadline_ns)
-        crew.await_all_here()
+        lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
+        lockstep.await_all_here()
         for chunk, part in enumerate(parts, self._chunk):
             if not is_root:
-                crew.await_one(root, GIVEN, chunk + 1)
+                lockstep.await_one(root, GIVEN, chunk + 1)
                 np.copyto(part, given[chunk & 1][: part.size])
-                crew.publish(FOLDED, chunk + 1)
+                lockstep.publish(FOLDED, chunk + 1)
             elif chunk > self._chunk:
-                crew.await_all(FOLDED, chunk - 1 if chunk > self._chunk + 1 else 0)
+                lockstep.await_all(FOLDED, chunk - 1 if chunk > self._chunk + 1 else 0)
                 self._show(given, part, chunk)
         self._chunk += len(parts)
         if len(parts) > 1:
             if is_root:
-                crew.await_all(FOLDED, self._chunk)
+                lockstep.await_all(FOLDED, self._chunk)
             self._finish()
 
     def _show(self, given: tuple[NDArray[np.uint8], ...], part: NDArray[np.uint8], chunk: int) -> None:
         np.copyto(given[chunk & 1][: part.size], part)
-        self._crew.publish(GIVEN, chunk + 1)
+        self._lockstep.publish(GIVEN, chunk + 1)
 
 
 def _part(share: tuple[int, int], number: int, step: int) -> tuple[int, int]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from detcoll.errors import PeerLost, TransportError
 from detcoll_shm.bell import Bell, RemoteBell, process_ended
+from detcoll_shm.call_layout import Cutter
 from detcoll_shm.collectives import Collectives
-from detcoll_shm.crew import Crew, Host, Mate
-from detcoll_shm.forms import Cutter
 from detcoll_shm.layout import Address
+from detcoll_shm.lockstep import EndpointHooks, Lockstep, PeerStage
 from detcoll_shm.memory import open_descriptor
 from detcoll_shm.reading import Reader
 from detcoll_shm.regions import Mapped, Regions
@@ -101,16 +101,16 @@ class Natives:
     ) -> None:  # fmt: skip
         self._watch = watch = Watch(peers)
         self._bells = {peer.rank: RemoteBell(_opener(peer)) for peer in peers}
-        mates = [Mate(peer.rank, peer.stage, self._bells[peer.rank].ring) for peer in peers]
+        shown = [PeerStage(peer.rank, peer.stage, self._bells[peer.rank].ring) for peer in peers]
         stages = {peer.rank: peer.stage for peer in peers} | {rank: own}
-        host = Host(watch.bell.writer, watch.hear, is_open, watch.why_lost)
-        crew = Crew(rank, own, mates, host, settings.wait_ns, counts)
+        hooks = EndpointHooks(watch.bell.writer, watch.hear, is_open, watch.why_lost)
+        lockstep = Lockstep(rank, own, shown, hooks, settings.wait_ns, counts)
         in_order = [stages[other] for other in sorted(stages)]
         cutter = Cutter(rank, in_order, settings.groups, settings.chunk_bytes, settings.direct_bytes)
         marked = {peer.rank: (peer.stage.words, peer.mapped.key) for peer in peers}
         reader = Reader(own.words, key, marked, watch.why_lost)
         mapped: Mapping[int, Mapped] = {peer.rank: peer.mapped for peer in peers}
-        self.collectives = Collectives(crew, cutter, regions, mapped, reader, settings.read_bytes)
+        self.collectives = Collectives(lockstep, cutter, regions, mapped, reader, settings.read_bytes)
 
     def wake(self) -> None:
         """Let a collective under way on another thread see that the endpoint was closed."""
@@ -119,6 +119,7 @@ class Natives:
     def close(self) -> None:
         """Give everything back, once a collective under way on another thread has ended."""
         with self.collectives.turn:
+            self.collectives.refuse("the endpoint was closed")
             self._watch.bell.close()
             for bell in self._bells.values():
                 bell.close()

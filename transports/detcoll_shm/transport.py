@@ -12,8 +12,9 @@ from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.quantities import parse_duration_ns, parse_size_bytes
 from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
 from detcoll.types import DTYPES, ReduceOp
-from detcoll_shm.endpoint import Settings, ShmEndpoint
+from detcoll_shm.endpoint import ShmEndpoint
 from detcoll_shm.layout import LINE_BYTES, SMALLEST_RING_BYTES
+from detcoll_shm.settings import Settings
 
 LARGEST_OPTION = 2**32
 

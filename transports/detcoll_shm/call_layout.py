@@ -53,7 +53,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class CallLayout:
     """One kind of call: equal for all calls with equal arguments.
 
     ``chunks`` : how many there are; 0 where every rank folds everything from what all others give whole.
@@ -86,7 +86,7 @@ def digest_of(descriptor: Descriptor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Cutter:
-    """Makes forms for one rank: ``stages`` of all ranks by rank, and how they are grouped."""
+    """Makes layouts for one rank: ``stages`` of all ranks by rank, and how they are grouped."""
 
     rank: int
     stages: Sequence[Stage]
@@ -94,21 +94,23 @@ class Cutter:
     chunk_bytes: int
     direct_bytes: int
 
-    def form(self, descriptor: Descriptor, op: ReduceOp, dtype: np.dtype[Any]) -> Form:
-        """Return the form for calls that `descriptor` (of number 0) describes."""
+    def layout(self, descriptor: Descriptor, op: ReduceOp, dtype: np.dtype[Any]) -> CallLayout:
+        """Return the layout for calls that `descriptor` (of number 0) describes."""
         nbytes = descriptor.count * dtype.itemsize
         digest = digest_of(descriptor)
         step = self._step_bytes(nbytes, dtype.itemsize)
         if nbytes <= min(self.direct_bytes, step):
             whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
             rooms = self._rooms(descriptor.count, dtype)
-            return Form(descriptor, digest, op, dtype, step, 0, nbytes, 0, (), (), whole, rooms)
+            return CallLayout(descriptor, digest, op, dtype, step, 0, nbytes, 0, (), (), whole, rooms)
         chunks = -(-nbytes // step)
         full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
         last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
         read_step = self._read_step_bytes(nbytes, dtype.itemsize)
         rooms = self._rooms(max(step, read_step) // dtype.itemsize, dtype)
-        return Form(descriptor, digest, op, dtype, step, read_step, nbytes, chunks, full, last, (), rooms)
+        return CallLayout(
+            descriptor, digest, op, dtype, step, read_step, nbytes, chunks, full, last, (), rooms
+        )
 
     def edges(self, nbytes: int, itemsize: int) -> list[int]:
         """Return where shares of an array begin, by rank, and its end, in bytes."""

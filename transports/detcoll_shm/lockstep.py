@@ -59,8 +59,8 @@ NEVER = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Mate:
-    """Another rank of the crew; ``ring`` wakes it if it sleeps in a collective."""
+class PeerStage:
+    """Another rank; ``ring`` wakes it if it sleeps in a collective."""
 
     rank: int
     stage: Stage
@@ -68,8 +68,8 @@ class Mate:
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
-    """What the crew needs of its endpoint.
+class EndpointHooks:
+    """What a wait needs of its endpoint.
 
     ``bell_fd`` : what others ring.  ``hear`` : waits on that doorbell for so many nanoseconds at most.  ``is_open`` :
     False once the endpoint was closed.  ``why_lost`` : why a rank is gone, or None.
@@ -81,27 +81,27 @@ class Host:
     why_lost: Callable[[int], TransportError | None]
 
 
-Mates = Sequence[tuple[Mate, memoryview]]
+PeerStages = Sequence[tuple[PeerStage, memoryview]]
 
 
-class Crew:
+class Lockstep:
     """All ranks, as one of them sees them.
 
     ``last_word`` : with which word and value the collective under way ends, where that is not its ARRIVED.
     """
 
     def __init__(
-        self, rank: int, stage: Stage, mates: Sequence[Mate], host: Host, wait_ns: int, counts: Counts
+        self, rank: int, stage: Stage, peers: Sequence[PeerStage], hooks: EndpointHooks, wait_ns: int, counts: Counts
     ) -> None:
-        self.rank, self.stage, self.mates = rank, stage, tuple(mates)
+        self.rank, self.stage, self.peers = rank, stage, tuple(peers)
         self.sequence = 0
         self.last_word: tuple[int, int] | None = None
-        self._host, self._counts = host, counts
+        self._hooks, self._counts = hooks, counts
         self._wait_ns = wait_ns
-        self._is_crowded = len(mates) + 1 > len(os.sched_getaffinity(0))
+        self._is_crowded = len(peers) + 1 > len(os.sched_getaffinity(0))
         self._words = stage.words
-        self._words[PROCESS], self._words[BELL] = os.getpid(), host.bell_fd
-        self._mates = tuple((mate, mate.stage.words) for mate in mates)
+        self._words[PROCESS], self._words[BELL] = os.getpid(), hooks.bell_fd
+        self._peers = tuple((peer, peer.stage.words) for peer in peers)
         self._fence = threading.Lock()
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
         self._digest = self._began_ns = self._deadline_ns = 0
@@ -130,13 +130,13 @@ class Crew:
             See `await_all`.
         """
         sequence, digest = self.sequence, self._digest
-        for _, words in self._mates:
+        for _, words in self._peers:
             if words[ARRIVED] < sequence:
-                self._wait(words, ARRIVED, sequence, self._mates)
+                self._wait(words, ARRIVED, sequence, self._peers)
         word = DIGEST + (sequence & 1)  # as in `confirm`, for less
-        for mate, words in self._mates:
+        for peer, words in self._peers:
             if words[word] != digest:
-                self._look_into(mate, words, word)
+                self._look_into(peer, words, word)
 
     def confirm(self) -> None:
         """Make sure, after the last wait of a round, that no rank has given the collective up.
@@ -150,14 +150,14 @@ class Crew:
         """
         digest = self._digest
         word = DIGEST + (self.sequence & 1)
-        for mate, words in self._mates:
+        for peer, words in self._peers:
             if words[word] != digest:
-                self._look_into(mate, words, word)
+                self._look_into(peer, words, word)
 
     def places(self) -> list[Place]:
         """Return where the arrays of all ranks are, by rank, in the collective at which all have arrived."""
         at = PLACE + PLACE_WORDS * (self.sequence & 1)
-        found = [Place(words[at], words[at + 1], words[at + 2]) for _, words in self._mates]
+        found = [Place(words[at], words[at + 1], words[at + 2]) for _, words in self._peers]
         found.insert(self.rank, Place(self._words[at], self._words[at + 1], self._words[at + 2]))
         return found
 
@@ -166,10 +166,10 @@ class Crew:
         self._words[word] = value
         with self._fence:
             pass
-        for mate, words in self._mates:
+        for peer, words in self._peers:
             if words[ASLEEP]:
                 self._counts.bells_rung += 1
-                mate.ring()
+                peer.ring()
 
     def await_all(self, word: int, value: int) -> None:
         """Return once ``word`` of every other rank has reached ``value``.
@@ -187,15 +187,15 @@ class Crew:
         Closed
             If this endpoint is closed meanwhile.
         """
-        for _, words in self._mates:
+        for _, words in self._peers:
             if words[word] < value:
-                self._wait(words, word, value, self._mates)
+                self._wait(words, word, value, self._peers)
 
     def await_one(self, rank: int, word: int, value: int) -> None:
         """Do as `await_all` for one rank."""
-        for mate, words in self._mates:
-            if mate.rank == rank and words[word] < value:
-                self._wait(words, word, value, ((mate, words),))
+        for peer, words in self._peers:
+            if peer.rank == rank and words[word] < value:
+                self._wait(words, word, value, ((peer, words),))
 
     def resign(self, error: BaseException, kind: str, before: int) -> str:
         """Take part in no collective any more because of ``error``, tell the others, and return why.
@@ -214,11 +214,11 @@ class Crew:
             else:
                 self.stage.write_reason(reason.encode())
             own[ENDED] = self.sequence + goes_on
-        for mate in self.mates:
-            mate.ring()
+        for peer in self.peers:
+            peer.ring()
         return reason.text
 
-    def _wait(self, words: memoryview[int], word: int, value: int, awaited: Mates) -> None:
+    def _wait(self, words: memoryview[int], word: int, value: int, awaited: PeerStages) -> None:
         if self._is_crowded:
             for _ in range(LOOKS_WHERE_CROWDED):
                 os.sched_yield()
@@ -246,7 +246,7 @@ class Crew:
             leave(here)
             self._counts.moves += 1
 
-    def _sleep(self, words: memoryview[int], word: int, value: int, awaited: Mates) -> None:
+    def _sleep(self, words: memoryview[int], word: int, value: int, awaited: PeerStages) -> None:
         """Wait on the doorbell; give the collective up where it has no end, unless it has one in that very moment."""
         error = self._hear_until(lambda: words[word] >= value, lambda: self._trouble(word, value))
         if error is None:
@@ -273,7 +273,7 @@ class Crew:
                 if error is not None:
                     return error
                 self._counts.sleeps += 1
-                self._host.hear(max(self._deadline_ns - time.monotonic_ns(), 0))
+                self._hooks.hear(max(self._deadline_ns - time.monotonic_ns(), 0))
         finally:
             own[ASLEEP] = 0
         return None
@@ -293,37 +293,37 @@ class Crew:
     def _has_ended(self) -> bool:
         """Tell whether all ranks have published the last word of the collective, so that others may have returned."""
         word, value = self.last_word or (ARRIVED, self.sequence)
-        return self._words[word] >= value and all(words[word] >= value for _, words in self._mates)
+        return self._words[word] >= value and all(words[word] >= value for _, words in self._peers)
 
     def _trouble(self, word: int, value: int) -> DetcollError | None:
         """Return why the wait for others has no end."""
-        if not self._host.is_open():
+        if not self._hooks.is_open():
             return Closed("the endpoint was closed during a collective")
         self._compare_with_those_here()
         # Who left or died comes before who gave up: often the one is the reason of the other.
-        for mate, theirs in self._mates:
-            error = self._host.why_lost(mate.rank)
+        for peer, theirs in self._peers:
+            error = self._hooks.why_lost(peer.rank)
             if error is not None and theirs[word] < value:
                 return error
-        for mate, theirs in self._mates:
+        for peer, theirs in self._peers:
             if 0 < theirs[ENDED] <= self.sequence:
-                return self._relay(mate)
+                return self._relay(peer)
         return self._late(word, value) if time.monotonic_ns() >= self._deadline_ns else None
 
-    def _trouble_with(self, mate: Mate, deadline_ns: int, word: int) -> DetcollError | None:
-        """Return why nothing more will come from ``mate``."""
-        if not self._host.is_open():
+    def _trouble_with(self, peer: PeerStage, deadline_ns: int, word: int) -> DetcollError | None:
+        """Return why nothing more will come from ``peer``."""
+        if not self._hooks.is_open():
             return Closed("the endpoint was closed during a collective")
-        error = self._host.why_lost(mate.rank)
-        if error is None and 0 < mate.stage.words[ENDED] <= self.sequence:
-            return self._relay(mate)
+        error = self._hooks.why_lost(peer.rank)
+        if error is None and 0 < peer.stage.words[ENDED] <= self.sequence:
+            return self._relay(peer)
         if error is None and time.monotonic_ns() >= deadline_ns:
             return self._late(word, self.sequence)
         return error
 
-    def _relay(self, mate: Mate) -> DetcollError:
-        """Return why ``mate`` gave up, as this rank raises it; those who look here are told the same."""
-        self._relayed = Reason.decode(mate.stage.read_reason())
+    def _relay(self, peer: PeerStage) -> DetcollError:
+        """Return why ``peer`` gave up, as this rank raises it; those who look here are told the same."""
+        self._relayed = Reason.decode(peer.stage.read_reason())
         return self._relayed.error(self.rank, self._call)
 
     @property
@@ -332,7 +332,7 @@ class Crew:
 
     def _late(self, word: int, value: int) -> DeadlineMissed:
         lack = _LACKS.get(word, "has not folded its part" if word == FOLDED else "has not given its part")
-        behind = [mate.rank for mate, words in self._mates if words[word] < value]
+        behind = [peer.rank for peer, words in self._peers if words[word] < value]
         awaited = ", ".join(f"rank {rank}, which {lack}" for rank in behind)
         seconds = round((self._deadline_ns - self._began_ns) / 1e9, 2)
         return DeadlineMissed(
@@ -341,37 +341,37 @@ class Crew:
 
     def _compare_with_those_here(self) -> None:
         sequence, half = self.sequence, self.sequence & 1
-        for mate, words in self._mates:
+        for peer, words in self._peers:
             if words[ARRIVED] >= sequence:
                 digest = words[DIGEST + half]
                 if (words[CALLED + half] if digest < 0 else digest) != self._digest:
-                    self._differ(mate)
+                    self._differ(peer)
 
-    def _look_into(self, mate: Mate, words: memoryview[int], word: int) -> None:
-        """Find out why the digest of ``mate`` is not this rank's; return if it is after all."""
+    def _look_into(self, peer: PeerStage, words: memoryview[int], word: int) -> None:
+        """Find out why the digest of ``peer`` is not this rank's; return if it is after all."""
         if words[word] == TRYING:
             deadline_ns = max(self._deadline_ns, time.monotonic_ns() + LONGEST_VERDICT_NS)
             error = self._hear_until(
-                lambda: words[word] != TRYING, lambda: self._trouble_with(mate, deadline_ns, ARRIVED)
+                lambda: words[word] != TRYING, lambda: self._trouble_with(peer, deadline_ns, ARRIVED)
             )
             if error is not None:
                 raise error
         if words[word] == self._digest:
             return
         if words[word] == GIVEN_UP and words[CALLED + (self.sequence & 1)] == self._digest:
-            raise self._relay(mate)
-        self._differ(mate)
+            raise self._relay(peer)
+        self._differ(peer)
 
-    def _differ(self, mate: Mate) -> None:
-        """Exchange descriptors in full with ``mate``, whose digest differs, and raise."""
+    def _differ(self, peer: PeerStage) -> None:
+        """Exchange descriptors in full with ``peer``, whose digest differs, and raise."""
         sequence = self.sequence
         mine = msgspec.structs.replace(self._descriptor, sequence=sequence - 1)
         self.stage.write_text(mine.encode())
         self.publish(TOLD, sequence)
-        words = mate.stage.words
+        words = peer.stage.words
         error = self._hear_until(
-            lambda: words[TOLD] >= sequence, lambda: self._trouble_with(mate, self._deadline_ns, TOLD)
+            lambda: words[TOLD] >= sequence, lambda: self._trouble_with(peer, self._deadline_ns, TOLD)
         )
         if error is not None:
             raise error
-        mine.compare(self.rank, mate.rank, mate.stage.read_text())
+        mine.compare(self.rank, peer.rank, peer.stage.read_text())
