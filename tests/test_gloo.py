@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
+from detcoll.errors import Closed, ConnectError, PeerLost, TransportUnavailable, UsageError
 from detcoll.testing import Here, LocalMeeting, MonotonicClock, ProcessFabric, ThreadFabric, WorldError, Worlds, pattern
 from detcoll.testing.fabric import in_threads
-from detcoll.testing.programs import collectives, messages
+from detcoll.testing.programs import beside, collectives, messages
 from detcoll.transport import TicketStatus
 from detcoll.types import ReduceOp
 from detcoll_gloo import GlooTransport
@@ -93,6 +93,21 @@ def discarded_gives_room_back(here: Here) -> None:
         here.meet()
 
 
+def interrupted_early(here: Here, line: int) -> None:
+    """Who is interrupted before the others come calls no more, and the others learn at once that it is gone."""
+    array = np.ones(10)
+    if here.rank == 0:
+        soon_ns = here.clock.now_ns() + 10**9
+        assert beside.stopped(line, lambda: here.endpoint.all_reduce(array, ReduceOp.SUM, soon_ns))
+        with pytest.raises(Closed):
+            here.endpoint.barrier(here.deadline_ns())
+        here.meet()
+    else:
+        here.meet()
+        with pytest.raises(PeerLost):
+            here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+
+
 def cancelled_while_it_arrives(here: Here, nbytes: int) -> None:
     """Of receives that are cancelled at any moment, the next one of the tag gets the message."""
     if here.rank == 0:
@@ -133,6 +148,13 @@ def test_unknown_types() -> None:
 def test_unexpected_is_bounded() -> None:
     with ThreadFabric(GlooTransport(), 2, {"unexpected_bytes": 8000}) as fabric:
         fabric.run(unexpected_is_bounded)
+
+
+@needs_torch
+@pytest.mark.parametrize("line", [60, 75, 90, 105, 120])
+def test_interrupted_early(line: int) -> None:
+    with ThreadFabric(GlooTransport(), 2) as fabric:
+        fabric.run(interrupted_early, line=line)
 
 
 @needs_torch

@@ -344,7 +344,7 @@ class CollectiveContract(MessageContract):
         with self.fabric(3) as fabric:
             fabric.run(beside.natives_beside_messages)
 
-    @pytest.mark.parametrize("line", [1, 5, 10, 20, 40, 80, 200])
+    @pytest.mark.parametrize("line", [1, 5, 20, 40, 60, 80, 100, 120, 140, 200])
     @pytest.mark.parametrize("elems", [10, MIB // 2])
     def test_interrupted_collective(self, line: int, elems: int) -> None:
         for name in ("all_reduce", "barrier"):

@@ -104,8 +104,8 @@ def interrupted(here: Here, line: int, elems: int) -> None:
     for round_ in range(3):
         array = np.full(elems, here.rank + round_, np.float32)
         call = _call(here, native, array)
-        stopped = _stopped(line, call) if here.rank == 0 and round_ == 0 else _refused(call)
-        if not stopped:
+        ended_early = stopped(line, call) if here.rank == 0 and round_ == 0 else _refused(call)
+        if not ended_early:
             assert (array == here.size * (here.size - 1) / 2 + here.size * round_).all(), f"round {round_}: {array}"
         here.meet()
 
@@ -116,7 +116,7 @@ def interrupted_while_it_waits(here: Here) -> None:
     native.barrier(here.deadline_ns())
     array = np.full(1000, here.rank, np.float32)
     if here.rank == 0:
-        assert _stopped(WAITING_LINE, _call(here, native, array))
+        assert stopped(WAITING_LINE, _call(here, native, array))
         with pytest.raises(Closed):
             _call(here, native, array)()
         here.meet()
@@ -141,8 +141,8 @@ def _refused(call: Callable[[], None]) -> bool:
     return False
 
 
-def _stopped(line: int, function: Callable[[], None]) -> bool:
-    """Call ``function`` and interrupt it at its ``line``-th line; False if it gave its result."""
+def stopped(line: int, function: Callable[[], None]) -> bool:
+    """Call ``function`` and interrupt it at its ``line``-th line of Python; False if it gave its result."""
     left = line
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
