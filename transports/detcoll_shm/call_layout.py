@@ -108,9 +108,7 @@ class Cutter:
         last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
         read_step = self._read_step_bytes(nbytes, dtype.itemsize)
         rooms = self._rooms(max(step, read_step) // dtype.itemsize, dtype)
-        return CallLayout(
-            descriptor, digest, op, dtype, step, read_step, nbytes, chunks, full, last, (), rooms
-        )
+        return CallLayout(descriptor, digest, op, dtype, step, read_step, nbytes, chunks, full, last, (), rooms)
 
     def edges(self, nbytes: int, itemsize: int) -> list[int]:
         """Return where shares of an array begin, by rank, and its end, in bytes."""
