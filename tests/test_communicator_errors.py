@@ -91,7 +91,7 @@ def test_a_group_that_has_failed_costs_no_other_group() -> None:
             group.timeout = 0.3
             assert group.timeout == 0.3
         if comm.rank == 0:
-            with pytest.raises(DeadlineMissed, match="group 'pair' was not finished after 0.3 s without progress"):
+            with pytest.raises(DeadlineMissed, match=r"group 'pair' was not finished after 0\.3 s without progress"):
                 group.all_reduce(np.ones(5))
         comm.barrier()
         if group is not None:
