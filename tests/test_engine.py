@@ -205,6 +205,8 @@ def test_a_call_that_one_rank_refuses_ends_for_all_and_the_next_one_works(shape:
         assert str(call.error) == f"rank {by} refused the call: op='mode' is unknown"
     check_sums(after)
     assert fleet.idle
+    assert not any(any(queue for queue in host.arrived.values()) for host in fleet.hosts)
+    assert not any(fleet._held_bytes.values())
 
 
 def test_a_call_that_all_ranks_refuse_counts_once() -> None:
@@ -564,11 +566,12 @@ def test_late_messages_of_an_ended_call_and_group_are_dropped() -> None:
     check_sums(calls)
 
 
-def test_late_messages_of_a_call_that_was_refused_elsewhere_are_dropped() -> None:
-    """Rank 2 hears of the refusal before the parts of rank 1 arrive."""
+@pytest.mark.parametrize("late_ns", [0, 300 * MS])
+def test_late_messages_of_a_call_that_was_refused_elsewhere_are_dropped(late_ns: int) -> None:
+    """Rank 2 hears of the refusal before it calls and before the parts of rank 1 arrive, or after."""
     fleet = Fleet(3, delay_ns=lambda source, dst: 100 * MS if source == 1 else MS)
     fleet.refuse(0, UsageError("no"))
-    refused = [fleet.call(rank, "all_reduce", ones(60_000)) for rank in (1, 2)]
+    refused = [fleet.call(rank, "all_reduce", ones(60_000), at_ns=(rank - 1) * late_ns) for rank in (1, 2)]
     fleet.run()
     assert all(isinstance(call.error, UsageError) for call in refused)
     assert not any(any(queue for queue in host.arrived.values()) for host in fleet.hosts)
