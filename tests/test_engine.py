@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, UsageError
 from detcoll.fold import reference
-from detcoll.runtime import Group, credit
-from detcoll.runtime.control import Cause
+from detcoll.runtime import Group, blame, credit
+from detcoll.runtime.actions import Act
+from detcoll.runtime.control import Answer, Ask, Cause, State
 from detcoll.runtime.recorder import LARGEST_RECORD, Recorder
 from detcoll.testing.fleet import SECOND_NS, Called, Fleet, Program
 from detcoll.types import ReduceOp
@@ -204,6 +205,8 @@ def test_a_call_that_one_rank_refuses_ends_for_all_and_the_next_one_works(shape:
         assert str(call.error) == f"rank {by} refused the call: op='mode' is unknown"
     check_sums(after)
     assert fleet.idle
+    assert not any(any(queue for queue in host.arrived.values()) for host in fleet.hosts)
+    assert not any(fleet._held_bytes.values())
 
 
 def test_a_call_that_all_ranks_refuse_counts_once() -> None:
@@ -447,6 +450,47 @@ def test_a_rank_that_is_held_up_in_another_group_is_alive() -> None:
     assert "has not called" not in str(calls[0].error)
 
 
+def test_a_hasty_rank_learns_the_culprit_from_a_patient_one_between_them() -> None:
+    """One element is folded by rank 3: rank 1 waits for nobody else, and rank 3 would wait ten minutes for rank 0."""
+    fleet = Fleet(4)
+    calls = [fleet.call(rank, "all_reduce", ones(1), timeout_s=1.0 if rank == 1 else 600.0) for rank in (1, 2, 3)]
+    fleet.run(20 * SECOND_NS)
+    assert {culprit(call) for call in calls} == {0}
+
+
+def test_progress_of_those_that_are_waited_for_prolongs_the_wait() -> None:
+    fleet = Fleet(3)
+    operation = fleet.call(0, "all_reduce", ones(10), timeout_s=1.0).operation
+    assert operation is not None
+    operation.strangers = {1, 2}
+    blame.progressed(operation, 0)
+    assert blame.look_into(0, operation, {}, SECOND_NS) == ([1, 2], None)
+    for peer, idle_ns in ((1, 900 * MS), (2, 200 * MS)):
+        told = Answer(fleet.world.id, 0, State.WAITING, idle_ns)
+        blame.answered(operation, peer, told, SECOND_NS + 5 * MS)
+    assert blame.look_into(0, operation, {}, SECOND_NS + 5 * MS) == ([], None)
+    assert (operation.inquiry, operation.limit_ns) == (None, 1_800 * MS)
+
+
+def test_the_time_of_a_call_runs_from_when_the_one_before_it_ends() -> None:
+    fleet = Fleet(2)
+    calls = [call for _ in range(2) for call in sums(fleet, 10, ranks=[0], timeout_s=1.0)]
+    calls += [fleet.call(1, "all_reduce", ones(10), at_ns=at_ns) for at_ns in (900 * MS, 1_500 * MS)]
+    fleet.run()
+    check_sums(calls, 2)
+
+
+def test_who_asks_about_a_group_that_has_failed_is_told_why() -> None:
+    fleet = Fleet(2)
+    engine = fleet.engine(0)
+    fleet.run(0)
+    engine.fail_group(fleet.world, PlanMismatch("calls differ"), 0)
+    engine.actions.clear()
+    engine.message(1, Ask(fleet.world.id, 0, SECOND_NS), 5)
+    [(act, peer, told)] = engine.actions
+    assert (act, peer, told) == (Act.TELL, 1, Cause(fleet.world.id, -1, "PlanMismatch", "calls differ", 0))
+
+
 # Memory that calls share.
 
 
@@ -520,6 +564,29 @@ def test_late_messages_of_an_ended_call_and_group_are_dropped() -> None:
     calls = sums(fleet, 10, group=again)
     fleet.run()
     check_sums(calls)
+
+
+@pytest.mark.parametrize("late_ns", [0, 300 * MS])
+def test_late_messages_of_a_call_that_was_refused_elsewhere_are_dropped(late_ns: int) -> None:
+    """Rank 2 hears of the refusal before it calls and before the parts of rank 1 arrive, or after."""
+    fleet = Fleet(3, delay_ns=lambda source, dst: 100 * MS if source == 1 else MS)
+    fleet.refuse(0, UsageError("no"))
+    refused = [fleet.call(rank, "all_reduce", ones(60_000), at_ns=(rank - 1) * late_ns) for rank in (1, 2)]
+    fleet.run()
+    assert all(isinstance(call.error, UsageError) for call in refused)
+    assert not any(any(queue for queue in host.arrived.values()) for host in fleet.hosts)
+    assert not any(fleet._held_bytes.values())
+    after = sums(fleet, 10)
+    fleet.run()
+    check_sums(after)
+
+
+def test_whom_a_rank_listens_to_from_the_start() -> None:
+    group = Group(5, (4, 7, 9, 2, 3, 8), (0, 0, 0, 1, 1, 2))
+    assert group.partners(7) == {4, 9, 3, 8}
+    assert group.partners(8) == {4, 2}
+    assert group.neighbours(4) == {8, 7}
+    assert Group(5, (4,), (0,)).neighbours(4) == Group(5, (4,), (0,)).partners(4) == frozenset()
 
 
 # Everything at once.
