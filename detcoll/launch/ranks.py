@@ -100,13 +100,9 @@ def run_crew(
         guard = stack.enter_context(Guard())
         processes: list[subprocess.Popen[bytes]] = []
         for rank, start_one in enumerate(starts):
-            with ExitStack() as open_while_starting:
-                out, err = None, None
-                if forwarder is not None:
-                    out, err = open_while_starting.enter_context(forwarder.channels("" if tags is None else tags[rank]))
-                elif logs is not None:
-                    out = open_while_starting.enter_context((logs / f"rank{rank}.out").open("wb")).fileno()
-                processes.append(start_one(out, err))
+            with ExitStack() as while_starting:
+                tag = "" if tags is None else tags[rank]
+                processes.append(start_one(*_outputs(while_starting, forwarder, tag, logs, rank)))
             guard.watch(processes[-1])
         if when_started is not None:
             when_started()
@@ -118,3 +114,14 @@ def run_crew(
     if code == 0 and forwarder is not None and forwarder.lost is not None:
         raise OutputLost(forwarder.lost.errno, forwarder.lost.strerror)
     return code
+
+
+def _outputs(
+    stack: ExitStack, forwarder: Forwarder | None, tag: str, logs: Path | None, rank: int
+) -> tuple[int | None, int | None]:
+    """Return what a process is to have for standard output and standard error; ``stack`` closes our copies."""
+    if forwarder is not None:
+        return stack.enter_context(forwarder.channels(tag))
+    if logs is not None:
+        return stack.enter_context((logs / f"rank{rank}.out").open("wb")).fileno(), None
+    return None, None

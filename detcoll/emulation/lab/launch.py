@@ -94,12 +94,7 @@ def run_ranks(
         ranks = [own | dict(env or {}) for own in rank_environments(lab, topology_path)]
         tags = None
         if launcher is Launcher.MPIEXEC:
-            mpiexec = _mpiexec()
-            stack.callback(remove_segments, now_ns())  # of ranks that are ended early; after those are
-            placement_path = stack.enter_context(_memory_path(_placement(lab, ranks, mpiexec.rank_variable)))
-            files = mpiexec.files_in(stack.enter_context(TemporaryDirectory(prefix="detcoll-mpi-")))
-            own_env = files | dict(env or {})
-            jobs = [_mpiexec_job(mpiexec, lab.topology.size, argv, placement_path, own_env, prefix)]
+            jobs = [_mpiexec_job(stack, lab, ranks, argv, env or {}, prefix)]
         else:
             jobs = [(lab.topology.site_of(rank), list(argv), os.environ | own) for rank, own in enumerate(ranks)]
             tags = ["" if rank == 0 else f"[{rank}] " for rank in range(len(ranks))] if prefix else None
@@ -160,12 +155,16 @@ def _placement(lab: Lab, ranks: list[dict[str, str]], rank_variable: str) -> byt
 
 
 def _mpiexec_job(
-    mpiexec: Mpiexec, size: int, argv: Sequence[str], placement_path: str, env: Mapping[str, str], prefix: bool
+    stack: ExitStack, lab: Lab, ranks: list[dict[str, str]], argv: Sequence[str], env: Mapping[str, str], prefix: bool
 ) -> tuple[int, list[str], dict[str, str]]:
-    """Return where, how and with what environment to start MPI's launcher."""
+    """Return where, how and with what environment to start MPI's launcher; ``stack`` removes what it leaves."""
+    mpiexec = _mpiexec()
+    stack.callback(remove_segments, now_ns())  # of ranks that are ended early; after those are
+    placement_path = stack.enter_context(_memory_path(_placement(lab, ranks, mpiexec.rank_variable)))
+    files = mpiexec.files_in(stack.enter_context(TemporaryDirectory(prefix="detcoll-mpi-")))
     wrapper = [sys.executable, "-I", "-S", str(Path(__file__).with_name("enter.py")), placement_path, "--"]
-    variables = os.environ | mpiexec.environment | mpiexec.without_shared_memory(DEVICE) | dict(env)
-    return 0, [*mpiexec.command(size, labelled=prefix), *wrapper, *argv], variables
+    variables = os.environ | mpiexec.environment | mpiexec.without_shared_memory(DEVICE) | files | dict(env)
+    return 0, [*mpiexec.command(lab.topology.size, labelled=prefix), *wrapper, *argv], variables
 
 
 def _mpiexec() -> Mpiexec:
