@@ -80,6 +80,14 @@ def test_a_connection_that_was_forgotten_on_the_way_is_replaced(cuttable: Callab
     assert [session.events() for session in world.met] == [[], []]
 
 
+def test_a_connection_is_made_again_though_something_else_answered_meanwhile(cuttable: Callable[..., Cuttable]) -> None:
+    world = cuttable(2)
+    world.relay.garble()
+    world.relay.reset()
+    assert exchange_all(world.met) == [[b"0", b"1"]] * 2
+    assert [session.events() for session in world.met] == [[], []]
+
+
 def test_a_connection_is_made_again_once_there_are_descriptors_for_it(
     cuttable: Callable[..., Cuttable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +101,7 @@ def test_a_connection_is_made_again_once_there_are_descriptors_for_it(
         opens(dealer)
 
     monkeypatch.setattr(Dealer, "_open", open_if_there_are)
+    world.relay.garble()
     world.relay.reset()
     assert exchange_all(world.met) == [[b"0", b"1"]] * 2
     assert [session.events() for session in world.met] == [[], []]

@@ -28,8 +28,8 @@ _log = logging.getLogger("detcoll")
 
 _AT_A_TIME = 256
 _RETRY_NS = 20_000_000
-_RENEWAL_NS = 200_000_000
-"""How soon after the last attempt a connection is made again."""
+_RENEWAL_NS = 1_000_000_000
+"""How long ZeroMQ has to connect again by itself, which it does not do where something else answered meanwhile."""
 _JOIN_S = 5.0
 
 
@@ -40,9 +40,8 @@ class _Path:
     dealer: Dealer
     link: Link
     watch: Watch
-    made_ns: int
     is_up: bool = False
-    must_renew: bool = False
+    renew_ns: int | None = None
     retry_ns: int | None = None
 
 
@@ -77,7 +76,7 @@ class Connection:
         except BaseException:
             os.close(self._wake)
             raise
-        self._path = _Path(dealer, Link(2 * wire.MESSAGE_BYTES), Watch(tolerance_ns), time.monotonic_ns())
+        self._path = _Path(dealer, Link(2 * wire.MESSAGE_BYTES), Watch(tolerance_ns))
         self._thread = threading.Thread(target=self._serve, name="detcoll-session", daemon=True)
 
     def start(self) -> None:
@@ -178,11 +177,9 @@ class Connection:
 
     def _next_ns(self) -> int | None:
         path = self._path
-        times = [path.watch.next_ns(), self._asker.next_ns(), path.retry_ns]
         if self._is_over:
             return None
-        if path.must_renew:
-            times.append(path.made_ns + _RENEWAL_NS)
+        times = [path.watch.next_ns(), self._asker.next_ns(), path.retry_ns, path.renew_ns]
         return min((time_ns for time_ns in times if time_ns is not None), default=None)
 
     @property
@@ -195,7 +192,7 @@ class Connection:
         for change, _ in changes(path.dealer.monitor, _AT_A_TIME):
             match change:
                 case Change.READY:
-                    path.is_up = True
+                    path.is_up, path.renew_ns = True, None
                     path.watch.up()
                     path.link.restart()
                     path.dealer.send(path.link.note(wire.HERE))
@@ -204,15 +201,15 @@ class Connection:
                         self.fault = "it speaks ZeroMQ, but another protocol"
                         self._tell()
                 case Change.ENDED:
-                    path.is_up, path.must_renew = False, True
+                    path.is_up, path.renew_ns = False, path.renew_ns or now_ns + _RENEWAL_NS
                     path.watch.down(now_ns)
-        if path.must_renew and not self._is_over and now_ns >= path.made_ns + _RENEWAL_NS:
-            path.made_ns, path.must_renew = now_ns, False
+        if path.renew_ns is not None and now_ns >= path.renew_ns and not self._is_over:
+            path.renew_ns = None
             try:
                 path.dealer.renew()
             except OSError as error:
                 _log.debug("rendezvous: no new connection yet: %s", error)
-                path.must_renew = True
+                path.renew_ns = now_ns + _RENEWAL_NS
 
     def _take_in(self) -> bool:
         """Take in what the hub says; return whether that was all."""

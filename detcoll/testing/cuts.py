@@ -32,7 +32,8 @@ class CuttingRelay:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._partners: dict[socket.socket, socket.socket] = {}
         self._forgotten: set[socket.socket] = set()
-        self._passes_on = True
+        self._passes_on, self._garbles = True, False
+        self.garbled = threading.Event()
         self._command: Callable[[], None] | None = None
         self._done = threading.Event()
         self._is_over = False
@@ -55,6 +56,12 @@ class CuttingRelay:
         """Reset all connections and accept no new ones."""
         self._do(self._refuse)
 
+    def garble(self) -> None:
+        """Reset all connections, and answer new ones with what is not ZeroMQ; returns once one was."""
+        self.garbled.clear()
+        self._do(lambda: self._reset(garbles=True))
+        self.garbled.wait()
+
     def __enter__(self) -> CuttingRelay:
         return self
 
@@ -76,8 +83,8 @@ class CuttingRelay:
         self._passes_on = passes_on
         self._forgotten |= self._partners.keys()
 
-    def _reset(self) -> None:
-        self._passes_on = True
+    def _reset(self, garbles: bool = False) -> None:
+        self._passes_on, self._garbles = True, garbles
         for connection in list(self._partners):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         for connection in list(self._partners):
@@ -112,6 +119,14 @@ class CuttingRelay:
     def _accept(self) -> None:
         assert self._listener is not None
         near, _ = self._listener.accept()
+        if self._garbles:
+            with near, contextlib.suppress(ConnectionError):
+                if near.recv(_PIECE_BYTES):  # not from one that only looks whether somebody listens
+                    near.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    self.garbled.set()
+                    while near.recv(_PIECE_BYTES):
+                        pass
+            return
         try:
             far = socket.create_connection(self._target)
         except OSError:
