@@ -306,7 +306,6 @@ class SlottedEndpoint(Endpoint):
         self._progress()
 
     def _wait_and_look(self, deadline_ns: int) -> None:
-        """Wait, and ask monitors unasked."""
         self._wait(deadline_ns)
         for trunk in self._roads.trunks:
             self._watch(trunk, self._clock.now_ns())
