@@ -486,7 +486,8 @@ class Communicator:
     def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
         """Check arguments; what cannot be used is told to the other ranks."""
         try:
-            _check_name(name)
+            if name != "":
+                _check_name(name)
             if timeout is not None:
                 _timeout_of(timeout)
             return check()

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from detcoll.errors import PlanMismatch, UsageError
+from detcoll.types import ReduceOp
 
 HELLO_BYTES = 256
 """Size of the record that ranks compare about every collective."""
@@ -63,12 +64,14 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
             )
 
 
-def brief(kind: str, op: str, dtype: str, count: int, root: int, arrays: int, name: str) -> str:
+def brief(
+    kind: str, op: ReduceOp | str, dtype: np.dtype[Any] | str, count: int, root: int, arrays: int, name: str
+) -> str:
     """Return what was called, for people: the same for calls that fit together."""
     named = f" ({name})" if name else ""
     if kind == "barrier":
         return f"barrier{named}"
-    how = f"from rank {root}" if kind == "broadcast" else op
+    how = f"from rank {root}" if kind == "broadcast" else ReduceOp(op).value
     several = f" in {arrays} arrays" if arrays > 1 else ""
     return f"{kind} of {count} {dtype}{several}, {how}{named}"
 

@@ -116,8 +116,8 @@ def test_a_closed_flight_is_not_found() -> None:
     assert record is not None
     assert (record["rank"], record["job"]) == (7, "job")
     flight.close()
-    assert name not in running()
     assert ask(name) is None
+    assert name not in running()
 
 
 def test_a_hanging_job_tells_where_it_stands(tmp_path: Path) -> None:

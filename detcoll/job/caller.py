@@ -42,17 +42,14 @@ class Caller:
     def __init__(self, job: Job, group: Group, topology: Topology, calendar: Calendar) -> None:
         self.job, self.group = job, group
         self.rank = group.ranks.index(job.session.rank)
+        self.native: NativeRunner | None = job.native if group.id == WORLD_ID else None
+        """What runs the transport's own collectives of this group, or None."""
         self.planner = Planner(topology, self.rank, calendar, job.costs)
         job.keep_planner(group, self.planner)
         self._sequence = itertools.count()
         self._order = threading.Lock()
         self._is_closed = self._was_told = False
         self._group_text = "" if group.id == WORLD_ID else f"{group.id:016x}"
-
-    @property
-    def native(self) -> NativeRunner | None:
-        """What runs the transport's own collectives of this group, or None."""
-        return self.job.native if self.group.id == WORLD_ID else None
 
     @property
     def usable(self) -> bool:
@@ -89,11 +86,11 @@ class Caller:
         """Begin a collective; None where the caller would wait and it has ended already."""
         self.check_usable()
         called_ns, timeout_ns = time.monotonic_ns(), round(timeout_s * 1e9)
-        spans = bound.spans if kind != "barrier" else ()
+        native = self.native
         with self._order:
             sequence = next(self._sequence)
-            native = self.native
-            if native is not None and native.supports(kind, bound.dtype, op):
+            if native is not None and native.supports(kind, bound.array.dtype, op):
+                spans = bound.spans if self.job.has_loop and kind != "barrier" else ()
                 self.job.await_overlapping(spans, on_loop=False)
                 call = NativeCall(
                     sequence, kind, bound.array, op, root, called_ns + timeout_ns, called_ns, arrays,
@@ -105,6 +102,7 @@ class Caller:
                 self.job.note_under_way(spans, work, on_loop=False)
                 native.run(call, work)
                 return work
+            spans = bound.spans if kind != "barrier" else ()
             return self._submit(sequence, kind, bound, op, root, arrays, timeout_ns, called_ns, name, spans)
 
     def _submit(

@@ -210,6 +210,11 @@ class Job:
                 log.warning("rank %d: others did not close group %s: %s", self.session.rank, group.title, error)
         loop.post(lambda now_ns: loop.engine.leave(group))
 
+    @property
+    def has_loop(self) -> bool:
+        """Whether there is a progress thread."""
+        return self._loop is not None
+
     def note_under_way(self, spans: Sequence[Span], work: Work, *, on_loop: bool) -> None:
         """Remember what memory a call works on, where both the transport and the progress thread carry calls out."""
         if self.native is not None and self._loop is not None and spans:

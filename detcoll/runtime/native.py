@@ -21,7 +21,7 @@ from detcoll.descriptor import brief
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError, UsageError
 from detcoll.priority import shorten_turns
 from detcoll.runtime.group import WORLD_ID, Group
-from detcoll.runtime.recorder import Detail, Recorder
+from detcoll.runtime.recorder import Called, Recorder
 from detcoll.runtime.work import Work
 from detcoll.trace import Call, Trace
 from detcoll.transport import Capabilities, NativeCollectives
@@ -78,6 +78,7 @@ class NativeRunner:
     ) -> None:
         self._collectives, self._capabilities, self._rank, self._trace = collectives, capabilities, rank, trace
         self._on_failure, self._explain, self._recorder = on_failure, explain, recorder or Recorder()
+        self._supported: dict[tuple[str, np.dtype[Any], ReduceOp], bool] = {}
         self._current: NativeCall | None = None
         self._latest = -1
         self._turn = threading.Lock()
@@ -96,7 +97,11 @@ class NativeRunner:
 
     def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
         """Tell whether the transport itself does a collective of this kind, type and operator."""
-        return self._capabilities.supports(kind, dtype, op)
+        key = kind, dtype, op
+        answer = self._supported.get(key)
+        if answer is None:
+            answer = self._supported[key] = self._capabilities.supports(kind, dtype, op)
+        return answer
 
     def run(self, call: NativeCall, work: Work) -> None:
         """Queue ``call``; ``work`` ends when it does."""
@@ -181,7 +186,7 @@ class NativeRunner:
             return self._failure
         error: Exception
         self._latest = max(self._latest, call.sequence)
-        self._note("call", call, _called(call))
+        self._recorder.note(call.called_ns, "call", WORLD_ID, call.sequence, detail=_called(call))
         self._current = call
         try:
             if call.load is not None:
@@ -199,15 +204,12 @@ class NativeRunner:
             error.__cause__ = problem
         else:
             self._current = None
-            self._note("end", call)
+            self._recorder.note(time.monotonic_ns(), "end", WORLD_ID, call.sequence)
             if self._trace.recording:
                 what = Call(call.kind, call.array.nbytes, self._collectives.algorithm)
                 self._trace.note_collective(call.sequence, what, call.called_ns, time.monotonic_ns())
             return None
         return self._give_up(error)
-
-    def _note(self, event: str, call: NativeCall, detail: Detail = "") -> None:
-        self._recorder.note(time.monotonic_ns(), event, WORLD_ID, call.sequence, detail=detail)
 
     def standing(self, world: Group) -> dict[str, Any]:
         """Return where this rank stands in the world, as plain data for its flight record."""
@@ -245,6 +247,6 @@ class NativeRunner:
             raise unknown_kind(call.kind)
 
 
-def _called(call: NativeCall) -> tuple[str, str, str, int, int, int, str]:
+def _called(call: NativeCall) -> Called:
     array = call.array
-    return call.kind, call.op.value, array.dtype.name, array.size, call.root, call.arrays, call.name
+    return call.kind, call.op, array.dtype, array.size, call.root, call.arrays, call.name

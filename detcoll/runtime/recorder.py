@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import numpy as np
+
 from detcoll.descriptor import brief
+from detcoll.types import ReduceOp
 
 LARGEST_RECORD = 2_000
 """Events kept, the oldest go first."""
 
 COLUMNS = ("at_ns", "event", "group", "sequence", "step", "peer", "detail")
 
-Detail = str | tuple[str, str, str, int, int, int, str]
-"""Text, or what `detcoll.descriptor.brief` makes text of."""
+Called = tuple[str, ReduceOp | str, np.dtype[Any] | str, int, int, int, str]
+"""What `detcoll.descriptor.brief` makes text of, once somebody reads it."""
+
+Detail = str | Called
 
 Event = tuple[int, str, int, int, int, int, Detail]
 
