@@ -110,11 +110,10 @@ class Departures:
                 continue
             line = peer.lines[Lane.BULK]
             free_ns = group.free_ns(now_ns, window.rate_bytes_per_s)
-            is_same = line is group.last
-            if free_ns - now_ns > (AHEAD_NS if is_same else SWITCH_AHEAD_NS):
-                group.resume_ns = max(
-                    free_ns - (AHEAD_NS // 2 if is_same else SWITCH_AHEAD_NS), now_ns + _SHORTEST_WAIT_NS
-                )
+            ahead_ns = group.ahead_ns(line)
+            if free_ns - now_ns > ahead_ns:
+                resume_ns = free_ns - (ahead_ns if ahead_ns == SWITCH_AHEAD_NS else ahead_ns // 2)
+                group.resume_ns = max(resume_ns, now_ns + _SHORTEST_WAIT_NS)
                 break
             line.pace(window.rate_bytes_per_s)
             ticket, nbytes = self._put_next(peer)

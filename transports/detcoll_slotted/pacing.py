@@ -22,6 +22,9 @@ AHEAD_NS = 2_000_000
 SWITCH_AHEAD_NS = 500_000
 """How much earlier than the connection before has drained another is given something: what it takes to wake up and to
 get to the line. Both may be busy for so long, which policers bear: their buckets hold 4 ms."""
+ALONE_AHEAD_NS = 20_000_000
+"""The same where no other connection of the group waits: the kernel paces it, so it may sleep longer. Another one that
+comes then waits for so long at most."""
 _SETTLE_NS = 300_000
 
 
@@ -68,6 +71,12 @@ class PaceGroup(Uplink):
         if self.last is None:
             return now_ns
         return max(self._known_ns(now_ns, rate_bytes_per_s), self.drained_ns)
+
+    def ahead_ns(self, line: Line) -> int:
+        """Return how long before everything handed over has left this line may be given more."""
+        if line is not self.last:
+            return SWITCH_AHEAD_NS
+        return ALONE_AHEAD_NS if len(self.waiting) == 1 else AHEAD_NS
 
     def join_queue(self, peer: Peer) -> None:
         """Let a peer wait for its turn, unless it does."""
