@@ -43,8 +43,8 @@ VARIABLES = frozenset(
     for name in (
         "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
         "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RECORD", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES",
-        "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOLERANCE", "TOPOLOGY", "TRACE", "TRANSPORT",
-        "WORLD_SIZE",
+        "SLOTTING", "TESTING_INSTANTS", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOLERANCE", "TOPOLOGY",
+        "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
 """Every variable of the environment that means something to detcoll, its launchers and its tests."""
