@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -352,6 +353,7 @@ class Job:
         self._complete_trace()
         if failure is not None:
             deadline_ns = min(deadline_ns, deadline_after(_PARTING_AFTER_FAILURE_S))
+        _forget_frames(failure)
         for endpoint in self.assembled.endpoints:
             if failure is None:
                 endpoint.close(deadline_ns)
@@ -428,6 +430,13 @@ class Job:
             )
         except OSError as error:
             log.warning("trace of rank %d was not written: %s", self.session.rank, error)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold: views of a transport's memory, which would keep it mapped."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _costs(facts: Sequence[Facts]) -> Costs:
