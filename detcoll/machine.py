@@ -90,7 +90,7 @@ class Machine:
         """Return how many messages are awaited from each peer, for the error that a missed deadline shows."""
         awaited: dict[int, int] = {}
         for step in self._under_way:
-            peer = self.plan.rows[step].peer
+            peer = self.plan.columns.peer[step]
             if peer >= 0:
                 awaited[peer] = awaited.get(peer, 0) + 1
         return awaited

@@ -72,14 +72,18 @@ class Engine:
         Where events are kept.
     lines_cost : bool
         Whether sends over the line are work too, as the simulator has it.
+    greets : bool
+        Whether ranks compare descriptors, which they need not in the simulator.
     """
 
     def __init__(
         self, rank: int, site_of: Sequence[int], wide: frozenset[int], slots: Slots[Wide],
         express: Express | None = None, recorder: Recorder | None = None, *, lines_cost: bool = False,
+        greets: bool = True,
     ) -> None:  # fmt: skip
         self.rank, self.site_of, self.wide, self.slots = rank, site_of, wide, slots
         self.express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
+        self._greets = greets
         self.actions: list[tuple[Any, ...]] = []
         self.groups: dict[int, Membership] = {}
         self.lost: dict[int, PeerLost] = {}
@@ -200,7 +204,7 @@ class Engine:
         membership.active.append(operation)
         blame.progressed(operation, now_ns)
         self.actions.append((Act.OPEN, operation))
-        if len(operation.group.ranks) > 1:
+        if self._greets and len(operation.group.ranks) > 1:
             self._greet(membership, operation, now_ns)
         self._carry_out(membership, operation, operation.machine.start(), now_ns)
         for peer in operation.strangers & self.wide:  # they wait longer for it than this site for its first chunk
@@ -232,12 +236,12 @@ class Engine:
 
     def _carry_out(self, membership: Membership, operation: Operation, ready: list[int], now_ns: int) -> None:
         """Start steps that may start and cost little; the others are put in order for `next_work`."""
-        rows, ranks = operation.plan.rows, operation.group.ranks
+        kinds = operation.columns.kind
         for step in ready:
-            row = rows[step]
-            if row.kind == Kind.RECV:
+            kind = kinds[step]
+            if kind == Kind.RECV:
                 self.actions.append((Act.RECV, operation, step))
-            elif row.kind == Kind.SEND and not self._lines_cost and ranks[row.peer] in self.wide:
+            elif kind == Kind.SEND and not self._lines_cost and operation.peer(step) in self.wide:
                 self._send(operation, step, now_ns)
             else:
                 if not membership.work:
@@ -266,13 +270,12 @@ class Engine:
         """Take note that work of `next_work` is done: a fold has been folded, a send may go."""
         if operation.over:
             return
-        if operation.plan.rows[step].kind != Kind.FOLD:
+        if operation.columns.kind[step] != Kind.FOLD:
             self._send(operation, step, now_ns)
             return
         if operation.lent:
-            for buffer, offset in operation.plan.inputs_of(step):
-                if buffer == Buffer.LENT:
-                    self.credit.give_back(operation, offset)
+            for lender in operation.plan.lenders_of(step):
+                self.credit.give_back(operation, lender)
         self._ended(operation, step, now_ns)
 
     def received(self, operation: Operation, step: int, now_ns: int) -> None:
@@ -286,7 +289,7 @@ class Engine:
             operation.held.append(step)
         else:
             ready = self._ended(operation, step, now_ns)
-        if not ready and operation.plan.rows[step].buffer == Buffer.LENT and self.credit.lend(operation, step):
+        if not ready and operation.columns.buffer[step] == Buffer.LENT and self.credit.lend(operation, step):
             self.actions.append((Act.COPY, operation, step))
 
     def sent(self, operation: Operation, step: int, now_ns: int) -> None:
@@ -315,7 +318,7 @@ class Engine:
 
     def _ended(self, operation: Operation, step: int, now_ns: int) -> list[int]:
         blame.progressed(operation, now_ns)
-        peer = operation.plan.rows[step].peer
+        peer = operation.columns.peer[step]
         peer = operation.group.ranks[peer] if peer >= 0 else -1
         self.recorder.note(now_ns, "step", operation.group.number, operation.sequence, step, peer)
         ready = operation.machine.ended(step)
@@ -326,7 +329,7 @@ class Engine:
     # Sending.
 
     def _send(self, operation: Operation, step: int, now_ns: int) -> None:
-        peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
+        peer, nbytes = operation.peer(step), operation.columns.nbytes[step]
         if peer in operation.strangers and not self.credit.may_send_unasked(operation, peer, nbytes):
             operation.unsent.setdefault(peer, []).append(step)
             return
