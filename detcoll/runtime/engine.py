@@ -50,6 +50,10 @@ LARGEST_REFUSALS = 1024
 EXPLANATION_NS = 1_000_000_000
 """How long a rank that lost the connection to a peer waits to hear why."""
 
+SEND, RECV, FOLD, LENT = Kind.SEND, Kind.RECV, Kind.FOLD, Buffer.LENT
+GIVE, POST, COPY = Act.SEND, Act.RECV, Act.COPY
+"""What every step is compared with: to look a member up in its class takes ten times as long."""
+
 Wide = tuple[Operation, int]
 
 
@@ -239,9 +243,9 @@ class Engine:
         kinds = operation.columns.kind
         for step in ready:
             kind = kinds[step]
-            if kind == Kind.RECV:
-                self.actions.append((Act.RECV, operation, step))
-            elif kind == Kind.SEND and not self._lines_cost and operation.peer(step) in self.wide:
+            if kind == RECV:
+                self.actions.append((POST, operation, step))
+            elif kind == SEND and not self._lines_cost and operation.peer(step) in self.wide:
                 self._send(operation, step, now_ns)
             else:
                 if not membership.work:
@@ -270,7 +274,7 @@ class Engine:
         """Take note that work of `next_work` is done: a fold has been folded, a send may go."""
         if operation.over:
             return
-        if operation.columns.kind[step] != Kind.FOLD:
+        if operation.columns.kind[step] != FOLD:
             self._send(operation, step, now_ns)
             return
         if operation.lent:
@@ -289,8 +293,8 @@ class Engine:
             operation.held.append(step)
         else:
             ready = self._ended(operation, step, now_ns)
-        if not ready and operation.columns.buffer[step] == Buffer.LENT and self.credit.lend(operation, step):
-            self.actions.append((Act.COPY, operation, step))
+        if not ready and operation.columns.buffer[step] == LENT and self.credit.lend(operation, step):
+            self.actions.append((COPY, operation, step))
 
     def sent(self, operation: Operation, step: int, now_ns: int) -> None:
         """Take note that a SEND has been acknowledged; that is no progress of the call."""
@@ -336,7 +340,7 @@ class Engine:
         if peer in self.wide and not self._leaves_at_once(operation, nbytes, now_ns):
             self.slots.add(Queued((operation, step), self.site_of[peer], peer, nbytes))
         else:
-            self.actions.append((Act.SEND, operation, step, None, None))
+            self.actions.append((GIVE, operation, step, None, None))
 
     def _leaves_at_once(self, operation: Operation, nbytes: int, now_ns: int) -> bool:
         """Tell whether a wide message needs no window: one of a small collective that the headroom has room for."""
@@ -349,7 +353,7 @@ class Engine:
         for queued, window in self.slots.due(now_ns):
             operation, step = queued.item
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
-            self.actions.append((Act.SEND, operation, step, queued, window))
+            self.actions.append((GIVE, operation, step, queued, window))
 
     def greeted(self, operation: Operation, peer: int, record: bytes, now_ns: int) -> None:
         """Take in what a peer says that it called."""
