@@ -57,7 +57,7 @@ class Credit:
 
     def lend(self, operation: Operation, step: int) -> bool:
         """Count what a RECV lent and nothing can fold yet; True where it must be copied and the loan given back."""
-        peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
+        peer, nbytes = operation.peer(step), operation.columns.nbytes[step]
         is_much = self.lent_bytes(peer) + nbytes > LARGEST_LENT_BYTES
         if is_much and self._copied_bytes + nbytes <= LARGEST_COPIED_BYTES:
             self._copied_bytes += nbytes

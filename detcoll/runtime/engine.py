@@ -50,6 +50,10 @@ LARGEST_REFUSALS = 1024
 EXPLANATION_NS = 1_000_000_000
 """How long a rank that lost the connection to a peer waits to hear why."""
 
+SEND, RECV, FOLD, LENT = Kind.SEND, Kind.RECV, Kind.FOLD, Buffer.LENT
+GIVE, POST, COPY = Act.SEND, Act.RECV, Act.COPY
+"""What every step is compared with: to look a member up in its class takes ten times as long."""
+
 Wide = tuple[Operation, int]
 
 
@@ -72,14 +76,18 @@ class Engine:
         Where events are kept.
     lines_cost : bool
         Whether sends over the line are work too, as the simulator has it.
+    greets : bool
+        Whether ranks compare descriptors, which they need not in the simulator.
     """
 
     def __init__(
         self, rank: int, site_of: Sequence[int], wide: frozenset[int], slots: Slots[Wide],
         express: Express | None = None, recorder: Recorder | None = None, *, lines_cost: bool = False,
+        greets: bool = True,
     ) -> None:  # fmt: skip
         self.rank, self.site_of, self.wide, self.slots = rank, site_of, wide, slots
         self.express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
+        self._greets = greets
         self.actions: list[tuple[Any, ...]] = []
         self.groups: dict[int, Membership] = {}
         self.lost: dict[int, PeerLost] = {}
@@ -200,7 +208,7 @@ class Engine:
         membership.active.append(operation)
         blame.progressed(operation, now_ns)
         self.actions.append((Act.OPEN, operation))
-        if len(operation.group.ranks) > 1:
+        if self._greets and len(operation.group.ranks) > 1:
             self._greet(membership, operation, now_ns)
         self._carry_out(membership, operation, operation.machine.start(), now_ns)
         for peer in operation.strangers & self.wide:  # they wait longer for it than this site for its first chunk
@@ -232,12 +240,12 @@ class Engine:
 
     def _carry_out(self, membership: Membership, operation: Operation, ready: list[int], now_ns: int) -> None:
         """Start steps that may start and cost little; the others are put in order for `next_work`."""
-        rows, ranks = operation.plan.rows, operation.group.ranks
+        kinds = operation.columns.kind
         for step in ready:
-            row = rows[step]
-            if row.kind == Kind.RECV:
-                self.actions.append((Act.RECV, operation, step))
-            elif row.kind == Kind.SEND and not self._lines_cost and ranks[row.peer] in self.wide:
+            kind = kinds[step]
+            if kind == RECV:
+                self.actions.append((POST, operation, step))
+            elif kind == SEND and not self._lines_cost and operation.peer(step) in self.wide:
                 self._send(operation, step, now_ns)
             else:
                 if not membership.work:
@@ -266,13 +274,12 @@ class Engine:
         """Take note that work of `next_work` is done: a fold has been folded, a send may go."""
         if operation.over:
             return
-        if operation.plan.rows[step].kind != Kind.FOLD:
+        if operation.columns.kind[step] != FOLD:
             self._send(operation, step, now_ns)
             return
         if operation.lent:
-            for buffer, offset in operation.plan.inputs_of(step):
-                if buffer == Buffer.LENT:
-                    self.credit.give_back(operation, offset)
+            for lender in operation.plan.lenders_of(step):
+                self.credit.give_back(operation, lender)
         self._ended(operation, step, now_ns)
 
     def received(self, operation: Operation, step: int, now_ns: int) -> None:
@@ -286,8 +293,8 @@ class Engine:
             operation.held.append(step)
         else:
             ready = self._ended(operation, step, now_ns)
-        if not ready and operation.plan.rows[step].buffer == Buffer.LENT and self.credit.lend(operation, step):
-            self.actions.append((Act.COPY, operation, step))
+        if not ready and operation.columns.buffer[step] == LENT and self.credit.lend(operation, step):
+            self.actions.append((COPY, operation, step))
 
     def sent(self, operation: Operation, step: int, now_ns: int) -> None:
         """Take note that a SEND has been acknowledged; that is no progress of the call."""
@@ -315,7 +322,7 @@ class Engine:
 
     def _ended(self, operation: Operation, step: int, now_ns: int) -> list[int]:
         blame.progressed(operation, now_ns)
-        peer = operation.plan.rows[step].peer
+        peer = operation.columns.peer[step]
         peer = operation.group.ranks[peer] if peer >= 0 else -1
         self.recorder.note(now_ns, "step", operation.group.number, operation.sequence, step, peer)
         ready = operation.machine.ended(step)
@@ -326,14 +333,14 @@ class Engine:
     # Sending.
 
     def _send(self, operation: Operation, step: int, now_ns: int) -> None:
-        peer, nbytes = operation.peer(step), operation.plan.message_bytes(step)
+        peer, nbytes = operation.peer(step), operation.columns.nbytes[step]
         if peer in operation.strangers and not self.credit.may_send_unasked(operation, peer, nbytes):
             operation.unsent.setdefault(peer, []).append(step)
             return
         if peer in self.wide and not self._leaves_at_once(operation, nbytes, now_ns):
             self.slots.add(Queued((operation, step), self.site_of[peer], peer, nbytes))
         else:
-            self.actions.append((Act.SEND, operation, step, None, None))
+            self.actions.append((GIVE, operation, step, None, None))
 
     def _leaves_at_once(self, operation: Operation, nbytes: int, now_ns: int) -> bool:
         """Tell whether a wide message needs no window: one of a small collective that the headroom has room for."""
@@ -346,7 +353,7 @@ class Engine:
         for queued, window in self.slots.due(now_ns):
             operation, step = queued.item
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
-            self.actions.append((Act.SEND, operation, step, queued, window))
+            self.actions.append((GIVE, operation, step, queued, window))
 
     def greeted(self, operation: Operation, peer: int, record: bytes, now_ns: int) -> None:
         """Take in what a peer says that it called."""

@@ -42,15 +42,13 @@ class Group:
     sites: tuple[int, ...]
     name: str = ""
     members: frozenset[int] = field(init=False)
+    number: int = field(init=False)
+    """What tells its messages from those of other groups."""
 
     def __post_init__(self) -> None:
-        """Keep the members as a set."""
+        """Keep the members as a set, and the number."""
         object.__setattr__(self, "members", frozenset(self.ranks))
-
-    @property
-    def number(self) -> int:
-        """What tells its messages from those of other groups."""
-        return self.id & TIME_NUMBER
+        object.__setattr__(self, "number", self.id & TIME_NUMBER)
 
     @property
     def title(self) -> str:

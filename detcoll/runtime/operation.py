@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from detcoll.descriptor import Descriptor
 from detcoll.machine import Machine
-from detcoll.plan.ir import Plan
+from detcoll.plan.ir import Columns, Plan
 from detcoll.runtime.group import Group
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class Operation:
     memory: Any = None
     order: int = -1
     machine: Machine = field(init=False)
+    columns: Columns = field(init=False)
+    sequence: int = field(init=False)
+    """Its number among the calls of its group."""
     live_ns: int = 0
     limit_ns: int = 0
     strangers: set[int] = field(default_factory=set)
@@ -62,13 +65,10 @@ class Operation:
     over: bool = False
 
     def __post_init__(self) -> None:
-        """Make the machine for the plan."""
+        """Make the machine for the plan, and keep what is asked for at every step."""
         self.machine = Machine(self.plan)
-
-    @property
-    def sequence(self) -> int:
-        """Its number among the calls of its group."""
-        return self.descriptor.sequence
+        self.columns = self.plan.columns
+        self.sequence = self.descriptor.sequence
 
     @property
     def title(self) -> str:
@@ -79,7 +79,7 @@ class Operation:
 
     def peer(self, step: int) -> int:
         """Return the rank of the job that a SEND or RECV is about."""
-        return self.group.ranks[self.plan.rows[step].peer]
+        return self.group.ranks[self.columns.peer[step]]
 
     def overlaps(self, other: Operation) -> bool:
         """Tell whether two calls work on common memory."""

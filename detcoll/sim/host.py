@@ -1,9 +1,8 @@
-"""A modelled rank: one core that does its steps one after another, and the memory they work on."""
+"""A modelled rank: the engine, one core that does its steps one after another, and the memory they work on."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +11,13 @@ from numpy.typing import NDArray
 
 from detcoll.errors import UsageError
 from detcoll.fold import fold_step
-from detcoll.machine import Machine, Queued, Slots
-from detcoll.plan.ir import Buffer, Kind, Plan
+from detcoll.machine import Queued
+from detcoll.plan.ir import Buffer, Kind, Plan, shared
 from detcoll.plan.predict import Costs
+from detcoll.runtime.engine import Engine
+from detcoll.runtime.operation import Operation
 from detcoll.transport import Window
 from detcoll.types import ReduceOp, accumulation_dtype
-
-Job = tuple[int, Callable[..., None], tuple[Any, ...]]
-"""Something for the core: how long it takes, and what happens then."""
 
 
 @dataclass(slots=True)
@@ -71,64 +69,43 @@ class Memory:
         fold_step(self.op, inputs, self.plan.ranks_of(step), out, self.plan.size, final=bool(row.final))
 
 
-class Columns:
-    """What a simulation asks of a plan's steps, a list a field: a million steps take a quarter of what rows take.
+def taken_ns(plan: Plan, costs: Costs, *, lines: bool) -> list[int]:
+    """Return what each step costs the core, with what it copies.
 
-    ``wide`` : whether it is a SEND over a line.  ``nbytes`` : what a step moves.  ``takes_ns`` : what it costs the
-    core, with what it copies: a SEND over a line and a RECV that lends copy nothing, a FOLD every input.
+    A SEND over a line and a RECV that lends copy nothing, a FOLD copies every input.
     """
-
-    __slots__ = ("kind", "nbytes", "peer", "tag", "takes_ns", "wide")
-
-    def __init__(self, plan: Plan, costs: Costs, *, lines: bool) -> None:
-        steps, collective = plan.steps, plan.collective
-        wide = (steps["wide"] == 1) & (steps["kind"] == Kind.SEND) & lines
-        widths = np.where(steps["accumulated"] == 1, collective.accumulator_itemsize, collective.itemsize)
-        nbytes = steps["length"] * widths
-        inputs = np.diff(steps["inputs_end"], prepend=0)
-        nothing = wide | ((steps["kind"] == Kind.RECV) & (steps["buffer"] == Buffer.LENT))
-        copies = np.where(steps["kind"] == Kind.FOLD, inputs, np.where(nothing, 0, 1))
-        takes_ns = costs.step_ns + np.rint(copies * (nbytes / costs.copy_bytes_per_s * 1e9)).astype(np.int64)
-        self.kind: list[int] = steps["kind"].tolist()
-        self.peer: list[int] = steps["peer"].tolist()
-        self.tag: list[int] = steps["tag"].tolist()
-        self.wide: list[bool] = wide.tolist()
-        self.nbytes = _shared(nbytes)
-        self.takes_ns = _shared(takes_ns)
-
-
-def _shared(values: NDArray[np.int64]) -> list[int]:
-    """Return the numbers as a list in which equal ones are one object."""
-    distinct, places = np.unique(values, return_inverse=True)
-    few: list[int] = distinct.tolist()
-    return [few[place] for place in places]
+    steps, kind = plan.steps, plan.steps["kind"]
+    over_line = (steps["wide"] == 1) & (kind == Kind.SEND) & lines
+    nothing = over_line | ((kind == Kind.RECV) & (steps["buffer"] == Buffer.LENT))
+    copies = np.where(kind == Kind.FOLD, np.diff(steps["inputs_end"], prepend=0), np.where(nothing, 0, 1))
+    copy_ns = np.array(plan.columns.nbytes, np.int64) / costs.copy_bytes_per_s * 1e9
+    return shared(costs.step_ns + np.rint(copies * copy_ns).astype(np.int64))
 
 
 @dataclass(slots=True)
 class Host:
-    """One rank: its machine, its slots, and what its transport holds.
+    """One rank: its engine, the call, and what its transport holds.
 
-    ``work`` : what waits for the core.  ``working``, ``taking`` : whether it does something, and just now ends it.
-    ``follow`` : what that makes ready.
+    ``takes_ns`` : what a step costs the core.  ``tags`` : of its messages.  ``working`` : whether the core is busy.
+    ``tickets`` : steps that have ended, a RECV with what came, and the core has not taken note of.
     ``arrived`` : messages nobody has asked for yet, by (source, tag).  ``posted`` : receives that wait, by the same.
     ``timed`` : sends that wait for their window to open.  ``connection_free_ns`` : when kernel pacing lets the next
     message to a peer begin.
     """
 
     site: int
-    machine: Machine
-    columns: Columns
-    slots: Slots[int]
-    memory: Memory | None
+    engine: Engine
+    operation: Operation
+    takes_ns: list[int]
+    tags: list[int]
+    memory: Memory | None = None
     working: bool = False
-    taking: bool = False
-    work: deque[Job] = field(default_factory=deque)
-    follow: list[Job] = field(default_factory=list)
-    line_free_ns: dict[int, int] = field(default_factory=dict)
+    tickets: deque[tuple[int, NDArray[Any] | None]] = field(default_factory=deque)
     finish_ns: int = -1
     drained_ns: int = -1
     asks_ns: int = -1
+    line_free_ns: dict[int, int] = field(default_factory=dict)
     arrived: dict[tuple[int, int], NDArray[Any] | None] = field(default_factory=dict)
     posted: dict[tuple[int, int], int] = field(default_factory=dict)
-    timed: list[tuple[Queued[int], Window]] = field(default_factory=list)
+    timed: list[tuple[Queued[tuple[Operation, int]], Window]] = field(default_factory=list)
     connection_free_ns: dict[int, int] = field(default_factory=dict)

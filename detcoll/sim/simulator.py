@@ -1,10 +1,14 @@
-"""The simulator: all ranks' machines over modelled lines, in virtual time.
+"""The simulator: all ranks' engines over modelled lines, in virtual time.
+
+Each rank has the engine that it has on the wire (`detcoll.runtime.engine`), which is told of one call of the world and
+of what comes of it; here its actions are carried out on modelled links. Ranks do not greet, and nothing fails.
 
 What a run models, with `detcoll.plan.predict.Costs`:
 
 - Host: one core a rank. Each step costs ``step_ns``; a local send, a receive into an array and every input of a fold
   add the time to copy their bytes. As in the runtime, tickets (sends that ended, messages that arrived) are taken in
-  the order in which they came, and what one makes ready is done before the next is taken.
+  the order in which they came, and what one makes ready is done first, the lowest step before others. The runtime takes
+  all tickets that it finds before it goes on with such work, and looks for more every 0.2 ms; here that is each ticket.
 - Local message: there ``local_latency_ns`` after its sender is done with it.
 - Wide message: waits in `detcoll.machine.Slots` where the collective uses windows, and is paced to its window's rate;
   else it leaves at the line's rate. It crosses `WideArea` in parcels; the receiver wakes up ``wake_ns`` after its last
@@ -13,7 +17,7 @@ What a run models, with `detcoll.plan.predict.Costs`:
   calendar never add up to more than a line (`detcoll.plan.check_calendar`), so nothing would queue but what comes in
   parcels. That is two events a message whatever its size, and what large worlds are simulated with.
 
-A rank's result is there when its machine says so, as in the runtime. Nothing here reads a clock; equal calls give
+A rank's result is there when its engine says so, as in the runtime. Nothing here reads a clock; equal calls give
 equal results.
 """
 
@@ -28,13 +32,19 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from detcoll.descriptor import Descriptor
 from detcoll.errors import PlanError, UsageError
-from detcoll.machine import Machine, Queued, Slots
+from detcoll.machine import Queued, Slots
 from detcoll.plan.calendar import Calendar, Slotting
-from detcoll.plan.ir import Kind, Plan
+from detcoll.plan.ir import Kind, Plan, shared
 from detcoll.plan.layout import uses_window
 from detcoll.plan.predict import Costs
-from detcoll.sim.host import Columns, Host, Job, Memory
+from detcoll.runtime.actions import Act
+from detcoll.runtime.engine import Engine
+from detcoll.runtime.group import world
+from detcoll.runtime.operation import Operation
+from detcoll.runtime.recorder import Recorder
+from detcoll.sim.host import Host, Memory, taken_ns
 from detcoll.sim.line import WideArea
 from detcoll.sim.result import Simulation
 from detcoll.topology import Topology
@@ -44,15 +54,20 @@ from detcoll.types import ReduceOp
 PARCEL_BYTES = 16_384
 """Payload that crosses a line at once."""
 
+SEND, FOLD = Kind.SEND, Kind.FOLD
+GIVE, POST, FINISH, CLOSE = Act.SEND, Act.RECV, Act.FINISH, Act.CLOSE
+"""What every step and action is compared with: to look a member up in its class takes ten times as long."""
+
 LONGEST_RUN_NS = 3_600_000_000_000
 
+Wide = Queued[tuple[Operation, int]]
 Lateness = Callable[[int, int], int]
 Progress = Callable[[float], None]
 
 STEPS_A_REPORT = 20_000
 
 
-def _closes_ns(send: tuple[Queued[int], Window]) -> int:
+def _closes_ns(send: tuple[Wide, Window]) -> int:
     return send[1].not_after_ns or 0
 
 
@@ -118,7 +133,7 @@ def simulate(
         if data is not None:
             host.memory = Memory(plans[rank], op, data[rank])
         called_ns = phase_ns + (start_ns[rank] if start_ns is not None else 0)
-        run.at(called_ns + (run.costs.call_ns if run.area is not None else 0), run.start, rank)
+        run.at(called_ns + (run.costs.call_ns if run.area is not None else 0), run.start, host)
     run.go(phase_ns + deadline_ns)
     return run.report(phase_ns)
 
@@ -135,6 +150,27 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _hosts(plans: Sequence[Plan], topology: Topology, calendar: Calendar, costs: Costs) -> list[Host]:
+    """Return all ranks, which share what does not change."""
+    site_of = [topology.site_of(rank) for rank in range(topology.size)]
+    wide = [
+        frozenset(rank for rank in range(topology.size) if topology.is_wide and site_of[rank] != site)
+        for site in range(len(topology.sites))
+    ]
+    group, recorder, collective = world(site_of), Recorder(), plans[0].collective
+    call = Descriptor(0, collective.kind, "", "", collective.count, collective.root)
+    hosts = []
+    for plan in plans:
+        site = site_of[plan.rank]
+        slots: Slots[tuple[Operation, int]] = Slots(calendar, site, plan.rank, frame_bytes=costs.frame_bytes)
+        engine = Engine(plan.rank, site_of, wide[site], slots, None, recorder, lines_cost=True, greets=False)
+        engine.join(group, 0)
+        operation = Operation(group, call, plan, LONGEST_RUN_NS, 0)
+        takes_ns = taken_ns(plan, costs, lines=topology.is_wide)
+        hosts.append(Host(site, engine, operation, takes_ns, shared(plan.steps["tag"])))
+    return hosts
+
+
 class _Run:
     """One simulation on its way: the hosts, the lines, and a heap of what happens when."""
 
@@ -149,11 +185,7 @@ class _Run:
         self.fluid = False
         self.progress: Progress | None = None
         self.inside_bytes = self.windowed_bytes = 0
-        self.hosts: list[Host] = []
-        for plan in plans:
-            site = topology.site_of(plan.rank)
-            slots: Slots[int] = Slots(calendar, site, plan.rank, frame_bytes=costs.frame_bytes)
-            self.hosts.append(Host(site, Machine(plan), Columns(plan, costs, lines=topology.is_wide), slots, None))
+        self.hosts = _hosts(plans, topology, calendar, costs)
         self._steps, self._steps_ended = sum(len(plan.steps) for plan in plans), 0
         self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
@@ -170,13 +202,16 @@ class _Run:
                 self.now_ns, _, what, arguments = heappop(self._heap)
                 what(*arguments)
         for rank, host in enumerate(self.hosts):
-            if not host.machine.done:
-                raise PlanError(f"rank {rank} came to a halt; it waits for {host.machine.waiting_for()}")
+            if host.drained_ns < 0:
+                raise PlanError(f"rank {rank} came to a halt; it waits for {host.operation.machine.waiting_for()}")
 
-    def start(self, rank: int) -> None:
-        """Rank ``rank`` calls the collective."""
-        self._note_end(rank)
-        self._carry_out(rank, self.hosts[rank].machine.start())
+    def start(self, host: Host) -> None:
+        """Let a rank call the collective."""
+        host.engine.submit(host.operation, self.now_ns)
+        host.engine.start_ready(self.now_ns)
+        host.engine.retire(self.now_ns)
+        self._carry_out(host)
+        self._go_on(host)
 
     def report(self, phase_ns: int) -> Simulation:
         """Return what happened."""
@@ -190,150 +225,130 @@ class _Run:
             peak_queue_bytes=tuple(queue.peak_bytes for queue in up),
             downlink_peak_bytes=tuple(queue.peak_bytes for queue in down),
             window_share=self.inside_bytes / self.windowed_bytes if self.windowed_bytes else None,
-            misses=tuple(host.slots.misses for host in self.hosts),
-            trimmed=tuple(host.slots.trimmed for host in self.hosts),
+            misses=tuple(host.engine.slots.misses for host in self.hosts),
+            trimmed=tuple(host.engine.slots.trimmed for host in self.hosts),
             arrays=arrays or None,
         )
 
-    def _carry_out(self, rank: int, ready: Sequence[int]) -> None:
-        host = self.hosts[rank]
-        columns = host.columns
-        for step in ready:
-            kind = columns.kind[step]
-            if kind == Kind.RECV:
-                self._post(rank, step, (columns.peer[step], columns.tag[step]))
-            elif kind == Kind.FOLD:
-                self._work(rank, self._folded, step)
-            else:
-                self._work(rank, self._queue if columns.wide[step] else self._sent_locally, step)
+    def _carry_out(self, host: Host) -> None:
+        """Do what the engine says; a copy of what cannot be folded yet takes no time here."""
+        actions = host.engine.actions
+        for action in actions:
+            act = action[0]
+            if act == POST:
+                self._post(host, action[2])
+            elif act == GIVE:
+                self._send(host, action[2], action[3], action[4])
+            elif act == FINISH:
+                host.finish_ns = self.now_ns
+            elif act == CLOSE:
+                host.drained_ns = self.now_ns
+        actions.clear()
 
-    def _work(self, rank: int, then: Callable[..., None], step: int, *arguments: Any) -> None:
-        """Let the core of ``rank`` do a step as soon as it has done those that go before it."""
-        host = self.hosts[rank]
-        job = (host.columns.takes_ns[step], then, (rank, step, *arguments))
-        if host.taking:
-            host.follow.append(job)
+    # What follows is the core.
+
+    def _go_on(self, host: Host) -> None:
+        """Let the core do what its engine wants, else take the next ticket; that a send has ended costs nothing."""
+        engine, tickets, kinds = host.engine, host.tickets, host.operation.columns.kind
+        while (work := engine.next_work()) is None and tickets and kinds[tickets[0][0]] == SEND:
+            engine.sent(host.operation, tickets.popleft()[0], self.now_ns)
+            self._ended(host)
+        host.working = work is not None or bool(tickets)
+        if work is not None:
+            self.at(self.now_ns + host.takes_ns[work[1]], self._worked, host, work[1])
+        elif tickets:
+            step, values = tickets.popleft()
+            self.at(self.now_ns + host.takes_ns[step], self._received, host, step, values)
+
+    def _worked(self, host: Host, step: int) -> None:
+        engine, operation = host.engine, host.operation
+        if operation.columns.kind[step] == FOLD:
+            if host.memory is not None:
+                host.memory.fold(step)
+            engine.worked(operation, step, self.now_ns)
+            self._ended(host)
         else:
-            self._wait_for_core(host, job)
+            engine.worked(operation, step, self.now_ns)
+            self._carry_out(host)
+            if self.paced and operation.columns.peer[step] in engine.wide:
+                self._give_the_line(host)
+        self._go_on(host)
 
-    def _take_ticket(self, rank: int, step: int) -> None:
-        """Let the core take note that a send has ended."""
-        self._wait_for_core(self.hosts[rank], (0, self._ended, (rank, step)))
+    def _received(self, host: Host, step: int, values: NDArray[Any] | None) -> None:
+        if host.memory is not None and values is not None:
+            host.memory.take(step, values)
+        host.engine.received(host.operation, step, self.now_ns)
+        self._ended(host)
+        self._go_on(host)
 
-    def _wait_for_core(self, host: Host, job: Job) -> None:
-        host.work.append(job)
-        if not host.working:
-            self._next_work(host)
-
-    def _next_work(self, host: Host) -> None:
-        host.working = bool(host.work)
-        if host.working:
-            takes_ns, then, arguments = host.work.popleft()
-            self._number += 1
-            heappush(self._heap, (self.now_ns + takes_ns, self._number, self._worked, (host, then, arguments)))
-
-    def _worked(self, host: Host, then: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        host.taking = True
-        then(*arguments)
-        host.taking = False
-        if host.follow:
-            host.work.extendleft(reversed(host.follow))
-            host.follow.clear()
-        self._next_work(host)
-
-    def _ended(self, rank: int, step: int) -> None:
-        ready = self.hosts[rank].machine.ended(step)
+    def _ended(self, host: Host) -> None:
+        """Do what follows from the end of a step."""
         self._steps_ended += 1
         if self.progress is not None and self._steps_ended % STEPS_A_REPORT == 0:
             self.progress(self._steps_ended / self._steps)
-        self._note_end(rank)
-        self._carry_out(rank, ready)
+        if host.operation.machine.result_ready:
+            host.engine.retire(self.now_ns)
+        if host.engine.actions:
+            self._carry_out(host)
 
-    def _note_end(self, rank: int) -> None:
-        host = self.hosts[rank]
-        if host.finish_ns < 0 and host.machine.result_ready:
-            host.finish_ns = self.now_ns
-        if host.finish_ns >= 0 and host.drained_ns < 0 and host.machine.done:
-            host.drained_ns = self.now_ns
-
-    def _folded(self, rank: int, step: int) -> None:
-        memory = self.hosts[rank].memory
-        if memory is not None:
-            memory.fold(step)
-        self._ended(rank, step)
-
-    def _read(self, rank: int, step: int) -> NDArray[Any] | None:
-        memory = self.hosts[rank].memory
-        return memory.read(step) if memory is not None else None
-
-    def _sent_locally(self, rank: int, step: int) -> None:
-        columns = self.hosts[rank].columns
-        key, values = (rank, columns.tag[step]), self._read(rank, step)
-        self.at(self.now_ns + self.costs.local_latency_ns, self._arrive, columns.peer[step], key, values)
-        self._take_ticket(rank, step)
-
-    def _post(self, rank: int, step: int, key: tuple[int, int]) -> None:
-        host = self.hosts[rank]
-        if key in host.arrived:
-            self._receive(rank, step, host.arrived.pop(key))
-        else:
-            host.posted[key] = step
-
-    def _arrive(self, rank: int, key: tuple[int, int], values: NDArray[Any] | None) -> None:
-        host = self.hosts[rank]
-        if key in host.posted:
-            self._receive(rank, host.posted.pop(key), values)
-        else:
-            host.arrived[key] = values
-
-    def _receive(self, rank: int, step: int, values: NDArray[Any] | None) -> None:
-        self._work(rank, self._received, step, values)
-
-    def _received(self, rank: int, step: int, values: NDArray[Any] | None) -> None:
-        memory = self.hosts[rank].memory
-        if memory is not None and values is not None:
-            memory.take(step, values)
-        self._ended(rank, step)
+    def _take_ticket(self, host: Host, step: int, values: NDArray[Any] | None = None) -> None:
+        """Let the core take note that a step has ended."""
+        host.tickets.append((step, values))
+        if not host.working:
+            self._go_on(host)
 
     # What follows is the transport.
 
-    def _queue(self, rank: int, step: int) -> None:
-        host = self.hosts[rank]
-        peer = host.columns.peer[step]
-        queued = Queued(step, self.hosts[peer].site, peer, host.columns.nbytes[step])
-        if self.paced:
-            host.slots.add(queued)
-            self._give_the_line(rank)
+    def _post(self, host: Host, step: int) -> None:
+        key = (host.operation.columns.peer[step], host.tags[step])
+        if key in host.arrived:
+            host.tickets.append((step, host.arrived.pop(key)))
         else:
-            self._launch(rank, queued, None)
+            host.posted[key] = step
 
-    def _give_the_line(self, rank: int) -> None:
-        host = self.hosts[rank]
-        for queued, window in host.slots.due(self.now_ns):
-            if window is not None and window.not_after_ns is not None:
-                insort(host.timed, (queued, window), key=_closes_ns)
-            else:
-                self._launch(rank, queued, window)
-        self._send_timed(rank)
-        next_ns = host.slots.next_ns(self.now_ns)
+    def _arrive(self, host: Host, key: tuple[int, int], values: NDArray[Any] | None) -> None:
+        if key in host.posted:
+            self._take_ticket(host, host.posted.pop(key), values)
+        else:
+            host.arrived[key] = values
+
+    def _send(self, host: Host, step: int, queued: Wide | None, window: Window | None) -> None:
+        columns, rank = host.operation.columns, host.engine.rank
+        peer = columns.peer[step]
+        if peer not in host.engine.wide:
+            values = host.memory.read(step) if host.memory is not None else None
+            there_ns = self.now_ns + self.costs.local_latency_ns
+            self.at(there_ns, self._arrive, self.hosts[peer], (rank, host.tags[step]), values)
+            host.tickets.append((step, None))
+        elif queued is None or window is None or window.not_after_ns is None:
+            whole = queued or Queued((host.operation, step), self.hosts[peer].site, peer, columns.nbytes[step])
+            self._launch(host, whole, window)
+        else:
+            insort(host.timed, (queued, window), key=_closes_ns)
+
+    def _give_the_line(self, host: Host) -> None:
+        slots = host.engine.slots
+        host.engine.give_the_line(self.now_ns)
+        self._carry_out(host)
+        self._send_timed(host)
+        next_ns = slots.next_ns(self.now_ns)
         if next_ns is not None and next_ns > self.now_ns and next_ns != host.asks_ns:
             host.asks_ns = next_ns
-            self.at(next_ns, self._ask_again, rank)
+            self.at(next_ns, self._ask_again, host)
 
-    def _ask_again(self, rank: int) -> None:
-        self.hosts[rank].asks_ns = -1
-        self._give_the_line(rank)
+    def _ask_again(self, host: Host) -> None:
+        host.asks_ns = -1
+        self._give_the_line(host)
 
-    def _send_timed(self, rank: int) -> None:
+    def _send_timed(self, host: Host) -> None:
         """Send what is in its window now, as far as it will have left by the window's end."""
-        host = self.hosts[rank]
         by_peer = self.calendar.mode is Slotting.CALENDAR  # each flow at its own rate; else one after another
         missed = []
         while host.timed:
             queued, window = host.timed[0]
-            opens_ns = window.not_before_ns + self.lateness(rank, window.not_before_ns)
+            opens_ns = window.not_before_ns + self.lateness(host.engine.rank, window.not_before_ns)
             if self.now_ns < opens_ns:
-                self.at(opens_ns, self._send_timed, rank)
+                self.at(opens_ns, self._send_timed, host)
                 break
             host.timed.pop(0)
             flow = queued.peer if by_peer else -1
@@ -341,86 +356,83 @@ class _Run:
             part_bytes = window.fitting_bytes(queued.nbytes, begin_ns, self.costs.frame_bytes)
             if part_bytes:
                 host.line_free_ns[flow] = begin_ns + window.takes_ns(part_bytes + self.costs.frame_bytes)
-                self._launch(rank, queued, window, part_bytes)
+                self._launch(host, queued, window, part_bytes)
             if part_bytes == queued.nbytes:
-                host.slots.sent(queued, window)
+                host.engine.slots.sent(queued, window)
             else:
                 missed.append((queued, window, part_bytes))
         if missed:
-            host.slots.missed(missed)
-            self._give_the_line(rank)
+            host.engine.missed(missed)
+            self._give_the_line(host)
 
-    def _launch(self, rank: int, queued: Queued[int], window: Window | None, part_bytes: int | None = None) -> None:
+    def _launch(self, host: Host, queued: Wide, window: Window | None, part_bytes: int | None = None) -> None:
         """Put a message or a part of one on the uplink, parcel by parcel, as fast as its window or the line allows."""
         assert self.area is not None
-        host = self.hosts[rank]
         payload_rate = self.area.uplinks[host.site].rate_bytes_per_s * self.area.payload_share
         rate = window.rate_bytes_per_s if window is not None and window.rate_bytes_per_s else payload_rate
         begin_ns = max(self.now_ns, host.connection_free_ns.get(queued.peer, 0))
         is_rest = part_bytes is None or part_bytes == queued.nbytes
         total = (queued.nbytes if part_bytes is None else part_bytes) + self.costs.frame_bytes
         host.connection_free_ns[queued.peer] = begin_ns + int(total / rate * 1e9)
-        values = self._read(rank, queued.item)
+        values = host.memory.read(queued.item[1]) if host.memory is not None else None
         if self.fluid and window is not None:
-            self._flow(rank, queued, window, total, begin_ns, values if is_rest else None, is_rest)
+            self._flow(host, queued, window, total, begin_ns, values if is_rest else None, is_rest)
             return
         for offset in range(0, total, PARCEL_BYTES):
             nbytes = min(PARCEL_BYTES, total - offset)
             last = is_rest and offset + nbytes == total
-            self.at(begin_ns + int(offset / rate * 1e9), self._depart, rank, queued, window, nbytes, last, values)
+            self.at(begin_ns + int(offset / rate * 1e9), self._depart, host, queued, window, nbytes, last, values)
 
     def _depart(
-        self, rank: int, queued: Queued[int], window: Window | None, nbytes: int, last: bool,
+        self, host: Host, queued: Wide, window: Window | None, nbytes: int, last: bool,
         values: NDArray[Any] | None,
     ) -> None:  # fmt: skip
         assert self.area is not None
-        site = self.hosts[rank].site
+        site = host.site
         wire_bytes = nbytes / self.area.payload_share
         begin_ns, end_ns = self.area.uplinks[site].take(self.now_ns, wire_bytes)
         if window is not None and self.calendar.sites[site].windows:
             self.windowed_bytes += nbytes
-            self.inside_bytes += nbytes if self._owns(rank, queued.destination_site, begin_ns, end_ns) else 0
+            self.inside_bytes += nbytes if self._owns(host, queued.destination_site, begin_ns, end_ns) else 0
         there_ns = end_ns + self.area.delay_ns[site][queued.destination_site]
-        self.at(there_ns, self._cross, rank, queued, wire_bytes, last, values)
+        self.at(there_ns, self._cross, host, queued, wire_bytes, last, values)
 
     def _flow(
-        self, rank: int, queued: Queued[int], window: Window, total_bytes: int, begin_ns: int,
+        self, host: Host, queued: Wide, window: Window, total_bytes: int, begin_ns: int,
         values: NDArray[Any] | None, is_rest: bool,
     ) -> None:  # fmt: skip
         """Let all of a message or of a part of one leave at its pace, and nothing queue."""
         assert self.area is not None
-        site, there = self.hosts[rank].site, queued.destination_site
+        site, there = host.site, queued.destination_site
         end_ns = begin_ns + window.takes_ns(total_bytes)
         self.area.uplinks[site].wire_bytes += total_bytes / self.area.payload_share
         if self.calendar.sites[site].windows:
             self.windowed_bytes += total_bytes
-            self.inside_bytes += total_bytes if self._owns(rank, there, begin_ns, end_ns) else 0
+            self.inside_bytes += total_bytes if self._owns(host, there, begin_ns, end_ns) else 0
         if is_rest:
-            self._deliver(rank, queued, end_ns + self.area.delay_ns[site][there], values)
+            self._deliver(host, queued, end_ns + self.area.delay_ns[site][there], values)
 
-    def _deliver(self, rank: int, queued: Queued[int], there_ns: int, values: NDArray[Any] | None) -> None:
+    def _deliver(self, host: Host, queued: Wide, there_ns: int, values: NDArray[Any] | None) -> None:
         """Let the last byte of a message be at its destination at ``there_ns``, and an acknowledgement go back."""
         assert self.area is not None
-        host = self.hosts[rank]
         back_ns = self.area.delay_ns[queued.destination_site][host.site]
-        key = (rank, host.columns.tag[queued.item])
-        self.at(there_ns + self.costs.wake_ns, self._arrive, queued.peer, key, values)
-        self.at(there_ns + back_ns, self._take_ticket, rank, queued.item)
+        step = queued.item[1]
+        key = (host.engine.rank, host.tags[step])
+        self.at(there_ns + self.costs.wake_ns, self._arrive, self.hosts[queued.peer], key, values)
+        self.at(there_ns + back_ns, self._take_ticket, host, step)
 
-    def _owns(self, rank: int, destination: int, begin_ns: int, end_ns: int) -> bool:
-        site = self.hosts[rank].site
+    def _owns(self, host: Host, destination: int, begin_ns: int, end_ns: int) -> bool:
+        site = host.site
         cycle_ns = self.calendar.sites[site].cycle_ns
         turn_ns = begin_ns - begin_ns % cycle_ns
         return any(
             window.start_ns <= begin_ns - at_ns and end_ns - at_ns <= window.end_ns
-            for window in self.calendar.windows_to(site, rank, destination)
+            for window in self.calendar.windows_to(site, host.engine.rank, destination)
             for at_ns in (turn_ns, turn_ns - cycle_ns)
         )
 
-    def _cross(
-        self, rank: int, queued: Queued[int], wire_bytes: float, last: bool, values: NDArray[Any] | None
-    ) -> None:
+    def _cross(self, host: Host, queued: Wide, wire_bytes: float, last: bool, values: NDArray[Any] | None) -> None:
         assert self.area is not None
         _, end_ns = self.area.downlinks[queued.destination_site].take(self.now_ns, wire_bytes)
         if last:
-            self._deliver(rank, queued, end_ns, values)
+            self._deliver(host, queued, end_ns, values)
