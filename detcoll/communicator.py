@@ -53,8 +53,8 @@ class Communicator:
     different threads at will. Calls whose arrays share memory are carried out in the order in which this rank made
     them, also across groups.
 
-    What an error ends: UsageError the call, on all members; PlanMismatch and DeadlineMissed the group; PeerLost every
-    group with the lost rank. Other groups go on.
+    What an error ends: UsageError the call, on all members unless the transport does it by itself; PlanMismatch and
+    DeadlineMissed the group; PeerLost every group with the lost rank. Other groups go on.
     """
 
     def __init__(

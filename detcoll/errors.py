@@ -15,7 +15,8 @@
         +-- Closed                       used after close or abort
 
 Messages name the argument or the rank, the value, and what was expected. Every docstring ends with the state that the
-caller is left in.
+caller is left in. Where a group has ended, its later calls raise Closed, and other groups of the job go on; only Gloo's
+own collectives end all groups when they fail.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class DetcollError(Exception):
 class UsageError(DetcollError, ValueError):
     """An argument that cannot be used.
 
-    State after: nothing moved; the communicator is as before.
+    State after: nothing moved, and the communicator can be used. A collective that one rank refuses ends on all members
+    of the group, which raise this as well, unless the transport does it by itself: then the others wait for a proper
+    call.
     """
 
 
@@ -45,7 +48,7 @@ class PlanError(DetcollError):
 class PlanMismatch(PlanError):
     """Ranks called collectives that do not fit together; the message shows both descriptors in full.
 
-    State after: the collective failed on every rank, buffers hold unspecified values, the communicator is closed.
+    State after: the group has ended on all its members; arrays of its calls under way hold unspecified values.
     """
 
 
@@ -71,28 +74,31 @@ class ConnectError(TransportError):
 
 
 class PeerLost(TransportError):
-    """A rank died or went away without saying goodbye.
+    """A rank died, went away without saying goodbye, or was out of reach for longer than is tolerated.
 
-    State after: collectives under way failed on every rank, the communicator is closed.
+    Also raised where a rank gave up a collective that MPI does by itself; the message says why it did.
+
+    State after: every group with that rank has ended; arrays of its calls under way hold unspecified values.
     """
 
 
 class FrameError(TransportError):
     """Bytes arrived that do not fit the protocol or the receive they belong to.
 
-    State after: the receive failed; the endpoint is closed.
+    State after: the receive failed; where it was part of a collective, the group has ended on all its members.
     """
 
 
 class DeadlineMissed(TransportError, TimeoutError):
-    """A wait reached its deadline; the message names the step and the peers waited for.
+    """A call made no progress for its timeout, or a wait reached its deadline; the message names whom it waits for.
 
-    State after: the collective failed, buffers hold unspecified values, the communicator is closed.
+    State after: the group has ended on all its members; arrays of its calls under way hold unspecified values. Where
+    `Work.wait` was given a timeout that passed, the call goes on and may be waited for again.
     """
 
 
 class Closed(TransportError):
-    """Use of something that was closed or aborted; the cause is chained where there is one.
+    """Use of something that was closed or aborted, or has failed; the cause is chained where there is one.
 
     State after: still closed.
     """

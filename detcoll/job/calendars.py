@@ -2,7 +2,7 @@
 
 Aligning arrivals takes a solver with a time limit, which need not give two machines the same answer, so one rank
 decides. What it decided is kept under ``$XDG_CACHE_HOME/detcoll/calendars`` by a digest of all that it depends on. The
-cache is only ever a shortcut: what is broken, from elsewhere or cannot be written is passed over.
+cache is only a shortcut: unusable entries are ignored, and so is a folder that cannot be written.
 
 Windows between more than two sites mean arrivals that do not meet. Sites that do not share a clock align them
 (`detcoll.clock.arrival`) before there is a calendar, and guards allow for what they could not mend. Where that is too

@@ -1,4 +1,4 @@
-"""The launcher of the MPI that is installed: where it is, whose it is, and what it wants to be told.
+"""The launcher of the MPI that is installed: where it is, whose it is, and which flags it needs.
 
 MPICH and Open MPI differ in what they ask of whoever runs them: Open MPI refuses root and more ranks than processors
 unless told otherwise, labels lines by another option, and finds its shared memory and its network by other variables.
