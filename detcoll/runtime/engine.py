@@ -91,7 +91,7 @@ class Engine:
         self.actions: list[tuple[Any, ...]] = []
         self.groups: dict[int, Membership] = {}
         self.lost: dict[int, PeerLost] = {}
-        self._suspects: dict[int, tuple[PeerLost, int]] = {}
+        self._suspects: dict[int, tuple[str, int]] = {}
         self._listening: set[int] = set()
         self._ready: deque[Membership] = deque()
         self.credit = Credit()
@@ -424,9 +424,9 @@ class Engine:
 
     def look_after(self, now_ns: int) -> None:
         """Look into calls that make no progress, and give up peers that nobody explains."""
-        for peer, (error, until_ns) in list(self._suspects.items()):
+        for peer, (text, until_ns) in list(self._suspects.items()):
             if now_ns >= until_ns:
-                self.rank_lost(peer, str(error), now_ns)
+                self.rank_lost(peer, text, now_ns)
         for membership in list(self.groups.values()):
             first = membership.first
             while first is not None and now_ns >= first.limit_ns:
@@ -496,7 +496,7 @@ class Engine:
     def suspect(self, peer: int, error: PeerLost, now_ns: int) -> None:
         """Take note that an endpoint lost a peer; perhaps somebody tells why before it counts."""
         if peer not in self.lost:
-            self._suspects.setdefault(peer, (error, now_ns + EXPLANATION_NS))
+            self._suspects.setdefault(peer, (str(error), now_ns + EXPLANATION_NS))
 
     def rank_lost(self, rank: int, text: str, now_ns: int) -> None:
         """End every group that a lost rank is in."""
