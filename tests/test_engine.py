@@ -526,7 +526,7 @@ def test_a_group_of_equal_id_or_number_is_refused() -> None:
     with pytest.raises(UsageError, match="has the same number in tags as group"):
         fleet.engine(0).join(group)
     clash = Group(group.id + (1 << 40), (0, 1, 2), (0, 0, 0), "b")
-    with pytest.raises(UsageError, match="group 'b' has the same number as group 'a'"):
+    with pytest.raises(UsageError, match="group 'b' has the same number in tags as group 'a'"):
         fleet.engine(0).join(clash)
     fleet.engine(0).leave(group)
     fleet.engine(0).join(clash)

@@ -295,7 +295,7 @@ class TestCommands:
         ranks = [f"{'' if rank == 0 else f'[{rank}] '}{rank} slotted right" for rank in range(4)]
         assert sorted(done.stdout.splitlines()) == sorted(ranks)
         seen = json.loads(told.read_text())
-        assert (seen["connections"], len(seen["directions"])) == (12, 2)  # 8 ordered pairs, 4 of them partners
+        assert (seen["connections"], len(seen["directions"])) == (16, 2)  # 8 ordered pairs, two lanes each
         # The exchange takes the array once in each direction; beside it are warm-up, headers of frames and their like.
         assert all(each["payload_bytes"] >= 301_001 * 8 for each in seen["directions"])
 

@@ -34,7 +34,7 @@ def test_calls_are_written_with_the_end_predicted_for_each() -> None:
     assert [call["predicted_end_ns"] for call in told["collectives"]] == [1100, None, 3300]
     assert told["collectives"][1] == {
         "sequence": 1, "kind": "broadcast", "nbytes": 5, "algorithm": "star", "called_ns": 2000, "ended_ns": 2300,
-        "predicted_end_ns": None,
+        "predicted_end_ns": None, "group": 1,
     }  # fmt: skip
     assert [call["predicted_end_ns"] for call in trace.to_json()["collectives"]] == [None] * 3
 
@@ -47,10 +47,10 @@ def test_nothing_is_kept_unless_it_is_asked_for() -> None:
 
 def test_sends_and_misses_are_written_by_name() -> None:
     trace = Trace(0, 0, recording=True, misses=[(2, 10, 20)])
-    trace.sends.append((7, 1, 100, 10, 20, 12, 18, 30, 1))
+    trace.sends.append((7, 1, 100, 10, 20, 12, 18, 30, 1, 9))
     told = trace.to_json()
     assert told["sends"] == [{
         "sequence": 7, "dst": 1, "nbytes": 100, "not_before_ns": 10, "not_after_ns": 20, "started_ns": 12,
-        "left_ns": 18, "ended_ns": 30, "trimmed": True,
+        "left_ns": 18, "ended_ns": 30, "trimmed": True, "group": 9,
     }]  # fmt: skip
     assert told["misses"] == [{"dst_site": 2, "not_before_ns": 10, "not_after_ns": 20}]
