@@ -93,6 +93,7 @@ class Engine:
         self.lost: dict[int, PeerLost] = {}
         self._suspects: dict[int, tuple[str, int]] = {}
         self._listening: set[int] = set()
+        self._wide_hellos: list[tuple[Operation, int]] = []
         self._ready: deque[Membership] = deque()
         self.credit = Credit()
         self._heard_ns: dict[int, int] = {}
@@ -211,10 +212,6 @@ class Engine:
         if self._greets and len(operation.group.ranks) > 1:
             self._greet(membership, operation, now_ns)
         self._carry_out(membership, operation, operation.machine.start(), now_ns)
-        for peer in operation.strangers & self.wide:  # they wait longer for it than this site for its first chunk
-            if self.express is not None:
-                self.express.spend(HELLO_COST_BYTES, now_ns)
-            self.actions.append((Act.HELLO, operation, peer))
 
     def _greet(self, membership: Membership, operation: Operation, now_ns: int) -> None:
         """Exchange descriptors with every peer of the plan, so that nothing of another collective is taken in.
@@ -229,6 +226,8 @@ class Engine:
             self.actions.append((Act.AWAIT_HELLO, operation, peer))
         for peer in operation.strangers - self.wide:
             self.actions.append((Act.HELLO, operation, peer))
+        # Other sites wait longer for it than this site for its first chunk.
+        self._wide_hellos += [(operation, peer) for peer in operation.strangers & self.wide]
 
     def _listen(self, peers: Iterable[int]) -> None:
         for peer in peers:
@@ -349,11 +348,17 @@ class Engine:
         return self.express is None or self.express.take(nbytes, now_ns)
 
     def give_the_line(self, now_ns: int) -> None:
-        """Send what goes into this rank's current or next windows."""
+        """Send what goes into this rank's current or next windows, and what other sites are to hear of calls."""
         for queued, window in self.slots.due(now_ns):
             operation, step = queued.item
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
             self.actions.append((GIVE, operation, step, queued, window))
+        if self._wide_hellos:
+            for operation, peer in self._wide_hellos:
+                if self.express is not None:
+                    self.express.spend(HELLO_COST_BYTES, now_ns)
+                self.actions.append((Act.HELLO, operation, peer))
+            self._wide_hellos = []
 
     def greeted(self, operation: Operation, peer: int, record: bytes, now_ns: int) -> None:
         """Take in what a peer says that it called."""

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.discarding import Discarded, has_prefix
-from detcoll.errors import DetcollError
+from detcoll.errors import DetcollError, FrameError
 from detcoll.machine import Queued, Slots
 from detcoll.plan import Calendar, Collective, Kind, Planner, Slotting, build_calendar
 from detcoll.plan.ir import Buffer
@@ -323,10 +323,13 @@ class Fleet:
     def _recv(self, host: Host, operation: Operation, step: int) -> None:
         if operation.over:
             return
-        row, nbytes = operation.plan.rows[step], operation.plan.message_bytes(step)
+        row, nbytes, peer = operation.plan.rows[step], operation.plan.message_bytes(step), operation.peer(step)
         into = None if row.buffer == Buffer.LENT else operation.memory.view(row.buffer, row.offset, row.length)
 
         def done(ticket: Ticket) -> None:
+            if ticket.error is not None:
+                host.engine.failed(operation, step, peer, ticket.error, self.now_ns)
+                return
             if operation.over:
                 ticket.release()
                 return
@@ -334,9 +337,7 @@ class Fleet:
                 operation.memory.lent[step] = ticket
             host.engine.received(operation, step, self.now_ns)
 
-        self._post(
-            host, operation.peer(step), operation.group.tag(operation.sequence, row.tag), Receive(nbytes, into, done)
-        )
+        self._post(host, peer, operation.group.tag(operation.sequence, row.tag), Receive(nbytes, into, done))
 
     def _send(
         self, host: Host, operation: Operation, step: int, queued: Queued[Wide] | None, window: Window | None
@@ -476,8 +477,14 @@ class Fleet:
             host.posted.setdefault((peer, tag), deque()).append(receive)
 
     def _match(self, receive: Receive, message: Letter) -> None:
-        assert len(message.data) == receive.nbytes, "a receive of another size than its message"
         nbytes = len(message.data)
+        if nbytes != receive.nbytes:
+            ticket = Ticket(TicketKind.RECV, message.source, message.tag, receive.nbytes, TicketStatus.FAILED)
+            ticket.error = FrameError(f"a message of {nbytes} bytes for a receive of {receive.nbytes}")
+            self.free(message.source, message.dst, nbytes)
+            self._taken(message)
+            receive.done(ticket)
+            return
         ticket = Ticket(TicketKind.RECV, message.source, message.tag, nbytes, TicketStatus.DONE)
         if receive.into is not None:
             receive.into[:] = message.data
