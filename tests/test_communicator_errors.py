@@ -432,7 +432,7 @@ def test_a_killed_rank_is_lost_to_all_others() -> None:
         for (said,) in ended.said.values():
             kind, text = said["seen"]
             assert kind == "PeerLost"
-            assert "rank 2" in text
+            assert "rank 2 is lost" in text
             assert said["in_time"]
             assert said["left"] == []
 

@@ -1,7 +1,7 @@
 """Ranks that die, freeze or leave in the middle of collectives of two groups: all others name the same one.
 
 Each case ends a rank at an event that a seed chooses, so that over many seeds every phase of a call is met. By default
-there is one case for each way and two of the ranks, rank 0 among them; ``DETCOLL_TESTING_INSTANTS`` asks for so many of
+there is one case for each way and two of the ranks, rank 0 among them; ``TEST_INSTANTS`` asks for so many of
 every rank.
 """
 
@@ -23,7 +23,7 @@ from ranks import PROGRAMS, lines
 from detcoll.launch.environment import rank_environments
 
 SIZE = 4
-INSTANTS = int(os.environ.get("DETCOLL_TESTING_INSTANTS", "0"))
+INSTANTS = int(os.environ.get("TEST_INSTANTS", "0"))
 
 
 def run(folder: Path, transport: str, victim: int, at: int, how: str) -> dict[int, dict]:
