@@ -370,7 +370,7 @@ def test_calls_that_differ_under_mpi_raise_on_every_rank(mpiexec: list[str], ran
     assert ended.code == 0, ended.err
     assert sorted(ended.said) == list(range(ranks))
     for said in ended.said.values():
-        assert len(said) == 14
+        assert len(said) == 16
         for kind, text in said:
             assert kind == "PlanMismatch", text
             assert text.count("called {") == 2

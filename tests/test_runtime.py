@@ -187,14 +187,14 @@ class Recorded(NativeCollectives):
         self.gate = threading.Event()
         self.gate.set()
 
-    def all_reduce(self, array, op, deadline_ns, arrays=1) -> None:
+    def all_reduce(self, array, op, deadline_ns, arrays=1, name="") -> None:
         raise ValueError("no sums today")
 
-    def broadcast(self, array, root, deadline_ns, arrays=1) -> None:
+    def broadcast(self, array, root, deadline_ns, arrays=1, name="") -> None:
         assert self.gate.wait(20)
         self.roots.append(root)
 
-    def barrier(self, deadline_ns) -> None:
+    def barrier(self, deadline_ns, name="") -> None:
         raise DeadlineMissed("nobody came")
 
 

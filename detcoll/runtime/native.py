@@ -238,11 +238,11 @@ class NativeRunner:
 
     def _dispatch(self, call: NativeCall) -> None:
         if call.kind == "all_reduce":
-            self._collectives.all_reduce(call.array, call.op, call.deadline_ns, call.arrays)
+            self._collectives.all_reduce(call.array, call.op, call.deadline_ns, call.arrays, call.name)
         elif call.kind == "broadcast":
-            self._collectives.broadcast(call.array, call.root, call.deadline_ns, call.arrays)
+            self._collectives.broadcast(call.array, call.root, call.deadline_ns, call.arrays, call.name)
         elif call.kind == "barrier":
-            self._collectives.barrier(call.deadline_ns)
+            self._collectives.barrier(call.deadline_ns, call.name)
         else:
             raise unknown_kind(call.kind)
 

@@ -35,7 +35,9 @@ class Agreement:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def reach(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, deadline_ns: int) -> None:
+    def reach(
+        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str, deadline_ns: int
+    ) -> None:  # fmt: skip
         """Return once all ranks are known to call the same.
 
         Raises
@@ -45,7 +47,7 @@ class Agreement:
         DeadlineMissed, PeerLost
             If a rank did not come before the deadline or is lost. All connections are closed then.
         """
-        announced = announce(kind, op.value, array.dtype, array.size, root, arrays)
+        announced = announce(kind, op.value, array.dtype, array.size, root, arrays, name)
         mine = np.frombuffer(bytearray(announced.record), np.uint8)
         records = [np.zeros_like(mine) if rank != self._group.rank else mine for rank in range(self._group.size)]
         self._group.wait(lambda: _All(self._tell(mine, records)), deadline_ns)
