@@ -384,6 +384,9 @@ def test_a_frozen_rank_keeps_no_mpi_job_alive(mpiexec: list[str]) -> None:
         0: ["DeadlineMissed"],
         2: ["DeadlineMissed"],
     }
+    texts = [text for said in ended.said.values() for _, text in said]
+    assert all("it waits for rank 1, which has not begun it" in text for text in texts)
+    assert "SIGALRM" in ended.err
 
 
 def test_mpi_starts_on_no_rank_unless_all_have_it(mpiexec: list[str]) -> None:

@@ -24,7 +24,7 @@ from detcoll.transport import Clock, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
 from detcoll_mpi.agreement import Agreement
 from detcoll_mpi.blocking import BlockingCaller, stuck_requests
-from detcoll_mpi.giving_up import GaveUp, GivingUp
+from detcoll_mpi.giving_up import ANSWER_NS, GaveUp, GivingUp
 from detcoll_mpi.progress import progress
 from detcoll_mpi.waiting import Backoff
 
@@ -215,7 +215,22 @@ class MpiCollectives(Endpoint, NativeCollectives):
         self._giving_up.hear(self._number)
 
     def _missed(self, name: str) -> DeadlineMissed:
-        return DeadlineMissed(f"{name} by MPI did not end before its deadline; at least one rank did not take part")
+        """Return the error for a collective whose time is over; names those that do not say that they wait as well.
+
+        Raises
+        ------
+        GaveUp
+            If another rank gives it up meanwhile.
+        """
+        self._giving_up.ask(self._number)
+        backoff = Backoff(self._clock, self._clock.now_ns() + ANSWER_NS)
+        while (missing := self._giving_up.missing(self._number)) and backoff.pause():
+            self._look(name)
+        late = f"{name} by MPI did not end before its deadline"
+        if not missing:
+            return DeadlineMissed(f"{late}, though all ranks have begun it")
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        return DeadlineMissed(f"{late}; it waits for {names}, which has not begun it or does not answer")
 
     def _lost(self, name: str, error: Exception) -> PeerLost:
         return PeerLost(f"{name} by MPI failed: {error}")
