@@ -97,9 +97,11 @@ class Announcement:
 
 
 @lru_cache(LARGEST_KEPT_ANNOUNCEMENTS)
-def announce(kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int) -> Announcement:
+def announce(
+    kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int, name: str = ""
+) -> Announcement:
     """Return the announcement of a call; calls are not numbered, since a transport sees them in order."""
-    descriptor = Descriptor(0, kind, op, dtype.name, count, root, arrays)
+    descriptor = Descriptor(0, kind, op, dtype.name, count, root, arrays, name=name)
     record = descriptor.encode()
     return Announcement(
         descriptor, record, int.from_bytes(hashlib.blake2b(record, digest_size=8).digest(), "big") >> 2

@@ -325,7 +325,7 @@ class NativeCollectives(ABC):
 
     Arrays are one-dimensional, contiguous, writable, and reduced in place. Calls block the calling thread until the
     collective is done or the deadline passes; one thread at a time calls. ``arrays`` says how many arrays the caller
-    coalesced into one, for transports that compare calls.
+    coalesced into one, and ``name`` what it is called; transports that compare calls compare both.
 
     While a collective is under way, another thread may use the endpoint's send, recv, poll, arm, cancel and discard,
     and `Endpoint.abort` may come from any thread: it ends the collective, which then raises.
@@ -360,7 +360,7 @@ class NativeCollectives(ABC):
         return None
 
     @abstractmethod
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place.
 
         On every rank NaN comes out of a minimum or maximum where any rank has one; `detcoll.extrema.comparable` helps
@@ -369,11 +369,11 @@ class NativeCollectives(ABC):
         """
 
     @abstractmethod
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Copy ``array`` of ``root`` to all ranks."""
 
     @abstractmethod
-    def barrier(self, deadline_ns: int) -> None:
+    def barrier(self, deadline_ns: int, name: str = "") -> None:
         """Return once every rank has called."""
 
     @property

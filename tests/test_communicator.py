@@ -370,7 +370,7 @@ def test_calls_that_differ_under_mpi_raise_on_every_rank(mpiexec: list[str], ran
     assert ended.code == 0, ended.err
     assert sorted(ended.said) == list(range(ranks))
     for said in ended.said.values():
-        assert len(said) == 14
+        assert len(said) == 16
         for kind, text in said:
             assert kind == "PlanMismatch", text
             assert text.count("called {") == 2
@@ -384,6 +384,9 @@ def test_a_frozen_rank_keeps_no_mpi_job_alive(mpiexec: list[str]) -> None:
         0: ["DeadlineMissed"],
         2: ["DeadlineMissed"],
     }
+    texts = [text for said in ended.said.values() for _, text in said]
+    assert all("it waits for rank 1, which has not begun it" in text for text in texts)
+    assert "SIGALRM" in ended.err
 
 
 def test_mpi_starts_on_no_rank_unless_all_have_it(mpiexec: list[str]) -> None:

@@ -183,6 +183,7 @@ DIFFERENT: dict[str, Callable[[Communicator], object]] = {
     '"kind":"broadcast"': lambda comm: comm.broadcast(ones(100)),
     '"kind":"barrier"': lambda comm: comm.barrier(),
     '"arrays":2': lambda comm: comm.all_reduce([ones(50), ones(50)]),
+    '"name":"weights"': lambda comm: comm.all_reduce(ones(100), name="weights"),
 }
 
 

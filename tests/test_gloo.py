@@ -8,13 +8,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from detcoll.errors import Closed, ConnectError, PeerLost, TransportUnavailable, UsageError
+import detcoll_gloo.agreement
+from detcoll.errors import (
+    Closed,
+    ConnectError,
+    DeadlineMissed,
+    PeerLost,
+    TransportUnavailable,
+    UsageError,
+)
 from detcoll.testing import Here, LocalMeeting, MonotonicClock, ProcessFabric, ThreadFabric, WorldError, Worlds, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.testing.programs import beside, collectives, messages
@@ -108,6 +118,53 @@ def interrupted_early(here: Here, line: int) -> None:
             here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
 
 
+def interrupted_between_records(here: Here) -> None:
+    """Who is interrupted when some have told what they call, and others may have, does not wait for them again."""
+    array = np.ones(10)
+    here.meet()
+    if here.rank == 0:
+        assert stopped_after_first_record(lambda: here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns()))
+        with pytest.raises(Closed):
+            here.endpoint.barrier(here.deadline_ns())
+    else:
+        with pytest.raises(PeerLost):
+            here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+
+
+def stopped_after_first_record(function: Callable[[], None]) -> bool:
+    """Interrupt ``function`` where it has waited for the first record of another rank."""
+    lines: list[int] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code is detcoll_gloo.agreement._All.wait.__code__ and event == "line":
+            lines.append(frame.f_lineno)
+            if len(lines) > 1 and lines.count(lines[-1]) == 2:  # back at the head of the loop
+                raise beside.Interruption
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except beside.Interruption:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def one_misses_it(here: Here) -> str:
+    """Tell how a collective ended that rank 1 did not come to."""
+    here.endpoint.barrier(here.deadline_ns())
+    if here.rank == 1:
+        here.meet()
+        return ""
+    with pytest.raises((DeadlineMissed, PeerLost)) as ended:
+        here.endpoint.barrier(here.clock.now_ns() + 10**9 // 2)
+    here.meet()
+    return str(ended.value)
+
+
 def cancelled_while_it_arrives(here: Here, nbytes: int) -> None:
     """Of receives that are cancelled at any moment, the next one of the tag gets the message."""
     if here.rank == 0:
@@ -142,6 +199,18 @@ def test_without_comparing() -> None:
 def test_unknown_types() -> None:
     with ThreadFabric(GlooTransport(), 2) as fabric:
         fabric.run(unknown_types)
+
+
+@needs_torch
+def test_interrupted_between_records() -> None:
+    with ThreadFabric(GlooTransport(), 2) as fabric:
+        fabric.run(interrupted_between_records)
+
+
+@needs_torch
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with ThreadFabric(GlooTransport(), 3) as fabric:
+        assert any("it waits for rank 1, which has not begun it" in text for text in fabric.run(one_misses_it))
 
 
 @needs_torch

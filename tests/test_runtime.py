@@ -184,17 +184,19 @@ class Recorded(NativeCollectives):
 
     def __init__(self) -> None:
         self.roots: list[int] = []
+        self.deadlines_ns: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
 
-    def all_reduce(self, array, op, deadline_ns, arrays=1) -> None:
+    def all_reduce(self, array, op, deadline_ns, arrays=1, name="") -> None:
         raise ValueError("no sums today")
 
-    def broadcast(self, array, root, deadline_ns, arrays=1) -> None:
+    def broadcast(self, array, root, deadline_ns, arrays=1, name="") -> None:
         assert self.gate.wait(20)
         self.roots.append(root)
+        self.deadlines_ns.append(deadline_ns)
 
-    def barrier(self, deadline_ns) -> None:
+    def barrier(self, deadline_ns, name="") -> None:
         raise DeadlineMissed("nobody came")
 
 
@@ -210,7 +212,7 @@ def native():
 
     def call(kind: str, root: int = 0, wait: bool = False, seconds: float = 20.0) -> Work:
         work = Work(kind)
-        native_call = NativeCall(root, kind, np.zeros(1), ReduceOp.SUM, root, deadline(seconds), 0)
+        native_call = NativeCall(root, kind, np.zeros(1), ReduceOp.SUM, root, int(seconds * 1e9), 0)
         if wait and runner.run_at_once(native_call):
             work.finish()
         else:
@@ -250,6 +252,17 @@ def test_a_native_failure_ends_what_is_queued_and_refuses_more(native, kind: str
     assert [type(problem) for problem in told] == [error]
     with pytest.raises(Closed):
         call("broadcast")
+
+
+def test_waiting_for_native_calls_ahead_takes_no_time_of_a_call(native) -> None:
+    _, collectives, call, _ = native
+    collectives.gate.clear()
+    ahead, behind = call("broadcast"), call("broadcast", seconds=5.0)
+    opened_ns = time.monotonic_ns()
+    collectives.gate.set()
+    ahead.wait(20)
+    behind.wait(20)
+    assert collectives.deadlines_ns[1] >= opened_ns + 5 * 10**9
 
 
 def test_an_unknown_kind_runs_nothing(native) -> None:

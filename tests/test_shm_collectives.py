@@ -326,7 +326,7 @@ def one_is_missing(here: Here) -> None:
     if here.rank != 1:
         with pytest.raises((DeadlineMissed, PeerLost)) as seen:
             here.endpoint.barrier(here.clock.now_ns() + 500 * 10**6)
-        assert "waits for rank 1, which has not called it" in str(seen.value) or "aborted" in str(seen.value)
+        assert "waits for rank 1, which has not begun it" in str(seen.value) or "aborted" in str(seen.value)
     here.meet()
 
 

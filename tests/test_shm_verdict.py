@@ -74,7 +74,7 @@ def comes_late(here: Here, kind: str) -> None:
     prepare(here, kind)
     if here.rank == 0:
         here.meet()
-    with pytest.raises(DeadlineMissed, match="it waits for rank 0, which has not called it"):
+    with pytest.raises(DeadlineMissed, match="it waits for rank 0, which has not begun it"):
         call(here, kind, PASSED_NS if here.rank else here.deadline_ns())
     if here.rank:
         here.meet()

@@ -93,7 +93,7 @@ class Caller:
                 spans = bound.spans if self.job.has_loop and kind != "barrier" else ()
                 self.job.await_overlapping(spans, on_loop=False)
                 call = NativeCall(
-                    sequence, kind, bound.array, op, root, called_ns + timeout_ns, called_ns, arrays,
+                    sequence, kind, bound.array, op, root, timeout_ns, called_ns, arrays,
                     bound.load if bound.staged else None, bound.store if bound.staged else None, name,
                 )  # fmt: skip
                 if wait and native.run_at_once(call):

@@ -1,7 +1,7 @@
 """Runs a transport's own collectives, in order of call.
 
 A call that nobody is ahead of runs on the caller's thread, which saves two thread switches. Asynchronous calls go to a
-worker thread, and calls after them queue behind.
+worker thread, and calls after them queue behind. The time of a call runs from when its turn has come.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ LARGEST_QUEUE = 4096
 
 @dataclass(frozen=True, slots=True)
 class NativeCall:
-    """One collective for the transport itself."""
+    """One collective for the transport itself.  ``timeout_ns`` : for it, from its turn on."""
 
     sequence: int
     kind: str
     array: NDArray[Any]
     op: ReduceOp
     root: int
-    deadline_ns: int
+    timeout_ns: int
     called_ns: int
     arrays: int = 1
     load: Callable[[], None] | None = None
@@ -109,7 +109,7 @@ class NativeRunner:
         with self._count:
             self._queued += 1
         try:
-            self._queue.put((call, work), timeout=max(call.deadline_ns - time.monotonic_ns(), 0) / 1e9)
+            self._queue.put((call, work), timeout=call.timeout_ns / 1e9)
         except queue.Full:
             with self._count:
                 self._queued -= 1
@@ -237,12 +237,13 @@ class NativeRunner:
         return self._failure
 
     def _dispatch(self, call: NativeCall) -> None:
+        deadline_ns = time.monotonic_ns() + call.timeout_ns
         if call.kind == "all_reduce":
-            self._collectives.all_reduce(call.array, call.op, call.deadline_ns, call.arrays)
+            self._collectives.all_reduce(call.array, call.op, deadline_ns, call.arrays, call.name)
         elif call.kind == "broadcast":
-            self._collectives.broadcast(call.array, call.root, call.deadline_ns, call.arrays)
+            self._collectives.broadcast(call.array, call.root, deadline_ns, call.arrays, call.name)
         elif call.kind == "barrier":
-            self._collectives.barrier(call.deadline_ns)
+            self._collectives.barrier(deadline_ns, call.name)
         else:
             raise unknown_kind(call.kind)
 

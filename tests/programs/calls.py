@@ -89,6 +89,7 @@ def differ(transport: str) -> None:
             lambda size: detcoll.all_reduce(ones(size, np.float32), op="max"),
             lambda size: detcoll.broadcast(ones(size, np.float32)),
             lambda size: detcoll.barrier(),
+            lambda size: detcoll.all_reduce(ones(size, np.float32), name="weights"),
         ):
             comm = detcoll.init(transport, timeout=20)
             detcoll.barrier()

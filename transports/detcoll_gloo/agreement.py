@@ -8,6 +8,7 @@ where messages straight to everybody take 21: Gloo sends only when the receiver 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.descriptor import announce
+from detcoll.errors import DeadlineMissed
 from detcoll.types import ReduceOp
 from detcoll_gloo.group import Group
 
 AGREEMENT_TAG = 2**30 + 1
 """A tag that no message has."""
+
+_ENDED = timedelta(milliseconds=10)
 
 
 class Agreement:
@@ -35,7 +39,9 @@ class Agreement:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def reach(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, deadline_ns: int) -> None:
+    def reach(
+        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str, deadline_ns: int
+    ) -> None:  # fmt: skip
         """Return once all ranks are known to call the same.
 
         Raises
@@ -43,12 +49,21 @@ class Agreement:
         PlanMismatch
             If they call different collectives; shows this rank's and another.
         DeadlineMissed, PeerLost
-            If a rank did not come before the deadline or is lost. All connections are closed then.
+            If a rank did not come before the deadline, which is named, or is lost. All connections are closed then.
         """
-        announced = announce(kind, op.value, array.dtype, array.size, root, arrays)
+        announced = announce(kind, op.value, array.dtype, array.size, root, arrays, name)
         mine = np.frombuffer(bytearray(announced.record), np.uint8)
         records = [np.zeros_like(mine) if rank != self._group.rank else mine for rank in range(self._group.size)]
-        self._group.wait(lambda: _All(self._tell(mine, records)), deadline_ns)
+        try:
+            self._group.wait(lambda: _All(self._tell(mine, records)), deadline_ns)
+        except DeadlineMissed as error:
+            missing = [rank for rank, record in enumerate(records) if not record.any()]
+            if not missing:
+                raise
+            names = ", ".join(f"rank {rank}" for rank in missing)
+            raise DeadlineMissed(
+                f"{kind} by Gloo did not end before its deadline; it waits for {names}, which has not begun it"
+            ) from error
         announced.compare(self._group.rank, [record.tobytes() for record in records])
 
     def _tell(self, mine: NDArray[np.uint8], records: Sequence[NDArray[np.uint8]]) -> list[Any]:
@@ -64,8 +79,19 @@ class _All:
 
     def __init__(self, works: Sequence[Any]) -> None:
         self._works = works
+        self._was_waited = False
 
     def wait(self, timeout: timedelta) -> None:
-        """Return when all have ended; each may take this long."""
+        """Return when all have ended; each may take this long.
+
+        The second time is after an interruption, when all connections are closed: what is under way fails at once, but
+        Gloo tells only once that a message has ended, so one that may have told it is not waited for.
+        """
+        if not self._was_waited:
+            self._was_waited = True
+            for work in self._works:
+                work.wait(timeout)
+            return
         for work in self._works:
-            work.wait(timeout)
+            with contextlib.suppress(RuntimeError):
+                work.wait(_ENDED)

@@ -49,7 +49,7 @@ class GlooCollectives(Endpoint, NativeCollectives):
         """The name in traces and results."""
         return "gloo-native"
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place; averages are divided once at the end.
 
         Gloo's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
@@ -62,7 +62,7 @@ class GlooCollectives(Endpoint, NativeCollectives):
         if op is ReduceOp.AVG and is_integer(dtype):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
         with self._in_step():
-            self._agree("all_reduce", op, array, 0, arrays, deadline_ns)
+            self._agree("all_reduce", op, array, 0, arrays, name, deadline_ns)
             if op in _WIDENED and is_half(dtype):
                 for start in range(0, array.size, STAGE_ELEMS):
                     part = array[start : start + STAGE_ELEMS]
@@ -74,7 +74,7 @@ class GlooCollectives(Endpoint, NativeCollectives):
             if op is ReduceOp.AVG:
                 fold(op, [array], array, self._group.size)
 
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._check_usable()
         if not 0 <= root < self._group.size:
@@ -82,15 +82,15 @@ class GlooCollectives(Endpoint, NativeCollectives):
         options = self._group.torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         with self._in_step():
-            self._agree("broadcast", ReduceOp.SUM, array, root, arrays, deadline_ns)
+            self._agree("broadcast", ReduceOp.SUM, array, root, arrays, name, deadline_ns)
             self._run("broadcast", [self._group.tensor(array.view(np.uint8))], options, deadline_ns, array.size)
 
-    def barrier(self, deadline_ns: int) -> None:
+    def barrier(self, deadline_ns: int, name: str = "") -> None:
         """Return once every rank has called."""
         self._check_usable()
         with self._in_step():
             if self._agreement is not None:
-                self._agree("barrier", ReduceOp.MAX, _NOTHING, 0, 1, deadline_ns)
+                self._agree("barrier", ReduceOp.MAX, _NOTHING, 0, 1, name, deadline_ns)
             elif self._group.size > 1:
                 options = self._group.torch.distributed.BarrierOptions()
                 options.timeout = self._group.timeout(deadline_ns)
@@ -109,11 +109,11 @@ class GlooCollectives(Endpoint, NativeCollectives):
         self._group.wait(lambda: getattr(self._group.gloo, name)(tensors, options), deadline_ns)
 
     def _agree(
-        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, deadline_ns: int
+        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str, deadline_ns: int
     ) -> None:  # fmt: skip
         """Return once all ranks are known to call the same, where they compare."""
         if self._agreement is not None:
-            self._agreement.reach(kind, op, array, root, arrays, deadline_ns)
+            self._agreement.reach(kind, op, array, root, arrays, name, deadline_ns)
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:

@@ -33,9 +33,9 @@ class Agreement:
         self._mine, self._greatest = np.zeros(2, np.int64), np.zeros(2, np.int64)
         self._announced: Announcement | None = None
 
-    def start(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> Any:
+    def start(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str) -> Any:
         """Begin to compare a call with the others' and return MPI's request."""
-        self._announced = announce(kind, op.value, array.dtype, array.size, root, arrays)
+        self._announced = announce(kind, op.value, array.dtype, array.size, root, arrays, name)
         self._mine[:] = self._announced.digest, -self._announced.digest
         return self.comm.Iallreduce(self._mine, self._greatest, self._mpi.MAX)
 

@@ -101,6 +101,11 @@ def _end_job_if_stuck() -> None:
     if any(not mpi.Is_finalized() and not request.Test() for mpi, request, _ in stuck_requests):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(FINALIZE_S)
+        print(
+            "detcoll: a collective never ended in MPI, which may not be able to finalize now; unless it does in "
+            f"{FINALIZE_S} s, SIGALRM (alarm clock) ends this process",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     if busy:
         print("detcoll: a collective is stuck in MPI, so the whole MPI job is ended", file=sys.stderr, flush=True)
         busy[0].mpi.COMM_WORLD.Abort(1)

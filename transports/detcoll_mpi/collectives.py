@@ -24,7 +24,7 @@ from detcoll.transport import Clock, Endpoint, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
 from detcoll_mpi.agreement import Agreement
 from detcoll_mpi.blocking import BlockingCaller, stuck_requests
-from detcoll_mpi.giving_up import GaveUp, GivingUp
+from detcoll_mpi.giving_up import ANSWER_NS, GaveUp, GivingUp
 from detcoll_mpi.progress import progress
 from detcoll_mpi.waiting import Backoff
 
@@ -71,7 +71,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
         """The name in traces and results."""
         return "mpi-native"
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place; 16-bit floats in float32, averages divided once at the end.
 
         MPI's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
@@ -81,7 +81,7 @@ class MpiCollectives(Endpoint, NativeCollectives):
         if op is ReduceOp.AVG and is_integer(dtype):
             raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
         with _InStep(self, array):
-            self._compare("all_reduce", op, array, 0, arrays)
+            self._compare("all_reduce", op, array, 0, arrays, name)
             if is_half(dtype):
                 self._all_reduce_half(array, op, deadline_ns)
                 return
@@ -92,24 +92,24 @@ class MpiCollectives(Endpoint, NativeCollectives):
             if op is ReduceOp.AVG and array.size:
                 fold(op, [array], array, self._size)
 
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._check_usable()
         if not 0 <= root < self._size:
             raise UsageError(f"root={root} must be a rank from 0 to {self._size - 1}")
         with _InStep(self, array):
-            self._compare("broadcast", ReduceOp.SUM, array, root, arrays)
+            self._compare("broadcast", ReduceOp.SUM, array, root, arrays, name)
             for part in _parts(array.view(np.uint8), LARGEST_PART_BYTES):
                 self._broadcast_part(part, root, deadline_ns)
             self._agree("broadcast", deadline_ns)
 
-    def barrier(self, deadline_ns: int) -> None:
+    def barrier(self, deadline_ns: int, name: str = "") -> None:
         """Return once every rank has called."""
         self._check_usable()
         if self._size == 1:
             return
         with _InStep(self, _NOTHING):
-            self._compare("barrier", ReduceOp.MAX, _NOTHING, 0, 1)
+            self._compare("barrier", ReduceOp.MAX, _NOTHING, 0, 1, name)
             self._agree("barrier", deadline_ns)
 
     def _broadcast_part(self, part: NDArray[np.uint8], root: int, deadline_ns: int) -> None:
@@ -159,11 +159,11 @@ class MpiCollectives(Endpoint, NativeCollectives):
         if not done:
             raise self._missed(name)
 
-    def _compare(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> None:
+    def _compare(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str) -> None:
         """Begin to compare a call with what the others called; `_agree` ends it."""
         if self._size > 1:
             try:
-                self._comparing = self._agreement.start(kind, op, array, root, arrays)
+                self._comparing = self._agreement.start(kind, op, array, root, arrays, name)
             except self._mpi.Exception as error:
                 raise self._lost(kind, error) from error
             self._requests.append(self._comparing)
@@ -215,7 +215,22 @@ class MpiCollectives(Endpoint, NativeCollectives):
         self._giving_up.hear(self._number)
 
     def _missed(self, name: str) -> DeadlineMissed:
-        return DeadlineMissed(f"{name} by MPI did not end before its deadline; at least one rank did not take part")
+        """Return the error for a collective whose time is over; names those that do not say that they wait as well.
+
+        Raises
+        ------
+        GaveUp
+            If another rank gives it up meanwhile.
+        """
+        self._giving_up.ask(self._number)
+        backoff = Backoff(self._clock, self._clock.now_ns() + ANSWER_NS)
+        while (missing := self._giving_up.missing(self._number)) and backoff.pause():
+            self._look(name)
+        late = f"{name} by MPI did not end before its deadline"
+        if not missing:
+            return DeadlineMissed(f"{late}, though all ranks have begun it")
+        names = ", ".join(f"rank {rank}" for rank in missing)
+        return DeadlineMissed(f"{late}; it waits for {names}, which has not begun it or does not answer")
 
     def _lost(self, name: str, error: Exception) -> PeerLost:
         return PeerLost(f"{name} by MPI failed: {error}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,6 +78,11 @@ class CallLayout:
     def cut(self, number: int, half: int) -> Cut:
         """Return where chunk ``number`` of the call lies in a half of the stages."""
         return (self.last if number == self.chunks - 1 else self.full)[half]
+
+    def named(self, name: str) -> CallLayout:
+        """Return the layout of the same call under a name; names differ from call to call, so these are not kept."""
+        descriptor = msgspec.structs.replace(self.descriptor, name=name)
+        return replace(self, descriptor=descriptor, digest=digest_of(descriptor))
 
 
 def digest_of(descriptor: Descriptor) -> int:

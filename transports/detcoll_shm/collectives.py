@@ -85,21 +85,21 @@ class Collectives:
         self.turn = threading.Lock()
         """Held while a collective uses shared memory."""
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int, name: str) -> None:
         """Reduce ``array`` over all ranks, in place."""
-        layout = self._layout("all_reduce", op, array, 0, arrays)
+        layout = self._layout("all_reduce", op, array, 0, arrays, name)
         self._run(self._all_reduce_in_chunks if layout.chunks else self._all_reduce_whole, layout, array, deadline_ns)
 
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int, name: str) -> None:
         """Copy ``array`` of ``root`` to all ranks."""
         self._run(
-            self._broadcast, self._layout("broadcast", ReduceOp.SUM, array, root, arrays), array.view(np.uint8),
+            self._broadcast, self._layout("broadcast", ReduceOp.SUM, array, root, arrays, name), array.view(np.uint8),
             deadline_ns,
         )  # fmt: skip
 
-    def barrier(self, deadline_ns: int) -> None:
+    def barrier(self, deadline_ns: int, name: str) -> None:
         """Return once every rank has called."""
-        self._run(self._barrier, self._layout("barrier", ReduceOp.MAX, _NOTHING, 0, 1), _NOTHING, deadline_ns)
+        self._run(self._barrier, self._layout("barrier", ReduceOp.MAX, _NOTHING, 0, 1, name), _NOTHING, deadline_ns)
 
     def refuse(self, reason: str) -> None:
         """Take no later call; to be called with ``turn``."""
@@ -129,7 +129,9 @@ class Collectives:
                 self._ended = f"an earlier collective failed: {reason}"
                 told = True
 
-    def _layout(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int) -> CallLayout:
+    def _layout(
+        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str
+    ) -> CallLayout:  # fmt: skip
         key = (kind, op, array.dtype, array.size, root, arrays)
         layout = self._layouts.get(key)
         if layout is None:
@@ -142,7 +144,7 @@ class Collectives:
             if len(self._layouts) >= LARGEST_KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
             layout = self._layouts[key] = self._cutter.layout(descriptor, op, dtype)
-        return layout
+        return layout.named(name) if name else layout
 
     def _barrier(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
         self._lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)

@@ -215,17 +215,17 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         except OSError as error:
             raise TransportUnavailable(f"transport 'shm' cannot make an array of {nbytes} bytes: {error}") from error
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1) -> None:
+    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place, in the promised order."""
-        (self._collectives or self._begin_collectives()).all_reduce(array, op, deadline_ns, arrays)
+        (self._collectives or self._begin_collectives()).all_reduce(array, op, deadline_ns, arrays, name)
 
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1) -> None:
+    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Copy ``array`` of ``root`` to all ranks."""
-        (self._collectives or self._begin_collectives()).broadcast(array, root, deadline_ns, arrays)
+        (self._collectives or self._begin_collectives()).broadcast(array, root, deadline_ns, arrays, name)
 
-    def barrier(self, deadline_ns: int) -> None:
+    def barrier(self, deadline_ns: int, name: str = "") -> None:
         """Return once every rank has called."""
-        (self._collectives or self._begin_collectives()).barrier(deadline_ns)
+        (self._collectives or self._begin_collectives()).barrier(deadline_ns, name)
 
     def cancel(self, ticket: Ticket) -> bool:
         """End a pending ticket of which no byte has moved; `poll` does not return it."""

@@ -48,7 +48,7 @@ LOOKS_WHERE_CROWDED = 30
 """With more ranks than processors: each look lets another rank run. Alone on its processor a rank is through with them
 in some 15 us, and sleeps."""
 
-_LACKS = {ARRIVED: "has not called it", TOLD: "does not say what it called", TAKEN: "has not taken the result"}
+_LACKS = {ARRIVED: "has not begun it", TOLD: "does not say what it called", TAKEN: "has not taken the result"}
 
 
 LONGEST_VERDICT_NS = 10**9
