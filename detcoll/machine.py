@@ -182,7 +182,7 @@ class Slots(Generic[Item]):
         self._count(self._lane(send), send, window, 1, 0)
 
     def missed(self, sends: Sequence[tuple[Queued[Item], Window, int]]) -> None:
-        """Put back, in order, sends that left their window with only so many bytes (third) of them sent."""
+        """Put sends back, in order, that did not end in their window; the third item is the bytes already sent."""
         for send, window, sent_bytes in sends:
             lane = self._lane(send)
             self._count(lane, send, window, int(sent_bytes > 0), int(send.fits or not sent_bytes))

@@ -16,6 +16,7 @@ from detcoll.fold import reference
 from detcoll.runtime import Group, blame, credit
 from detcoll.runtime.actions import Act
 from detcoll.runtime.control import Answer, Ask, Cause, State
+from detcoll.runtime.group import SEQUENCES
 from detcoll.runtime.recorder import LARGEST_RECORD, Recorder
 from detcoll.testing.fleet import SECOND_NS, Called, Fleet, Program
 from detcoll.types import ReduceOp
@@ -518,6 +519,79 @@ def test_calls_on_the_same_memory_are_carried_out_in_the_order_in_which_they_wer
 
 
 # Groups that come and go.
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("between", [[], [SEQUENCES // 2], [1, 2, SEQUENCES - 1]])
+def test_tags_of_a_refused_call_serve_another_call_later(late: int, between: list[int]) -> None:
+    """A rank that calls late is sent messages of a call that has the tags of one that was refused."""
+    fleet = Fleet(2)
+    fleet.refuse(1, UsageError("no"))
+    fleet.call(0, "all_reduce", ones(10))
+    fleet.run(SECOND_NS)
+    for sequence in [*between, SEQUENCES - 2, SEQUENCES]:
+        for host in fleet.hosts:
+            host.sequences[fleet.world.id] = sequence
+        now_ns = fleet.now_ns
+        calls = [fleet.call(rank, "all_reduce", ones(10), at_ns=now_ns + MS * 100 * (rank == late)) for rank in (0, 1)]
+        fleet.run(now_ns + SECOND_NS)
+        check_sums(calls)
+
+
+def test_late_messages_of_a_refused_call_are_dropped_for_half_of_all_sequences() -> None:
+    fleet = Fleet(2)
+    fleet.refuse(1, UsageError("no"))
+    fleet.call(0, "all_reduce", ones(10))
+    fleet.run(SECOND_NS)
+    for sequence, is_dropped in ((SEQUENCES // 2 - 1, True), (SEQUENCES // 2, False)):
+        for host in fleet.hosts:
+            host.sequences[fleet.world.id] = sequence
+        calls = sums(fleet, 10)
+        fleet.run(fleet.now_ns + SECOND_NS)
+        check_sums(calls)
+        assert {host.discarded.covers(fleet.world.tag(0, 5)) for host in fleet.hosts} == {is_dropped}
+
+
+def test_calls_that_come_while_a_group_is_left_end_and_leave_nothing() -> None:
+    fleet = Fleet(2)
+    group = fleet.group([0, 1], "pair")
+    calls = [fleet.call(0, "all_reduce", ones(100_000), group=group) for _ in range(20)]
+    beside = sums(fleet, 10)
+    fleet.run(MS // 2)
+    fleet.at(fleet.now_ns, 0, lambda: fleet.engine(0).leave(group))
+    fleet.call(1, "all_reduce", ones(100_000), group=group, timeout_s=3600.0)
+    fleet.run(10 * SECOND_NS)
+    assert all(isinstance(call.error, Closed) for call in calls)
+    check_sums(beside)
+    assert fleet.engine(0).idle
+    assert {key for key, queue in fleet.hosts[0].posted.items() if queue} == {(1, 0)}
+    assert not any(fleet.hosts[0].arrived.values())
+
+
+def test_memory_is_given_up_before_its_owner_hears_that_a_call_has_ended() -> None:
+    for refuses in (False, True):
+        fleet = Fleet(2)
+        fleet.call(0, "all_reduce", ones(10))
+        fleet.run(SECOND_NS)
+        engine = fleet.engine(0)
+        if refuses:
+            engine.told(Cause(fleet.world.id, 0, "UsageError", "no", 1), fleet.now_ns)
+        else:
+            engine.fail_group(fleet.world, UsageError("no"), fleet.now_ns)
+        acts = [action[0] for action in engine.actions]
+        assert acts.index(Act.DISCARD) < acts.index(Act.FINISH)
+
+
+def test_a_submitted_call_is_not_refused_any_more() -> None:
+    """As where its caller was interrupted between handing it over and hearing so."""
+    fleet = Fleet(2)
+    calls = [fleet.call(0, "all_reduce", ones(10))]
+    engine = fleet.engine(0)
+    fleet.at(MS, 0, lambda: engine.refuse(fleet.world, 0, UsageError("interrupted"), MS))
+    fleet.run(SECOND_NS)
+    calls.append(fleet.call(1, "all_reduce", ones(10)))
+    fleet.run()
+    check_sums(calls)
 
 
 def test_a_group_of_equal_id_or_number_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ from ranks import attempt, launch
 from detcoll.cli import main
 from detcoll.errors import DeadlineMissed, PlanMismatch, UsageError
 from detcoll.job.flight import LARGEST_KEPT_JOBS, Flight, ask, running
-from detcoll.report.standing import RECORD_SCHEMA, findings, read_records, stands
-from detcoll.runtime.recorder import COLUMNS, LARGEST_RECORD, Recorder
+from detcoll.report.standing import findings, read_records, stands
+from detcoll.runtime.recorder import COLUMNS, LARGEST_RECORD, RECORD_SCHEMA, Recorder
 
 
 def test_the_last_events_are_kept() -> None:
@@ -79,8 +80,51 @@ def test_whom_others_wait_for_shows() -> None:
     records = [
         hung_record(0, [call | {"waits_for": [1]}]), hung_record(1, []), hung_record(2, [call | {"waits_for": [0]}])
     ]  # fmt: skip
-    assert findings(records) == ["world: others wait for rank 1, which wait for nobody here."]
+    assert findings(records) == ["world: others wait for rank 1, which waits for nobody here."]
     assert [(stand.rank, stand.waits_for) for stand in stands(records)] == [(0, (1,)), (1, ()), (2, (0,))]
+
+
+def test_of_a_rank_without_a_record_nothing_is_said() -> None:
+    call = {"sequence": 4, "what": "call 4, barrier", "state": "waits for rank 1", "waits_for": [1, 2]}
+    left = hung_record(2, []) | {"groups": []}
+    assert findings([hung_record(0, [call]), left]) == [
+        "No record of rank 1.",
+        "world: others wait for rank 2, which has left it or not opened it.",
+        "world: others wait for rank 1, of which there is no record.",
+    ]
+
+
+def test_groups_of_the_same_ranks_are_told_apart() -> None:
+    records = [hung_record(rank, []) for rank in range(3)]
+    for record in records:
+        (group,) = record["groups"]
+        record["groups"] = [group | {"id": identity, "latest": latest} for identity, latest in (("a", 1), ("b", 7))]
+    assert findings(records) == []
+
+
+def test_a_user_without_a_home_has_no_records(monkeypatch) -> None:
+    for name in ("HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a KeyError, as for an unknown user
+    flight = Flight("job", 0, dict, None)
+    assert flight.write("test") is None
+    flight.close()
+
+
+def test_a_record_that_cannot_be_made_costs_nothing_else(tmp_path: Path) -> None:
+    flight = Flight("job", 0, lambda: {"rank": object()}, str(tmp_path))
+    assert flight.write("test") is None
+    flight.close()
+
+
+def test_a_forked_child_writes_no_record(tmp_path: Path) -> None:
+    flight = Flight("job", 0, dict, str(tmp_path))
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if flight.write("test") is None else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert flight.write("test") is not None
+    flight.close()
 
 
 def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from ranks import attempt, grouped, launch, lines, run_ranks
 
+from detcoll.buffers import bind
 from detcoll.communicator import Communicator
-from detcoll.errors import Closed, ConnectError, DeadlineMissed, PlanMismatch, UsageError
+from detcoll.errors import Closed, ConnectError, DeadlineMissed, PlanMismatch, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.types import ReduceOp
 
@@ -259,5 +260,56 @@ def test_calls_on_the_same_memory_keep_their_order(place: str) -> None:
                 work.wait()
             assert (x[: elems // 2] == 16).all()
             assert (x[elems // 2 :] == 64).all()
+
+    run(place, 4, program)
+
+
+def test_a_native_call_made_before_there_was_another_group_is_waited_for_on_the_same_memory() -> None:
+    """Where the world's calls go to the transport itself, and those of other groups do not."""
+    looked = threading.Event()
+
+    def program(comm):
+        x = np.ones(1000, np.float32)
+        if comm.rank == 0:
+            work = comm.all_reduce(x, async_op=True)  # rank 1 calls it later
+        part = comm.split(0)
+        if comm.rank == 0:
+            spans = bind(x).spans
+            ahead = comm._job.ahead
+            is_awaited = ahead.of(spans, on_loop=True) == [work]
+            assert ahead.of(bind(x.copy()).spans, on_loop=True) == ahead.of(spans, on_loop=False) == []
+            looked.set()
+            assert is_awaited
+        else:
+            assert looked.wait(20)
+            work = comm.all_reduce(x, async_op=True)
+        part.all_reduce(x)
+        work.wait()
+        assert (x == 4).all()
+
+    run("shm", 2, program)
+
+
+@pytest.mark.parametrize("place", ["slotted", "slotted one site"])
+def test_a_call_that_is_interrupted_before_it_is_handed_over_ends_on_all_by_name(place: str) -> None:
+    def program(comm):
+        comm.barrier()
+        if comm.rank == 1:
+            loop = comm._job.loop
+            submit = loop.submit
+
+            def interrupted(operation) -> None:
+                loop.submit = submit
+                raise KeyboardInterrupt
+
+            loop.submit = interrupted
+            with pytest.raises(KeyboardInterrupt):
+                comm.all_reduce(np.ones(100, np.float32))
+        else:
+            with pytest.raises(
+                TransportError, match=r"rank 1 gave up: KeyboardInterrupt\(\) while it called all_reduce"
+            ):
+                comm.all_reduce(np.ones(100, np.float32))
+        check_sum(comm, 1000)
 
     run(place, 4, program)

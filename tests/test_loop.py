@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detcoll.errors import PeerLost
+from detcoll.errors import DeadlineMissed, PeerLost, TransportError
 from detcoll.machine import Slots
 from detcoll.plan import ChunkSize, Collective, build_calendar, compile_plan
-from detcoll.plan.ir import Plan
+from detcoll.plan.ir import Buffer, Plan
 from detcoll.runtime import Descriptor, Engine, Loop, Memory, Operation, Routes, Timekeeper, Work
 from detcoll.runtime.group import world
 from detcoll.testing.plans import sites_of
@@ -141,6 +141,49 @@ def test_a_call_whose_array_cannot_be_loaded_fails_and_costs_nothing_else(loop: 
     with pytest.raises(Exception, match="its memory cannot be used: OSError"):
         loop.works[0].wait(0)
     assert len([ticket for ticket in loop._endpoints[0].posted if ticket.nbytes == CHUNK_ELEMS * 4]) == 0
+
+
+def test_calls_end_for_their_callers_though_an_endpoint_breaks_while_their_end_is_told(loop: Unwaiting) -> None:
+    """The first message that tells of the end breaks the endpoint; what was to follow it would have ended the calls."""
+    for _ in range(3):
+        loop.submit(sum_of(CHUNK_ELEMS, loop))
+    loop._turn()
+
+    def broken(*given: object, **more: object) -> None:
+        raise TransportError("the endpoint is broken")
+
+    loop._endpoints[0].send = broken  # type: ignore[method-assign]
+    loop.post(lambda now_ns: loop.engine.fail_group(world([0, 1]), DeadlineMissed("too late"), now_ns))
+    loop._run()
+    assert isinstance(loop.failure, TransportError)
+    for work in loop.works:
+        with pytest.raises(DeadlineMissed, match="too late"):
+            work.wait(0)
+
+
+def test_a_result_that_cannot_be_stored_fails_its_call_only(loop: Unwaiting) -> None:
+    operation = sum_of(CHUNK_ELEMS, loop)
+
+    def store() -> None:
+        raise OSError("the device is gone")
+
+    operation.memory.store = store
+    loop.submit(operation)
+    loop._turn()
+    loop._finish(operation, None)
+    with pytest.raises(TransportError, match="the result could not be stored: OSError"):
+        loop.works[0].wait(0)
+    operation.memory.view(Buffer.PARTIAL, 0, 0)  # others may still need it
+
+
+def test_a_lifted_tag_is_asked_for_once_and_given_up(loop: Unwaiting) -> None:
+    endpoint = loop._endpoints[0]
+    before = len(endpoint.posted)
+    cancelled: list[Ticket] = []
+    endpoint.cancel = cancelled.append  # type: ignore[attr-defined]
+    loop._lift(77 << 20, [0, 1])
+    assert [(ticket.peer, ticket.tag) for ticket in endpoint.posted[before:]] == [(1, 77 << 20)]
+    assert cancelled == endpoint.posted[before:]
 
 
 def test_a_thread_that_has_drained_starts_nothing_about_time_any_more(descriptor: int) -> None:

@@ -281,3 +281,36 @@ def test_draining_native_calls_waits_for_them_but_not_for_ever(native) -> None:
         call("broadcast")
     collectives.gate.set()
     work.wait(20)
+
+
+def test_a_native_call_that_comes_while_the_runner_closes_is_carried_out(native) -> None:
+    """It has been let in, and is put into the queue only when the runner has been told to close."""
+    runner, _, call, _ = native
+    put = runner._queue.put
+
+    def late(entry: object, timeout: float | None = None) -> None:
+        runner._queue.put = put
+        runner.close()
+        assert not runner.drain(deadline(0.05))  # it waits for what was let in
+        put(entry, timeout=timeout)
+
+    runner._queue.put = late
+    work = call("broadcast")
+    work._finished.wait(20)
+    assert work.done()
+
+
+def test_an_interrupted_native_call_leaves_nothing_to_wait_for(native) -> None:
+    runner, _, call, _ = native
+    put = runner._queue.put
+
+    def interrupted(entry: object, timeout: float | None = None) -> None:
+        runner._queue.put = put
+        raise KeyboardInterrupt
+
+    runner._queue.put = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        call("broadcast")
+    assert runner._queued == 0
+    call("broadcast", wait=True)
+    assert runner.drain(deadline())

@@ -7,13 +7,14 @@ else a plan is compiled and the progress thread carries it out. That choice depe
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Sequence
 
 from detcoll.buffers import Bound
-from detcoll.errors import Closed, DetcollError, UsageError
+from detcoll.errors import Closed, DetcollError, TransportError, UsageError
 from detcoll.job.job import Job
 from detcoll.plan import Calendar, Collective, Planner
 from detcoll.runtime import Descriptor, Group, Memory, Operation, Work
@@ -78,7 +79,7 @@ class Caller:
             if self.native is None and not self._was_told and not self.job.was_told(self.group):
                 self._was_told = True
                 raise failure
-            raise Closed(f"the communicator is closed: {failure}") from failure
+            raise Closed(f"the group has ended: {failure}") from failure
 
     def call(
         self, kind: str, bound: Bound, op: ReduceOp, root: int, arrays: int, *, timeout_s: float, name: str, wait: bool
@@ -90,8 +91,8 @@ class Caller:
         with self._order:
             sequence = next(self._sequence)
             if native is not None and native.supports(kind, bound.array.dtype, op):
-                spans = bound.spans if self.job.has_loop and kind != "barrier" else ()
-                self.job.await_overlapping(spans, on_loop=False)
+                if kind != "barrier" and self.job.has_loop:
+                    self.job.ahead.wait(bound.spans, on_loop=False)
                 call = NativeCall(
                     sequence, kind, bound.array, op, root, timeout_ns, called_ns, arrays,
                     bound.load if bound.staged else None, bound.store if bound.staged else None, name,
@@ -99,8 +100,8 @@ class Caller:
                 if wait and native.run_at_once(call):
                     return None
                 work = Work(f"{kind} number {sequence}")
-                self.job.note_under_way(spans, work, on_loop=False)
                 native.run(call, work)
+                self.job.ahead.note(bound.spans if kind != "barrier" else (), work, on_loop=False)
                 return work
             spans = bound.spans if kind != "barrier" else ()
             return self._submit(sequence, kind, bound, op, root, arrays, timeout_ns, called_ns, name, spans)
@@ -115,19 +116,25 @@ class Caller:
         collective = Collective(
             kind, bound.array.size, bound.dtype.itemsize, accumulation_dtype(bound.dtype).itemsize, root
         )
+        work = Work(f"{kind} number {sequence}")
+        ahead = None if self.job.native is None else self.job.ahead
         try:
             plan = self.planner.plan(collective)
-            hello = descriptor.encode()
+            memory = Memory(
+                bound.array, op, work, descriptor.encode(), bound.load if bound.staged else None,
+                bound.store if bound.staged else None,
+            )  # fmt: skip
+            if ahead is not None:
+                ahead.wait(spans, on_loop=True)
+            self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory))
         except DetcollError as error:
             self._tell_refusal(sequence, error)
             raise
-        work = Work(f"{kind} number {sequence}")
-        memory = Memory(
-            bound.array, op, work, hello, bound.load if bound.staged else None, bound.store if bound.staged else None
-        )
-        self.job.await_overlapping(spans, on_loop=True)
-        self.job.note_under_way(spans, work, on_loop=True)
-        self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory))
+        except BaseException as error:  # such as KeyboardInterrupt; it is numbered, so the others would wait for it
+            self._tell_refusal(sequence, TransportError(f"{error!r} while it called {kind} number {sequence}"))
+            raise
+        if ahead is not None:
+            ahead.note(spans, work, on_loop=True)
         return work
 
     def refuse(self, error: UsageError) -> None:
@@ -142,4 +149,5 @@ class Caller:
 
     def _tell_refusal(self, sequence: int, error: Exception) -> None:
         engine, group = self.job.loop.engine, self.group
-        self.job.loop.post(lambda now_ns: engine.refuse(group, sequence, error, now_ns))
+        with contextlib.suppress(Closed):  # then all have been told more than this
+            self.job.loop.post(lambda now_ns: engine.refuse(group, sequence, error, now_ns))

@@ -17,17 +17,18 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from detcoll.rendezvous.server import peer_uid
+from detcoll.runtime.recorder import RECORD_SCHEMA
+
 log = logging.getLogger("detcoll")
 
 RECORD_VARIABLE = "DETCOLL_RECORD"
-RECORD_SCHEMA = "detcoll.record/1"
 LARGEST_KEPT_JOBS = 16
 SIGNAL = signal.SIGUSR2
 _OFF = ("0", "off", "no")
@@ -55,17 +56,21 @@ class Flight:
     """
 
     def __init__(self, name: str, rank: int, describe: Callable[[], dict[str, Any]], setting: str | None) -> None:
-        self.name, self._rank, self._describe = name, rank, describe
-        self._is_off = (setting or "").lower() in _OFF
+        self.name, self._rank, self._describe, self._pid = name, rank, describe, os.getpid()
         self._is_own = not setting
-        self._folder = (_default_folder() if self._is_own else Path(setting or "")) / name
+        folder = Path(setting) if setting else _default_folder()
+        self._is_off = (setting or "").lower() in _OFF or folder is None
+        self._folder = (folder or Path()) / name
         self._listener = self._listen()
         self._signal_before: Any = None
         self._has_signal = self._catch_signal()
 
     def write(self, reason: str) -> Path | None:
-        """Write the record and return its path; None where it is switched off or cannot be written."""
-        if self._is_off:
+        """Write the record and return its path; None where it is switched off or cannot be written.
+
+        A forked child writes none: what it would describe is its parent's past.
+        """
+        if self._is_off or os.getpid() != self._pid:
             return None
         path = self._folder / f"record{self._rank}.json"
         try:
@@ -73,11 +78,12 @@ class Flight:
             draft = path.with_suffix(".draft")
             draft.write_text(json.dumps(self.told(reason)), encoding="utf-8")
             draft.replace(path)
-            if self._is_own:
-                _forget_old(self._folder.parent)
-        except OSError as error:
-            log.debug("rank %d: no record was written: %s", self._rank, error)
+        except Exception as error:  # whatever it is, callers still have to hear of the failure that led here
+            log.debug("rank %d: no record was written: %r", self._rank, error)
             return None
+        if self._is_own:
+            with contextlib.suppress(OSError):
+                _forget_old(self._folder.parent)
         return path
 
     def told(self, reason: str) -> dict[str, Any]:
@@ -132,12 +138,6 @@ class Flight:
                     connection.sendall(json.dumps(self.told("asked")).encode())
 
 
-def peer_uid(connection: socket.socket) -> int:
-    """Return which user is at the other end of a Unix socket."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
-
-
 def running() -> list[str]:
     """Return the names of the sockets of this user's ranks on this host, in this network namespace."""
     names = set()
@@ -162,9 +162,13 @@ def ask(name: str) -> dict[str, Any] | None:
     return record
 
 
-def _default_folder() -> Path:
+def _default_folder() -> Path | None:
+    """Return where records go unless somebody says so, or None for a user without a home, as in some containers."""
     state = os.environ.get("XDG_STATE_HOME")
-    base = Path(state) if state else Path.home() / ".local" / "state"
+    try:
+        base = Path(state) if state else Path.home() / ".local" / "state"
+    except RuntimeError:
+        return None
     return base / "detcoll" / "records"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
+from detcoll.job.ahead import Ahead
 from detcoll.job.assembly import Assembled, deadline_after
 from detcoll.job.flight import Flight
 from detcoll.job.rest import Rest
@@ -31,12 +32,11 @@ from detcoll.plan.layout import LARGEST_FRAME_BYTES
 from detcoll.plan.predict import Costs
 from detcoll.plan.promise import calendar_facts
 from detcoll.rendezvous import Session
-from detcoll.runtime import Engine, Group, Loop, Timekeeper, Work
+from detcoll.runtime import Engine, Group, Loop, Timekeeper
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.engine import Wide
 from detcoll.runtime.group import WORLD_ID, world
 from detcoll.runtime.native import NativeRunner
-from detcoll.runtime.operation import Span, overlap
 from detcoll.runtime.recorder import Recorder
 from detcoll.runtime.snapshot import snapshot
 from detcoll.topology import Topology
@@ -56,6 +56,7 @@ class Job:
     """One process's part of a job; see the module. It has many fields since it is what all groups share.
 
     ``native`` : runs the transport's own collectives of the world, where it has some.  ``costs`` : what hosts cost.
+    ``ahead`` : keeps calls on the same memory in order, where there are native ones.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Job:
         self._loop: Loop | None = None
         self._finalized = False
         self._planners: dict[int, Planner] = {}
-        self._under_way: list[tuple[Sequence[Span], Work, bool]] = []
+        self.ahead = Ahead()
         self.native = self._make_native()
         if self.native is None:
             self.loop  # noqa: B018 - started at once: peers need it to answer
@@ -104,9 +105,9 @@ class Job:
         """The progress thread, started when it is needed first."""
         with self._lock:
             if self._loop is None:
-                self._loop = self._make_loop()
-                self._loop.start()
-                self._loop.ask(lambda now_ns: self._loop and self._loop.engine.join(self.world, now_ns))
+                loop = self._loop = self._make_loop()
+                loop.start()
+                loop.ask(lambda now_ns: loop.engine.join(self.world, now_ns))
             return self._loop
 
     def _make_loop(self) -> Loop:
@@ -136,8 +137,9 @@ class Job:
             log.info("rank %d: what led to it is in %s", self.session.rank, path)
 
     def keep_planner(self, group: Group, planner: Planner) -> None:
-        """Remember what predicts the calls of a group, for the trace."""
-        self._planners[group.number] = planner
+        """Remember what predicts the calls of a group, where there is a trace."""
+        if self.trace.recording:
+            self._planners[group.number] = planner
 
     @property
     def usable(self) -> bool:
@@ -173,15 +175,16 @@ class Job:
         """
         engine, problem = self.loop.engine, ""
         try:
-            self.loop.ask(lambda now_ns: engine.join(group, now_ns))
-        except UsageError as error:
-            problem = f"rank {self.session.rank}: {error}"
-        try:
+            try:
+                self.loop.ask(lambda now_ns: engine.join(group, now_ns))
+            except UsageError as error:
+                problem = f"rank {self.session.rank}: {error}"
             deadline_ns = deadline_after(self.settings.timeout_s)
             told = self.session.exchange(f"group {group.id:016x}", problem.encode(), deadline_ns, group.ranks)
         except BaseException:
             if not problem:
-                self.loop.post(lambda now_ns: engine.leave(group))
+                with contextlib.suppress(Closed):
+                    self.loop.post(lambda now_ns: engine.leave(group))
             raise
         problems = [answer.decode() for answer in told if answer]
         if problems:
@@ -215,21 +218,6 @@ class Job:
     def has_loop(self) -> bool:
         """Whether there is a progress thread."""
         return self._loop is not None
-
-    def note_under_way(self, spans: Sequence[Span], work: Work, *, on_loop: bool) -> None:
-        """Remember what memory a call works on, where both the transport and the progress thread carry calls out."""
-        if self.native is not None and self._loop is not None and spans:
-            with self._lock:
-                self._under_way = [entry for entry in self._under_way if not entry[1].done()]
-                self._under_way.append((spans, work, on_loop))
-
-    def await_overlapping(self, spans: Sequence[Span], *, on_loop: bool) -> None:
-        """Return once no call that the other of the two carries out works on this memory any more."""
-        if not self._under_way or not spans:
-            return
-        for others, work, elsewhere in list(self._under_way):
-            if elsewhere != on_loop and overlap(spans, others):
-                work.exception()
 
     def was_told(self, group: Group) -> bool:
         """Whether a caller was shown the failure of a group."""

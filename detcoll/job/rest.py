@@ -1,6 +1,7 @@
 """The other ranks as the rendezvous knows them: who is gone, who gave up, and why.
 
-What it tells is kept, since both the progress thread and a native collective that failed want to know it.
+What ended a group or the job is kept, since both the progress thread and a native collective that failed want to know
+it. What ended a single call is told once.
 """
 
 from __future__ import annotations
@@ -8,14 +9,12 @@ from __future__ import annotations
 import select
 import threading
 import time
+from collections import deque
 
 from detcoll.errors import DetcollError, PeerLost
 from detcoll.rendezvous import Aborted, Event, Lost, Session
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
-from detcoll.runtime.engine import Engine
-
-_EXPLANATION_NS = 1_000_000_000
-"""How long a rank that lost a peer waits to hear from the rendezvous why."""
+from detcoll.runtime.engine import EXPLANATION_NS, Engine
 
 _AT = "@"
 """In the kind of an abort, before the sequence of the call that was refused."""
@@ -28,7 +27,7 @@ class Rest:
         self._session = session
         self._lock = threading.Lock()
         self._heard: list[Event] = []
-        self._told = 0
+        self._untold: deque[Event] = deque()
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when the rendezvous has something to say."""
@@ -37,8 +36,8 @@ class Rest:
     def tell(self, engine: Engine, now_ns: int) -> None:
         """Tell the engine what it has not been told yet, without waiting."""
         self._listen()
-        heard, self._told = self._heard[self._told :], len(self._heard)
-        for event in heard:  # why a rank gave up comes before that it is gone, and says more
+        while self._untold:  # why a rank gave up comes before that it is gone, and says more
+            event = self._untold.popleft()
             if isinstance(event, Aborted):
                 engine.told(_cause(event), now_ns)
             else:
@@ -53,7 +52,7 @@ class Rest:
         """Return the error that a loss, or another rank's giving up this group or the job, means here."""
         self._listen()
         for event in self._heard:
-            if isinstance(event, Aborted) and event.group in (JOB_ID, group) and _AT not in event.kind:
+            if isinstance(event, Aborted) and event.group in (JOB_ID, group):
                 return _cause(event).error()
         for event in self._heard:
             if isinstance(event, Lost):
@@ -64,14 +63,16 @@ class Rest:
         """Wait a little for why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
-        end_ns = time.monotonic_ns() + _EXPLANATION_NS
+        end_ns = time.monotonic_ns() + EXPLANATION_NS
         while (failure := self.failure(group)) is None and (left_ns := end_ns - time.monotonic_ns()) > 0:
             poll.poll(left_ns / 1e6)
         return failure
 
     def _listen(self) -> None:
         with self._lock:
-            self._heard += self._session.events()
+            events = self._session.events()
+            self._untold += events
+            self._heard += [event for event in events if not (isinstance(event, Aborted) and _AT in event.kind)]
 
 
 def _cause(event: Aborted) -> Cause:

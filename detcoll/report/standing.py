@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.errors import UsageError
-
-RECORD_SCHEMA = "detcoll.record/1"
+from detcoll.runtime.recorder import RECORD_SCHEMA
 
 
 @dataclass(frozen=True, slots=True)
 class Stand:
     """Where one rank stands in one group.
 
-    ``doing`` : what is under way there, oldest first, or the last call that ended.  ``waits_for`` : ranks of the job.
+    ``group`` : what to call it.  ``id`` : tells groups of the same ranks and name apart.  ``doing`` : the oldest call
+    under way.  ``waits_for`` : ranks of the job.
     """
 
     group: str
+    id: str
     rank: int
     latest: int
     doing: str
@@ -63,8 +64,9 @@ def stands(records: Sequence[dict[str, Any]]) -> list[Stand]:
             doing = "nothing under way" if first is None else f"{first['what']}: {first['state']}"
             waits = tuple(sorted({rank for call in calls[:1] for rank in call["waits_for"]}))
             title = _title(group)
-            found.append(Stand(title, int(record["rank"]), group["latest"], doing, waits, group["failure"] or ""))
-    return sorted(found, key=lambda stand: (stand.group, stand.rank))
+            rank, failure = int(record["rank"]), group["failure"] or ""
+            found.append(Stand(title, group["id"], rank, group["latest"], doing, waits, failure))
+    return sorted(found, key=lambda stand: (stand.group, stand.id, stand.rank))
 
 
 def findings(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -99,21 +101,35 @@ def _misfits(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def _behind(records: Sequence[dict[str, Any]]) -> list[str]:
     """Return who is behind the others of its group, and whom those wait for that are stuck."""
-    groups: dict[str, list[Stand]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Stand]] = defaultdict(list)
     for stand in stands(records):
-        groups[stand.group].append(stand)
+        groups[stand.group, stand.id].append(stand)
+    known = {int(record["rank"]) for record in records}
     told = []
-    for title, members in sorted(groups.items()):
+    for (title, _), members in sorted(groups.items()):
         furthest = max(stand.latest for stand in members)
         late = [stand for stand in members if stand.latest < furthest]
         if late:
             made = ", ".join(f"rank {stand.rank} has made {stand.latest + 1}" for stand in late)
             told.append(f"{title}: {made} of {furthest + 1} calls that others made.")
-        awaited = sorted({rank for stand in members for rank in stand.waits_for})
-        silent = [rank for rank in awaited if all(stand.rank != rank or not stand.waits_for for stand in members)]
-        if silent:
-            told.append(f"{title}: others wait for {_ranks(silent)}, which wait for nobody here.")
+        awaited = {rank for stand in members for rank in stand.waits_for}
+        here = {stand.rank: stand for stand in members}
+        idle = sorted(rank for rank in awaited if rank in here and not here[rank].waits_for)
+        away = sorted(rank for rank in awaited - here.keys() if rank in known)
+        unknown = sorted(awaited - here.keys() - known)
+        if idle:
+            told.append(f"{title}: others wait for {_ranks(idle)}, {_whose(idle, 'waits', 'wait')} for nobody here.")
+        if away:
+            told.append(
+                f"{title}: others wait for {_ranks(away)}, {_whose(away, 'has', 'have')} left it or not opened it."
+            )
+        if unknown:
+            told.append(f"{title}: others wait for {_ranks(unknown)}, of which there is no record.")
     return told
+
+
+def _whose(ranks: Sequence[int], one: str, several: str) -> str:
+    return f"which {one if len(ranks) == 1 else several}"
 
 
 def _title(group: dict[str, Any]) -> str:

@@ -34,3 +34,5 @@ class Act(IntEnum):
     """tag, bits: drop what belongs to these tags."""
     RECORD = 12
     """reason: write the flight record, since a group has failed."""
+    LIFT = 13
+    """tag, ranks: drop no more what belongs to the call of this tag, whichever of these ranks it comes from."""

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from detcoll.descriptor import HELLO_BYTES
 from detcoll.errors import Closed, FrameError, PeerLost, PlanMismatch, UsageError
 from detcoll.machine import Queued, Slots
 from detcoll.plan.headroom import Express
@@ -34,7 +35,7 @@ from detcoll.runtime import blame
 from detcoll.runtime.actions import Act
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Answer, Ask, Cause, Message
 from detcoll.runtime.credit import Credit
-from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, Group
+from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, SEQUENCES, Group
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
@@ -128,8 +129,15 @@ class Engine:
         return membership
 
     def leave(self, group: Group) -> None:
-        """Take no part in a group any more; nothing of it may be under way."""
-        self.groups.pop(group.id, None)
+        """Take no part in a group any more; calls that came too late to be waited for end as Closed."""
+        membership = self.groups.pop(group.id, None)
+        if membership is None:
+            return
+        for operation in [*membership.active, *membership.waiting]:
+            self._drop(operation, Closed(f"{operation.title}: the group was closed"))
+        membership.active, membership.work = [], []
+        membership.waiting.clear()
+        self.actions.append((Act.DISCARD, group.prefix, 64 - NUMBER_BITS))
 
     def submit(self, operation: Operation, now_ns: int) -> None:
         """Take in a call; it starts as soon as its group and its memory allow."""
@@ -151,16 +159,18 @@ class Engine:
         membership.waiting.append(operation)
 
     def refuse(self, group: Group, sequence: int, error: Exception, now_ns: int) -> None:
-        """Tell all members that this rank cannot do call ``sequence``, which ends for all of them."""
+        """Tell all members that this rank cannot do call ``sequence``, which ends for all of them.
+
+        A call that was submitted, and whose caller was interrupted just then, goes on.
+        """
         membership = self.groups.get(group.id)
-        if membership is None:
+        if membership is None or membership.latest >= sequence:
             return
-        membership.latest = max(membership.latest, sequence)
+        membership.latest = sequence
         self.recorder.note(now_ns, "refuse", group.number, sequence)
         if membership.refused.pop(sequence, None) is None and membership.failure is None:
-            cause = Cause.of(group.id, sequence, error, self.rank)
-            self.actions.append((Act.DISCARD, group.call_prefix(sequence), PLAN_BITS))
-            self._spread(membership, cause, self.rank)
+            self._discard_call(membership, sequence)
+            self._spread(membership, Cause.of(group.id, sequence, error, self.rank), self.rank)
 
     def start_ready(self, now_ns: int) -> None:
         """Start calls that wait for nothing but this."""
@@ -202,6 +212,8 @@ class Engine:
 
     def _start(self, membership: Membership, operation: Operation, now_ns: int) -> None:
         self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)
+        if membership.dropped:
+            self._lift_old(membership, operation.sequence)
         refusal = membership.refused.pop(operation.sequence, None)
         if refusal is not None:
             self._end_call(membership, operation, refusal.error(), now_ns)
@@ -303,7 +315,7 @@ class Engine:
             self._carry_out(membership, operation, operation.machine.ended(step), now_ns)
 
     def missed(self, sends: Sequence[tuple[Queued[Wide], Window, int]]) -> None:
-        """Put back sends that left their window with only so many bytes (third) of them sent."""
+        """Put sends back that did not end in their window; the third item is the bytes already sent."""
         left = [send for send in sends if not send[0].item[0].over]
         if left:
             self.slots.missed(left)
@@ -356,7 +368,7 @@ class Engine:
         if self._wide_hellos:
             for operation, peer in self._wide_hellos:
                 if self.express is not None:
-                    self.express.spend(HELLO_COST_BYTES, now_ns)
+                    self.express.spend(HELLO_BYTES, now_ns)
                 self.actions.append((Act.HELLO, operation, peer))
             self._wide_hellos = []
 
@@ -419,7 +431,7 @@ class Engine:
     # Time.
 
     def next_ns(self, now_ns: int) -> int | None:
-        """Return when `turn` has something to do even if nothing happens, or None."""
+        """Return when `look_after` or `give_the_line` has something to do even if nothing happens, or None."""
         times = [until_ns for _, until_ns in self._suspects.values()]
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:
@@ -546,16 +558,33 @@ class Engine:
         membership.told = any(not operation.reported for operation in calls)
         membership.active, membership.work = [], []
         membership.waiting.clear()
+        # First, so that nothing is written into arrays any more once their owners hear of the end.
+        self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
         for operation in calls:
             self._drop(operation, error)
-        self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
 
     def _end_call(self, membership: Membership, operation: Operation, error: Exception, now_ns: int) -> None:
         if operation in membership.active:
             membership.active.remove(operation)
+        self._discard_call(membership, operation.sequence)  # first, as in `_end_group`
         self._drop(operation, error)
         self._promote(membership, now_ns)
-        self.actions.append((Act.DISCARD, operation.group.call_prefix(operation.sequence), PLAN_BITS))
+
+    def _discard_call(self, membership: Membership, sequence: int) -> None:
+        """Let endpoints drop what comes for a call that has ended early."""
+        self._lift_old(membership, sequence)
+        membership.dropped.append(sequence)
+        self.actions.append((Act.DISCARD, membership.group.call_prefix(sequence), PLAN_BITS))
+
+    def _lift_old(self, membership: Membership, sequence: int) -> None:
+        """Let endpoints take in again what has the tags of old calls: peers may use them soon for another call.
+
+        Half of all sequences later nobody sends anything of the old call any more, and nobody is at the next one yet.
+        """
+        while membership.dropped and membership.dropped[0] <= sequence - SEQUENCES // 2:
+            prefix = membership.group.call_prefix(membership.dropped.popleft())
+            ranks = [*sorted(membership.contacts), *membership.group.ranks]
+            self.actions.append((Act.LIFT, prefix, ranks))
 
     def _drop(self, operation: Operation, error: Exception) -> None:
         operation.over = True
@@ -571,7 +600,3 @@ class Engine:
             self.actions.append((Act.TELL, peer, cause))
         if cause.rank == self.rank:
             self.actions.append((Act.ANNOUNCE, cause))
-
-
-HELLO_COST_BYTES = 256
-"""What a descriptor costs the headroom of the line."""

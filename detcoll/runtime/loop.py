@@ -14,7 +14,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
 from detcoll.descriptor import HELLO_BYTES
@@ -54,7 +54,7 @@ _BUSY_NS = 200_000
 _UNWAITABLE_STEP_NS = 200_000
 _LONGEST_WAIT_NS = 500_000_000
 
-STEP, HELLO, CONTROL, SENT_RECORD, TIME = range(5)
+STEP, HELLO, CONTROL, SENT_RECORD = range(4)
 """What a ticket is about, the first entry of its context."""
 
 
@@ -113,6 +113,7 @@ class Loop:
         self._carry = (
             self._open, self._recv, self._send, self._hello, self._await_hello, self._copy, self._finish,
             self._close_call, self._listen, self._tell, self._announce, self._discard, self._record,
+            self._lift,
         )  # fmt: skip
         self._thread = threading.Thread(target=self._run, name=f"detcoll-{engine.rank}", daemon=True)
 
@@ -285,7 +286,10 @@ class Loop:
             self.engine.fail_group(membership.group, error, now_ns)
         for action in self.engine.actions:
             if action[0] in wanted:
-                self._carry[action[0]](*action[1:])
+                try:
+                    self._carry[action[0]](*action[1:])
+                except Exception:  # others still wait for their calls to end
+                    log.exception("rank %d: ending what was under way", self.engine.rank)
         self.engine.actions.clear()
 
     def _turn(self) -> None:
@@ -319,8 +323,13 @@ class Loop:
         actions = self.engine.actions
         while actions:
             self.engine.actions = []
-            for action in actions:
-                self._carry[action[0]](*action[1:])
+            left = iter(actions)
+            try:
+                for action in left:
+                    self._carry[action[0]](*action[1:])
+            except BaseException:  # callers whose calls end by what is left must hear of it, see `_end_all`
+                self.engine.actions = [*left, *self.engine.actions]
+                raise
             actions = self.engine.actions
 
     def _work(self) -> None:
@@ -476,6 +485,14 @@ class Loop:
         for endpoint in self._endpoints:
             endpoint.discard(tag, bits)
 
+    def _lift(self, tag: int, ranks: Sequence[int]) -> None:
+        """End the dropping of a call's tags, as posting a receive does."""
+        for endpoint in self._endpoints:
+            peer = next((rank for rank in ranks if self.routes.endpoint_of.get(rank) is endpoint), None)
+            if peer is not None:
+                with contextlib.suppress(PeerLost):
+                    endpoint.cancel(endpoint.recv(peer, tag, 0))
+
     def _record(self, reason: str) -> None:
         self._on_failure(reason)
 
@@ -484,18 +501,21 @@ class Loop:
 
     def _finish(self, operation: Operation, error: Exception | None) -> None:
         memory: Memory = operation.memory
-        if error is None and memory.store is not None:
-            try:
-                memory.store()
-            except Exception as problem:
-                error = TransportError(f"{operation.title}: the result could not be stored: {problem!r}")
-                error.__cause__ = problem
-        if error is None:
+        try:
+            if error is not None:
+                memory.drop()
+                return
+            if memory.store is not None:
+                try:
+                    memory.store()
+                except Exception as problem:  # scratch stays until CLOSE: the rest of the plan goes on for others
+                    error = TransportError(f"{operation.title}: the result could not be stored: {problem!r}")
+                    error.__cause__ = problem
+                    return
             self._note_end(operation)
-        else:
-            memory.drop()
-        self._room.release()
-        memory.work.finish(error)
+        finally:
+            self._room.release()
+            memory.work.finish(error)
 
     def _close_call(self, operation: Operation) -> None:
         operation.memory.close(self._pool)

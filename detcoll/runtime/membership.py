@@ -15,7 +15,8 @@ class Membership:
     """See the module; ``active`` and ``waiting`` are in the order of their sequence.
 
     ``contacts`` : members that hear from this rank what ends calls.  ``latest`` : the latest call made here.
-    ``refused`` : calls that some rank refused, by sequence.  ``told`` : whether a caller was shown the failure.
+    ``refused`` : calls that some rank refused, by sequence.  ``dropped`` : calls whose messages endpoints drop.
+    ``told`` : whether a caller was shown the failure.
     """
 
     group: Group
@@ -26,6 +27,7 @@ class Membership:
     work: list[tuple[int, int, Operation]] = field(default_factory=list)
     latest: int = -1
     refused: dict[int, Cause] = field(default_factory=dict)
+    dropped: deque[int] = field(default_factory=deque)
     failure: Exception | None = None
     cause: Cause | None = None
     told: bool = False

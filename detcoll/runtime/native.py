@@ -48,7 +48,7 @@ class NativeCall:
 
 
 class NativeRunner:
-    """Owns an endpoint with native collectives.
+    """Owns an endpoint with native collectives. Beside them it holds a thread, its queue, and what a record shows.
 
     Parameters
     ----------
@@ -64,6 +64,8 @@ class NativeRunner:
         Tells the other ranks.
     explain : callable, optional
         Returns what others said about a lost peer, or None: an endpoint sees only that it is gone.
+    recorder : Recorder, optional
+        Where events are kept.
     """
 
     def __init__(
@@ -105,15 +107,19 @@ class NativeRunner:
 
     def run(self, call: NativeCall, work: Work) -> None:
         """Queue ``call``; ``work`` ends when it does."""
-        self._check_usable()
-        with self._count:
+        with self._count:  # what is counted is waited for by `drain`
+            self._check_usable()
             self._queued += 1
         try:
             self._queue.put((call, work), timeout=call.timeout_ns / 1e9)
-        except queue.Full:
+        except BaseException as error:
             with self._count:
                 self._queued -= 1
-            raise DeadlineMissed(f"{call.kind}: {LARGEST_QUEUE} collectives before it are not finished") from None
+            self._say_that_it_closes()
+            if isinstance(error, queue.Full):
+                text = f"{call.kind}: {LARGEST_QUEUE} collectives before it are not finished"
+                raise DeadlineMissed(text) from None
+            raise
 
     def run_at_once(self, call: NativeCall) -> bool:
         """Run ``call`` on this thread and return True, or return False where others are ahead of it.
@@ -142,17 +148,12 @@ class NativeRunner:
 
     def _check_usable(self) -> None:
         if self._failure is not None or self._closing:
-            reason = f": {self._failure}" if self._failure is not None else ""
-            raise Closed(f"the communicator is closed{reason}") from self._failure
+            reason = "the job is closed" if self._failure is None else f"the group has ended: {self._failure}"
+            raise Closed(reason) from self._failure
 
     def fail(self, error: Exception) -> None:
         """Refuse further calls because of ``error``."""
         self._failure = self._failure or error
-
-    @property
-    def was_told(self) -> bool:
-        """Whether a caller was shown the failure: its collective was, or one queued behind it."""
-        return True
 
     def drain(self, deadline_ns: int) -> bool:
         """Finish what is queued, or give up at the deadline and return False."""
@@ -165,14 +166,23 @@ class NativeRunner:
 
     def close(self) -> None:
         """Take no more calls. Where the thread is inside the transport, only that can end it."""
-        if not self._closing:
-            self._closing = True
-            with contextlib.suppress(queue.Full):  # the thread then looks at `_closing` when it has emptied the queue
+        with self._count:
+            is_new, self._closing = not self._closing, True
+        if is_new:
+            self._say_that_it_closes()
+
+    def _say_that_it_closes(self) -> None:
+        """Let the thread look whether it is to end; where the queue is full, it does when it has emptied it."""
+        if self._closing:
+            with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
 
     def _serve(self) -> None:
         shorten_turns()
-        while not (self._closing and self._queue.empty()) and (entry := self._queue.get()) is not None:
+        while not (self._closing and not self._queued):
+            entry = self._queue.get()
+            if entry is None:
+                continue
             call, work = entry
             with self._turn:
                 error = self._do(call)

@@ -10,6 +10,9 @@ import numpy as np
 from detcoll.descriptor import brief
 from detcoll.types import ReduceOp
 
+RECORD_SCHEMA = "detcoll.record/1"
+"""Of the file that `detcoll.job.flight` writes."""
+
 LARGEST_RECORD = 2_000
 """Events kept, the oldest go first."""
 

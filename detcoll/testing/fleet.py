@@ -419,6 +419,9 @@ class Fleet:
                 self._taken(message)
                 self.free(message.source, message.dst, len(message.data))
 
+    def _lift(self, host: Host, tag: int, ranks: Sequence[int]) -> None:
+        host.discarded.lift(tag)
+
     # The network.
 
     def _put(self, message: Letter) -> None:

@@ -1,0 +1,50 @@
+"""What a job hears of its other ranks from the rendezvous: what is told to the engine, and what is kept."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from detcoll.errors import PeerLost, PlanMismatch
+from detcoll.job.rest import Rest
+from detcoll.rendezvous import Aborted, Lost
+from detcoll.runtime.control import WHOLE_GROUP
+
+
+def rest_of(*events: Aborted | Lost) -> tuple[Rest, list[Any], Any]:
+    """Return a rest that hears these events at once, what it tells, and to whom."""
+    left, told = list(events), []
+
+    def hear() -> list[Aborted | Lost]:
+        heard = left[:]
+        left.clear()
+        return heard
+
+    engine: Any = SimpleNamespace(
+        told=lambda cause, now_ns: told.append((cause.group, cause.sequence, cause.text)),
+        rank_lost=lambda rank, text, now_ns: told.append((rank, text)),
+    )
+    session: Any = SimpleNamespace(events=hear)
+    return Rest(session), told, engine
+
+
+def test_each_event_is_told_once_and_what_ended_a_call_is_not_kept() -> None:
+    refused = [Aborted(1, f"UsageError@{sequence}", "no", 7) for sequence in range(100)]
+    rest, told, engine = rest_of(*refused, Aborted(2, "PlanMismatch", "differ", 7), Lost(3, "it ended"))
+    for _ in range(2):
+        rest.tell(engine, 0)
+    assert told == [
+        *((7, sequence, "no") for sequence in range(100)),
+        (7, WHOLE_GROUP, "differ"),
+        (3, "rank 3 is lost: it ended"),
+    ]
+    assert len(rest._heard) == 2
+    assert isinstance(rest.failure(7), PlanMismatch)
+    assert isinstance(rest.failure(8), PeerLost)
+
+
+def test_what_another_thread_heard_first_is_told_as_well() -> None:
+    rest, told, engine = rest_of(Aborted(1, "UsageError@4", "no", 7))
+    assert rest.failure(7) is None
+    rest.tell(engine, 0)
+    assert told == [(7, 4, "no")]
