@@ -55,6 +55,8 @@ class Departures:
 
     def next_ns(self, now_ns: int) -> int | None:
         """Return when something is to be handed over or given up even if nothing arrives; None for never."""
+        if not self.has_timed:
+            return None
         times = [entry[4].not_after_ns for entry in self._stalled if entry[4].not_after_ns]
         times += [group.resume_ns for group in self._sharing if group.resume_ns]
         if self._timed:

@@ -133,7 +133,7 @@ class SlottedEndpoint(Endpoint):
             self._post.put(peer, peer.outbound.lane_for(tag, Lane.EXPRESS), ticket, view)
         else:
             self._departures.queue(peer, ticket, view, window)
-            if peer.group is not None:
+            if peer.group is not None and peer.group.waiting:
                 self._intake.due_ns = 0  # its turn may come before anything else
         return ticket
 
@@ -319,9 +319,10 @@ class SlottedEndpoint(Endpoint):
         at_times = self._departures.next_ns(now_ns), self._joining.next_ns(), self._health.next_ns()
         times += [at_ns for at_ns in at_times if at_ns is not None]
         for peer in self._peers.values():
-            due_ns = None if peer.lost else peer.inbound.due_ns(self._options.acknowledge_delay_ns)
-            if due_ns is not None:
-                times.append(due_ns)
+            if peer.inbound.untold_since_ns and not peer.lost:
+                due_ns = peer.inbound.due_ns(self._options.acknowledge_delay_ns)
+                if due_ns is not None:
+                    times.append(due_ns)
         return max(min(times), 1)
 
     def _progress(self) -> None:
@@ -340,7 +341,7 @@ class SlottedEndpoint(Endpoint):
         for peer, reason in self._joining.turn(now_ns) + self._health.turn(ready, now_ns):
             self._lose(peer, reason)
         for peer in self._peers.values():
-            if not peer.lost:
+            if peer.inbound.untold_since_ns and not peer.lost:
                 self._intake.acknowledge(peer, now_ns)
         self._intake.due_ns = self._next_ns()
 

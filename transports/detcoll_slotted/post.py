@@ -14,7 +14,7 @@ LEAD_NS = 150_000
 """What a send needs from here through ZeroMQ's thread and TCP to the line, at least: it starts that much earlier."""
 _LEAST_LENT_BYTES = 65_536
 """Smaller payloads are copied, which costs less than it does to lend them."""
-_PART = zmq.DONTWAIT | zmq.SNDMORE
+_LAST, _PART = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 
 
 class Post:
@@ -58,12 +58,12 @@ class Post:
         router = line.trunk.socket
         router.send(line.route, _PART)
         if view is None:
-            router.send(header, zmq.DONTWAIT)
+            router.send(header, _LAST)
         else:
             router.send(header, _PART)
             if lend:
                 send_constant(router, view)
             else:
-                router.send(view, zmq.DONTWAIT)
+                router.send(view, _LAST)
         if lane is Lane.EXPRESS:  # on the other lane it waits behind paced data
             inbound.told()
