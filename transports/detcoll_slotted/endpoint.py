@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import zmq
 
+from detcoll.discarding import has_prefix
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.priority import OWNER, PROGRESS, Urgency, prompt_threads
 from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
@@ -124,7 +125,7 @@ class SlottedEndpoint(Endpoint):
             left = total - sent
             raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
         if self._mailbox.discarded:
-            self._mailbox.discarded.revive(tag)
+            self._mailbox.discarded.lift(tag)
         if window is not None and (window.not_after_ns is not None or window.not_before_ns > self._clock.now_ns()):
             self._departures.hold(ticket, view, window)
             self._intake.due_ns = 0
@@ -145,7 +146,7 @@ class SlottedEndpoint(Endpoint):
                 raise UsageError(f"into must be contiguous, writable and of {nbytes} bytes, not {into.nbytes}")
             into = into.cast("B")
         if self._mailbox.discarded:
-            self._mailbox.discarded.revive(tag)
+            self._mailbox.discarded.lift(tag)
         ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
         arrived = self._mailbox.post(ticket, into)
         if arrived is not None:
@@ -180,7 +181,7 @@ class SlottedEndpoint(Endpoint):
             raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}, and bits={bits} from 0 to 64")
 
         tickets, held = self._mailbox.discard(tag, bits)
-        tickets += self._departures.withdraw(lambda ticket: ticket.tag >> bits == tag >> bits and not ticket.sent_bytes)
+        tickets += self._departures.withdraw(lambda ticket: has_prefix(ticket.tag, tag, bits) and not ticket.sent_bytes)
         for ticket in tickets:
             self._outcomes.end(ticket, TicketStatus.CANCELLED)
         for rank, nbytes in held:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from detcoll.discarding import has_prefix
 from detcoll.errors import FrameError
 from detcoll.transport import Ticket
 from detcoll_slotted.wire import LANES, Lane
@@ -95,7 +96,7 @@ class Outbound:
 
     def drop(self, prefix: int, bits: int, going_on: Container[int]) -> None:
         """Expect no rest of messages of which a part has left, where tags have that prefix and are not ``going_on``."""
-        for tag in [tag for tag in self.begun if tag >> bits == prefix >> bits and tag not in going_on]:
+        for tag in [tag for tag in self.begun if has_prefix(tag, prefix, bits) and tag not in going_on]:
             del self.begun[tag]
 
     @property
@@ -150,7 +151,7 @@ class Inbound:
 
     def drop(self, prefix: int, bits: int) -> None:
         """Give up messages of which a part has come, where tags have that prefix."""
-        for tag in [tag for tag in self.begun if tag >> bits == prefix >> bits]:
+        for tag in [tag for tag in self.begun if has_prefix(tag, prefix, bits)]:
             del self.begun[tag]
 
     def tell(self, now_ns: int, *, soon: bool) -> None:
