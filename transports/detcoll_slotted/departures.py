@@ -126,6 +126,19 @@ class Departures:
         if group.waiting and group not in self._sharing:
             self._sharing.append(group)
 
+    def note_resent(self, peer: Peer, nbytes: int) -> None:
+        """Let what shares the pace of a connection that came back wait for what was sent again over it."""
+        line = peer.lines[Lane.BULK]
+        rate_bytes_per_s = line.rate_bytes_per_s
+        if rate_bytes_per_s in (0, UNPACED):
+            return
+        now_ns = self._clock.now_ns()
+        takes_ns = int(nbytes / rate_bytes_per_s * 1e9)
+        for shared in (self._uplink, peer.group):
+            if shared is not None:
+                drained_ns = max(shared.drained_at(now_ns, rate_bytes_per_s), now_ns + LEAD_NS)
+                shared.hand(line, now_ns, drained_ns + takes_ns)
+
     def withdraw(self, wanted: Callable[[Ticket], bool]) -> list[Ticket]:
         """Take out sends that have not left, and return their tickets."""
         waiting = self._timed + self._stalled

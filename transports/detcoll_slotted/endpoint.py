@@ -383,7 +383,9 @@ class SlottedEndpoint(Endpoint):
                 peer.inbound.tell(now_ns, soon=True)  # what was said last may have gone with the connection
                 self._intake.note_due(peer.inbound)
                 for lane in line.lanes:
-                    self._post.resend(peer, lane)
+                    nbytes = self._post.resend(peer, lane)
+                    if lane is Lane.BULK and nbytes:
+                        self._departures.note_resent(peer, nbytes)
 
     def _lose(self, peer: Peer, reason: Exception) -> None:
         """End everything that still needs this peer, and nothing else."""
