@@ -39,6 +39,15 @@ def test_lifting_ends_every_prefix_that_covers_the_tag() -> None:
     discarded.lift(0x200)
 
 
+def test_lifting_leaves_prefixes_of_other_lengths() -> None:
+    discarded = Discarded()
+    discarded.add(2**64 - 1, 64)
+    discarded.add(7, 0)
+    discarded.lift(12)
+    assert not discarded.covers(12)
+    assert discarded.covers(7)
+
+
 def test_the_oldest_prefix_is_forgotten_first() -> None:
     discarded = Discarded()
     for number in range(LARGEST_COUNT):

@@ -12,7 +12,6 @@ from detcoll.errors import Closed, UsageError
 from detcoll.testing.fabric import ThreadFabric, pattern
 from detcoll.transport import Ticket, TicketStatus
 from detcoll_shm import ShmEndpoint, ShmTransport
-from detcoll_shm.discards import LARGEST_KEPT_DISCARDS, Discards
 
 HIGH = 0xDEADBEEF << 32
 OTHER = 0xDEADBEEE << 32
@@ -194,22 +193,3 @@ def test_after_close() -> None:
         here.abort()
         with pytest.raises(Closed):
             here.discard(1, 0)
-
-
-def test_the_oldest_prefix_is_forgotten() -> None:
-    discards = Discards()
-    for index in range(LARGEST_KEPT_DISCARDS):
-        discards.add(index << 32, 32)
-    discards.add(0, 32)  # again, which makes it the newest
-    assert all(discards.covers((index << 32) + 5) for index in range(LARGEST_KEPT_DISCARDS))
-    discards.add(77, 0)
-    assert discards.covers(77)
-    assert discards.covers(5)
-    assert not discards.covers((1 << 32) + 5)
-    assert discards.covers((2 << 32) + 5)
-    for index in range(LARGEST_KEPT_DISCARDS):
-        discards.end((index << 32) + 9)
-    assert not discards.covers(5)
-    assert discards
-    discards.end(77)
-    assert not discards

@@ -26,7 +26,7 @@ from detcoll.testing.fabric import in_threads
 from detcoll.testing.socks import FaultyProxy
 from detcoll.transport import Ticket, TicketStatus, Window
 from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, gate, tcp
-from detcoll_slotted.pacing import SWITCH_AHEAD_NS
+from detcoll_slotted.pacing import ALONE_AHEAD_NS, SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import OWN_DESCRIPTORS
 from detcoll_slotted.tcp import SO_MAX_PACING_RATE
@@ -782,6 +782,46 @@ def test_peers_of_one_pace_take_turns_and_are_never_busy_together(
         sends.sort(key=lambda ticket: ticket.started_ns)
         for before, after in itertools.pairwise(sends):
             assert after.left_ns - before.left_ns >= int(size / rate * 1e9), "one rate for both"
+
+
+def test_who_has_a_pace_alone_runs_ahead_until_another_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, size = 1e7, 50_000
+    with shared_pace() as fabric:
+        fabric.run(lambda here: here.meet())
+        seen = watch_bulk(monkeypatch, fabric[0])
+        window, payload = Window(now_ns(), None, rate), memoryview(bytes(size))
+        sends = [fabric[0].send(1, tag, payload, window) for tag in range(30)]
+        assert len(seen) >= int(ALONE_AHEAD_NS / 1e9 * rate / size), "as far as it may run ahead"
+        sends += [fabric[0].send(2, tag, payload, window) for tag in range(3)]
+        received = [fabric[1].recv(0, tag, size) for tag in range(30)]
+        received += [fabric[2].recv(0, tag, size) for tag in range(3)]
+        pump(fabric, lambda: all(t.status is not PENDING for t in sends + received), ranks=(0, 1, 2))
+        assert {ticket.status for ticket in sends + received} == {DONE}
+        order = [entry[0] for entry in seen]
+        first = order.index(2)
+        assert order[first : first + 6] == [2, 1, 2, 1, 2, 1], "from then on they take turns"
+        assert max(unsent for *_, unsent in seen[: first + 6]) <= rate * SWITCH_AHEAD_NS / 1e9
+        sends.sort(key=lambda ticket: ticket.left_ns)
+        for before, after in itertools.pairwise(sends):
+            assert after.left_ns - before.left_ns >= int(size / rate * 1e9), "one rate for both"
+
+
+def test_what_is_sent_again_keeps_others_of_its_pace_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, size = 1e6, 300_000
+    with shared_pace() as fabric:
+        fabric.run(lambda here: here.meet())
+        monkeypatch.setattr(fabric[1]._intake, "acknowledge", lambda peer, now_ns: None)
+        window = Window(now_ns(), None, rate)
+        fabric[0].send(1, 1, memoryview(bytes(size)), window)
+        behind = fabric[0].send(2, 1, memoryview(bytes(9_000)), window), fabric[2].recv(0, 1, 9_000)
+        pump(fabric, lambda: all(ticket.status is DONE for ticket in behind), ranks=(0, 1, 2))
+        began_ns = now_ns()
+        fabric[0]._peers[1].lines[Lane.BULK].cut()
+        pump(fabric, lambda: fabric[0].counters()["resent_bytes"])
+        late = fabric[0].send(2, 2, memoryview(bytes(9_000)), window)
+        received = fabric[2].recv(0, 2, 9_000)
+        pump(fabric, lambda: late.status is received.status is DONE, ranks=(0, 1, 2))
+        assert late.left_ns - began_ns >= int((size + 9_000) / rate * 1e9)
 
 
 def test_a_peer_without_credit_keeps_nobody_of_its_pace_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from detcoll.errors import FrameError
 from detcoll.transport import Ticket, TicketKind
 from detcoll_slotted.flow import Inbound, Outbound
-from detcoll_slotted.matching import REMEMBERED_PREFIXES, Prefixes
 from detcoll_slotted.timer import Timer
 from detcoll_slotted.wire import HEADER_BYTES, MAGIC, FrameKind, Header, Lane, decode
 
@@ -214,27 +213,3 @@ def test_the_timer_gives_its_descriptor_back() -> None:
     timer.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(timer.fd)
-
-
-def test_the_last_discarded_prefixes_are_remembered() -> None:
-    prefixes = Prefixes()
-    for number in range(REMEMBERED_PREFIXES + 1):
-        prefixes.add(number << 8, 8)
-    assert 255 not in prefixes, "the oldest makes room"
-    assert (1 << 8) + 255 in prefixes
-    prefixes.add(1 << 8, 8)  # the newest now
-    prefixes.add(0, 8)
-    assert 1 << 8 in prefixes
-    assert 2 << 8 not in prefixes
-
-
-def test_a_prefix_ends_where_one_of_its_tags_is_used() -> None:
-    prefixes = Prefixes()
-    prefixes.add(2**64 - 1, 64)
-    prefixes.add(7, 0)
-    assert 12 in prefixes, "64 bits are all tags"
-    prefixes.revive(12)
-    assert 12 not in prefixes
-    assert 7 in prefixes
-    prefixes.revive(7)
-    assert not prefixes

@@ -108,7 +108,8 @@ class Loop:
         """Set once this rank knows the time of its site."""
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._endpoints = routes.endpoints
-        self._has_silent = any(endpoint.fileno() is None for endpoint in self._endpoints)
+        self._polled = [(endpoint, endpoint.fileno()) for endpoint in self._endpoints]
+        self._has_silent = any(descriptor is None for _, descriptor in self._polled)
         self._waiter = self._make_waiter()
         self._carry = (
             self._open, self._recv, self._send, self._hello, self._await_hello, self._copy, self._finish,
@@ -238,8 +239,7 @@ class Loop:
         waiter = select.epoll()
         waiter.register(self._wake_fd, select.EPOLLIN)
         waiter.register(self._rest.fileno(), select.EPOLLIN)
-        for endpoint in self._endpoints:
-            descriptor = endpoint.fileno()
+        for _, descriptor in self._polled:
             if descriptor is not None:
                 waiter.register(descriptor, select.EPOLLIN)
         return waiter
@@ -310,8 +310,8 @@ class Loop:
         self._act()
         ready = self._wait(now_ns)
         missed: list[tuple[Queued[Wide], Window, int]] = []
-        for endpoint in self._endpoints:
-            if ready is None or endpoint.fileno() is None or endpoint.fileno() in ready:
+        for endpoint, descriptor in self._polled:
+            if ready is None or descriptor is None or descriptor in ready:
                 for ticket in endpoint.poll(0):
                     self._take(ticket, missed)
         if missed:
@@ -382,7 +382,7 @@ class Loop:
                 return None
             if self.engine.can_start:
                 return None
-            full = [endpoint.fileno() for endpoint in self._endpoints if not endpoint.arm(wake_ns)]
+            full = [descriptor for endpoint, descriptor in self._polled if not endpoint.arm(wake_ns)]
             if self._has_silent and not self.engine.idle:
                 wake_ns = min(wake_ns, now_ns + _UNWAITABLE_STEP_NS)
             left_ns = 0 if full else max(wake_ns - time.monotonic_ns(), 0)

@@ -24,6 +24,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from detcoll.discarding import Discarded
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportError, TransportUnavailable, UsageError
 from detcoll.transport import (
     LARGEST_TAG,
@@ -38,7 +39,6 @@ from detcoll.transport import (
 from detcoll.types import ReduceOp
 from detcoll_shm.bell import Bell, open_process, process_ended, ring
 from detcoll_shm.collectives import Collectives
-from detcoll_shm.discards import Discards
 from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
 from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
@@ -87,7 +87,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._pool = Pool(settings.pool_bytes)
         self._budget = Budget(settings.unexpected_bytes)
         self._counts, self._native_counts = Counts(), Counts()
-        self._discards = Discards()
+        self._discards = Discarded()
         self._fence = threading.Lock()
         self._peers: dict[int, _Peer] = {}
         self._processes: dict[int, int] = {}
@@ -310,7 +310,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         if self._asleep:
             self._set_asleep(False)
         if self._discards:
-            self._discards.end(tag)
+            self._discards.lift(tag)
         return peer
 
     def _join(self, rank: int, address: Address) -> None:

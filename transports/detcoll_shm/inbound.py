@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from detcoll.discarding import Discarded
 from detcoll.errors import FrameError
 from detcoll.transport import Ticket, TicketStatus
-from detcoll_shm.discards import Discards
 from detcoll_shm.layout import (
     DESCRIPTOR,
     HEAD,
@@ -109,7 +109,7 @@ class Inbound:
         pool: Pool,
         budget: Budget,
         counts: Counts,
-        discards: Discards,
+        discards: Discarded,
         wake: Callable[[], None],
         end: Callable[[Ticket, TicketStatus], None],
     ) -> None:

@@ -57,7 +57,7 @@ def send_constant(socket: zmq.Socket[bytes], view: memoryview) -> None:
         socket.send(view, zmq.DONTWAIT)
         return
     message = _Message()
-    address = np.frombuffer(view, np.uint8).ctypes.data
+    address = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
     _LIBRARY.zmq_msg_init_data(ctypes.byref(message), address, view.nbytes, None, None)
     if _LIBRARY.zmq_msg_send(ctypes.byref(message), socket.underlying, zmq.DONTWAIT) < 0:
         raise zmq.ZMQError(_LIBRARY.zmq_errno())

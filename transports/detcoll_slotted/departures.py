@@ -55,6 +55,8 @@ class Departures:
 
     def next_ns(self, now_ns: int) -> int | None:
         """Return when something is to be handed over or given up even if nothing arrives; None for never."""
+        if not self.has_timed:
+            return None
         times = [entry[4].not_after_ns for entry in self._stalled if entry[4].not_after_ns]
         times += [group.resume_ns for group in self._sharing if group.resume_ns]
         if self._timed:
@@ -123,6 +125,19 @@ class Departures:
             group.go_on(peer, has_more=bool(peer.blocked))
         if group.waiting and group not in self._sharing:
             self._sharing.append(group)
+
+    def note_resent(self, peer: Peer, nbytes: int) -> None:
+        """Let what shares the pace of a connection that came back wait for what was sent again over it."""
+        line = peer.lines[Lane.BULK]
+        rate_bytes_per_s = line.rate_bytes_per_s
+        if rate_bytes_per_s in (0, UNPACED):
+            return
+        now_ns = self._clock.now_ns()
+        takes_ns = int(nbytes / rate_bytes_per_s * 1e9)
+        for shared in (self._uplink, peer.group):
+            if shared is not None:
+                drained_ns = max(shared.drained_at(now_ns, rate_bytes_per_s), now_ns + LEAD_NS)
+                shared.hand(line, now_ns, drained_ns + takes_ns)
 
     def withdraw(self, wanted: Callable[[Ticket], bool]) -> list[Ticket]:
         """Take out sends that have not left, and return their tickets."""

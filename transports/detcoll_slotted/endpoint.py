@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import zmq
 
+from detcoll.discarding import has_prefix
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.priority import OWNER, PROGRESS, Urgency, prompt_threads
 from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
@@ -124,7 +125,7 @@ class SlottedEndpoint(Endpoint):
             left = total - sent
             raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
         if self._mailbox.discarded:
-            self._mailbox.discarded.revive(tag)
+            self._mailbox.discarded.lift(tag)
         if window is not None and (window.not_after_ns is not None or window.not_before_ns > self._clock.now_ns()):
             self._departures.hold(ticket, view, window)
             self._intake.due_ns = 0
@@ -133,7 +134,7 @@ class SlottedEndpoint(Endpoint):
             self._post.put(peer, peer.outbound.lane_for(tag, Lane.EXPRESS), ticket, view)
         else:
             self._departures.queue(peer, ticket, view, window)
-            if peer.group is not None:
+            if peer.group is not None and peer.group.waiting:
                 self._intake.due_ns = 0  # its turn may come before anything else
         return ticket
 
@@ -145,7 +146,7 @@ class SlottedEndpoint(Endpoint):
                 raise UsageError(f"into must be contiguous, writable and of {nbytes} bytes, not {into.nbytes}")
             into = into.cast("B")
         if self._mailbox.discarded:
-            self._mailbox.discarded.revive(tag)
+            self._mailbox.discarded.lift(tag)
         ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
         arrived = self._mailbox.post(ticket, into)
         if arrived is not None:
@@ -180,7 +181,7 @@ class SlottedEndpoint(Endpoint):
             raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}, and bits={bits} from 0 to 64")
 
         tickets, held = self._mailbox.discard(tag, bits)
-        tickets += self._departures.withdraw(lambda ticket: ticket.tag >> bits == tag >> bits and not ticket.sent_bytes)
+        tickets += self._departures.withdraw(lambda ticket: has_prefix(ticket.tag, tag, bits) and not ticket.sent_bytes)
         for ticket in tickets:
             self._outcomes.end(ticket, TicketStatus.CANCELLED)
         for rank, nbytes in held:
@@ -319,9 +320,10 @@ class SlottedEndpoint(Endpoint):
         at_times = self._departures.next_ns(now_ns), self._joining.next_ns(), self._health.next_ns()
         times += [at_ns for at_ns in at_times if at_ns is not None]
         for peer in self._peers.values():
-            due_ns = None if peer.lost else peer.inbound.due_ns(self._options.acknowledge_delay_ns)
-            if due_ns is not None:
-                times.append(due_ns)
+            if peer.inbound.untold_since_ns and not peer.lost:
+                due_ns = peer.inbound.due_ns(self._options.acknowledge_delay_ns)
+                if due_ns is not None:
+                    times.append(due_ns)
         return max(min(times), 1)
 
     def _progress(self) -> None:
@@ -340,7 +342,7 @@ class SlottedEndpoint(Endpoint):
         for peer, reason in self._joining.turn(now_ns) + self._health.turn(ready, now_ns):
             self._lose(peer, reason)
         for peer in self._peers.values():
-            if not peer.lost:
+            if peer.inbound.untold_since_ns and not peer.lost:
                 self._intake.acknowledge(peer, now_ns)
         self._intake.due_ns = self._next_ns()
 
@@ -381,7 +383,9 @@ class SlottedEndpoint(Endpoint):
                 peer.inbound.tell(now_ns, soon=True)  # what was said last may have gone with the connection
                 self._intake.note_due(peer.inbound)
                 for lane in line.lanes:
-                    self._post.resend(peer, lane)
+                    nbytes = self._post.resend(peer, lane)
+                    if lane is Lane.BULK and nbytes:
+                        self._departures.note_resent(peer, nbytes)
 
     def _lose(self, peer: Peer, reason: Exception) -> None:
         """End everything that still needs this peer, and nothing else."""

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from detcoll.discarding import has_prefix
 from detcoll.errors import FrameError
 from detcoll.transport import Ticket
-from detcoll_slotted.wire import Lane
+from detcoll_slotted.wire import LANES, Lane
 
 
 @dataclass(slots=True)
@@ -61,7 +62,7 @@ class Outbound:
     def lane_for(self, tag: int, preferred: Lane) -> Lane:
         """Return the lane for a message with ``tag``: the one that its unacknowledged predecessors took."""
         in_use = self.lane_of_tag.get(tag)
-        return Lane(in_use[0]) if in_use else preferred
+        return LANES[in_use[0]] if in_use else preferred
 
     def keep(self, lane: Lane, ticket: Ticket, view: memoryview) -> Kept:
         """Retain a message, or the next part of one, that is about to be sent."""
@@ -80,7 +81,7 @@ class Outbound:
         """Take in a cumulative acknowledgement; returns the tickets of messages that have arrived whole."""
         self.consumed_bytes = max(self.consumed_bytes, consumed_bytes)
         ended = []
-        for lane in Lane:
+        for lane in LANES:
             kept = self.kept[lane]
             while kept and kept[0].sequence < acks[lane]:
                 first = kept.popleft()
@@ -95,7 +96,7 @@ class Outbound:
 
     def drop(self, prefix: int, bits: int, going_on: Container[int]) -> None:
         """Expect no rest of messages of which a part has left, where tags have that prefix and are not ``going_on``."""
-        for tag in [tag for tag in self.begun if tag >> bits == prefix >> bits and tag not in going_on]:
+        for tag in [tag for tag in self.begun if has_prefix(tag, prefix, bits) and tag not in going_on]:
             del self.begun[tag]
 
     @property
@@ -114,6 +115,7 @@ class Inbound:
     told_bytes: int = 0
     owes_acknowledgement: bool = False
     untold_since_ns: int = 0
+    """Since when there is something to tell; 0 while there is nothing."""
     warm_bytes: int = 0
     hello: bool = False
     bye: bool = False
@@ -149,14 +151,14 @@ class Inbound:
 
     def drop(self, prefix: int, bits: int) -> None:
         """Give up messages of which a part has come, where tags have that prefix."""
-        for tag in [tag for tag in self.begun if tag >> bits == prefix >> bits]:
+        for tag in [tag for tag in self.begun if has_prefix(tag, prefix, bits)]:
             del self.begun[tag]
 
     def tell(self, now_ns: int, *, soon: bool) -> None:
         """Take note that the sender has something to learn: at once with ``soon``, else it may wait for company."""
         self.owes_acknowledgement |= soon
         if not self.untold_since_ns:
-            self.untold_since_ns = now_ns
+            self.untold_since_ns = max(now_ns, 1)
 
     def consume(self, nbytes: int, now_ns: int) -> None:
         """Take note that ``nbytes`` are no longer held."""
@@ -172,6 +174,8 @@ class Inbound:
 
     def due_ns(self, delay_ns: int) -> int | None:
         """Return when the sender must be told something, 0 for at once, or None while there is nothing to tell."""
+        if not self.untold_since_ns:
+            return None
         if self.owes_acknowledgement or self.consumed_bytes - self.told_bytes >= self.tell_every_bytes:
             return 0
-        return self.untold_since_ns + delay_ns if self.untold_since_ns else None
+        return self.untold_since_ns + delay_ns

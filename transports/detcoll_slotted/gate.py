@@ -22,6 +22,8 @@ TURN_MESSAGES = 256
 _TURN_REQUESTS = 32
 ZAP = "inproc://zeromq.zap.01"
 _USER = b"detcoll"
+_POLLIN, _DONTWAIT = int(zmq.POLLIN), int(zmq.DONTWAIT)
+"""Plain numbers, since operations of enumerations run in Python."""
 
 
 def show(made: zmq.Socket[bytes], token: int) -> None:
@@ -73,9 +75,16 @@ class Gate:
         for _ in range(TURN_MESSAGES):
             if not _is_readable(self._inlet):
                 return False
-            take(self._inlet.recv_multipart(zmq.DONTWAIT, copy=False))
+            take(self._next_message())
         return _is_readable(self._inlet)
+
+    def _next_message(self) -> list[zmq.Frame]:
+        """Return the frames of a message, all of which have come; they say by themselves whether more follow."""
+        frames = [self._inlet.recv(_DONTWAIT, copy=False)]
+        while frames[-1].more:
+            frames.append(self._inlet.recv(_DONTWAIT, copy=False))
+        return frames
 
 
 def _is_readable(asked: zmq.Socket[bytes]) -> bool:
-    return bool(int(asked.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(asked.getsockopt(zmq.EVENTS)) & _POLLIN)

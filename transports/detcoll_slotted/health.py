@@ -100,7 +100,9 @@ class Health:
 
     def turn(self, ready: Container[int], now_ns: int) -> list[tuple[Peer, PeerLost]]:
         """Look after all cases; returns who is lost, and what to say of it."""
-        lost = []
+        lost: list[tuple[Peer, PeerLost]] = []
+        if not self._cases:
+            return lost
         for rank, case in list(self._cases.items()):
             peer = case.peer
             is_over = peer.lost is not None or all(line.connected for line in peer.lines)
@@ -120,6 +122,8 @@ class Health:
 
     def next_ns(self) -> int | None:
         """Return when to look again even if nothing happens."""
+        if not self._cases:
+            return None
         tolerance_ns = self._options.tolerance_ns
         return min((min(case.try_ns, case.since_ns + tolerance_ns) for case in self._cases.values()), default=None)
 

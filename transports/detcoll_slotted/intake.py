@@ -85,7 +85,7 @@ class Intake:
         # Each acknowledgement wakes up two hosts, so it waits a little for the next one.
         peer.inbound.tell(self._clock.now_ns(), soon=False)
         counts = header.lane is Lane.BULK
-        if self._mailbox.discarded and header.tag in self._mailbox.discarded:
+        if self._mailbox.discarded and self._mailbox.discarded.covers(header.tag):
             self.consumed(peer.rank, len(payload) if counts else 0)
             return
         if header.total != len(payload):

@@ -42,6 +42,8 @@ class Joining:
 
     def turn(self, now_ns: int) -> list[tuple[Peer, PeerLost]]:
         """Greet those who are not joined yet; returns who was not reached in time, and what to say of it."""
+        if not self._pending:
+            return []
         for rank in [rank for rank, (peer, _) in self._pending.items() if peer.is_joined or peer.lost]:
             del self._pending[rank]
         if not self._pending or now_ns < self._hello_ns:

@@ -41,7 +41,7 @@ class Line:
         self.connected = False
         self.was_connected = False
         self._style = style
-        self._rate_bytes_per_s = 0
+        self.rate_bytes_per_s = 0
         self._free_ns = 0
         self._tcp: Connection | None = None
         self._past_retransmits = 0
@@ -61,14 +61,14 @@ class Line:
     def pace(self, rate_bytes_per_s: float) -> None:
         """Let the kernel send at most this many payload bytes per second on this connection."""
         rate = int(rate_bytes_per_s)
-        if rate != self._rate_bytes_per_s:
-            self._rate_bytes_per_s = rate
+        if rate != self.rate_bytes_per_s:
+            self.rate_bytes_per_s = rate
             if self._tcp is not None:
                 self._tcp.pace(rate)
 
     def leaves_ns(self, now_ns: int, nbytes: int) -> int:
         """Return when ``nbytes`` handed over now will have left at the pace set, behind what was handed over before."""
-        takes_ns = int(nbytes / self._rate_bytes_per_s * 1e9) if self._rate_bytes_per_s else 0
+        takes_ns = int(nbytes / self.rate_bytes_per_s * 1e9) if self.rate_bytes_per_s else 0
         self._free_ns = max(self._free_ns, now_ns) + takes_ns
         return self._free_ns
 
@@ -102,8 +102,8 @@ class Line:
         self._tcp = Connection.adopt(descriptor, endpoint, keep=self._style.keep)
         if self._tcp is not None:
             self._tcp.prepare(self._style.congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
-            if self._rate_bytes_per_s:
-                self._tcp.pace(self._rate_bytes_per_s)
+            if self.rate_bytes_per_s:
+                self._tcp.pace(self.rate_bytes_per_s)
 
     def _drop(self) -> None:
         if self._tcp is not None:

@@ -3,63 +3,25 @@
 A receive waits until its message comes, a message that came unasked until its receive is posted. Both queue in order.
 
 A *discarded prefix* stands for all tags that are equal but for their lowest bits. What belongs to it is dropped, and
-goes on being dropped as it arrives, until somebody uses such a tag again. The last `REMEMBERED_PREFIXES` are known.
+goes on being dropped as it arrives, until somebody uses such a tag again.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 
+from detcoll.discarding import Discarded, has_prefix
 from detcoll.transport import Ticket
-
-REMEMBERED_PREFIXES = 4_096
 
 Key = tuple[int, int]
 """Source and tag."""
-
-
-class Prefixes:
-    """Discarded prefixes, the oldest first."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], None] = {}
-        self._widths: Counter[int] = Counter()
-
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._known)
-
-    def __contains__(self, tag: int) -> bool:
-        """Whether a tag belongs to one of them."""
-        return any((tag >> bits, bits) in self._known for bits in self._widths)
-
-    def add(self, tag: int, bits: int) -> None:
-        """Remember a prefix as the newest."""
-        self._forget(tag, bits)
-        self._known[tag >> bits, bits] = None
-        self._widths[bits] += 1
-        if len(self._known) > REMEMBERED_PREFIXES:
-            oldest, its_bits = next(iter(self._known))
-            self._forget(oldest << its_bits, its_bits)
-
-    def revive(self, tag: int) -> None:
-        """Forget all prefixes to which a tag belongs."""
-        for bits in list(self._widths):
-            self._forget(tag, bits)
-
-    def _forget(self, tag: int, bits: int) -> None:
-        if (tag >> bits, bits) in self._known:
-            del self._known[tag >> bits, bits]
-            self._widths[bits] -= 1
-            if not self._widths[bits]:
-                del self._widths[bits]
 
 
 class Mailbox:
     """Receives without a message, and messages without a receive."""
 
     def __init__(self) -> None:
-        self.discarded = Prefixes()
+        self.discarded = Discarded()
         self._posted: dict[Key, deque[tuple[Ticket, memoryview | None]]] = {}
         self._early: dict[Key, deque[tuple[memoryview, bool]]] = {}
 
@@ -120,8 +82,8 @@ class Mailbox:
     def discard(self, tag: int, bits: int) -> tuple[list[Ticket], list[tuple[int, int]]]:
         """Drop a prefix from now on; returns the receives taken out, and sources with the credit that they get back."""
         self.discarded.add(tag, bits)
-        posted = [key for key in self._posted if key[1] >> bits == tag >> bits]
-        early = [key for key in self._early if key[1] >> bits == tag >> bits]
+        posted = [key for key in self._posted if has_prefix(key[1], tag, bits)]
+        early = [key for key in self._early if has_prefix(key[1], tag, bits)]
         tickets = [ticket for key in posted for ticket, _ in self._posted.pop(key)]
         held = [(key[0], len(payload)) for key in early for payload, counts in self._early.pop(key) if counts]
         return tickets, held

@@ -8,13 +8,13 @@ from detcoll.transport import Clock, Ticket
 from detcoll_slotted.constant import send_constant
 from detcoll_slotted.flow import Kept
 from detcoll_slotted.peer import Peer
-from detcoll_slotted.wire import FrameKind, Header, Lane
+from detcoll_slotted.wire import FRAME_BYTES, FrameKind, Header, Lane
 
 LEAD_NS = 150_000
 """What a send needs from here through ZeroMQ's thread and TCP to the line, at least: it starts that much earlier."""
 _LEAST_LENT_BYTES = 65_536
 """Smaller payloads are copied, which costs less than it does to lend them."""
-_PART = zmq.DONTWAIT | zmq.SNDMORE
+_LAST, _PART = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 
 
 class Post:
@@ -32,11 +32,14 @@ class Post:
             ticket.started_ns = self._clock.now_ns() + lead_ns
         self.transmit_kept(peer, lane, peer.outbound.keep(lane, ticket, view))
 
-    def resend(self, peer: Peer, lane: Lane) -> None:
-        """Send everything of a lane again that is not acknowledged."""
+    def resend(self, peer: Peer, lane: Lane) -> int:
+        """Send everything of a lane again that is not acknowledged; returns how many bytes that is on the wire."""
+        nbytes = 0
         for kept in peer.outbound.kept[lane]:
             self.resent_bytes += kept.view.nbytes
+            nbytes += kept.view.nbytes + FRAME_BYTES
             self.transmit_kept(peer, lane, kept, again=True)
+        return nbytes
 
     def transmit_kept(self, peer: Peer, lane: Lane, kept: Kept, *, again: bool = False) -> None:
         """Send a kept message: lent the first time, where that pays."""
@@ -58,12 +61,12 @@ class Post:
         router = line.trunk.socket
         router.send(line.route, _PART)
         if view is None:
-            router.send(header, zmq.DONTWAIT)
+            router.send(header, _LAST)
         else:
             router.send(header, _PART)
             if lend:
                 send_constant(router, view)
             else:
-                router.send(view, zmq.DONTWAIT)
+                router.send(view, _LAST)
         if lane is Lane.EXPRESS:  # on the other lane it waits behind paced data
             inbound.told()

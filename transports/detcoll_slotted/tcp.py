@@ -92,10 +92,10 @@ class Connection:
 
     def unsent_bytes(self) -> int:
         """Return what the kernel was given and has not sent yet; 0 where the connection is gone."""
-        with self._borrowed() as tcp, contextlib.suppress(OSError):
-            if tcp is not None:
-                return int(struct.unpack("i", fcntl.ioctl(tcp, _SIOCOUTQNSD, b"\0\0\0\0"))[0])
-        return 0
+        if self._kept is not None:  # asked before each paced send
+            return _unsent_bytes(self._kept)
+        with self._borrowed() as tcp:
+            return _unsent_bytes(tcp) if tcp is not None else 0
 
     def info(self) -> tuple[int, int] | None:
         """Return smoothed round trip in ns and retransmitted segments, or None where the kernel does not tell."""
@@ -138,6 +138,13 @@ class Connection:
             return
         with tcp:
             yield tcp if _names(tcp) == self.names else None
+
+
+def _unsent_bytes(tcp: socket.socket) -> int:
+    try:
+        return int.from_bytes(fcntl.ioctl(tcp, _SIOCOUTQNSD, b"\0\0\0\0"), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def _names(tcp: socket.socket) -> _Names | None:

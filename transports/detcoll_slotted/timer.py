@@ -23,9 +23,11 @@ class Timer:
     """Makes its descriptor readable at a time of the monotonic clock."""
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        libc = ctypes.CDLL(None, use_errno=True)
         self._spec = _Itimerspec()
-        self.fd: int = self._libc.timerfd_create(_CLOCK_MONOTONIC, _NONBLOCK_CLOEXEC)
+        self._spec_at = ctypes.byref(self._spec)
+        self._settime = ctypes.PyDLL(None).timerfd_settime  # it never waits, so the interpreter's lock is kept
+        self.fd: int = libc.timerfd_create(_CLOCK_MONOTONIC, _NONBLOCK_CLOEXEC)
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), "timerfd_create failed")
         self._armed_ns = 0
@@ -36,7 +38,7 @@ class Timer:
             return
         self._armed_ns = at_ns
         self._spec.it_value.tv_sec, self._spec.it_value.tv_nsec = divmod(max(at_ns, 1), 10**9)
-        self._libc.timerfd_settime(self.fd, _ABSOLUTE, ctypes.byref(self._spec), None)
+        self._settime(self.fd, _ABSOLUTE, self._spec_at, None)
 
     def close(self) -> None:
         """Give the descriptor back."""
