@@ -68,6 +68,7 @@ class Communicator:
         self._earlier: Counter[tuple[tuple[int, ...], str]] = Counter()
         self._splits = 0
         self._made: dict[str, Communicator] = {}
+        self._making = {name: threading.Lock() for name in ("local", "across")}
         if parent is None:
             _open.add(self)
 
@@ -363,7 +364,7 @@ class Communicator:
             If the system has no more shared memory.
         """
         if not self.usable:
-            raise Closed("empty() on a communicator that is finalized, or in a forked process")
+            raise Closed("empty() on a communicator that is closed, or in a forked process")
         kind = parse_dtype(dtype)
         sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
         if any(isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0 for size in sizes):
@@ -481,7 +482,8 @@ class Communicator:
         self._caller.close()
         engine, group = self._job.loop.engine, self._group
         error = TransportError(f"rank {self._job.session.rank}: {reason}")
-        self._job.loop.post(lambda now_ns: engine.fail_group(group, error, now_ns))
+        with contextlib.suppress(Closed):  # then it has ended already
+            self._job.loop.post(lambda now_ns: engine.fail_group(group, error, now_ns))
 
     def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
         """Check arguments; what cannot be used is told to the other ranks."""
@@ -530,14 +532,12 @@ class Communicator:
         return [int(rank) for rank in members]
 
     def _made_once(self, name: str, members: Sequence[int]) -> Communicator:
-        with self._lock:
+        with self._making[name]:  # two threads that ask at once get the same
             made = self._made.get(name)
-        if made is None or not made.usable:
-            self._caller.check_usable()
-            made = self._open(list(members), name, f"own {name}")
-            with self._lock:
-                self._made[name] = made
-        return made
+            if made is None or not made.usable:
+                self._caller.check_usable()
+                made = self._made[name] = self._open(list(members), name, f"own {name}")
+            return made
 
     def _open(self, members: Sequence[int], name: str, kind: str) -> Communicator:
         """Make the communicator of some members, together with them."""

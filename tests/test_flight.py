@@ -117,6 +117,7 @@ def test_a_record_that_cannot_be_made_costs_nothing_else(tmp_path: Path) -> None
     flight.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_writes_no_record(tmp_path: Path) -> None:
     flight = Flight("job", 0, dict, str(tmp_path))
     pid = os.fork()

@@ -313,3 +313,32 @@ def test_a_call_that_is_interrupted_before_it_is_handed_over_ends_on_all_by_name
         check_sum(comm, 1000)
 
     run(place, 4, program)
+
+
+def test_threads_that_ask_for_the_local_group_at_once_get_the_same() -> None:
+    def program(comm):
+        made: list[Communicator] = []
+        together = threading.Barrier(2)
+
+        def ask() -> None:
+            together.wait(20)
+            made.append(comm.local)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert made[0] is made[1]
+
+    run("shm", 2, program)
+
+
+def test_a_group_of_a_job_that_has_failed_can_be_closed_and_aborted() -> None:
+    def program(comm):
+        parts = [comm.split(0), comm.split(0)]
+        comm._job.loop.fail(TransportError("the progress thread failed"))
+        parts[0].close()
+        parts[1].abort("because of that")
+
+    run_ranks(2, program, transport="slotted")

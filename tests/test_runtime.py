@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -172,6 +173,23 @@ def test_work_ends_once_and_tells_its_error_every_time() -> None:
         with pytest.raises(TransportError, match="broken"):
             failed.wait()
     assert failed.done()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_runs_its_own_callbacks_only() -> None:
+    work, gate, begun = Work("sum"), threading.Event(), threading.Event()
+    work.finish()
+    ran: list[str] = []
+    work.add_done_callback(lambda _: (begun.set(), gate.wait(20)))
+    assert begun.wait(20)
+    work.add_done_callback(lambda _: ran.append("parent's"))
+    pid = os.fork()
+    if not pid:
+        done = threading.Event()
+        work.add_done_callback(lambda _: (ran.append("child's"), done.set()))
+        os._exit(0 if done.wait(20) and ran == ["child's"] else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    gate.set()
 
 
 ALL = MemoryTransport().capabilities

@@ -80,9 +80,15 @@ class Job:
         self._finalized = False
         self._planners: dict[int, Planner] = {}
         self.ahead = Ahead()
-        self.native = self._make_native()
-        if self.native is None:
-            self.loop  # noqa: B018 - started at once: peers need it to answer
+        try:
+            self.native = self._make_native()
+            if self.native is None:
+                self.loop  # noqa: B018 - started at once: peers need it to answer
+        except BaseException:
+            if self._loop is not None:
+                self._loop.close()
+            self.flight.close()
+            raise
 
     def _make_native(self) -> NativeRunner | None:
         native = self.assembled.native
@@ -201,18 +207,19 @@ class Job:
             If calls are still under way at the deadline; the group has failed then, on all members.
         """
         loop, deadline_ns = self.loop, deadline_after(timeout)
-        if not loop.drain_group(group, deadline_ns):
-            title = group.title
-            error = DeadlineMissed(f"closing group {title}: collectives were still under way after {timeout:g} s")
-            loop.ask(lambda now_ns: loop.engine.fail_group(group, error, now_ns))
+        with contextlib.suppress(Closed):  # all groups have ended then, and there is nothing to leave
+            if not loop.drain_group(group, deadline_ns):
+                title = group.title
+                error = DeadlineMissed(f"closing group {title}: collectives were still under way after {timeout:g} s")
+                loop.ask(lambda now_ns: loop.engine.fail_group(group, error, now_ns))
+                loop.post(lambda now_ns: loop.engine.leave(group))
+                raise error
+            if self.failure(group) is None:
+                try:
+                    self.session.exchange(f"close {group.id:016x}", b"", deadline_ns, group.ranks)
+                except TransportError as error:
+                    log.warning("rank %d: others did not close group %s: %s", self.session.rank, group.title, error)
             loop.post(lambda now_ns: loop.engine.leave(group))
-            raise error
-        if self.failure(group) is None:
-            try:
-                self.session.exchange(f"close {group.id:016x}", b"", deadline_ns, group.ranks)
-            except TransportError as error:
-                log.warning("rank %d: others did not close group %s: %s", self.session.rank, group.title, error)
-        loop.post(lambda now_ns: loop.engine.leave(group))
 
     @property
     def has_loop(self) -> bool:

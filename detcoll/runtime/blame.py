@@ -4,7 +4,7 @@ Only the earliest unfinished call of a group can be late: those behind it may ha
 from when it ends. Once it has made no progress for its timeout, its rank looks into it::
 
     late -> ask all that it waits for -> all answered, or ANSWER_NS in which one neither did nor sent anything
-               one is absent, or silent              -> name it; the group ends, all members are told
+               one is absent, away or silent         -> name it; the group ends, all members are told
                one has made progress in this time    -> go on, for a timeout from that progress on
                all wait themselves                   -> wait HEARSAY_NS to be told; ask again; then name them
 
@@ -75,7 +75,7 @@ def look_into(
     }  # fmt: skip
     to_blame = [
         peer for peer, answer in inquiry.answers.items()
-        if (answer.state is State.ABSENT if answer is not None else silent_ns[peer] <= now_ns)
+        if (answer.state in (State.ABSENT, State.AWAY) if answer is not None else silent_ns[peer] <= now_ns)
     ]  # fmt: skip
     if to_blame:
         return [], DeadlineMissed(_late(rank, operation, to_blame))
@@ -99,9 +99,9 @@ def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask
 
     ``others`` : all groups of this rank, for a call that waits for one of another group.
     """
-    latest = membership.latest if membership is not None else -1
     if membership is None:
-        return Answer(ask.group, ask.sequence, State.ABSENT)
+        return Answer(ask.group, ask.sequence, State.AWAY)
+    latest = membership.latest
     calls = [op for op in membership.active if not op.reported and op.sequence <= ask.sequence]
     if calls:
         idle_ns = now_ns - max(operation.live_ns for operation in calls)
@@ -134,7 +134,7 @@ def awaited(operation: Operation) -> dict[int, int]:
 
 
 def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
-    peers = ", ".join(f"rank {peer} ({count} messages)" for peer, count in awaited(operation).items())
+    peers = ", ".join(f"rank {peer} ({_awaited(count)})" for peer, count in awaited(operation).items())
     if to_blame:
         peers = ", ".join(f"rank {peer}, {_reproach(operation, peer)}" for peer in to_blame)
     return (
@@ -143,10 +143,19 @@ def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
     )
 
 
+def _awaited(count: int) -> str:
+    if not count:
+        return "not heard to call it"
+    return f"{count} message{'s' if count > 1 else ''}"
+
+
 def _reproach(operation: Operation, peer: int) -> str:
     told = operation.inquiry.answers[peer] if operation.inquiry is not None else None
     if told is None:
         called = "has not been heard to call it and" if peer in operation.strangers else "has called it and now"
         return f"which {called} does not answer"
-    reached = f"is at number {told.latest}" if told.latest >= 0 else "has called nothing of this group"
-    return f"which has not called it: it {reached}"
+    if told.state is State.AWAY:
+        return "which is not in the group: it has closed it, or not opened it yet"
+    if told.latest < 0:
+        return "which has not called it; it has called nothing of this group"
+    return f"which has not called it; the latest call that it made of this group is number {told.latest}"

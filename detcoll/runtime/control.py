@@ -57,6 +57,8 @@ class State(Enum):
 
     ABSENT = "absent"
     """It has not called it, and waits in no earlier call of the group."""
+    AWAY = "away"
+    """It is not in the group: it has closed it, or not opened it yet."""
     WAITING = "waiting"
     """It waits in this call or an earlier one of the group."""
     ENDED = "ended"

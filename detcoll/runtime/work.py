@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -103,9 +104,9 @@ class Work:
 
     def finish(self, error: Exception | None = None) -> None:
         """Say that the collective has ended; the first call counts."""
-        if self._finished.is_set():
-            return
         with self._lock:
+            if self._finished.is_set():
+                return
             self._error = error
             self._finished.set()
             callbacks, self._callbacks = self._callbacks, []
@@ -117,13 +118,17 @@ class _Callers:
     """The thread that runs callbacks, started with the first one."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as in a forked child, which has no such thread and whose parent runs what was queued."""
         self._queue: queue.SimpleQueue[tuple[Callback, Work]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def call(self, callback: Callback, work: Work) -> None:
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # the second: in a forked child
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="detcoll-callbacks", daemon=True)
                 self._thread.start()
         self._queue.put((callback, work))
@@ -138,3 +143,4 @@ class _Callers:
 
 
 _callers = _Callers()
+os.register_at_fork(after_in_child=_callers.forget)
