@@ -9,6 +9,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pytest
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.launch.launchers import World
 from detcoll.rendezvous import Aborted, Address, Lost, Session, is_loopback, meet, wire
+from detcoll.rendezvous.asking import Answer, Asker
 from detcoll.rendezvous.connection import Connection
 from detcoll.rendezvous.member import Member
 from detcoll.rendezvous.sockets import listen, open_life_port, own_host, parse_ports, reach
@@ -331,6 +333,16 @@ def test_when_rank_0_is_killed_the_others_lose_it() -> None:
         session.close(ahead())
     finally:
         end_child(child)
+
+
+def test_who_accepted_and_went_has_accepted() -> None:
+    asker: Asker[int] = Asker()
+    life = open_life_port("127.0.0.1", {}, 1)
+    asker.ask(1, life.getsockname(), time.monotonic_ns())
+    asked = asker.begin(time.monotonic_ns())
+    assert select.select([], asked, [], 10)[1]
+    life.close()
+    assert asker.answers(time.monotonic_ns()) == [(1, Answer.ACCEPTED)]
 
 
 def test_a_rank_that_dies_before_all_have_come() -> None:
