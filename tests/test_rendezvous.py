@@ -9,6 +9,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pytest
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.launch.launchers import World
 from detcoll.rendezvous import Aborted, Address, Lost, Session, is_loopback, meet, wire
+from detcoll.rendezvous.asking import Answer, Asker
 from detcoll.rendezvous.connection import Connection
 from detcoll.rendezvous.member import Member
 from detcoll.rendezvous.sockets import listen, open_life_port, own_host, parse_ports, reach
@@ -100,7 +102,8 @@ def test_without_rank_0_there_is_nobody_to_ask() -> None:
     address = free_address()
     for error in meet_all([world_at(rank, 3, address) for rank in (1, 2)], seconds=0.3):
         assert isinstance(error, ConnectError)
-        assert f"the rendezvous at {address} did not answer: rank 0 never came" in str(error)
+        expected = f"the rendezvous at {address} did not answer: rank 0 has not come, has left, or is out of reach ("
+        assert expected in str(error)
 
 
 def test_an_exchange_names_those_that_never_arrived(sessions: Callable[..., list[Session]]) -> None:
@@ -332,6 +335,16 @@ def test_when_rank_0_is_killed_the_others_lose_it() -> None:
         end_child(child)
 
 
+def test_who_accepted_and_went_has_accepted() -> None:
+    asker: Asker[int] = Asker()
+    life = open_life_port("127.0.0.1", {}, 1)
+    asker.ask(1, life.getsockname(), time.monotonic_ns())
+    asked = asker.begin(time.monotonic_ns())
+    assert select.select([], asked, [], 10)[1]
+    life.close()
+    assert asker.answers(time.monotonic_ns()) == [(1, Answer.ACCEPTED)]
+
+
 def test_a_rank_that_dies_before_all_have_come() -> None:
     address = free_address()
     with ThreadPoolExecutor(1) as pool:
@@ -402,7 +415,7 @@ def test_mpi_on_one_host_meets_at_a_socket_named_after_the_job() -> None:
 
 
 def test_mpi_on_one_host_without_rank_0() -> None:
-    with pytest.raises(ConnectError, match="rank 0 never came"):
+    with pytest.raises(ConnectError, match=r"nobody listens .*: rank 0 has not come, or has left"):
         meet(local_mpi_world(1, 2, f"test-{os.getpid()}-absent"), ahead(0.2), {})
 
 

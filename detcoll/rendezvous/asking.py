@@ -104,6 +104,8 @@ def _answer(connection: socket.socket | None) -> Answer | None:
     if connection is None:
         return None
     code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code in (errno.ECONNRESET, errno.EPIPE):  # accepted, and closed without a look at it
+        return Answer.ACCEPTED
     if code:
         return Answer.REFUSED if code == errno.ECONNREFUSED else Answer.NONE
     try:

@@ -123,7 +123,7 @@ class Connection:
         os.close(self._wake)
         self._life.close()
         self._asker.close()
-        close_inherited(lambda found: bool(found.getpeername()[1] == self._where[1]))
+        close_inherited(lambda found: bool(found.getpeername()[:2] == self._where[:2]))
 
     def _is_delivered(self, number: int) -> bool:
         member = self._member

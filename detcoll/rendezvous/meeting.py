@@ -468,8 +468,8 @@ def _ask(name: str, deadline_ns: int) -> str:
         time.sleep(min(nap_s, left(deadline_ns)))
         nap_s = min(2 * nap_s, LONGEST_NAP_S)
     raise ConnectError(
-        "rank 0 never came: nobody listens at this job's local meeting place (if ranks run in containers of their own, "
-        "set DETCOLL_RENDEZVOUS=host:port)"
+        "nobody listens at this job's local meeting place: rank 0 has not come, or has left (if ranks run in "
+        "containers of their own, set DETCOLL_RENDEZVOUS=host:port)"
     )
 
 

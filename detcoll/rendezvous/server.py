@@ -259,6 +259,7 @@ class Server:
         self._seats.add(seat)
         if life is not None:
             self._asker.ask(seat.rank, life, now_ns)
+            self._asker.begin(now_ns)  # before the rank hears that it is in: it may leave at once
         seat.link.take(header, b"")
         self._door.closed(descriptor)
         local = local_host(descriptor)

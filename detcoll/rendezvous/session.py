@@ -250,7 +250,7 @@ class Session:
                 os.close(self._told)
 
     def _silence(self, what: str) -> str:
-        return f"the rendezvous at {self._where} did not answer: {what}; rank 0 hangs or is cut off"
+        return f"the rendezvous at {self._where} did not answer: {what}"
 
     def _notify(self) -> None:
         if self._member.has_events and not self._is_released:

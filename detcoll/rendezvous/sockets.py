@@ -191,7 +191,9 @@ def reach(address: Address, deadline_ns: int, *, is_known: bool = False) -> Reac
             why = str(error)
         time.sleep(min(nap_s, left(deadline_ns)))
         nap_s = min(2 * nap_s, LONGEST_NAP_S)
-    raise ConnectError(f"the rendezvous at {address} did not answer: rank 0 never came, or is already gone ({why})")
+    raise ConnectError(
+        f"the rendezvous at {address} did not answer: rank 0 has not come, has left, or is out of reach ({why})"
+    )
 
 
 def resolve_in_time(address: Address, deadline_ns: int) -> list[tuple[socket.AddressFamily, Where]]:
