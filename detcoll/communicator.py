@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -457,6 +457,11 @@ class Communicator:
         _open.discard(self)
         self._job.finalize(timeout)
 
+    def __repr__(self) -> str:
+        """Return the group's name and ranks, and this rank's place among them."""
+        title = self._group.title or "world"
+        return f"<Communicator {title}: rank {self.rank} of {self.size}, {self.transport}>"
+
     def __enter__(self) -> Communicator:
         """Return the communicator itself."""
         return self
@@ -521,7 +526,7 @@ class Communicator:
 
     def _members(self, ranks: Sequence[int]) -> list[int]:
         """Return ranks as whole numbers, or refuse them."""
-        members = list(ranks)
+        members = list(ranks) if isinstance(ranks, Iterable) else []
         whole = all(isinstance(rank, int | np.integer) and not isinstance(rank, bool) for rank in members)
         if not members or not whole or not all(0 <= rank < self.size for rank in members):
             raise UsageError(f"ranks={ranks!r} must be ranks from 0 to {self.size - 1}, at least one")

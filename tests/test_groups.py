@@ -116,6 +116,7 @@ def test_groups_overlap_and_nest_and_are_made_by_their_members_alone(place: str)
     [
         ([], "at least one"), ([0, 0], "each rank once"), ([1], "lacks rank 0"), ([0, 4], "must be ranks from 0 to 3"),
         ([0, True], "must be ranks"), ([0, 1.0], "must be ranks"), ("01", "must be ranks"),
+        (5, "must be ranks"), (None, "must be ranks"),
     ],
 )  # fmt: skip
 def test_ranks_that_make_no_group(ranks: object, text: str) -> None:
@@ -150,6 +151,7 @@ def test_a_member_that_does_not_come_is_named() -> None:
 
     answers = attempt(3, program, transport="slotted", timeout=1.5)
     assert isinstance(answers[0], ConnectError)
+    assert "group of ranks 0, 2 was not made" in str(answers[0])
     assert "rank 2" in str(answers[0])
 
 
@@ -342,3 +344,15 @@ def test_a_group_of_a_job_that_has_failed_can_be_closed_and_aborted() -> None:
         parts[1].abort("because of that")
 
     run_ranks(2, program, transport="slotted")
+
+
+def test_communicators_and_works_say_what_they_are() -> None:
+    def program(comm):
+        pair = comm.group([0, 1], name="pair")
+        assert repr(comm) == f"<Communicator world: rank {comm.rank} of 2, slotted>"
+        assert repr(pair) == f"<Communicator 'pair': rank {pair.rank} of 2, slotted>"
+        work = pair.barrier(async_op=True)
+        work.wait()
+        assert repr(work) == "<Work barrier number 0: ended>"
+
+    run("slotted one site", 2, program)

@@ -226,7 +226,7 @@ def deadline(seconds: float = 20.0) -> int:
 def native():
     """Give a runner, its collectives, a way to call it, and the failures it told."""
     collectives, told = Recorded(), []
-    runner = NativeRunner(collectives, ALL, 0, Trace(0, 0), told.append)
+    runner = NativeRunner(collectives, ALL, 0, Trace(0, 0), lambda error, is_ours: told.append(error))
 
     def call(kind: str, root: int = 0, wait: bool = False, seconds: float = 20.0) -> Work:
         work = Work(kind)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
+from detcoll.errors import Closed, ConnectError, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
 from detcoll.job.ahead import Ahead
 from detcoll.job.assembly import Assembled, deadline_after
 from detcoll.job.flight import Flight
@@ -99,9 +99,10 @@ class Job:
             native, capabilities, rank, self.trace, self._native_failed, self._explain_native, self.recorder
         )
 
-    def _native_failed(self, error: Exception) -> None:
+    def _native_failed(self, error: Exception, is_ours: bool) -> None:
         self._note_failure(str(error))
-        self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
+        if is_ours:
+            self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
 
     def _explain_native(self) -> DetcollError | None:
         return self.rest.explanation(WORLD_ID)
@@ -187,11 +188,16 @@ class Job:
                 problem = f"rank {self.session.rank}: {error}"
             deadline_ns = deadline_after(self.settings.timeout_s)
             told = self.session.exchange(f"group {group.id:016x}", problem.encode(), deadline_ns, group.ranks)
-        except BaseException:
+        except BaseException as error:
             if not problem:
                 with contextlib.suppress(Closed):
                     self.loop.post(lambda now_ns: engine.leave(group))
-            raise
+            if not isinstance(error, ConnectError):
+                raise
+            raise ConnectError(
+                f"group {group.title} was not made: {error}; all of its ranks must make it, with the same ranks in the "
+                "same order and the same name"
+            ) from error
         problems = [answer.decode() for answer in told if answer]
         if problems:
             if not problem:

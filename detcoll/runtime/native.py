@@ -61,7 +61,7 @@ class NativeRunner:
     trace : Trace
         Where calls are noted.
     on_failure : callable
-        Tells the other ranks.
+        Is given what ended the collectives, and whether this rank found it out, so that it is to tell the others.
     explain : callable, optional
         Returns what others said about a lost peer, or None: an endpoint sees only that it is gone.
     recorder : Recorder, optional
@@ -74,7 +74,7 @@ class NativeRunner:
         capabilities: Capabilities,
         rank: int,
         trace: Trace,
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[Exception, bool], None],
         explain: Callable[[], DetcollError | None] = lambda: None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -242,8 +242,7 @@ class NativeRunner:
             return self._failure
         told = self._explain() if isinstance(error, PeerLost) else None
         self._failure = told or error
-        if told is None:
-            self._on_failure(error)
+        self._on_failure(self._failure, told is None)
         return self._failure
 
     def _dispatch(self, call: NativeCall) -> None:

@@ -30,6 +30,12 @@ class Work:
         self._lock = threading.Lock()
         self._callbacks: list[Callback] = []
 
+    def __repr__(self) -> str:
+        """Return what was called, and whether it has ended."""
+        if not self._finished.is_set():
+            return f"<Work {self._name}: under way>"
+        return f"<Work {self._name}: {'ended' if self._error is None else f'failed, {self._error}'}>"
+
     def done(self) -> bool:
         """Tell whether the collective has ended, well or not; `wait` then returns at once."""
         return self._finished.is_set()
