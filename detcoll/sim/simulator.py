@@ -124,9 +124,7 @@ def simulate(
     PlanError
         If the plans come to a halt, or reach the deadline, before every rank is done.
     """
-    for name, given in (("plans", plans), ("data", data), ("start_ns", start_ns)):
-        if given is not None and len(given) != topology.size:
-            raise UsageError(f"{name} has {len(given)} entries; expected one for each of {topology.size} ranks")
+    _check_lengths(topology.size, plans=plans, data=data, start_ns=start_ns)
     run = _Run(plans, topology, calendar, costs or Costs(), phase_ns)
     run.lateness, run.fluid, run.progress = lateness or run.lateness, fluid, progress
     for rank, host in enumerate(run.hosts):
@@ -136,6 +134,12 @@ def simulate(
         run.at(called_ns + (run.costs.call_ns if run.area is not None else 0), run.start, host)
     run.go(phase_ns + deadline_ns)
     return run.report(phase_ns)
+
+
+def _check_lengths(size: int, **sequences: Sequence[Any] | None) -> None:
+    for name, given in sequences.items():
+        if given is not None and len(given) != size:
+            raise UsageError(f"{name} has {len(given)} entries; expected one for each of {size} ranks")
 
 
 @contextmanager

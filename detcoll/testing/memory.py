@@ -124,7 +124,10 @@ class MemoryTransport(Transport):
 
 
 class MemoryEndpoint(Endpoint):
-    """One rank's mailboxes; see `MemoryTransport`."""
+    """One rank's mailboxes; see `MemoryTransport`.
+
+    It has many fields since it is a whole transport in one class: what was posted, came early, waits, and ended.
+    """
 
     def __init__(self, rank: int, hub: _Hub, clock: Clock, capacity_bytes: int, capabilities: Capabilities) -> None:
         self._rank = rank

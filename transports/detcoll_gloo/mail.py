@@ -74,6 +74,8 @@ class _Line:
 class Mail:
     """All messages of one rank.
 
+    It has many fields since Gloo needs its own queue for each stage of a message: wanted, posted, held, lent, sent.
+
     Parameters
     ----------
     group : Group

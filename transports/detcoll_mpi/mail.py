@@ -90,6 +90,8 @@ class _Fetch:
 class Mail:
     """All messages of one rank.
 
+    It has many fields since MPI needs its own queue for each stage of a message: letters, bodies, held, lent, sent.
+
     Parameters
     ----------
     mpi : module

@@ -73,7 +73,10 @@ class _Peer:
 
 
 class ShmEndpoint(Endpoint, NativeCollectives):
-    """One rank's rings, stage and doorbell; see the module."""
+    """One rank's rings, stage and doorbell; see the module.
+
+    It has many fields since it owns every resource of the transport, messages' and collectives', and gives all back.
+    """
 
     algorithm = "shared-memory"
 

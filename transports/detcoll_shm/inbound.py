@@ -87,6 +87,9 @@ class _RingLoan:
 class Inbound:
     """Receives from one peer.
 
+    It has many fields since a message that arrives in parts is one state with its ring, its loans and its counts; each
+    further object on that path would cost every message.
+
     Parameters
     ----------
     ring

@@ -87,6 +87,8 @@ PeerStages = Sequence[tuple[PeerStage, memoryview]]
 class Lockstep:
     """All ranks, as one of them sees them.
 
+    It has many fields since all of them are read in every collective, where a further lookup shows in the latency.
+
     ``last_word`` : with which word and value the collective under way ends, where that is not its ARRIVED.
     """
 

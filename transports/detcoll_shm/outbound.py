@@ -54,6 +54,8 @@ class Sending:
 class Outbound:
     """Sends to one peer.
 
+    It has many fields for the same reason as `detcoll_shm.inbound.Inbound`.
+
     Parameters
     ----------
     ring

@@ -211,20 +211,7 @@ def audit(
     records = records[~before]
     payload = records[(records["protocol"] == TCP) & (records["payload_bytes"] > 0)]
     owners, lanes = _attribute(payload, known)
-    inside = np.zeros(len(payload), dtype=np.bool_)
-    for rank, trace in known.items():
-        mine = owners == rank
-        if trace.calendar is not None:
-            inside[mine] = trace.calendar.is_open(payload["time_ns"][mine], payload["destination_site"][mine])
-            bulk = mine & (lanes == _BULK)
-            for destination, (rate, burst) in enumerate(trace.calendar.reserved()):
-                if rate:
-                    there = np.flatnonzero(bulk & (payload["destination_site"] == destination))
-                    inside[there] &= ~_policed(payload[there], rate, burst)
-            rate, burst = trace.calendar.express_bytes_per_s, trace.calendar.express_burst_bytes
-            if rate:
-                express = np.flatnonzero(mine & (lanes == _EXPRESS))
-                inside[express] = ~_policed(payload[express], rate, burst)
+    inside = _inside(payload, known, owners, lanes)
     sizes = payload["payload_bytes"].astype(np.int64)
     sites = range(len(topology.sites))
     return Audit(
@@ -244,6 +231,27 @@ def audit(
         mode=next((trace.calendar.mode for trace in known.values() if trace.calendar is not None), "off"),
         asleep_bytes=tuple(int(router_late_ns * (site.uplink_bytes_per_s or 0.0) / 1e9) for site in topology.sites),
     )
+
+
+def _inside(
+    payload: NDArray[Any], known: Mapping[int, _Trace], owners: NDArray[Any], lanes: NDArray[Any]
+) -> NDArray[np.bool_]:
+    """Return which records kept to the windows and rates of the rank that sent them."""
+    inside = np.zeros(len(payload), dtype=np.bool_)
+    for rank, trace in known.items():
+        mine = owners == rank
+        if trace.calendar is not None:
+            inside[mine] = trace.calendar.is_open(payload["time_ns"][mine], payload["destination_site"][mine])
+            bulk = mine & (lanes == _BULK)
+            for destination, (rate, burst) in enumerate(trace.calendar.reserved()):
+                if rate:
+                    there = np.flatnonzero(bulk & (payload["destination_site"] == destination))
+                    inside[there] &= ~_policed(payload[there], rate, burst)
+            rate, burst = trace.calendar.express_bytes_per_s, trace.calendar.express_burst_bytes
+            if rate:
+                express = np.flatnonzero(mine & (lanes == _EXPRESS))
+                inside[express] = ~_policed(payload[express], rate, burst)
+    return inside
 
 
 def _policed(records: NDArray[Any], rate_bytes_per_s: float, room_bytes: float) -> NDArray[np.bool_]:

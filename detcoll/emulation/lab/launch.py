@@ -92,12 +92,10 @@ def run_ranks(
     with ExitStack() as stack:
         topology_path = stack.enter_context(_memory_path(lab.topology.to_toml().encode()))
         ranks = [own | dict(env or {}) for own in rank_environments(lab, topology_path)]
-        tags = None
+        jobs = [(lab.topology.site_of(rank), list(argv), os.environ | own) for rank, own in enumerate(ranks)]
+        tags = ["" if rank == 0 else f"[{rank}] " for rank in range(len(ranks))] if prefix else None
         if launcher is Launcher.MPIEXEC:
-            jobs = [_mpiexec_job(stack, lab, ranks, argv, env or {}, prefix)]
-        else:
-            jobs = [(lab.topology.site_of(rank), list(argv), os.environ | own) for rank, own in enumerate(ranks)]
-            tags = ["" if rank == 0 else f"[{rank}] " for rank in range(len(ranks))] if prefix else None
+            jobs, tags = [_mpiexec_job(stack, lab, ranks, argv, env or {}, prefix)], None
         return run_crew(
             [partial(_start, lab, *job) for job in jobs],
             tags=tags, logs=logs, deadline_s=deadline_s, settle_s=settle_s, on_interrupt=on_interrupt,

@@ -81,7 +81,10 @@ class Delays:
 
 
 class Path:
-    """One class of one direction: from site ``source`` to site ``destination``."""
+    """One class of one direction: from site ``source`` to site ``destination``.
+
+    Half of its fields are what it counts, which statistics read by name.
+    """
 
     __slots__ = ("_failures", "_jitter", "_jitter_ns", "_last_due_ns", "delay_ns", "delays", "destination", "down",
                  "down_drops", "failed", "losses", "lost", "payload_bytes", "policed", "policer", "segments", "service",

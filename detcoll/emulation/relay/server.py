@@ -78,7 +78,10 @@ Piece = tuple[Tunnel, Event, Side, bytes]
 
 
 class Server:
-    """Everything that the process holds."""
+    """Everything that the process holds.
+
+    It has one field more than most classes may have, since the process serves one loop: sockets, lines, tunnels.
+    """
 
     def __init__(self, config: RelayConfig, control: socket.socket) -> None:
         self._config, self._control = config, control
