@@ -70,6 +70,11 @@ class Machine:
         """Whether the caller's array is finished and nothing reads or writes it any more."""
         return self._left_for_result == 0
 
+    @property
+    def under_way(self) -> frozenset[int]:
+        """The steps that were started and have not ended."""
+        return frozenset(self._under_way)
+
     def start(self) -> list[int]:
         """Return the steps that wait for nothing."""
         ready = [step for step, count in enumerate(self._blocked_by) if count == 0]

@@ -14,7 +14,7 @@ from detcoll.errors import DeadlineMissed, PeerLost, TransportError
 from detcoll.machine import Slots
 from detcoll.plan import ChunkSize, Collective, build_calendar, compile_plan
 from detcoll.plan.ir import Buffer, Plan
-from detcoll.runtime import Descriptor, Engine, Loop, Memory, Operation, Routes, Timekeeper, Work
+from detcoll.runtime import Descriptor, Engine, Loop, Memory, Operation, Routes, Timekeeper, Work, endings
 from detcoll.runtime.group import world
 from detcoll.testing.plans import sites_of
 from detcoll.trace import Trace
@@ -159,6 +159,52 @@ def test_calls_end_for_their_callers_though_an_endpoint_breaks_while_their_end_i
     for work in loop.works:
         with pytest.raises(DeadlineMissed, match="too late"):
             work.wait(0)
+
+
+def broadcast(loop: Unwaiting) -> Operation:
+    """Return a call that receives into the caller's array."""
+    operation = sum_of(CHUNK_ELEMS, loop)
+    plan = compile_plan(Collective("broadcast", CHUNK_ELEMS, 4, 4, 1), TWO, 0, "star", ChunkSize(CHUNK_ELEMS, 4))
+    return Operation(operation.group, operation.descriptor, plan, 10**12, 0, (), operation.memory)
+
+
+@pytest.mark.parametrize("how", ["ends", "overdue", "job ends"])
+def test_a_caller_hears_of_a_failure_once_nothing_writes_into_its_array(loop: Unwaiting, monkeypatch, how: str) -> None:
+    if how == "overdue":
+        monkeypatch.setattr(endings, "LONGEST_NS", 0)
+    loop.submit(broadcast(loop))
+    loop._turn()
+    (data,) = [ticket for ticket in loop._endpoints[0].posted if ticket.nbytes == CHUNK_ELEMS * 4]
+    loop.engine.fail_group(world([0, 1]), DeadlineMissed("too late"), 0)
+    loop._act()
+    assert not loop.works[0].done()
+    if how == "ends":
+        data.status = TicketStatus.DONE
+        loop._take(data, [])
+    elif how == "overdue":
+        loop._turn()
+    else:
+        loop._end_all(TransportError("the job has ended"))
+    with pytest.raises(DeadlineMissed, match="too late"):
+        loop.works[0].wait(0)
+
+
+def test_a_caller_waits_for_no_receive_that_failed_or_was_not_posted(loop: Unwaiting) -> None:
+    first, second = broadcast(loop), broadcast(loop)
+    loop.submit(first)
+    loop._turn()
+    (data,) = [ticket for ticket in loop._endpoints[0].posted if ticket.nbytes == CHUNK_ELEMS * 4]
+    data.status, data.error = TicketStatus.FAILED, TransportError("broken")
+    loop._take(data, [])
+    assert loop.works[0].done()
+
+    loop = loop_of(loop._rest.fileno(), None, [])
+    second.memory.load = lambda: 1 / 0
+    loop.works.append(second.memory.work)
+    loop.submit(second)
+    loop._turn()
+    assert second.memory.work.done()
+    loop.close()
 
 
 def test_a_result_that_cannot_be_stored_fails_its_call_only(loop: Unwaiting) -> None:

@@ -324,6 +324,7 @@ class Engine:
         """Take note that a SEND or RECV of a step failed."""
         if operation.over:
             return
+        operation.settled.add(step)
         if isinstance(error, PeerLost):
             self.suspect(peer, error, now_ns)
         elif isinstance(error, FrameError) and peer in operation.strangers:

@@ -33,6 +33,7 @@ from detcoll.runtime.control import (
     pack,
     unpack,
 )
+from detcoll.runtime.endings import Endings
 from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
 from detcoll.runtime.group import Group
 from detcoll.runtime.membership import Membership
@@ -96,7 +97,7 @@ class Loop:
     ) -> None:  # fmt: skip
         self.engine, self.routes, self.timekeeper = engine, routes, timekeeper
         self._rest, self._trace, self._on_failure = rest, trace, on_failure
-        self._pool = ScratchPool()
+        self._pool, self._endings = ScratchPool(), Endings()
         self._lock = threading.Lock()
         self._posted: deque[Callable[[int], None]] = deque()
         self._room = threading.Semaphore(LARGEST_QUEUE)
@@ -291,6 +292,8 @@ class Loop:
                 except Exception:  # others still wait for their calls to end
                     log.exception("rank %d: ending what was under way", self.engine.rank)
         self.engine.actions.clear()
+        for operation, ended_by in self._endings.overdue():
+            self._report(operation, ended_by)
 
     def _turn(self) -> None:
         now_ns = time.monotonic_ns()
@@ -316,7 +319,11 @@ class Loop:
                     self._take(ticket, missed)
         if missed:
             self.engine.missed(missed)
-        self._retire(time.monotonic_ns())
+        now_ns = time.monotonic_ns()
+        self._retire(now_ns)
+        if self._endings:
+            for operation, error in self._endings.overdue(now_ns):
+                self._report(operation, error)
 
     def _act(self) -> None:
         """Carry out what the engine says, also what comes of that."""
@@ -426,6 +433,7 @@ class Loop:
 
     def _recv(self, operation: Operation, step: int) -> None:
         if operation.over:
+            self._settle(operation, step)
             return
         row = operation.plan.rows[step]
         memory: Memory = operation.memory
@@ -468,6 +476,8 @@ class Loop:
         try:
             self.routes.endpoint_of[peer].recv(peer, tag, nbytes, into).context = context
         except PeerLost as error:
+            if context[0] == STEP:
+                self._settle(context[1], context[2])
             self.engine.suspect(peer, error, time.monotonic_ns())
 
     def _post_send(
@@ -501,21 +511,35 @@ class Loop:
 
     def _finish(self, operation: Operation, error: Exception | None) -> None:
         memory: Memory = operation.memory
-        try:
-            if error is not None:
+        if error is not None:
+            try:
                 memory.drop()
-                return
+            finally:
+                if self._failure is not None or not self._endings.hold(operation, error, time.monotonic_ns()):
+                    self._report(operation, error)
+            return
+        try:
             if memory.store is not None:
-                try:
-                    memory.store()
-                except Exception as problem:  # scratch stays until CLOSE: the rest of the plan goes on for others
-                    error = TransportError(f"{operation.title}: the result could not be stored: {problem!r}")
-                    error.__cause__ = problem
-                    return
+                memory.store()
+        except Exception as problem:  # scratch stays until CLOSE: the rest of the plan goes on for others
+            error = TransportError(f"{operation.title}: the result could not be stored: {problem!r}")
+            error.__cause__ = problem
+        else:
             self._note_end(operation)
         finally:
-            self._room.release()
-            memory.work.finish(error)
+            self._report(operation, error)
+
+    def _report(self, operation: Operation, error: Exception | None) -> None:
+        """Let the caller hear that its call has ended."""
+        self._room.release()
+        operation.memory.work.finish(error)
+
+    def _settle(self, operation: Operation, step: int) -> None:
+        """Take note that nothing is written any more for a receive of a call that has failed."""
+        operation.settled.add(step)
+        error = self._endings.ended(operation, step)
+        if error is not None:
+            self._report(operation, error)
 
     def _close_call(self, operation: Operation) -> None:
         operation.memory.close(self._pool)
@@ -542,6 +566,7 @@ class Loop:
     ) -> None:  # fmt: skip
         if operation.over:
             ticket.release()
+            self._settle(operation, step)
             return
         now_ns = time.monotonic_ns()
         if ticket.status is TicketStatus.DONE:

@@ -51,6 +51,8 @@ class Operation:
     """Ranks that have not said yet what they called; what comes from them is held."""
     held: list[int] = field(default_factory=list)
     """RECV steps that ended although their sender has not said what it called."""
+    settled: set[int] = field(default_factory=set)
+    """RECV steps that have not ended although no message will come for them: it failed, or none was asked for."""
     wrong: dict[int, Exception] = field(default_factory=dict)
     """What strangers sent that does not fit this call."""
     lent: dict[int, int] = field(default_factory=dict)
