@@ -137,12 +137,16 @@ class Guard:
             self._stdin.flush()
 
 
+SETTLE_S = 3.0
+"""A rank that loses a peer waits up to a second to hear why, and then writes its flight record."""
+
+
 def supervise(
     processes: Sequence[subprocess.Popen[bytes]],
     *,
     names: Sequence[str] | None = None,
     deadline_s: float | None = None,
-    settle_s: float = 1.0,
+    settle_s: float = SETTLE_S,
     grace_s: float = 5.0,
     announce: Callable[[str], None] | None = None,
     on_interrupt: int = signal.SIGINT,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from detcoll.launch.environment import LOOPBACK, MEETING_DESCRIPTOR
 from detcoll.launch.forwarding import Forwarder
-from detcoll.launch.processes import Guard, start, supervise
+from detcoll.launch.processes import SETTLE_S, Guard, start, supervise
 from detcoll.outputs import OutputLost
 
 Start = Callable[[int | None, int | None], subprocess.Popen[bytes]]
@@ -63,7 +63,7 @@ def run_crew(
     tags: Sequence[str] | None = None,
     logs: Path | None = None,
     deadline_s: float | None = None,
-    settle_s: float = 1.0,
+    settle_s: float = SETTLE_S,
     on_interrupt: int = signal.SIGINT,
     essential: Mapping[int, str] | None = None,
     when_started: Callable[[], None] | None = None,
