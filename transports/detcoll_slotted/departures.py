@@ -134,10 +134,11 @@ class Departures:
             return
         now_ns = self._clock.now_ns()
         takes_ns = int(nbytes / rate_bytes_per_s * 1e9)
-        for shared in (self._uplink, peer.group):
-            if shared is not None:
-                drained_ns = max(shared.drained_at(now_ns, rate_bytes_per_s), now_ns + LEAD_NS)
-                shared.hand(line, now_ns, drained_ns + takes_ns)
+        drained_ns = self._uplink.drained_at(now_ns, rate_bytes_per_s)
+        self._uplink.hand(line, now_ns, max(drained_ns, now_ns + LEAD_NS) + takes_ns)
+        if peer.group is not None:
+            free_ns = peer.group.free_ns(now_ns, rate_bytes_per_s)
+            peer.group.hand(line, now_ns, max(free_ns, now_ns + LEAD_NS) + takes_ns)
 
     def withdraw(self, wanted: Callable[[Ticket], bool]) -> list[Ticket]:
         """Take out sends that have not left, and return their tickets."""
