@@ -255,7 +255,7 @@ def test_a_rank_that_never_calls_is_named(transport: str, topology: Topology | N
     for answer in answers[:3]:
         assert isinstance(answer, DeadlineMissed)
         assert "all_reduce number 1 was not finished after 2 s" in str(answer)
-        assert "waits for rank 3, which has not called it" in str(answer)
+        assert re.search("waits for rank 3, which has not (called|begun) it", str(answer))
 
 
 def test_who_has_nothing_to_do_with_the_missing_rank_names_it_too() -> None:

@@ -170,4 +170,4 @@ def test_a_collective_that_begins_after_an_ending_is_refused() -> None:
         taken = here._begin_collectives()
         here.abort()
         with pytest.raises(Closed, match="the endpoint was closed"):
-            taken.barrier(time.monotonic_ns() + LATER_NS)
+            taken.barrier(time.monotonic_ns() + LATER_NS, "")
