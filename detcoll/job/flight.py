@@ -1,7 +1,7 @@
-"""Records of a rank's flight: what is written when a group fails, on a signal, and when `detcoll doctor --job` asks.
+"""Flight records: what a rank writes when its group fails, on a signal, and when `detcoll doctor --job` asks.
 
 A record is a JSON file (schema ``detcoll.record/1``): where this rank stands in each group, and the last events that
-`detcoll.runtime.recorder` kept. `detcoll report` holds the records of all ranks against each other.
+`detcoll.runtime.recorder` kept. `detcoll report` compares the records of all ranks.
 
 Files go to ``DETCOLL_RECORD/JOB/recordRANK.json``; without that variable to ``$XDG_STATE_HOME/detcoll/records``, where
 the folders of the last `LARGEST_KEPT_JOBS` jobs are kept; ``DETCOLL_RECORD=off`` writes none. A process also listens on
@@ -28,7 +28,6 @@ from detcoll.runtime.recorder import RECORD_SCHEMA
 
 log = logging.getLogger("detcoll")
 
-RECORD_VARIABLE = "DETCOLL_RECORD"
 LARGEST_KEPT_JOBS = 16
 SIGNAL = signal.SIGUSR2
 _OFF = ("0", "off", "no")
