@@ -7,7 +7,7 @@ tag is looked up once for each length. The set is bounded: the prefix that was d
 from __future__ import annotations
 
 LARGEST_COUNT = 4096
-"""So many discarded prefixes are remembered."""
+"""How many discarded prefixes are remembered."""
 
 
 class Discarded:

@@ -27,7 +27,7 @@ from detcoll.transport import host_identity
 from detcoll.version import VERSION
 
 MOST_DESCRIPTORS = 65_536
-"""To which a process raises its own limit of open files, where it may."""
+"""The limit of open files that a process sets for itself, where the hard limit permits."""
 
 SITE_CLOCK_ERROR_NS = 200_000
 """What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""

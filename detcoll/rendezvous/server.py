@@ -36,7 +36,7 @@ _AT_A_TIME = 256
 _LINGER_MS = 500
 _RETRY_NS = 20_000_000
 _CHECKS_NS = (0, 10_000_000, 100_000_000, 1_000_000_000)
-"""How long after a sign of an ended connection to look for it: ZeroMQ tells the end a little before it forgets it."""
+"""Delays of the checks after a connection seems to have ended: ZeroMQ reports the end before it drops its own state."""
 
 
 @dataclass(eq=False, slots=True)

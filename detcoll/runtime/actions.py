@@ -35,4 +35,4 @@ class Act(IntEnum):
     RECORD = 12
     """reason: write the flight record, since a group has failed."""
     LIFT = 13
-    """tag, ranks: drop no more what belongs to the call of this tag, whichever of these ranks it comes from."""
+    """tag, ranks: stop discarding messages that these ranks send for the call of this tag."""

@@ -129,7 +129,7 @@ class Engine:
         return membership
 
     def leave(self, group: Group) -> None:
-        """Take no part in a group any more; calls that came too late to be waited for end as Closed."""
+        """Remove a group. Its calls that have not finished end as Closed."""
         membership = self.groups.pop(group.id, None)
         if membership is None:
             return
