@@ -102,7 +102,7 @@ def test_without_rank_0_there_is_nobody_to_ask() -> None:
     address = free_address()
     for error in meet_all([world_at(rank, 3, address) for rank in (1, 2)], seconds=0.3):
         assert isinstance(error, ConnectError)
-        expected = f"the rendezvous at {address} did not answer: rank 0 has not come, has left, or is out of reach ("
+        expected = f"the rendezvous at {address} did not answer: rank 0 has not started, has left, or is unreachable ("
         assert expected in str(error)
 
 
@@ -210,7 +210,7 @@ def test_another_service_at_the_address() -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(ConnectError, match="is no rendezvous of detcoll"):
+        with pytest.raises(ConnectError, match="is not a detcoll rendezvous"):
             meet(world_at(1, 2, f"127.0.0.1:{server.getsockname()[1]}"), ahead(), {})
         thread.join()
 
@@ -354,7 +354,7 @@ def test_a_rank_that_dies_before_all_have_come() -> None:
         dying.start()
         dying.deliver(wire.Hello(wire.VERSION, "", 0, 1, 3, 20_000, life.getsockname()[1]), ahead())
         dying.stop()
-        with pytest.raises(ConnectError, match="rank 1 came, but was gone before all had come"):
+        with pytest.raises(ConnectError, match="rank 1 joined, but left before all ranks had joined"):
             pending.result()
 
 
@@ -428,7 +428,7 @@ def test_mpi_across_hosts_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("world", "environ", "told"),
     [
-        (world_at(0, 2, "192.0.2.7:5000"), {}, "encryption keys are not available.*DETCOLL_INSECURE=1"),
+        (world_at(0, 2, "192.0.2.7:5000"), {}, "has no encryption.*DETCOLL_INSECURE=1"),
         (world_at(1, 2, "192.0.2.7:5000"), {"DETCOLL_INSECURE": "0"}, "DETCOLL_INSECURE=1"),
         (world_at(1, 2, "192.0.2.7:5000"), {"DETCOLL_INSECURE": "no"}, "DETCOLL_INSECURE=1"),
         (world_at(0, 2, "[2001:db8::1]:5000"), {}, "DETCOLL_INSECURE=1"),

@@ -118,7 +118,7 @@ class TestHub:
             (hello(3), "usage", "rank 3 is not in a world of 3 ranks"),
             (hello(0), "usage", "two processes say that they are rank 0"),
             (hello(1, job="other"), "world", "it belongs to another job"),
-            (hello(1, version=1), "usage", "rank 1 speaks version 1 of the rendezvous, rank 0 2"),
+            (hello(1, version=1), "usage", "rank 1 has version 1 of the rendezvous, rank 0 has 2"),
         ],
     )
     def test_a_stray_is_refused_alone(self, stray: wire.Hello, fault: str, why: str) -> None:
@@ -163,17 +163,17 @@ class TestHub:
         hub.greet(hello(0), 0)
         hub.greet(hello(1), 0)
         hub.lose(1, "its connection ended and its host refuses new ones")
-        failure = wire.Refused("world", "rank 1 came, but was gone before all had come")
+        failure = wire.Refused("world", "rank 1 joined, but left before all ranks had joined")
         assert hub.answers() == [(0, failure)]
         assert hub.greet(hello(2), 0) == failure
         assert hub.greet(hello(1), 0) == failure
 
     def test_a_meeting_that_is_too_early_or_too_late(self) -> None:
         hub = Hub(2, "", 1)
-        assert hub.greet(hello(0, 2, epoch=2), 0) == wire.Refused("later", "the meeting before is not over yet")
+        assert hub.greet(hello(0, 2, epoch=2), 0) == wire.Refused("later", "the previous meeting is not over yet")
         late = hub.greet(hello(0, 2, epoch=0), 0)
         assert isinstance(late, wire.Refused)
-        assert late.text == "its ranks have met before, without this process"
+        assert late.text == "the ranks of this job have already met, without this process"
 
     @pytest.mark.parametrize("ranks", [(0, 2), (1, 9), (1, -1)])
     def test_ranks_that_do_not_fit_are_refused(self, ranks: tuple[int, ...]) -> None:

@@ -178,7 +178,7 @@ def test_a_session_with_another_hub_is_told_so(pair: tuple[str, list[Session]]) 
         stranger.socket.send(wire.frame(wire.Header(wire.HERE, 0, 5)))
         assert stranger.socket.poll(20_000)
         _, piece = wire.parse(stranger.socket.recv())
-        assert wire.from_hub(piece) == wire.Refused("world", "the hub of its meeting is gone")
+        assert wire.from_hub(piece) == wire.Refused("world", "the hub that it had joined is gone")
 
 
 def test_a_flood_delays_no_deadline(pair: tuple[str, list[Session]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""The meeting of all ranks over ZeroMQ: they find each other, exchange addresses, and notice when one is gone.
+"""Rendezvous of all ranks over ZeroMQ: ranks find each other, exchange addresses and detect lost ranks.
 
-Rank 0 serves, all ranks connect, and `detcoll.rendezvous.meeting` tells how they get to know where. Rules are apart
-from sockets and threads: what the hub decides (`hub`) from what carries it out (`server`), what a rank knows (`member`)
-from its connection (`connection`). `link` brings messages over connections that come and go, `watch` tells a process
-that died from a connection that was cut.
+Rank 0 runs the hub and all ranks connect to it; `detcoll.rendezvous.meeting` describes how they learn its address.
+Protocol rules are separate from sockets and threads: `hub` decides and `server` does the I/O on rank 0, `member` holds
+a rank's state and `connection` does its I/O. `link` delivers messages reliably across reconnects. `watch` distinguishes
+a dead process from a broken connection.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Asking hosts for a connection without waiting: whether a process lives shows by whether its port is still open."""
+"""Non-blocking TCP connection probes: a process is alive if the port that it keeps open still accepts connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Answer(enum.Enum):
-    """What a host says."""
+    """Result of a probe: accepted, refused, or neither (a timeout or another error)."""
 
     ACCEPTED = enum.auto()
     REFUSED = enum.auto()
@@ -25,7 +25,7 @@ class Answer(enum.Enum):
 
 @dataclass(slots=True)
 class _Question:
-    """A connection on its way, or one that has yet to begin."""
+    """A connection attempt that is in progress, or waits to be started."""
 
     where: tuple[str, int]
     asked_ns: int
@@ -34,17 +34,17 @@ class _Question:
 
 
 class Asker(Generic[K]):
-    """Asks about several at a time, each under a key of the caller's."""
+    """Runs several probes at a time, each under a key chosen by the caller."""
 
     def __init__(self) -> None:
         self._questions: dict[K, _Question] = {}
 
     def ask(self, key: K, where: tuple[str, int], now_ns: int) -> None:
-        """Ask, unless this key is being asked about already."""
+        """Queue a probe, unless one with this key is pending."""
         self._questions.setdefault(key, _Question(where, now_ns))
 
     def begin(self, now_ns: int) -> list[socket.socket]:
-        """Begin what can begin, and return the sockets to wait for until they are writable."""
+        """Start as many queued probes as allowed; return the sockets to poll for writability."""
         under_way = [question.connection for question in self._questions.values() if question.connection is not None]
         for question in self._questions.values():
             if question.connection is None and question.answer is None and len(under_way) < _AT_A_TIME:
@@ -55,7 +55,7 @@ class Asker(Generic[K]):
         return under_way
 
     def answers(self, now_ns: int) -> list[tuple[K, Answer]]:
-        """Return what is known by now, each once."""
+        """Return the probes that finished or timed out, each once."""
         found = []
         for key, question in list(self._questions.items()):
             answer = question.answer or _answer(question.connection)
@@ -67,20 +67,20 @@ class Asker(Generic[K]):
         return found
 
     def next_ns(self) -> int | None:
-        """Return when an answer is known or overdue."""
+        """Return when the next probe times out, 0 if a result is ready, None if no probe is pending."""
         return min(
             (0 if question.answer else question.asked_ns + _PATIENCE_NS for question in self._questions.values()),
             default=None,
         )
 
     def forget(self, key: K) -> None:
-        """Stop asking about ``key``."""
+        """Cancel the probe of ``key``."""
         question = self._questions.pop(key, None)
         if question is not None and question.connection is not None:
             question.connection.close()
 
     def close(self) -> None:
-        """Stop asking."""
+        """Cancel all probes."""
         for key in list(self._questions):
             self.forget(key)
 
@@ -104,12 +104,12 @@ def _answer(connection: socket.socket | None) -> Answer | None:
     if connection is None:
         return None
     code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if code in (errno.ECONNRESET, errno.EPIPE):  # accepted, and closed without a look at it
+    if code in (errno.ECONNRESET, errno.EPIPE):  # accepted, then closed with data unread
         return Answer.ACCEPTED
     if code:
         return Answer.REFUSED if code == errno.ECONNREFUSED else Answer.NONE
     try:
-        # TCP may meet itself on a port that nobody listens at.
+        # Where nobody listens, TCP may connect the socket to itself (simultaneous open).
         return Answer.REFUSED if connection.getsockname() == connection.getpeername() else Answer.ACCEPTED
     except OSError:  # not connected yet
         return None

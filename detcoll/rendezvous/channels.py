@@ -1,13 +1,13 @@
-"""The ZeroMQ sockets of the rendezvous, all made here.
+"""The ZeroMQ sockets of the rendezvous; no other module creates any.
 
-The hub has a ROUTER, each rank a DEALER whose routing id is a random token, new for each session: who knows the token
-is the rank. A connection that is made again takes the token over from the old one (`ZMQ_ROUTER_HANDOVER`), which may
-not know yet that it is dead.
+The hub has a ROUTER, and each rank a DEALER. The routing id of a DEALER is a random token, new for each session, and it
+identifies the rank. A new connection takes the token over from the old one (`ZMQ_ROUTER_HANDOVER`), whose end the hub
+may not have noticed yet.
 
-Who connects must name the protocol before it may send anything. That is not secret, but keeps what speaks another
-protocol from filling the hub's memory. The mechanism is PLAIN with a ZAP handler.
+A client must name the protocol before it may send anything (PLAIN mechanism with a ZAP handler). The name is not a
+secret; it keeps clients of another protocol from filling the hub's memory.
 
-ZeroMQ is imported when a socket is made: whoever only starts ranks does not wait for it.
+ZeroMQ is imported when a socket is created, so that a process that only starts ranks does not load it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _SHORTEST_HEARTBEAT_MS, _SHORTEST_SILENCE_MS = 50, 250
 
 
 READ, WRITE = 1, 2
-"""What `wait` waits for, as ZeroMQ numbers it."""
+"""Poll flags for `wait`: ZMQ_POLLIN and ZMQ_POLLOUT."""
 
 _EVENT = struct.Struct("=Hi")
 
 
 class Change(enum.Enum):
-    """What happened to a connection."""
+    """Event of a connection: accepted, handshake completed, handshake failed, or disconnected."""
 
     OPENED = enum.auto()
     READY = enum.auto()
@@ -53,7 +53,7 @@ class Change(enum.Enum):
 
 
 class Sent(enum.Enum):
-    """What became of a frame."""
+    """Result of a send: queued, queue full, or no connection to the receiver."""
 
     OUT = enum.auto()
     FULL = enum.auto()
@@ -61,14 +61,14 @@ class Sent(enum.Enum):
 
 
 class Router:
-    """The hub's end.
+    """The hub's socket.
 
     Parameters
     ----------
     listener : socket.socket
-        Listens already; ZeroMQ owns it from here on.
+        A listening TCP socket; owned by ZeroMQ afterwards.
     tolerance_ns : int
-        What heartbeats are derived from.
+        How long a connection may be down; determines the heartbeat intervals.
     """
 
     def __init__(self, listener: socket.socket, tolerance_ns: int) -> None:
@@ -98,9 +98,9 @@ class Router:
             raise _translated(error) from error
 
     def receive(self) -> tuple[bytes, bytes, int, str] | None:
-        """Return the next frame with token, descriptor of the connection and host of the sender; None if there is none.
+        """Return the next frame as (token, frame, descriptor of the connection, sender's host), None if there is none.
 
-        What is no frame is passed over, and counts as one without a header.
+        A message that is not a single frame is returned as an empty frame, which `wire.parse` rejects.
         """
         import zmq
 
@@ -116,7 +116,7 @@ class Router:
         return parts[0].bytes, data, int(last.get(zmq.SRCFD)), host
 
     def send(self, token: bytes, frame: bytes) -> Sent:
-        """Send a frame if that needs no waiting."""
+        """Send a frame without blocking."""
         import zmq
 
         try:
@@ -130,7 +130,7 @@ class Router:
         return Sent.OUT
 
     def admit(self) -> bool:
-        """Answer one that asks to be let in; False if nobody does."""
+        """Answer one ZAP request; return False if none is pending."""
         import zmq
 
         try:
@@ -143,20 +143,20 @@ class Router:
         return True
 
     def close(self, linger_ms: int) -> None:
-        """Give everything back, once what was sent is out or the time is over."""
+        """Close the sockets; wait up to ``linger_ms`` until queued messages are sent."""
         self.socket.linger = linger_ms
         _end(self._context, self.socket, self.gate, self.monitor)
 
 
 class Dealer:
-    """A rank's end. It connects when it is made; `renew` starts again from nothing, with the same token.
+    """A rank's socket. It connects on creation; `renew` replaces it by a new socket with the same token.
 
     Parameters
     ----------
     endpoint : str
-        Of the hub, as ZeroMQ writes it.
+        Of the hub, in ZeroMQ notation.
     tolerance_ns : int
-        What heartbeats are derived from.
+        How long a connection may be down; determines the heartbeat intervals.
     """
 
     def __init__(self, endpoint: str, tolerance_ns: int) -> None:
@@ -190,7 +190,7 @@ class Dealer:
         self.socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, _LONGEST_RECONNECT_MS)
         self.socket.plain_username = _NAME
-        self.socket.plain_password = _NAME  # ZeroMQ wants one
+        self.socket.plain_password = _NAME  # PLAIN requires one
         self.monitor = self.socket.get_monitor_socket(
             zmq.EVENT_DISCONNECTED
             | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -202,12 +202,12 @@ class Dealer:
         self.socket.connect(self._endpoint)
 
     def renew(self) -> None:
-        """Drop the connection and whatever is on its way, and connect anew.
+        """Drop the connection with all queued messages, and connect with a new socket.
 
         Raises
         ------
         OSError
-            If there are too few descriptors; all is as before.
+            If there are too few descriptors; the old socket then stays.
         """
         import zmq
 
@@ -222,7 +222,7 @@ class Dealer:
             one.close(0)
 
     def receive(self) -> bytes | None:
-        """Return the next frame, None if there is none."""
+        """Return the next frame, None if there is none; empty if the message is not a single frame."""
         import zmq
 
         try:
@@ -232,7 +232,7 @@ class Dealer:
         return bytes(parts[0]) if len(parts) == 1 else b""
 
     def send(self, frame: bytes) -> Sent:
-        """Send a frame if that needs no waiting."""
+        """Send a frame without blocking."""
         import zmq
 
         try:
@@ -242,12 +242,12 @@ class Dealer:
         return Sent.OUT
 
     def close(self) -> None:
-        """Give everything back at once."""
+        """Close the sockets at once and discard queued messages."""
         _end(self._context, self.socket, self.monitor)
 
 
 def changes(monitor: zmq.Socket[bytes], at_most: int) -> Iterator[tuple[Change, int]]:
-    """Give what happened to connections, and the descriptor where there is one."""
+    """Yield up to ``at_most`` connection events, each with ZeroMQ's event value (on the hub, the descriptor)."""
     import zmq
 
     kinds = {
@@ -262,18 +262,18 @@ def changes(monitor: zmq.Socket[bytes], at_most: int) -> Iterator[tuple[Change, 
             event, value = _EVENT.unpack(monitor.recv_multipart(zmq.DONTWAIT)[0])
         except zmq.Again:
             return
-        if event in kinds:  # the last of all says that there are no more
+        if event in kinds:  # skips ZMQ_EVENT_MONITOR_STOPPED
             yield kinds[event], value
 
 
 def endpoint_of(where: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """Return a socket address as ZeroMQ writes it."""
+    """Return a socket address in ZeroMQ notation."""
     host, port = socket.getnameinfo(where, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def wait(items: list[tuple[Any, int]], deadline_ns: int | None) -> None:
-    """Sleep until one of ``items`` is ready, or it is time."""
+    """Block until one of ``items`` is ready or the deadline passes."""
     import zmq
 
     left_ms = -1
@@ -302,7 +302,7 @@ def _configure(made: zmq.Socket[bytes], tolerance_ns: int) -> None:
 
 
 def _translated(error: BaseException) -> BaseException:
-    """Return an error of ZeroMQ as one of the system."""
+    """Return a ZMQError as an OSError, any other error unchanged."""
     import zmq
 
     return OSError(error.errno, error.strerror) if isinstance(error, zmq.ZMQError) else error

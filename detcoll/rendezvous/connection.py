@@ -1,7 +1,8 @@
 """A rank's connection to the hub, and the thread that serves it.
 
-ZeroMQ sockets belong to one thread, and a connection that is cut has to be made again while nobody asks for anything.
-So callers leave what they have to say here, and wait for what `detcoll.rendezvous.member` learns.
+A ZeroMQ socket may be used by one thread only, and a broken connection has to be restored even while no caller is
+waiting. So one thread owns the socket: callers queue messages here and wait until `detcoll.rendezvous.member` has the
+answer.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ _log = logging.getLogger("detcoll")
 _AT_A_TIME = 256
 _RETRY_NS = 20_000_000
 _RENEWAL_NS = 1_000_000_000
-"""How long ZeroMQ has to connect again by itself, which it does not do where something else answered meanwhile."""
+"""How long ZeroMQ may take to reconnect; after that the socket is replaced, since ZeroMQ gives up for good where
+something else answered at the address meanwhile."""
 _JOIN_S = 5.0
 
 
 @dataclass(slots=True)
 class _Path:
-    """The connection as it is now."""
+    """State of the current connection."""
 
     dealer: Dealer
     link: Link
@@ -46,20 +48,20 @@ class _Path:
 
 
 class Connection:
-    """The way to the hub at ``where``; `start` begins to connect.
+    """The connection to the hub at ``where``; `start` runs the thread that serves it.
 
     Parameters
     ----------
     member : Member
-        Learns what the hub says; only touched under `changed`.
+        Processes the hub's messages; accessed only while `changed` is held.
     where : tuple
         Numeric socket address.
     tolerance_ns : int
-        How long to be without a connection before rank 0 counts as lost.
+        How long the connection may be down before rank 0 counts as lost.
     life : socket.socket
-        Listens as long as this process lives; the connection owns it.
+        Listens as long as this process lives; owned by the connection.
     on_change : callable
-        Called under `changed` whenever the member may have learned something.
+        Called with `changed` held whenever the state of the member may have changed.
     """
 
     def __init__(
@@ -80,11 +82,11 @@ class Connection:
         self._thread = threading.Thread(target=self._serve, name="detcoll-session", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
     def post(self, message: wire.ToHub) -> int | None:
-        """Leave a message for the hub, under `changed`; return what `has_arrived` takes, None if the hub takes none."""
+        """Queue a message for the hub, with `changed` held; return the number of its last piece, None if not queued."""
         link = self._path.link
         if link.is_full or self._is_stopping or self._member.hub_loss is not None or self._member.has_parted:
             return None
@@ -93,14 +95,14 @@ class Connection:
         return number
 
     def deliver(self, message: wire.ToHub, deadline_ns: int) -> None:
-        """Leave a message and wait until the hub has it, it is gone, or the deadline passes."""
+        """Queue a message and wait until the hub has acknowledged it, the hub is gone, or the deadline passes."""
         with self.changed:
             number = self.post(message)
             if number is not None:
                 self.changed.wait_for(lambda: self._is_delivered(number), left(deadline_ns))
 
     def stop(self) -> None:
-        """End the thread and give everything back. Idempotent."""
+        """Stop the thread and release all resources. Idempotent."""
         with self.changed:
             if self._is_stopped:
                 return
@@ -167,7 +169,7 @@ class Connection:
         now_ns = time.monotonic_ns()
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
-        with contextlib.suppress(OSError):  # that it was accepted is all that the other side wants to know
+        with contextlib.suppress(OSError):  # accepting proves that this process lives; nothing is read
             self._life.accept()[0].close()
         with self.changed:
             self._look_at_connection(now_ns)
@@ -184,7 +186,7 @@ class Connection:
 
     @property
     def _is_over(self) -> bool:
-        """Whether there is no hub to be connected to any more."""
+        """Whether the hub is lost or has closed."""
         return self._member.hub_loss is not None or self._member.has_parted
 
     def _look_at_connection(self, now_ns: int) -> None:
@@ -212,7 +214,7 @@ class Connection:
                 path.renew_ns = now_ns + _RENEWAL_NS
 
     def _take_in(self) -> bool:
-        """Take in what the hub says; return whether that was all."""
+        """Process received frames; return whether the socket is drained."""
         for _ in range(_AT_A_TIME):
             data = self._path.dealer.receive()
             if data is None:
@@ -224,7 +226,7 @@ class Connection:
                     self._member.take(wire.from_hub(message))
             except FrameError as error:
                 self.fault = str(error)
-                self._member.lose_hub(f"it sent what the rendezvous does not know ({error})")
+                self._member.lose_hub(f"it sent an invalid message ({error})")
             self._tell()
         os.eventfd_write(self._wake, 1)
         return False
@@ -240,7 +242,7 @@ class Connection:
             if answer is Answer.REFUSED:
                 watch.refused(now_ns)
         loss = watch.loss(now_ns)
-        if loss is not None and is_drained:  # what it said last counts
+        if loss is not None and is_drained:  # first process the last messages it sent
             self._member.lose_hub(loss)
             self._tell()
 

@@ -1,4 +1,4 @@
-"""The connections to the hub that are no rank's: how many, and for how long."""
+"""Limits on connections to the hub that have not been identified as a rank's: their number, age and traffic."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from dataclasses import dataclass
 
 HELLO_NS = 10 * 10**9
 _RECEIVED_AT = 128
-"""Where tcpi_bytes_received is in the kernel's tcp_info."""
+"""Offset of tcpi_bytes_received in the kernel's struct tcp_info."""
 _LOOK_NS = 50_000_000
 _MOST_BYTES = 2**16
 _STRANGERS = 64
-"""Connections that may wait without a hello, beyond one for each rank."""
+"""How many connections may wait without a hello, in addition to one for each rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Stranger:
-    """Who is at the other end of a connection, and since when."""
+    """Remote address of a connection, and when it was accepted."""
 
     where: object
     since_ns: int
 
 
 class Door:
-    """Ends connections that stay strangers for too long, say too much, or are too many.
+    """Shuts down connections that send no hello in time, send too much, or are too many.
 
-    ZeroMQ keeps the parts of a message until the last has come, however many there are. So it is looked at how much a
-    stranger has sent.
+    ZeroMQ buffers all parts of a message until the last one arrives, without a limit on their number. So the door
+    checks how many bytes each unidentified connection has received.
 
-    ZeroMQ owns the connections and tells descriptors only. A number may mean another connection by the time that it
-    is used here; so it is compared who is at the other end.
+    ZeroMQ owns the connections and reports only file descriptors. By the time that a descriptor is used here, its
+    number may belong to another connection, so the door compares the remote address before it shuts one down.
 
     Parameters
     ----------
     size : int
-        How many ranks there are.
+        Number of ranks.
     is_rank : callable
-        Tells of a descriptor whether it is a rank's.
+        Returns whether a descriptor is the connection of a rank.
     """
 
     def __init__(self, size: int, is_rank: Callable[[int], bool]) -> None:
@@ -49,7 +49,7 @@ class Door:
         self._look_ns = 0
 
     def opened(self, descriptor: int, now_ns: int) -> None:
-        """Note that a connection was accepted."""
+        """Register a new connection; if there are too many, end the oldest unidentified one."""
         self._strangers.pop(descriptor, None)
         with contextlib.suppress(OSError), _connection(descriptor) as connection:
             self._strangers[descriptor] = _Stranger(connection.getpeername(), now_ns)
@@ -57,22 +57,22 @@ class Door:
             self.end(next(iter(self._strangers)))
 
     def closed(self, descriptor: int) -> None:
-        """Note that a connection ended, or is known to be a rank's."""
+        """Forget a connection that ended, or that is known to be a rank's."""
         self._strangers.pop(descriptor, None)
 
     def on_time(self, now_ns: int) -> None:
-        """End connections that said no hello in time, or more than that."""
+        """End connections that sent no hello in time, or too many bytes before one."""
         for descriptor, who in list(self._strangers.items()):
             if now_ns >= who.since_ns + HELLO_NS or _received_bytes(descriptor) > _MOST_BYTES:
                 self.end(descriptor)
         self._look_ns = now_ns + _LOOK_NS
 
     def next_ns(self) -> int | None:
-        """Return when `on_time` has something to do."""
+        """Return when to call `on_time` next, None if no connection is watched."""
         return self._look_ns if self._strangers else None
 
     def end(self, descriptor: int) -> None:
-        """End a stranger's connection."""
+        """Shut down an unidentified connection."""
         stranger = self._strangers.pop(descriptor, None)
         if stranger is not None and not self._is_rank(descriptor):
             with contextlib.suppress(OSError), _connection(descriptor) as connection:
@@ -81,7 +81,7 @@ class Door:
 
 
 def local_host(descriptor: int) -> str:
-    """Return this host's address in a connection, or empty."""
+    """Return the local address of a connection, or an empty string if it is closed."""
     with contextlib.suppress(OSError), _connection(descriptor) as connection:
         return str(connection.getsockname()[0])
     return ""

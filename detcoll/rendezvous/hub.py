@@ -1,11 +1,11 @@
-"""The rules of the hub: who has come, what they exchange, who is gone. No socket, no thread, no clock.
+"""The rules of the hub: membership, exchanges and lost ranks. No socket, no thread, no clock.
 
-The hub lets ranks in once all are there. It hands round what those that take part in an exchange give, tells everybody
-when a rank is lost or gives up, and fails the exchanges that need it. It answers a little before the earliest deadline
-among those that wait, so that they learn who is missing before their own time is over.
+The hub welcomes the ranks once all have joined. It collects the payloads of an exchange and sends them to its members.
+When a rank is lost or aborts, the hub tells all others and fails the exchanges that need the rank. It reports missing
+ranks shortly before the earliest deadline of the waiting ranks, so that they learn who is missing before they time out.
 
-A process that does not fit is refused alone: it may be a stray, or left over from an earlier job. Should the meeting
-fail for want of a rank, the refusals are part of the reason.
+A process whose hello does not match is refused, and the others go on waiting: it may be a stray, or a leftover of an
+earlier job. If the meeting later fails because a rank is missing, the error lists the refusals.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHOWN_RANKS = 32
 
 @dataclass(eq=False, slots=True)
 class _Exchange:
-    """Who has come to an exchange, and when the first of them must be told that it failed."""
+    """Payloads received for an exchange, and the time by which it succeeds or fails."""
 
     answer_by_ns: int
     payloads: dict[int, bytes] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class _Exchange:
 
 @dataclass(frozen=True, slots=True)
 class _Gone:
-    """How a rank went, in words that follow its name."""
+    """How a rank left; ``text`` is the predicate of a sentence that begins with "rank N"."""
 
     text: str
     is_lost: bool
@@ -40,12 +40,12 @@ class _Gone:
 class Hub:
     """The state of one world.
 
-    Calls take in what happened; `answers` returns what is to be sent for it.
+    Methods process events; `answers` returns the messages to send as a result.
 
     Parameters
     ----------
     size, job, epoch
-        What a hello must say to be let in.
+        Values that a hello must match for its rank to be admitted.
     """
 
     def __init__(self, size: int, job: str, epoch: int) -> None:
@@ -64,23 +64,23 @@ class Hub:
 
     @property
     def is_over(self) -> bool:
-        """Whether every rank has left, or was told why the world failed."""
+        """Whether every rank has left, or was told why the meeting failed."""
         return not self._present if self.is_assembled else len(self._told) == self.size
 
     def answers(self) -> list[tuple[int, wire.FromHub]]:
-        """Return messages and the ranks they are for, each once."""
+        """Return pending (destination rank, message) pairs and clear them."""
         made, self._answers = self._answers, []
         return made
 
     def next_ns(self) -> int | None:
-        """Return when `on_time` has something to do."""
+        """Return the time of the next `on_time` call, or None if no timer is running."""
         times = [exchange.answer_by_ns for exchange in self._exchanges.values()]
         if self._present and not self.is_assembled and self._failure is None:
             times.append(self._join_by_ns)
         return min(times, default=None)
 
     def on_time(self, now_ns: int) -> None:
-        """Tell those whose time is over who is missing."""
+        """Fail the meeting and the exchanges that are due, and tell their members which ranks are missing."""
         if self._present and not self.is_assembled and self._failure is None and now_ns >= self._join_by_ns:
             absent = tuple(rank for rank in range(self.size) if rank not in self._present)
             self._fail_meeting(wire.Missing(None, "absent", absent, "; ".join(self._strays)))
@@ -94,7 +94,7 @@ class Hub:
                 del self._failed[next(iter(self._failed))]
 
     def greet(self, hello: wire.Hello, now_ns: int) -> wire.Refused | wire.Missing | None:
-        """Let a rank in, or return why not."""
+        """Admit a rank and return None, or return the reason for refusing it."""
         refusal = self._refusal(hello)
         if refusal is not None:
             self._note_stray(hello, refusal)
@@ -109,11 +109,11 @@ class Hub:
         return None
 
     def welcome(self) -> None:
-        """Welcome all; called once after the last has been let in."""
+        """Welcome all ranks; called once, after the last one was admitted."""
         self._tell(self._present, wire.Welcome(self.reach))
 
     def gather(self, rank: int, gather: wire.Gather, now_ns: int) -> None:
-        """Take in that a rank comes to an exchange."""
+        """Process a rank's contribution to an exchange."""
         key = gather.key
         members = self._members(key)
         gone = {other: self._gone[other] for other in members if other in self._gone}
@@ -132,17 +132,17 @@ class Hub:
                 self._tell(members, wire.Gathered(key, [exchange.payloads[member] for member in members]))
 
     def abort(self, rank: int, abort: wire.Abort) -> None:
-        """Pass on that a rank gives up."""
+        """Forward a rank's abort to all other ranks."""
         told = wire.AbortedRank(rank, abort.kind, abort.text[: wire.TEXT_CHARS], abort.group)
         self._tell(self._present - {rank}, told)
 
     def leave(self, rank: int) -> None:
-        """Take in that a rank says goodbye."""
+        """Process the goodbye of a rank."""
         self._present.discard(rank)
         self._go(rank, _Gone("has left", is_lost=False))
 
     def lose(self, rank: int, why: str) -> None:
-        """Take in that a rank is gone without a goodbye; that is everybody's news."""
+        """Process the loss of a rank that sent no goodbye, and tell all other ranks."""
         if rank not in self._present:
             return
         self._present.remove(rank)
@@ -151,7 +151,7 @@ class Hub:
         self._go(rank, _Gone(f"is lost: {why}", is_lost=True))
 
     def close(self) -> None:
-        """Tell who is still there that rank 0 takes the hub along."""
+        """Tell the remaining ranks that rank 0 has left and the hub closes."""
         if self.is_assembled:
             self._tell(self._present, wire.Closing())
 
@@ -165,7 +165,7 @@ class Hub:
         self._gone[rank] = gone
         if not self.is_assembled:
             if self._failure is None:
-                self._fail_meeting(wire.Refused("world", f"rank {rank} came, but was gone before all had come"))
+                self._fail_meeting(wire.Refused("world", f"rank {rank} joined, but left before all ranks had joined"))
             return
         for key in [key for key in self._exchanges if rank in self._members(key)]:
             self._fail(key, _without(key, {rank: gone}))
@@ -180,10 +180,10 @@ class Hub:
         self._tell(self._present, failure)
 
     def _refusal(self, hello: wire.Hello) -> wire.Refused | None:
-        """Return why this hello cannot be let in, if so."""
+        """Return the reason for refusing this hello, or None."""
         if hello.version != wire.VERSION:
             return wire.Refused(
-                "usage", f"rank {hello.rank} speaks version {hello.version} of the rendezvous, rank 0 {wire.VERSION}"
+                "usage", f"rank {hello.rank} has version {hello.version} of the rendezvous, rank 0 has {wire.VERSION}"
             )
         if hello.job != self.job:
             return wire.Refused("world", "it belongs to another job; set DETCOLL_RENDEZVOUS to an address of your own")
@@ -194,9 +194,9 @@ class Hub:
         if not 0 <= hello.rank < self.size:
             return wire.Refused("usage", f"rank {hello.rank} is not in a world of {self.size} ranks")
         if hello.epoch > self.epoch:
-            return wire.Refused("later", "the meeting before is not over yet")
+            return wire.Refused("later", "the previous meeting is not over yet")
         if hello.epoch < self.epoch:
-            return wire.Refused("world", "its ranks have met before, without this process")
+            return wire.Refused("world", "the ranks of this job have already met, without this process")
         if self._failure is not None:
             return None
         if hello.rank in self._gone:
@@ -211,7 +211,7 @@ class Hub:
             self._strays[f"{who}: {refusal.text}"] = None
 
     def _elsewhere(self, absent: Iterable[int]) -> str:
-        """Return to which exchanges absent ranks came instead."""
+        """Return which other exchanges the absent ranks are waiting in, as text."""
         found = [
             f"rank {rank} came to {key.name[:64]!r} of {_list(key.ranks)}"
             for rank in absent
@@ -222,7 +222,7 @@ class Hub:
 
 
 def _answer_by_ns(remaining_ms: int, now_ns: int) -> int:
-    """Return when to answer a rank that waits so long: a little earlier, so that it hears in time."""
+    """Return when to answer a rank: up to 0.5 s before its deadline, so that the answer arrives in time."""
     patience_ns = max(0, remaining_ms - min(500, remaining_ms // 10)) * 10**6
     return now_ns + min(patience_ns, 2**62)
 

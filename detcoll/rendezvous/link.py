@@ -1,10 +1,9 @@
-"""Messages in order, each once, over connections that come and go.
+"""Exactly-once, in-order message delivery across reconnects.
 
-Each side numbers its pieces and keeps them until the other says that it has them. A new connection begins with a note
-that says what has arrived; whatever is missing is handed over again. What arrives twice, or out of order because
-something before it was lost, is dropped. At most `WINDOW` pieces are on their way at a time: the rest waits here, so
-that ZeroMQ's queues stay short. This is the go-back-N protocol, without timers, since ZeroMQ loses messages only with
-their connection.
+Each side numbers its pieces and keeps them until the other side acknowledges them. Each new connection begins with a
+note that acknowledges what has arrived, and unacknowledged pieces are sent again. Duplicates, and pieces that follow a
+gap, are dropped. At most `WINDOW` pieces are in flight; the rest waits here, so that ZeroMQ's queues stay short. This
+is go-back-N without retransmission timers, because ZeroMQ loses messages only when a connection ends.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ WINDOW = 16
 
 
 class Link:
-    """One side of a link; it knows no socket.
+    """One side of a link, without a socket.
 
     Parameters
     ----------
     largest_bytes : int
-        The largest message that is taken from the other side.
+        The largest message accepted from the other side.
     backlog_bytes : int
-        How much may wait to be acknowledged before `is_full`.
+        `is_full` is set once more than this is queued or unacknowledged.
     """
 
     def __init__(self, largest_bytes: int, backlog_bytes: int = 2 * wire.MESSAGE_BYTES) -> None:
@@ -39,21 +38,21 @@ class Link:
 
     @property
     def is_full(self) -> bool:
-        """Whether the other side takes in too little."""
+        """Whether the backlog exceeds its limit because the other side acknowledges too slowly."""
         return self._kept_bytes > self._backlog_bytes
 
     @property
     def has_waiting(self) -> bool:
-        """Whether something has yet to be handed to the connection."""
+        """Whether pieces wait to be sent."""
         return bool(self._waiting)
 
     @property
     def is_idle(self) -> bool:
-        """Whether the other side has everything."""
+        """Whether the other side has acknowledged everything."""
         return not self._waiting and not self._flying
 
     def send(self, message: bytes) -> int:
-        """Queue a message, and return the number that `acknowledged` has once the other side has it."""
+        """Queue a message and return the number of its last piece; it has arrived once `acknowledged` reaches that."""
         view = memoryview(message)
         starts = range(0, len(view), wire.PIECE_BYTES)
         for start in starts:
@@ -64,7 +63,7 @@ class Link:
         return self._number
 
     def frames(self) -> list[bytes]:
-        """Return the frames to hand to the connection now."""
+        """Return the frames that the window allows to send now, or a bare acknowledgement if only that is due."""
         made = []
         while self._waiting and len(self._flying) < WINDOW:
             number, flags, piece = self._waiting.popleft()
@@ -76,22 +75,22 @@ class Link:
         return made
 
     def note(self, flags: int = 0) -> bytes:
-        """Return a frame that only says what has arrived."""
+        """Return a frame that only acknowledges what has arrived."""
         return wire.frame(wire.Header(flags, 0, self._received))
 
     def restart(self) -> None:
-        """Hand over again what is not acknowledged: it may have gone down with a connection."""
+        """Requeue all unacknowledged pieces: they may have been lost with the old connection."""
         self._waiting.extendleft(reversed(self._flying))
         self._flying.clear()
         self._owes_note = True
 
     def take(self, header: wire.Header, piece: bytes) -> bytes | None:
-        """Take a frame in; return the message that it completes, if any.
+        """Process a received frame; return the message that it completes, if any.
 
         Raises
         ------
         FrameError
-            If a message grows too large, or the other side acknowledges what was never sent.
+            If a message is too large, or the other side acknowledges a piece that was never sent.
         """
         self._acknowledge(header.received)
         if header.number == 0:

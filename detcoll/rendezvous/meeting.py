@@ -1,14 +1,14 @@
-"""How ranks find each other: where rank 0 listens, and how the others get to know.
+"""How ranks find each other: where rank 0 listens, and how the others learn its address.
 
-- At an address that all know: DETCOLL_RENDEZVOUS, or one that the launcher implies. ``detcoll run`` leaves rank 0 a
-  socket that listens already, so that nobody can take the port in between.
-- Through torchrun's store, where rank 0 puts the address of a port that was free.
-- Under mpirun with all ranks on one host: through an abstract Unix socket named after the job, or after the launcher's
-  process. It vanishes with its owner, and both ends check whose process is at the other.
-- Under mpirun across hosts: through MPI's broadcast. MPI is not started where it can be avoided: it would abort a
-  process whose mpi4py belongs to another MPI than the launcher, and one that later dies without finalizing it.
+- At an address known to all: DETCOLL_RENDEZVOUS, or one that the launcher implies. ``detcoll run`` passes rank 0 a
+  socket that is already listening, so that no other process can take the port in between.
+- Through torchrun's store, where rank 0 publishes its address with a free port.
+- Under mpirun with all ranks on one host: through an abstract Unix socket named after the job or after the launcher's
+  process. The kernel removes it with its owner, and both ends check the user id of the other.
+- Under mpirun across hosts: through an MPI broadcast. The other ways avoid MPI, because it would abort a process whose
+  mpi4py belongs to another MPI than the launcher, and a process that later ends without finalizing it.
 
-There is no encryption yet, so nothing off loopback opens unless DETCOLL_INSECURE=1 says that this is accepted.
+There is no encryption yet, so sockets are opened off loopback only if DETCOLL_INSECURE=1 accepts that.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ from detcoll.rendezvous.sockets import (
 _log = logging.getLogger("detcoll")
 
 TOLERANCE_NS = 30 * 10**9
-"""How long a connection may be cut."""
+"""How long a connection may be down."""
 _DESCRIPTORS, _HUB_DESCRIPTORS = 20, 20
-"""What a session and a hub open, and a few more for connections that come and go."""
+"""Descriptors that a session and a hub open, with a reserve for short-lived connections."""
 _LINGER_NS = 10**9
-"""How long rank 0 stays to tell late ranks why the world failed."""
+"""How long rank 0 stays to tell late ranks why the meeting failed."""
 
 _MPI_LAUNCHERS = frozenset(
     {"mpiexec", "mpirun", "mpiexec.hydra", "hydra_pmi_proxy", "pmi_proxy"}
@@ -76,23 +76,23 @@ _warned: set[str] = set()
 
 
 class Place(Protocol):
-    """What `meet` asks of a `detcoll.launch.launchers.World`."""
+    """The attributes of a `detcoll.launch.launchers.World` that `meet` uses."""
 
     @property
     def rank(self) -> int:
-        """Which rank this process is."""
+        """The rank of this process."""
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
 
     @property
     def local_size(self) -> int | None:
-        """How many of them are on this host, if known."""
+        """The number of ranks on this host, None if not known."""
 
     @property
     def launcher(self) -> str:
-        """Who started it."""
+        """The name of the launcher."""
 
     @property
     def meeting(self) -> str:
@@ -100,26 +100,26 @@ class Place(Protocol):
 
     @property
     def rendezvous(self) -> str | None:
-        """Where to meet, or where the store is."""
+        """The address of the rendezvous, or of the store."""
 
     @property
     def job(self) -> str:
-        """What tells this job from others."""
+        """An id that distinguishes this job from others."""
 
 
 class Store(Protocol):
-    """The part of a torch store that is used here."""
+    """The methods of a torch store that are used here."""
 
     def set(self, key: str, value: str) -> Any:
-        """Put ``value`` under ``key``."""
+        """Store ``value`` under ``key``."""
 
     def get(self, key: str) -> bytes:
-        """Return what is under ``key``, waiting for it as long as the store was told to."""
+        """Return the value of ``key``; wait for it until the store's timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Spot:
-    """Where to meet; rank 0 has the sockets that listen. ``is_told``: rank 0 listened there before it told."""
+    """Where to meet; rank 0 has the listening sockets. ``is_told``: rank 0 listened before it announced the address."""
 
     address: Address
     listener: socket.socket | None = None
@@ -128,7 +128,7 @@ class _Spot:
 
     @contextlib.contextmanager
     def closed_on_error(self) -> Iterator[None]:
-        """Give the listener back if the others cannot be told of it."""
+        """Close the listening sockets if the body raises."""
         try:
             yield
         except BaseException:
@@ -145,28 +145,29 @@ def meet(
     store: Store | None = None,
     tolerance_ns: int = TOLERANCE_NS,
 ) -> Session:
-    """Join all ranks of ``world`` and return the standing connection with them.
+    """Meet all ranks of ``world`` and return the session that connects them.
 
     Parameters
     ----------
     world : Place
         A `detcoll.launch.launchers.World`.
     deadline_ns : int
-        On this process's `time.monotonic_ns`. The earliest deadline among the ranks counts for all.
+        In this process's `time.monotonic_ns`. The earliest deadline of all ranks applies to all.
     environ : mapping, optional
-        The process's own unless given. Read are DETCOLL_INSECURE, DETCOLL_INTERFACE, DETCOLL_ADVERTISE, DETCOLL_PORTS
-        and DETCOLL_RENDEZVOUS_FD.
+        `os.environ` by default. The variables used are DETCOLL_INSECURE, DETCOLL_INTERFACE, DETCOLL_ADVERTISE,
+        DETCOLL_PORTS and DETCOLL_RENDEZVOUS_FD.
     store : Store, optional
         Meet through this store, whatever the launcher.
     tolerance_ns : int
-        How long a connection may be cut before who is at its other end counts as lost.
+        How long a connection may be down before the rank at its other end counts as lost.
 
     Raises
     ------
     UsageError
-        If an address cannot be used, would need keys, or this rank does not fit into the world.
+        If an address cannot be used or would need encryption, or the hub refuses this rank's size or number.
     ConnectError
-        If not every rank came before the deadline; names those that did not. Or if file descriptors run out.
+        If not all ranks joined before the deadline; names the missing ones. Also if file descriptors run out or the
+        address cannot be bound.
     """
     environ = os.environ if environ is None else environ
     require_descriptors("the rendezvous", _DESCRIPTORS + (_HUB_DESCRIPTORS + world.size if world.rank == 0 else 0))
@@ -205,7 +206,7 @@ def _meet(
 
 @dataclass(frozen=True, slots=True)
 class _Meeting:
-    """One attempt of a rank to join."""
+    """One call of `meet`."""
 
     world: Place
     deadline_ns: int
@@ -215,7 +216,7 @@ class _Meeting:
     tolerance_ns: int
 
     def find(self, store: Store | None) -> _Spot:
-        """Return where to meet; on rank 0, listen there."""
+        """Determine the address to meet at; on rank 0, listen there."""
         if self.world.size == 1:
             return self._listening(Address("127.0.0.1", 0))
         if store is not None:
@@ -238,7 +239,7 @@ class _Meeting:
         return server
 
     def join(self, spot: _Spot, server: Server | None) -> Session:
-        """Connect and say hello, again while the hub says that it is too early."""
+        """Connect and join; retry while the hub of the previous meeting still serves."""
         nap_s = SHORTEST_NAP_S
         while True:
             reached = reach(spot.address, self.deadline_ns, is_known=spot.is_told)
@@ -247,7 +248,7 @@ class _Meeting:
                 session.join(self.world.job, self.epoch, self.deadline_ns)
             except Refusal as refusal:
                 session.drop()
-                # The hub of the meeting before goes without a word to those who come early to the next.
+                # The hub of the previous meeting does not tell ranks of the next one that it closes.
                 is_early = refusal.fault == "later" or (refusal.fault == "gone" and self.epoch > 0)
                 if not is_early or left(self.deadline_ns) == 0:
                     raise _refused(spot.address, refusal) from refusal
@@ -265,7 +266,7 @@ class _Meeting:
         return Session(reached, member, str(address), self.tolerance_ns, life, self.host, server)
 
     def require_permission(self, address: Address, what: str = "rendezvous") -> bool:
-        """Return True on loopback; else False if the environment allows to be without encryption."""
+        """Return True if ``address`` is loopback, False if the environment allows unencrypted traffic; else raise."""
         is_looped = all(is_loopback(where[0]) for _, where in resolve_in_time(address, self.deadline_ns))
         is_sure = is_loopback(address.host) or self.world.local_size is None or self._is_local
         if is_looped and is_sure:
@@ -273,9 +274,8 @@ class _Meeting:
         switch = self.environ.get("DETCOLL_INSECURE", "")
         if not parse_flag(switch):
             raise UsageError(
-                f"{what} {address} is not on loopback, and encryption keys are not available in this version: "
-                "everything would cross the network readable and open to all. DETCOLL_INSECURE=1 opts out of this "
-                "protection"
+                f"{what} {address} is not on loopback, and this version has no encryption or authentication: anybody "
+                "on the network could read the traffic or connect. Set DETCOLL_INSECURE=1 to accept that"
             )
         if "insecure" not in _warned and self.world.rank == 0 and switch != "lab":
             _warned.add("insecure")
@@ -347,7 +347,7 @@ class _Meeting:
         return _Spot(address, is_told=True)
 
     def _listening(self, address: Address) -> _Spot:
-        """Listen, and return where others reach this."""
+        """Listen at ``address``; return the listener and the address at which others reach it."""
         is_private = self.require_permission(address)
         advertised = self.environ.get("DETCOLL_ADVERTISE")
         looped = not is_private and all(is_loopback(where[0]) for _, where in address.resolve())
@@ -357,7 +357,7 @@ class _Meeting:
         return _Spot(Address(listener_host, port), listener)
 
     def _reachable_host(self) -> str:
-        """Return the address of this host to be met at by others."""
+        """Return an address at which the other ranks reach this host."""
         if self._is_local:
             return "127.0.0.1"
         if self.host:
@@ -368,12 +368,12 @@ class _Meeting:
             for _, where in Address(socket.gethostname(), 9).resolve():
                 if not is_loopback(where[0]):
                     return where[0]
-        return source_address(Address("192.0.2.1", 9))  # an address for documentation: the default route's source
+        return source_address(Address("192.0.2.1", 9))  # TEST-NET-1 (RFC 5737): follows the default route
 
 
 def _refused(address: Address, refusal: Refusal) -> UsageError | ConnectError:
     if refusal.fault == "gone":
-        return ConnectError(f"rendezvous {address}: rank 0 is lost before all had come: {refusal}")
+        return ConnectError(f"rendezvous {address}: rank 0 was lost before all ranks had joined: {refusal}")
     kind = UsageError if refusal.fault == "usage" else ConnectError
     return kind(f"rendezvous {address}: {refusal}")
 
@@ -384,7 +384,7 @@ def _open_store(address: Address, deadline_ns: int) -> Store:
         from torch.distributed import TCPStore
     except ImportError as error:
         raise UsageError(
-            f"torchrun's store needs torch, which does not import ({error}); set DETCOLL_RENDEZVOUS=host:port instead"
+            f"torchrun's store needs torch, which cannot be imported ({error}); or set DETCOLL_RENDEZVOUS=host:port"
         ) from error
     timeout = timedelta(seconds=max(left(deadline_ns), 0.001))
     try:
@@ -395,15 +395,15 @@ def _open_store(address: Address, deadline_ns: int) -> Store:
 
 
 def _mpi_world(launcher: str, size: int) -> Any:
-    """Return MPI's world where mpi4py works and belongs to the MPI that launched us, else None."""
+    """Return MPI.COMM_WORLD if mpi4py works and belongs to the MPI that launched this process, else None."""
     try:
         import mpi4py
 
         if "mpi4py.MPI" not in sys.modules:
             mpi4py.rc(initialize=False, finalize=True)
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # the latter where no MPI library can be loaded
-        _log.debug("mpi4py does not import: %s", error)
+    except (ImportError, RuntimeError) as error:  # RuntimeError if no MPI library can be loaded
+        _log.debug("mpi4py cannot be imported: %s", error)
         return None
     if MPI.Is_finalized():
         return None
@@ -415,7 +415,7 @@ def _mpi_world(launcher: str, size: int) -> Any:
 
 
 def _broadcast(world: Any, text: str, deadline_ns: int) -> str:
-    """Return what rank 0 broadcasts through MPI."""
+    """Broadcast ``text`` from rank 0 through MPI, and return it."""
     buffer = bytearray(text.encode().ljust(_MPI_ADDRESS_BYTES, b"\0"))
     request = world.Ibcast(buffer, root=0)
     while not request.Test():
@@ -426,7 +426,7 @@ def _broadcast(world: Any, text: str, deadline_ns: int) -> str:
 
 
 def _launcher_process() -> str:
-    """Return number and start time of the closest ancestor that is an MPI launcher, else of the parent."""
+    """Return pid and start time of the closest ancestor that is an MPI launcher, else the parent's pid."""
     pid = parent = os.getppid()
     while pid > 1:
         try:
@@ -454,7 +454,7 @@ def _listen_unix(name: str) -> socket.socket:
 
 
 def _ask(name: str, deadline_ns: int) -> str:
-    """Return what rank 0 says at its Unix socket, waiting for it to listen."""
+    """Return the address that rank 0 gives at its Unix socket; retry until it listens there."""
     nap_s = SHORTEST_NAP_S
     while left(deadline_ns) > 0:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:

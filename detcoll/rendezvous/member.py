@@ -1,4 +1,4 @@
-"""The rules of a rank's side: which exchanges it waits in, and what it was told. No socket, no thread, no clock."""
+"""The rules of a rank's side: its pending exchanges and the events it received. No socket, no thread, no clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detcoll.rendezvous import wire
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """``rank`` is gone without a goodbye; ``why`` says what is known of that."""
+    """``rank`` is gone without a goodbye; ``why`` is the reason."""
 
     rank: int
     why: str = field(default="", compare=False)
@@ -20,7 +20,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """``rank`` called `Session.abort`, for one ``group`` or, with 0, for the whole job."""
+    """``rank`` called `Session.abort` for ``group``; 0 is the whole job."""
 
     rank: int
     kind: str
@@ -32,7 +32,7 @@ Event = Lost | Aborted
 
 
 class Member:
-    """What one rank knows."""
+    """State of one rank in the rendezvous."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -46,21 +46,21 @@ class Member:
 
     @property
     def has_events(self) -> bool:
-        """Whether `events` has something to tell."""
+        """Whether `events` has something to return."""
         return bool(self._events)
 
     def events(self) -> list[Event]:
-        """Return what happened to other ranks, each once."""
+        """Return the losses and aborts of other ranks since the last call."""
         told, self._events = self._events, []
         return told
 
     def group_of(self, name: str, ranks: Sequence[int] | None) -> tuple[int, ...] | None:
-        """Return the members of an exchange in rank order, None for all.
+        """Return the members of an exchange in rank order, None for all ranks.
 
         Raises
         ------
         UsageError
-            If they are no ranks of this world, or this rank is not among them.
+            If ``ranks`` has duplicates or invalid ranks, or does not contain this rank.
         """
         if ranks is None:
             return None
@@ -76,13 +76,13 @@ class Member:
         return None if len(group) == self.size else group
 
     def count(self, name: str, group: tuple[int, ...] | None) -> wire.Key:
-        """Return the key of the next exchange of that name and those ranks."""
+        """Return the key of the next exchange with this name and these members."""
         key = wire.Key(name, group, self._turns[name, group])
         self._turns[name, group] += 1
         return key
 
     def begin(self, key: wire.Key) -> None:
-        """Wait in an exchange from now on.
+        """Register a pending exchange.
 
         Raises
         ------
@@ -93,22 +93,22 @@ class Member:
         self._calls[key] = None
 
     def is_settled(self, key: wire.Key) -> bool:
-        """Whether `outcome` has something to say."""
+        """Return whether `outcome` would return a result or raise."""
         return self._calls[key] is not None or bool(self._trouble)
 
     def end(self, key: wire.Key) -> None:
-        """Stop waiting."""
+        """Remove a pending exchange."""
         del self._calls[key]
 
     def outcome(self, key: wire.Key) -> list[bytes] | None:
-        """Return what an exchange gave, None if nothing is known yet.
+        """Return the payloads of an exchange in rank order, None while it is pending.
 
         Raises
         ------
         PeerLost
-            If it failed since a rank is lost or gave up the job.
+            If it failed because a rank is lost, rank 0 has left, or a rank aborted the job.
         ConnectError
-            If not all came to it in time.
+            If not all members arrived in time, a member has left, or the hub refused the exchange.
         """
         answer = self._calls[key]
         if isinstance(answer, wire.Gathered):
@@ -125,7 +125,7 @@ class Member:
                 raise ConnectError(f"exchange {key.name!r}: {absence(answer, 'never arrived')}")
 
     def take(self, message: wire.FromHub) -> None:
-        """Take in what the hub says."""
+        """Process a message of the hub."""
         match message:
             case wire.LostRank(rank, why):
                 self._events.append(Lost(rank, why))
@@ -145,7 +145,7 @@ class Member:
                 self.greeting = message
 
     def lose_hub(self, why: str) -> None:
-        """Rank 0 is gone, or has given this rank up."""
+        """Record that rank 0 is lost or has given this rank up; all exchanges fail from now on."""
         if self.has_parted or self.hub_loss is not None:
             return
         self.hub_loss = why
@@ -158,7 +158,7 @@ class Member:
 
 
 def absence(missing: wire.Missing, what: str) -> str:
-    """Return who did not come, and what else is known of that."""
+    """Return a sentence that lists the missing ranks, followed by further details."""
     shown = ", ".join(str(rank) for rank in missing.ranks[:32])
     more = f" and {len(missing.ranks) - 32} more" if len(missing.ranks) > 32 else ""
     return f"rank {shown}{more} {what}" + (f"; {missing.text}" if missing.text else "")

@@ -1,9 +1,10 @@
-"""The hub's thread, in the process of rank 0: it carries out on sockets what `detcoll.rendezvous.hub` decides.
+"""The hub's thread, in the process of rank 0: it does the I/O for the decisions of `detcoll.rendezvous.hub`.
 
-Each turn takes in a bounded number of whatever has come, and looks at what is due, so that a flood delays no deadline.
+Each iteration of the loop handles a bounded number of events and then the timers, so that a flood of messages cannot
+delay a deadline.
 
-Rank 0 hears last, once what the others are to hear is in ZeroMQ's hands. What it does next may keep the interpreter,
-and so this thread, until all have come: mpi4py holds the interpreter's lock throughout ``MPI_Init``.
+Rank 0 gets its messages last, once those for the other ranks have been passed to ZeroMQ. What rank 0 does next may
+block the interpreter, and with it this thread, until all ranks arrive: mpi4py holds the GIL throughout ``MPI_Init``.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ _AT_A_TIME = 256
 _LINGER_MS = 500
 _RETRY_NS = 20_000_000
 _CHECKS_NS = (0, 10_000_000, 100_000_000, 1_000_000_000)
-"""Delays of the checks after a connection seems to have ended: ZeroMQ reports the end before it drops its own state."""
+"""Delays of the checks after the monitor reports a disconnect: ZeroMQ reports it before it drops its routing entry."""
 
 
 @dataclass(eq=False, slots=True)
 class _Seat:
-    """A rank that was let in."""
+    """A rank that was admitted."""
 
     rank: int
     token: bytes
@@ -54,16 +55,16 @@ class _Seat:
     checks: deque[int] = field(default_factory=deque)
 
     def check_after(self, now_ns: int) -> None:
-        """Look for the end of the connection in the next second."""
+        """Schedule checks within the next second of whether the connection has ended."""
         self.checks = deque(now_ns + later_ns for later_ns in _CHECKS_NS)
 
 
 _UNKNOWN = -1
-"""The descriptor of a seat whose connection ended, until something comes over a new one."""
+"""Descriptor of a seat whose connection ended, until a frame arrives over a new one."""
 
 
 class Seats:
-    """Who sits where: ranks by the tokens of their sessions."""
+    """The admitted ranks, by session token and by rank."""
 
     def __init__(self) -> None:
         self._by_token: dict[bytes, _Seat] = {}
@@ -73,35 +74,37 @@ class Seats:
         return iter(self._by_rank.values())
 
     def add(self, seat: _Seat) -> None:
-        """Give a seat to a rank."""
+        """Add an admitted rank."""
         self._by_token[seat.token] = self._by_rank[seat.rank] = seat
 
     def at(self, token: bytes) -> _Seat | None:
-        """Return whose token this is."""
+        """Return the seat of the rank with this token, or None."""
         return self._by_token.get(token)
 
     def of(self, rank: int) -> _Seat | None:
-        """Return where a rank sits."""
+        """Return the seat of a rank, or None if it was not admitted."""
         return self._by_rank.get(rank)
 
     def is_rank(self, descriptor: int) -> bool:
-        """Whether a living rank was heard over this connection last."""
+        """Return whether this is the current connection of a rank that is up."""
         return any(seat.descriptor == descriptor and not seat.watch.is_down for seat in self)
 
 
 class Server:
-    """Serves one world on ``listener``, which it owns from here on.
+    """Serves the rendezvous of one world.
 
     Parameters
     ----------
     listener : socket.socket
-        Listens already.
+        A listening TCP socket; owned by the server.
     hub : Hub
         The rules.
     tolerance_ns : int
-        How long a rank may be without a connection.
+        How long the connection of a rank may be down before it counts as lost.
     directory : socket.socket, optional
-        A listening Unix socket; whoever of the same user connects there is told ``where`` the listener is.
+        A listening Unix socket, owned by the server. Processes of the same user that connect there get ``where``.
+    where : str
+        The address of ``listener``.
     """
 
     def __init__(
@@ -127,15 +130,15 @@ class Server:
         self._thread = threading.Thread(target=self._serve, name="detcoll-rendezvous", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self, deadline_ns: int) -> None:
-        """Serve until every rank has left, or was told why the world failed, or the deadline passes. Idempotent."""
+        """Serve until every rank has left or was told why the meeting failed, or the deadline passes. Idempotent."""
         if self._is_closed:
             return
         self._finish_ns = deadline_ns
-        os.eventfd_write(self._wake, 1)  # the thread may have ended by now, so closing this is not its task
+        os.eventfd_write(self._wake, 1)  # closed here, not by the thread, which may have ended by now
         self._thread.join(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9) + 5.0)
         if not self._thread.is_alive():
             self._is_closed = True
@@ -236,20 +239,20 @@ class Server:
                 if seat is None:
                     self._door.end(descriptor)
                 else:
-                    self._lose(seat, f"it sent what the rendezvous does not know ({error})")
+                    self._lose(seat, f"it sent an invalid message ({error})")
         self._is_drained = False
 
     def _greet(self, token: bytes, header: wire.Header, piece: bytes, descriptor: int, host: str, now_ns: int) -> None:
-        """Take in what somebody says who has no seat."""
+        """Process a frame from a sender that has no seat."""
         if header.number != 1:
-            if header.number or header.received:  # from a session with another hub; a new one begins with a mere note
-                self._refuse(token, wire.Refused("world", "the hub of its meeting is gone"))
+            if header.number or header.received:  # a session with an earlier hub; a new one begins with an empty note
+                self._refuse(token, wire.Refused("world", "the hub that it had joined is gone"))
             return
         if len(piece) > wire.HELLO_BYTES:
             raise FrameError(f"a hello of {len(piece)} bytes")
         hello = wire.to_hub(piece)
         if not isinstance(hello, wire.Hello):
-            raise FrameError("a hello comes first")
+            raise FrameError("the first message is not a hello")
         refusal = self._hub.greet(hello, now_ns)
         if refusal is not None:
             self._refuse(token, refusal)
@@ -259,7 +262,7 @@ class Server:
         self._seats.add(seat)
         if life is not None:
             self._asker.ask(seat.rank, life, now_ns)
-            self._asker.begin(now_ns)  # before the rank hears that it is in: it may leave at once
+            self._asker.begin(now_ns)  # probe before the rank is admitted, since it may leave at once
         seat.link.take(header, b"")
         self._door.closed(descriptor)
         local = local_host(descriptor)
@@ -286,7 +289,7 @@ class Server:
             return
         match wire.to_hub(message):
             case wire.Hello():
-                raise FrameError("a hello comes once")
+                raise FrameError("a second hello")
             case wire.Gather() as gather:
                 self._hub.gather(seat.rank, gather, now_ns)
             case wire.Abort() as abort:
@@ -306,13 +309,13 @@ class Server:
             if seat.watch.must_ask(now_ns):
                 self._seek(seat, now_ns)
             loss = seat.watch.loss(now_ns)
-            if loss is not None and self._is_drained:  # what it said last counts
+            if loss is not None and self._is_drained:  # first process the last messages it sent
                 self._lose(seat, loss)
         self._door.on_time(now_ns)
         self._hub.on_time(now_ns)
 
     def _seek(self, seat: _Seat, now_ns: int) -> None:
-        """Look for a rank whose connection ended: ZeroMQ makes a new one though the rank's own threads are busy."""
+        """Check whether a rank has reconnected, which its ZeroMQ does even while the rank is busy; else probe it."""
         if self._router.send(seat.token, seat.link.note()) is Sent.OUT:
             seat.watch.up()
             seat.link.restart()
@@ -320,7 +323,7 @@ class Server:
             self._asker.ask(seat.rank, seat.life, now_ns)
 
     def _learn(self, rank: int, answer: Answer, now_ns: int) -> None:
-        """Take in what a rank's host said; a refusal says something only where a living rank's host accepts."""
+        """Process the result of a probe; a refusal counts only if probes of the live rank were not refused before."""
         seat = self._seats.of(rank)
         if seat is None:
             return
@@ -337,7 +340,7 @@ class Server:
         self._hub.lose(seat.rank, why)
 
     def _pass_on(self, now_ns: int) -> None:
-        """Hand what is to be said to ZeroMQ, to rank 0 once all others' is."""
+        """Pass pending messages to ZeroMQ; those for rank 0 only after all others."""
         last, packed = None, b""
         while answers := self._hub.answers():
             for rank, message in answers:
@@ -347,7 +350,7 @@ class Server:
                 if seat is not None and not seat.is_gone:
                     seat.link.send(packed)
                     if seat.link.is_full:
-                        self._lose(seat, "it does not read what it is told")
+                        self._lose(seat, "it does not read the messages of the hub")
         first = self._seats.of(0)
         for seat in self._seats:
             if seat is not first:
@@ -356,7 +359,7 @@ class Server:
             self._flush(first, now_ns)
 
     def _counts(self, seat: _Seat) -> bool:
-        """Whether rank 0 waits for this one to hear."""
+        """Return whether messages for this seat must be sent before those for rank 0."""
         return seat.rank != 0 and not seat.is_gone and not seat.watch.is_down
 
     def _flush(self, seat: _Seat, now_ns: int) -> None:
@@ -379,6 +382,6 @@ class Server:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """Return which user is at the other end of a Unix socket."""
+    """Return the user id of the process at the other end of a Unix socket."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[1])

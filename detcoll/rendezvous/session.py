@@ -1,4 +1,4 @@
-"""A rank's side of the rendezvous: exchanging small payloads, and hearing that somebody is gone or gave up."""
+"""A rank's side of the rendezvous: exchange small payloads, and learn that a rank is lost or has aborted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ABORT_NS = 500_000_000
 
 
 class Refusal(Exception):
-    """The hub does not let this rank in; ``fault`` as in `wire.Refused`."""
+    """The hub does not admit this rank; ``fault`` as in `wire.Refused`, or "gone" if rank 0 was lost meanwhile."""
 
     def __init__(self, fault: str, text: str) -> None:
         super().__init__(text)
@@ -29,30 +29,31 @@ class Refusal(Exception):
 
 
 class Session:
-    """The standing connection of this rank with all others; satisfies `detcoll.transport.Rendezvous`.
+    """The permanent connection of this rank with all others; satisfies `detcoll.transport.Rendezvous`.
 
-    Made by `meet`. All methods may be used from any thread.
+    Created by `meet`. All methods are thread-safe.
 
-    A connection that is cut is made again, and nothing is lost or doubled meanwhile. A rank without a connection for
-    longer than the tolerance is lost, and at once if its host refuses a new one. After the loss of a rank, exchanges
-    that need it fail, and others go on. After the loss of rank 0, where the hub is, all fail.
+    A broken connection is restored without loss or duplication of messages. A rank is lost if its connection stays
+    down for longer than the tolerance, or at once if its process is found dead. After the loss of a rank, exchanges
+    that need it fail and others go on. After the loss of rank 0, which runs the hub, all exchanges fail.
 
     Parameters
     ----------
     reached : Reached
         How to connect to the hub.
     member : Member
-        What this rank knows.
+        State of this rank.
     where : str
-        The address of the rendezvous, for messages.
+        The address of the rendezvous, for error messages.
     tolerance_ns : int
-        How long to be without a connection to the hub before rank 0 counts as lost.
+        How long the connection to the hub may be down before rank 0 counts as lost.
     life : socket.socket
-        Listens as long as this process lives; the session owns it from here on.
+        Listens as long as this process lives; owned by the session.
     host : str, optional
-        The address to give to others; that of the connection unless given.
+        The address to give to other ranks. By default the local address of the connection to the hub or, if that is
+        loopback, an address of rank 0's host at which another host connected.
     server : Server, optional
-        The hub itself where this is rank 0; closed with the session.
+        The hub's server, on rank 0; closed with the session.
     """
 
     def __init__(
@@ -79,28 +80,28 @@ class Session:
 
     @property
     def rank(self) -> int:
-        """Which rank this is."""
+        """The rank of this process."""
         return self._member.rank
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return self._member.size
 
     @property
     def host(self) -> str:
-        """The local IP address by which other ranks reach this one."""
+        """The address at which other ranks reach this one; known once `join` has returned."""
         return self._host
 
     def join(self, job: str, epoch: int, deadline_ns: int) -> None:
-        """Say hello and wait until all ranks have come; called once, by `meet`.
+        """Send a hello and wait until all ranks have joined; called once, by `meet`.
 
         Raises
         ------
         ConnectError
-            If not all came in time; names those that did not.
+            If not all ranks joined in time; names the missing ones.
         Refusal
-            If the hub does not let this rank in.
+            If the hub does not admit this rank.
         """
         remaining_ms = round(left(deadline_ns) * 1000)
         member, connection = self._member, self._connection
@@ -117,45 +118,48 @@ class Session:
         if isinstance(answer, wire.Missing):
             raise ConnectError(f"rendezvous {self._where}: {absence(answer, 'never came')}")
         if fault:
-            raise ConnectError(f"what answers at {self._where} is no rendezvous of detcoll: {fault}")
+            raise ConnectError(f"the service at {self._where} is not a detcoll rendezvous: {fault}")
         if loss is not None:
             raise Refusal("gone", loss)
         if answer is None:
             raise ConnectError(self._silence("the hub did not say in time which ranks are missing"))
         if not self._host:
-            # On the host of rank 0 the way to it may be loopback, which is no way for others.
+            # On rank 0's host the connection may use loopback, an address that is useless to other hosts.
             self._host = answer.reach if answer.reach and is_loopback(self._local) else self._local
 
     def exchange(self, name: str, payload: bytes, deadline_ns: int, ranks: Sequence[int] | None = None) -> list[bytes]:
-        """Give ``payload`` under ``name`` and return what all that take part give; all of them must call it.
+        """Contribute ``payload`` and return the payloads of all members (an all-gather); all members must call it.
 
-        Exchanges meet by name and ranks, the first of a rank with the first of the others, and so on. Different names
-        or ranks never wait for each other, and may be exchanged under from several threads at once.
+        Calls are matched by name and ranks, in the order in which each rank makes them. Exchanges with different names
+        or ranks are independent, and several threads may run them concurrently.
 
         Parameters
         ----------
         name : str
-            The same on all ranks.
+            The same on all members.
         payload : bytes
-            At most 1 MiB, and less where more than 64 take part: 64 MiB over their number.
+            At most 1 MiB; with more than 63 members at most 64 MiB divided by their number, less 64 bytes.
         deadline_ns : int
-            On this rank's `time.monotonic_ns`. The earliest deadline among the ranks counts for all.
+            In this rank's `time.monotonic_ns`. The earliest deadline of all members applies to all.
         ranks : sequence of int, optional
-            Who takes part, in any order, this rank among them. All ranks unless given.
+            The members, in any order, including this rank. By default all ranks.
 
         Returns
         -------
         list of bytes
-            In the order of ``ranks``; in rank order unless given.
+            In the order of ``ranks``; by default in rank order.
 
         Raises
         ------
         UsageError
-            If the payload is too large, or the ranks do not fit.
+            If the payload or the name is too large, or ``ranks`` is not valid.
         ConnectError
-            If not every rank called it before the deadline; names those that did not. The session stays usable.
+            If not all members called it before the deadline; names the missing ones. Also if a member has left, or the
+            hub does not answer. The session stays usable.
         PeerLost
-            If a rank that takes part is lost, or one gave up the job, at once.
+            At once, if a member or rank 0 is lost, a rank aborted the job, or rank 0 has left.
+        Closed
+            If this session is closed.
         """
         if self._is_closed:
             raise Closed("the rendezvous is closed")
@@ -186,11 +190,11 @@ class Session:
         return [given[rank] for rank in ranks]
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when `events` has something to tell."""
+        """Return a file descriptor that is readable when `events` has something to return."""
         return self._told
 
     def events(self) -> list[Event]:
-        """Return what happened to other ranks since the last call. Never blocks."""
+        """Return the losses and aborts of other ranks since the last call. Never blocks."""
         with self._connection.changed:
             if not self._is_released:
                 with contextlib.suppress(BlockingIOError):
@@ -198,23 +202,23 @@ class Session:
             return self._member.events()
 
     def abort(self, kind: str, text: str, group: int = 0) -> None:
-        """Tell all other ranks that this one gives up, and why; best effort, never blocks for long.
+        """Tell all other ranks that this one aborts, and why; best effort, blocks for at most 0.5 s.
 
         Parameters
         ----------
         kind : str
-            What sort of trouble, such as ``"mismatch"`` or ``"error"``.
+            The kind of failure, such as ``"mismatch"`` or ``"error"``.
         text : str
-            Shown to everybody; cut at 16384 characters.
+            Shown on all ranks; truncated to 16384 characters.
         group : int
-            What is given up, of 64 bits: 0 is the whole job, whose exchanges then fail.
+            The 64-bit id of the group to abort. 0 aborts the whole job, and all exchanges then fail.
         """
         if not self._is_closed:
             told = wire.Abort(kind, text[: wire.TEXT_CHARS], group)
             self._connection.deliver(told, time.monotonic_ns() + _ABORT_NS)
 
     def close(self, deadline_ns: int) -> None:
-        """Say goodbye; rank 0 stays until all have, or the deadline passes. Idempotent."""
+        """Leave with a goodbye; rank 0 waits until all others have left or the deadline passes. Idempotent."""
         with self._connection.changed:
             if self._is_closed:
                 return
@@ -227,7 +231,7 @@ class Session:
         self._release()
 
     def drop(self) -> None:
-        """Give everything of this rank's side back at once, without a goodbye. Idempotent."""
+        """Release this rank's connection at once, without a goodbye; the server stays. Idempotent."""
         with self._connection.changed:
             self._is_closed = True
             self._connection.changed.notify_all()
@@ -235,7 +239,7 @@ class Session:
         self._release()
 
     def forget(self) -> None:
-        """Close the descriptors in a forked child, so that the death of the parent shows."""
+        """Close the descriptors in a forked child, which would otherwise hide the death of the parent."""
         if not self._is_released:
             self._is_closed = self._is_released = True
             os.close(self._told)

@@ -1,4 +1,4 @@
-"""Addresses and sockets of the rendezvous: parsing, resolving, listening, connecting, telling loopback from network."""
+"""Addresses and sockets of the rendezvous: parse, resolve, listen, connect, and recognise loopback addresses."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Where = tuple[str, int] | tuple[str, int, int, int]
 
 
 class _Unknown(ConnectError):
-    """A name that is not known here."""
+    """The host name cannot be resolved."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """A hub that answered: its numeric socket address, and this host's own address on the way to it."""
+    """A hub that answered: its numeric socket address, and the local address of the connection to it."""
 
     where: Where
     local: str
@@ -40,7 +40,7 @@ class Reached:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A host, by name or number, and a TCP port."""
+    """A host name or IP address, and a TCP port."""
 
     host: str
     port: int
@@ -50,7 +50,14 @@ class Address:
 
     @classmethod
     def parse(cls, text: str, name: str = "DETCOLL_RENDEZVOUS") -> Address:
-        """Return the address that ``host:port`` or ``[IPv6]:port`` means.
+        """Parse ``host:port`` or ``[IPv6]:port``.
+
+        Parameters
+        ----------
+        text : str
+            What to parse.
+        name : str
+            The setting that ``text`` comes from, for the error message.
 
         Raises
         ------
@@ -64,27 +71,27 @@ class Address:
 
     @classmethod
     def of(cls, bound: socket.socket) -> Address:
-        """Return where ``bound`` is bound."""
+        """Return the local address of a bound socket."""
         host, port = bound.getsockname()[:2]
         return cls(host, port)
 
     def resolve(self) -> list[tuple[socket.AddressFamily, Where]]:
-        """Return families and socket addresses, the resolver's favourite first.
+        """Return address families and socket addresses, in the resolver's order of preference.
 
         Raises
         ------
         ConnectError
-            If the name is not known.
+            If the name cannot be resolved.
         """
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise _Unknown(f"the host of rendezvous {self} is not known here: {error}") from error
+            raise _Unknown(f"cannot resolve the host of rendezvous {self}: {error}") from error
         return [(family, _where(where)) for family, _, _, _, where in found]
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether ``host`` is this machine itself: 127.0.0.0/8, ::1 or localhost."""
+    """Return whether ``host`` is a loopback address (127.0.0.0/8 or ::1) or the name localhost."""
     if host.lower() == "localhost":
         return True
     try:
@@ -96,10 +103,10 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(address: Address, environ: Mapping[str, str], *, everywhere: bool = False) -> socket.socket:
-    """Return a socket that listens at ``address``; port 0 takes a free one, from DETCOLL_PORTS where that is set.
+    """Return a socket that listens at ``address``; port 0 takes a free port, from DETCOLL_PORTS where that is set.
 
-    With ``everywhere`` it listens on all interfaces, for an address that is not this host's own: one behind
-    DETCOLL_ADVERTISE, or a name that means loopback on the host itself but not elsewhere.
+    With ``everywhere`` it listens on all interfaces. That is needed where others reach this host at an address that is
+    not its own (DETCOLL_ADVERTISE), or by a name that resolves to loopback on this host only.
 
     Raises
     ------
@@ -119,12 +126,12 @@ def listen(address: Address, environ: Mapping[str, str], *, everywhere: bool = F
 
 
 def parse_ports(text: str) -> range:
-    """Return the ports that ``first-last`` means; empty text means any, as port 0.
+    """Parse a port range ``first-last``; empty text gives ``range(1)``: port 0 only, which means any free port.
 
     Raises
     ------
     UsageError
-        If it is no such range.
+        If it is not such a range.
     """
     if not text:
         return range(1)
@@ -135,7 +142,7 @@ def parse_ports(text: str) -> range:
 
 
 def adopt(descriptor: str | None, address: Address) -> socket.socket | None:
-    """Return the listening socket that the launcher left under ``descriptor``, None if it is not there any more."""
+    """Return the listening socket inherited from the launcher as ``descriptor``, None if it is not there any more."""
     if descriptor is None or not descriptor.isdigit():
         return None
     try:
@@ -150,54 +157,55 @@ def adopt(descriptor: str | None, address: Address) -> socket.socket | None:
         ):
             found.set_inheritable(False)
             return found
-    found.detach()  # somebody else's
+    found.detach()  # another file now has this descriptor
     return None
 
 
 def reach(address: Address, deadline_ns: int, *, is_known: bool = False) -> Reached:
-    """Return how to connect to a hub at ``address``, trying until the deadline; it must answer as ZeroMQ does.
+    """Return how to connect to the hub at ``address``; retry until it answers with a ZeroMQ greeting.
 
     Parameters
     ----------
     address : Address
-        Where.
+        The address of the hub.
     deadline_ns : int
-        On this process's `time.monotonic_ns`.
+        In this process's `time.monotonic_ns`.
     is_known : bool
-        Rank 0 told the address when it listened there already: if it listens no more, it is gone.
+        Whether rank 0 announced the address after it had begun to listen; then a refused connection means that rank 0
+        is gone.
 
     Raises
     ------
     ConnectError
-        If nothing answers in time, or something else does.
+        If nothing answers in time, or another service does.
     """
-    nap_s, why = SHORTEST_NAP_S, "the time was over before the first attempt"
+    nap_s, why = SHORTEST_NAP_S, "the deadline passed before the first attempt"
     while (left_s := left(deadline_ns)) > 0:
         try:
             for family, where in address.resolve():
                 try:
                     return _reach_once(family, where, min(left_s, _ATTEMPT_S))
                 except _Foreign as error:
-                    raise ConnectError(f"what answers at {address} is no rendezvous of detcoll: {error}") from error
+                    raise ConnectError(f"the service at {address} is not a detcoll rendezvous: {error}") from error
                 except OSError as error:
                     why = error.strerror or str(error)
                     if error.errno in (errno.EMFILE, errno.ENFILE):
-                        raise too_few_descriptors("the way to rank 0", 1) from error
+                        raise too_few_descriptors("the connection to rank 0", 1) from error
                     if is_known and error.errno == errno.ECONNREFUSED:
                         raise ConnectError(
                             f"rank 0 is gone: it was at {address}, but nobody listens there any more"
                         ) from error
-        except _Unknown as error:  # a name may become known while its host starts
+        except _Unknown as error:  # a name may not resolve until its host has started
             why = str(error)
         time.sleep(min(nap_s, left(deadline_ns)))
         nap_s = min(2 * nap_s, LONGEST_NAP_S)
     raise ConnectError(
-        f"the rendezvous at {address} did not answer: rank 0 has not come, has left, or is out of reach ({why})"
+        f"the rendezvous at {address} did not answer: rank 0 has not started, has left, or is unreachable ({why})"
     )
 
 
 def resolve_in_time(address: Address, deadline_ns: int) -> list[tuple[socket.AddressFamily, Where]]:
-    """Resolve an address, again while its name is unknown: it may become known while its host starts."""
+    """Resolve an address; retry until the deadline, since a name may not resolve until its host has started."""
     while True:
         try:
             return address.resolve()
@@ -208,19 +216,20 @@ def resolve_in_time(address: Address, deadline_ns: int) -> list[tuple[socket.Add
 
 
 def left(deadline_ns: int) -> float:
-    """Return the seconds until ``deadline_ns``, never less than zero."""
+    """Return the seconds until ``deadline_ns``, at least 0."""
     return max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
 
 
 def open_life_port(host: str, environ: Mapping[str, str], ranks: int) -> socket.socket:
-    """Return a listening socket on ``host``: as long as it is open, this process lives.
+    """Return a listening socket on ``host`` that others probe to learn whether this process lives.
 
-    Its port is of DETCOLL_PORTS where that has plenty for so many ranks here: what a transport needs comes first.
+    Its port is taken from DETCOLL_PORTS if that range is more than twice the number of local ``ranks``; a smaller range
+    is left to the transports, and any free port is used.
 
     Raises
     ------
     OSError
-        If there is no descriptor or no port.
+        If no descriptor or no port is available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.getaddrinfo(host, 0, family, socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -240,17 +249,17 @@ def open_life_port(host: str, environ: Mapping[str, str], ranks: int) -> socket.
 
 
 def require_descriptors(what: str, count: int) -> None:
-    """Raise unless ``count`` more file descriptors can be opened: ZeroMQ ends the process when they run out.
+    """Check that ``count`` more file descriptors can be opened, because ZeroMQ aborts the process when they run out.
 
     Raises
     ------
     ConnectError
-        If there are fewer.
+        If fewer are available.
     """
     free = 0
     try:
         with contextlib.ExitStack() as opened:
-            for free in range(count):  # noqa: B007 - how far it comes is said in the error
+            for free in range(count):  # noqa: B007 - the error reports how many were free
                 opened.callback(os.close, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
@@ -259,7 +268,7 @@ def require_descriptors(what: str, count: int) -> None:
 
 
 def too_few_descriptors(what: str, count: int, free: int = 0) -> ConnectError:
-    """Return the error that says so."""
+    """Return the error for a lack of file descriptors; ``what`` needs ``count`` more, and ``free`` are available."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return ConnectError(
         f"too few file descriptors: {what} needs {count} more, and {free} are left of the {limit} that this process "
@@ -268,7 +277,7 @@ def too_few_descriptors(what: str, count: int, free: int = 0) -> ConnectError:
 
 
 def close_inherited(is_ours: Callable[[socket.socket], bool]) -> None:
-    """Close those TCP sockets of this process that are ours; ZeroMQ does not tell its own. For a forked child."""
+    """In a forked child, close the TCP sockets for which ``is_ours`` holds; ZeroMQ does not report its descriptors."""
     for name in os.listdir("/proc/self/fd"):
         try:
             found = socket.socket(fileno=int(name))
@@ -282,12 +291,12 @@ def close_inherited(is_ours: Callable[[socket.socket], bool]) -> None:
 
 
 def own_host(environ: Mapping[str, str]) -> str | None:
-    """Return this rank's address where DETCOLL_ADVERTISE or DETCOLL_INTERFACE (a name or an address) gives it.
+    """Return this rank's address from DETCOLL_ADVERTISE or DETCOLL_INTERFACE (a name or an address), None if neither.
 
     Raises
     ------
     UsageError
-        If the interface is not here or has no address.
+        If the interface does not exist or has no address.
     """
     if advertised := environ.get("DETCOLL_ADVERTISE"):
         return advertised
@@ -300,7 +309,7 @@ def own_host(environ: Mapping[str, str]) -> str | None:
 
 
 def source_address(towards: Address) -> str:
-    """Return the local address from which this host reaches ``towards``.
+    """Return the local source address of the route to ``towards``.
 
     Raises
     ------
@@ -310,14 +319,14 @@ def source_address(towards: Address) -> str:
     family, where = towards.resolve()[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(where)  # sends nothing, but picks the route
+            probe.connect(where)  # on UDP this only selects the route
         except OSError as error:
             raise ConnectError(f"there is no route to {towards}: {error.strerror}") from error
         return str(probe.getsockname()[0])
 
 
 def _interface_address(name: str) -> str:
-    """Return the IPv4 address of an interface, else its first global IPv6 address."""
+    """Return the IPv4 address of an interface, else its first global or loopback IPv6 address."""
     if name not in (known for _, known in socket.if_nameindex()):
         names = ", ".join(known for _, known in socket.if_nameindex())
         raise UsageError(f"DETCOLL_INTERFACE={name!r} is neither an address nor an interface here; there are {names}")
@@ -362,13 +371,13 @@ def _where(found: tuple[Any, ...]) -> Where:
 
 
 def at_port(where: Where, port: int, host: str | None = None) -> Where:
-    """Return a socket address with another port, and another host if one is given."""
+    """Return ``where`` with the given port, and with the given host unless None."""
     host = where[0] if host is None else host
     return (host, port, where[2], where[3]) if len(where) == 4 else (host, port)
 
 
 class _Foreign(Exception):
-    """Something answered, but not as ZeroMQ does."""
+    """A service answered that does not speak ZeroMQ."""
 
 
 def _reach_once(family: socket.AddressFamily, where: Where, timeout_s: float) -> Reached:
@@ -376,8 +385,8 @@ def _reach_once(family: socket.AddressFamily, where: Where, timeout_s: float) ->
         connection.settimeout(timeout_s)
         connection.connect(where)
         if connection.getsockname() == connection.getpeername():
-            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")  # TCP met itself on that port
-        begin = connection.recv(1)  # ZeroMQ speaks first, on both sides
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")  # TCP connected to itself
+        begin = connection.recv(1)  # in ZeroMQ both sides send a greeting at once
         if not begin:
             raise ConnectionResetError(errno.ECONNRESET, "the connection ended at once")
         if begin != b"\xff":

@@ -1,7 +1,7 @@
-"""What crosses the wire between a rank and the hub: MessagePack in bounded frames, and never pickle.
+"""Wire format between a rank and the hub: MessagePack in bounded frames, never pickle.
 
-A message is cut into pieces, each a ZeroMQ message of one part: a header (`Header`) and at most 60 KiB. So a large
-message never holds back ZeroMQ's heartbeats, and nobody can make the other side hold more than a piece unasked.
+A message is split into pieces. Each piece is a single-part ZeroMQ message: a header (`Header`) and at most 60 KiB. So a
+large message does not delay ZeroMQ's heartbeats, and the receiver checks each piece before it buffers the next one.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ VERSION = 2
 HELLO_BYTES = 4096
 PIECE_BYTES = 60 * 1024
 MESSAGE_BYTES = 64 * 2**20
-"""What all payloads of an exchange may have together."""
+"""Limit for the sum of all payloads of an exchange."""
 PAYLOAD_BYTES = 2**20
 NAME_CHARS = 1024
 TEXT_CHARS = 16_384
-"""Longer texts of an abort are cut."""
+"""Longer abort texts are truncated."""
 RANK_BYTES = PAYLOAD_BYTES + 2**17
-"""The largest message of a rank: its payload, and who takes part."""
+"""The largest message of a rank: a payload and the list of members."""
 
 _HEADER = struct.Struct(">BQQ")
 FRAME_BYTES = _HEADER.size + PIECE_BYTES
@@ -33,11 +33,11 @@ HERE = 2
 
 
 class Header(NamedTuple):
-    """What a frame says beside its piece.
+    """Header of a frame.
 
-    ``number`` counts the pieces of one direction from 1; 0 is a note, which is neither counted nor repeated.
-    ``received`` is the number of the last piece that arrived from the other side. ``flags``: `CONTINUES` if the message
-    has more pieces, `HERE` in the note that comes first on a new connection.
+    ``number`` counts the pieces of one direction from 1; 0 is a note, which is neither numbered nor retransmitted.
+    ``received`` acknowledges: it is the number of the last piece that arrived from the other side. ``flags``:
+    `CONTINUES` if the message has more pieces, `HERE` in the note that comes first on a new connection.
     """
 
     flags: int
@@ -46,17 +46,17 @@ class Header(NamedTuple):
 
 
 def frame(header: Header, piece: bytes | memoryview = b"") -> bytes:
-    """Return one frame."""
+    """Return the encoded frame."""
     return _HEADER.pack(*header) + bytes(piece)
 
 
 def parse(data: bytes) -> tuple[Header, bytes]:
-    """Return header and piece of a frame.
+    """Return the header and the piece of a frame.
 
     Raises
     ------
     FrameError
-        If it is too short to have a header.
+        If the frame is shorter than a header.
     """
     if len(data) < _HEADER.size:
         raise FrameError(f"a frame of {len(data)} bytes has no header")
@@ -64,9 +64,9 @@ def parse(data: bytes) -> tuple[Header, bytes]:
 
 
 class Hello(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank asks to join. ``epoch`` counts the meetings of its process, ``remaining_ms`` is how long it will wait.
+    """A rank asks to join. ``epoch`` numbers the meetings of its process, ``remaining_ms`` is how long it will wait.
 
-    As long as the process lives, its host accepts connections at ``port``; 0 if there is no such port.
+    The process accepts TCP connections at ``port`` as long as it lives; 0 if there is no such port.
     """
 
     version: int
@@ -79,7 +79,7 @@ class Hello(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Key(msgspec.Struct, array_like=True, frozen=True):
-    """Which exchange: its name, who takes part (None: all ranks), and the how many-th of that name and those ranks."""
+    """Identifies an exchange: name, members (None: all ranks), and how many with that name and members came before."""
 
     name: str
     ranks: tuple[int, ...] | None
@@ -87,7 +87,7 @@ class Key(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Gather(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank comes to an exchange."""
+    """A rank's contribution to an exchange; ``remaining_ms`` is how long the rank will wait."""
 
     key: Key
     payload: bytes
@@ -95,7 +95,7 @@ class Gather(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank gives up a group (0: the whole job) and says why."""
+    """A rank aborts a group (0: the whole job) and gives the reason."""
 
     kind: str
     text: str
@@ -103,34 +103,38 @@ class Abort(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Bye(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """A rank leaves in good order."""
+    """A rank leaves normally."""
 
 
 class Welcome(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """All ranks are here. ``reach`` is an address by which other hosts reach that of rank 0, or empty."""
+    """All ranks have joined. ``reach`` is an address at which other hosts reach rank 0's host, or empty."""
 
     reach: str
 
 
 class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The receiver cannot take part: ``fault`` "usage" blames it, "world" somebody else, "later" nobody."""
+    """The receiver is not admitted.
+
+    ``fault``: "usage" if it was started with wrong arguments, "world" if the cause lies elsewhere, "later" if it should
+    try again.
+    """
 
     fault: Literal["usage", "world", "later"]
     text: str
 
 
 class Gathered(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The payloads of those who take part in an exchange, in rank order."""
+    """The payloads of all members of an exchange, in rank order."""
 
     key: Key
     payloads: list[bytes]
 
 
 class Missing(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """An exchange, or the joining (no key), failed.
+    """An exchange failed, or the meeting itself (no key).
 
-    ``fault`` "absent": ``ranks`` did not come to it, and ``text`` adds what else is known; "lost" and "other": ``text``
-    says it all.
+    ``fault`` "absent": ``ranks`` did not arrive in time, and ``text`` gives further details. "lost" and "other":
+    ``text`` is the whole reason.
     """
 
     key: Key | None
@@ -140,14 +144,14 @@ class Missing(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class LostRank(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """``rank`` is gone without a goodbye; ``text`` says what is known of that."""
+    """``rank`` is gone without a goodbye; ``text`` is the reason."""
 
     rank: int
     text: str
 
 
 class AbortedRank(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """``rank`` gave up."""
+    """``rank`` aborted a group (0: the whole job)."""
 
     rank: int
     kind: str
@@ -156,7 +160,7 @@ class AbortedRank(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Closing(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Rank 0 left in good order and takes the hub along."""
+    """Rank 0 left normally, and the hub closes with it."""
 
 
 ToHub = Hello | Gather | Abort | Bye
@@ -168,27 +172,27 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def pack(message: ToHub | FromHub) -> bytes:
-    """Return ``message`` as bytes."""
+    """Return ``message`` as MessagePack bytes."""
     return _encoder.encode(message)
 
 
 def to_hub(data: bytes) -> ToHub:
-    """Return the message of a rank.
+    """Decode a message of a rank to the hub.
 
     Raises
     ------
     FrameError
-        If the bytes are no message that a rank may send.
+        If the bytes are not a message that a rank may send.
     """
     try:
         message: ToHub = _to_hub.decode(data)
-    except ValueError as error:  # of msgspec, and of text that is not UTF-8
+    except ValueError as error:  # from msgspec, or for text that is not UTF-8
         raise FrameError(f"not a message of the rendezvous: {error}") from error
     return message
 
 
 def from_hub(data: bytes) -> FromHub:
-    """Return the message of a hub; as `to_hub`."""
+    """Decode a message of the hub to a rank; raises as `to_hub`."""
     try:
         message: FromHub = _from_hub.decode(data)
     except ValueError as error:
