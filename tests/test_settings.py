@@ -27,8 +27,8 @@ def test_a_misspelt_name_is_warned_of_once_and_the_nearest_is_named(caplog: pyte
     settings.warn_of_unknown(environ)
     settings.warn_of_unknown(environ | {"DETCOLL_TRANSPROT": "shm"})
     assert [record.message for record in caplog.records] == [
-        "DETCOLL_SLOTING is set and means nothing to detcoll; did you mean DETCOLL_SLOTTING?",
-        "DETCOLL_TRANSPROT is set and means nothing to detcoll; did you mean DETCOLL_TRANSPORT?",
+        "DETCOLL_SLOTING is set, but detcoll has no such variable; did you mean DETCOLL_SLOTTING?",
+        "DETCOLL_TRANSPROT is set, but detcoll has no such variable; did you mean DETCOLL_TRANSPORT?",
     ]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 

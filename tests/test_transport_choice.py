@@ -72,7 +72,7 @@ def test_without_mpi_both_reasons_are_told(taken_port: str) -> None:
     for answer in answers:
         assert isinstance(answer, TransportUnavailable)
         assert "could not open slotted: slotted cannot bind a port from" in str(answer)
-        assert "no fall-back to mpi, since MPI did not start all ranks (use mpiexec)" in str(answer)
+        assert "cannot fall back to mpi, because MPI did not start all ranks (use mpiexec)" in str(answer)
 
 
 def test_what_was_asked_for_is_never_replaced(tmp_path, taken_port: str, mpiexec: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""A job: what its ranks agree on, what they open together, and what they know of each other."""
+"""A job: the settings that its ranks agree on, the endpoints they open, and the failures they report to each other."""

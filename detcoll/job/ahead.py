@@ -1,7 +1,7 @@
-"""Which calls others have to wait for, where the transport and the progress thread both carry calls out.
+"""Ordering of calls on the same memory, where the transport and the progress thread both execute calls.
 
-Each of the two keeps the order of its own calls. Calls on the same memory of which one goes either way are kept in
-order here: the later one is handed over only when the earlier one has ended.
+Each of the two executes its own calls in order. Where one call goes to the transport, another to the progress thread,
+and both use the same memory, the later call is submitted only when the earlier one has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FEW = 16
 
 
 class Ahead:
-    """Calls that were handed over, and the memory that they work on. Thread-safe."""
+    """The submitted calls and the memory that they use. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -24,7 +24,7 @@ class Ahead:
         self._most = _FEW
 
     def note(self, spans: Sequence[Span], work: Work, *, on_loop: bool) -> None:
-        """Remember a call that was handed over; those that have ended are forgotten now and then."""
+        """Record a submitted call; drop ended calls when the list has grown."""
         if not spans:
             return
         with self._lock:
@@ -34,7 +34,7 @@ class Ahead:
             self._calls.append((spans, work, on_loop))
 
     def of(self, spans: Sequence[Span], *, on_loop: bool) -> list[Work]:
-        """Return what works on this memory, has not ended and goes the other way."""
+        """Return the unfinished calls on this memory that were submitted to the other executor."""
         if not self._calls:
             return []
         with self._lock:
@@ -44,6 +44,6 @@ class Ahead:
             ]  # fmt: skip
 
     def wait(self, spans: Sequence[Span], *, on_loop: bool) -> None:
-        """Return once all that `of` returns has ended, as each does by its own deadline."""
+        """Block until all calls that `of` returns have ended; the deadline of each bounds the wait."""
         for work in self.of(spans, on_loop=on_loop):
             work.exception()

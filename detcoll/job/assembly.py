@@ -1,12 +1,11 @@
-"""From settings to open endpoints: which transport, and how ranks reach each other.
+"""From settings to open endpoints: choose the transport and connect the ranks.
 
-``transport="auto"`` takes the slotted transport where the topology has several sites with lines between them, shared
-memory where all ranks are on one host, MPI where MPI started the ranks, and else the slotted transport without
-windows. Where the automatic choice lacks what it needs on any rank, all ranks fall back to MPI, with a warning that
-says why; a refused address or key is never a reason to fall back.
+``transport="auto"`` chooses the slotted transport if the topology has several sites with lines between them, else
+shared memory if all ranks are on one host, else MPI if MPI started the ranks, else the slotted transport without
+windows. If the automatic choice is not available on some rank, all ranks fall back to MPI and a warning gives the
+reason. An address that may not be used (`UsageError`) never causes a fall-back.
 
-Local and wide endpoints are chosen apart: with the slotted transport, ranks of one site on one host talk through
-shared memory.
+With the slotted transport across lines, ranks of one site on one host use shared memory among themselves.
 """
 
 from __future__ import annotations
@@ -36,14 +35,15 @@ WIDE, LOCAL, FALLBACK = "slotted", "shm", "mpi"
 WARM_UP_ROUND_TRIPS = 12
 LARGEST_WARM_UP_BYTES = 2**27
 WIDE_ACKNOWLEDGE_DELAY_NS = 5_000_000
-"""Across lines, where scratch is made for two cycles more than a round trip. An acknowledgement wakes up two hosts:
-with 5 ms instead of 2, 4 MiB over two sites of two ranks take a twentieth less processor time."""
+"""Delay of acknowledgements across lines, where scratch covers two cycles more than a round trip. An acknowledgement
+wakes two hosts: with 5 ms instead of 2 ms, an all-reduce of 4 MiB over two sites of two ranks takes 5 % less CPU time.
+"""
 _MPI_LAUNCHERS = ("mpich", "openmpi")
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A transport, and why it was chosen."""
+    """A transport and the reason for choosing it; ``automatic`` if the user did not name one."""
 
     name: str
     reason: str
@@ -52,7 +52,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """Open endpoints. ``native`` is set where the transport does whole collectives itself."""
+    """Open endpoints. ``native`` is set if the transport has collectives of its own that may be used."""
 
     transport: Transport
     routes: Routes
@@ -61,7 +61,7 @@ class Assembled:
 
 
 def choose(settings: Settings, facts: Sequence[Facts], topology: Topology) -> Choice:
-    """Return the transport for these ranks; the same on all of them."""
+    """Return the transport for these ranks; the result is the same on all ranks."""
     if settings.transport != AUTO:
         return Choice(settings.transport, "it was asked for", False)
     if topology.is_wide:
@@ -81,7 +81,7 @@ def assemble(
     Raises
     ------
     TransportUnavailable
-        If the transport asked for, or every one that could take its place, lacks something on some rank.
+        If the requested transport is not available on some rank; with "auto", if no fall-back is available either.
     UsageError, ConnectError
         See `detcoll.transport`.
     """
@@ -97,7 +97,7 @@ def assemble(
         reason = str(error)
     if not _started_by_mpi(facts):
         raise TransportUnavailable(
-            f"{reason}; no fall-back to {FALLBACK}, since MPI did not start all ranks (use mpiexec)"
+            f"{reason}; cannot fall back to {FALLBACK}, because MPI did not start all ranks (use mpiexec)"
         )
     if rank == 0:
         log.warning("transport %s cannot be used: %s; falling back to %s", choice.name, reason, FALLBACK)
@@ -110,7 +110,7 @@ def _started_by_mpi(facts: Sequence[Facts]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Opener:
-    """Opens transports on all ranks together, or on none."""
+    """Opens a transport on all ranks, or on none if one rank fails."""
 
     settings: Settings
     facts: Sequence[Facts]
@@ -120,7 +120,7 @@ class _Opener:
     deadline_ns: int
 
     def open(self, name: str) -> Assembled:
-        """Open transport ``name``, and beside it the local one where that is another."""
+        """Open and connect transport ``name``, and shared memory beside it for ranks of one site on one host."""
         transport = self._on_all(f"load {name}", lambda: registry.load(name))
         self._check_scope(transport)
         is_native = bool(transport.capabilities.native) and not (
@@ -140,7 +140,7 @@ class _Opener:
             sites = [self.topology.site_of(rank) for rank in range(self.topology.size)]
             others = frozenset(range(self.topology.size)) - {self.rank} - local
             self._connect(name, main, others, others & self._needed())
-            # Nobody begins, and perhaps fails, while others still connect to it.
+            # Wait for all ranks: one that went on and failed would disturb others that still connect to it.
             self.meeting.exchange(f"connected {name}", b"", self.deadline_ns)
         except BaseException:
             for endpoint in opened:
@@ -157,13 +157,13 @@ class _Opener:
 
     def _check_scope(self, transport: Transport) -> None:
         if transport.capabilities.scope is Scope.HOST and len({fact.host for fact in self.facts}) > 1:
-            raise TransportUnavailable(f"transport {transport.name!r} joins ranks of one host; they are on several")
+            raise TransportUnavailable(f"transport {transport.name!r} needs all ranks on one host; they are on several")
 
     def _local_peers(self, name: str) -> frozenset[int]:
         return self._local_peers_of(name, self.rank)
 
     def _local_peers_of(self, name: str, rank: int) -> frozenset[int]:
-        """Return the ranks that ``rank`` reaches through shared memory beside the wide transport."""
+        """Return the ranks that ``rank`` reaches through shared memory instead of the wide transport."""
         if name != WIDE or not self.topology.is_wide:
             return frozenset()
         site = self.topology.sites[self.topology.site_of(rank)]
@@ -185,11 +185,14 @@ class _Opener:
         )
 
     def _needed(self) -> frozenset[int]:
-        """Return with whom collectives of the world have to do; others are connected when a group needs them."""
+        """Return the ranks that this one exchanges messages with in collectives of the world.
+
+        Other ranks are connected when a group needs them.
+        """
         topology, rank = self.topology, self.rank
         site_of = [topology.site_of(other) for other in range(topology.size)]
         needed = {*topology.sites[site_of[rank]].ranks, *partners(topology, rank)}
-        last = {site.ranks[-1] for site in topology.sites}  # they move small arrays
+        last = {site.ranks[-1] for site in topology.sites}  # plans for small arrays use the last rank of each site
         return frozenset(needed | acquaintances(rank, site_of) | (last if rank in last else set()))
 
     def _connect(self, name: str, endpoint: Endpoint, peers: frozenset[int], needed: frozenset[int]) -> None:
@@ -198,7 +201,7 @@ class _Opener:
         endpoint.connect(addresses, self.deadline_ns, needed)
 
     def _on_all(self, what: str, action: Callable[[], Opened]) -> Opened:
-        """Run ``action`` on every rank; if it fails on any, undo it and raise on all."""
+        """Run ``action`` on every rank; if it fails on one rank, undo it and raise the same error on all."""
         result: Opened | None = None
         problem = ""
         kind: type[TransportUnavailable] | type[UsageError] = TransportUnavailable
@@ -221,13 +224,13 @@ class _Opener:
 
 
 def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> dict[str, object]:
-    """Return options for flows across lines: what they send while they connect, and what is under way.
+    """Return transport options for flows across lines: their warm-up traffic, and the bytes in flight.
 
-    To warm up they send an equal share of the lines for some round trips. TCP doubles its window every round trip, so a
-    dozen take it from ten segments to any window that is needed here, but no further than twice what is under way. It
-    paces by itself at 1.2 windows a round trip. A flow that is to have a line to itself in its windows needs more than
-    its share gives, so then flows of a rank go one after another, each at half the line's rate, so that two may meet
-    at a receiver.
+    To warm up, each flow sends at an equal share of the line's rate for `WARM_UP_ROUND_TRIPS` round trips. TCP doubles
+    its congestion window every round trip, so twelve take it from ten segments to any window needed here, but not
+    beyond twice the bytes in flight. TCP paces by itself at 1.2 windows a round trip. With a calendar for more than two
+    sites, a flow has a line to itself in its windows and needs a larger window than at its share. Then the flows of a
+    rank warm up one after another, each at half the line's rate, so that two may meet at a receiver.
     """
     if not topology.is_wide:
         return {}
@@ -249,10 +252,10 @@ def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> d
 
 
 def _pace_groups(topology: Topology, rank: int) -> dict[int, int]:
-    """Return a number for each rank of other sites; those with one number share one flow's rate.
+    """Return a pace group for each rank of other sites; ranks of one pace group share the rate of one flow.
 
-    The calendar counts a flow for each partner of a rank in the world's plans. All that a rank sends to a site,
-    whatever group and peer, goes at these rates: a peer that is no partner shares the flow of the site's first one.
+    The calendar grants one flow to each partner of a rank in the world's plans. All traffic of a rank to a site, of
+    any group and to any peer, uses these flows: a peer that is not a partner shares the site's first flow.
     """
     own = partners(topology, rank)
     numbers: dict[int, int] = {}

@@ -1,13 +1,13 @@
-"""Which calendar a job keeps: rank 0 makes it or finds it on disk, the others check what they are given.
+"""The calendar of a job: rank 0 builds it or reads it from disk, and the other ranks check it.
 
-Aligning arrivals takes a solver with a time limit, which need not give two machines the same answer, so one rank
-decides. What it decided is kept under ``$XDG_CACHE_HOME/detcoll/calendars`` by a digest of all that it depends on. The
-cache is only a shortcut: unusable entries are ignored, and so is a folder that cannot be written.
+Aligning arrivals takes a solver with a time limit, whose result may differ between machines, so one rank decides. The
+result is cached under ``$XDG_CACHE_HOME/detcoll/calendars`` by a digest of its inputs. Unusable cache entries are
+ignored, and so is a folder that cannot be written.
 
-Windows between more than two sites mean arrivals that do not meet. Sites that do not share a clock align them
-(`detcoll.clock.arrival`) before there is a calendar, and guards allow for what they could not mend. Where that is too
-much, where ranks of a site would have to send to several of another at once, where rates are reserved between sites, or
-where no calendar is found, flows share the lines instead, and the log says why.
+With windows between more than two sites, arrivals from different sites must not overlap at a receiver. Sites without a
+common clock align their arrivals (`detcoll.clock.arrival`) before the calendar is built, and guards cover the remaining
+error. Flows share the lines without windows, and the log gives the reason, if that error is too large, sites have
+unequal numbers of ranks, rates are reserved between sites, or no calendar is found.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ from detcoll.topology import Topology
 log = logging.getLogger("detcoll")
 
 FORMAT = 2
-"""Of the calendars on disk; raised when equal arguments give other calendars."""
+"""Format of the calendars on disk; increased when equal inputs give a different calendar."""
 
 LARGEST_ARRIVAL_ERROR_NS = 1_000_000
-"""Arrivals further apart than this get no windows, which would have to last too long for guards to be a small share."""
+"""Largest misalignment of arrivals for which windows are used. Beyond it, windows would have to be too long for guards
+to take only a small share of them."""
 
 ARRIVAL_STEP_NS = 50_000
-"""Errors of arrivals are rounded up to a multiple of this, so that what was solved once is found again on disk."""
+"""Misalignments are rounded up to a multiple of this, so that a later job finds the solution in the cache."""
 
 Exchange = Callable[[bytes], list[bytes]]
-"""Gives this rank's payload and returns everybody's, in rank order."""
+"""Contributes this rank's payload and returns those of all ranks, in rank order."""
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What rank 0 tells: the calendar, and why it has no windows where it might have had."""
+    """The message of rank 0: the calendar and, if windows were wanted but not possible, the reason."""
 
     calendar: Calendar
     reason: str = ""
 
 
 def aligns_arrivals(topology: Topology, mode: Slotting | None, clocks: Sequence[str]) -> bool:
-    """Tell whether sites without a common clock have to align arrivals for the calendar that was asked for."""
+    """Return whether the requested calendar needs aligned arrivals, because the sites do not share a clock."""
     wants = mode is Slotting.CALENDAR and len(topology.sites) > 2 and topology.is_wide
     return wants and not _share_a_clock(topology, clocks) and not _obstacle(topology)
 
@@ -58,25 +59,24 @@ def agree_on_calendar(
     topology: Topology, mode: Slotting | None, error_ns: int, clocks: Sequence[str], rank: int, exchange: Exchange,
     arrivals_ns: int | None = None,
 ) -> Calendar:  # fmt: skip
-    """Return the calendar that all ranks will keep; all of them call it.
+    """Return the calendar that all ranks will use; all ranks must call it.
 
     Parameters
     ----------
     topology : Topology
-        Where all ranks are.
+        Sites, ranks and lines.
     mode : Slotting, optional
-        What was asked for; None: CALENDAR for two sites, SHARE for more.
+        The requested mode; None means CALENDAR for up to two sites, SHARE for more.
     error_ns : int
-        What guards have to cover, apart from ``arrivals_ns``.
+        Timing error that guards have to cover, without ``arrivals_ns``.
     clocks : sequence of str
         The clock domain of each rank.
     rank : int
-        Of the caller.
+        The caller's rank.
     exchange : callable
-        How ranks tell each other; called only where a calendar has to be agreed on.
+        All-gathers a payload; called only if ranks have to agree on a calendar.
     arrivals_ns : int, optional
-        Where `aligns_arrivals`: how far apart arrivals are that should meet exactly, the same on all ranks. None: that
-        is not known.
+        The remaining misalignment of arrivals, the same on all ranks; used only if `aligns_arrivals`. None if unknown.
 
     Raises
     ------
@@ -106,23 +106,23 @@ def _share_a_clock(topology: Topology, clocks: Sequence[str]) -> bool:
 
 
 def _misalignment(arrivals_ns: int | None) -> str:
-    """Return why sites without a common clock cannot keep windows, or nothing."""
+    """Return why sites without a common clock cannot use windows, or an empty string if they can."""
     if arrivals_ns is None:
-        return "sites do not share a clock, and could not align arrivals"
+        return "sites do not share a clock and could not align arrivals"
     if arrivals_ns > LARGEST_ARRIVAL_ERROR_NS:
         return (
-            f"sites do not share a clock, and arrivals stay {arrivals_ns / 1e6:.2f} ms apart, more than "
-            f"{LARGEST_ARRIVAL_ERROR_NS / 1e6:.2f} ms; are the delays in the topology right?"
+            f"sites do not share a clock, and arrivals stay misaligned by {arrivals_ns / 1e6:.2f} ms, more than "
+            f"{LARGEST_ARRIVAL_ERROR_NS / 1e6:.2f} ms; check the delays in the topology"
         )
     return ""
 
 
 def _obstacle(topology: Topology) -> str:
-    """Return why no ranks could keep windows across these sites, or nothing."""
+    """Return why this topology does not permit windows, or an empty string if it does."""
     if len({len(site.ranks) for site in topology.sites}) > 1:
         return "sites have unequal numbers of ranks"
     if topology.has_reservations:
-        return "what is reserved between two sites cannot be lent to others for a while"
+        return "rates are reserved between pairs of sites, and one pair cannot use the rate of another"
     return ""
 
 
@@ -152,7 +152,7 @@ def _folder() -> Path:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)

@@ -1,8 +1,9 @@
-"""Makes the calls of one group: numbers them, chooses who carries them out, and tells a group of a call refused here.
+"""Calls of one group: number them, choose their executor, and report a refused call to the group.
 
-Calls of one rank are numbered in the order in which they come, whatever threads make them, and that order must agree
-between ranks. A call goes to the transport's own collective where it has one for this group, kind, type and operator,
-else a plan is compiled and the progress thread carries it out. That choice depends only on what ranks compare.
+Calls of one rank are numbered in the order in which they are made, by any thread; the order must be the same on all
+ranks. A call goes to the transport's native collective if it has one for this group, kind, type and operator. Otherwise
+a plan is compiled and the progress thread executes it. The choice depends only on properties that ranks compare, so all
+ranks make the same one.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from detcoll.types import ReduceOp, accumulation_dtype
 
 
 class Caller:
-    """See the module.
+    """Makes the calls of one group; see the module.
 
     Parameters
     ----------
     job : Job
-        What carries calls out.
+        Executes the calls.
     group : Group
-        Whose calls these are.
+        The group that the calls belong to.
     topology : Topology
-        Of the group, its lines no faster than its members' share of them.
+        Of the group; its lines have at most the rate that the members share.
     calendar : Calendar
-        By which its plans are made and predicted.
+        Used to plan and predict the calls.
     """
 
     def __init__(self, job: Job, group: Group, topology: Topology, calendar: Calendar) -> None:
         self.job, self.group = job, group
         self.rank = group.ranks.index(job.session.rank)
         self.native: NativeRunner | None = job.native if group.id == WORLD_ID else None
-        """What runs the transport's own collectives of this group, or None."""
+        """Runs the transport's native collectives for this group, or None."""
         self.planner = Planner(topology, self.rank, calendar, job.costs)
         job.keep_planner(group, self.planner)
         self._sequence = itertools.count()
@@ -54,22 +55,22 @@ class Caller:
 
     @property
     def usable(self) -> bool:
-        """Whether calls may be made."""
+        """Whether calls are accepted: the job is usable and the group is not closed."""
         return self.job.usable and not self._is_closed
 
     def close(self) -> None:
-        """Take no more calls."""
+        """Accept no more calls."""
         self._is_closed = True
 
     def check_usable(self) -> None:
-        """Refuse a call where none may be made.
+        """Raise if no call may be made.
 
         Raises
         ------
         UsageError, Closed
-            See `Job.check_usable`; Closed also where the group has failed, and this was told before.
+            See `Job.check_usable`. Closed also if the group was closed, or failed and the failure was raised before.
         DetcollError
-            What ended the group, the first time that a caller is told.
+            The failure that ended the group, the first time that it is raised.
         """
         self.job.check_usable()
         if self._is_closed:
@@ -84,7 +85,7 @@ class Caller:
     def call(
         self, kind: str, bound: Bound, op: ReduceOp, root: int, arrays: int, *, timeout_s: float, name: str, wait: bool
     ) -> Work | None:
-        """Begin a collective; None where the caller would wait and it has ended already."""
+        """Start a collective and return its work; None if ``wait`` is set and the collective has already ended."""
         self.check_usable()
         called_ns, timeout_ns = time.monotonic_ns(), round(timeout_s * 1e9)
         native = self.native
@@ -130,7 +131,7 @@ class Caller:
         except DetcollError as error:
             self._tell_refusal(sequence, error)
             raise
-        except BaseException as error:  # such as KeyboardInterrupt; it is numbered, so the others would wait for it
+        except BaseException as error:  # such as KeyboardInterrupt; the call has a number, so others would wait for it
             self._tell_refusal(sequence, TransportError(f"{error!r} while it called {kind} number {sequence}"))
             raise
         if ahead is not None:
@@ -138,9 +139,9 @@ class Caller:
         return work
 
     def refuse(self, error: UsageError) -> None:
-        """Take note of a call whose arguments cannot be used: it counts, and ends on all ranks of the group.
+        """Count a call with invalid arguments, and fail the call of that number on all ranks of the group.
 
-        A transport's own collectives have no way to hear of that, so there the call is as if it had not been made.
+        Native collectives cannot report a refused call; with them the call is not counted at all.
         """
         if self.native is not None or not self.usable or self.job.failure(self.group) is not None:
             return
@@ -149,5 +150,5 @@ class Caller:
 
     def _tell_refusal(self, sequence: int, error: Exception) -> None:
         engine, group = self.job.loop.engine, self.group
-        with contextlib.suppress(Closed):  # then all have been told more than this
+        with contextlib.suppress(Closed):  # the loop has ended, and its cause has been reported already
             self.job.loop.post(lambda now_ns: engine.refuse(group, sequence, error, now_ns))

@@ -1,11 +1,12 @@
-"""Flight records: what a rank writes when its group fails, on a signal, and when `detcoll doctor --job` asks.
+"""Flight records: a rank writes one when its group fails, on a signal, and on request of `detcoll doctor --job`.
 
-A record is a JSON file (schema ``detcoll.record/1``): where this rank stands in each group, and the last events that
-`detcoll.runtime.recorder` kept. `detcoll report` compares the records of all ranks.
+A record is a JSON file (schema ``detcoll.record/1``) with the state of this rank in each group and the last events of
+`detcoll.runtime.recorder`. `detcoll report` compares the records of all ranks.
 
-Files go to ``DETCOLL_RECORD/JOB/recordRANK.json``; without that variable to ``$XDG_STATE_HOME/detcoll/records``, where
-the folders of the last `LARGEST_KEPT_JOBS` jobs are kept; ``DETCOLL_RECORD=off`` writes none. A process also listens on
-an abstract Unix socket, which leaves no file behind, and gives its record to whoever is the same user.
+Files go to ``$DETCOLL_RECORD/JOB/recordRANK.json``. Without that variable the folder is
+``$XDG_STATE_HOME/detcoll/records``, which keeps the last `LARGEST_KEPT_JOBS` jobs. ``DETCOLL_RECORD=off`` disables
+records. Each process also listens on an abstract Unix socket, which leaves no file behind, and sends its record to
+processes of the same user or of root.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ _PATIENCE_S = 5.0
 
 
 def socket_prefix() -> str:
-    """Return what the names of this user's sockets begin with; the process id follows."""
+    """Return the prefix of the names of this user's sockets; the process id and the rank follow."""
     return f"detcoll-job-{os.getuid()}-"
 
 
 class Flight:
-    """Writes and gives away the record of one rank.
+    """Writes the record of one rank to disk, and sends it on request.
 
     Parameters
     ----------
     name : str
-        Of the job, the same on all its ranks: the folder of its records.
+        The name of the job, the same on all ranks; also the name of the folder of its records.
     rank : int
-        Of this process.
+        The rank of this process.
     describe : callable
-        Returns the record as plain data; may be called from any thread.
+        Returns the state of the rank as plain data; called from any thread.
     setting : str, optional
-        What DETCOLL_RECORD says.
+        The value of DETCOLL_RECORD.
     """
 
     def __init__(self, name: str, rank: int, describe: Callable[[], dict[str, Any]], setting: str | None) -> None:
@@ -65,9 +66,9 @@ class Flight:
         self._has_signal = self._catch_signal()
 
     def write(self, reason: str) -> Path | None:
-        """Write the record and return its path; None where it is switched off or cannot be written.
+        """Write the record and return its path, or None if records are disabled or it cannot be written.
 
-        A forked child writes none: what it would describe is its parent's past.
+        A forked child writes none, because its copy of the state is that of its parent at the fork.
         """
         if self._is_off or os.getpid() != self._pid:
             return None
@@ -77,7 +78,7 @@ class Flight:
             draft = path.with_suffix(".draft")
             draft.write_text(json.dumps(self.told(reason)), encoding="utf-8")
             draft.replace(path)
-        except Exception as error:  # whatever it is, callers still have to hear of the failure that led here
+        except Exception as error:  # must not hide the failure that the record is about
             log.debug("rank %d: no record was written: %r", self._rank, error)
             return None
         if self._is_own:
@@ -91,7 +92,7 @@ class Flight:
         return head | self._describe()
 
     def close(self) -> None:
-        """Give the socket and the signal back. Idempotent."""
+        """Close the socket and restore the signal handler. Idempotent."""
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
@@ -103,7 +104,7 @@ class Flight:
                 signal.signal(SIGNAL, self._signal_before)
 
     def _catch_signal(self) -> bool:
-        """Write the record on `SIGNAL`, unless the program does something else with it."""
+        """Write the record on `SIGNAL`, unless the program has a handler of its own."""
         if threading.current_thread() is not threading.main_thread() or signal.getsignal(SIGNAL) != signal.SIG_DFL:
             return False
         self._signal_before = signal.signal(SIGNAL, self._signalled)
@@ -138,7 +139,7 @@ class Flight:
 
 
 def running() -> list[str]:
-    """Return the names of the sockets of this user's ranks on this host, in this network namespace."""
+    """Return the socket names of this user's ranks on this host and in this network namespace."""
     names = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/net/unix").read_text(encoding="ascii", errors="replace").splitlines()[1:]:
@@ -149,7 +150,7 @@ def running() -> list[str]:
 
 
 def ask(name: str) -> dict[str, Any] | None:
-    """Return the record of the rank behind a socket of `running`, or None where it is gone or gives none."""
+    """Request the record of the rank with this socket name; None if the rank is gone or does not answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_PATIENCE_S)
         try:
@@ -162,7 +163,7 @@ def ask(name: str) -> dict[str, Any] | None:
 
 
 def _default_folder() -> Path | None:
-    """Return where records go unless somebody says so, or None for a user without a home, as in some containers."""
+    """Return the default folder of records, or None for a user without a home, as in some containers."""
     state = os.environ.get("XDG_STATE_HOME")
     try:
         base = Path(state) if state else Path.home() / ".local" / "state"
@@ -172,7 +173,7 @@ def _default_folder() -> Path | None:
 
 
 def _forget_old(folder: Path) -> None:
-    """Remove the folders of all but the last jobs."""
+    """Remove the folders of all but the last `LARGEST_KEPT_JOBS` jobs."""
     jobs = sorted((job for job in folder.iterdir() if job.is_dir()), key=lambda job: job.stat().st_mtime)
     for job in jobs[:-LARGEST_KEPT_JOBS]:
         shutil.rmtree(job, ignore_errors=True)

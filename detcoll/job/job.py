@@ -1,8 +1,8 @@
-"""A job: everything that one process shares over all its groups.
+"""A job: the resources of one process that all its groups share.
 
-It owns the session with the other ranks, the endpoints, the calendar and its slots, the clock, and the one progress
-thread. Groups only say who takes part: all of them send through the same slots, so what crosses a line keeps to the
-reserved rate whatever group it is of.
+It owns the session with the other ranks, the endpoints, the calendar with its slots, the clock and the progress thread.
+A group only defines its members. All groups send through the same slots, so the traffic of all groups together keeps
+to the reserved rate of a line.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ log = logging.getLogger("detcoll")
 
 _PARTING_AFTER_FAILURE_S = 2.0
 _CLOSING_AFTER_FAILURE_S = 0.5
-"""How long endpoints go on sending after a failure, so that its cause reaches those that this rank told."""
+"""How long endpoints go on sending after a failure, so that its cause reaches the other ranks."""
 
 TRACED_PHASES = 256
-"""Predictions in a trace tell so many moments of a cycle apart."""
+"""Predictions in a trace distinguish this many phases of a calendar cycle."""
 
 
 class Job:
-    """One process's part of a job; see the module. It has many fields since it is what all groups share.
+    """One process's part of a job; see the module. It has many fields because it holds everything that groups share.
 
-    ``native`` : runs the transport's own collectives of the world, where it has some.  ``costs`` : what hosts cost.
-    ``ahead`` : keeps calls on the same memory in order, where there are native ones.
+    ``native`` : runs the transport's native collectives of the world, if it has any.  ``costs`` : costs of the hosts,
+    for predictions.  ``ahead`` : keeps calls on the same memory in order if there are native collectives.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Job:
         try:
             self.native = self._make_native()
             if self.native is None:
-                self.loop  # noqa: B018 - started at once: peers need it to answer
+                self.loop  # noqa: B018 - start the thread at once, because it has to answer peers
         except BaseException:
             if self._loop is not None:
                 self._loop.close()
@@ -109,7 +109,7 @@ class Job:
 
     @property
     def loop(self) -> Loop:
-        """The progress thread, started when it is needed first."""
+        """The progress thread, started on first access."""
         with self._lock:
             if self._loop is None:
                 loop = self._loop = self._make_loop()
@@ -129,7 +129,7 @@ class Job:
         return Loop(engine, routes, self._timekeeper, self.rest, self.trace, self._note_failure)
 
     def describe(self) -> dict[str, Any]:
-        """Return where this rank stands, as plain data for its flight record."""
+        """Return the state of this rank as plain data for its flight record."""
         groups = snapshot(self._loop.engine) if self._loop is not None else []
         if self.native is not None:
             groups = [self.native.standing(self.world), *(group for group in groups if group["id"] != "world")]
@@ -141,20 +141,20 @@ class Job:
     def _note_failure(self, reason: str) -> None:
         path = self.flight.write(reason)
         if path is not None:
-            log.info("rank %d: what led to it is in %s", self.session.rank, path)
+            log.info("rank %d: the flight record of the failure is %s", self.session.rank, path)
 
     def keep_planner(self, group: Group, planner: Planner) -> None:
-        """Remember what predicts the calls of a group, where there is a trace."""
+        """Keep the planner that predicts the calls of a group, if a trace is recorded."""
         if self.trace.recording:
             self._planners[group.number] = planner
 
     @property
     def usable(self) -> bool:
-        """Whether calls may be made: opened by this process and not finalized."""
+        """Whether calls are accepted: this process opened the job and has not finalized or aborted it."""
         return not self._finalized and os.getpid() == self.pid
 
     def check_usable(self) -> None:
-        """Refuse a call where none may be made.
+        """Raise if no call may be made.
 
         Raises
         ------
@@ -169,14 +169,14 @@ class Job:
             raise Closed("the communicator was finalized")
 
     def open_group(self, group: Group) -> None:
-        """Take part in a group; all members call it.
+        """Join a group; all members must call it.
 
         Raises
         ------
         UsageError
-            If on some member a group of its id or number is open.
+            If a member already has an open group with the same id or number.
         ConnectError
-            If not all members called it in time; names those that did not.
+            If not all members called it in time; names the missing ones.
         PeerLost
             If a member is lost.
         """
@@ -205,15 +205,22 @@ class Job:
             raise UsageError(problems[0])
 
     def close_group(self, group: Group, timeout: float) -> None:
-        """Finish what is under way in a group, meet its members, and take no part in it any more.
+        """Wait for the calls of a group to end, synchronise with its members, and leave it.
+
+        Parameters
+        ----------
+        group : Group
+            An open group of this rank.
+        timeout : float
+            In seconds.
 
         Raises
         ------
         DeadlineMissed
-            If calls are still under way at the deadline; the group has failed then, on all members.
+            If calls are still under way at the deadline. The group then fails on all members.
         """
         loop, deadline_ns = self.loop, deadline_after(timeout)
-        with contextlib.suppress(Closed):  # all groups have ended then, and there is nothing to leave
+        with contextlib.suppress(Closed):  # if the loop has ended, so have all groups
             if not loop.drain_group(group, deadline_ns):
                 title = group.title
                 error = DeadlineMissed(f"closing group {title}: collectives were still under way after {timeout:g} s")
@@ -229,16 +236,16 @@ class Job:
 
     @property
     def has_loop(self) -> bool:
-        """Whether there is a progress thread."""
+        """Whether the progress thread was started."""
         return self._loop is not None
 
     def was_told(self, group: Group) -> bool:
-        """Whether a caller was shown the failure of a group."""
+        """Return whether the failure of a group was raised to a caller, or the group is not open."""
         membership = self._loop.engine.groups.get(group.id) if self._loop is not None else None
         return membership is None or membership.told
 
     def failure(self, group: Group) -> Exception | None:
-        """Return what ended a group, or None."""
+        """Return the error that ended a group, or None."""
         if group.id == WORLD_ID and self.native is not None and self.native.failure is not None:
             return self.native.failure
         loop = self._loop
@@ -247,14 +254,14 @@ class Job:
         return loop.failure or loop.group_failure(group)
 
     def await_clock(self, deadline_ns: int) -> None:
-        """Return once this rank knows the time of its site.
+        """Wait until this rank is synchronised with the clock of its site.
 
         Raises
         ------
         DeadlineMissed
-            If it does not by the deadline.
+            If it is not synchronised by the deadline.
         DetcollError
-            If something goes wrong meanwhile.
+            If the job fails meanwhile.
         """
         loop = self._loop
         if loop is None:
@@ -264,21 +271,21 @@ class Job:
             if failure is not None:
                 raise failure
             if time.monotonic_ns() >= deadline_ns:
-                raise DeadlineMissed(f"rank {self.session.rank} does not agree with its site about the time")
+                raise DeadlineMissed(f"rank {self.session.rank} did not synchronise with its site's clock in time")
         if loop.failure is not None:
             raise loop.failure
 
     def site_offset_ns(self) -> int:
-        """Return what the site's clock adds to this rank's."""
+        """Return the offset of the site's clock: site time is this rank's time plus the offset."""
         return self._loop.engine.slots.offset_ns if self._loop is not None else 0
 
     def phase_ns(self, at_ns: int) -> int:
-        """Return where in the calendar's cycle a time of this rank falls."""
+        """Return the phase in the calendar's cycle at time ``at_ns`` of this rank's clock."""
         cycle_ns = self.calendar.sites[self.topology.site_of(self.session.rank)].cycle_ns
         return (at_ns + self.site_offset_ns()) % cycle_ns
 
     def counters(self) -> dict[str, int]:
-        """Return what transports and the calendar counted so far, by name."""
+        """Return the counters of all endpoints, summed by name, and those of the slots."""
         counted: dict[str, int] = {}
         for endpoint in self.assembled.endpoints:
             for name, value in endpoint.counters().items():
@@ -289,14 +296,19 @@ class Job:
         return counted
 
     def finalize(self, timeout: float) -> None:
-        """Finish what is under way in all groups, meet all ranks once more, and give everything back. Idempotent.
+        """Wait for all calls to end, synchronise with all ranks, and release all resources. Idempotent.
+
+        Parameters
+        ----------
+        timeout : float
+            In seconds.
 
         Raises
         ------
         TransportError
-            If calls were still under way at the deadline, or something ended them meanwhile.
+            If calls were still under way at the deadline, or failed meanwhile.
         PlanMismatch
-            If this rank is through with a call that others called differently, and was not told yet.
+            If the job failed because other ranks called a different collective and this rank has not raised that yet.
         """
         if not self.usable:
             return
@@ -318,7 +330,7 @@ class Job:
         return self.failure(self.world)
 
     def _drain(self, deadline_ns: int) -> Exception | None:
-        """Finish what is under way; return what ended it, where no caller was told."""
+        """Wait for all calls to end; return the error that ended them if no caller has got it."""
         had_failed = self._failed() is not None
         is_drained = self.native is None or self.native.drain(deadline_ns)
         loop = self._loop
@@ -346,7 +358,7 @@ class Job:
         return failure if isinstance(failure, PlanMismatch) else None
 
     def _give_back(self, deadline_ns: int, failure: Exception | None) -> None:
-        """Close everything; after a failure without waiting long, since a frozen rank would not answer."""
+        """Close everything; after a failure wait only shortly, because a frozen rank would not answer."""
         if self.native is not None:
             self.native.close()
         if self._loop is not None:
@@ -367,14 +379,14 @@ class Job:
         self._write_trace()
 
     def abort(self, reason: str) -> None:
-        """Give up: every call under way fails on all ranks, with ``reason`` shown to them. Idempotent."""
+        """Abort the job: all pending calls fail on all ranks with ``reason`` in the error. Idempotent."""
         if not self.usable:
             return
         self._finalized = True
         error = TransportError(f"rank {self.session.rank} aborted: {reason}")
         cause = Cause(JOB_ID, WHOLE_GROUP, "TransportError", reason, self.session.rank)
         loop = self._loop
-        if loop is not None:  # first, so that what it has to tell goes before this
+        if loop is not None:  # first, so that earlier causes that it has to send go out before this one
             with contextlib.suppress(Closed):
                 loop.ask(lambda now_ns: loop.engine.told(cause, now_ns))
         self.rest.announce(cause)
@@ -393,14 +405,14 @@ class Job:
         self.flight.close()
 
     def _part(self, deadline_ns: int) -> None:
-        """Meet once more, so that nobody closes while another still needs an answer."""
+        """Synchronise with all ranks, so that no rank closes while another still needs an answer from it."""
         try:
             self.session.exchange("finalize", b"", deadline_ns)
         except TransportError as error:
             log.warning("rank %d: others did not finalize: %s", self.session.rank, error)
 
     def _complete_trace(self) -> None:
-        """Note what is known at the end only."""
+        """Add to the trace what is known only at the end."""
         if self.trace.calendar is not None and self._loop is not None:
             self.trace.calendar["offset_ns"] = self.site_offset_ns()
             self.trace.misses = list(self._loop.engine.slots.missed_windows)
@@ -409,7 +421,7 @@ class Job:
             self.trace.connections.extend(endpoint.connections())
 
     def _predict_call(self, call: Call, called_ns: int) -> int | None:
-        """Return the predicted time of a call in the trace; phases are rounded, so that few have to be computed."""
+        """Return the predicted duration of a traced call; phases are rounded, so that few predictions are computed."""
         planner = self._planners.get(call.group)
         if planner is None or not isinstance(call.subject, Collective):
             return None
@@ -434,14 +446,14 @@ class Job:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold: views of a transport's memory, which would keep it mapped."""
+    """Clear the frames of an error: their views of a transport's memory would keep it mapped."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def _costs(facts: Sequence[Facts]) -> Costs:
-    """Return what hosts cost, which is the same on all ranks: the most crowded host sets the pace of a call."""
+    """Return the costs of the slowest (most crowded) host, which sets the pace of a call; the same on all ranks."""
     ranks_on = Counter(fact.host for fact in facts)
     cores_of = {host: set[int]().union(*(fact.cores for fact in facts if fact.host == host)) for host in ranks_on}
     return max(

@@ -1,4 +1,4 @@
-"""How a job is opened: ranks meet, agree on settings and a calendar, and connect."""
+"""Opening a job: ranks meet, compare settings, connect their endpoints and agree on a calendar."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from detcoll.transport import host_identity
 from detcoll.version import VERSION
 
 MOST_DESCRIPTORS = 65_536
-"""The limit of open files that a process sets for itself, where the hard limit permits."""
+"""Up to this many open files, a process raises its soft limit if the hard limit permits."""
 
 SITE_CLOCK_ERROR_NS = 200_000
-"""What guards allow for where ranks of a site do not share a clock: half a local round trip, and drift between asks."""
+"""Error covered by guards if the ranks of a site do not share a clock: half a local round trip, and the drift between
+two synchronisations."""
 
 ALIGNED_CLOCK_ERROR_NS = 200_000
-"""What guards allow for where sites align arrivals, beside what they see: until the rates of clocks are known, in the
-first seconds, readings lag by two seconds of drift, here of 100 ppm."""
+"""Error covered by guards if sites align arrivals, beyond the measured misalignment: in the first seconds, until the
+rates of the clocks are known, readings lag by two seconds of drift, here of 100 ppm."""
 ALIGNING_NS = 5_000_000_000
-"""How long sites may take for it. Mostly it is done in less than a second."""
+"""How long the alignment of arrivals may take; usually less than a second."""
 
 
 def open_job(
@@ -49,7 +50,7 @@ def open_job(
     """Meet all ranks and return this rank's part of the job; see `detcoll.init`."""
     configure_logging(environ.get("DETCOLL_LOG"))
     world = read_environment(environ)
-    if not world.local_rank:  # one rank of a host is enough
+    if not world.local_rank:  # warn once a host
         warn_of_unknown(environ)
     settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
     deadline_ns = deadline_after(settings.timeout_s)
@@ -80,7 +81,7 @@ def open_job(
 
 
 def _raise_limit_of_descriptors() -> None:
-    """Allow this process as many file descriptors as it may have: large worlds need more than the usual 1,024."""
+    """Raise the soft limit of open files: large worlds need more than the usual 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -92,9 +93,9 @@ def _calendar(
     settings: Settings, topology: Topology, facts: Sequence[Facts], session: Session, deadline_ns: int,
     assembled: Assembled,
 ) -> tuple[Calendar, Timekeeper]:  # fmt: skip
-    """Lay out the lines, and find who keeps the time for that.
+    """Return the calendar of the lines, and the timekeeper that synchronises the clocks for it.
 
-    Guards are longer where ranks of a site have to ask each other for the time, and where sites align arrivals.
+    Guards are longer if ranks of a site have to synchronise their clocks, and if sites align arrivals.
     """
     clocks, mode, rank = [fact.clock for fact in facts], settings.slotting, session.rank
     if mode is None and not assembled.transport.capabilities.timed:
@@ -120,7 +121,7 @@ def _calendar(
     calendar = agree_on_calendar(granted, mode, error_ns, clocks, rank, exchange, arrivals_ns)
     if not calendar.has_windows:
         return calendar, Timekeeper(rank, ranks, clocks, routes.endpoint_of)
-    if aligning.loop is not None:  # what is left for arrivals, once hosts and ranks of a site have had their part
+    if aligning.loop is not None:  # the part of the guard that remains for misaligned arrivals
         aligning.loop.limit_ns = calendar.guard_ns - error_ns + ALIGNED_CLOCK_ERROR_NS
     return calendar, timekeeper
 
@@ -128,7 +129,7 @@ def _calendar(
 def _align(
     timekeeper: Timekeeper, aligning: Aligning, routes: Routes, session: Session, deadline_ns: int
 ) -> int | None:
-    """Align arrivals, and return how far apart they stay at the worst receiver of all; None where one cannot tell."""
+    """Align arrivals; return the remaining misalignment at the worst receiver, None if a receiver does not know it."""
     if aligning.loop is not None:
         endpoints = list(dict.fromkeys(routes.endpoint_of[r] for r in aligning.leaders if r != session.rank))
         until_ns = min(deadline_ns, time.monotonic_ns() + ALIGNING_NS)

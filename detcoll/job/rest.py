@@ -1,7 +1,7 @@
-"""The other ranks as the rendezvous knows them: who is gone, who gave up, and why.
+"""Losses and aborts of other ranks, as the rendezvous reports them.
 
-What ended a group or the job is kept, since both the progress thread and a native collective that failed want to know
-it. What ended a single call is told once.
+Events that end a group or the job are kept, because both the progress thread and a failed native collective need them.
+An event that ends a single call is passed on once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.engine import EXPLANATION_NS, Engine
 
 _AT = "@"
-"""In the kind of an abort, before the sequence of the call that was refused."""
+"""Separates, in the kind of an abort, the error's name from the sequence of the refused call."""
 
 
 class Rest:
-    """What this rank hears of the others. Thread-safe."""
+    """Events of the other ranks. Thread-safe."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -30,13 +30,13 @@ class Rest:
         self._untold: deque[Event] = deque()
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when the rendezvous has something to say."""
+        """Return a file descriptor that is readable when the rendezvous has new events."""
         return self._session.fileno()
 
     def tell(self, engine: Engine, now_ns: int) -> None:
-        """Tell the engine what it has not been told yet, without waiting."""
+        """Pass new events to the engine, without blocking."""
         self._listen()
-        while self._untold:  # why a rank gave up comes before that it is gone, and says more
+        while self._untold:  # in order of arrival: the abort of a rank comes before its loss and is more specific
             event = self._untold.popleft()
             if isinstance(event, Aborted):
                 engine.told(_cause(event), now_ns)
@@ -44,12 +44,12 @@ class Rest:
                 engine.rank_lost(event.rank, _loss(event), now_ns)
 
     def announce(self, cause: Cause) -> None:
-        """Tell all other ranks why this rank ends a call, a group or the job."""
+        """Tell all other ranks that this rank ends a call, a group or the job, and why."""
         kind = cause.kind if cause.sequence == WHOLE_GROUP else f"{cause.kind}{_AT}{cause.sequence}"
         self._session.abort(kind, cause.text, cause.group)
 
     def failure(self, group: int) -> DetcollError | None:
-        """Return the error that a loss, or another rank's giving up this group or the job, means here."""
+        """Return the error for an abort of this group or the job, else for a lost rank, else None."""
         self._listen()
         for event in self._heard:
             if isinstance(event, Aborted) and event.group in (JOB_ID, group):
@@ -60,7 +60,7 @@ class Rest:
         return None
 
     def explanation(self, group: int) -> DetcollError | None:
-        """Wait a little for why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason."""
+        """Wait up to `EXPLANATION_NS` for the reason of a peer's loss, which only the rendezvous reports."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
         end_ns = time.monotonic_ns() + EXPLANATION_NS

@@ -1,7 +1,7 @@
-"""What a job is started with: arguments of `detcoll.init`, overridden by the environment.
+"""Settings of a job: the arguments of `detcoll.init`, overridden by the environment.
 
-All ranks must agree on them. What a rank says about itself is exchanged at the rendezvous, and a difference is an
-error that shows both sides.
+Ranks exchange them at the rendezvous. A difference in a setting that must be the same on all ranks is an error that
+shows both values.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from detcoll.topology import Topology
 log = logging.getLogger("detcoll")
 
 AUTO = "auto"
-"""The transport that is chosen by itself."""
+"""Choose the transport automatically."""
 
 EXPEDITED_DSCP = 46
-"""The code point of expedited forwarding (RFC 3246), which carriers give to what was reserved."""
+"""The code point of expedited forwarding (RFC 3246), which carriers use for reserved traffic."""
 
 LARGEST_DSCP = 63
 
 LONGEST_CUT_S = 30.0
-"""For which a silent connection is borne, unless DETCOLL_TOLERANCE or a shorter timeout says otherwise."""
+"""How long a silent or broken connection is tolerated, unless DETCOLL_TOLERANCE or a shorter timeout applies."""
 
 DEFAULT_TIMEOUT_S = 600.0
-"""Longer than a checkpoint takes to write, which other ranks may wait for."""
+"""Longer than it takes one rank to write a checkpoint while the others wait in a collective."""
 
 
 PREFIX = "DETCOLL_"
@@ -47,20 +47,21 @@ VARIABLES = frozenset(
         "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
-"""Every variable of the environment that means something to detcoll, its launchers and its tests."""
+"""Every environment variable that detcoll, its launchers or its tests read."""
 
 _warned: set[str] = set()
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """Everything that decides how this rank opens its communicator.
+    """All settings with which this rank opens its communicator.
 
-    ``transport`` : a name or ``"auto"``.  ``timeout_s`` : for assembling, and for collectives without progress.
-    ``reproducible`` : demand the promised fold order of any transport.  ``slotting`` : None for what the transport
-    does best.  ``ports`` : range to bind in.  ``dscp`` : code point of what crosses lines.  ``trace`` : folder for
-    trace files.  ``compare`` : whether Gloo's ranks compare what they call.  ``proxy`` : host:port of a SOCKS5 proxy
-    through which the slotted transport reaches other sites; empty for none.  ``tolerance_s`` : how long a connection
-    may be silent, or cut, before its peer counts as lost.  ``record`` : where flight records go, see `job.flight`.
+    ``transport`` : a name or ``"auto"``.  ``timeout_s`` : for opening the job, and for collectives without progress.
+    ``reproducible`` : keep the documented fold order on every transport.  ``slotting`` : None for the default of the
+    transport and topology.  ``ports`` : range of ports to bind, first and last.  ``dscp`` : code point of packets that
+    cross lines.  ``trace`` : folder for trace files.  ``compare`` : whether ranks compare their calls under Gloo.
+    ``proxy`` : host:port of a SOCKS5 proxy through which the slotted transport reaches other sites; empty for none.
+    ``tolerance_s`` : how long a connection may be silent or down before its peer counts as lost.  ``record`` : where
+    flight records go, see `job.flight`.
     """
 
     transport: str
@@ -80,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True):
 
     @property
     def options(self) -> dict[str, object]:
-        """What transports are opened with; each takes what means something to it."""
+        """Options for opening a transport; each transport is passed those that it knows."""
         return {
             "insecure": self.insecure,
             "ports": self.ports,
@@ -93,7 +94,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What a rank tells the others before anything is opened; rank 0's ``job`` is what all call it."""
+    """Facts about a rank, exchanged before endpoints are opened; ``job`` of rank 0 is the name of the job."""
 
     version: str
     transport: str
@@ -121,12 +122,12 @@ def read_settings(
     timeout: float | None,
     reproducible: bool | None,
 ) -> Settings:
-    """Combine arguments and environment; what the environment says wins.
+    """Combine the arguments with the environment, which takes precedence.
 
     Raises
     ------
     UsageError
-        If one of them cannot be used.
+        If a value is not valid.
     """
     timeout_s = _timeout(environ.get("DETCOLL_TIMEOUT"), timeout)
     if not isinstance(transport, str):
@@ -154,13 +155,13 @@ def read_settings(
 
 
 def read_tolerance_s(environ: Mapping[str, str], timeout_s: float) -> float:
-    """Return how long a cut of the network is borne: DETCOLL_TOLERANCE, else the timeout, `LONGEST_CUT_S` at most."""
+    """Return how long a connection may be down: DETCOLL_TOLERANCE, else the timeout, but at most `LONGEST_CUT_S`."""
     asked = environ.get("DETCOLL_TOLERANCE")
     return _seconds(asked, "DETCOLL_TOLERANCE") if asked else min(timeout_s, LONGEST_CUT_S)
 
 
 def _seconds(text: str, name: str) -> float:
-    """Return a duration in seconds; a bare number is one."""
+    """Parse a duration in seconds; a number without a unit is in seconds."""
     return parse_timeout_s(f"{text} s" if text.replace(".", "", 1).isdecimal() else text, name)
 
 
@@ -176,12 +177,12 @@ def _timeout(asked: str | None, given: float | None) -> float:
 
 
 def check_slotting(slotting: Slotting | None, topology: Topology) -> None:
-    """Refuse a way to share lines that ``topology`` does not allow: who asks for one by name wants to see that one.
+    """Raise if ``topology`` does not permit an explicitly requested slotting mode, instead of choosing another mode.
 
     Raises
     ------
     UsageError
-        If ranks are to take turns between more than two sites.
+        If the mode is TURNS and there are more than two sites.
     """
     if slotting is Slotting.TURNS and topology.is_wide and len(topology.sites) > 2:
         raise UsageError(
@@ -191,7 +192,7 @@ def check_slotting(slotting: Slotting | None, topology: Topology) -> None:
 
 
 def configure_logging(level: str | None) -> None:
-    """Show detcoll's log on standard error from ``level`` up, for DETCOLL_LOG."""
+    """Log to standard error from ``level`` (the value of DETCOLL_LOG) up; do nothing if it is empty."""
     if not level:
         return
     number = log_level(level)
@@ -203,12 +204,12 @@ def configure_logging(level: str | None) -> None:
 
 
 def log_level(name: str) -> int:
-    """Return the number of a level of DETCOLL_LOG.
+    """Return the number of a logging level by name.
 
     Raises
     ------
     UsageError
-        If there is no such level.
+        If there is no level of that name.
     """
     number = logging.getLevelName(name.upper())
     if not isinstance(number, int):
@@ -217,20 +218,20 @@ def log_level(name: str) -> int:
 
 
 def warn_of_unknown(environ: Mapping[str, str]) -> None:
-    """Warn of variables that look like detcoll's and mean nothing to it, once each, and name the nearest that does."""
+    """Warn, once each, of DETCOLL_ variables that detcoll does not know; suggest the closest known name."""
     for name in sorted(name for name in environ if name.startswith(PREFIX) and name not in VARIABLES | _warned):
         _warned.add(name)
         nearest = difflib.get_close_matches(name, sorted(VARIABLES), 1, cutoff=0.0)[0]
-        log.warning("%s is set and means nothing to detcoll; did you mean %s?", name, nearest)
+        log.warning("%s is set, but detcoll has no such variable; did you mean %s?", name, nearest)
 
 
 def agree(facts: Sequence[Facts]) -> None:
-    """Compare what all ranks say.
+    """Check that the facts of all ranks agree where they must.
 
     Raises
     ------
     UsageError
-        If two ranks differ in something that must be the same; names both and their values.
+        If two ranks differ; names both and their values.
     """
     for rank, other in enumerate(facts):
         for name in _MUST_AGREE:
@@ -240,12 +241,12 @@ def agree(facts: Sequence[Facts]) -> None:
 
 
 def place(topology: Topology, sites: Sequence[str]) -> Topology:
-    """Return ``topology`` with ranks in the sites that they say they are in; as numbered where none says.
+    """Return ``topology`` with each rank in the site that it reports; unchanged if no rank reports one.
 
     Raises
     ------
     UsageError
-        If only some say, or the sites do not add up.
+        If only some ranks report a site, or the number of ranks of a site does not match.
     """
     if not any(sites):
         return topology
@@ -279,7 +280,7 @@ def _grouping(text: str, size: int) -> Topology:
 
 
 def _dscp(text: str | None, topology: Topology) -> int:
-    """Return the code point to mark packets with: as asked for, else expedited forwarding where rates are reserved."""
+    """Return the DSCP for packets: the requested one, else expedited forwarding if rates are reserved, else 0."""
     if not text:
         return EXPEDITED_DSCP if topology.has_reservations else 0
     if not text.isdecimal() or int(text) > LARGEST_DSCP:
@@ -295,7 +296,7 @@ def _ports(text: str | None) -> tuple[int, int] | None:
 
 
 def _proxy(text: str | None, *, insecure: bool) -> str:
-    """Return where the proxy is; one off loopback would carry what is neither encrypted nor authenticated."""
+    """Return the address of the proxy; one off loopback needs ``insecure``, since traffic to it is not encrypted."""
     if not text:
         return ""
     address = Address.parse(text, "DETCOLL_PROXY")
