@@ -190,7 +190,7 @@ def test_a_failing_rank_ends_the_run_with_its_code(last_words: str, code: int) -
 def test_timeout() -> None:
     done = detcoll("run", "-n", "2", "--timeout", "200 ms", "sleep", "1000")
     assert done.returncode == 124
-    assert "the time is over; ending rank 0, rank 1" in done.stderr
+    assert "deadline reached; ending rank 0, rank 1" in done.stderr
 
 
 def test_killing_the_launcher_kills_the_ranks() -> None:

@@ -83,7 +83,7 @@ def test_the_deadline_ends_all() -> None:
     crew, said = shells(FOREVER, "true"), list[str]()
     os.waitid(os.P_PID, crew[1].pid, os.WEXITED | os.WNOWAIT)
     assert supervise(crew, deadline_s=0.2, announce=said.append) == TIMED_OUT
-    assert said == ["the time is over; ending rank 0"]
+    assert said == ["deadline reached; ending rank 0"]
 
 
 def test_grandchildren_end_with_their_group() -> None:

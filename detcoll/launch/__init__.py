@@ -1,1 +1,1 @@
-"""How ranks are recognised and started: launchers' environments, processes, their output, and MPI's launcher."""
+"""Start ranks and recognise how they were started: launcher environments, processes, their output, MPI's launcher."""

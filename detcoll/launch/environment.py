@@ -1,7 +1,7 @@
-"""What ranks are told about themselves: the variables that launchers of detcoll set.
+"""Environment variables that detcoll's launchers set for the ranks.
 
-Every rank is told its numbers as torch programs read them (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE), and on one
-host also under detcoll's own names, which count before those of any other launcher around.
+Every rank gets the variables that torch programs read (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE). On a single
+host it also gets them with the prefix ``DETCOLL_``; these take precedence over the variables of any other launcher.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 LOOPBACK = "127.0.0.1"
 MEETING_DESCRIPTOR = "DETCOLL_RENDEZVOUS_FD"
-"""Names the descriptor of the listening socket that a rank inherits."""
+"""The variable with the descriptor of the listening socket that rank 0 inherits."""
 
 _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE", "DETCOLL_RENDEZVOUS", MEETING_DESCRIPTOR)
 
@@ -20,23 +20,23 @@ _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE", "DETCOLL_RENDEZ
 def rank_numbers(
     rank: int, size: int, local_rank: int, local_size: int, prefixes: tuple[str, ...] = ("", "DETCOLL_")
 ) -> dict[str, str]:
-    """Return the variables that tell a rank its number and how many there are, everywhere and on its host."""
+    """Return the variables with the global and local rank and world size, once for each prefix."""
     numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size}
     return {f"{prefix}{name}": str(number) for prefix in prefixes for name, number in numbers.items()}
 
 
 def rank_environments(size: int, inherited: Mapping[str, str], meeting: socket.socket) -> list[dict[str, str]]:
-    """Return the environment of every rank of a job on this host: detcoll's own variables, and what torch reads.
+    """Return the environment of each rank of a job on this host, with detcoll's and torch's variables.
 
     Parameters
     ----------
     size : int
-        How many ranks there are.
+        Number of ranks.
     inherited : mapping
-        What to add to.
+        The environment to extend.
     meeting : socket.socket
-        Listens where the ranks are to meet. Rank 0 is told its descriptor and inherits it, so that nobody takes the
-        port before it listens.
+        The listening socket of the rendezvous. Rank 0 inherits it and gets its descriptor in a variable, so that no
+        other process can take the port in between.
     """
     common = {name: value for name, value in inherited.items() if name != MEETING_DESCRIPTOR}
     common["DETCOLL_RENDEZVOUS"] = f"{LOOPBACK}:{meeting.getsockname()[1]}"
@@ -50,12 +50,12 @@ def rank_environments(size: int, inherited: Mapping[str, str], meeting: socket.s
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what this process was told itself about its place among ranks."""
+    """Return an environment without the variables that place this process itself in a topology and rendezvous."""
     return {name: value for name, value in environment.items() if name not in _PLACING}
 
 
 def _free_port() -> int:
-    """Return a port for torch's own meeting, should the program use it."""
+    """Return a free port for torch's rendezvous, in case the program uses it."""
     with socket.create_server((LOOPBACK, 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

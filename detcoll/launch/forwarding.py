@@ -1,13 +1,13 @@
-"""Copies what several processes print to this process's own output, in whole lines.
+"""Copy the output of several processes to this process's output, in whole lines.
 
-Lines stay whole, whoever prints at the same time: a line is written at once when its end has come. Two things are
-written before that: a part of a line longer than the buffer, and a line without an end, such as a prompt, once nobody
-has written anything for a while. Where another process writes next, the unfinished line is ended first. A last line
-without a newline gets one. Bytes are never decoded.
+Lines of different processes are not mixed: a line is written when its newline arrives. There are two exceptions: a line
+longer than the buffer is written in parts, and an unfinished line, such as a prompt, is written once no process has
+printed anything for a while. If another process prints next, the unfinished line is ended first. A last line without a
+newline gets one. Bytes are never decoded.
 
-Where the output is a terminal, each process gets a terminal of its own, so that it buffers and colours as it would
-without a copy in between. Where standard output and standard error are the same file, a process has one channel for
-both, which keeps their order.
+If the output is a terminal, each process gets a pseudo-terminal, so that it buffers and colours its output as it would
+on the real one. If standard output and standard error are the same file, a process has one channel for both, which
+keeps their order.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from typing import BinaryIO, Self
 
 _LINE_BYTES = 65536
 _IDLE_S = 0.05
-"""After so long without output from anybody, what has come of a line is shown. A reader hardly notices it."""
+"""After this time without any output, unfinished lines are written. A reader hardly notices the delay."""
 
 _DRAIN_NS = 10 * 10**9
-"""How long to go on reading when all processes have ended, should something that they left behind still write."""
+"""How long to go on reading after all processes have ended, in case a process that they left behind still writes."""
 
 
 class _Target:
-    """Where lines go. ``begun_by`` is the stream whose line was written in part; ``lost`` is why nothing more goes."""
+    """An output file. ``begun_by``: the stream with an unfinished line in it; ``lost``: the error that ended output."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -44,12 +44,12 @@ class _Target:
         self.lost: OSError | None = None
 
     def write(self, data: bytes) -> None:
-        """Write all of ``data``, or note that it cannot be; the processes still run to their end."""
+        """Write all of ``data``; record an error instead of raising it, so that the processes run to their end."""
         left = memoryview(data)
         while left and self.lost is None:
             try:
                 written = self.file.write(left)
-                if written is None:  # whoever gave us this output made it non-blocking
+                if written is None:  # the output is non-blocking and full
                     select.select([], [self.file], [])
                 left = left[written or 0 :]
             except OSError as error:
@@ -60,24 +60,24 @@ class _Target:
 
 @dataclass(eq=False, slots=True)
 class _Stream:
-    """What one process prints: where it is copied to, under which tag, and what of a line waits for its end."""
+    """An output stream of one process: the tag of its lines, its target, and the part of a line not written yet."""
 
     tag: bytes
     target: _Target
     waiting: bytearray = field(default_factory=bytearray)
 
     def take(self, data: bytes) -> None:
-        """Pass on the whole lines, and the beginning of a line that is too long to wait for."""
+        """Write the complete lines; also the rest if it exceeds the buffer."""
         self.waiting += data
         whole = self.waiting.rfind(b"\n") + 1
         self._pass_on(len(self.waiting) if len(self.waiting) - whole > _LINE_BYTES else whole)
 
     def show_begun(self) -> None:
-        """Pass on what has come of a line."""
+        """Write the unfinished line."""
         self._pass_on(len(self.waiting))
 
     def end(self) -> None:
-        """Pass on the rest, with a newline where it has none."""
+        """Write the rest, and end an unfinished line with a newline."""
         if self.waiting or self.target.begun_by is self:
             self.waiting += b"\n"
         self.show_begun()
@@ -97,17 +97,17 @@ class _Stream:
 
 
 class Forwarder:
-    """Copies the output of processes in a thread of its own; a context manager that ends with what was printed.
+    """Context manager that copies the output of processes in a thread.
 
     Parameters
     ----------
     out, err : binary file
-        Where standard output and standard error go.
+        The targets of standard output and standard error.
 
     Guarantees
     ----------
-    Leave the context when all processes have ended: what they printed is copied by then. What they left behind is
-    not waited for.
+    If all processes have ended when the context is left, all their output has been copied at its end. It does not wait
+    for processes that they left behind.
     """
 
     def __init__(self, out: BinaryIO, err: BinaryIO) -> None:
@@ -121,9 +121,9 @@ class Forwarder:
 
     @contextlib.contextmanager
     def channels(self, tag: str = "") -> Iterator[tuple[int, int]]:
-        """Give the descriptors that a process is to have for standard output and standard error.
+        """Yield the descriptors for a process's standard output and standard error.
 
-        Start it in this context; its lines begin with ``tag``. Called before `begin`.
+        Start the process in this context, before `begin` is called; each of its lines begins with ``tag``.
         """
         opened: list[int] = []
         try:
@@ -139,12 +139,12 @@ class Forwarder:
                 os.close(descriptor)
 
     def begin(self) -> None:
-        """Begin to copy; called once, when all processes were started."""
+        """Start to copy; called once, after all processes were started."""
         self._thread.start()
 
     @property
     def lost(self) -> OSError | None:
-        """Why something that was printed could not be written, if so."""
+        """The error with which output could not be written, or None."""
         return self._out.lost or self._err.lost
 
     def __enter__(self) -> Self:
@@ -153,7 +153,7 @@ class Forwarder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         os.close(self._end_it)
         if self._thread.ident is not None:
-            self._thread.join()  # however long the reader of our output takes
+            self._thread.join()  # without a timeout, since the reader of our output may be slow
         for key in list(self._selector.get_map().values()):
             os.close(key.fd)
         self._selector.close()
@@ -202,7 +202,7 @@ def _is_same_file(one: BinaryIO, other: BinaryIO) -> bool:
     try:
         numbers = one.fileno(), other.fileno()
         is_same = os.path.samestat(*map(os.fstat, numbers))
-        # One that is open for reading only stands in for a closed output.
+        # A file that is open for reading only is a placeholder for a closed output.
         first, second = (fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE for number in numbers)
     except (OSError, ValueError):
         return one is other
@@ -210,12 +210,12 @@ def _is_same_file(one: BinaryIO, other: BinaryIO) -> bool:
 
 
 def _open_channel(target: BinaryIO) -> tuple[int, int]:
-    """Return our end and the process's: of a terminal as large as the target, or of a pipe where that is none."""
+    """Return our end and the process's end: of a pty with the target's size if that is a terminal, else of a pipe."""
     if not target.isatty():
         return os.pipe2(os.O_CLOEXEC)
     try:
         ours, theirs = pty.openpty()
-    except OSError:  # there are no more of them
+    except OSError:  # no free pty
         return os.pipe2(os.O_CLOEXEC)
     tty.setraw(theirs)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, fcntl.ioctl(target.fileno(), termios.TIOCGWINSZ, bytes(8)))

@@ -1,8 +1,8 @@
-"""Reads from the environment which rank this process is, whoever launched it.
+"""Read from the environment which rank this process is, for several launchers.
 
-One table holds what each launcher sets; `read_environment` takes the first row that applies. The order matters,
-because launchers nest: ranks of an ``mpirun`` inside a Slurm allocation carry the variables of both, and those of
-Slurm describe the step that started MPI's daemons.
+A table lists the variables of each launcher; `read_environment` uses the first row that applies. The order matters,
+because launchers nest: ranks of an ``mpirun`` inside a Slurm allocation have the variables of both, and those of Slurm
+describe the step that started MPI's daemons.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from detcoll.errors import UsageError
 from detcoll.topology import LARGEST_WORLD
 
 Meeting = Literal["alone", "address", "store", "mpi"]
-"""How ranks find the rendezvous: no need to, at a known address, through torchrun's store, through MPI."""
+"""How ranks find the rendezvous: not needed, at a known address, through torchrun's store, or through MPI."""
 
 _FIRST_SLURM_SPECIAL_STEP = 0xFFFFFFF0
-"""Step numbers from here on stand for the batch script, the interactive shell and the like, which are no ranks."""
+"""Step numbers from here on are special steps without ranks, such as the batch script and the interactive shell."""
 
 _FIRST_PORT, _PORTS = 10_000, 22_000
-"""Ports derived from a job's number: below Linux's ephemeral range, which starts at 32768."""
+"""Range of ports derived from a job id: below Linux's ephemeral range, which starts at 32768."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the launcher told this process.
+    """Rank, world size and rendezvous of this process, as set by its launcher.
 
-    ``local_rank`` and ``local_size`` count the ranks of this host, None where the launcher does not tell.
-    ``rendezvous`` : ``host:port`` where rank 0 is to be met, or for ``meeting == "store"`` where torchrun's store is.
-    ``job`` : equal on all ranks of a job, and different between jobs where the launcher tells them apart.
-    ``site`` : the site that DETCOLL_SITE says this rank is in.
+    ``local_rank`` and ``local_size`` count the ranks on this host; None if the launcher does not set them.
+    ``rendezvous`` : ``host:port`` of the rendezvous or, with ``meeting == "store"``, of torchrun's store.
+    ``job`` : equal on all ranks of a job; differs between jobs if the launcher sets a job id, else empty.
+    ``site`` : the value of DETCOLL_SITE, or None.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class _Launcher:
-    """What one launcher sets. Of several names for a variable the first that is set counts."""
+    """The variables of one launcher. If a value has several names, the first that is set is used."""
 
     name: str
     applies: Callable[[Mapping[str, str]], bool]
@@ -62,15 +62,15 @@ class _Launcher:
 
 
 def read_environment(environ: Mapping[str, str]) -> World:
-    """Return which rank this process is, from the variables that its launcher set.
+    """Return the rank and world of this process from the variables that its launcher set.
 
     Recognised, in this order: ``detcoll run``, torchrun, Open MPI's mpirun, mpiexec of MPICH and Intel MPI, srun, and
-    plain RANK and WORLD_SIZE. With none of them this is a world of one rank.
+    plain RANK and WORLD_SIZE. Without any of them the world has one rank.
 
     Raises
     ------
     UsageError
-        If a variable that the launcher should have set is missing or has no usable value.
+        If a variable that the launcher should have set is missing or has an invalid value.
     """
     site = environ.get("DETCOLL_SITE") or None
     launcher = next((row for row in _LAUNCHERS if row.applies(environ)), None)
@@ -101,7 +101,7 @@ def first_host(node_list: str) -> str:
     Raises
     ------
     UsageError
-        If the list cannot be read.
+        If the list has another format.
     """
     first = re.match(r"(?:[^,\[\]]|\[[^\[\]]*\])+", node_list)
     host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else ""
@@ -111,14 +111,14 @@ def first_host(node_list: str) -> str:
 
 
 def derived_port(job: str) -> int:
-    """Return the port that ranks of ``job`` agree on without asking."""
+    """Return the port that all ranks of ``job`` derive from its id, without communication."""
     return _FIRST_PORT + int.from_bytes(hashlib.blake2b(job.encode(), digest_size=8).digest(), "big") % _PORTS
 
 
 def _number(environ: Mapping[str, str], names: tuple[str, ...], low: int, high: int) -> int:
     name = next((name for name in names if environ.get(name)), None)
     if name is None:
-        raise UsageError(f"{' or '.join(names)} is not set; the launcher's other variables are")
+        raise UsageError(f"{' or '.join(names)} is not set, although other variables of the same launcher are")
     value = environ[name]
     if not (re.fullmatch(r"[0-9]{1,9}", value) and low <= int(value) <= high):
         raise UsageError(f"{name}={value!r} must be a whole number from {low} to {high}")
@@ -126,7 +126,7 @@ def _number(environ: Mapping[str, str], names: tuple[str, ...], low: int, high: 
 
 
 def _meeting(environ: Mapping[str, str], launcher: _Launcher) -> Meeting:
-    # Without a store of the agent's own, torchrun leaves MASTER_PORT to be listened on by rank 0.
+    # If torchrun's agent does not run the store, rank 0 is expected to listen on MASTER_PORT.
     if launcher.meeting == "store" and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return "address"
     return launcher.meeting
@@ -152,14 +152,14 @@ def _is_torchrun(environ: Mapping[str, str]) -> bool:
 
 
 def _is_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Tell a task of srun from the batch script, which has SLURM_PROCID=0 too."""
+    """Return whether this is a task of srun, not the batch script, which also has SLURM_PROCID=0."""
     step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID") or ""
     is_step = re.fullmatch(r"[0-9]{1,10}", step) is not None and int(step) < _FIRST_SLURM_SPECIAL_STEP
     return is_step and bool(environ.get("SLURM_PROCID"))
 
 
 def _is_hydra(environ: Mapping[str, str]) -> bool:
-    """Tell mpiexec from ``srun --mpi=pmi2``, which sets PMI_RANK but no local rank."""
+    """Return whether this is a rank of mpiexec, not of ``srun --mpi=pmi2``, which sets PMI_RANK but no local rank."""
     return bool(environ.get("PMI_RANK")) and (bool(environ.get("MPI_LOCALRANKID")) or not _is_slurm_step(environ))
 
 
@@ -168,7 +168,7 @@ def _variable(name: str) -> Callable[[Mapping[str, str]], int | None]:
 
 
 def _slurm_local_size(environ: Mapping[str, str]) -> int | None:
-    """Read the count of this node from a list such as ``"4(x2),3"``."""
+    """Return the number of tasks on this node from a list such as ``"4(x2),3"``, None if it cannot be read."""
     text, node = environ.get("SLURM_STEP_TASKS_PER_NODE", ""), environ.get("SLURM_NODEID", "")
     counts: list[int] = []
     for part in text.split(","):

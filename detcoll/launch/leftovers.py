@@ -1,9 +1,9 @@
-"""Removes what MPICH leaves in shared memory when its ranks are killed.
+"""Remove the shared memory segments that MPICH leaves behind when its ranks are killed.
 
-MPICH takes a segment ``/dev/shm/mpich_shm_*`` for the ranks of a host and gives it back when they finalize, so a rank
-that dies leaves it there. Nobody tells whose it was. What is removed here belongs to this user, was made since a given
-moment, and no process has it open or mapped, so that no living rank can miss it: the one that made it holds it, and
-others join only while that one lives.
+MPICH creates a segment ``/dev/shm/mpich_shm_*`` for the ranks of a host and removes it when they finalize. If a rank
+dies, the segment stays, and nothing shows which job it belonged to. A segment is removed if it belongs to this user,
+was created after a given time, and no process has it open or mapped. Then no live rank can need it: the rank that
+created it keeps it mapped, and others attach only while that rank lives.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 SHARED_MEMORY = Path("/dev/shm")
 PATTERN = "mpich_shm_*"
 _COARSE_NS = 100_000_000
-"""File systems stamp files by a clock that may lie this far behind."""
+"""The clock of file timestamps may lag by up to this much."""
 
 
 def now_ns() -> int:
-    """Return the moment after which files count as made, for `remove_segments`."""
+    """Return the current time for `remove_segments`, less the possible lag of file timestamps."""
     return time.time_ns() - _COARSE_NS
 
 
 def remove_segments(since_ns: int, folder: Path = SHARED_MEMORY) -> list[str]:
-    """Remove segments of dead ranks of this user that were made since ``since_ns``, and return their names."""
+    """Remove this user's unused segments that were created since ``since_ns`` (UNIX time), and return their names."""
     candidates = {}
     for path in folder.glob(PATTERN):
         with contextlib.suppress(FileNotFoundError):
@@ -40,12 +40,12 @@ def remove_segments(since_ns: int, folder: Path = SHARED_MEMORY) -> list[str]:
 
 
 def _in_use(folder: Path) -> set[str]:
-    """Return the files in ``folder`` that a process has open or mapped, as far as they can be looked at."""
+    """Return the files in ``folder`` that a process has open or mapped, for all processes that may be inspected."""
     used: set[str] = set()
     prefix = f"{folder}/"
     for process in Path("/proc").glob("[0-9]*"):
-        # Who makes a segment opens, maps and closes it: looked at in this order it is seen whenever that happens.
-        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else, who cannot use our segments
+        # A rank opens, maps and then closes a segment. Checking open files before maps finds it at any time.
+        with contextlib.suppress(OSError):  # ended, or of another user, who cannot use our segments
             for descriptor in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
                     used.add(os.readlink(descriptor))

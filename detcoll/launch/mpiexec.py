@@ -1,7 +1,7 @@
-"""The launcher of the MPI that is installed: where it is, whose it is, and which flags it needs.
+"""The installed MPI launcher: its path, its MPI implementation, and the options and variables that it needs.
 
-MPICH and Open MPI differ in what they ask of whoever runs them: Open MPI refuses root and more ranks than processors
-unless told otherwise, labels lines by another option, and finds its shared memory and its network by other variables.
+Open MPI refuses to run as root, or with more ranks than processors, unless that is allowed explicitly. It also has
+other options than MPICH to label output, and other variables to select shared memory and network devices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ASK_TIMEOUT_S = 30
 
 
 class Family(Enum):
-    """Whose an MPI launcher is."""
+    """The MPI implementation of a launcher."""
 
     MPICH = "MPICH"
     OPEN_MPI = "Open MPI"
@@ -31,8 +31,8 @@ class Family(Enum):
 class Mpiexec:
     """An MPI launcher.
 
-    ``rank_variable`` is where it tells a rank its number. ``environment`` is what it needs of whoever starts it, and
-    does no harm elsewhere.
+    ``rank_variable`` : the variable in which a rank finds its number.  ``environment`` : variables to set for the
+    launcher; other programs ignore them.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Mpiexec:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, ranks: int | str, *, labelled: bool = False) -> list[str]:
-        """Return what to write before a program so that it runs on ``ranks`` ranks, more than processors if need be.
+        """Return the command prefix that runs a program on ``ranks`` ranks, which may exceed the number of processors.
 
         ``labelled`` puts the rank in front of every line that a rank prints.
         """
@@ -51,9 +51,9 @@ class Mpiexec:
         return [self.path, *(["-l"] if labelled else []), "-n", str(ranks)]
 
     def without_shared_memory(self, device: str) -> dict[str, str]:
-        """Return the variables with which ranks of one host use TCP over the network device ``device`` alone.
+        """Return the variables that make ranks of one host use only TCP over the network device ``device``.
 
-        Open MPI's ranks also reach their launcher over that device.
+        Open MPI's ranks then also reach their launcher over that device.
         """
         if self.family is Family.OPEN_MPI:
             return {
@@ -66,14 +66,14 @@ class Mpiexec:
         return {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": device}
 
     def files_in(self, directory: str) -> dict[str, str]:
-        """Return the variables with which Open MPI makes its files in ``directory``: a dead rank leaves some."""
+        """Return the variables that make Open MPI create its files in ``directory``, since dead ranks leave some."""
         if self.family is Family.OPEN_MPI:
             return {"PRTE_MCA_prte_tmpdir_base": directory, "OMPI_MCA_btl_sm_backing_directory": directory}
         return {}
 
 
 def find_mpiexec(python: str | None = None) -> Mpiexec | None:
-    """Return the launcher beside ``python``, by default this one, or else the first in PATH; None if there is none."""
+    """Return the mpiexec next to ``python`` (by default the running one), else the first in PATH, else None."""
     folders = os.pathsep.join([str(Path(python or sys.executable).parent), os.environ.get("PATH", os.defpath)])
     path = shutil.which("mpiexec", path=folders)
     if path is None:
@@ -87,7 +87,7 @@ def find_mpiexec(python: str | None = None) -> Mpiexec | None:
 
 @cache
 def _family(path: str) -> Family:
-    """Ask the launcher itself: MPICH's says HYDRA, Open MPI's its name."""
+    """Return the implementation that ``mpiexec --version`` reports: MPICH's prints HYDRA, Open MPI's its name."""
     try:
         told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

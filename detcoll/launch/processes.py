@@ -1,15 +1,15 @@
-"""Starts processes that never outlive their launcher, and waits for them as one crew.
+"""Start processes that never outlive their launcher, and supervise them together.
 
-Three things together leave nothing behind, whatever dies first:
+Three mechanisms together ensure that no process is left behind, whichever dies first:
 
-- Each process leads a process group of its own, so that what it starts in turn is ended with it.
-- It asks the kernel to be killed when the launcher dies (``PR_SET_PDEATHSIG``). A tiny program sets that and then
-  becomes the real one, since running Python between fork and exec is not safe in a process with threads.
-- A guard process holds a pipe from the launcher. When the pipe ends without a goodbye, the launcher was killed, and
-  the guard kills whole groups, grandchildren included.
+- Each process leads its own process group, so that its children are ended with it.
+- It asks the kernel to kill it when the launcher dies (``PR_SET_PDEATHSIG``). A small wrapper program sets that and
+  then executes the real one, because running Python between fork and exec is not safe in a process with threads.
+- A guard process reads a pipe from the launcher. If the pipe ends without a goodbye, the launcher was killed, and the
+  guard kills all process groups, including grandchildren.
 
-`supervise` does not reap a process before its group was ended: the number of a zombie is not used again, so a signal
-to its group cannot reach a stranger.
+`supervise` reaps a process only after it has ended its group: the pid of a zombie is not reused, so a signal to the
+group cannot reach an unrelated process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import IO, Any
 from detcoll.errors import DetcollError
 
 TIMED_OUT = 124
-"""The exit code of `supervise` at its deadline, as of timeout(1)."""
+"""The exit code of `supervise` at its deadline, the same as that of timeout(1)."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -73,16 +73,16 @@ def start(
     stdout: int | IO[Any] | None = None,
     stderr: int | IO[Any] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start ``argv`` in a process group of its own; it is killed when this process dies.
+    """Start ``argv`` in its own process group; the kernel kills it when this process dies.
 
-    The kernel ties it to the *thread* that calls, so call from one that lasts as long as the process.
+    The kernel kills it when the calling *thread* ends, so call this from a thread that lasts as long as the process.
 
     Parameters
     ----------
     argv : sequence of str
-        Program and arguments; the program is looked up in PATH. One that cannot be run exits with 126 or 127.
+        Program and arguments; the program is searched in PATH. If it cannot be run, the process exits with 126 or 127.
     env, cwd, pass_fds, stdin, stdout, stderr
-        As for `subprocess.Popen`, except that standard input is empty unless given.
+        As for `subprocess.Popen`, but standard input is empty by default.
     """
     wrapper = [sys.executable, "-I", "-S", "-c", _EXEC, str(os.getpid())]
     return subprocess.Popen(
@@ -92,9 +92,10 @@ def start(
 
 
 class Guard:
-    """Kills the groups of the processes it was told about if this process dies; a context manager.
+    """Context manager with a process that kills all watched process groups if this process dies.
 
-    Leaving the context says goodbye, and whatever still runs is left alone; leaving it by an exception kills that too.
+    On a normal exit of the context the guard ends and processes that still run are left alone; on an exception it kills
+    them.
     """
 
     def __init__(self) -> None:
@@ -105,11 +106,11 @@ class Guard:
         )  # fmt: skip
 
     def watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Guard the group that ``process`` leads."""
+        """Watch the process group that ``process`` leads."""
         self._tell(str(process.pid))
 
     def close(self) -> None:
-        """Say goodbye and end the guard. Idempotent."""
+        """End the guard without killing anything. Idempotent."""
         self._end(goodbye=True)
 
     def __enter__(self) -> Guard:
@@ -132,13 +133,14 @@ class Guard:
         return self._process.stdin
 
     def _tell(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a guard that was itself killed cannot help; the kernel's tie still does
+        with contextlib.suppress(OSError):  # the guard was killed; PR_SET_PDEATHSIG still works
             self._stdin.write(f"{line}\n")
             self._stdin.flush()
 
 
 SETTLE_S = 3.0
-"""A rank that loses a peer waits up to a second to hear why, and then writes its flight record."""
+"""Time for the other ranks after a failure: a rank that loses a peer waits up to a second for the reason, and then
+writes its flight record."""
 
 
 def supervise(
@@ -154,32 +156,32 @@ def supervise(
 ) -> int:
     """Wait for ``processes``; when one fails, end the others.
 
-    SIGINT, SIGTERM and SIGHUP to this process are forwarded to all (in the main thread), a second one kills them.
-    Whatever happens, also an exception, no process and nothing in its group is left when this returns.
+    Called in the main thread, it forwards SIGINT, SIGTERM and SIGHUP of this process to all of them; a second signal
+    kills them. When it returns or raises, no process and no member of its group is left.
 
     Parameters
     ----------
     processes : sequence of Popen
-        Best from `start`: those that lead a process group are signalled with all of it.
+        Preferably from `start`: if a process leads a process group, its whole group is signalled.
     names : sequence of str, optional
-        How to call them in messages; ``rank 0``, ``rank 1``, ... unless given.
+        Their names in messages; by default ``rank 0``, ``rank 1``, ...
     deadline_s : float, optional
-        End all of them after so many seconds.
+        End all processes after this many seconds.
     settle_s : float
-        How long the others may go on after a failure, to notice it and tell about it, before SIGTERM.
+        Seconds from a failure to SIGTERM, in which the other processes may detect and report it.
     grace_s : float
-        How long after SIGTERM, or a forwarded signal, SIGKILL follows.
+        Seconds from SIGTERM, or a forwarded signal, to SIGKILL.
     announce : callable, optional
-        Gets each message; it goes to standard error unless given.
+        Called with each message; by default messages go to standard error.
     on_interrupt : int
-        What is forwarded for SIGINT: SIGTERM ends Python programs that do not care without a traceback of each.
+        The signal to forward for SIGINT. SIGTERM ends Python programs without a handler without a traceback.
     essential : mapping, optional
-        Other processes that these cannot do without, by number, and what to raise when one has ended.
+        Pids of other processes that these depend on, each with the text of the error to raise when it ends.
 
     Returns
     -------
     int
-        0 if all succeeded, else the code of the first that failed (128 + n if signal n ended it); 128 + n after
+        0 if all succeeded, else the exit code of the first that failed (128 + n if signal n ended it); 128 + n after
         a forwarded signal n; `TIMED_OUT` at the deadline.
 
     Raises
@@ -201,12 +203,12 @@ def supervise(
 
 
 def exit_code(returncode: int) -> int:
-    """Return a Popen return code as a shell shows it: 128 + n where signal n ended the process."""
+    """Return a Popen return code as the exit code of a shell: 128 + n if signal n ended the process."""
     return 128 - returncode if returncode < 0 else returncode
 
 
 def describe_exit(returncode: int) -> str:
-    """Return how a process ended, in words."""
+    """Return a phrase that says how a process ended."""
     if returncode >= 0:
         return f"exited with code {returncode}"
     try:
@@ -222,7 +224,7 @@ def _say(message: str) -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that what was started is ended and cleaned up."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that context managers end their processes and clean up."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -233,7 +235,7 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
-    """Let ``handler`` have these signals meanwhile."""
+    """Install ``handler`` for these signals inside the context."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -244,7 +246,7 @@ def _handled(handler: Callable[[int, FrameType | None], None], numbers: Sequence
 
 @contextlib.contextmanager
 def _signals() -> Iterator[int]:
-    """Give a descriptor on which the numbers of forwarded signals arrive, one byte each."""
+    """Yield a pipe descriptor from which the numbers of received signals can be read, one byte each."""
     reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -261,7 +263,7 @@ def _signals() -> Iterator[int]:
 
 
 class _Crew:
-    """The state of one `supervise`."""
+    """The state of one call of `supervise`."""
 
     def __init__(
         self, processes: Sequence[subprocess.Popen[bytes]], names: Sequence[str], announce: Callable[[str], None]
@@ -272,10 +274,10 @@ class _Crew:
         self.settle_ns = self.grace_ns = 0
         self.on_interrupt: int = signal.SIGINT
         self.deadline_ns: int | None = None
-        self.ahead: deque[tuple[int, int | None]] = deque()  # (when, signal), the last one None: give up
+        self.ahead: deque[tuple[int, int | None]] = deque()  # (time, signal to send); None as the signal: stop waiting
 
     def watch(self, received: int, essential: Mapping[int, str]) -> None:
-        """Wait until none is running, ending them when there is cause to."""
+        """Wait until no process is running; end them after a failure, a signal or the deadline."""
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
             selector.register(received, selectors.EVENT_READ, None)
             for pid, why in essential.items():
@@ -301,14 +303,14 @@ class _Crew:
                 self._on_time(time.monotonic_ns())
 
     def clear(self) -> None:
-        """Kill what is left of every group, then reap."""
+        """Kill the remaining members of every group, then reap."""
         for process in self.processes:
             _signal_group(process, signal.SIGKILL)
         for index, process in enumerate(self.processes):
             try:
                 process.wait(timeout=2.0)
             except subprocess.TimeoutExpired:
-                self.announce(f"{self.names[index]} (pid {process.pid}) does not end even after SIGKILL")
+                self.announce(f"{self.names[index]} (pid {process.pid}) did not end within 2 s of SIGKILL")
 
     def _wait_s(self) -> float | None:
         times = [at_ns for at_ns, _ in list(self.ahead)[:1]]
@@ -328,9 +330,9 @@ class _Crew:
                 self._end_with(signal.SIGKILL, 0)
 
     def _ended(self, exits: Sequence[tuple[int, int]]) -> None:
-        """Take note of processes that ended; the first failure decides the code."""
+        """Process ended processes; the first failure determines the exit code."""
         self.running -= {index for index, _ in exits}
-        # Of those seen at once, one that a signal ended is the likelier cause: the others report a lost peer.
+        # Of several failures seen together, one by a signal is the likelier cause: the others report a lost peer.
         failed = sorted((code > 0, index, code) for index, code in exits if code != 0)
         if failed and self.code is None:
             _, index, returncode = failed[0]
@@ -343,7 +345,7 @@ class _Crew:
         if self.deadline_ns is not None and now_ns >= self.deadline_ns:
             self.deadline_ns = None
             if self.code is None and self.running:
-                self.announce(f"the time is over; ending {', '.join(self._still_running())}")
+                self.announce(f"deadline reached; ending {', '.join(self._still_running())}")
                 self.code = TIMED_OUT
                 self._end_with(signal.SIGTERM, 0)
         while self.ahead and now_ns >= self.ahead[0][0]:
@@ -357,24 +359,24 @@ class _Crew:
         return [self.names[index] for index in sorted(self.running)]
 
     def _end_with(self, number: int, after_ns: int) -> None:
-        """Lay out how the rest is ended: ``number`` after a while, then SIGKILL, then no more waiting."""
+        """Schedule the end: signal ``number`` after ``after_ns``, SIGKILL after the grace period, then stop waiting."""
         first_ns = time.monotonic_ns() + after_ns
         last_ns = first_ns + (0 if number == signal.SIGKILL else self.grace_ns)
         self.ahead = deque([(first_ns, number), (last_ns, signal.SIGKILL), (last_ns + 2 * 10**9, None)])
 
 
 def _peek(process: subprocess.Popen[bytes]) -> int:
-    """Return how an ended process ended without reaping it."""
+    """Return the return code of an ended process without reaping it."""
     try:
         seen = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    except ChildProcessError:  # reaped by somebody else
+    except ChildProcessError:  # already reaped elsewhere
         return process.poll() or 0
     assert seen is not None
     return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int | None) -> None:
-    """Send a signal to the group that ``process`` leads, else to it alone; never once it is reaped."""
+    """Signal the group that ``process`` leads, or the process alone if it leads none; do nothing once it is reaped."""
     if number is None or process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):

@@ -1,7 +1,7 @@
-"""Runs a program once a rank on this host: starts the ranks, copies what they print, waits for all of them.
+"""Run a program once for each rank on this host: start the ranks, copy their output, wait for all of them.
 
-Ranks meet at a loopback socket that listens before the first of them starts; rank 0 inherits it, so nobody can take
-the port in between.
+Ranks meet at a loopback socket that listens before the first of them starts. Rank 0 inherits it, so that no other
+process can take the port in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from detcoll.launch.processes import SETTLE_S, Guard, start, supervise
 from detcoll.outputs import OutputLost
 
 Start = Callable[[int | None, int | None], subprocess.Popen[bytes]]
-"""Starts one process with these descriptors as its standard output and standard error, ours where None."""
+"""Starts a process with these descriptors as standard output and standard error; None: inherit this process's."""
 
 
 def run_local(
@@ -33,17 +33,22 @@ def run_local(
     deadline_s: float | None = None,
     on_interrupt: int = signal.SIGINT,
 ) -> int:
-    """Start a program once for each environment on this host, and wait for all as `run_crew` does.
+    """Start a program on this host once for each environment, and wait for all as `run_crew` does.
 
     Parameters
     ----------
     program : sequence of str
         Program and arguments.
     environments : callable
-        Gets the socket where the ranks are to meet, and returns the environment of each; the one that has
-        DETCOLL_RENDEZVOUS_FD inherits the socket.
+        Takes the listening socket of the rendezvous and returns the environment of each rank. The rank whose
+        environment has DETCOLL_RENDEZVOUS_FD inherits the socket.
     tags, logs, deadline_s, on_interrupt
         As for `run_crew`.
+
+    Returns
+    -------
+    int
+        The exit code, as for `run_crew`.
     """
 
     def start_rank(environment: Mapping[str, str], out: int | None, err: int | None) -> subprocess.Popen[bytes]:
@@ -68,31 +73,36 @@ def run_crew(
     essential: Mapping[int, str] | None = None,
     when_started: Callable[[], None] | None = None,
 ) -> int:
-    """Start processes, wait for all, and return the exit code of the first that failed.
+    """Start processes, wait for all, and return the exit code as `supervise` does.
 
-    A single process shares the output of this one. That of several is copied in whole lines.
+    A single process without a tag inherits this process's output. The output of several is copied in whole lines.
 
     Parameters
     ----------
     starts : sequence of callable
-        Start one process each.
+        Each starts one process.
     tags : sequence of str, optional
-        What each line that a process prints begins with.
+        For each process, the prefix of its output lines.
     logs : Path, optional
-        Folder for a file a process with its standard output; standard error is shared then.
+        Folder in which each process has a file for its standard output. Standard error is then inherited.
     deadline_s, settle_s, on_interrupt, essential
         As for `supervise`.
     when_started : callable, optional
-        Called when all have started.
+        Called after all processes have started.
+
+    Returns
+    -------
+    int
+        The exit code, as for `supervise`.
 
     Raises
     ------
     OutputLost
-        If what they printed could not be written, and none of them failed.
+        If their output could not be written and no process failed.
     DetcollError
         As `supervise` does.
     """
-    # Left in the opposite order: the guard must outlive the wait, and the forwarder needs the ends of the pipes.
+    # Contexts end in reverse order: the guard must outlive the wait, and the forwarder must drain the pipes.
     with ExitStack() as stack:
         forwarder = None
         if logs is None and (tags is not None or len(starts) > 1):
@@ -119,7 +129,7 @@ def run_crew(
 def _outputs(
     stack: ExitStack, forwarder: Forwarder | None, tag: str, logs: Path | None, rank: int
 ) -> tuple[int | None, int | None]:
-    """Return what a process is to have for standard output and standard error; ``stack`` closes our copies."""
+    """Return the descriptors for a process's standard output and standard error; ``stack`` closes our copies."""
     if forwarder is not None:
         return stack.enter_context(forwarder.channels(tag))
     if logs is not None:
