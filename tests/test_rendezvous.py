@@ -415,7 +415,7 @@ def test_mpi_on_one_host_meets_at_a_socket_named_after_the_job() -> None:
 
 
 def test_mpi_on_one_host_without_rank_0() -> None:
-    with pytest.raises(ConnectError, match=r"nobody listens .*: rank 0 has not come, or has left"):
+    with pytest.raises(ConnectError, match=r"nobody listens .*: rank 0 has not started, or has left"):
         meet(local_mpi_world(1, 2, f"test-{os.getpid()}-absent"), ahead(0.2), {})
 
 
@@ -434,7 +434,7 @@ def test_mpi_across_hosts_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> Non
         (world_at(0, 2, "[2001:db8::1]:5000"), {}, "DETCOLL_INSECURE=1"),
         (world_at(0, 2, "0.0.0.0:5000"), {}, "DETCOLL_INSECURE=1"),
         (world_at(0, 2, "127.0.0.1:5000"), {"DETCOLL_ADVERTISE": "192.0.2.7"}, "this rank's address 192.0.2.7"),
-        (world_at(0, 2, None), {}, "environment: no address to meet at; set DETCOLL_RENDEZVOUS"),
+        (world_at(0, 2, None), {}, "environment: no rendezvous address; set DETCOLL_RENDEZVOUS"),
         (world_at(0, 2, "localhost"), {}, "DETCOLL_RENDEZVOUS='localhost' must be host:port"),
         (world_at(0, 2, "::1:5000"), {}, "must be host:port"),
         (world_at(0, 2, "localhost:70000"), {}, "port from 1 to 65535"),

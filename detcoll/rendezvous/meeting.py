@@ -289,7 +289,7 @@ class _Meeting:
     def _known_address(self) -> Address:
         if not self.world.rendezvous:
             raise UsageError(
-                f"{self.world.launcher}: no address to meet at; set DETCOLL_RENDEZVOUS=host:port, or MASTER_ADDR and "
+                f"{self.world.launcher}: no rendezvous address; set DETCOLL_RENDEZVOUS=host:port, or MASTER_ADDR and "
                 "MASTER_PORT, to an address of the host of rank 0"
             )
         return Address.parse(self.world.rendezvous)
@@ -420,7 +420,7 @@ def _broadcast(world: Any, text: str, deadline_ns: int) -> str:
     request = world.Ibcast(buffer, root=0)
     while not request.Test():
         if left(deadline_ns) == 0:
-            raise ConnectError("rank 0 never came to MPI's broadcast of the address to meet at")
+            raise ConnectError("rank 0 did not take part in the MPI broadcast of the rendezvous address in time")
         time.sleep(0.001)
     return buffer.rstrip(b"\0").decode()
 
@@ -448,7 +448,7 @@ def _listen_unix(name: str) -> socket.socket:
     except OSError as error:
         directory.close()
         raise ConnectError(
-            f"the local meeting place {name[1:]} is already in use; set DETCOLL_RENDEZVOUS=127.0.0.1:port"
+            f"the abstract Unix socket {name[1:]} is already in use; set DETCOLL_RENDEZVOUS=127.0.0.1:port"
         ) from error
     return directory
 
@@ -462,14 +462,14 @@ def _ask(name: str, deadline_ns: int) -> str:
             asking.connect(name)
             text = asking.recv(256).decode(errors="replace")
             if peer_uid(asking) != os.getuid():
-                raise ConnectError("another user's process answers at this job's local meeting place")
+                raise ConnectError("a process of another user listens at this job's Unix socket")
             if re.fullmatch(r"\S+:\d+", text):
                 return text
         time.sleep(min(nap_s, left(deadline_ns)))
         nap_s = min(2 * nap_s, LONGEST_NAP_S)
     raise ConnectError(
-        "nobody listens at this job's local meeting place: rank 0 has not come, or has left (if ranks run in "
-        "containers of their own, set DETCOLL_RENDEZVOUS=host:port)"
+        "nobody listens at this job's Unix socket: rank 0 has not started, or has left (if each rank runs in its own "
+        "container, set DETCOLL_RENDEZVOUS=host:port)"
     )
 
 

@@ -138,7 +138,7 @@ class Server:
         if self._is_closed:
             return
         self._finish_ns = deadline_ns
-        os.eventfd_write(self._wake, 1)  # closed here, not by the thread, which may have ended by now
+        os.eventfd_write(self._wake, 1)  # closed below, not by the thread, which may have ended by now
         self._thread.join(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9) + 5.0)
         if not self._thread.is_alive():
             self._is_closed = True
