@@ -80,7 +80,7 @@ def test_whom_others_wait_for_shows() -> None:
     records = [
         hung_record(0, [call | {"waits_for": [1]}]), hung_record(1, []), hung_record(2, [call | {"waits_for": [0]}])
     ]  # fmt: skip
-    assert findings(records) == ["world: others wait for rank 1, which waits for nobody here."]
+    assert findings(records) == ["world: others wait for rank 1, which waits for no other rank."]
     assert [(stand.rank, stand.waits_for) for stand in stands(records)] == [(0, (1,)), (1, ()), (2, (0,))]
 
 
@@ -130,7 +130,7 @@ def test_a_forked_child_writes_no_record(tmp_path: Path) -> None:
 
 def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
     (tmp_path / "record0.json").write_text("{}")
-    with pytest.raises(UsageError, match="is no flight record"):
+    with pytest.raises(UsageError, match="is not a flight record"):
         read_records(tmp_path)
 
 

@@ -342,10 +342,10 @@ def test_bench_files_name_their_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.json", "{", "no JSON object"),
-        ("a.json", "[]", "no JSON object"),
+        ("a.json", "{", "not a JSON object"),
+        ("a.json", "[]", "not a JSON object"),
         ("a.json", '{"schema": "other"}', "schema='other'; a report takes files of measure, bench and simulate --json"),
-        ("a.json", '{"schema": "detcoll.measure/1", "runs": [{}]}', "no result"),
+        ("a.json", '{"schema": "detcoll.measure/1", "runs": [{}]}', "is not a valid result"),
         ("a.toml", "[[site]]\nname = 'a'\n", "no map"),
         ("a.toml", "[", "no map"),
         ("a.toml", MAP + '[[link]]\nbetween = ["a", "x"]\n', "'x'"),

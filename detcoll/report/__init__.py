@@ -1,6 +1,6 @@
-"""The report of `detcoll measure --report` and `detcoll report`: what result files and traces say, as one page.
+"""The report of `detcoll measure --report` and `detcoll report`: result files and traces as one HTML page.
 
-It is made from files alone, so that it can be made again, and elsewhere, from what a run has left.
+It is made from files only, so that it can be made again later, and on another machine.
 """
 
 from __future__ import annotations

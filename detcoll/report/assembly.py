@@ -1,4 +1,4 @@
-"""The report as a whole: headline, figures at a glance, sections, and what made them."""
+"""The report as a whole: headline, key figures, sections, and the command and machine that produced the figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FACTS = (
 
 
 def write_report(directory: Path, inputs: ReportInputs, svg: bool = False) -> Path:
-    """Write ``report.html`` into ``directory``, and on request each picture as an SVG file too; returns its path."""
+    """Write ``report.html`` into ``directory`` and return its path; with ``svg`` also write each picture as SVG."""
     made = report(inputs)
     path = directory / "report.html"
     write_file(path, html_text(made).encode())
@@ -40,7 +40,7 @@ def write_report(directory: Path, inputs: ReportInputs, svg: bool = False) -> Pa
 
 
 def pictures(made: Element) -> list[tuple[str, Element]]:
-    """Return the pictures of a report as they are drawn for desks, each with a name for its file."""
+    """Return the pictures of a report in their wide version, each with a file name without suffix."""
     found: list[tuple[str, Element]] = []
     for svg in made.iter("svg"):
         if "wide" in svg.get("class", "").split():
@@ -55,7 +55,7 @@ def report(inputs: ReportInputs) -> Element:
     Parameters
     ----------
     inputs : ReportInputs
-        Results, traces and maps; what is missing is left out.
+        Results, traces and maps; sections without data are omitted.
     """
     title, lede = _headline(inputs)
     tiles: list[Element] = []
@@ -86,15 +86,15 @@ def _headline(inputs: ReportInputs) -> tuple[str, str]:
         if found is not None:
             return found, lede
     if inputs.results:
-        return "Nothing was measured", "The result file holds no run; what was left out, and why, stands below."
+        return "Nothing was measured", "The result file contains no run. The reasons are listed below."
     ranks = len(inputs.traced[0].traces) if inputs.traced else 0
     if ranks:
-        return f"What {ranks} ranks sent, beside what was planned", "From the ranks' traces."
-    return "Sites and links", "From the places of the sites."
+        return f"Planned and actual sends of {ranks} ranks", "From the traces of the ranks."
+    return "Sites and links", "From the positions of the sites."
 
 
 def _setup(result: ReportedResult) -> str:
-    """Return what ran over which lines, in a sentence."""
+    """Return a sentence about the workload, the sites and their lines."""
     told = result.workload
     parts: list[str] = []
     if told.get("name"):
@@ -133,7 +133,7 @@ def _lines(uplinks: Sequence[float] | None, round_trips: Sequence[float] | None)
 def _origin(result: Reported) -> Element:
     made = element("code", None, result.command or "not kept in this file")
     if isinstance(result, Study):
-        return section("Command", "What made these figures. Time is virtual, so they are the same anywhere.", made)
+        return section("Command", "Time is virtual, so this command gives the same figures on any machine.", made)
     known = [(name, str(result.host[key])) for key, name in _FACTS if result.host.get(key) is not None]
-    told = "The command that made these figures, and what it ran on. They hold for this machine."
+    told = "The command that produced these figures, and the machine that it ran on. They apply to this machine."
     return section("Command and machine", told, made, facts(known) if known else None)

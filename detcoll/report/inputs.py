@@ -1,4 +1,4 @@
-"""Everything that a report is made from, and how it is found in files and folders."""
+"""The inputs of a report, and how they are found in files and folders."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from detcoll.scenarios import Study, shipped
 from detcoll.topology import Topology
 
 RESULTS, TRACES, TOPOLOGY = "results.json", "traces", "topology.toml"
-"""What `detcoll measure --report` leaves beside the page; a folder of traces has one folder a run."""
+"""Files that `detcoll measure --report` writes beside the page; the folder of traces has one folder for each run."""
 
 
 @dataclass(frozen=True, slots=True)
 class TracedRun:
-    """The traces of one run's ranks, and what the run is called."""
+    """The traces of the ranks of one run, and the name of the run."""
 
     name: str
     traces: tuple[RankTrace, ...]
@@ -36,7 +36,7 @@ class TracedRun:
 
 @dataclass(frozen=True, slots=True)
 class ReportInputs:
-    """Everything that a report is made from; ``topology`` gives sites their names and delays in traces."""
+    """The inputs of a report; ``topology`` supplies names and delays of the sites in traces."""
 
     results: tuple[Reported, ...] = ()
     traced: tuple[TracedRun, ...] = ()
@@ -45,11 +45,11 @@ class ReportInputs:
 
     @property
     def site_names(self) -> tuple[str, ...]:
-        """The sites' names in order; none where they are not known."""
+        """The names of the sites in order; empty if they are not known."""
         return tuple(site.name for site in self.topology.sites) if self.topology is not None else ()
 
     def one_way_ns(self) -> OneWay | None:
-        """Return the delays between sites: the topology's, or the results' where all are equal; None: unknown."""
+        """Return the delays between sites: the topology's, else from the results' round trips if equal, else None."""
         if self.topology is not None:
             return self.topology.one_way_ns
         for result in self.results:
@@ -63,26 +63,26 @@ class ReportInputs:
 
 
 def forget_traces(folder: Path) -> None:
-    """Remove the traces that an earlier measurement left in its report's folder: they are not of the next one."""
+    """Remove the traces of an earlier measurement from its report folder, so that they do not mix with new ones."""
     for path in (folder / TRACES).glob("*/rank*.json"):
         path.unlink()
 
 
 def gather(paths: Sequence[Path], topology: Path | None = None) -> ReportInputs:
-    """Return what lies at ``paths``: result files, traces, TOML files with places of sites, and folders of these.
+    """Read result files, traces, TOML files with positions of sites, and folders of these.
 
     Parameters
     ----------
     paths : sequence of Path
-        Of a folder, ``results.json``, ``topology.toml`` and all ``rank*.json`` in and below it are taken; traces of one
-        folder are one run's.
+        From a folder, ``results.json``, ``topology.toml`` and all ``rank*.json`` in it and below are read. Traces in
+        one folder belong to one run.
     topology : Path, optional
-        A topology file, which gives sites their names and delays.
+        A topology file, which supplies names and delays of the sites; one in a folder takes precedence.
 
     Raises
     ------
     UsageError
-        If something is not there, cannot be read, or is none of these.
+        If a file does not exist, cannot be read, or is none of these.
     """
     results: list[Reported] = []
     maps: list[SiteMap] = []
@@ -102,11 +102,11 @@ def gather(paths: Sequence[Path], topology: Path | None = None) -> ReportInputs:
 
 
 def _gather_folder(folder: Path, results: list[Reported], traces: dict[Path, list[Path]]) -> Path | None:
-    """Add what lies in a folder; returns its topology file, if there is one."""
+    """Add the results and traces in a folder; return its topology file, None if there is none."""
     result, topology = folder / RESULTS, folder / TOPOLOGY
     ranks = sorted(folder.rglob("rank*.json"))
     if not result.is_file() and not ranks:
-        raise UsageError(f"folder={str(folder)!r} holds neither {RESULTS} nor rank*.json")
+        raise UsageError(f"folder={str(folder)!r} contains neither {RESULTS} nor rank*.json")
     if result.is_file():
         results.append(read_result(result))
     for path in ranks:
@@ -122,12 +122,12 @@ def _schema_of(path: Path) -> str:
 
 
 def _scenarios(results: Sequence[Reported], maps: Sequence[SiteMap]) -> set[str]:
-    """Return the names of simulated scenarios whose map was not given."""
+    """Return the names of the simulated scenarios without a map among ``maps``."""
     named = {str(each.scenario.get("name")) for each in results if isinstance(each, Study)}
     return named - {each.name for each in maps}
 
 
 def shipped_map(name: str) -> SiteMap:
-    """Return the map of a scenario that comes with detcoll."""
+    """Return the map of a scenario that is shipped with detcoll."""
     file = resources.files("detcoll.scenarios").joinpath(f"{name}.toml")
     return parse_site_map(file.read_text(encoding="utf-8"), name, name)

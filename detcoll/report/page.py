@@ -1,6 +1,6 @@
-"""The page that a report is: one HTML file with everything in it, for desks and phones, light and dark, and paper.
+"""The page of a report: one self-contained HTML file for wide and narrow screens, light and dark mode, and print.
 
-No script, and nothing is fetched: the policy in its head forbids both.
+It has no script and loads nothing: the content security policy in its head forbids both.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from detcoll.draw import element
 from detcoll.draw.style import STYLE
 
 WIDE, NARROW = 920.0, 340.0
-"""Each picture is drawn for both, and the reader's screen decides which is seen: labels stay readable on a phone."""
+"""Widths in pixels. Each picture is drawn in both, and the width of the screen selects one: labels stay readable on a
+phone."""
 
 Draw = Callable[[float], Element]
-"""Draws a picture of a width."""
+"""Draws a picture of a given width."""
 
 _PAGE_STYLE = """
 *{box-sizing:border-box}
@@ -71,11 +72,11 @@ def page(title: str, lede: str, tiles: Sequence[Element], sections: Sequence[Ele
     Parameters
     ----------
     title : str
-        What the report found, in a sentence.
+        The main finding, in a sentence.
     lede : str
-        Of what.
+        What was measured.
     tiles : sequence of Element
-        Figures at a glance, from `tile`.
+        Key figures, from `tile`.
     sections : sequence of Element
         From `section`.
     """
@@ -100,19 +101,19 @@ def page(title: str, lede: str, tiles: Sequence[Element], sections: Sequence[Ele
 
 
 def tile(figure: str, what: str) -> Element:
-    """Return one figure at a glance."""
+    """Return one key figure with its description."""
     return element(
         "li", None, element("span", {"class": "figure"}, figure), element("span", {"class": "what"}, what)
     )  # fmt: skip
 
 
 def section(heading: str, told: str, *content: Element | None) -> Element:
-    """Return a section with a sentence that says how to read it."""
+    """Return a section; ``told`` explains how to read it."""
     return element("section", None, element("h2", None, heading), element("p", None, told), *content)
 
 
 def figure(draw: Draw) -> Element:
-    """Return a picture drawn for a desk and for a phone."""
+    """Return a picture in a wide and a narrow version."""
     made = element("figure", None)
     for width, kind in ((WIDE, "wide"), (NARROW, "narrow")):
         drawn = draw(width)
@@ -122,7 +123,7 @@ def figure(draw: Draw) -> Element:
 
 
 def table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Element:
-    """Return a table whose first column names its rows; it scrolls by itself where the screen is narrow."""
+    """Return a table whose first column holds the row headings; it scrolls on narrow screens."""
     head = element("thead", None, element("tr", None, *(element("th", {"scope": "col"}, text) for text in headings)))
     lines = [
         element("tr", None, element("th", {"scope": "row"}, row[0]), *(element("td", None, text) for text in row[1:]))
@@ -133,12 +134,12 @@ def table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def notes(lines: Sequence[str]) -> Element | None:
-    """Return a list of remarks, None where there is none."""
+    """Return a list of remarks, None if there are none."""
     return element("ul", {"class": "notes"}, *(element("li", None, text) for text in lines)) if lines else None
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> Element:
-    """Return names and values, one pair a line."""
+    """Return a list of names and values, one pair on each line."""
     nodes: list[Element] = []
     for name, value in pairs:
         nodes += [element("dt", None, name), element("dd", None, value)]
@@ -146,5 +147,5 @@ def facts(pairs: Sequence[tuple[str, str]]) -> Element:
 
 
 def heading(text: str) -> Element:
-    """Return a heading below a section's."""
+    """Return a subheading of a section."""
     return element("h3", None, text)

@@ -1,4 +1,4 @@
-"""What a report takes from files: results of `detcoll measure`, `bench` and `simulate`, and places of sites."""
+"""Files that a report reads: results of `detcoll measure`, `bench` and `simulate`, and positions of sites."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from detcoll.scenarios.study import Study
 
 @dataclass(frozen=True, slots=True)
 class ReportedResult:
-    """A file of `detcoll measure` or `detcoll bench`; ``rows`` are a sweep's, ``runs`` a measurement's."""
+    """A result file: `detcoll bench` writes ``rows``, `detcoll measure` writes ``runs``."""
 
     schema: str
     host: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ Reported = ReportedResult | Study
 
 @dataclass(frozen=True, slots=True)
 class SiteMap:
-    """Runner of sites and the pairs that are joined."""
+    """The positions of sites, and the pairs of sites that have a link."""
 
     name: str
     places: tuple[Place, ...]
@@ -51,7 +51,7 @@ def read_result(path: Path) -> Reported:
     Raises
     ------
     UsageError
-        If it cannot be read or is no result of `detcoll measure`, `detcoll bench` or `detcoll simulate`.
+        If it cannot be read or is not a result of `detcoll measure`, `detcoll bench` or `detcoll simulate`.
     """
     try:
         return parse_result(path.read_bytes(), str(path))
@@ -60,7 +60,7 @@ def read_result(path: Path) -> Reported:
 
 
 def parse_result(data: bytes, name: str) -> Reported:
-    """Return the result in ``data``, which errors call ``name``; raises as `read_result` does."""
+    """Return the result in ``data``; ``name`` is for error messages. Raises as `read_result` does."""
     schema = schema_of(data, name)
     if schema not in _READ_AS:
         raise UsageError(
@@ -70,7 +70,7 @@ def parse_result(data: bytes, name: str) -> Reported:
     try:
         return msgspec.json.decode(data, type=_READ_AS[schema])
     except msgspec.MsgspecError as error:
-        raise UsageError(f"file={name!r} is no result of schema {schema}: {error}") from error
+        raise UsageError(f"file={name!r} is not a valid result of schema {schema}: {error}") from error
 
 
 _READ_AS: dict[str, type[ReportedResult] | type[Study]] = {
@@ -85,17 +85,17 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 def schema_of(data: bytes, name: str) -> str:
-    """Return the schema that a JSON object says it has, nothing where it says none.
+    """Return the value of ``schema`` in a JSON object, or an empty string if it has none.
 
     Raises
     ------
     UsageError
-        If ``data`` is no JSON object.
+        If ``data`` is not a JSON object.
     """
     try:
         return msgspec.json.decode(data, type=_Head).schema
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UsageError(f"file={name!r} is no JSON object: {error}") from error
+        raise UsageError(f"file={name!r} is not a JSON object: {error}") from error
 
 
 class _SiteTable(msgspec.Struct, frozen=True):
@@ -114,14 +114,14 @@ class _MapFile(msgspec.Struct, frozen=True):
 
 
 def read_site_map(path: Path) -> SiteMap:
-    """Return the sites of a TOML file whose ``[[site]]`` tables have ``name``, ``latitude`` and ``longitude``.
+    """Return the map in a TOML file whose ``[[site]]`` tables have ``name``, ``latitude`` and ``longitude`` in degrees.
 
-    All pairs are joined, unless ``[[link]]`` tables say which. Anything else in the file is passed over.
+    ``[[link]]`` tables list the linked pairs; without any, all pairs are linked. Other content is ignored.
 
     Raises
     ------
     UsageError
-        If it cannot be read, a site lacks its place, or a link names no site.
+        If the file cannot be read, a site has no position, or a link names an unknown site.
     """
     try:
         return parse_site_map(path.read_text(encoding="utf-8"), path.stem, str(path))
@@ -132,7 +132,7 @@ def read_site_map(path: Path) -> SiteMap:
 
 
 def parse_site_map(text: str, name: str, file: str) -> SiteMap:
-    """Return the map in a TOML ``text``, which errors call ``file``; raises as `read_site_map` does."""
+    """Return the map in a TOML ``text``; ``file`` is for error messages. Raises as `read_site_map` does."""
     try:
         tables = msgspec.convert(tomllib.loads(text), _MapFile)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
@@ -140,7 +140,7 @@ def parse_site_map(text: str, name: str, file: str) -> SiteMap:
     numbers = {site.name: index for index, site in enumerate(tables.site)}
     unknown = [name for link in tables.link for name in link.between if name not in numbers]
     if unknown:
-        raise UsageError(f"file={file!r}: a link names site {unknown[0]!r}, which is not there")
+        raise UsageError(f"file={file!r}: a link names the unknown site {unknown[0]!r}")
     pairs = [(numbers[link.between[0]], numbers[link.between[1]]) for link in tables.link]
     places = tuple(Place(site.name, site.latitude, site.longitude) for site in tables.site)
     return SiteMap(name, places, tuple(pairs or combinations(range(len(places)), 2)))

@@ -1,4 +1,4 @@
-"""What a report says about the collectives that `detcoll bench` timed."""
+"""The parts of a report about the collectives that `detcoll bench` timed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CROSS = "Share of the physical floor against others' traffic"
 
 
 def row_headline(result: ReportedResult) -> str | None:
-    """Return what a sweep found, in a sentence; None where it is empty."""
+    """Return the main finding of a sweep in a sentence, None if it is empty."""
     known = [row for row in result.rows if row.fraction_of_bound is not None]
     if not known:
         return f"Times of {len(result.rows)} calls of collectives" if result.rows else None
@@ -47,7 +47,7 @@ def _called(row: Row) -> str:
 
 
 def row_tiles(result: ReportedResult) -> list[Element]:
-    """Return the best share of the floor of each transport."""
+    """Return a tile for each transport with its best share of the floor."""
     tiles = []
     known = [row for row in result.rows if row.fraction_of_bound is not None]
     for transport, rows in groupby(sorted(known, key=lambda row: row.transport), key=lambda row: row.transport):
@@ -86,14 +86,14 @@ def _bounds(result: ReportedResult) -> Element | None:
         what = f"{collective.replace('_', '-')}, {format_bytes(nbytes)}"
         parts += [heading(what), figure(partial(bar_chart, bars, axis, what, mark=1.0, mark_label="floor"))]
     told = (
-        "The shortest time that the lines allow over the median time of a call, slowest rank. Whiskers: the slowest "
-        "and the fastest call."
+        "The shortest time that the lines allow, divided by the median time of a call on the slowest rank. Whiskers: "
+        "the slowest and the fastest call."
     )
     return section("Share of the physical floor", told, *parts)
 
 
 def _cross_traffic(result: ReportedResult) -> Element | None:
-    """Return the share of the floor against what others offer, where rows met several amounts of that."""
+    """Return the share of the floor over the cross traffic, if rows have several loads."""
     rows = [row for row in result.rows if row.fraction_of_bound is not None]
     curves: list[Curve] = []
     for key in dict.fromkeys((row.collective, row.bytes, row.transport, row.service) for row in rows):
@@ -106,7 +106,7 @@ def _cross_traffic(result: ReportedResult) -> Element | None:
         return None
     shares = {share for curve in curves for share, _ in curve.points}
     y = Axis("share of the physical floor", lambda value: percent(value, 0), includes=(0.0, 1.0))
-    told = "The same while others send on the same lines. A flat curve is what a reservation is for."
+    told = "The same while others send on the same lines. A reservation should give a flat curve."
     return section("Under cross traffic", told, figure(partial(curve_chart, curves, traffic_axis(shares), y, CROSS)))
 
 
@@ -136,7 +136,7 @@ def _sizes(result: ReportedResult) -> Element | None:
             points = tuple((float(row.bytes), row.median_s) for row in rows if _row_label(row, many) == label)
             curves.append(Curve(label, points, series[label], has_markers=True))
         parts += [heading(collective.replace("_", "-")), _size_figure(curves, sizes, collective)]
-    told = "Median time of a call, slowest rank. Both scales are logarithmic where sizes and times span far."
+    told = "Median time of a call on the slowest rank. A scale is logarithmic if its values span a large range."
     return section("Time over size", told, *parts) if parts else None
 
 
@@ -161,6 +161,6 @@ def _row_table(result: ReportedResult) -> Element:
         )
         for row in result.rows
     ]  # fmt: skip
-    told = "A call's time is the slowest rank's. Predictions were made before the calls."
+    told = "The time of a call is that of the slowest rank. Predictions were made before the calls."
     shown = table("Times of all calls", headings, rows) if rows else None
     return section("All figures", told, shown, notes(remarks(result)))

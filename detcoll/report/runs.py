@@ -1,4 +1,4 @@
-"""What a report says about the runs of `detcoll measure`."""
+"""The parts of a report about the runs of `detcoll measure`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from detcoll.report.page import figure, heading, notes, section, table, tile
 from detcoll.report.reported import ReportedResult
 
 MOST_TILES = 6
-"""Figures at a glance; all others stand in the pictures and the table."""
+"""Largest number of key figures; the others are in the pictures and the table."""
 
 
 def run_headline(result: ReportedResult) -> str | None:
-    """Return what a measurement found, in a sentence; None where nothing ran across sites."""
+    """Return the main finding of a measurement in a sentence, None if nothing ran across sites."""
     wide = [run for run in result.runs if run.is_wide and run.efficiency is not None]
     if not wide:
         return None
@@ -45,7 +45,7 @@ def run_headline(result: ReportedResult) -> str | None:
 
 
 def _main_name(wide: Sequence[Run]) -> str | None:
-    """Return which run the report is about: the slotted one, else the first; None where there is none."""
+    """Return the name of the main run: the first slotted one, else the first; None if there is none."""
     return next((run.name for run in wide if run.transport == SLOTTED), wide[0].name if wide else None)
 
 
@@ -65,7 +65,7 @@ def _label(run: Run, has_networks: bool) -> str:
 
 
 def run_tiles(result: ReportedResult) -> list[Element]:
-    """Return the efficiency of the first runs, and what the digests say."""
+    """Return the efficiency of the first runs, and whether the digests are equal."""
     wide = [run for run in result.runs if run.is_wide and run.efficiency is not None]
     has_networks = len(_networks(result)) > 1
     if has_networks:
@@ -99,8 +99,8 @@ def _efficiency(result: ReportedResult) -> Element | None:
     bars = [_efficiency_bar(run, series[run.transport] if run.is_wide else 0, has_networks) for run in runs]
     axis = Axis("share of the single cluster's speed", lambda value: percent(value, 0), includes=(1.0,))
     told = (
-        "Median iteration time of the single cluster over that of each run. Whiskers: the same with the run's slowest "
-        "and fastest hundredth of iterations, so they show what single iterations do."
+        "Median iteration time of the single cluster divided by that of each run. Whiskers: the same with the 99th and "
+        "the 1st percentile of the run's iteration times, so they show the spread of single iterations."
     )
     drawn = figure(partial(bar_chart, bars, axis, "Efficiency of each run", mark=1.0, mark_label="one cluster"))
     return section("Efficiency", told, drawn)
@@ -130,7 +130,7 @@ def _iterations(result: ReportedResult) -> Element | None:
         if len(networks) > 1:
             parts.append(heading(_network_label(*network)))
         parts.append(_time_figure(curves, "iteration", "Time of each iteration"))
-    told = "Every measured iteration in its order. A flat line is a run whose timing can be relied on."
+    told = "All measured iterations in order. A flat line means that the timing of the run is predictable."
     return section("Iteration time over the run", told, *parts)
 
 
@@ -148,7 +148,7 @@ def _time_figure(curves: Sequence[Curve], x_label: str, title: str) -> Element:
 
 
 def _by_flow(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Return the runs of each transport and service that met several amounts of others' traffic, in order of it."""
+    """Return the runs of each transport and service with several loads of cross traffic, ordered by load."""
     keys = dict.fromkeys((run.name, run.service) for run in runs)
     found = []
     for name, service in keys:
@@ -177,7 +177,7 @@ def _cross_traffic(result: ReportedResult) -> Element | None:
     ]
     y = Axis("efficiency", lambda value: percent(value, 0), includes=(0.0, 1.0))
     x = traffic_axis({run.cross_traffic for _, same in flows for run in same})
-    told = "Efficiency while others send on the same lines. A flat curve is what a reservation is for."
+    told = "Efficiency while others send on the same lines. A reservation should give a flat curve."
     drawn = figure(partial(curve_chart, curves, x, y, "Efficiency against others' traffic"))
     return section("Under cross traffic", told, drawn)
 
@@ -194,7 +194,7 @@ def _co_tenant(result: ReportedResult) -> Element | None:
     ]  # fmt: skip
     unit, size = time_unit(max(bar.value for bar in bars))
     axis = Axis(f"round trip, {unit}", lambda value: plain(value / size))
-    told = "Somebody else's small packets on the same lines meanwhile: the 99th percentile of their round trips."
+    told = "Small packets of another user on the same lines during the run: the 99th percentile of their round trips."
     drawn = figure(partial(bar_chart, bars, axis, "A neighbour's round trip during each run"))
     return section("A neighbour's round trip", told, drawn)
 
@@ -223,7 +223,7 @@ def _run_table(result: ReportedResult) -> Element:
     ]  # fmt: skip
     told = (
         "Waiting: from the end of the backward pass to the reduced gradient. Line busy: the share of the backward pass "
-        "in which the line carried something. Resent: TCP segments. The digest is that of the trained parameters."
+        "in which the line carried data. Resent: TCP segments. Digest: of the trained parameters."
     )
     return section(
         "All figures", told, table("Medians of each run", headings, rows) if rows else None, notes(remarks(result))

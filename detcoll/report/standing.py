@@ -1,7 +1,7 @@
-"""Where the ranks of a job stand, read from their flight records, and which calls do not fit together.
+"""The state of the ranks of a job, from their flight records, and the calls that do not match.
 
-A record says of each group which calls its rank made and how far each came. The sentences here say no more than the
-records do: a rank without a record is named as such, and whoever others wait for is told from what those others saw.
+A record lists for each group the calls that its rank made and the state of each. The findings claim no more than the
+records show: ranks without a record are listed, and whom a rank waits for is taken from its own record.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from detcoll.runtime.recorder import RECORD_SCHEMA
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """Where one rank stands in one group.
+    """State of one rank in one group.
 
-    ``group`` : what to call it.  ``id`` : tells groups of the same ranks and name apart.  ``doing`` : the oldest call
-    under way.  ``waits_for`` : ranks of the job.
+    ``group`` : title of the group.  ``id`` : distinguishes groups with the same ranks and name.  ``latest`` : number of
+    the latest call, or -1.  ``doing`` : the oldest pending call and its state.  ``waits_for`` : ranks of the job.
     """
 
     group: str
@@ -35,12 +35,12 @@ class Stand:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the records in a folder, by rank.
+    """Return the records in a folder, ordered by rank.
 
     Raises
     ------
     UsageError
-        If one cannot be read or is no record.
+        If a file cannot be read or is not a flight record.
     """
     records = []
     for path in sorted(folder.glob("record*.json")):
@@ -49,19 +49,19 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         except (OSError, ValueError) as error:
             raise UsageError(f"file={str(path)!r} cannot be read: {error}") from error
         if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA:
-            raise UsageError(f"file={str(path)!r} is no flight record; expected schema {RECORD_SCHEMA}")
+            raise UsageError(f"file={str(path)!r} is not a flight record; expected schema {RECORD_SCHEMA}")
         records.append(record)
     return sorted(records, key=lambda record: int(record["rank"]))
 
 
 def stands(records: Sequence[dict[str, Any]]) -> list[Stand]:
-    """Return where each rank stands in each of its groups, by group and rank."""
+    """Return the state of each rank in each of its groups, ordered by group and rank."""
     found = []
     for record in records:
         for group in record["groups"]:
             calls = group["calls"]
             first = calls[0] if calls else None
-            doing = "nothing under way" if first is None else f"{first['what']}: {first['state']}"
+            doing = "no pending call" if first is None else f"{first['what']}: {first['state']}"
             waits = tuple(sorted({rank for call in calls[:1] for rank in call["waits_for"]}))
             title = _title(group)
             rank, failure = int(record["rank"]), group["failure"] or ""
@@ -70,9 +70,9 @@ def stands(records: Sequence[dict[str, Any]]) -> list[Stand]:
 
 
 def findings(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return sentences about what keeps the job: ranks without a record, calls that differ, and who is behind."""
+    """Return sentences about why the job does not go on: missing records, calls that differ, ranks that are behind."""
     if not records:
-        return ["There is no record."]
+        return ["There are no records."]
     told = []
     size = max(int(record["size"]) for record in records)
     missing = sorted(set(range(size)) - {int(record["rank"]) for record in records})
@@ -84,7 +84,7 @@ def findings(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _misfits(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return calls of one group and number that ranks made differently."""
+    """Return a sentence for each call (group and number) that differs between ranks."""
     calls: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for event in record["events"]:
@@ -100,7 +100,7 @@ def _misfits(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _behind(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return who is behind the others of its group, and whom those wait for that are stuck."""
+    """Return for each group the ranks that made fewer calls, and the ranks that others wait for."""
     groups: dict[tuple[str, str], list[Stand]] = defaultdict(list)
     for stand in stands(records):
         groups[stand.group, stand.id].append(stand)
@@ -118,7 +118,7 @@ def _behind(records: Sequence[dict[str, Any]]) -> list[str]:
         away = sorted(rank for rank in awaited - here.keys() if rank in known)
         unknown = sorted(awaited - here.keys() - known)
         if idle:
-            told.append(f"{title}: others wait for {_ranks(idle)}, {_whose(idle, 'waits', 'wait')} for nobody here.")
+            told.append(f"{title}: others wait for {_ranks(idle)}, {_whose(idle, 'waits', 'wait')} for no other rank.")
         if away:
             told.append(
                 f"{title}: others wait for {_ranks(away)}, {_whose(away, 'has', 'have')} left it or not opened it."

@@ -1,4 +1,4 @@
-"""What a report says about a simulated scenario."""
+"""The parts of a report about a simulated scenario."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CHANGED: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def study_headline(study: Study) -> str | None:
-    """Return what a simulation found, in a sentence; None where it holds no network."""
+    """Return the main finding of a simulation in a sentence, None if it has no network."""
     wide = [run for run in study.runs if run.setting != SINGLE]
     if not wide:
         return None
@@ -32,7 +32,7 @@ def study_headline(study: Study) -> str | None:
 
 
 def study_setup(study: Study) -> str:
-    """Return what was simulated, in a sentence."""
+    """Return a sentence about the simulated scenario."""
     facts, parts = study.scenario, list[str]()
     if facts.get("ranks"):
         parts.append(f"{facts['ranks']} ranks")
@@ -67,7 +67,7 @@ def _efficiency(study: Study) -> Element | None:
         for index, run in enumerate(study.runs)
     ]
     axis = Axis("share of the single cluster's speed", lambda value: percent(value, 0), includes=(1.0,))
-    told = "An iteration in one cluster over one across sites, and in brackets how long that takes, in virtual time."
+    told = "Iteration time in one cluster divided by that across sites. In brackets: the latter, in virtual time."
     drawn = figure(partial(bar_chart, bars, axis, "Efficiency of each network", mark=1.0, mark_label="one cluster"))
     return section("Efficiency, simulated", told, drawn)
 
@@ -120,7 +120,7 @@ def _needs(study: Study) -> Element | None:
         for need in study.needed
     ]  # fmt: skip
     target = percent(study.needed[0].target)
-    told = "The slowest line of every site that is fast enough, and what the ordinary network reaches on the same line."
+    told = "The slowest line of each site that reaches the target, and the efficiency of the ordinary network on it."
     return section(f"The line that {target} needs", told, table(f"For an efficiency of {target}", headings, rows))
 
 

@@ -1,4 +1,4 @@
-"""What a report shows of traces, calendars and maps."""
+"""The parts of a report about traces, calendars and maps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from detcoll.report.page import figure, section
 from detcoll.report.reported import SiteMap
 
 MOST_TRACED = 6
-"""Runs whose traces are drawn."""
+"""Largest number of runs whose traces are drawn."""
 
 
 def trace_sections(inputs: ReportInputs) -> list[Element]:
-    """Return a time-space diagram for each traced run, and a calendar where it is another than before."""
+    """Return a time-space diagram for each traced run, and each different calendar once."""
     sections: list[Element] = []
     runs, names, one_way_ns = inputs.traced[:MOST_TRACED], inputs.site_names, inputs.one_way_ns()
     cycles = [cycle_of_traces(run.traces, names, one_way_ns) for run in runs]
@@ -27,7 +27,7 @@ def trace_sections(inputs: ReportInputs) -> list[Element]:
         if any(trace.collectives for trace in run.traces):
             sections.append(_time_space(run, f": {run.name}" if len(runs) > 1 else "", names, one_way_ns))
         if cycle is not None and cycle not in cycles[:index]:
-            told = "Who may use a line when, again and again. " + _slots_told(run)
+            told = "When each sender may use a line; the cycle repeats. " + _slots_told(run)
             which = f": {run.name}" if several else ""
             sections.append(section(f"The calendar of a cycle{which}", told, figure(partial(cycle_picture, cycle))))
     return sections
@@ -35,11 +35,11 @@ def trace_sections(inputs: ReportInputs) -> list[Element]:
 
 def _time_space(run: TracedRun, which: str, names: Sequence[str], one_way_ns: OneWay | None) -> Element:
     told = (
-        "The time of one of the largest collectives, in the middle of the run. Hollow: when each message was due on "
-        "the line. Filled: when it was, at the pace that the kernel was told. A lane is a rank and the one it sends to."
+        "One of the largest collectives, from the middle of the run. Hollow: when each message was planned to be on "
+        "the line. Filled: when it was, at the pacing rate set in the kernel. A lane is a rank and its destination."
     )
     if one_way_ns is not None:
-        told += " Between the sites: its way along the line."
+        told += " Slanted lines between the sites: the propagation of messages."
     drawn = figure(lambda width: time_space(run.traces, width, one_way_ns=one_way_ns, site_names=names))
     return section(f"Planned and actual sends{which}", told, drawn)
 
@@ -47,13 +47,13 @@ def _time_space(run: TracedRun, which: str, names: Sequence[str], one_way_ns: On
 def _slots_told(run: TracedRun) -> str:
     calendars = [trace.calendar for trace in run.traces if trace.calendar is not None]
     if all(calendar.is_always_open for calendar in calendars):
-        return "Here no slot ever closes: each rank may send at any time, at the rate reserved for it."
+        return "Here slots never close: each rank may send at any time, at the rate reserved for it."
     guard_ns = max(calendar.guard_ns for calendar in calendars)
-    return f"Guards of {time_text(guard_ns / 1e9)} lie between different owners. Windows may run over the cycle's end."
+    return f"Guards of {time_text(guard_ns / 1e9)} separate different owners. A window may span the end of the cycle."
 
 
 def map_section(shown: SiteMap) -> Element:
-    """Return the map of a file's sites."""
+    """Return the section with the map of the sites."""
     told = f"Sites: {len(shown.places)}. Links between them: {len(shown.links)}."
     drawn = figure(lambda width: site_map(shown.places, shown.links, width, f"Sites of {shown.name}"))
     return section(f"Map: {shown.name}", told, drawn)

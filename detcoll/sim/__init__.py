@@ -1,4 +1,4 @@
-"""Simulation: the same plans and engines as the wire runs, over modelled lines, in virtual time."""
+"""Simulation: the plans and engines of real runs, over modelled lines, in virtual time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A modelled rank: the engine, one core that does its steps one after another, and the memory they work on."""
+"""A modelled rank: its engine, one core that executes steps one after another, and its memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Memory:
     buffers: dict[int, NDArray[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Lay out scratch, and refuse an array that does not fit the plan."""
+        """Allocate scratch; raise UsageError if the array does not match the plan."""
         wide = accumulation_dtype(self.user.dtype)
         given = (self.user.shape, self.user.dtype.itemsize, wide.itemsize)
         collective = self.plan.collective
@@ -46,12 +46,12 @@ class Memory:
         }
 
     def read(self, step: int) -> NDArray[Any]:
-        """Return a copy of what SEND ``step`` sends."""
+        """Return a copy of the data that SEND ``step`` sends."""
         row = self.plan.rows[step]
         return self.buffers[row.buffer][row.offset : row.offset + row.length].copy()
 
     def take(self, step: int, values: NDArray[Any]) -> None:
-        """Put what RECV ``step`` received where it belongs."""
+        """Store the data that RECV ``step`` received."""
         row = self.plan.rows[step]
         if row.buffer == Buffer.LENT:
             self.lent[step] = values
@@ -59,7 +59,7 @@ class Memory:
             self.buffers[row.buffer][row.offset : row.offset + row.length] = values
 
     def fold(self, step: int) -> None:
-        """Do FOLD ``step``."""
+        """Execute FOLD ``step``."""
         row = self.plan.rows[step]
         inputs = [
             self.lent.pop(offset) if buffer == Buffer.LENT else self.buffers[buffer][offset : offset + row.length]
@@ -70,9 +70,9 @@ class Memory:
 
 
 def taken_ns(plan: Plan, costs: Costs, *, lines: bool) -> list[int]:
-    """Return what each step costs the core, with what it copies.
+    """Return the core time of each step, including the copies that it makes.
 
-    A SEND over a line and a RECV that lends copy nothing, a FOLD copies every input.
+    A FOLD copies every input. A SEND over a line and a RECV that lends its memory copy nothing. Others copy once.
     """
     steps, kind = plan.steps, plan.steps["kind"]
     over_line = (steps["wide"] == 1) & (kind == Kind.SEND) & lines
@@ -84,13 +84,13 @@ def taken_ns(plan: Plan, costs: Costs, *, lines: bool) -> list[int]:
 
 @dataclass(slots=True)
 class Host:
-    """One rank: its engine, the call, and what its transport holds.
+    """One rank: its engine, the call, and the state of its transport.
 
-    ``takes_ns`` : what a step costs the core.  ``tags`` : of its messages.  ``working`` : whether the core is busy.
-    ``tickets`` : steps that have ended, a RECV with what came, and the core has not taken note of.
-    ``arrived`` : messages nobody has asked for yet, by (source, tag).  ``posted`` : receives that wait, by the same.
-    ``timed`` : sends that wait for their window to open.  ``connection_free_ns`` : when kernel pacing lets the next
-    message to a peer begin.
+    ``takes_ns`` : core time by step.  ``tags`` : message tag by step.  ``working`` : whether the core is busy.
+    ``tickets`` : ended steps that the core has not processed yet, a RECV with its data.
+    ``arrived`` : messages without a posted receive, by (source, tag).  ``posted`` : pending receives, by the same key.
+    ``timed`` : sends that wait for their window to open.  ``connection_free_ns`` : by peer, when kernel pacing lets the
+    next message begin.
     """
 
     site: int

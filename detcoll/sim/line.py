@@ -1,8 +1,8 @@
-"""The modelled wide area: a queue at every site's uplink, a delay, a queue at every downlink.
+"""The modelled wide area: a queue at each site's uplink, a one-way delay, and a queue at each downlink.
 
-Messages cross it in parcels, so that flows which share a line take turns as packets do. A parcel waits until those
-before it have left (first in, first out), takes its wire bytes over the rate, and is at the other end a one-way delay
-later. Queues are unbounded: how long they get is part of the answer.
+Messages cross it in parcels, so that flows on one line interleave as packets do. A parcel waits until all earlier ones
+have left (first in, first out), occupies the line for its wire bytes divided by the rate, and arrives one one-way delay
+later. Queues are unbounded: their peak length is a result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from detcoll.topology import Topology
 
 @dataclass(slots=True)
 class Queue:
-    """One end of a line: when it is free, when it was busy, and the most that ever waited in it."""
+    """The queue at one end of a line: when it is free, when it was busy, and its peak length."""
 
     rate_bytes_per_s: float
     free_ns: int = 0
@@ -23,7 +23,7 @@ class Queue:
     busy_ns: list[tuple[int, int]] = field(default_factory=list)
 
     def take(self, now_ns: int, wire_bytes: float) -> tuple[int, int]:
-        """Put a parcel behind the others and return when it begins and ends to leave."""
+        """Append a parcel; return when its transmission begins and ends."""
         begin_ns = max(now_ns, self.free_ns)
         end_ns = self.free_ns = begin_ns + round(wire_bytes / self.rate_bytes_per_s * 1e9)
         self.peak_bytes = max(self.peak_bytes, (end_ns - now_ns) * self.rate_bytes_per_s / 1e9)

@@ -1,4 +1,4 @@
-"""What a simulation tells."""
+"""The result of a simulation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What happened. Times count from the moment that the first rank could have called.
+    """Result of a simulation. Times count from time zero of the run.
 
-    ``finish_ns`` : by rank, when its result was there.  ``drained_ns`` : when all its steps had ended.
-    ``uplink_busy_ns`` : by site, when its uplink carried something.  ``uplink_wire_bytes`` : how much.
-    ``peak_queue_bytes`` : by site, the most that waited at its uplink.  ``downlink_peak_bytes`` : at its downlink.
-    ``window_share`` : part of the payload sent in windows that left while its sender owned the line; None if nothing
-    was.  ``misses``, ``trimmed`` : by rank, as `Slots` counts them.  ``arrays`` : by rank, if data was given.
+    ``finish_ns`` : by rank, when it had its result.  ``drained_ns`` : by rank, when all its steps had ended.
+    ``uplink_busy_ns`` : by site, the intervals in which its uplink was busy.  ``uplink_wire_bytes`` : by site, what its
+    uplink sent.  ``peak_queue_bytes``, ``downlink_peak_bytes`` : by site, the longest queue at its uplink and downlink.
+    ``window_share`` : the share of the payload with a window that was sent while its sender owned the line; None
+    without such payload.  ``misses``, ``trimmed`` : by rank, as `Slots` counts them.  ``arrays`` : by rank, the results
+    if data was given.
     """
 
     finish_ns: tuple[int, ...]
@@ -32,5 +33,5 @@ class Simulation:
 
     @property
     def slowest_ns(self) -> int:
-        """When the last rank had its result."""
+        """When the slowest rank had its result."""
         return max(self.finish_ns)

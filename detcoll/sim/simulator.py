@@ -1,23 +1,24 @@
-"""The simulator: all ranks' engines over modelled lines, in virtual time.
+"""The simulator: the engines of all ranks over modelled lines, in virtual time.
 
-Each rank has the engine that it has on the wire (`detcoll.runtime.engine`), which is told of one call of the world and
-of what comes of it; here its actions are carried out on modelled links. Ranks do not greet, and nothing fails.
+Each rank has the engine of real runs (`detcoll.runtime.engine`), which gets one call of the world and its events; the
+engine's actions are executed on modelled links. Ranks do not compare their calls, and nothing fails.
 
-What a run models, with `detcoll.plan.predict.Costs`:
+The model, with `detcoll.plan.predict.Costs`:
 
-- Host: one core a rank. Each step costs ``step_ns``; a local send, a receive into an array and every input of a fold
-  add the time to copy their bytes. As in the runtime, tickets (sends that ended, messages that arrived) are taken in
-  the order in which they came, and what one makes ready is done first, the lowest step before others. The runtime takes
-  all tickets that it finds before it goes on with such work, and looks for more every 0.2 ms; here that is each ticket.
-- Local message: there ``local_latency_ns`` after its sender is done with it.
-- Wide message: waits in `detcoll.machine.Slots` where the collective uses windows, and is paced to its window's rate;
-  else it leaves at the line's rate. It crosses `WideArea` in parcels; the receiver wakes up ``wake_ns`` after its last
-  byte, and the sender's step ends when an acknowledgement is back, one delay later.
-- Fluid: a paced message can cross as a whole instead, its last byte a delay after the pace let it go. Rates of a
-  calendar never add up to more than a line (`detcoll.plan.check_calendar`), so nothing would queue but what comes in
-  parcels. That is two events a message whatever its size, and what large worlds are simulated with.
+- Host: one core for each rank. Each step takes ``step_ns``. A local send, a receive into an array and each input of a
+  fold add the time to copy their bytes. As in the runtime, tickets (ended sends, arrived messages) are processed in
+  order of arrival, and steps that become ready run before the next ticket, lowest step first. One difference: the
+  runtime processes all available tickets before it runs such steps, and polls for more every 0.2 ms; the simulator
+  processes one ticket at a time.
+- Local message: arrives ``local_latency_ns`` after the sender's step.
+- Wide message: if the collective uses windows, it waits in `detcoll.machine.Slots` and is paced to its window's rate;
+  otherwise it leaves at the line's rate. It crosses `WideArea` in parcels. The receiver wakes up ``wake_ns`` after the
+  last byte, and the sender's step ends when the acknowledgement arrives, one delay later.
+- Fluid mode: a paced message crosses as a whole; its last byte arrives one delay after it was sent at the pace. The
+  rates of a calendar never add up to more than the line (`detcoll.plan.check_calendar`), so only parcels could queue.
+  This takes two events for each message of any size, and is used for large worlds.
 
-A rank's result is there when its engine says so, as in the runtime. Nothing here reads a clock; equal calls give
+A rank has its result when its engine reports it, as in the runtime. The simulator reads no clock; equal arguments give
 equal results.
 """
 
@@ -52,11 +53,11 @@ from detcoll.transport import Window
 from detcoll.types import ReduceOp
 
 PARCEL_BYTES = 16_384
-"""Payload that crosses a line at once."""
+"""Size of a parcel, the unit in which messages cross a line."""
 
 SEND, FOLD = Kind.SEND, Kind.FOLD
 GIVE, POST, FINISH, CLOSE = Act.SEND, Act.RECV, Act.FINISH, Act.CLOSE
-"""What every step and action is compared with: to look a member up in its class takes ten times as long."""
+"""Module-level copies for comparisons at each step: to look up an enum member in its class takes ten times as long."""
 
 LONGEST_RUN_NS = 3_600_000_000_000
 
@@ -95,34 +96,38 @@ def simulate(
     Parameters
     ----------
     plans : sequence of Plan
-        All ranks' parts, in rank order.
+        The plans of all ranks, in rank order.
     topology, calendar
-        What they were compiled for.
+        As the plans were compiled for.
     costs : Costs, optional
-        What a host costs.
+        The costs of a host.
     data : sequence of arrays, (count,), optional
-        What each rank contributes; not changed. Without it only time is modelled.
+        The contribution of each rank; not modified. Without it only time is modelled.
     op : ReduceOp
-        How to fold data.
+        The operator that folds data.
     phase_ns : int
-        Where in the cycle of the calendar time zero falls.
+        The phase of the calendar's cycle at time zero.
     start_ns : sequence of int, optional
-        When each rank calls; all at zero by default.
+        When each rank calls; by default all at zero.
     lateness : callable, optional
-        How many nanoseconds too late a rank (first argument) wakes up for a window that opens at a time (second).
+        Called with a rank and the time at which a window opens; returns by how many nanoseconds the rank wakes up late.
     deadline_ns : int
-        When to give up.
+        Virtual time at which the run is stopped.
     fluid : bool
-        Let paced messages cross as a whole. Then nobody learns when lines are busy or what queues at them.
+        Let paced messages cross as a whole. The busy times and queues of their lines are then not modelled.
     progress : callable, optional
-        Told now and then which share of all steps has ended.
+        Called from time to time with the share of steps that have ended, from 0 to 1.
+
+    Returns
+    -------
+    Simulation
 
     Raises
     ------
     UsageError
-        If there is not one entry for each rank.
+        If a sequence does not have one entry for each rank, or data does not match the plans.
     PlanError
-        If the plans come to a halt, or reach the deadline, before every rank is done.
+        If the plans come to a halt, or the deadline passes, before all ranks are done.
     """
     _check_lengths(topology.size, plans=plans, data=data, start_ns=start_ns)
     run = _Run(plans, topology, calendar, costs or Costs(), phase_ns)
@@ -144,7 +149,7 @@ def _check_lengths(size: int, **sequences: Sequence[Any] | None) -> None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from looking, again and again, at millions of objects that form no cycle."""
+    """Disable the garbage collector, which would repeatedly traverse millions of objects that form no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -155,7 +160,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _hosts(plans: Sequence[Plan], topology: Topology, calendar: Calendar, costs: Costs) -> list[Host]:
-    """Return all ranks, which share what does not change."""
+    """Return the hosts of all ranks; they share immutable data."""
     site_of = [topology.site_of(rank) for rank in range(topology.size)]
     wide = [
         frozenset(rank for rank in range(topology.size) if topology.is_wide and site_of[rank] != site)
@@ -176,7 +181,7 @@ def _hosts(plans: Sequence[Plan], topology: Topology, calendar: Calendar, costs:
 
 
 class _Run:
-    """One simulation on its way: the hosts, the lines, and a heap of what happens when."""
+    """The state of one simulation: hosts, lines, and a heap of scheduled events."""
 
     def __init__(
         self, plans: Sequence[Plan], topology: Topology, calendar: Calendar, costs: Costs, phase_ns: int
@@ -195,12 +200,12 @@ class _Run:
         self._number = 0
 
     def at(self, when_ns: int, what: Callable[..., None], *arguments: Any) -> None:
-        """Let ``what`` happen at ``when_ns``; of two at one time the earlier asked for comes first."""
+        """Schedule a call of ``what`` at ``when_ns``; events at the same time run in the order of scheduling."""
         self._number += 1
         heappush(self._heap, (when_ns, self._number, what, arguments))
 
     def go(self, deadline_ns: int) -> None:
-        """Let everything happen until the deadline."""
+        """Run all events until the deadline; raise PlanError if a rank is not done then."""
         with _no_collection():
             while self._heap and self.now_ns <= deadline_ns:
                 self.now_ns, _, what, arguments = heappop(self._heap)
@@ -210,7 +215,7 @@ class _Run:
                 raise PlanError(f"rank {rank} came to a halt; it waits for {host.operation.machine.waiting_for()}")
 
     def start(self, host: Host) -> None:
-        """Let a rank call the collective."""
+        """Let a rank make the call."""
         host.engine.submit(host.operation, self.now_ns)
         host.engine.start_ready(self.now_ns)
         host.engine.retire(self.now_ns)
@@ -218,7 +223,7 @@ class _Run:
         self._go_on(host)
 
     def report(self, phase_ns: int) -> Simulation:
-        """Return what happened."""
+        """Return the result, with times relative to ``phase_ns``."""
         up, down = (self.area.uplinks, self.area.downlinks) if self.area else ([], [])
         arrays = tuple(host.memory.user for host in self.hosts if host.memory is not None)
         return Simulation(
@@ -235,7 +240,7 @@ class _Run:
         )
 
     def _carry_out(self, host: Host) -> None:
-        """Do what the engine says; a copy of what cannot be folded yet takes no time here."""
+        """Execute the engine's actions; copies of lent bytes that cannot be folded yet take no time in the model."""
         actions = host.engine.actions
         for action in actions:
             act = action[0]
@@ -249,10 +254,10 @@ class _Run:
                 host.drained_ns = self.now_ns
         actions.clear()
 
-    # What follows is the core.
+    # The core.
 
     def _go_on(self, host: Host) -> None:
-        """Let the core do what its engine wants, else take the next ticket; that a send has ended costs nothing."""
+        """Start the engine's next step on the core, else the next ticket; the end of a send takes no core time."""
         engine, tickets, kinds = host.engine, host.tickets, host.operation.columns.kind
         while (work := engine.next_work()) is None and tickets and kinds[tickets[0][0]] == SEND:
             engine.sent(host.operation, tickets.popleft()[0], self.now_ns)
@@ -286,7 +291,7 @@ class _Run:
         self._go_on(host)
 
     def _ended(self, host: Host) -> None:
-        """Do what follows from the end of a step."""
+        """Process the end of a step."""
         self._steps_ended += 1
         if self.progress is not None and self._steps_ended % STEPS_A_REPORT == 0:
             self.progress(self._steps_ended / self._steps)
@@ -296,12 +301,12 @@ class _Run:
             self._carry_out(host)
 
     def _take_ticket(self, host: Host, step: int, values: NDArray[Any] | None = None) -> None:
-        """Let the core take note that a step has ended."""
+        """Queue the end of a step for the core, and wake the core if it is idle."""
         host.tickets.append((step, values))
         if not host.working:
             self._go_on(host)
 
-    # What follows is the transport.
+    # The transport.
 
     def _post(self, host: Host, step: int) -> None:
         key = (host.operation.columns.peer[step], host.tags[step])
@@ -345,8 +350,8 @@ class _Run:
         self._give_the_line(host)
 
     def _send_timed(self, host: Host) -> None:
-        """Send what is in its window now, as far as it will have left by the window's end."""
-        by_peer = self.calendar.mode is Slotting.CALENDAR  # each flow at its own rate; else one after another
+        """Send messages whose window is open, as far as they fit before its end; return misses to the engine."""
+        by_peer = self.calendar.mode is Slotting.CALENDAR  # each flow at its own rate; otherwise one after another
         missed = []
         while host.timed:
             queued, window = host.timed[0]
@@ -370,7 +375,7 @@ class _Run:
             self._give_the_line(host)
 
     def _launch(self, host: Host, queued: Wide, window: Window | None, part_bytes: int | None = None) -> None:
-        """Put a message or a part of one on the uplink, parcel by parcel, as fast as its window or the line allows."""
+        """Put a message or a part of one on the uplink in parcels, at the rate of its window or of the line."""
         assert self.area is not None
         payload_rate = self.area.uplinks[host.site].rate_bytes_per_s * self.area.payload_share
         rate = window.rate_bytes_per_s if window is not None and window.rate_bytes_per_s else payload_rate
@@ -405,7 +410,7 @@ class _Run:
         self, host: Host, queued: Wide, window: Window, total_bytes: int, begin_ns: int,
         values: NDArray[Any] | None, is_rest: bool,
     ) -> None:  # fmt: skip
-        """Let all of a message or of a part of one leave at its pace, and nothing queue."""
+        """Send a message or a part of one as a whole at its pace, without queues."""
         assert self.area is not None
         site, there = host.site, queued.destination_site
         end_ns = begin_ns + window.takes_ns(total_bytes)
@@ -417,7 +422,7 @@ class _Run:
             self._deliver(host, queued, end_ns + self.area.delay_ns[site][there], values)
 
     def _deliver(self, host: Host, queued: Wide, there_ns: int, values: NDArray[Any] | None) -> None:
-        """Let the last byte of a message be at its destination at ``there_ns``, and an acknowledgement go back."""
+        """Schedule the arrival of a message at ``there_ns``, and the end of its send one delay later."""
         assert self.area is not None
         back_ns = self.area.delay_ns[queued.destination_site][host.site]
         step = queued.item[1]
