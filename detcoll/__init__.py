@@ -54,20 +54,20 @@ def init(
 ) -> Communicator:
     """Meet the other ranks of this job and open the communicator that the functions of this module use.
 
-    Reads from the environment which rank this is: ``detcoll run``, ``mpirun``/``mpiexec`` (MPICH and Open MPI),
-    ``torchrun`` and ``srun`` are known. A process that nobody launched is a job of one rank.
+    The rank and the number of ranks are read from the environment variables of ``detcoll run``, ``mpirun``/``mpiexec``
+    (MPICH and Open MPI), ``torchrun`` or ``srun``. A process without a launcher is a job of one rank.
 
     Parameters
     ----------
     transport : str
-        ``auto``, or a name such as ``slotted``, ``shm``, ``mpi``, ``gloo``. DETCOLL_TRANSPORT wins.
+        ``auto``, or a name such as ``slotted``, ``shm``, ``mpi``, ``gloo``. DETCOLL_TRANSPORT takes precedence.
     topology : Topology or path, optional
-        Sites, their lines and delays; by default one site. DETCOLL_TOPOLOGY wins.
+        Sites, their lines and delays; by default one site. DETCOLL_TOPOLOGY takes precedence.
     timeout : float, optional
-        Seconds for assembling, and for which a collective that has begun may make no progress; 600 by default.
-        DETCOLL_TIMEOUT wins. A cut of the network is borne for 30 s, or for this time where it is shorter.
+        Seconds for opening the job, and for which a collective may make no progress once it has begun; 600 by default.
+        DETCOLL_TIMEOUT takes precedence. A broken connection is tolerated for 30 s, or for this time if it is shorter.
     reproducible : bool, optional
-        True demands the promised fold order of any transport; by default each does what it does best.
+        True: every transport keeps the documented fold order. By default a transport may use a faster order.
 
     Returns
     -------
@@ -76,11 +76,12 @@ def init(
     Raises
     ------
     UsageError
-        If an argument or the environment cannot be used, ranks disagree, or this process has a communicator already.
+        If an argument or an environment variable is not valid, ranks disagree, or this process already has a
+        communicator.
     ConnectError
-        If not all ranks came within ``timeout``; names those that did not.
+        If not all ranks joined within ``timeout``; names the missing ones.
     TransportUnavailable
-        If the transport cannot be used here; says what is missing.
+        If the transport cannot be used on this system; says what is missing.
     """
     global _current
     with _lock:
@@ -96,7 +97,7 @@ def communicator() -> Communicator:
     Raises
     ------
     UsageError
-        If there is none.
+        If `init` was not called, or `finalize` was called since.
     """
     if _current is None:
         raise UsageError("call detcoll.init() first")
@@ -159,7 +160,7 @@ def barrier(async_op: bool = False, *, timeout: float | None = None, name: str =
 
 
 def barrier(async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
-    """Return once every rank has called it; see `Communicator.barrier`."""
+    """Block until every rank has called it; see `Communicator.barrier`."""
     return communicator().barrier(async_op, timeout=timeout, name=name)
 
 
@@ -169,12 +170,12 @@ def rank() -> int:
 
 
 def size() -> int:
-    """Return how many ranks the job has."""
+    """Return the number of ranks in the job."""
     return communicator().size
 
 
 def finalize(timeout: float = 10.0) -> None:
-    """Finish what is under way and give everything back; see `Communicator.finalize`. Harmless without `init`."""
+    """Wait for all calls to end and release all resources; see `Communicator.finalize`. Does nothing without `init`."""
     global _current
     with _lock:
         current, _current = _current, None

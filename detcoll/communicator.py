@@ -1,8 +1,8 @@
-"""What a user holds: a group of ranks, this rank's place in it, and the collectives.
+"""The user interface: a group of ranks, this rank's number in it, and the collectives.
 
-A communicator is a view of the job: it owns no connection and no thread. One all-reduce passes through here as: `bind`
-makes a flat view of the user's array, arguments are checked, and `Caller` numbers the call and hands it to the
-transport's own collectives or, with this rank's plan, to the progress thread.
+A communicator is a view of the job: it owns no connection and no thread. A call of `all_reduce` checks its arguments,
+makes a flat view of the user's array with `bind`, and passes it to `Caller`. That numbers the call and submits it to
+the transport's native collectives or, with this rank's plan, to the progress thread.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ Checked = TypeVar("Checked")
 
 
 class Communicator:
-    """A group of ranks and this rank's place in it. Thread-safe.
+    """A group of ranks and this rank's number in it. Thread-safe.
 
-    `detcoll.init` opens the world, which is all ranks of the job; `split`, `group`, `local` and `across` make others.
-    Ranks, roots and the topology are those of the group. All groups of a job share its lines and keep to their rates
-    together.
+    `detcoll.init` opens the world, the group of all ranks of the job. `split`, `group`, `local` and `across` make other
+    groups. Ranks, roots and the topology are those of the group. All groups of a job share its lines, and their traffic
+    together keeps to the rates.
 
-    All members must call the collectives of a group in the same order, whatever threads call them. Calls that differ
-    raise PlanMismatch; calls that look alike are told apart by their ``name``. Different groups may be used from
-    different threads at will. Calls whose arrays share memory are carried out in the order in which this rank made
-    them, also across groups.
+    All members must call the collectives of a group in the same order, from any threads. Calls that differ between
+    ranks raise PlanMismatch; give calls of equal shape a ``name`` so that a wrong order is detected. Different threads
+    may use different groups without coordination. Calls whose arrays share memory are executed in the order in which
+    this rank made them, also across groups.
 
-    What an error ends: UsageError the call, on all members unless the transport does it by itself; PlanMismatch and
-    DeadlineMissed the group; PeerLost every group with the lost rank. Other groups go on.
+    Scope of errors: UsageError ends the call, on all members unless it is a native collective of the transport.
+    PlanMismatch and DeadlineMissed end the group. PeerLost ends every group with the lost rank. Other groups go on.
     """
 
     def __init__(
@@ -79,24 +79,24 @@ class Communicator:
 
     @property
     def size(self) -> int:
-        """How many ranks the group has."""
+        """The number of ranks in the group."""
         return len(self._group.ranks)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks of the job that are in this group, in the order that numbers them here."""
+        """The members as ranks of the job, in the order of their numbers in this group."""
         return self._group.ranks
 
     @property
     def name(self) -> str:
-        """What messages call the group; empty for the world and for a group without a name."""
+        """The name of the group in messages; empty for the world and for a group without a name."""
         return self._group.name
 
     @property
     def topology(self) -> Topology:
-        """Sites, lines and delays; it fixes the order in which contributions are folded.
+        """Sites, lines and delays; they determine the order in which contributions are folded.
 
-        That of a group has the sites in which it has ranks, and lines no faster than its ranks' share of them.
+        The topology of a group has only the sites of its ranks, and lines with at most the rate that its ranks share.
         """
         return self._topology
 
@@ -107,17 +107,17 @@ class Communicator:
 
     @property
     def usable(self) -> bool:
-        """Whether collectives may be called: made by this process, neither closed nor finalized."""
+        """Whether collectives may be called: this process made the communicator and has not closed or finalized it."""
         return self._caller.usable
 
     @property
     def calendar(self) -> Calendar:
-        """The windows and rates of the lines between sites, by which plans of this group are made."""
+        """The windows and rates of the lines between sites for which plans of this group are made."""
         return self._caller.planner.calendar
 
     @property
     def timeout(self) -> float:
-        """Seconds for which a call may make no progress, where the call itself gives no ``timeout``."""
+        """Default timeout of calls, in seconds without progress."""
         return self._timeout
 
     @timeout.setter
@@ -159,32 +159,36 @@ class Communicator:
         timeout : float, optional
             Seconds for which this call may make no progress once it has begun; by default `timeout` of the group.
         name : str
-            Compared between ranks, and shown in messages. Give one where calls of equal shape may be mixed up.
+            At most 64 bytes. Compared between ranks and shown in messages. Use it where calls of equal shape could be
+            made in a wrong order.
 
         Returns
         -------
         Work or None
+            `Work` if ``async_op`` is set.
 
         Raises
         ------
         UsageError
-            If an argument cannot be used, before anything moves. Other members raise it as well, unless the transport
-            does this collective itself (shared memory, MPI, Gloo): there they wait for a proper call.
+            If an argument is not valid; no data has moved. Other members raise it as well, unless this is a native
+            collective of the transport (shared memory, MPI, Gloo): then they wait for a valid call.
         PlanMismatch, PeerLost, DeadlineMissed
             See `detcoll.errors`.
+        Closed
+            If the communicator is closed, or its group has failed and the failure was raised before.
 
         Guarantees
         ----------
-        With a transport or setting that keeps the promise (``slotted``, ``shm``, or ``reproducible=True``), the result
-        is the fold in rank order inside each site, then in site order, bit for bit on every rank, whatever the
-        transport, the chunks and the load. 16-bit floats fold in float32 and are rounded once a level: within the
-        sites, and between them.
+        With transport ``slotted`` or ``shm``, or with ``reproducible=True``, the fold order is fixed: contributions are
+        folded in rank order inside each site, then the sites in order. The result is the same bit for bit on every
+        rank, for any such transport, chunk size and load. 16-bit floats are folded in float32 and rounded once for each
+        level: inside the sites, and between them.
 
-        With every transport, ``min`` and ``max`` give NaN on all ranks where any rank has one, as NumPy does; its
-        payload and the sign of a zero among zeros are not promised, except that the promised fold gives NumPy's
-        ``op(lower, higher)``. ``avg`` of 16-bit floats is right wherever the mean can be represented, even if the sum
-        cannot: between sites it adds means, each weighted by how many ranks its site has. ``avg`` of float32 and
-        float64 divides the sum, which is infinite beyond the largest number. Integers wrap around.
+        With every transport, ``min`` and ``max`` give NaN on all ranks if any rank has one, as in NumPy. The payload of
+        the NaN and the sign of a zero are not specified, except that the fixed fold order gives NumPy's
+        ``op(lower, higher)``. ``avg`` of 16-bit floats is correct if the mean can be represented, even if the sum
+        cannot: between sites it adds means, each weighted by the number of ranks of its site. ``avg`` of float32 and
+        float64 divides the sum, which becomes infinite if it overflows. Integers wrap around.
         """
 
         def check() -> tuple[Bound, ReduceOp]:
@@ -219,15 +223,21 @@ class Communicator:
 
         Parameters
         ----------
-        x : Buffer, as for `all_reduce`
+        x : Buffer
+            As for `all_reduce`.
         root : int
             A rank of the group, from 0 to size - 1, the same on all ranks.
         async_op, timeout, name
             As for `all_reduce`.
 
+        Returns
+        -------
+        Work or None
+            `Work` if ``async_op`` is set.
+
         Raises
         ------
-        UsageError, PlanMismatch, PeerLost, DeadlineMissed
+        UsageError, PlanMismatch, PeerLost, DeadlineMissed, Closed
             As for `all_reduce`.
         """
 
@@ -247,21 +257,19 @@ class Communicator:
     def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None: ...
 
     def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
-        """Return once every rank of the group has called it; parameters as for `all_reduce`."""
+        """Block until every rank of the group has called it; parameters, result and errors as for `all_reduce`."""
         bound = self._checked(lambda: bind(_BARRIER.copy()), timeout, name)
         return self._call("barrier", bound, ReduceOp.MAX, 0, async_op, 1, timeout, name)
 
     def split(self, color: int | None, key: int | None = None) -> Communicator | None:
-        """Part the group: ranks that give the same ``color`` get a communicator of their own.
-
-        All members call it.
+        """Partition the group: ranks that pass the same ``color`` form a new group. All members must call it.
 
         Parameters
         ----------
         color : int, optional
-            Which part; None: this rank joins none, and gets None.
+            The part that this rank joins. None: it joins no part, and the result is None.
         key : int, optional
-            Orders the ranks of a part; by default, and among equal keys, their order here does.
+            Orders the ranks of a part. By default, and among equal keys, they keep their order in this group.
 
         Returns
         -------
@@ -270,9 +278,11 @@ class Communicator:
         Raises
         ------
         UsageError
-            If an argument cannot be used.
+            If an argument is not valid.
         ConnectError
-            If not all members called it in time; names those that did not.
+            If not all members called it in time; names the missing ones.
+        PeerLost
+            If a member is lost.
         """
         self._caller.check_usable()
         for label, value in (("color", color), ("key", key)):
@@ -290,15 +300,15 @@ class Communicator:
         return self._open(ranks, f"{color}", f"split {color}")
 
     def group(self, ranks: Sequence[int], name: str | None = None) -> Communicator:
-        """Return a communicator of some ranks; only these call it, and all of them.
+        """Return a communicator of some ranks. All of these ranks must call it, and no others.
 
         Parameters
         ----------
         ranks : sequence of int
-            Ranks of this group, each once, the same on all callers. Their order numbers them in the new group.
+            Ranks of this group, each once, in the same order on all callers. The order numbers them in the new group.
         name : str, optional
-            At most 64 bytes. Of groups with exactly these ranks and this name, or without one, the first that a rank
-            makes is the same as the first of the others, and so on; so with names the order does not matter.
+            At most 64 bytes. Calls with the same ranks and name (or without one) are matched in the order in which each
+            rank makes them. Groups with different names may be made in different orders.
 
         Returns
         -------
@@ -307,9 +317,9 @@ class Communicator:
         Raises
         ------
         UsageError
-            If an argument cannot be used.
+            If an argument is not valid.
         ConnectError
-            If not all members called it in time; names those that did not.
+            If not all members called it in time; names the missing ones.
         PeerLost
             If a member is lost.
         """
@@ -321,26 +331,29 @@ class Communicator:
 
     @property
     def local(self) -> Communicator:
-        """The ranks of this group in this rank's site. Made when it is asked for first, by all of them."""
+        """The group of this group's ranks in this rank's site.
+
+        The first access makes it; all its members must do so.
+        """
         site = self._topology.sites[self._topology.site_of(self.rank)]
         return self._made_once("local", site.ranks)
 
     @property
     def across(self) -> Communicator:
-        """The counterparts of this rank: in each site the rank at the same place, where it has as many ranks.
+        """The group of the ranks at this rank's position in each site; sites with fewer ranks are left out.
 
-        Made when it is asked for first, by all of them.
+        The first access makes it; all its members must do so.
         """
         sites = self._topology.sites
         place = sites[self._topology.site_of(self.rank)].ranks.index(self.rank)
         return self._made_once("across", [site.ranks[place] for site in sites if place < len(site.ranks)])
 
     def empty(self, shape: int | Sequence[int], dtype: object = "float32") -> NDArray[Any]:
-        """Return a new array in memory that collectives of this job's ranks need not stage.
+        """Return a new array in memory that collectives can use without staging.
 
-        On one host (transport ``shm``) an all-reduce of arrays that all ranks made here goes straight from array to
-        array. Anything else works too, without that gain: slices of such an array, one beside another rank's ordinary
-        array, or another transport, which gives ordinary memory. ``torch.from_numpy`` makes a tensor of it.
+        On one host (transport ``shm``), an all-reduce works directly on the arrays if all ranks allocated theirs here.
+        In all other cases it works as with ordinary arrays: with slices of such an array, if another rank has an
+        ordinary array, or with another transport, which returns ordinary memory. ``torch.from_numpy`` makes a tensor.
 
         Parameters
         ----------
@@ -352,16 +365,16 @@ class Communicator:
         Returns
         -------
         array, ``shape``, ``dtype``, C-contiguous, host
-            Its values are arbitrary. After a collective failed its memory may still be written by other ranks.
+            Its values are arbitrary. After a failed collective, other ranks may still write to its memory.
 
         Raises
         ------
         UsageError
-            If there are no such arrays.
+            If ``shape`` or ``dtype`` is not valid.
         Closed
-            If the communicator is finalized, or belongs to the process that this one was forked from.
+            If the communicator is closed or finalized, or this process was forked from the one that made it.
         TransportUnavailable
-            If the system has no more shared memory.
+            If no more shared memory is available.
         """
         if not self.usable:
             raise Closed("empty() on a communicator that is closed, or in a forked process")
@@ -374,24 +387,29 @@ class Communicator:
         return np.empty(sizes, kind) if memory is None else np.frombuffer(memory, kind).reshape(sizes)
 
     def predict(self, kind: str, nbytes: int, dtype: object = "float32", called_ns: int | None = None) -> float | None:
-        """Return the predicted time of a collective, or None where the transport plans none.
+        """Return the predicted duration of a collective, or None if this group has native collectives.
 
         Parameters
         ----------
         kind : str
             ``all_reduce``, ``broadcast`` or ``barrier``.
         nbytes : int
-            Size of the array.
+            Size of the array, a multiple of the element size.
         dtype : dtype
-            Its element type.
+            Element type of the array.
         called_ns : int, optional
-            When all ranks call, by this rank's monotonic clock: it decides how long the first window is away. By
-            default the mean over all times.
+            When all ranks call, in this rank's `time.monotonic_ns`; it determines the wait for the first window. By
+            default the prediction is the mean over all times.
 
         Returns
         -------
         float or None
-            Seconds until the slowest rank has its result, where no other group uses the line meanwhile.
+            Seconds until the slowest rank has its result, if no other group uses the lines meanwhile.
+
+        Raises
+        ------
+        UsageError
+            If an argument is not valid.
         """
         collective = self._collective(kind, nbytes, dtype)
         if self._caller.native is not None:
@@ -401,37 +419,42 @@ class Communicator:
         return self._caller.planner.predict_ns(collective, phase_ns=phase_ns) / 1e9
 
     def bound(self, kind: str, nbytes: int, dtype: object = "float32") -> float | None:
-        """Return the physical floor in seconds (see `detcoll.plan.bounds`), or None where there is no line."""
+        """Return the physical floor in seconds (see `detcoll.plan.bounds`), or None if the topology has no lines."""
         floor_ns = self._caller.planner.floor_ns(self._collective(kind, nbytes, dtype))
         return None if floor_ns is None else floor_ns / 1e9
 
     def algorithm(self, kind: str, nbytes: int, dtype: object = "float32") -> str:
-        """Return which algorithm a collective of ``nbytes`` would use."""
+        """Return the name of the algorithm that a collective of ``nbytes`` would use."""
         check_kind(kind)
         if self._caller.native is not None and self._job.assembled.native is not None:
             return self._job.assembled.native.algorithm
         return self._caller.planner.algorithm(self._collective(kind, nbytes, dtype))
 
     def counters(self) -> dict[str, int]:
-        """Return what the transport and the calendar counted so far for the whole job, by name.
+        """Return the counters of the transport and the calendar for the whole job, by name.
 
-        ``slot_misses`` and ``slot_trims`` count windows: those in which data waited and nothing was sent, and those in
-        which some of what was due came too late. They are there where lines have slots, also one that never closes.
+        ``slot_misses`` counts windows in which data waited and nothing was sent, ``slot_trims`` windows in which some
+        of the data was too late. Both exist only if lines have slots, including a slot that never closes.
         """
         return self._job.counters()
 
     @property
     def trace(self) -> Trace:
-        """What this rank did, beside what was planned; without DETCOLL_TRACE nothing is kept."""
+        """The planned and actual operations of this rank; recorded only if DETCOLL_TRACE is set."""
         return self._job.trace
 
     def close(self, timeout: float = _FINALIZE_S) -> None:
-        """Finish what is under way in this group and meet its members; of the world, `finalize` the job. Idempotent.
+        """Wait for the calls of this group to end and leave it; on the world, `finalize` the job. Idempotent.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait for the calls and for the other members.
 
         Raises
         ------
         DeadlineMissed
-            If calls are still under way after ``timeout`` seconds; the group has failed then.
+            If calls are still under way after ``timeout``; the group then fails on all members.
         """
         if self._parent is None:
             self.finalize(timeout)
@@ -440,16 +463,21 @@ class Communicator:
             self._job.close_group(self._group, timeout)
 
     def finalize(self, timeout: float = _FINALIZE_S) -> None:
-        """Finish what is under way, meet all ranks once more, and give everything back. Idempotent.
+        """Wait for all calls to end, synchronise with all ranks, and release all resources. Idempotent.
 
-        All groups of the job end with its world; of another group it does as `close`.
+        On the world it ends the job with all groups; on another group it is the same as `close`.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds to wait for the calls and for the other ranks.
 
         Raises
         ------
         TransportError
-            If collectives were still under way at the deadline, or something ended them meanwhile.
+            If collectives were still under way at the deadline, or failed meanwhile.
         PlanMismatch
-            If this rank is through with a collective that others called differently, and was not told yet.
+            If the group failed because ranks called different collectives, and this rank has not raised that yet.
         """
         if self._parent is not None:
             self.close(timeout)
@@ -458,7 +486,7 @@ class Communicator:
         self._job.finalize(timeout)
 
     def __repr__(self) -> str:
-        """Return the group's name and ranks, and this rank's place among them."""
+        """Return the group's title, and this rank's number in it."""
         title = self._group.title or "world"
         return f"<Communicator {title}: rank {self.rank} of {self.size}, {self.transport}>"
 
@@ -467,14 +495,14 @@ class Communicator:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        """Close; after an error without waiting for anybody."""
+        """Close; after an exception abort instead, without waiting for other ranks."""
         if kind is None:
             self.close()
         else:
             self.abort(f"{getattr(kind, '__name__', kind)}: {error}")
 
     def abort(self, reason: str) -> None:
-        """Give up: every call under way fails on all ranks of the group, with ``reason`` shown to them. Idempotent.
+        """Abort the group: all pending calls fail on all its ranks with ``reason`` in the error. Idempotent.
 
         Aborting the world ends the whole job.
         """
@@ -487,11 +515,11 @@ class Communicator:
         self._caller.close()
         engine, group = self._job.loop.engine, self._group
         error = TransportError(f"rank {self._job.session.rank}: {reason}")
-        with contextlib.suppress(Closed):  # then it has ended already
+        with contextlib.suppress(Closed):  # the job has already ended
             self._job.loop.post(lambda now_ns: engine.fail_group(group, error, now_ns))
 
     def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
-        """Check arguments; what cannot be used is told to the other ranks."""
+        """Check arguments; on a UsageError fail the call on the other ranks too."""
         try:
             if name != "":
                 _check_name(name)
@@ -508,7 +536,7 @@ class Communicator:
     ) -> Work | None:  # fmt: skip
         seconds = self._timeout if timeout is None else timeout
         work = self._caller.call(kind, bound, op, root, arrays, timeout_s=seconds, name=name, wait=not async_op)
-        if async_op or work is None:  # None: a native collective, which has ended
+        if async_op or work is None:  # None: a native collective that has already ended
             return work
         work.wait()
         return None
@@ -525,7 +553,7 @@ class Communicator:
         return deadline_after(self._job.settings.timeout_s)
 
     def _members(self, ranks: Sequence[int]) -> list[int]:
-        """Return ranks as whole numbers, or refuse them."""
+        """Return ``ranks`` as a list of int; raise UsageError if they are not valid."""
         members = list(ranks) if isinstance(ranks, Iterable) else []
         whole = all(isinstance(rank, int | np.integer) and not isinstance(rank, bool) for rank in members)
         if not members or not whole or not all(0 <= rank < self.size for rank in members):
@@ -533,11 +561,11 @@ class Communicator:
         if len(set(members)) < len(members):
             raise UsageError(f"ranks={ranks!r} must name each rank once")
         if self.rank not in members:
-            raise UsageError(f"ranks={ranks!r} lacks rank {self.rank}, which called; only members make a group")
+            raise UsageError(f"ranks={ranks!r} lacks rank {self.rank}, the caller; only members may make a group")
         return [int(rank) for rank in members]
 
     def _made_once(self, name: str, members: Sequence[int]) -> Communicator:
-        with self._making[name]:  # two threads that ask at once get the same
+        with self._making[name]:  # concurrent threads get the same communicator
             made = self._made.get(name)
             if made is None or not made.usable:
                 self._caller.check_usable()
@@ -545,7 +573,7 @@ class Communicator:
             return made
 
     def _open(self, members: Sequence[int], name: str, kind: str) -> Communicator:
-        """Make the communicator of some members, together with them."""
+        """Make the communicator of some members; all of them must call it."""
         job = self._job
         ranks = tuple(self.ranks[rank] for rank in members)
         with self._lock:
@@ -572,7 +600,7 @@ def open_communicator(
 
 
 def _slotting(calendar: Calendar) -> Slotting:
-    """Return how plans of a group take lines to be shared: by rate, whatever windows the job's calendar has."""
+    """Return the slotting mode for plans of a group: lines are shared by rate, even if the job has windows."""
     return Slotting.OFF if calendar.mode is Slotting.OFF else Slotting.SHARE
 
 
@@ -592,7 +620,7 @@ def _count_of(x: Any) -> int:
 
 
 def close_all() -> None:
-    """Finalize communicators that were left open when the interpreter ends."""
+    """Finalize communicators that are still open when the interpreter exits."""
     for communicator in list(_open):
         with contextlib.suppress(DetcollError):
             communicator.finalize(1.0)

@@ -1,25 +1,25 @@
-"""The SPI: what a transport gives, and what it may rely on.
+"""The service provider interface (SPI) of transports: what a transport implements, and what it may rely on.
 
-A transport moves messages between the ranks of one job. It knows nothing of plans, collectives or calendars: it is
-handed tagged sends and receives, and where it can hold a send until a window opens (``timed``), windows.
+A transport moves messages between the ranks of one job. It knows nothing of plans, collectives or calendars. It gets
+tagged sends and receives and, if it can hold a send until a window opens (``timed``), windows.
 
-Guarantees that every transport gives, and that `detcoll.testing.TransportContract` checks:
+Every transport gives these guarantees, which `detcoll.testing.TransportContract` checks:
 
-- A message is matched by (source, tag). Two messages of one source with one tag match in the order they were sent;
-  messages of different tags match in any order.
-- A receive takes exactly the size it states; any other size fails the receive with FrameError.
+- A message is matched by (source, tag). Messages from one source with the same tag match in the order in which they
+  were sent; messages with different tags match in any order.
+- A receive accepts only messages of exactly its size; with any other size it fails with FrameError.
 - `Endpoint.send` borrows the view until its ticket ends. `Endpoint.recv` with ``into`` owns that memory until its
-  ticket ends. A receive without ``into`` lends a read-only view of what arrived, until `Ticket.release`.
-- Tags are whole numbers of 64 bits, matched in full. Two tags that differ in any bit never meet.
+  ticket ends. A receive without ``into`` lends a read-only view of the message until `Ticket.release`.
+- Tags are whole numbers of 64 bits, and all bits are compared.
 - Sends and receives never block. `Endpoint.poll` is the only wait, and never waits past its deadline.
-- One thread at a time uses an endpoint; handing it to another thread needs a lock or a thread start between. While
-  one thread is inside a native collective, another may use the endpoint's send, recv, poll, arm, cancel and discard
-  (one thread at a time), and neither waits for the other. Messages and collectives never mix.
-- A peer that is lost costs its own tickets only: pending ones end FAILED with PeerLost, and sends and receives that
-  are posted afterwards raise PeerLost or end so. A receive still gets what the peer had sent before, if that has
-  arrived. `poll` does not raise for it, and the other peers' messages go on.
-- What an endpoint holds for a tag that nobody will ask for again can be dropped: `Endpoint.discard`.
-- After `Endpoint.close` or `Endpoint.abort` nothing of it is left: no process, no socket, no shared memory.
+- Only one thread at a time uses an endpoint, and the caller synchronises threads. While one thread is inside a native
+  collective, another may use the endpoint's send, recv, poll, arm, cancel and discard (one thread at a time), and
+  neither waits for the other. Messages and collectives do not interfere.
+- The loss of a peer affects only its own tickets: pending ones end FAILED with PeerLost, and later sends and receives
+  raise PeerLost or end the same way. A receive still gets a message that had arrived before. `poll` does not raise for
+  a lost peer, and messages of other peers go on.
+- `Endpoint.discard` drops the data held for tags that will not be received any more.
+- `Endpoint.close` and `Endpoint.abort` leave nothing behind: no process, no socket, no shared memory.
 
 Times are nanoseconds of the endpoint's clock (`Clock.now_ns`, the local monotonic clock).
 """
@@ -40,20 +40,20 @@ from numpy.typing import NDArray
 from detcoll.types import DTYPES, ReduceOp, is_integer
 
 SMALLEST_PART_BYTES = 16_384
-"""A window with room for less of a message than this is left alone: two more frames would cost more than it holds."""
+"""A part of a message is sent only if it has at least this size; for less, two more frames would cost too much."""
 
 LARGEST_TAG = 2**64 - 1
-"""Tags are whole numbers from 0 to this."""
+"""The largest tag; the smallest is 0."""
 
 TAG_BITS = 64
-"""How many bits a tag has."""
+"""The number of bits in a tag."""
 
 REDUCING = frozenset({"all_reduce", "reduce", "reduce_scatter"})
-"""Names of the collectives that reduce; the others only move bytes."""
+"""Names of the collectives that reduce; the others only copy bytes."""
 
 
 class Scope(Enum):
-    """How far apart ranks may be for a transport to join them."""
+    """How far apart the ranks that a transport connects may be."""
 
     HOST = "one host"
     SITE = "one site"
@@ -62,16 +62,17 @@ class Scope(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a transport can do, as data.
+    """The capabilities of a transport.
 
-    ``timed``: holds a send until its window opens and ends it as MISSED when it no longer fits.
-    ``splits``: sends what does fit of it; see `Ticket`.
-    ``native``: names of collectives done by the transport itself. Those that reduce do so on ``native_dtypes`` with
-    ``native_ops``; see `supports`.
-    ``ordered``: its native collectives fold in the order of the groups that `NativeCollectives.arrange` was given and
-    compare what ranks call, so no plan is needed for reproducible results.
-    ``largest_message_bytes``: a larger send is a UsageError.
-    ``frame_bytes``: at most so many bytes travel with a message, and with each part of one, beside its own.
+    ``devices``: kinds of devices whose memory it accepts.
+    ``timed``: it holds a send until its window opens, and ends the send as MISSED if it does not fit any more.
+    ``splits``: it then sends the part that fits; see `Ticket`.
+    ``native``: names of its native collectives. Those that reduce support ``native_dtypes`` with ``native_ops``; see
+    `supports`.
+    ``ordered``: its native collectives fold in the order of the groups given to `NativeCollectives.arrange` and compare
+    the calls of the ranks, so reproducible results need no plan.
+    ``largest_message_bytes``: a larger send raises UsageError.
+    ``frame_bytes``: largest overhead in bytes of a message, and of each part of one.
     """
 
     scope: Scope
@@ -86,10 +87,10 @@ class Capabilities:
     frame_bytes: int = 128
 
     def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
-        """Tell whether the transport does a collective itself; where it says no, calling it is a UsageError.
+        """Return whether the transport has this native collective; if not, calling it raises UsageError.
 
-        ``op`` counts for collectives that reduce; the others move bytes, of any of `detcoll.types.DTYPES`. Equal on all
-        ranks that ask the same, so that it may decide how a call is done.
+        ``op`` applies to collectives that reduce; the others support all of `detcoll.types.DTYPES`. The result depends
+        only on the arguments, so that all ranks choose the same way to execute a call.
         """
         if kind not in self.native:
             return False
@@ -101,10 +102,10 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """When a send may use the line, in nanoseconds of the endpoint's clock, and how fast.
+    """The time in which a send may use the line, in nanoseconds of the endpoint's clock, and its rate.
 
-    A timed transport starts the send at or after ``not_before_ns``, and sends only what at ``rate_bytes_per_s``
-    (payload) has left by ``not_after_ns``. ``not_after_ns`` None: no end, only the rate holds.
+    A timed transport starts the send at or after ``not_before_ns``, and sends only as much as has left by
+    ``not_after_ns`` at ``rate_bytes_per_s`` (of payload). ``not_after_ns`` None: no end, only the rate applies.
     """
 
     not_before_ns: int
@@ -112,13 +113,14 @@ class Window:
     rate_bytes_per_s: float
 
     def takes_ns(self, nbytes: int) -> int:
-        """Return how long ``nbytes`` are on the line."""
+        """Return the transmission time of ``nbytes`` at the window's rate."""
         return int(nbytes / self.rate_bytes_per_s * 1e9)
 
     def fitting_bytes(self, nbytes: int, begin_ns: int, frame_bytes: int) -> int:
-        """Return how much of a message can leave from ``begin_ns`` on: all, a part that is worth a frame, or nothing.
+        """Return how many bytes of a message fit into the window from ``begin_ns`` on.
 
-        ``frame_bytes`` is what the transport adds to a message, and to a part of one.
+        The result is ``nbytes``, a part of at least `SMALLEST_PART_BYTES`, or 0. ``frame_bytes`` is the overhead that
+        the transport adds to a message, and to each part of one.
         """
         begin_ns = max(begin_ns, self.not_before_ns)
         if self.not_after_ns is None or begin_ns + self.takes_ns(nbytes + frame_bytes) <= self.not_after_ns:
@@ -128,14 +130,14 @@ class Window:
 
 
 class TicketKind(Enum):
-    """What a ticket stands for."""
+    """The operation that a ticket represents."""
 
     SEND = "send"
     RECV = "recv"
 
 
 class TicketStatus(Enum):
-    """Where a send or receive stands; all but PENDING are final."""
+    """Status of a send or receive; all but PENDING are final."""
 
     PENDING = "pending"
     DONE = "done"
@@ -146,14 +148,14 @@ class TicketStatus(Enum):
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One send or receive under way.
+    """A send or receive.
 
-    ``view`` : memoryview of bytes, for a finished receive without ``into``; valid until `release`.
-    ``error`` : why it FAILED.  ``started_ns``/``left_ns``/``ended_ns`` : when a send was handed to the line, when at
-    its pace the last byte had left, and when the ticket ended; 0 where the transport does not know.  ``context`` : the
-    caller's own, never touched by a transport.
-    ``sent_bytes`` : of a MISSED send, how many of its first bytes have left. The next send to the same peer with the
-    same tag must bring the rest, and the receiver gets one message.
+    ``view`` : of a finished receive without ``into``, a memoryview of bytes that is valid until `release`.
+    ``error`` : why it FAILED.  ``started_ns``/``left_ns``/``ended_ns`` : when a send was passed to the network, when
+    its last byte had left at its pace, and when the ticket ended; 0 if the transport does not know.  ``context`` :
+    belongs to the caller; transports do not use it.
+    ``sent_bytes`` : of a MISSED send, how many of its first bytes were sent. The next send to the same peer with the
+    same tag must send the rest, and the receiver gets a single message.
     """
 
     kind: TicketKind
@@ -171,7 +173,7 @@ class Ticket:
     lender: Any = field(default=None, repr=False)
 
     def release(self) -> None:
-        """Give back the lent view; the transport may reuse its memory. Harmless when there is none."""
+        """Return the lent view to the transport, which may reuse its memory. Does nothing if there is none."""
         lender, self.lender, self.view = self.lender, None, None
         if lender is not None:
             lender.take_back(self)
@@ -185,49 +187,53 @@ class Clock(Protocol):
 
 
 class Rendezvous(Protocol):
-    """What a transport may ask of the meeting of all ranks while it opens."""
+    """The part of the rendezvous that a transport may use while it opens."""
 
     @property
     def host(self) -> str:
-        """The local IP address over which other ranks reach this one."""
+        """The address at which other ranks reach this one."""
 
     def exchange(self, name: str, payload: bytes, deadline_ns: int) -> list[bytes]:
-        """Give ``payload`` under ``name`` and return every rank's, in rank order; all ranks must call it.
+        """Contribute ``payload`` and return the payloads of all ranks in rank order; all ranks must call it.
+
+        Calls are matched by ``name``, and calls with the same name in the order in which each rank makes them.
 
         Raises
         ------
         ConnectError
-            If not every rank called it before the deadline; names those that did not.
+            If not all ranks called it before the deadline; names the missing ones.
+        PeerLost
+            If a rank is lost.
         """
 
 
 class Endpoint(ABC):
-    """A rank's end of a transport."""
+    """The endpoint of one rank in a transport."""
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where others reach this endpoint; opaque to all but its transport."""
+        """The address of this endpoint for other ranks; its format is private to the transport."""
 
     @abstractmethod
     def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
-        """Learn the addresses of the ranks in ``addresses`` (this rank's own entry is ignored) and join them.
+        """Store the addresses of other ranks, and connect to those in ``needed``.
 
         Parameters
         ----------
         addresses : Mapping of int to str
-            `address` of each rank that may be sent to or received from.
+            `address` of each rank that messages may be exchanged with. An entry for this rank is ignored.
         deadline_ns : int
             When to give up.
         needed : Collection of int, optional
-            Which of them to join before this returns; all by default. The others are joined when a send or receive
-            first needs them, without blocking it: its ticket stays pending until then. What such a rank sends arrives
-            all the same. A transport that joins everybody anyway ignores ``needed``.
+            The ranks to connect to before this returns; by default all. The others are connected when a send or receive
+            first needs them. That does not block: its ticket stays pending until then. Messages from ranks that are not
+            connected yet arrive as well. A transport that always connects to all ranks ignores ``needed``.
 
         Raises
         ------
         ConnectError
-            If not all that are needed are joined at the deadline; names them.
+            If not all needed ranks are connected at the deadline; names the missing ones.
         """
 
     @abstractmethod
@@ -239,19 +245,27 @@ class Endpoint(ABC):
         UsageError
             If ``dst`` was not connected, ``tag`` is out of range or the message is too large.
         PeerLost, Closed
-            If the peer is gone or the endpoint closed.
+            If the peer is lost or the endpoint is closed.
         """
 
     @abstractmethod
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
-        """Receive exactly ``nbytes`` from rank ``src`` into writable ``into``, or lend a view of what arrives."""
+        """Receive exactly ``nbytes`` from rank ``src`` into writable ``into``; without it, lend a view of the message.
+
+        Raises
+        ------
+        UsageError
+            If ``src`` was not connected, ``tag`` is out of range, or ``into`` does not fit.
+        PeerLost, Closed
+            If the peer is lost or the endpoint is closed.
+        """
 
     @abstractmethod
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
-        """Return tickets that ended since the last call, waiting until there is one or the deadline passes.
+        """Return the tickets that ended since the last call; wait until there is one or the deadline passes.
 
-        An empty answer means that the deadline passed, or that something woke the endpoint without ending a ticket.
-        What becomes of one peer, or of one message, is told by tickets and never raised here.
+        The result is empty if the deadline passed, or if the endpoint woke up without a ticket having ended. Failures
+        of single peers or messages are reported by tickets and never raised here.
 
         Raises
         ------
@@ -261,23 +275,23 @@ class Endpoint(ABC):
 
     @abstractmethod
     def cancel(self, ticket: Ticket) -> bool:
-        """End a pending ticket as CANCELLED; False where it has ended or can no longer be stopped.
+        """End a pending ticket as CANCELLED and return True; False if it has ended or cannot be stopped any more.
 
-        `poll` does not return a ticket that was cancelled so.
+        `poll` does not return a ticket that was cancelled this way.
         """
 
     @abstractmethod
     def discard(self, tag: int, bits: int) -> None:
-        """Drop what belongs to tags that equal ``tag`` in all but their lowest ``bits`` bits, from any peer.
+        """Drop messages from any peer whose tags equal ``tag`` in all but their lowest ``bits`` bits.
 
-        Pending receives of such tags end as CANCELLED (they come out of the next poll), what has arrived unasked is
-        dropped and its memory or credit given back, and what arrives later is dropped as well. A sender cannot tell:
-        its ticket ends as if the message had been received. Pending sends of this endpoint and views that it has lent
-        are left alone. A receive into whose memory a message is being written ends once that is over, so that memory
-        is the caller's again when its ticket has ended.
+        Pending receives of such tags end as CANCELLED (the next poll returns them). Messages that have arrived without
+        a receive are dropped, and their memory or credit is released. Messages that arrive later are dropped as well.
+        The sender does not notice: its ticket ends as if the message had been received. Pending sends and lent views
+        of this endpoint are not affected. If a message is just being written into the memory of a receive, the receive
+        ends only afterwards, so that the memory belongs to the caller once the ticket has ended.
 
-        Posting a receive, or sending, with such a tag later on ends the dropping for that prefix. The last 4,096
-        discarded prefixes are remembered. `detcoll.discarding.Discarded` keeps such a set.
+        A later receive or send with such a tag ends the dropping for that prefix. The endpoint remembers the last 4,096
+        discarded prefixes; `detcoll.discarding.Discarded` implements such a set.
 
         Raises
         ------
@@ -287,32 +301,32 @@ class Endpoint(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Drop everything at once, without telling anyone. Any later use raises Closed. Idempotent."""
+        """Drop everything at once, without notice to peers. Any later use raises Closed. Idempotent."""
 
     @abstractmethod
     def close(self, deadline_ns: int) -> None:
-        """Finish what was sent, then give everything back; after the deadline drop what is left. Idempotent."""
+        """Finish pending sends and release all resources; at the deadline drop the remaining sends. Idempotent."""
 
     def fileno(self) -> int | None:
-        """Return a descriptor that is readable when `poll` would return at once, or None where there is none.
+        """Return a file descriptor that is readable when `poll` would return at once, or None if there is none.
 
-        A caller that waits on several endpoints at once waits on these; one without is polled in turn.
+        A caller with several endpoints waits on their descriptors, and polls endpoints without one periodically.
         """
         return None
 
     def arm(self, deadline_ns: int) -> bool:
-        """Prepare to be waited on through `fileno`: True if there is nothing to collect yet.
+        """Prepare for a wait on `fileno`; return True if `poll` has nothing to return yet.
 
-        ``deadline_ns`` is when the caller's wait ends. Between a True answer and the next call of any method, whatever
-        `poll` would return makes the descriptor readable.
+        ``deadline_ns`` is the end of the caller's wait. After True, until the next call of any method, the descriptor
+        becomes readable as soon as `poll` would return a ticket.
         """
         return True
 
-    def keep_time(self) -> None:  # noqa: B027 - most have no windows
-        """Send what is due now. Cheap and never blocks; callers that are busy do it between two pieces of work."""
+    def keep_time(self) -> None:  # noqa: B027 - most transports have no windows
+        """Start the sends that are due. Cheap and non-blocking; a busy caller calls it between pieces of work."""
 
     def counters(self) -> Mapping[str, int]:
-        """Return what the transport counted (retransmits, missed windows, ...), by name."""
+        """Return the transport's counters (retransmits, missed windows, ...), by name."""
         return {}
 
     def connections(self) -> list[dict[str, object]]:
@@ -321,41 +335,42 @@ class Endpoint(ABC):
 
 
 class NativeCollectives(ABC):
-    """Collectives done by a transport itself; its endpoint is one of these too.
+    """Native collectives of a transport; the endpoint implements this class too.
 
-    Arrays are one-dimensional, contiguous, writable, and reduced in place. Calls block the calling thread until the
-    collective is done or the deadline passes; one thread at a time calls. ``arrays`` says how many arrays the caller
-    coalesced into one, and ``name`` what it is called; transports that compare calls compare both.
+    Arrays are one-dimensional, contiguous, writable, and reduced in place. A call blocks until the collective is done
+    or the deadline passes; only one thread at a time calls. ``arrays`` is the number of arrays that the caller
+    coalesced into one, and ``name`` the name of the call; transports that compare calls compare both.
 
-    While a collective is under way, another thread may use the endpoint's send, recv, poll, arm, cancel and discard,
-    and `Endpoint.abort` may come from any thread: it ends the collective, which then raises.
+    During a collective, another thread may use the endpoint's send, recv, poll, arm, cancel and discard.
+    `Endpoint.abort` may be called from any thread; it ends the collective, which then raises.
 
-    What a collective raises, and what that means:
+    Errors of a collective:
 
-    - UsageError, before anything has moved: this call could not be used. It costs no other call, and the next
-      collective of all ranks works. `Capabilities.supports` tells beforehand which kinds, types and operations can.
-    - Anything else, KeyboardInterrupt and every other BaseException included: ranks may no longer be in step. The
-      collective either finishes, or raises and takes care that every later one of this endpoint raises Closed at once
-      instead of meeting what is left of this one. What the array holds is not defined, and a transport that cannot stop
-      its library keeps that memory alive for it. The endpoint's messages go on unless the transport says otherwise.
+    - UsageError, before any data has moved: the arguments are not valid. No other call is affected, and the next
+      collective of all ranks works. `Capabilities.supports` tells in advance which kinds, types and operators are
+      supported.
+    - Anything else, including KeyboardInterrupt and every other BaseException: ranks may be out of step. A collective
+      that raises ensures that every later collective of this endpoint raises Closed at once, so that it does not match
+      the rest of this one. The content of the array is undefined, and a transport that cannot stop its library keeps
+      the memory alive for it. Messages of the endpoint go on unless the transport says otherwise.
 
-    A collective that raises need not tell the other ranks: if it raises anything but UsageError, its caller (in
-    detcoll the runner) fails the group on all ranks, and says which rank gave up and why.
+    A collective that raises need not tell the other ranks: on any error but UsageError its caller (the runner in
+    detcoll) fails the group on all ranks and tells them which rank gave up, and why.
     """
 
-    def arrange(self, groups: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most fold in an order of their own
-        """Say how ranks are grouped, once, before the first collective; without it all ranks are one group.
+    def arrange(self, groups: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most have a fold order of their own
+        """Set the groups of ranks for the fold order, once, before the first collective; by default one group.
 
-        An ``ordered`` transport folds the ranks of each group in the order given, then the groups in theirs, always
-        ``op(lower, higher)``. The ranks of a group are a level, the groups another. 16-bit floats fold in float32 and
-        are rounded once a level; an average of them is a mean at each level, any other is divided once, after the last
-        fold. `detcoll.fold.fold_groups` does all this.
+        An ``ordered`` transport folds the ranks of each group in the given order, then the groups in their order,
+        always as ``op(lower, higher)``. Folds inside groups are one level, folds between groups another. 16-bit floats
+        are folded in float32 and rounded once for each level. Their average is a mean at each level; that of other
+        types is divided once, after the last fold. `detcoll.fold.fold_groups` implements this.
         """
 
     def allocate(self, nbytes: int) -> memoryview | None:
-        """Return writable memory that its collectives work on without staging; None if there is no such kind.
+        """Return writable memory that collectives use without staging, or None if the transport has none.
 
-        It lives as long as something refers to it, and any part of it may be handed to a collective.
+        The memory lives as long as it is referenced, and any part of it may be passed to a collective.
         """
         return None
 
@@ -363,9 +378,9 @@ class NativeCollectives(ABC):
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place.
 
-        On every rank NaN comes out of a minimum or maximum where any rank has one; `detcoll.extrema.comparable` helps
-        libraries whose own loses it. An average of 16-bit floats must be right where the mean can be represented, if
-        the sum cannot; see `detcoll.fold.widened`.
+        A minimum or maximum must give NaN on all ranks if any rank has one; `detcoll.extrema.comparable` is for
+        libraries that lose it. An average of 16-bit floats must be correct if the mean can be represented, even if the
+        sum cannot; see `detcoll.fold.widened`.
         """
 
     @abstractmethod
@@ -374,22 +389,22 @@ class NativeCollectives(ABC):
 
     @abstractmethod
     def barrier(self, deadline_ns: int, name: str = "") -> None:
-        """Return once every rank has called."""
+        """Block until every rank has called."""
 
     @property
     @abstractmethod
     def algorithm(self) -> str:
-        """What to call its algorithm in traces and results, such as ``"mpi-native"``."""
+        """The name of its algorithm in traces and results, such as ``"mpi-native"``."""
 
 
 class Transport(ABC):
-    """A kind of transport, found under the entry-point group ``detcoll.transports``."""
+    """A transport; registered under the entry-point group ``detcoll.transports``."""
 
     name: str
     capabilities: Capabilities
     options: frozenset[str] = frozenset()
-    """Names of the options that `open` takes; the job's own (``insecure``, ``ports``, ``congestion``) come to those
-    transports that name them."""
+    """Names of the options that `open` accepts; options of the job (``insecure``, ``ports``, ``congestion``, ...) are
+    passed to the transports that list them."""
 
     @abstractmethod
     def open(self, rank: int, size: int, rendezvous: Rendezvous, clock: Clock, options: Mapping[str, Any]) -> Endpoint:
@@ -398,19 +413,19 @@ class Transport(ABC):
         Raises
         ------
         TransportUnavailable
-            If what it needs is not here; nothing is opened then.
+            If something that it needs is missing; nothing is left open.
         UsageError
-            If an option is unknown or cannot be used.
+            If an option is unknown or not valid.
         """
 
 
 def byte_view(array: NDArray[Any]) -> memoryview:
-    """Return the memory of a contiguous array as a flat memoryview of bytes, read-only where the array is."""
+    """Return the memory of a contiguous array as a flat memoryview of bytes; read-only if the array is."""
     return array.reshape(-1).view(np.uint8).data.cast("B")
 
 
 def host_identity() -> str:
-    """Return a string that is equal for processes which can share memory: same boot of the same kernel."""
+    """Return a string that is equal for processes that can share memory: the boot id, or else the host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
