@@ -1,17 +1,17 @@
-"""Calls that are late: whether to go on waiting, and whom to name where not.
+"""Late calls: decide whether to go on waiting, and which rank to blame if not.
 
-Only the earliest unfinished call of a group can be late: those behind it may have to wait for it, and their time runs
-from when it ends. Once it has made no progress for its timeout, its rank looks into it::
+Only the earliest unfinished call of a group can be late: later ones may have to wait for it, and their timeout runs
+from its end. When it has made no progress for its timeout, its rank starts an inquiry::
 
-    late -> ask all that it waits for -> all answered, or ANSWER_NS in which one neither did nor sent anything
-               one is absent, away or silent         -> name it; the group ends, all members are told
-               one has made progress in this time    -> go on, for a timeout from that progress on
-               all wait themselves                   -> wait HEARSAY_NS to be told; ask again; then name them
+    late -> ask all ranks that it waits for -> all have answered, or one was silent for ANSWER_NS
+               one is absent, away or silent         -> blame it; the group ends and all members are told
+               one has made progress meanwhile       -> wait on, for a timeout from that progress
+               all are waiting themselves            -> wait HEARSAY_NS to be told; ask again; then blame them
 
-A rank that is asked about a call in which it waits as well, without progress for as long, looks into it at once. So the
-question reaches the rank that waits for the culprit itself, which finds out in `ANSWER_NS` and tells, while those that
-only wait for others keep silent until then. Progress counts from before the question was sent, so that two ranks that
-wait for each other never keep each other going.
+A rank that is asked about a call in which it also waits, without progress for as long, starts its inquiry at once. So
+the question reaches the rank that waits for the culprit directly. That rank finds out within `ANSWER_NS` and tells the
+others, which wait until then because they only wait for waiting ranks. Only progress from before the question was sent
+counts, so that two ranks that wait for each other cannot keep each other waiting.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 
 ANSWER_NS = 2_000_000_000
-"""How long nothing may come from a rank that was asked, until it counts as silent. Its answer may take longer on a slow
-line, where it waits behind what was sent before; then that is heard meanwhile."""
+"""A rank that was asked counts as silent if nothing arrives from it for this long. On a slow line its answer may take
+longer, queued behind earlier messages, but then those arrive meanwhile."""
 
 HEARSAY_NS = 1_000_000_000
-"""How long it waits for one that knows better, beyond the time which that one waits for answers."""
+"""How long to wait for the verdict of another rank, beyond the time for which that rank waits for answers."""
 
 
 @dataclass(slots=True)
 class Inquiry:
-    """What a rank that looks into a late call has heard so far: an answer or None of each that was asked.
+    """State of an inquiry about a late call: for each rank that was asked, its answer or None.
 
-    ``hears`` : all wait themselves, and one of them may tell.  ``is_last`` : they were asked for the second time.
+    ``hears`` : all asked ranks are waiting themselves, and this rank waits for a verdict from one of them.
+    ``is_last`` : this is the second time of asking.
     """
 
     asked_ns: int
@@ -51,7 +52,7 @@ class Inquiry:
 
 
 def progressed(operation: Operation, at_ns: int) -> None:
-    """Take note that a call has begun or got further."""
+    """Restart the timeout of a call that has begun or made progress."""
     operation.live_ns, operation.inquiry = at_ns, None
     operation.limit_ns = at_ns + operation.timeout_ns
 
@@ -59,9 +60,9 @@ def progressed(operation: Operation, at_ns: int) -> None:
 def look_into(
     rank: int, operation: Operation, heard_ns: Mapping[int, int], now_ns: int
 ) -> tuple[list[int], DeadlineMissed | None]:
-    """Decide about a call whose limit has passed: whom to ask, or the error that ends its group, or neither.
+    """Decide about a call whose limit has passed: return the ranks to ask, or the error that ends its group.
 
-    ``heard_ns`` : when anything came from each rank last.
+    Both are empty if the call waits on. ``heard_ns`` : when the last message arrived from each rank.
     """
     inquiry = operation.inquiry
     if inquiry is None or inquiry.hears:
@@ -95,9 +96,9 @@ def look_into(
 
 
 def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask, now_ns: int) -> Answer:
-    """Say where this rank stands in a call; one that is as late here is looked into at once.
+    """Answer a question about a call; if the call is as late on this rank, let its inquiry start at once.
 
-    ``others`` : all groups of this rank, for a call that waits for one of another group.
+    ``others`` : all groups of this rank, for a call that is queued behind a call of another group.
     """
     if membership is None:
         return Answer(ask.group, ask.sequence, State.AWAY)
@@ -117,7 +118,7 @@ def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask
 
 
 def answered(operation: Operation, peer: int, told: Answer, now_ns: int) -> None:
-    """Take in an answer."""
+    """Record an answer; when it was the last one, let the inquiry go on at once."""
     inquiry = operation.inquiry
     if inquiry is None or inquiry.hears or told.sequence != operation.sequence or peer not in inquiry.answers:
         return
@@ -127,7 +128,7 @@ def answered(operation: Operation, peer: int, told: Answer, now_ns: int) -> None
 
 
 def awaited(operation: Operation) -> dict[int, int]:
-    """Return how many messages a call waits for by rank, with those that have not said what they called first."""
+    """Return by rank how many messages a call waits for; ranks that have not confirmed the call come first."""
     ranks = operation.group.ranks
     counts = {ranks[peer]: count for peer, count in sorted(operation.machine.waiting_for().items())}
     return {peer: counts.get(peer, 0) for peer in sorted(operation.strangers)} | counts
@@ -139,21 +140,21 @@ def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
         peers = ", ".join(f"rank {peer}, {_reproach(operation, peer)}" for peer in to_blame)
     return (
         f"rank {rank}: {operation.title} was not finished after {operation.timeout_ns / 1e9:g} s "
-        f"without progress; it waits for {peers or 'nobody'}"
+        f"without progress; it waits for {peers or 'no other rank'}"
     )
 
 
 def _awaited(count: int) -> str:
     if not count:
-        return "not heard to call it"
+        return "has not confirmed that it made this call"
     return f"{count} message{'s' if count > 1 else ''}"
 
 
 def _reproach(operation: Operation, peer: int) -> str:
     told = operation.inquiry.answers[peer] if operation.inquiry is not None else None
     if told is None:
-        called = "has not been heard to call it and" if peer in operation.strangers else "has called it and now"
-        return f"which {called} does not answer"
+        called = "has not confirmed that it made this call" if peer in operation.strangers else "has made this call"
+        return f"which {called} and does not answer"
     if told.state is State.AWAY:
         return "which is not in the group: it has closed it, or not opened it yet"
     if told.latest < 0:

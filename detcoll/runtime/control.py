@@ -1,7 +1,7 @@
-"""What ranks tell each other beside their calls: why something ended, and whom a late call waits for.
+"""Control messages between ranks: causes of failures, and questions and answers about late calls.
 
-Every message is a record of `CONTROL_BYTES` between two ranks that have to do with each other, under `CONTROL_TAG`. So
-causes travel without rank 0, which may be the one that is gone.
+Every message is a record of `CONTROL_BYTES` with tag `CONTROL_TAG`, sent directly between two ranks that exchange data.
+So causes do not depend on rank 0, which may be the lost rank.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ CONTROL_TAG = 0
 LARGEST_TEXT_BYTES = 800
 WHOLE_GROUP = -1
 JOB_ID = 0
-"""In a `Cause`: all groups of the job."""
+"""The group id in a `Cause` that ends all groups of the job."""
 
 _KINDS = {kind.__name__: kind for kind in (DeadlineMissed, PeerLost, PlanMismatch, UsageError)}
 
 
 class Cause(msgspec.Struct, frozen=True, tag="cause"):
-    """Why a call (``sequence``), a whole group or the job (``group`` 0) ended, as ``rank`` found out first.
+    """Why a call (``sequence``), a whole group (`WHOLE_GROUP`) or the job (`JOB_ID`) ended, as found out by ``rank``.
 
-    ``lost`` : the rank that is gone, if that is why; every group with it ends.
+    ``lost`` : the lost rank, if that is the cause; all groups with it end. Otherwise -1.
     """
 
     group: int
@@ -37,12 +37,12 @@ class Cause(msgspec.Struct, frozen=True, tag="cause"):
 
     @classmethod
     def of(cls, group: int, sequence: int, error: Exception, rank: int, lost: int = -1) -> Cause:
-        """Return the cause that ``error`` is; a long text is cut."""
+        """Return the cause for ``error``; its text is truncated to `LARGEST_TEXT_BYTES`."""
         text = str(error).encode()[:LARGEST_TEXT_BYTES].decode(errors="ignore")
         return cls(group, sequence, type(error).__name__, text, rank, lost)
 
     def error(self) -> DetcollError:
-        """Return what it means on a rank that is told: an error of the same kind where that holds there too."""
+        """Return the error to raise on a rank that receives this cause: of the same kind if that applies there too."""
         if self.kind in (PlanMismatch.__name__, PeerLost.__name__):
             return _KINDS[self.kind](self.text)
         kind = _KINDS.get(self.kind, TransportError)
@@ -53,20 +53,20 @@ class Cause(msgspec.Struct, frozen=True, tag="cause"):
 
 
 class State(Enum):
-    """Where a rank stands in a call."""
+    """State of a rank in a call."""
 
     ABSENT = "absent"
-    """It has not called it, and waits in no earlier call of the group."""
+    """The rank has not made the call, and is in no earlier call of the group."""
     AWAY = "away"
-    """It is not in the group: it has closed it, or not opened it yet."""
+    """The rank is not in the group: it has closed it, or has not opened it yet."""
     WAITING = "waiting"
-    """It waits in this call or an earlier one of the group."""
+    """The rank is in this call or an earlier one of the group."""
     ENDED = "ended"
-    """It has its result."""
+    """The call has ended on the rank."""
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
-    """Asks where a rank stands in a call that has made no progress for ``timeout_ns`` where this comes from."""
+    """Asks for a rank's state in a call that has made no progress on the sender for ``timeout_ns``."""
 
     group: int
     sequence: int
@@ -74,7 +74,10 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """``idle_ns`` : for how long one that waits has known of no progress.  ``latest`` : its latest call."""
+    """The answer to an `Ask`.
+
+    ``idle_ns`` : if WAITING, the time since the last known progress.  ``latest`` : sequence of the rank's latest call.
+    """
 
     group: int
     sequence: int
@@ -87,22 +90,22 @@ Message = Cause | Ask | Answer
 
 
 def pack(message: Message) -> bytes:
-    """Return the record of a message."""
+    """Encode a message as a record of `CONTROL_BYTES`."""
     body = msgspec.msgpack.encode(message)
     return (len(body).to_bytes(2, "little") + body).ljust(CONTROL_BYTES, b"\0")
 
 
 def unpack(record: bytes) -> Message:
-    """Return the message of a record.
+    """Decode a record.
 
     Raises
     ------
     FrameError
-        If it is none.
+        If it holds no valid message.
     """
     try:
         body = record[2 : 2 + int.from_bytes(record[:2], "little")]
         message: Message = msgspec.msgpack.decode(body, type=Message)
     except msgspec.MsgspecError as error:
-        raise FrameError(f"a control message that cannot be read: {error}") from error
+        raise FrameError(f"invalid control message: {error}") from error
     return message

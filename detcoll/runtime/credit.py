@@ -1,6 +1,6 @@
-"""What peers hold for each other: bytes sent to one that has not called yet, and bytes lent by a transport.
+"""Limits on buffered bytes: those sent to peers that have not called yet, and those held in a transport's memory.
 
-Both are counted for each peer over all groups, so that a call that is stuck never uses up what others need.
+Both are counted for each peer over all groups, so that a stuck call cannot use up the buffers that others need.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 from detcoll.runtime.operation import Operation
 
 LARGEST_UNASKED_BYTES = 8 * 2**20
-"""What a rank sends to one that has not called the same collective yet, over all groups: half of what the slotted
-transport lets peers hold for each other, so that what an earlier collective needs always gets through."""
+"""Limit of bytes sent, over all groups, to a peer that has not called the same collective yet. It is half of what the
+slotted transport lets a peer buffer, so that the messages of an earlier collective always get through."""
 
 LARGEST_LENT_BYTES = 8 * 2**20
-"""Of one peer, what may lie in its transport's memory; what cannot be folded yet and comes beyond it is copied, so that
-a call that is stuck does not use up the credit of others."""
+"""Limit of received bytes of one peer that stay in the transport's memory until they can be folded. Beyond it they are
+copied, so that a stuck call does not use up the transport's credit for others."""
 
 LARGEST_COPIED_BYTES = 128 * 2**20
-"""What copies of lent bytes may take, over all peers; beyond it they stay with the transport."""
+"""Limit of bytes in such copies, over all peers; beyond it the bytes stay in the transport's memory."""
 
 
 class Credit:
-    """Counts for one rank what it sent unasked, and what others' messages take here until they are folded."""
+    """Counts for one rank the bytes that it sent unasked, and the received bytes that wait to be folded."""
 
     def __init__(self) -> None:
         self._unasked_bytes: dict[int, int] = {}
@@ -28,20 +28,20 @@ class Credit:
         self._copied_bytes = 0
 
     def unasked_bytes(self, peer: int) -> int:
-        """Return what was sent to a peer that has not said yet what it called."""
+        """Return the bytes sent to a peer in calls that it has not confirmed yet."""
         return self._unasked_bytes.get(peer, 0)
 
     def lent_bytes(self, peer: int) -> int:
-        """Return what came from a peer, waits for a fold and lies in the transport's memory."""
+        """Return the bytes received from a peer that wait in the transport's memory to be folded."""
         return self._lent_bytes.get(peer, 0)
 
     @property
     def copied_bytes(self) -> int:
-        """What copies take."""
+        """The bytes held in copies."""
         return self._copied_bytes
 
     def may_send_unasked(self, operation: Operation, peer: int, nbytes: int) -> bool:
-        """Take note of a send to a rank that has not called yet; False if it holds enough already."""
+        """Count a send to a peer that has not called yet, and return True; return False if the send has to wait."""
         held_bytes = self.unasked_bytes(peer)
         if operation.unsent.get(peer) or (held_bytes and held_bytes + nbytes > LARGEST_UNASKED_BYTES):
             return False
@@ -50,13 +50,13 @@ class Credit:
         return True
 
     def has_called(self, operation: Operation, peer: int) -> None:
-        """Take note that a peer has called what this rank called."""
+        """Release the credit for a peer that has now made this call."""
         nbytes = operation.unasked_bytes.pop(peer, 0)
         if nbytes:
             self._unasked_bytes[peer] -= nbytes
 
     def lend(self, operation: Operation, step: int) -> bool:
-        """Count what a RECV lent and nothing can fold yet; True where it must be copied and the loan given back."""
+        """Count the lent bytes of a RECV that cannot be folded yet; True if the caller must copy and release them."""
         peer, nbytes = operation.peer(step), operation.columns.nbytes[step]
         is_much = self.lent_bytes(peer) + nbytes > LARGEST_LENT_BYTES
         if is_much and self._copied_bytes + nbytes <= LARGEST_COPIED_BYTES:
@@ -68,7 +68,7 @@ class Credit:
         return False
 
     def give_back(self, operation: Operation, step: int) -> None:
-        """Take note that what a RECV lent is not needed any more."""
+        """Stop counting the bytes of a RECV, which are not needed any more."""
         nbytes = operation.lent.pop(step, 0)
         if nbytes < 0:
             self._copied_bytes += nbytes
@@ -76,7 +76,7 @@ class Credit:
             self._lent_bytes[operation.peer(step)] -= nbytes
 
     def drop(self, operation: Operation) -> None:
-        """Take note that a call has ended early."""
+        """Stop counting all bytes of a call that has ended early."""
         for peer in list(operation.unasked_bytes):
             self.has_called(operation, peer)
         for step in list(operation.lent):

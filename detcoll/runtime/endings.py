@@ -1,8 +1,8 @@
-"""Calls that have failed while messages may still be written into their arrays.
+"""Failed calls whose arrays may still be written to by receives.
 
-A receive that an endpoint is in the middle of ends only once that message is there, although its tags are dropped.
-Until then the caller's array is not its own, so it hears of the failure only after that; but soon in any case, since
-the sender may be gone.
+If an endpoint is in the middle of receiving a message, the receive ends only once the message is complete, although its
+tag was discarded. Until then the array does not belong to the caller, so the failure is reported only afterwards. The
+wait is bounded, because the sender may be gone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from detcoll.plan.ir import Buffer, Kind
 from detcoll.runtime.operation import Operation
 
 LONGEST_NS = 1_000_000_000
-"""How long a caller waits for that at most."""
+"""Longest delay of the report of a failure."""
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +33,7 @@ class Endings:
         return len(self._held)
 
     def hold(self, operation: Operation, error: Exception, now_ns: int) -> bool:
-        """Keep a call that has failed; False where nothing is written into its array any more."""
+        """Hold a failed call and return True, or return False if no receive into its array is pending."""
         kinds, buffers = operation.columns.kind, operation.columns.buffer
         receives = {
             step for step in operation.machine.under_way if kinds[step] == Kind.RECV and buffers[step] == Buffer.USER
@@ -44,7 +44,7 @@ class Endings:
         return bool(receives)
 
     def ended(self, operation: Operation, step: int) -> Exception | None:
-        """Take note that a receive has ended; return the error of its call if that was the last."""
+        """Process the end of a receive; return the error of its call if it was the last one."""
         held = self._held.get(operation)
         if held is None:
             return None
@@ -55,7 +55,7 @@ class Endings:
         return held.error
 
     def overdue(self, now_ns: int | None = None) -> list[tuple[Operation, Exception]]:
-        """Give out calls that were kept for long enough, without a time all of them, each with its error."""
+        """Remove and return the calls held for `LONGEST_NS`, or all if ``now_ns`` is None, each with its error."""
         due = [
             (operation, held.error) for operation, held in self._held.items()
             if now_ns is None or now_ns >= held.until_ns

@@ -1,14 +1,14 @@
-"""Groups: who takes part in a call, and how its messages are told from those of other groups.
+"""Groups: their members, and the tags that keep their messages apart from those of other groups.
 
-A group is named by a hash, which every member computes for itself. Messages carry a tag of 64 bits::
+The id of a group is a hash that every member computes for itself. Messages carry a tag of 64 bits::
 
     63       32 31        20 19          0
     |  number  |  sequence  |  plan tag  |
 
-``number`` is the lower half of the group's id, ``sequence`` counts the group's calls, modulo `SEQUENCES`, and the plan
-tag tells the messages of one call apart. Descriptors of calls hold the whole id, so two groups of equal number do not
-mix unnoticed; ranks that would be in both refuse to make the second. Number 0 belongs to the job: causes of failures
-and questions between ranks. The number with all bits set belongs to what keeps the time.
+``number`` is the lower half of the group's id, ``sequence`` counts the group's calls modulo `SEQUENCES`, and the plan
+tag distinguishes the messages of one call. Descriptors of calls contain the whole id, so a collision of two numbers
+does not go unnoticed; a rank that would be in both groups refuses to make the second. Number 0 is reserved for control
+messages of the job, and the number with all bits set for clock synchronisation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from detcoll.runtime.routes import acquaintances
 
 PLAN_BITS, SEQUENCE_BITS, NUMBER_BITS = 20, 12, 32
 SEQUENCES = 1 << SEQUENCE_BITS
-"""Calls of a group that tags tell apart, far more than may be under way."""
+"""Number of calls of a group that tags distinguish; far more than can be pending at a time."""
 
 WORLD_ID = 1
 JOB_NUMBER, TIME_NUMBER = 0, (1 << NUMBER_BITS) - 1
@@ -31,10 +31,10 @@ _OWN_NUMBERS = (JOB_NUMBER, WORLD_ID, TIME_NUMBER)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Some ranks of the job, in the order that numbers them inside the group.
+    """Some ranks of the job, in the order of their numbers inside the group.
 
     ``id`` : whole number below 2**64.  ``ranks`` : ranks of the job.  ``sites`` : the site of each of them.
-    ``name`` : what messages call it.
+    ``name`` : shown in messages.
     """
 
     id: int
@@ -43,16 +43,16 @@ class Group:
     name: str = ""
     members: frozenset[int] = field(init=False)
     number: int = field(init=False)
-    """What tells its messages from those of other groups."""
+    """Distinguishes its messages from those of other groups."""
 
     def __post_init__(self) -> None:
-        """Keep the members as a set, and the number."""
+        """Derive the set of members and the number."""
         object.__setattr__(self, "members", frozenset(self.ranks))
         object.__setattr__(self, "number", self.id & TIME_NUMBER)
 
     @property
     def title(self) -> str:
-        """Its name, or its ranks, for messages; empty for the world."""
+        """The group's name, or else its ranks, for messages; empty for the world."""
         if self.id == WORLD_ID:
             return ""
         shown = ", ".join(map(str, self.ranks[:8])) + (", ..." if len(self.ranks) > 8 else "")
@@ -66,14 +66,14 @@ class Group:
         return frozenset(self.ranks[member] for member in acquaintances(own, self.sites))
 
     def neighbours(self, rank: int) -> frozenset[int]:
-        """Return the ranks of the job before and behind ``rank``: a ring that no one lost rank cuts in two."""
+        """Return the ranks of the job before and after ``rank`` in a ring, which one lost rank does not split."""
         own = self.ranks.index(rank)
         return frozenset({self.ranks[own - 1], self.ranks[(own + 1) % len(self.ranks)]} - {rank})
 
     def partners(self, rank: int) -> frozenset[int]:
-        """Return the ranks of the job that a large all-reduce brings together with ``rank``.
+        """Return the ranks of the job that exchange data with ``rank`` in a large all-reduce.
 
-        They are those of its site and, in each other site, the one at its place.
+        These are the ranks of its site and, in each other site, the rank at the same position, modulo the site's size.
         """
         members: dict[int, list[int]] = {}
         for member, site in zip(self.ranks, self.sites, strict=True):
@@ -83,16 +83,16 @@ class Group:
         return frozenset({*mates, *(others[place % len(others)] for others in members.values())} - {rank})
 
     def tag(self, sequence: int, plan_tag: int) -> int:
-        """Return the tag of a message of call ``sequence``."""
+        """Return the tag of message ``plan_tag`` of call ``sequence``."""
         return self.call_prefix(sequence) | plan_tag
 
     def call_prefix(self, sequence: int) -> int:
-        """Return what all tags of call ``sequence`` begin with; their last `PLAN_BITS` bits differ."""
+        """Return the common prefix of all tags of call ``sequence``, with the lowest `PLAN_BITS` bits zero."""
         return (self.number << SEQUENCE_BITS | sequence % SEQUENCES) << PLAN_BITS
 
     @property
     def prefix(self) -> int:
-        """What all tags of this group begin with; their last ``PLAN_BITS + SEQUENCE_BITS`` bits differ."""
+        """The common prefix of all tags of this group, with the lowest ``PLAN_BITS + SEQUENCE_BITS`` bits zero."""
         return self.number << (SEQUENCE_BITS + PLAN_BITS)
 
 
@@ -102,10 +102,10 @@ def world(site_of: Sequence[int]) -> Group:
 
 
 def group_id(parent: int, ranks: Sequence[int], kind: str, earlier: int) -> int:
-    """Return the id of a group, a hash below 2**64 that every member computes for itself.
+    """Return the id of a new group, a hash below 2**64 that every member computes for itself.
 
-    ``kind`` : how it was made and what it is called.  ``earlier`` : how many groups of this kind with exactly these
-    ranks were made before, so that no id is used twice.
+    ``kind`` : how the group was made, and its name.  ``earlier`` : the number of groups of this kind with exactly these
+    ranks that were made before, so that no id is used twice.
     """
     for attempt in itertools.count():
         told = repr((parent, tuple(ranks), kind, earlier, attempt)).encode()

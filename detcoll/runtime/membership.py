@@ -1,4 +1,4 @@
-"""A group as the engine of one rank keeps it: its calls, and what ended it."""
+"""A group in the engine of one rank: its calls, and the failure that ended it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from detcoll.runtime.operation import Operation
 
 @dataclass(eq=False, slots=True)
 class Membership:
-    """See the module; ``active`` and ``waiting`` are in the order of their sequence.
+    """State of a group on one rank; ``active`` and ``waiting`` are in order of sequence.
 
-    ``contacts`` : members that hear from this rank what ends calls.  ``latest`` : the latest call made here.
-    ``refused`` : calls that some rank refused, by sequence.  ``dropped`` : calls whose messages endpoints drop.
-    ``told`` : whether a caller was shown the failure.
+    ``contacts`` : members to which this rank sends causes.  ``latest`` : sequence of the latest call made here, or -1.
+    ``refused`` : calls that a rank refused, by sequence.  ``dropped`` : calls whose messages the endpoints discard.
+    ``told`` : whether the failure was raised to a caller.
     """
 
     group: Group
@@ -34,12 +34,12 @@ class Membership:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits or is under way."""
+        """Whether no call is waiting or active."""
         return not self.waiting and not self.active
 
     @property
     def first(self) -> Operation | None:
-        """The earliest call whose result is not there yet."""
+        """The earliest active call without a result, or None."""
         for operation in self.active:
             if not operation.reported:
                 return operation

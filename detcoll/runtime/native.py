@@ -1,7 +1,7 @@
-"""Runs a transport's own collectives, in order of call.
+"""Run a transport's native collectives in call order.
 
-A call that nobody is ahead of runs on the caller's thread, which saves two thread switches. Asynchronous calls go to a
-worker thread, and calls after them queue behind. The time of a call runs from when its turn has come.
+If no other call is pending, a blocking call runs on the caller's thread, which saves two thread switches. Asynchronous
+calls, and all calls behind them, are queued for a worker thread. The timeout of a call starts when the call runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LARGEST_QUEUE = 4096
 
 @dataclass(frozen=True, slots=True)
 class NativeCall:
-    """One collective for the transport itself.  ``timeout_ns`` : for it, from its turn on."""
+    """Arguments of one native collective.  ``timeout_ns`` : counts from when the call runs."""
 
     sequence: int
     kind: str
@@ -48,24 +48,24 @@ class NativeCall:
 
 
 class NativeRunner:
-    """Owns an endpoint with native collectives. Beside them it holds a thread, its queue, and what a record shows.
+    """Runs native collectives with a worker thread and a queue, and keeps the state that a flight record shows.
 
     Parameters
     ----------
     collectives : NativeCollectives
-        What does the work.
+        Executes the calls.
     capabilities : Capabilities
-        Which collectives it does.
+        The collectives, types and operators that it supports.
     rank : int
         This rank, for messages.
     trace : Trace
-        Where calls are noted.
+        Records calls.
     on_failure : callable
-        Is given what ended the collectives, and whether this rank found it out, so that it is to tell the others.
+        Called with the error that ended the collectives, and whether this rank detected it and has to tell the others.
     explain : callable, optional
-        Returns what others said about a lost peer, or None: an endpoint sees only that it is gone.
+        Returns the reason that other ranks gave for the loss of a peer, or None; the endpoint does not know it.
     recorder : Recorder, optional
-        Where events are kept.
+        Records events.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class NativeRunner:
 
     @property
     def failure(self) -> Exception | None:
-        """What ended this communicator, or None."""
+        """The error that ended the collectives, or None."""
         return self._failure
 
     def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
-        """Tell whether the transport itself does a collective of this kind, type and operator."""
+        """Return whether the transport has a native collective of this kind, type and operator."""
         key = kind, dtype, op
         answer = self._supported.get(key)
         if answer is None:
@@ -106,8 +106,16 @@ class NativeRunner:
         return answer
 
     def run(self, call: NativeCall, work: Work) -> None:
-        """Queue ``call``; ``work`` ends when it does."""
-        with self._count:  # what is counted is waited for by `drain`
+        """Queue ``call`` for the worker thread; ``work`` ends with it.
+
+        Raises
+        ------
+        Closed
+            If the collectives have failed or the job is closing.
+        DeadlineMissed
+            If the queue stays full for the timeout of the call.
+        """
+        with self._count:  # `drain` waits for all counted calls
             self._check_usable()
             self._queued += 1
         try:
@@ -117,17 +125,17 @@ class NativeRunner:
                 self._queued -= 1
             self._say_that_it_closes()
             if isinstance(error, queue.Full):
-                text = f"{call.kind}: {LARGEST_QUEUE} collectives before it are not finished"
+                text = f"{call.kind}: the queue is full, {LARGEST_QUEUE} earlier collectives are not finished"
                 raise DeadlineMissed(text) from None
             raise
 
     def run_at_once(self, call: NativeCall) -> bool:
-        """Run ``call`` on this thread and return True, or return False where others are ahead of it.
+        """Run ``call`` on this thread and return True, or return False if other calls are pending.
 
         Raises
         ------
         DetcollError
-            Whatever ended it.
+            The error that ended the call.
         """
         self._check_usable()
         if self._queued or not self._turn.acquire(blocking=False):
@@ -136,7 +144,7 @@ class NativeRunner:
             if self._queued:
                 return False
             error = self._do(call)
-        except BaseException as interrupt:  # in the middle of it, so that no later call can be trusted to match
+        except BaseException as interrupt:  # ranks may be out of step, so no later call can be trusted to match
             what = f"rank {self._rank} was interrupted in {call.kind} number {call.sequence}"
             self._give_up(TransportError(f"{what}: {type(interrupt).__name__}"))
             raise
@@ -156,7 +164,7 @@ class NativeRunner:
         self._failure = self._failure or error
 
     def drain(self, deadline_ns: int) -> bool:
-        """Finish what is queued, or give up at the deadline and return False."""
+        """Close, and wait for queued calls; at the deadline fail the collectives and return False."""
         self.close()
         self._thread.join(max(deadline_ns - time.monotonic_ns(), 0) / 1e9)
         if self._thread.is_alive():
@@ -165,14 +173,14 @@ class NativeRunner:
         return True
 
     def close(self) -> None:
-        """Take no more calls. Where the thread is inside the transport, only that can end it."""
+        """Accept no more calls. The thread ends after the queued calls; a call in the transport is not interrupted."""
         with self._count:
             is_new, self._closing = not self._closing, True
         if is_new:
             self._say_that_it_closes()
 
     def _say_that_it_closes(self) -> None:
-        """Let the thread look whether it is to end; where the queue is full, it does when it has emptied it."""
+        """If closing, wake the thread so that it can end; if the queue is full, the thread is awake anyway."""
         if self._closing:
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
@@ -191,7 +199,7 @@ class NativeRunner:
             work.finish(error)
 
     def _do(self, call: NativeCall) -> Exception | None:
-        """Run ``call`` and return what ended it, if anything but success."""
+        """Run ``call``; return the error that ended it, or None on success."""
         if self._failure is not None:
             return self._failure
         error: Exception
@@ -222,7 +230,7 @@ class NativeRunner:
         return self._give_up(error)
 
     def standing(self, world: Group) -> dict[str, Any]:
-        """Return where this rank stands in the world, as plain data for its flight record."""
+        """Return the state of this rank in the world as plain data for its flight record."""
         call, failure = self._current, self._failure
         calls = []
         if call is not None:
@@ -237,8 +245,8 @@ class NativeRunner:
         }  # fmt: skip
 
     def _give_up(self, error: Exception) -> Exception:
-        """Remember why no call can follow, tell the others unless it is they who told, and return the reason."""
-        if self._failure is not None:  # closed or aborted meanwhile, of which the error is a consequence
+        """Record the failure, report it unless other ranks did, and return the error to raise."""
+        if self._failure is not None:  # failed or aborted meanwhile, and this error is a consequence
             return self._failure
         told = self._explain() if isinstance(error, PeerLost) else None
         self._failure = told or error

@@ -1,4 +1,4 @@
-"""One collective on its way, as the engine's rules see it. Its arrays are in `detcoll.runtime.memory`."""
+"""The state of one pending collective in the engine. Its arrays are in `detcoll.runtime.memory`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from detcoll.runtime.blame import Inquiry
 
 Span = tuple[int, int]
-"""First address and the one behind the last."""
+"""A range of addresses: the first, and the one after the last."""
 
 
 def overlap(one: Sequence[Span], other: Sequence[Span]) -> bool:
-    """Tell whether two pieces of memory have a byte in common."""
+    """Return whether two lists of address ranges have a byte in common."""
     return any(low < end and begin < high for low, high in one for begin, end in other)
 
 
 @dataclass(eq=False, slots=True)
 class Operation:
-    """A call of a group. It has many fields since it is all that is known of a call; the rules are the engine's.
+    """A call of a group. It has many fields because it holds the whole state of a call; the rules are in the engine.
 
-    ``plan`` : this rank's part; its ranks are those of the group.  ``timeout_ns`` : how long nothing may come.
-    ``spans`` : the caller's memory.  ``memory`` : the driver's own, never looked at by the engine.
-    ``order`` : its place among all calls of this rank.  ``live_ns`` : when it, or one that it waits for, was last known
-    to get further.  ``limit_ns`` : when it is looked into.  ``over`` : ended with an error; what comes is dropped.
+    ``plan`` : this rank's part; its ranks are those of the group.  ``timeout_ns`` : longest time without progress.
+    ``spans`` : the caller's memory.  ``memory`` : belongs to the driver; the engine does not use it.
+    ``order`` : position among all calls of this rank.  ``live_ns`` : when this call, or a call that it waits for, last
+    made progress.  ``limit_ns`` : when the call counts as late.  ``over`` : it failed, and what arrives is dropped.
     """
 
     group: Group
@@ -44,45 +44,45 @@ class Operation:
     machine: Machine = field(init=False)
     columns: Columns = field(init=False)
     sequence: int = field(init=False)
-    """Its number among the calls of its group."""
+    """Number of the call in its group."""
     live_ns: int = 0
     limit_ns: int = 0
     strangers: set[int] = field(default_factory=set)
-    """Ranks that have not said yet what they called; what comes from them is held."""
+    """Ranks that have not confirmed this call yet; messages from them are held back."""
     held: list[int] = field(default_factory=list)
-    """RECV steps that ended although their sender has not said what it called."""
+    """RECV steps whose message has arrived although its sender has not confirmed the call."""
     settled: set[int] = field(default_factory=set)
-    """RECV steps that have not ended although no message will come for them: it failed, or none was asked for."""
+    """RECV steps that have not ended but will get no message: the receive failed, or was never posted."""
     wrong: dict[int, Exception] = field(default_factory=dict)
-    """What strangers sent that does not fit this call."""
+    """By rank, the error of a message from a stranger that does not match this call."""
     lent: dict[int, int] = field(default_factory=dict)
-    """Bytes that RECV steps lent and nothing has used yet; negative where they were copied."""
+    """By RECV step, lent bytes that are not folded yet; negative if they were copied."""
     unsent: dict[int, list[int]] = field(default_factory=dict)
-    """SEND steps that wait until a stranger has called, by rank."""
+    """By rank, SEND steps that wait until a stranger confirms the call."""
     unasked_bytes: dict[int, int] = field(default_factory=dict)
-    """What was sent to each stranger."""
+    """By rank, bytes sent to strangers."""
     inquiry: Inquiry | None = None
-    """What this rank has heard since the call is late."""
+    """The inquiry about this call, if it is late."""
     reported: bool = False
     over: bool = False
 
     def __post_init__(self) -> None:
-        """Make the machine for the plan, and keep what is asked for at every step."""
+        """Create the machine of the plan, and cache attributes that are used at every step."""
         self.machine = Machine(self.plan)
         self.columns = self.plan.columns
         self.sequence = self.descriptor.sequence
 
     @property
     def title(self) -> str:
-        """What messages call it."""
+        """The call's name in messages."""
         named = f" ({self.descriptor.name})" if self.descriptor.name else ""
         title = self.group.title
         return f"{self.descriptor.kind} number {self.sequence}{named}" + (f" of group {title}" if title else "")
 
     def peer(self, step: int) -> int:
-        """Return the rank of the job that a SEND or RECV is about."""
+        """Return the peer of a SEND or RECV step, as a rank of the job."""
         return self.group.ranks[self.columns.peer[step]]
 
     def overlaps(self, other: Operation) -> bool:
-        """Tell whether two calls work on common memory."""
+        """Return whether two calls share memory."""
         return overlap(self.spans, other.spans)

@@ -1,4 +1,4 @@
-"""The flight recorder: the last events of one rank, for looking into a job that failed or hangs."""
+"""The flight recorder: the last events of one rank, for the diagnosis of a job that failed or hangs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from detcoll.descriptor import brief
 from detcoll.types import ReduceOp
 
 RECORD_SCHEMA = "detcoll.record/1"
-"""Of the file that `detcoll.job.flight` writes."""
+"""Schema of the file that `detcoll.job.flight` writes."""
 
 LARGEST_RECORD = 2_000
-"""Events kept, the oldest go first."""
+"""Number of events kept; the oldest are dropped first."""
 
 COLUMNS = ("at_ns", "event", "group", "sequence", "step", "peer", "detail")
 
 Called = tuple[str, ReduceOp | str, np.dtype[Any] | str, int, int, int, str]
-"""What `detcoll.descriptor.brief` makes text of, once somebody reads it."""
+"""The arguments of `detcoll.descriptor.brief`, which formats them only when the events are read."""
 
 Detail = str | Called
 
@@ -27,10 +27,11 @@ Event = tuple[int, str, int, int, int, int, Detail]
 
 
 class Recorder:
-    """Keeps the last `LARGEST_RECORD` events as tuples of `COLUMNS`, which costs well below a microsecond each.
+    """Keeps the last `LARGEST_RECORD` events as tuples of `COLUMNS`; each costs well below a microsecond.
 
-    Events: ``join``, ``call`` (with what was called), ``refuse``, ``start``, ``greeted`` (a peer called the same),
-    ``step``, ``window`` (a send was given one), ``end``, ``fail`` (why), ``lost`` (a rank, and why).
+    Events: ``join``, ``call`` (detail: the call), ``refuse``, ``start``, ``greeted`` (a peer confirmed the call),
+    ``step``, ``window`` (a send got a window), ``end``, ``fail`` (detail: the reason), ``lost`` (a rank, and the
+    reason).
     """
 
     def __init__(self) -> None:
@@ -40,16 +41,16 @@ class Recorder:
         self, at_ns: int, event: str, group: int = 0, sequence: int = -1, step: int = -1, peer: int = -1,
         detail: Detail = "",
     ) -> None:  # fmt: skip
-        """Keep an event; ``group`` is the number of the group in tags."""
+        """Record an event; ``group`` is the number of the group as in tags."""
         self._events.append((at_ns, event, group, sequence, step, peer, detail))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the events by the names of their columns, the oldest first; from any thread."""
+        """Return the events as dictionaries with keys `COLUMNS`, the oldest first. Thread-safe."""
         while True:
             try:
                 events = list(self._events)
                 break
-            except RuntimeError:  # another thread added one meanwhile
+            except RuntimeError:  # another thread added an event during the copy
                 continue
         return [dict(zip(COLUMNS, (*event[:-1], _text(event[-1])), strict=True)) for event in events]
 

@@ -1,4 +1,4 @@
-"""Where one rank stands in each of its groups, as plain data for its flight record."""
+"""The state of one rank in each of its groups, as plain data for its flight record."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 
 LARGEST_CALLS = 64
-"""Of a group, shown one by one."""
+"""Of each group, this many queued calls are listed."""
 
 
 def snapshot(engine: Engine) -> list[dict[str, Any]]:
-    """Return where this rank stands in each group; may be called from any thread, and then shows about one moment."""
+    """Return the state of this rank in each group. Thread-safe, but not an atomic snapshot in another thread."""
     while True:
         try:
             return [_of_group(membership) for membership in list(engine.groups.values())]
-        except RuntimeError:  # the progress thread changed something meanwhile
+        except RuntimeError:  # the progress thread changed a collection meanwhile
             continue
 
 

@@ -1,4 +1,4 @@
-"""A collective under way, as its caller holds it."""
+"""The handle of a collective that its caller waits on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Callback = Callable[["Work"], object]
 
 
 class Work:
-    """A collective under way.
+    """Handle of an asynchronous collective.
 
-    The array given to the collective belongs to detcoll until the collective has ended.
+    The array passed to the collective belongs to detcoll until the collective has ended. All methods are thread-safe.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,34 +31,34 @@ class Work:
         self._callbacks: list[Callback] = []
 
     def __repr__(self) -> str:
-        """Return what was called, and whether it has ended."""
+        """Return the name of the collective and its state."""
         if not self._finished.is_set():
             return f"<Work {self._name}: under way>"
         return f"<Work {self._name}: {'ended' if self._error is None else f'failed, {self._error}'}>"
 
     def done(self) -> bool:
-        """Tell whether the collective has ended, well or not; `wait` then returns at once."""
+        """Return whether the collective has ended, successfully or not; if so, `wait` does not block."""
         return self._finished.is_set()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Return once the result is in the caller's array.
+        """Block until the result is in the caller's array.
 
-        An exception that interrupts the wait, such as KeyboardInterrupt, leaves the collective under way: wait again.
+        If an exception such as KeyboardInterrupt interrupts the wait, the collective goes on; call `wait` again.
 
         Parameters
         ----------
         timeout : float, optional
-            Seconds to wait at most; the collective's own timeout holds in any case.
+            Longest time to wait, in seconds; by default unlimited. The collective's own timeout applies in any case.
 
         Raises
         ------
         DeadlineMissed
-            If ``timeout`` passes first; the collective goes on and may be waited for again.
+            If ``timeout`` passes first. The collective goes on and can be waited for again.
         DetcollError
-            Whatever ended the collective.
+            The error that ended the collective.
         """
         if not self._finished.is_set():
-            with short_turns():  # on a busy machine the caller would wait milliseconds for its result otherwise
+            with short_turns():  # otherwise the caller may wake milliseconds late on a busy machine
                 self._finished.wait(timeout)
         if not self._finished.is_set():
             raise DeadlineMissed(f"{self._name} is not finished after {timeout} s")
@@ -66,11 +66,16 @@ class Work:
             raise self._error
 
     def result(self, timeout: float | None = None) -> None:
-        """Do as `wait`; the name that `concurrent.futures.Future` has for it."""
+        """Call `wait`; named as in `concurrent.futures.Future`."""
         self.wait(timeout)
 
     def exception(self, timeout: float | None = None) -> Exception | None:
-        """Return what ended the collective, or None where it ended well; wait for that as `wait` does.
+        """Block until the collective has ended; return the error that ended it, or None on success.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Longest time to wait, in seconds; by default unlimited.
 
         Raises
         ------
@@ -82,10 +87,10 @@ class Work:
         return self._error
 
     def add_done_callback(self, callback: Callback) -> None:
-        """Call ``callback(work)`` once the collective has ended, at once if it has.
+        """Schedule ``callback(work)`` for when the collective has ended, or immediately if it has.
 
-        Callbacks run on a thread of detcoll's own, one after another in the order in which collectives end. One that
-        blocks delays the callbacks behind it, and no collective. What a callback raises is logged.
+        Callbacks run one after another on a thread of detcoll, in the order in which collectives end. A callback that
+        blocks delays later callbacks but no collective. Exceptions raised by callbacks are logged.
         """
         with self._lock:
             if not self._finished.is_set():
@@ -94,7 +99,7 @@ class Work:
         _callers.call(callback, self)
 
     def as_future(self) -> concurrent.futures.Future[None]:
-        """Return a future that ends as the collective does; cancelling it does not end the collective."""
+        """Return a future that completes with the collective; it cannot be cancelled."""
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
 
@@ -109,7 +114,7 @@ class Work:
         return future
 
     def finish(self, error: Exception | None = None) -> None:
-        """Say that the collective has ended; the first call counts."""
+        """Mark the collective as ended, with ``error`` if it failed; only the first call has an effect."""
         with self._lock:
             if self._finished.is_set():
                 return
@@ -121,13 +126,13 @@ class Work:
 
 
 class _Callers:
-    """The thread that runs callbacks, started with the first one."""
+    """The thread that runs callbacks; started with the first callback."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew, as in a forked child, which has no such thread and whose parent runs what was queued."""
+        """Reset the state, as in a forked child, which has no such thread; the parent runs the queued callbacks."""
         self._queue: queue.SimpleQueue[tuple[Callback, Work]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
