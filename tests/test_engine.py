@@ -16,7 +16,8 @@ from detcoll.fold import reference
 from detcoll.runtime import Group, blame, credit
 from detcoll.runtime.actions import Act
 from detcoll.runtime.control import Answer, Ask, Cause, State
-from detcoll.runtime.group import SEQUENCES
+from detcoll.runtime.engine import GREETING_DELAY_NS, HELLO_TAG
+from detcoll.runtime.group import PLAN_BITS, SEQUENCES
 from detcoll.runtime.recorder import LARGEST_RECORD, Recorder
 from detcoll.testing.fleet import SECOND_NS, Called, Fleet, Program
 from detcoll.types import ReduceOp
@@ -208,6 +209,27 @@ def test_a_call_that_one_rank_refuses_ends_for_all_and_the_next_one_works(shape:
     assert fleet.idle
     assert not any(any(queue for queue in host.arrived.values()) for host in fleet.hosts)
     assert not any(fleet._held_bytes.values())
+
+
+@pytest.mark.parametrize("mate_is_late", [False, True])
+def test_other_sites_hear_of_a_call_with_its_first_message_or_soon(mate_is_late: bool) -> None:
+    fleet = Fleet([2, 2], delay_ns=MS // 10)
+    hellos: dict[tuple[int, int], int] = {}
+    messages: dict[tuple[int, int], int] = {}
+
+    def watch(source: int, dst: int, tag: int) -> bool:
+        if fleet.world.call_prefix(0) == tag >> PLAN_BITS << PLAN_BITS and (source < 2) != (dst < 2):
+            seen = hellos if tag == fleet.world.call_prefix(0) | HELLO_TAG else messages
+            seen.setdefault((source, dst), fleet.now_ns)
+        return False
+
+    fleet.drops = watch
+    calls = sums(fleet, 100_000, ranks=(0, 2, 3))
+    calls.append(fleet.call(1, "all_reduce", ones(100_000), at_ns=SECOND_NS if mate_is_late else 0))
+    fleet.run(2 * SECOND_NS)
+    check_sums(calls)
+    assert hellos[0, 2] == (GREETING_DELAY_NS if mate_is_late else messages[0, 2])
+    assert hellos[0, 2] <= messages[0, 2]
 
 
 def test_a_call_that_all_ranks_refuse_counts_once() -> None:
@@ -549,7 +571,7 @@ def test_late_messages_of_a_refused_call_are_dropped_for_half_of_all_sequences()
         calls = sums(fleet, 10)
         fleet.run(fleet.now_ns + SECOND_NS)
         check_sums(calls)
-        assert {host.discarded.covers(fleet.world.tag(0, 5)) for host in fleet.hosts} == {is_dropped}
+        assert {host.discarded.covers(fleet.world.call_prefix(0) | 5) for host in fleet.hosts} == {is_dropped}
 
 
 def test_calls_that_come_while_a_group_is_left_end_and_leave_nothing() -> None:

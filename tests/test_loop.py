@@ -119,7 +119,8 @@ def test_what_ends_with_a_fold_ends_before_the_thread_waits(loop: Unwaiting) -> 
     operation = sum_of(CHUNK_ELEMS, loop)
     loop.submit(operation)
     loop._turn()
-    hello, sums = [ticket for ticket in loop._endpoints[0].posted if ticket.nbytes < 1000 or ticket.nbytes > 2000]
+    awaited = [ticket for ticket in loop._endpoints[0].posted if ticket.nbytes < 1000 or ticket.nbytes > 2000]
+    hello, sums = sorted(awaited, key=lambda ticket: ticket.nbytes)
     hello.view, sums.view = memoryview(operation.descriptor.encode()), memoryview(np.ones(CHUNK_ELEMS, np.float32))
     for ticket in (hello, sums):
         ticket.status = TicketStatus.DONE
@@ -244,7 +245,7 @@ def test_a_thread_that_has_drained_starts_nothing_about_time_any_more(descriptor
 
     keeper: Any = SimpleNamespace(
         turn=lambda now_ns: told.append("turn"), offset_ns=lambda now_ns: 0, next_ns=lambda now_ns: now_ns,
-        trusted=False, synchronised=True,
+        trusted=False, synchronised=True, asks=True,
     )  # fmt: skip
     loop = loop_of(descriptor, keeper, [])
     try:

@@ -51,6 +51,10 @@ LARGEST_REFUSALS = 1024
 EXPLANATION_NS = 1_000_000_000
 """How long a rank that lost the connection to a peer waits to hear why."""
 
+GREETING_DELAY_NS = 3_000_000
+"""How long the hello to other sites waits at most for the first message of the call over the line: until that has left,
+processor time is better spent on what leads to it."""
+
 SEND, RECV, FOLD, LENT = Kind.SEND, Kind.RECV, Kind.FOLD, Buffer.LENT
 GIVE, POST, COPY = Act.SEND, Act.RECV, Act.COPY
 """What every step is compared with: to look a member up in its class takes ten times as long."""
@@ -94,8 +98,11 @@ class Engine:
         self.lost: dict[int, PeerLost] = {}
         self._suspects: dict[int, tuple[str, int]] = {}
         self._listening: set[int] = set()
-        self._wide_hellos: list[tuple[Operation, int]] = []
+        self._greetings: list[tuple[Operation, set[int]]] = []
         self._ready: deque[Membership] = deque()
+        self._waiting = 0
+        """Calls that have not started, of all groups."""
+        self._may_retire = False
         self.credit = Credit()
         self._heard_ns: dict[int, int] = {}
         self._order = 0
@@ -135,8 +142,7 @@ class Engine:
             return
         for operation in [*membership.active, *membership.waiting]:
             self._drop(operation, Closed(f"{operation.title}: the group was closed"))
-        membership.active, membership.work = [], []
-        membership.waiting.clear()
+        self._clear(membership)
         self.actions.append((Act.DISCARD, group.prefix, 64 - NUMBER_BITS))
 
     def submit(self, operation: Operation, now_ns: int) -> None:
@@ -157,6 +163,7 @@ class Engine:
         self._order += 1
         membership.latest = max(membership.latest, operation.sequence)
         membership.waiting.append(operation)
+        self._waiting += 1
 
     def refuse(self, group: Group, sequence: int, error: Exception, now_ns: int) -> None:
         """Tell all members that this rank cannot do call ``sequence``, which ends for all of them.
@@ -174,12 +181,15 @@ class Engine:
 
     def start_ready(self, now_ns: int) -> None:
         """Start calls that wait for nothing but this."""
+        if not self._waiting:
+            return
         for membership in self.groups.values():
             while membership.waiting and len(membership.active) < LARGEST_ACTIVE:
                 operation = membership.waiting[0]
                 if operation.spans and self._must_follow(operation):
                     break
                 membership.waiting.popleft()
+                self._waiting -= 1
                 self._start(membership, operation, now_ns)
 
     @property
@@ -190,7 +200,7 @@ class Engine:
     @property
     def can_start(self) -> bool:
         """Whether `start_ready` might start something."""
-        return any(
+        return self._waiting > 0 and any(
             membership.waiting
             and len(membership.active) < LARGEST_ACTIVE
             and not self._must_follow(membership.waiting[0])
@@ -220,6 +230,7 @@ class Engine:
             return
         membership.active.append(operation)
         blame.progressed(operation, now_ns)
+        self._may_retire = True
         self.actions.append((Act.OPEN, operation))
         if self._greets and len(operation.group.ranks) > 1:
             self._greet(membership, operation, now_ns)
@@ -234,12 +245,13 @@ class Engine:
         operation.strangers = {ranks[peer] for peer in operation.plan.peers} | membership.acquaintances
         membership.contacts |= operation.strangers
         self._listen(operation.strangers)
-        for peer in operation.strangers:
-            self.actions.append((Act.AWAIT_HELLO, operation, peer))
         for peer in operation.strangers - self.wide:
+            self.actions.append((Act.AWAIT_HELLO, operation, peer))
             self.actions.append((Act.HELLO, operation, peer))
-        # Other sites wait longer for it than this site for its first chunk.
-        self._wide_hellos += [(operation, peer) for peer in operation.strangers & self.wide]
+        far = operation.strangers & self.wide
+        if far:
+            operation.greets_ns = now_ns + GREETING_DELAY_NS
+            self._greetings.append((operation, far))
 
     def _listen(self, peers: Iterable[int]) -> None:
         for peer in peers:
@@ -312,6 +324,7 @@ class Engine:
         if not operation.over:
             self._heard_ns[operation.peer(step)] = now_ns
             membership = self.groups[operation.group.id]
+            self._may_retire = True
             self._carry_out(membership, operation, operation.machine.ended(step), now_ns)
 
     def missed(self, sends: Sequence[tuple[Queued[Wide], Window, int]]) -> None:
@@ -338,6 +351,7 @@ class Engine:
         peer = operation.group.ranks[peer] if peer >= 0 else -1
         self.recorder.note(now_ns, "step", operation.group.number, operation.sequence, step, peer)
         ready = operation.machine.ended(step)
+        self._may_retire = True
         if ready:
             self._carry_out(self.groups[operation.group.id], operation, ready, now_ns)
         return ready
@@ -348,11 +362,14 @@ class Engine:
         peer, nbytes = operation.peer(step), operation.columns.nbytes[step]
         if peer in operation.strangers and not self.credit.may_send_unasked(operation, peer, nbytes):
             operation.unsent.setdefault(peer, []).append(step)
+            operation.greets_ns = now_ns
             return
-        if peer in self.wide and not self._leaves_at_once(operation, nbytes, now_ns):
-            self.slots.add(Queued((operation, step), self.site_of[peer], peer, nbytes))
-        else:
-            self.actions.append((GIVE, operation, step, None, None))
+        if peer in self.wide:
+            if not self._leaves_at_once(operation, nbytes, now_ns):
+                self.slots.add(Queued((operation, step), self.site_of[peer], peer, nbytes))
+                return
+            operation.greets_ns = now_ns
+        self.actions.append((GIVE, operation, step, None, None))
 
     def _leaves_at_once(self, operation: Operation, nbytes: int, now_ns: int) -> bool:
         """Tell whether a wide message needs no window: one of a small collective that the headroom has room for."""
@@ -366,12 +383,21 @@ class Engine:
             operation, step = queued.item
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
             self.actions.append((GIVE, operation, step, queued, window))
-        if self._wide_hellos:
-            for operation, peer in self._wide_hellos:
-                if self.express is not None:
-                    self.express.spend(HELLO_BYTES, now_ns)
-                self.actions.append((Act.HELLO, operation, peer))
-            self._wide_hellos = []
+            operation.greets_ns = now_ns
+        if self._greetings:
+            self._greet_far(now_ns)
+
+    def _greet_far(self, now_ns: int) -> None:
+        """Exchange descriptors with ranks of other sites, where it is time to."""
+        self._greetings = [greeting for greeting in self._greetings if not greeting[0].over]
+        for operation, peers in self._greetings:
+            if operation.greets_ns <= now_ns:
+                for peer in peers:
+                    if self.express is not None:
+                        self.express.spend(HELLO_BYTES, now_ns)
+                    self.actions.append((Act.AWAIT_HELLO, operation, peer))
+                    self.actions.append((Act.HELLO, operation, peer))
+        self._greetings = [greeting for greeting in self._greetings if greeting[0].greets_ns > now_ns]
 
     def greeted(self, operation: Operation, peer: int, record: bytes, now_ns: int) -> None:
         """Take in what a peer says that it called."""
@@ -388,6 +414,7 @@ class Engine:
             return
         self.recorder.note(now_ns, "greeted", operation.group.number, operation.sequence, peer=peer)
         operation.strangers.discard(peer)
+        self._may_retire = True
         self.credit.has_called(operation, peer)
         for step in operation.unsent.pop(peer, ()):
             self._send(operation, step, now_ns)
@@ -400,6 +427,9 @@ class Engine:
 
     def retire(self, now_ns: int) -> None:
         """Report calls whose result is ready, and close those whose last step has ended."""
+        if not self._may_retire:
+            return
+        self._may_retire = False
         for membership in self.groups.values():
             closed = 0
             for operation in membership.active:
@@ -434,6 +464,7 @@ class Engine:
     def next_ns(self, now_ns: int) -> int | None:
         """Return when `look_after` or `give_the_line` has something to do even if nothing happens, or None."""
         times = [until_ns for _, until_ns in self._suspects.values()]
+        times += [operation.greets_ns for operation, _ in self._greetings]
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:
             times.append(line_ns)
@@ -557,12 +588,16 @@ class Engine:
         self.actions.append((Act.RECORD, str(error)))
         calls = [*membership.active, *membership.waiting]
         membership.told = any(not operation.reported for operation in calls)
-        membership.active, membership.work = [], []
-        membership.waiting.clear()
+        self._clear(membership)
         # First, so that nothing is written into arrays any more once their owners hear of the end.
         self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
         for operation in calls:
             self._drop(operation, error)
+
+    def _clear(self, membership: Membership) -> None:
+        self._waiting -= len(membership.waiting)
+        membership.active, membership.work = [], []
+        membership.waiting.clear()
 
     def _end_call(self, membership: Membership, operation: Operation, error: Exception, now_ns: int) -> None:
         if operation in membership.active:

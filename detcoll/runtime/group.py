@@ -82,10 +82,6 @@ class Group:
         place = mates.index(rank)
         return frozenset({*mates, *(others[place % len(others)] for others in members.values())} - {rank})
 
-    def tag(self, sequence: int, plan_tag: int) -> int:
-        """Return the tag of message ``plan_tag`` of call ``sequence``."""
-        return self.call_prefix(sequence) | plan_tag
-
     def call_prefix(self, sequence: int) -> int:
         """Return the common prefix of all tags of call ``sequence``, with the lowest `PLAN_BITS` bits zero."""
         return (self.number << SEQUENCE_BITS | sequence % SEQUENCES) << PLAN_BITS

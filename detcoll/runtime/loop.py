@@ -255,6 +255,7 @@ class Loop:
                 shorten_turns()
             with contextlib.suppress(PeerLost):  # what loses a peer shows by itself
                 self.timekeeper.start()
+            self._keep_time(time.monotonic_ns())
             with quick_switches():
                 while self._failure is None and not self._stopping:
                     self._turn()
@@ -296,21 +297,23 @@ class Loop:
             self._report(operation, ended_by)
 
     def _turn(self) -> None:
+        engine = self.engine
         now_ns = time.monotonic_ns()
         while self._posted:
             self._posted.popleft()(now_ns)
-        self.engine.start_ready(now_ns)
-        self._act()
-        self._work()
-        now_ns = time.monotonic_ns()
+        engine.start_ready(now_ns)
+        if engine.actions:
+            self._act()
+        if engine.has_work:
+            self._work()
+            now_ns = time.monotonic_ns()
         self._retire(now_ns)  # what ends with a fold, or as it starts, must not wait until something else happens
-        if not self._drained.is_set():  # peers may close from then on
-            with contextlib.suppress(PeerLost):
-                self.timekeeper.turn(now_ns)
-        self._keep_time(now_ns)
-        self.engine.give_the_line(now_ns)
-        self.engine.look_after(now_ns)
-        self._act()
+        if self.timekeeper.asks:
+            self._ask_time(now_ns)
+        engine.give_the_line(now_ns)
+        engine.look_after(now_ns)
+        if engine.actions:
+            self._act()
         ready = self._wait(now_ns)
         missed: list[tuple[Queued[Wide], Window, int]] = []
         for endpoint, descriptor in self._polled:
@@ -351,13 +354,20 @@ class Loop:
             now_ns = time.monotonic_ns()
             engine.worked(operation, step, now_ns)
             if engine.slots.waiting:
-                self._keep_time(now_ns)
+                if self.timekeeper.asks:
+                    self._keep_time(now_ns)
                 engine.give_the_line(now_ns)
             self._act()
             if engine.slots.calendar.has_windows:
                 for endpoint in self._endpoints:
                     endpoint.keep_time()
                 os.sched_yield()  # real-time threads of equal priority would else wait up to 100 ms for each other
+
+    def _ask_time(self, now_ns: int) -> None:
+        if not self._drained.is_set():  # peers may close from then on
+            with contextlib.suppress(PeerLost):
+                self.timekeeper.turn(now_ns)
+        self._keep_time(now_ns)
 
     def _keep_time(self, now_ns: int) -> None:
         slots, timekeeper = self.engine.slots, self.timekeeper
@@ -368,7 +378,8 @@ class Loop:
 
     def _retire(self, now_ns: int) -> None:
         self.engine.retire(now_ns)
-        self._act()
+        if self.engine.actions:
+            self._act()
         if self._awaited_idle:
             for membership, idle in self._awaited_idle:
                 if membership.idle:
@@ -402,10 +413,10 @@ class Loop:
 
     def _wake_ns(self, now_ns: int) -> int:
         """Return when this thread has something to do even if nothing happens."""
-        times = [now_ns + _LONGEST_WAIT_NS, self.engine.next_ns(now_ns)]
-        if not self._drained.is_set():
+        times = [self.engine.next_ns(now_ns)]
+        if self.timekeeper.asks and not self._drained.is_set():
             times.append(self.timekeeper.next_ns(now_ns))
-        return min(at_ns for at_ns in times if at_ns is not None)
+        return min([now_ns + _LONGEST_WAIT_NS, *[at_ns for at_ns in times if at_ns is not None]])
 
     def _hear(self, ready: Container[int]) -> None:
         """Take in that a caller woke this thread, or what the rendezvous has to say."""
@@ -438,7 +449,7 @@ class Loop:
         row = operation.plan.rows[step]
         memory: Memory = operation.memory
         into = None if row.buffer == Buffer.LENT else memory.view(row.buffer, row.offset, row.length)
-        peer, tag = operation.peer(step), operation.group.tag(operation.sequence, row.tag)
+        peer, tag = operation.peer(step), operation.prefix | row.tag
         self._post_recv(peer, tag, operation.plan.message_bytes(step), (STEP, operation, step, None), into)
 
     def _send(self, operation: Operation, step: int, queued: Queued[Wide] | None, window: Window | None) -> None:
@@ -448,19 +459,19 @@ class Loop:
         view = operation.memory.view(row.buffer, row.offset, row.length)
         if queued is not None and queued.sent_bytes:
             view = view[queued.sent_bytes :]
-        peer, tag = operation.peer(step), operation.group.tag(operation.sequence, row.tag)
+        peer, tag = operation.peer(step), operation.prefix | row.tag
         self._post_send(peer, tag, view, (STEP, operation, step, (queued, window)), window)
 
     def _hello(self, operation: Operation, peer: int) -> None:
         if operation.over:
             return
-        tag = operation.group.tag(operation.sequence, HELLO_TAG)
+        tag = operation.prefix | HELLO_TAG
         self._post_send(peer, tag, memoryview(operation.memory.hello), (SENT_RECORD, operation.memory.hello))
 
     def _await_hello(self, operation: Operation, peer: int) -> None:
         if operation.over:
             return
-        tag = operation.group.tag(operation.sequence, HELLO_TAG)
+        tag = operation.prefix | HELLO_TAG
         self._post_recv(peer, tag, HELLO_BYTES, (HELLO, operation))
 
     def _listen(self, peer: int) -> None:
@@ -558,7 +569,8 @@ class Loop:
             self._take_control(ticket)
         elif ticket.status is TicketStatus.FAILED:
             self._lose(ticket)
-        self._act()
+        if self.engine.actions:
+            self._act()
 
     def _take_step(
         self, ticket: Ticket, operation: Operation, step: int, wide: tuple[Queued[Wide] | None, Window | None] | None,

@@ -45,8 +45,11 @@ class Operation:
     columns: Columns = field(init=False)
     sequence: int = field(init=False)
     """Number of the call in its group."""
+    prefix: int = field(init=False)
+    """Common prefix of the call's tags. The lowest bits of a tag are those of the plan."""
     live_ns: int = 0
     limit_ns: int = 0
+    greets_ns: int = 0
     strangers: set[int] = field(default_factory=set)
     """Ranks that have not confirmed this call yet; messages from them are held back."""
     held: list[int] = field(default_factory=list)
@@ -71,6 +74,7 @@ class Operation:
         self.machine = Machine(self.plan)
         self.columns = self.plan.columns
         self.sequence = self.descriptor.sequence
+        self.prefix = self.group.call_prefix(self.sequence)
 
     @property
     def title(self) -> str:

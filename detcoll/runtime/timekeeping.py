@@ -92,6 +92,8 @@ class Timekeeper:
         ]
         self._source = site[0] if rank != site[0] else aligning.leaders[0] if aligning else rank
         self._follows = self._source != rank and (aligning is not None or domains[rank] != domains[self._source])
+        self.asks = self._follows or self._loop is not None
+        """Whether this rank asks others for the time. If not, it leads its site, or reads the clock of who does."""
         self._others = [leader for leader in aligning.leaders if leader != rank] if aligning and self._loop else []
         interval_ns = _ALIGNING_INTERVAL_NS if aligning else 10**9
         self._synchroniser = Synchroniser(same_clock=not self._follows, interval_ns=interval_ns)
@@ -159,7 +161,7 @@ class Timekeeper:
 
     def turn(self, now_ns: int) -> None:
         """Ask, and tell, when it is time to."""
-        if not self._follows and self._loop is None:
+        if not self.asks:
             return
         if now_ns >= self._look_ns:
             self._look_ns = now_ns + _LOOK_NS

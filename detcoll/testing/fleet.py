@@ -337,7 +337,7 @@ class Fleet:
                 operation.memory.lent[step] = ticket
             host.engine.received(operation, step, self.now_ns)
 
-        self._post(host, peer, operation.group.tag(operation.sequence, row.tag), Receive(nbytes, into, done))
+        self._post(host, peer, operation.prefix | row.tag, Receive(nbytes, into, done))
 
     def _send(
         self, host: Host, operation: Operation, step: int, queued: Queued[Wide] | None, window: Window | None
@@ -346,7 +346,7 @@ class Fleet:
             return
         row = operation.plan.rows[step]
         data = bytes(operation.memory.view(row.buffer, row.offset, row.length))
-        tag = operation.group.tag(operation.sequence, row.tag)
+        tag = operation.prefix | row.tag
 
         def sent() -> None:
             host.engine.sent(operation, step, self.now_ns)
@@ -356,7 +356,7 @@ class Fleet:
     def _hello(self, host: Host, operation: Operation, peer: int) -> None:
         if operation.over:
             return
-        tag = operation.group.tag(operation.sequence, HELLO_TAG)
+        tag = operation.prefix | HELLO_TAG
         self._put(Letter(host.engine.rank, peer, tag, operation.memory.hello))
 
     def _await_hello(self, host: Host, operation: Operation, peer: int) -> None:
@@ -368,7 +368,7 @@ class Fleet:
             ticket.release()
             host.engine.greeted(operation, peer, record, self.now_ns)
 
-        tag = operation.group.tag(operation.sequence, HELLO_TAG)
+        tag = operation.prefix | HELLO_TAG
         self._post(host, peer, tag, Receive(len(operation.memory.hello), None, done))
 
     def _copy(self, host: Host, operation: Operation, step: int) -> None:
