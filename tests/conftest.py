@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.launch.mpiexec import find_mpiexec
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,4 +45,6 @@ def mpiexec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         files = found.files_in(str(tmp_path_factory.mktemp("mpi")))
         for name, value in {**found.environment, **files}.items():
             patch.setenv(name, value)
+        since_ns = now_ns()
         yield found.command(2)[:-2]
+        remove_segments(since_ns)  # MPICH leaves its own where ranks are killed

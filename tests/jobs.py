@@ -1,0 +1,105 @@
+"""Jobs of several processes, for tests that use detcoll only as its users do.
+
+Nothing here imports detcoll, so that these tests can be run with any version of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAM = str(Path(__file__).parent / "programs" / "regressions.py")
+GUARD_S = 30
+"""Ends a job that hangs; nothing waits for it to pass."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> dict[int, list[Any]]:
+        """What each rank said, in its order."""
+        return heard(self.out)
+
+
+def heard(text: str) -> dict[int, list[Any]]:
+    """Return what ranks said in the output of a program, by rank."""
+    said: dict[int, list[Any]] = {}
+    for line in text.splitlines():
+        if line.startswith('{"rank":'):
+            record = json.loads(line)
+            said.setdefault(record["rank"], []).append(record["said"])
+    return said
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of this process without detcoll's own variables, with some changes."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("DETCOLL_")} | dict(changes or {})
+
+
+def run(
+    size: int, name: str, *arguments: object, options: Sequence[str] = (), environ: Mapping[str, str] | None = None,
+    launcher: Sequence[str] | None = None,
+) -> Ended:  # fmt: skip
+    """Run the function ``name`` of the program on ``size`` ranks, under ``detcoll run`` or another launcher."""
+    if launcher is None:
+        launcher = [sys.executable, "-m", "detcoll", "run", "-n", str(size), "--timeout", f"{GUARD_S} s", *options]
+    command = [*launcher, sys.executable, PROGRAM, name, *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment(environ), capture_output=True, text=True, timeout=GUARD_S + 20, check=False
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+class Rank:
+    """One rank as a process of its own, with what every launcher sets; its output is read as it comes."""
+
+    def __init__(
+        self, rank: int, size: int, port: int, name: str, *arguments: object, environ: Mapping[str, str] | None = None
+    ) -> None:
+        plain = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM, name, *map(str, arguments)], env=environment(plain | dict(environ or {})),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._guard = threading.Timer(GUARD_S, self.process.kill)
+        self._guard.start()
+
+    def hears(self) -> Any:
+        """Return what the rank says next, None where it has ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line)["said"] if line else None
+
+    def go_on(self) -> None:
+        """Let the rank go on from where it waits."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def __enter__(self) -> Rank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._guard.cancel()
+        self.process.kill()
+        self.process.communicate()
+
+
+def free_port() -> int:
+    """Return a TCP port of loopback that was free just now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
