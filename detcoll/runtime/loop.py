@@ -346,8 +346,7 @@ class Loop:
         """Fold and copy what comes first, for about `_BUSY_NS`."""
         engine = self.engine
         until_ns = time.monotonic_ns() + _BUSY_NS
-        now_ns = 0
-        while now_ns < until_ns and (work := engine.next_work()) is not None:
+        while (work := engine.next_work()) is not None:
             operation, step = work
             if operation.plan.rows[step].kind == Kind.FOLD:
                 operation.memory.fold(operation.plan, step)
@@ -362,6 +361,8 @@ class Loop:
                 for endpoint in self._endpoints:
                     endpoint.keep_time()
                 os.sched_yield()  # real-time threads of equal priority would else wait up to 100 ms for each other
+            if time.monotonic_ns() >= until_ns:  # a send copies its message, which takes as long as a fold
+                return
 
     def _ask_time(self, now_ns: int) -> None:
         if not self._drained.is_set():  # peers may close from then on
