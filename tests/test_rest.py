@@ -22,7 +22,7 @@ def rest_of(*events: Aborted | Lost) -> tuple[Rest, list[Any], Any]:
 
     engine: Any = SimpleNamespace(
         told=lambda cause, now_ns: told.append((cause.group, cause.sequence, cause.text)),
-        rank_lost=lambda rank, text, now_ns: told.append((rank, text)),
+        rank_lost=lambda rank, text, now_ns, is_known: told.append((rank, text, is_known)),
     )
     session: Any = SimpleNamespace(events=hear)
     return Rest(session), told, engine
@@ -36,7 +36,7 @@ def test_each_event_is_told_once_and_what_ended_a_call_is_not_kept() -> None:
     assert told == [
         *((7, sequence, "no") for sequence in range(100)),
         (7, WHOLE_GROUP, "differ"),
-        (3, "rank 3 is lost: it ended"),
+        (3, "rank 3 is lost: it ended", True),
     ]
     assert len(rest._heard) == 2
     assert isinstance(rest.failure(7), PlanMismatch)

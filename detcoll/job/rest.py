@@ -41,7 +41,7 @@ class Rest:
             if isinstance(event, Aborted):
                 engine.told(_cause(event), now_ns)
             else:
-                engine.rank_lost(event.rank, _loss(event), now_ns)
+                engine.rank_lost(event.rank, _loss(event), now_ns, is_known=True)
 
     def announce(self, cause: Cause) -> None:
         """Tell all other ranks why this rank ends a call, a group or the job."""
