@@ -91,18 +91,20 @@ def said(rank: int, out: str, err: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def apart() -> list[str]:
+def apart(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command that runs ranks on networks of their own."""
     pytest.importorskip("pyroute2")
     if shutil.which("unshare") is None:
         pytest.skip("there is no unshare")
+    folder = str(tmp_path_factory.mktemp("apart"))
+    job = {"command": ["true"], "environments": [{}], "networks": [0], "folder": folder, "are_hosts": True}
     refusals = []
     for options in ([], ["--user", "--map-root-user"]):
-        command = ["unshare", *options, "--net", "--mount"]
-        tried = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+        command = ["unshare", *options, "--net", "--mount", sys.executable, str(PROGRAMS / "apart.py")]
+        tried = subprocess.run(command, input=f"{json.dumps(job)}\n", capture_output=True, text=True, check=False)
         if tried.returncode == 0:
-            return [*command, sys.executable, str(PROGRAMS / "apart.py")]
-        refusals.append(tried.stderr.strip())
+            return command
+        refusals += tried.stderr.splitlines()[-1:]
     pytest.skip(f"there is no network of one's own, neither as root nor in a user namespace: {'; '.join(refusals)}")
 
 

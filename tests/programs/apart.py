@@ -86,6 +86,8 @@ def main() -> None:
     for number in sorted(set(job["networks"])):
         identity = partial(take_identity, Path(job["folder"], f"identity{number}"))
         networks[number], _ = new_namespace(identity if job["are_hosts"] else lambda: None)
+        if job["are_hosts"] and networks[number].mounts is None:
+            sys.exit("mounting is refused, so a network cannot show another identity")
         run_inside(switch, partial(plug_in, number, networks[number]))
         run_inside(networks[number], partial(take_address, number))
     started = []
