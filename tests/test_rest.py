@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from detcoll.errors import PeerLost, PlanMismatch
 from detcoll.job.rest import Rest
@@ -48,3 +51,15 @@ def test_what_another_thread_heard_first_is_told_as_well() -> None:
     assert rest.failure(7) is None
     rest.tell(engine, 0)
     assert told == [(7, 4, "no")]
+
+
+def test_an_explanation_is_found_though_another_thread_took_the_wake_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detcoll.job.rest.EXPLANATION_NS", 10**14)
+    told = os.eventfd(0, os.EFD_CLOEXEC)
+    heard: list[list[Lost]] = [[], [Lost(3, "it ended")]]
+    session: Any = SimpleNamespace(events=lambda: heard.pop(0) if heard else [], fileno=lambda: told)
+    rest = Rest(session)
+    try:
+        assert str(rest.explanation(7)) == "rank 3 is lost: it ended"
+    finally:
+        os.close(told)

@@ -19,6 +19,8 @@ from detcoll.runtime.engine import EXPLANATION_NS, Engine
 _AT = "@"
 """In the kind of an abort, before the sequence of the call that was refused."""
 
+_LOOK_EVERY_NS = 20_000_000
+
 
 class Rest:
     """What this rank hears of the others. Thread-safe."""
@@ -60,12 +62,15 @@ class Rest:
         return None
 
     def explanation(self, group: int) -> DetcollError | None:
-        """Wait a little for why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason."""
+        """Wait a little for why a peer is lost: an endpoint sees only that it is, the rendezvous hears the reason.
+
+        The progress thread may hear it first and take the wake-up, so this looks again by itself.
+        """
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
         end_ns = time.monotonic_ns() + EXPLANATION_NS
         while (failure := self.failure(group)) is None and (left_ns := end_ns - time.monotonic_ns()) > 0:
-            poll.poll(left_ns / 1e6)
+            poll.poll(min(left_ns, _LOOK_EVERY_NS) / 1e6)
         return failure
 
     def _listen(self) -> None:
