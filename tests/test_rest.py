@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from detcoll.errors import PeerLost, PlanMismatch
+from detcoll.job.job import Job
 from detcoll.job.rest import Rest
 from detcoll.rendezvous import Aborted, Lost
 from detcoll.runtime.control import WHOLE_GROUP
@@ -63,3 +64,12 @@ def test_an_explanation_is_found_though_another_thread_took_the_wake_up(monkeypa
         assert str(rest.explanation(7)) == "rank 3 is lost: it ended"
     finally:
         os.close(told)
+
+
+def test_the_engine_is_told_at_once_what_a_native_collective_was_told() -> None:
+    rest, told, engine = rest_of(Lost(0, "silence"))
+    loop = SimpleNamespace(engine=engine, post=lambda action: action(0))
+    job: Any = SimpleNamespace(rest=rest, _loop=loop)
+    rest._session.fileno = lambda: 0  # type: ignore[method-assign]
+    assert str(Job._explain_native(job)) == "rank 0 is lost: silence"
+    assert told == [(0, "rank 0 is lost: silence", True)]
