@@ -1,8 +1,9 @@
-"""Ranks that die, freeze or leave in the middle of collectives of two groups: all others name the same one.
+"""Ranks that die, freeze, leave or are cut off in the middle of collectives of two groups: all name the same one.
 
 Each case ends a rank at an event that a seed chooses, so that over many seeds every phase of a call is met. By default
 there is one case for each way and two of the ranks, rank 0 among them; ``TEST_INSTANTS`` asks for so many of
-every rank.
+every rank. How long after the event the slowest rank was told is kept as the property ``took_s`` (``--junitxml``), and
+printed (``-s``).
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import PROGRAMS, lines
@@ -24,61 +29,190 @@ from detcoll.launch.environment import rank_environments
 
 SIZE = 4
 INSTANTS = int(os.environ.get("TEST_INSTANTS", "0"))
+COUNTERPARTS = {0: 2, 1: 3, 2: 0, 3: 1}
+KINDS = ("PeerLost", "DeadlineMissed", "TransportError")
+CUTS = {"slotted": ((6.0, 2.0), (1.0, 20.0)), "shm": ((6.0, 2.0), (1.0, 2.0))}
+"""Timeouts of calls, and how long a cut is borne: the one or the other ends the calls. On one host calls go on during a
+cut, so that only the latter does."""
+PATIENCE_S = 90
 
 
-def run(folder: Path, transport: str, victim: int, at: int, how: str) -> dict[int, dict]:
+@dataclass(frozen=True)
+class Case:
+    """What happens to whom, and when."""
+
+    transport: str
+    how: str
+    victim: int
+    at: int
+    timeout_s: float = 2.0
+    tolerance_s: float = 20.0
+
+    def command(self, folder: Path) -> list[str]:
+        """Return what every rank runs."""
+        words = [self.transport, self.victim, self.at, self.how, self.timeout_s, folder / "event"]
+        return [sys.executable, str(PROGRAMS / "two_groups.py"), *map(str, words)]
+
+    def variables(self, folder: Path) -> dict[str, str]:
+        """Return the environment of all ranks."""
+        inherited = os.environ | {"DETCOLL_TOLERANCE": f"{self.tolerance_s:g}"}
+        if self.transport == "slotted":
+            path = folder / "topology.toml"
+            path.write_text(lines(2, 2, rate_bytes_per_s=1e9).to_toml())
+            inherited["DETCOLL_TOPOLOGY"] = str(path)
+        return inherited
+
+
+def run(case: Case, folder: Path) -> dict[int, dict[str, Any]]:
     """Run the ranks, end the one that froze, and return what the others said."""
     listener = socket.create_server(("127.0.0.1", 0))
-    inherited = dict(os.environ)
-    if transport == "slotted":
-        path = folder / "topology.toml"
-        path.write_text(lines(2, 2, rate_bytes_per_s=1e9).to_toml())
-        inherited["DETCOLL_TOPOLOGY"] = str(path)
-    arguments = [sys.executable, str(PROGRAMS / "two_groups.py"), transport, str(victim), str(at), how]
     started = []
     with listener:
-        for rank, environment in enumerate(rank_environments(SIZE, inherited, listener)):
+        for rank, environment in enumerate(rank_environments(SIZE, case.variables(folder), listener)):
             fds = [listener.fileno()] if rank == 0 else []
             started.append(
                 subprocess.Popen(
-                    arguments, env=environment, pass_fds=fds, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                    case.command(folder), env=environment, pass_fds=fds, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, text=True,
                 )
-            )
+            )  # fmt: skip
     try:
-        said = {}
-        for rank in [other for other in range(SIZE) if other != victim]:
-            out, err = started[rank].communicate(timeout=90)
-            assert out, f"rank {rank} said nothing: {err}"
-            said[rank] = json.loads(out.splitlines()[-1])
-        return said
+        others = [rank for rank in range(SIZE) if rank != case.victim]
+        return {rank: said(rank, *started[rank].communicate(timeout=PATIENCE_S)) for rank in others}
     finally:
         for process in started:
             process.send_signal(signal.SIGKILL)
             process.communicate()
 
 
-CASES = [
-    (transport, how, victim, instant)
-    for transport in ("slotted", "shm")
-    for how in ("kill", "freeze", "leave")
-    for victim in (range(SIZE) if INSTANTS else (0, 3))
-    for instant in range(INSTANTS or 1)
-]
+def said(rank: int, out: str, err: str) -> dict[str, Any]:
+    """Return what a rank printed."""
+    assert out, f"rank {rank} said nothing: {err}"
+    line: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return line
 
 
-@pytest.mark.parametrize(("transport", "how", "victim", "instant"), CASES)
-def test_all_name_the_same_rank(tmp_path: Path, transport: str, how: str, victim: int, instant: int) -> None:
-    at = random.Random(f"{transport} {how} {victim} {instant}").randrange(1, 400)
-    said = run(tmp_path, transport, victim, at, how)
-    counterparts = {0: 2, 1: 3, 2: 0, 3: 1}
-    for rank, one in said.items():
-        groups = {"world", "part"} if transport == "shm" or counterparts[victim] == rank else {"world"}
-        assert groups <= set(one["told"]), f"rank {rank} at event {at}: {one}"
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that runs ranks on networks of their own."""
+    pytest.importorskip("pyroute2")
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare")
+    folder = str(tmp_path_factory.mktemp("apart"))
+    job = {"command": ["true"], "environments": [{}], "networks": [0], "folder": folder, "are_hosts": True}
+    refusals = []
+    for options in ([], ["--user", "--map-root-user"]):
+        command = ["unshare", *options, "--net", "--mount", sys.executable, str(PROGRAMS / "apart.py")]
+        tried = subprocess.run(command, input=f"{json.dumps(job)}\n", capture_output=True, text=True, check=False)
+        if tried.returncode == 0:
+            return command
+        refusals += tried.stderr.splitlines()[-1:]
+    pytest.skip(f"there is no network of one's own, neither as root nor in a user namespace: {'; '.join(refusals)}")
+
+
+def run_apart(apart: list[str], case: Case, folder: Path, networks: tuple[int, ...]) -> dict[int, dict[str, Any]]:
+    """Run the ranks on networks of their own, and return what all said, the one that is cut off too."""
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        environments = rank_environments(SIZE, case.variables(folder), unused)
+    for environment in environments:
+        environment.pop("DETCOLL_RENDEZVOUS_FD", None)
+        environment |= {"DETCOLL_RENDEZVOUS": "10.77.0.1:29400", "DETCOLL_INSECURE": "lab"}
+    job = {
+        "command": case.command(folder), "environments": environments, "networks": networks, "folder": str(folder),
+        "are_hosts": case.transport == "slotted",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        apart, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    try:
+        out, err = process.communicate(json.dumps(job) + "\n", timeout=PATIENCE_S)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks too
+        process.communicate()
+        raise
+    assert process.returncode == 0, err
+    return {rank: said(rank, *streams) for rank, streams in enumerate(json.loads(out))}
+
+
+INSTANTS_OF_CASES = range(INSTANTS or 1)
+VICTIMS = range(SIZE) if INSTANTS else (0, 3)
+Report = Callable[[Case, Path, dict[int, dict[str, Any]]], None]
+
+
+@pytest.fixture
+def report(record_property: Callable[[str, object], None]) -> Report:
+    """Keeps how long after the event the slowest of the other ranks was told."""
+
+    def keep(case: Case, folder: Path, told: dict[int, dict[str, Any]]) -> None:
+        event_ns = int((folder / "event").read_text(encoding="ascii"))
+        words = [at_ns for rank, one in told.items() if rank != case.victim for _, _, at_ns in one["told"].values()]
+        took_s = (max(words, default=event_ns) - event_ns) / 1e9
+        record_property("took_s", f"{took_s:.3f}")
+        print(f"\n{case}: {took_s:.2f} s")
+
+    return keep
+
+
+def culprits(text: str) -> set[int]:
+    """Return whom an error blames."""
+    return {
+        int(number)
+        for pattern in (r"rank (\d+) is lost", r"waits for rank (\d+)", r"^rank (\d+): nothing came through")
+        for number in re.findall(pattern, text)
+    }
+
+
+def check_others(case: Case, told: dict[int, dict[str, Any]]) -> None:
+    """Check that all others name the victim, and nobody else, in every group with it, and leave nothing behind.
+
+    Groups without it go on.
+    """
+    for rank, one in told.items():
+        if rank == case.victim:
+            continue
+        groups = {"world", "part"} if case.transport == "shm" or COUNTERPARTS[case.victim] == rank else {"world"}
+        assert groups == set(one["told"]), f"rank {rank}, {case}: {one}"
         for group in groups:
-            kind, text = one["told"][group]
-            named = [int(number) for number in re.findall(r"rank (\d+)(?:,| is lost| \(|:)", text)]
-            assert kind in ("PeerLost", "DeadlineMissed", "TransportError"), text
-            assert f"rank {victim}" in text, f"rank {rank}, {group}, at event {at}: {text}"
-            culprits = set(re.findall(r"rank (\d+) is lost|waits for rank (\d+)", text))
-            assert culprits in ({(str(victim), "")}, {("", str(victim))}, set()), f"event {at}: {text} {named}"
+            kind, text, _ = one["told"][group]
+            assert kind in KINDS, text
+            assert f"rank {case.victim}" in text, f"rank {rank}, {group}, {case}: {text}"
+            assert culprits(text) <= {case.victim}, f"rank {rank}, {group}, {case}: {text}"
         assert one["left"] == [], one
+
+
+def check_victim(case: Case, one: dict[str, Any]) -> None:
+    """Check that a rank that was cut off names others, whom it does not reach, and leaves nothing behind."""
+    assert set(one["told"]) == {"world", "part"}, f"{case}: {one}"
+    for kind, text, _ in one["told"].values():
+        assert kind in KINDS, text
+        assert culprits(text), f"{case}: {text}"
+        assert case.victim not in culprits(text), f"{case}: {text}"
+    assert one["left"] == [], one
+
+
+@pytest.mark.parametrize("instant", INSTANTS_OF_CASES)
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("how", ["kill", "freeze", "leave"])
+@pytest.mark.parametrize("transport", ["slotted", "shm"])
+def test_all_name_the_same_rank(
+    tmp_path: Path, report: Report, transport: str, how: str, victim: int, instant: int
+) -> None:
+    at = random.Random(f"{transport} {how} {victim} {instant}").randrange(1, 400)
+    case = Case(transport, how, victim, at)
+    told = run(case, tmp_path)
+    report(case, tmp_path, told)
+    check_others(case, told)
+
+
+@pytest.mark.parametrize("instant", INSTANTS_OF_CASES)
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("transport", ["slotted", "shm"])
+def test_all_name_the_rank_that_is_cut_off(
+    tmp_path: Path, apart: list[str], report: Report, transport: str, victim: int, instant: int
+) -> None:
+    seed = random.Random(f"{transport} cut {victim} {instant}")
+    case = Case(transport, "cut", victim, seed.randrange(1, 400), *CUTS[transport][(victim + instant) % 2])
+    told = run_apart(apart, case, tmp_path, tuple(range(SIZE)))
+    report(case, tmp_path, told)
+    check_others(case, told)
+    check_victim(case, told[victim])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -309,6 +310,23 @@ def test_a_rank_that_an_endpoint_lost_is_given_up_unless_somebody_says_why() -> 
     fleet.at(2 * MS, 0, lambda: fleet.engine(0).told(why, 2 * MS))
     fleet.run(30 * SECOND_NS)
     assert [str(call.error) for call in calls] == ["calls differ"] * 2
+
+
+def test_a_rank_that_was_cut_off_persuades_nobody_that_the_others_are_gone() -> None:
+    fleet = Fleet(4)
+    calls = sums(fleet, 10)
+
+    def hear(rank: int, lost: int, at_ns: int) -> None:
+        loss = partial(fleet.engine(rank).rank_lost, lost, f"rank {lost} is lost", at_ns, is_known=True)
+        fleet.at(at_ns, rank, loss)
+
+    hear(3, 0, MS)  # it hears nothing of the rendezvous any more, which the others hear of it a little later
+    for rank in range(3):
+        hear(rank, 3, 200 * MS)
+    fleet.run(30 * SECOND_NS)
+    assert [str(call.error) for call in calls] == ["rank 3 is lost"] * 3 + ["rank 0 is lost"]
+    assert [call.ended_ns for call in calls] == [200 * MS] * 3 + [MS]
+    assert [host.announced for host in fleet.hosts] == [[]] * 4
 
 
 # Deadlines.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from detcoll.errors import PeerLost, PlanMismatch
+from detcoll.job.job import Job
 from detcoll.job.rest import Rest
 from detcoll.rendezvous import Aborted, Lost
 from detcoll.runtime.control import WHOLE_GROUP
@@ -22,7 +26,7 @@ def rest_of(*events: Aborted | Lost) -> tuple[Rest, list[Any], Any]:
 
     engine: Any = SimpleNamespace(
         told=lambda cause, now_ns: told.append((cause.group, cause.sequence, cause.text)),
-        rank_lost=lambda rank, text, now_ns: told.append((rank, text)),
+        rank_lost=lambda rank, text, now_ns, is_known: told.append((rank, text, is_known)),
     )
     session: Any = SimpleNamespace(events=hear)
     return Rest(session), told, engine
@@ -36,7 +40,7 @@ def test_each_event_is_told_once_and_what_ended_a_call_is_not_kept() -> None:
     assert told == [
         *((7, sequence, "no") for sequence in range(100)),
         (7, WHOLE_GROUP, "differ"),
-        (3, "rank 3 is lost: it ended"),
+        (3, "rank 3 is lost: it ended", True),
     ]
     assert len(rest._heard) == 2
     assert isinstance(rest.failure(7), PlanMismatch)
@@ -48,3 +52,24 @@ def test_what_another_thread_heard_first_is_told_as_well() -> None:
     assert rest.failure(7) is None
     rest.tell(engine, 0)
     assert told == [(7, 4, "no")]
+
+
+def test_an_explanation_is_found_though_another_thread_took_the_wake_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detcoll.job.rest.EXPLANATION_NS", 10**14)
+    told = os.eventfd(0, os.EFD_CLOEXEC)
+    heard: list[list[Lost]] = [[], [Lost(3, "it ended")]]
+    session: Any = SimpleNamespace(events=lambda: heard.pop(0) if heard else [], fileno=lambda: told)
+    rest = Rest(session)
+    try:
+        assert str(rest.explanation(7)) == "rank 3 is lost: it ended"
+    finally:
+        os.close(told)
+
+
+def test_the_engine_is_told_at_once_what_a_native_collective_was_told() -> None:
+    rest, told, engine = rest_of(Lost(0, "silence"))
+    loop = SimpleNamespace(engine=engine, post=lambda action: action(0))
+    job: Any = SimpleNamespace(rest=rest, _loop=loop)
+    rest._session.fileno = lambda: 0  # type: ignore[method-assign]
+    assert str(Job._explain_native(job)) == "rank 0 is lost: silence"
+    assert told == [(0, "rank 0 is lost: silence", True)]

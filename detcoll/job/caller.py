@@ -77,7 +77,8 @@ class Caller:
             raise Closed(f"the group {self.group.title} was closed")
         failure = self.job.failure(self.group)
         if failure is not None:
-            if self.native is None and not self._was_told and not self.job.was_told(self.group):
+            is_told = self.job.was_told(self.group) if self.native is None else self.native.failure is not None
+            if not is_told and not self._was_told:
                 self._was_told = True
                 raise failure
             raise Closed(f"the group has ended: {failure}") from failure

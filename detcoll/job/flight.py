@@ -33,6 +33,7 @@ LARGEST_KEPT_JOBS = 16
 SIGNAL = signal.SIGUSR2
 _OFF = ("0", "off", "no")
 _PATIENCE_S = 5.0
+_JOIN_S = 1.0
 
 
 def socket_prefix() -> str:
@@ -61,6 +62,7 @@ class Flight:
         folder = Path(setting) if setting else _default_folder()
         self._is_off = (setting or "").lower() in _OFF or folder is None
         self._folder = (folder or Path()) / name
+        self._thread: threading.Thread | None = None
         self._listener = self._listen()
         self._signal_before: Any = None
         self._has_signal = self._catch_signal()
@@ -97,6 +99,8 @@ class Flight:
         if listener is not None:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            if self._thread is not None and self._pid == os.getpid():
+                self._thread.join(_JOIN_S)
             listener.close()
         if self._has_signal and threading.current_thread() is threading.main_thread():
             self._has_signal = False
@@ -122,7 +126,8 @@ class Flight:
             log.debug("rank %d: doctor --job will not find this process: %s", self._rank, error)
             listener.close()
             return None
-        threading.Thread(target=self._serve, args=(listener,), name="detcoll-record", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, args=(listener,), name="detcoll-record", daemon=True)
+        self._thread.start()
         return listener
 
     def _serve(self, listener: socket.socket) -> None:

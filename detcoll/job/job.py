@@ -105,7 +105,12 @@ class Job:
             self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
 
     def _explain_native(self) -> DetcollError | None:
-        return self.rest.explanation(WORLD_ID)
+        told = self.rest.explanation(WORLD_ID)
+        loop = self._loop
+        if loop is not None:  # what was heard here did not wake it up
+            with contextlib.suppress(Closed):
+                loop.post(lambda now_ns: self.rest.tell(loop.engine, now_ns))
+        return told
 
     @property
     def loop(self) -> Loop:

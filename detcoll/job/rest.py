@@ -19,6 +19,8 @@ from detcoll.runtime.engine import EXPLANATION_NS, Engine
 _AT = "@"
 """Separates, in the kind of an abort, the error's name from the sequence of the refused call."""
 
+_LOOK_EVERY_NS = 20_000_000
+
 
 class Rest:
     """Events of the other ranks. Thread-safe."""
@@ -41,7 +43,7 @@ class Rest:
             if isinstance(event, Aborted):
                 engine.told(_cause(event), now_ns)
             else:
-                engine.rank_lost(event.rank, _loss(event), now_ns)
+                engine.rank_lost(event.rank, _loss(event), now_ns, is_known=True)
 
     def announce(self, cause: Cause) -> None:
         """Tell all other ranks that this rank ends a call, a group or the job, and why."""
@@ -60,12 +62,15 @@ class Rest:
         return None
 
     def explanation(self, group: int) -> DetcollError | None:
-        """Wait up to `EXPLANATION_NS` for the reason of a peer's loss, which only the rendezvous reports."""
+        """Wait up to `EXPLANATION_NS` for the reason of a peer's loss, which only the rendezvous reports.
+
+        The progress thread may hear the reason first and take the wake-up, so this looks again by itself.
+        """
         poll = select.poll()
         poll.register(self.fileno(), select.POLLIN)
         end_ns = time.monotonic_ns() + EXPLANATION_NS
         while (failure := self.failure(group)) is None and (left_ns := end_ns - time.monotonic_ns()) > 0:
-            poll.poll(left_ns / 1e6)
+            poll.poll(min(left_ns, _LOOK_EVERY_NS) / 1e6)
         return failure
 
     def _listen(self) -> None:

@@ -547,8 +547,12 @@ class Engine:
         if peer not in self.lost:
             self._suspects.setdefault(peer, (str(error), now_ns + EXPLANATION_NS))
 
-    def rank_lost(self, rank: int, text: str, now_ns: int) -> None:
-        """End every group that a lost rank is in."""
+    def rank_lost(self, rank: int, text: str, now_ns: int, *, is_known: bool = False) -> None:
+        """End every group that a lost rank is in.
+
+        ``is_known`` : the rendezvous says so. Each rank hears that for itself, so it is not passed on: a rank that was
+        cut off itself would only tell those that it still reaches that the others are gone.
+        """
         self._suspects.pop(rank, None)
         if rank in self.lost:
             return
@@ -557,7 +561,7 @@ class Engine:
         for membership in list(self.groups.values()):
             if rank in membership.group.members:
                 cause = Cause.of(membership.group.id, WHOLE_GROUP, self.lost[rank], self.rank, lost=rank)
-                self._end_group(membership, PeerLost(text), now_ns, cause)
+                self._end_group(membership, PeerLost(text), now_ns, cause, is_known=is_known)
 
     def fail_group(self, group: Group, error: Exception, now_ns: int) -> None:
         """End a group with an error that this rank found out."""
@@ -576,15 +580,20 @@ class Engine:
     # Ends.
 
     def _end_group(
-        self, membership: Membership, error: Exception, now_ns: int, cause: Cause | None = None, by: int = -1
-    ) -> None:
-        """End all calls of a group with ``error``, and tell its members: the cause as it was told, or this one."""
+        self, membership: Membership, error: Exception, now_ns: int, cause: Cause | None = None, by: int = -1,
+        *, is_known: bool = False,
+    ) -> None:  # fmt: skip
+        """End all calls of a group with ``error``, and tell its members: the cause as it was told, or this one.
+
+        ``is_known`` : they know it.
+        """
         if membership.failure is not None:
             return
         membership.failure = error
         membership.cause = cause = cause or Cause.of(membership.group.id, WHOLE_GROUP, error, self.rank)
         self.recorder.note(now_ns, "fail", membership.group.number, detail=str(error))
-        self._spread(membership, cause, by)  # before callers wake up here, who may end the job
+        if not is_known:
+            self._spread(membership, cause, by)  # before callers wake up here, who may end the job
         self.actions.append((Act.RECORD, str(error)))
         calls = [*membership.active, *membership.waiting]
         membership.told = any(not operation.reported for operation in calls)

@@ -1,20 +1,26 @@
 """Collectives of two groups from two threads until something ends them; one rank ends itself at a chosen event.
 
-Usage: two_groups.py TRANSPORT VICTIM EVENT HOW; HOW is ``kill``, ``freeze``, ``leave`` or ``nothing``. The victim does
-it when its engine, or the transport's own collectives, note the EVENT-th event, so any phase of a call is met. Each
-rank that ends by an error prints a line of JSON: what each thread was told, and what the rank left behind.
+Usage: two_groups.py TRANSPORT VICTIM EVENT HOW TIMEOUT_S NOTE [PLUG PORT]; HOW is ``kill``, ``freeze``, ``leave`` or
+``cut``. The victim does it when its engine, or the transport's own collectives, note the EVENT-th event, so any phase
+of a call is met, and writes the time into the file NOTE. PLUG and PORT are what `apart.py` adds. Each rank prints a
+line of JSON: what each thread was told and when, and what the rank left behind.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import itertools
 import json
 import os
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +29,19 @@ import detcoll
 from detcoll.communicator import Communicator
 from detcoll.runtime.recorder import Recorder
 
-transport, victim, at, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-TIMEOUT_S = 2.0
-LARGEST_CALLS = 3_000
+transport, victim, at, how, timeout_s, note = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:7]
+SIOCSIFFLAGS = 0x8914
+plug = socket.socket(fileno=int(sys.argv[7])) if len(sys.argv) > 7 else socket.socket()
+
+
+def unplug() -> None:
+    """Set this rank's port of the switch down: no packet comes or goes from now on."""
+    with plug:
+        fcntl.ioctl(plug, SIOCSIFFLAGS, struct.pack("16sH22x", sys.argv[8].encode(), 0))
 
 
 class Ending(Recorder):
-    """A recorder that ends this process when it has noted so many events."""
+    """A recorder that ends this process, or its network, when it has noted so many events."""
 
     left = at
 
@@ -37,38 +49,54 @@ class Ending(Recorder):
         """Count an event."""
         super().note(*arguments, **named)
         Ending.left -= 1
-        if Ending.left == 0 and how == "leave":
-            os._exit(0)
-        elif Ending.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        if Ending.left == 0:
+            Path(note).write_text(str(time.monotonic_ns()), encoding="ascii")
+            end()
 
 
-told: dict[str, tuple[str, str]] = {}
+def end() -> None:
+    """Do what this rank is to do."""
+    if how == "leave":
+        os._exit(0)
+    elif how == "cut":
+        unplug()
+    else:
+        os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+
+
+told: dict[str, tuple[str, str, int]] = {}
 
 
 def serve(name: str, group: Communicator, elems: int) -> None:
-    """Reduce and broadcast until an error comes."""
-    x = np.ones(elems, np.float32)
+    """Reduce and broadcast until an error comes, or the members know that the world has ended and this group goes on.
+
+    The first element tells that, so that all members stop after the same call.
+    """
+    x = np.zeros(elems, np.float32)
     try:
-        for number in range(LARGEST_CALLS):
+        for number in itertools.count():
             if number % 3 == 2:
                 group.broadcast(x, root=number % group.size)
-            else:
-                group.all_reduce(x, op="max")
+                continue
+            x[0] = name != "world" and "world" in told
+            group.all_reduce(x, op="max")
+            if x[0]:
+                return
     except detcoll.DetcollError as error:
-        told[name] = type(error).__name__, str(error)
+        told[name] = type(error).__name__, str(error), time.monotonic_ns()
 
 
 comm = detcoll.init(transport, timeout=20)
 part = comm.across if len(comm.topology.sites) > 1 else comm.split(0)
 comm.barrier()
-comm.timeout = part.timeout = TIMEOUT_S
-if comm.rank == victim and how != "nothing":
+comm.timeout = part.timeout = float(timeout_s)
+if comm.rank == victim:
     ending = Ending()
     comm._job.loop.engine.recorder = ending
     if comm._job.native is not None:
         comm._job.native._recorder = ending
-begun = time.monotonic()
+else:
+    plug.close()
 threads = [
     threading.Thread(target=serve, args=("world", comm, 30_000)),
     threading.Thread(target=serve, args=("part", part, 70_000)),
@@ -77,7 +105,6 @@ for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-took_s = time.monotonic() - begun
 with contextlib.suppress(detcoll.DetcollError):
     detcoll.finalize(3.0)
 del threads
@@ -88,4 +115,4 @@ for number in os.listdir("/proc/self/fd"):
         names.append(os.readlink(f"/proc/self/fd/{number}"))
 left = [name for name in names if name.startswith(("socket:", "/memfd:", "/dev/shm", "anon_inode"))]
 left += [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-print(json.dumps({"rank": comm.rank, "told": told, "took_s": took_s, "left": left}), flush=True)
+print(json.dumps({"rank": comm.rank, "told": told, "left": left}), flush=True)
