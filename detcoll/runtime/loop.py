@@ -302,8 +302,7 @@ class Loop:
         while self._posted:
             self._posted.popleft()(now_ns)
         engine.start_ready(now_ns)
-        if engine.actions:
-            self._act()
+        self._act()
         if engine.has_work:
             self._work()
             now_ns = time.monotonic_ns()
@@ -312,9 +311,16 @@ class Loop:
             self._ask_time(now_ns)
         engine.give_the_line(now_ns)
         engine.look_after(now_ns)
-        if engine.actions:
-            self._act()
-        ready = self._wait(now_ns)
+        self._act()
+        self._poll(self._wait(now_ns))
+        now_ns = time.monotonic_ns()
+        self._retire(now_ns)
+        if self._endings:
+            for operation, error in self._endings.overdue(now_ns):
+                self._report(operation, error)
+
+    def _poll(self, ready: Container[int] | None) -> None:
+        """Take what has ended from the endpoints that are ``ready``, all if None."""
         missed: list[tuple[Queued[Wide], Window, int]] = []
         for endpoint, descriptor in self._polled:
             if ready is None or descriptor is None or descriptor in ready:
@@ -322,11 +328,6 @@ class Loop:
                     self._take(ticket, missed)
         if missed:
             self.engine.missed(missed)
-        now_ns = time.monotonic_ns()
-        self._retire(now_ns)
-        if self._endings:
-            for operation, error in self._endings.overdue(now_ns):
-                self._report(operation, error)
 
     def _act(self) -> None:
         """Carry out what the engine says, also what comes of that."""
