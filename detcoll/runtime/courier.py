@@ -75,18 +75,18 @@ class Courier:
     # Actions.
 
     def act(self) -> None:
-        """Carry out what the engine says, also what comes of that."""
+        """Carry out what the engine says, also what is added meanwhile."""
         actions = self._engine.actions
-        while actions:
-            self._engine.actions = []
-            left = iter(actions)
-            try:
-                for action in left:
-                    self._carry[action[0]](*action[1:])
-            except BaseException:  # callers whose calls end by what is left must hear of it, see `conclude`
-                self._engine.actions = [*left, *self._engine.actions]
-                raise
-            actions = self._engine.actions
+        if not actions:
+            return
+        left = iter(actions)
+        try:
+            for action in left:
+                self._carry[action[0]](*action[1:])
+        except BaseException:  # callers whose calls end by what is left must hear of it, see `conclude`
+            actions[:] = [*left]
+            raise
+        del actions[:]
 
     def conclude(self, *, records: bool) -> None:
         """End for their callers the calls that the engine has ended, and do nothing else that it says.

@@ -1,7 +1,7 @@
 """The engine: what one rank does next in all its calls, without a clock, a socket or an array.
 
 Events come in with the time (`submit`, `received`, `sent`, `worked`, `greeted`, `told`, `rank_lost`, ...), and actions
-go out: the list `Engine.actions`, which the driver carries out in order and clears. On the wire the driver is
+go out: the list `Engine.actions`, which the driver carries out in order and empties. On the wire the driver is
 `detcoll.runtime.loop`, in virtual time `detcoll.sim` and the tests. Steps that cost processor time, folds and copies,
 are not actions: the driver takes them one by one from `next_work`, as it finds time, and reports each by `worked`.
 
@@ -94,6 +94,7 @@ class Engine:
         self.express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
         self._greets = greets
         self.actions: list[tuple[Any, ...]] = []
+        """Always this list; new actions are added at its end, also while the driver carries out those before."""
         self.groups: dict[int, Membership] = {}
         self.lost: dict[int, PeerLost] = {}
         self._suspects: dict[int, tuple[str, int]] = {}

@@ -306,11 +306,9 @@ class Fleet:
             self.at(host.wakes_ns, rank, lambda: None)
 
     def _act(self, host: Host) -> None:
-        engine = host.engine
-        while engine.actions:
-            actions, engine.actions = engine.actions, []
-            for act, *fields in actions:
-                getattr(self, f"_{Act(act).name.lower()}")(host, *fields)
+        for act, *fields in host.engine.actions:  # also those that are added meanwhile
+            getattr(self, f"_{Act(act).name.lower()}")(host, *fields)
+        host.engine.actions.clear()
 
     def _open(self, host: Host, operation: Operation) -> None:
         operation.memory.open(operation.plan, host.pool)
