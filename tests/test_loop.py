@@ -161,7 +161,7 @@ def test_calls_end_for_their_callers_though_an_endpoint_breaks_while_their_end_i
         raise TransportError("the endpoint is broken")
 
     loop._endpoints[0].send = broken  # type: ignore[method-assign]
-    loop.post(lambda now_ns: loop.engine.fail_group(world([0, 1]), DeadlineMissed("too late"), now_ns))
+    loop.post(lambda now_ns: loop.engine.failures.fail_group(world([0, 1]), DeadlineMissed("too late"), now_ns))
     thread = threading.Thread(target=loop._run)  # it changes how its thread is scheduled
     thread.start()
     thread.join()
@@ -185,7 +185,7 @@ def test_a_caller_hears_of_a_failure_once_nothing_writes_into_its_array(loop: Un
     loop.submit(broadcast(loop))
     loop._turn()
     (data,) = [ticket for ticket in loop._endpoints[0].posted if ticket.nbytes == CHUNK_ELEMS * 4]
-    loop.engine.fail_group(world([0, 1]), DeadlineMissed("too late"), 0)
+    loop.engine.failures.fail_group(world([0, 1]), DeadlineMissed("too late"), 0)
     loop._courier.act()
     assert not loop.works[0].done()
     if how == "ends":

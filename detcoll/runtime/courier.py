@@ -119,7 +119,7 @@ class Courier:
         except Exception as problem:
             error = TransportError(f"{operation.title}: its memory cannot be used: {problem!r}")
             error.__cause__ = problem
-            self._engine.broken(operation, error, time.monotonic_ns())
+            self._engine.failures.broken(operation, error, time.monotonic_ns())
 
     def _recv(self, operation: Operation, step: int) -> None:
         if operation.over:
@@ -168,7 +168,7 @@ class Courier:
         except PeerLost as error:
             if context[0] == STEP:
                 self._settle(context[1], context[2])
-            self._engine.suspect(peer, error, time.monotonic_ns())
+            self._engine.failures.suspect(peer, error, time.monotonic_ns())
 
     def _post_send(
         self, peer: int, tag: int, view: memoryview, context: tuple[Any, ...], window: Window | None = None
@@ -176,7 +176,7 @@ class Courier:
         try:
             self._endpoint_of[peer].send(peer, tag, view, window).context = context
         except PeerLost as error:
-            self._engine.suspect(peer, error, time.monotonic_ns())
+            self._engine.failures.suspect(peer, error, time.monotonic_ns())
 
     def _discard(self, tag: int, bits: int) -> None:
         for endpoint in self._routes.endpoints:
@@ -291,7 +291,7 @@ class Courier:
             ticket.release()
             self._listen(ticket.peer)
             try:
-                self._engine.message(ticket.peer, unpack(record), time.monotonic_ns())
+                self._engine.failures.message(ticket.peer, unpack(record), time.monotonic_ns())
             except FrameError as error:
                 log.warning("rank %d: from rank %d: %s", self._engine.rank, ticket.peer, error)
         elif ticket.status is TicketStatus.FAILED:
@@ -300,7 +300,7 @@ class Courier:
     def _lose(self, ticket: Ticket) -> None:
         """Take in that a peer is lost; once nothing is under way any more, peers may leave."""
         if isinstance(ticket.error, PeerLost) and not self.peers_may_leave:
-            self._engine.suspect(ticket.peer, ticket.error, time.monotonic_ns())
+            self._engine.failures.suspect(ticket.peer, ticket.error, time.monotonic_ns())
 
     def _take_other(self, ticket: Ticket) -> None:
         """Hand over what has come for the timekeeper; who asked last may have closed meanwhile."""

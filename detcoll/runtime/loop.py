@@ -25,6 +25,7 @@ from detcoll.priority import make_prompt, quick_switches, shorten_turns
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.courier import Courier
 from detcoll.runtime.engine import Engine, Wide
+from detcoll.runtime.failures import Failures
 from detcoll.runtime.group import Group
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
@@ -51,7 +52,7 @@ class Rest(Protocol):
     def fileno(self) -> int:
         """Return a descriptor that is readable when `tell` has something to say."""
 
-    def tell(self, engine: Engine, now_ns: int) -> None:
+    def tell(self, failures: Failures, now_ns: int) -> None:
         """Tell the engine what has been heard, without waiting."""
 
     def announce(self, cause: Cause) -> None:
@@ -273,7 +274,7 @@ class Loop:
         while self._posted:
             self._posted.popleft()(now_ns)
         for membership in list(self.engine.groups.values()):
-            self.engine.fail_group(membership.group, error, now_ns)
+            self.engine.failures.fail_group(membership.group, error, now_ns)
         self._courier.conclude(records=records)
 
     def _turn(self) -> None:
@@ -290,7 +291,7 @@ class Loop:
         if self.timekeeper.asks:
             self._ask_time(now_ns)
         engine.give_the_line(now_ns)
-        engine.look_after(now_ns)
+        engine.failures.look_after(now_ns)
         self._courier.act()
         self._poll(self._wait(now_ns))
         now_ns = time.monotonic_ns()
@@ -393,5 +394,5 @@ class Loop:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
         if self._rest.fileno() in ready:
-            self._rest.tell(self.engine, time.monotonic_ns())
+            self._rest.tell(self.engine.failures, time.monotonic_ns())
             self._courier.act()
