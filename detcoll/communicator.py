@@ -516,7 +516,7 @@ class Communicator:
         engine, group = self._job.loop.engine, self._group
         error = TransportError(f"rank {self._job.session.rank}: {reason}")
         with contextlib.suppress(Closed):  # the job has already ended
-            self._job.loop.post(lambda now_ns: engine.fail_group(group, error, now_ns))
+            self._job.loop.post(lambda now_ns: engine.failures.fail_group(group, error, now_ns))
 
     def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
         """Check arguments; on a UsageError fail the call on the other ranks too."""

@@ -298,16 +298,16 @@ def test_a_rank_that_an_endpoint_lost_is_given_up_unless_somebody_says_why() -> 
     fleet = Fleet(3)
     calls = sums(fleet, 10, ranks=[0, 1])
     fleet.hosts[2].frozen = True
-    fleet.at(MS, 0, lambda: fleet.engine(0).suspect(2, PeerLost("rank 2: broken pipe"), MS))
+    fleet.at(MS, 0, lambda: fleet.engine(0).failures.suspect(2, PeerLost("rank 2: broken pipe"), MS))
     fleet.run(30 * SECOND_NS)
     assert [str(call.error) for call in calls] == ["rank 2: broken pipe"] * 2
     assert calls[0].ended_ns == MS + SECOND_NS
 
     fleet = Fleet(3)
     calls = sums(fleet, 10, ranks=[0, 1])
-    fleet.at(MS, 0, lambda: fleet.engine(0).suspect(2, PeerLost("rank 2: broken pipe"), MS))
+    fleet.at(MS, 0, lambda: fleet.engine(0).failures.suspect(2, PeerLost("rank 2: broken pipe"), MS))
     why = Cause(fleet.world.id, -1, "PlanMismatch", "calls differ", 2)
-    fleet.at(2 * MS, 0, lambda: fleet.engine(0).told(why, 2 * MS))
+    fleet.at(2 * MS, 0, lambda: fleet.engine(0).failures.told(why, 2 * MS))
     fleet.run(30 * SECOND_NS)
     assert [str(call.error) for call in calls] == ["calls differ"] * 2
 
@@ -317,7 +317,7 @@ def test_a_rank_that_was_cut_off_persuades_nobody_that_the_others_are_gone() -> 
     calls = sums(fleet, 10)
 
     def hear(rank: int, lost: int, at_ns: int) -> None:
-        loss = partial(fleet.engine(rank).rank_lost, lost, f"rank {lost} is lost", at_ns, is_known=True)
+        loss = partial(fleet.engine(rank).failures.rank_lost, lost, f"rank {lost} is lost", at_ns, is_known=True)
         fleet.at(at_ns, rank, loss)
 
     hear(3, 0, MS)  # it hears nothing of the rendezvous any more, which the others hear of it a little later
@@ -525,9 +525,9 @@ def test_who_asks_about_a_group_that_has_failed_is_told_why() -> None:
     fleet = Fleet(2)
     engine = fleet.engine(0)
     fleet.run(0)
-    engine.fail_group(fleet.world, PlanMismatch("calls differ"), 0)
+    engine.failures.fail_group(fleet.world, PlanMismatch("calls differ"), 0)
     engine.actions.clear()
-    engine.message(1, Ask(fleet.world.id, 0, SECOND_NS), 5)
+    engine.failures.message(1, Ask(fleet.world.id, 0, SECOND_NS), 5)
     [(act, peer, told)] = engine.actions
     assert (act, peer, told) == (Act.TELL, 1, Cause(fleet.world.id, -1, "PlanMismatch", "calls differ", 0))
 
@@ -615,9 +615,9 @@ def test_memory_is_given_up_before_its_owner_hears_that_a_call_has_ended() -> No
         fleet.run(SECOND_NS)
         engine = fleet.engine(0)
         if refuses:
-            engine.told(Cause(fleet.world.id, 0, "UsageError", "no", 1), fleet.now_ns)
+            engine.failures.told(Cause(fleet.world.id, 0, "UsageError", "no", 1), fleet.now_ns)
         else:
-            engine.fail_group(fleet.world, UsageError("no"), fleet.now_ns)
+            engine.failures.fail_group(fleet.world, UsageError("no"), fleet.now_ns)
         acts = [action[0] for action in engine.actions]
         assert acts.index(Act.DISCARD) < acts.index(Act.FINISH)
 
@@ -627,7 +627,7 @@ def test_a_submitted_call_is_not_refused_any_more() -> None:
     fleet = Fleet(2)
     calls = [fleet.call(0, "all_reduce", ones(10))]
     engine = fleet.engine(0)
-    fleet.at(MS, 0, lambda: engine.refuse(fleet.world, 0, UsageError("interrupted"), MS))
+    fleet.at(MS, 0, lambda: engine.failures.refuse(fleet.world, 0, UsageError("interrupted"), MS))
     fleet.run(SECOND_NS)
     calls.append(fleet.call(1, "all_reduce", ones(10)))
     fleet.run()

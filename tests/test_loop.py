@@ -16,6 +16,7 @@ from detcoll.machine import Slots
 from detcoll.plan import ChunkSize, Collective, build_calendar, compile_plan
 from detcoll.plan.ir import Buffer, Plan
 from detcoll.runtime import Descriptor, Engine, Loop, Memory, Operation, Routes, Timekeeper, Work, endings
+from detcoll.runtime.actions import Act
 from detcoll.runtime.group import world
 from detcoll.testing.plans import sites_of
 from detcoll.trace import Trace
@@ -98,6 +99,11 @@ def loop(descriptor: int) -> Iterator[Unwaiting]:
     made.close()
 
 
+def carry_out(loop: Loop, *action: Any) -> None:
+    loop.engine.actions.append(action)
+    loop._courier.act()
+
+
 def sum_of(elems: int, loop: Unwaiting) -> Operation:
     plan = compile_plan(Collective("all_reduce", elems, 4, 4), TWO, 0, "exchange", ChunkSize(CHUNK_ELEMS, 4))
     called = Descriptor(0, "all_reduce", "sum", "float32", elems, 0)
@@ -124,7 +130,7 @@ def test_what_ends_with_a_fold_ends_before_the_thread_waits(loop: Unwaiting) -> 
     hello.view, sums.view = memoryview(operation.descriptor.encode()), memoryview(np.ones(CHUNK_ELEMS, np.float32))
     for ticket in (hello, sums):
         ticket.status = TicketStatus.DONE
-        loop._take(ticket, [])
+        loop._courier.take(ticket, [])
     loop._turn()
     assert loop.waits == [[False], [True]]
     assert (operation.memory.array == 2).all()
@@ -155,7 +161,7 @@ def test_calls_end_for_their_callers_though_an_endpoint_breaks_while_their_end_i
         raise TransportError("the endpoint is broken")
 
     loop._endpoints[0].send = broken  # type: ignore[method-assign]
-    loop.post(lambda now_ns: loop.engine.fail_group(world([0, 1]), DeadlineMissed("too late"), now_ns))
+    loop.post(lambda now_ns: loop.engine.failures.fail_group(world([0, 1]), DeadlineMissed("too late"), now_ns))
     thread = threading.Thread(target=loop._run)  # it changes how its thread is scheduled
     thread.start()
     thread.join()
@@ -179,12 +185,12 @@ def test_a_caller_hears_of_a_failure_once_nothing_writes_into_its_array(loop: Un
     loop.submit(broadcast(loop))
     loop._turn()
     (data,) = [ticket for ticket in loop._endpoints[0].posted if ticket.nbytes == CHUNK_ELEMS * 4]
-    loop.engine.fail_group(world([0, 1]), DeadlineMissed("too late"), 0)
-    loop._act()
+    loop.engine.failures.fail_group(world([0, 1]), DeadlineMissed("too late"), 0)
+    loop._courier.act()
     assert not loop.works[0].done()
     if how == "ends":
         data.status = TicketStatus.DONE
-        loop._take(data, [])
+        loop._courier.take(data, [])
     elif how == "overdue":
         loop._turn()
     else:
@@ -199,7 +205,7 @@ def test_a_caller_waits_for_no_receive_that_failed_or_was_not_posted(loop: Unwai
     loop._turn()
     (data,) = [ticket for ticket in loop._endpoints[0].posted if ticket.nbytes == CHUNK_ELEMS * 4]
     data.status, data.error = TicketStatus.FAILED, TransportError("broken")
-    loop._take(data, [])
+    loop._courier.take(data, [])
     assert loop.works[0].done()
 
     loop = loop_of(loop._rest.fileno(), None, [])
@@ -220,7 +226,7 @@ def test_a_result_that_cannot_be_stored_fails_its_call_only(loop: Unwaiting) -> 
     operation.memory.store = store
     loop.submit(operation)
     loop._turn()
-    loop._finish(operation, None)
+    carry_out(loop, Act.FINISH, operation, None)
     with pytest.raises(TransportError, match="the result could not be stored: OSError"):
         loop.works[0].wait(0)
     operation.memory.view(Buffer.PARTIAL, 0, 0)  # others may still need it
@@ -228,10 +234,11 @@ def test_a_result_that_cannot_be_stored_fails_its_call_only(loop: Unwaiting) -> 
 
 def test_a_lifted_tag_is_asked_for_once_and_given_up(loop: Unwaiting) -> None:
     endpoint = loop._endpoints[0]
+    loop._courier.act()
     before = len(endpoint.posted)
     cancelled: list[Ticket] = []
     endpoint.cancel = cancelled.append  # type: ignore[attr-defined]
-    loop._lift(77 << 20, [0, 1])
+    carry_out(loop, Act.LIFT, 77 << 20, [0, 1])
     assert [(ticket.peer, ticket.tag) for ticket in endpoint.posted[before:]] == [(1, 77 << 20)]
     assert cancelled == endpoint.posted[before:]
 
@@ -253,12 +260,12 @@ def test_a_thread_that_has_drained_starts_nothing_about_time_any_more(descriptor
         assert loop.synchronised.is_set()
         assert not loop.engine.slots.trusted
         ticket = Ticket(TicketKind.RECV, 1, 0, 0, context=lose)
-        loop._take(ticket, [])
+        loop._courier.take(ticket, [])
         assert loop._wake_ns(5) == 5
         loop._drained.set()
         assert loop._wake_ns(5) > 5
         loop._turn()
-        loop._take(ticket, [])
+        loop._courier.take(ticket, [])
         assert told == ["turn", "ticket", "ticket"]
     finally:
         loop.close()

@@ -24,19 +24,19 @@ def rest_of(*events: Aborted | Lost) -> tuple[Rest, list[Any], Any]:
         left.clear()
         return heard
 
-    engine: Any = SimpleNamespace(
+    failures: Any = SimpleNamespace(
         told=lambda cause, now_ns: told.append((cause.group, cause.sequence, cause.text)),
         rank_lost=lambda rank, text, now_ns, is_known: told.append((rank, text, is_known)),
     )
     session: Any = SimpleNamespace(events=hear)
-    return Rest(session), told, engine
+    return Rest(session), told, failures
 
 
 def test_each_event_is_told_once_and_what_ended_a_call_is_not_kept() -> None:
     refused = [Aborted(1, f"UsageError@{sequence}", "no", 7) for sequence in range(100)]
-    rest, told, engine = rest_of(*refused, Aborted(2, "PlanMismatch", "differ", 7), Lost(3, "it ended"))
+    rest, told, failures = rest_of(*refused, Aborted(2, "PlanMismatch", "differ", 7), Lost(3, "it ended"))
     for _ in range(2):
-        rest.tell(engine, 0)
+        rest.tell(failures, 0)
     assert told == [
         *((7, sequence, "no") for sequence in range(100)),
         (7, WHOLE_GROUP, "differ"),
@@ -48,9 +48,9 @@ def test_each_event_is_told_once_and_what_ended_a_call_is_not_kept() -> None:
 
 
 def test_what_another_thread_heard_first_is_told_as_well() -> None:
-    rest, told, engine = rest_of(Aborted(1, "UsageError@4", "no", 7))
+    rest, told, failures = rest_of(Aborted(1, "UsageError@4", "no", 7))
     assert rest.failure(7) is None
-    rest.tell(engine, 0)
+    rest.tell(failures, 0)
     assert told == [(7, 4, "no")]
 
 
@@ -67,8 +67,8 @@ def test_an_explanation_is_found_though_another_thread_took_the_wake_up(monkeypa
 
 
 def test_the_engine_is_told_at_once_what_a_native_collective_was_told() -> None:
-    rest, told, engine = rest_of(Lost(0, "silence"))
-    loop = SimpleNamespace(engine=engine, post=lambda action: action(0))
+    rest, told, failures = rest_of(Lost(0, "silence"))
+    loop = SimpleNamespace(engine=SimpleNamespace(failures=failures), post=lambda action: action(0))
     job: Any = SimpleNamespace(rest=rest, _loop=loop)
     rest._session.fileno = lambda: 0  # type: ignore[method-assign]
     assert str(Job._explain_native(job)) == "rank 0 is lost: silence"

@@ -152,4 +152,4 @@ class Caller:
     def _tell_refusal(self, sequence: int, error: Exception) -> None:
         engine, group = self.job.loop.engine, self.group
         with contextlib.suppress(Closed):  # the loop has ended, and its cause has been reported already
-            self.job.loop.post(lambda now_ns: engine.refuse(group, sequence, error, now_ns))
+            self.job.loop.post(lambda now_ns: engine.failures.refuse(group, sequence, error, now_ns))

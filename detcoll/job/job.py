@@ -109,7 +109,7 @@ class Job:
         loop = self._loop
         if loop is not None:  # what was heard here did not wake it up
             with contextlib.suppress(Closed):
-                loop.post(lambda now_ns: self.rest.tell(loop.engine, now_ns))
+                loop.post(lambda now_ns: self.rest.tell(loop.engine.failures, now_ns))
         return told
 
     @property
@@ -229,7 +229,7 @@ class Job:
             if not loop.drain_group(group, deadline_ns):
                 title = group.title
                 error = DeadlineMissed(f"closing group {title}: collectives were still under way after {timeout:g} s")
-                loop.ask(lambda now_ns: loop.engine.fail_group(group, error, now_ns))
+                loop.ask(lambda now_ns: loop.engine.failures.fail_group(group, error, now_ns))
                 loop.post(lambda now_ns: loop.engine.leave(group))
                 raise error
             if self.failure(group) is None:
@@ -393,7 +393,7 @@ class Job:
         loop = self._loop
         if loop is not None:  # first, so that earlier causes that it has to send go out before this one
             with contextlib.suppress(Closed):
-                loop.ask(lambda now_ns: loop.engine.told(cause, now_ns))
+                loop.ask(lambda now_ns: loop.engine.failures.told(cause, now_ns))
         self.rest.announce(cause)
         if self.native is not None:
             self.native.fail(error)

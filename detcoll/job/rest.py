@@ -14,7 +14,7 @@ from collections import deque
 from detcoll.errors import DetcollError, PeerLost
 from detcoll.rendezvous import Aborted, Event, Lost, Session
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
-from detcoll.runtime.engine import EXPLANATION_NS, Engine
+from detcoll.runtime.failures import EXPLANATION_NS, Failures
 
 _AT = "@"
 """Separates, in the kind of an abort, the error's name from the sequence of the refused call."""
@@ -35,15 +35,15 @@ class Rest:
         """Return a file descriptor that is readable when the rendezvous has new events."""
         return self._session.fileno()
 
-    def tell(self, engine: Engine, now_ns: int) -> None:
+    def tell(self, failures: Failures, now_ns: int) -> None:
         """Pass new events to the engine, without blocking."""
         self._listen()
         while self._untold:  # in order of arrival: the abort of a rank comes before its loss and is more specific
             event = self._untold.popleft()
             if isinstance(event, Aborted):
-                engine.told(_cause(event), now_ns)
+                failures.told(_cause(event), now_ns)
             else:
-                engine.rank_lost(event.rank, _loss(event), now_ns, is_known=True)
+                failures.rank_lost(event.rank, _loss(event), now_ns, is_known=True)
 
     def announce(self, cause: Cause) -> None:
         """Tell all other ranks that this rank ends a call, a group or the job, and why."""

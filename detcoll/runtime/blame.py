@@ -57,6 +57,13 @@ def progressed(operation: Operation, at_ns: int) -> None:
     operation.limit_ns = at_ns + operation.timeout_ns
 
 
+def promote(membership: Membership, now_ns: int) -> None:
+    """Let the time of the earliest unfinished call run from now on: it may have waited for the one before."""
+    first = membership.first
+    if first is not None:
+        progressed(first, now_ns)
+
+
 def look_into(
     rank: int, operation: Operation, heard_ns: Mapping[int, int], now_ns: int
 ) -> tuple[list[int], DeadlineMissed | None]:

@@ -1,7 +1,7 @@
 """The engine: what one rank does next in all its calls, without a clock, a socket or an array.
 
-Events come in with the time (`submit`, `received`, `sent`, `worked`, `greeted`, `told`, `rank_lost`, ...), and actions
-go out: the list `Engine.actions`, which the driver carries out in order and clears. On the wire the driver is
+Events come in with the time (`submit`, `received`, `sent`, `worked`, `greeted`, `Failures.told`, ...), and actions go
+out: the list `Engine.actions`, which the driver carries out in order and empties. On the wire the driver is
 `detcoll.runtime.loop`, in virtual time `detcoll.sim` and the tests. Steps that cost processor time, folds and copies,
 are not actions: the driver takes them one by one from `next_work`, as it finds time, and reports each by `worked`.
 
@@ -13,9 +13,8 @@ A call's life::
 - Greeting: ranks compare descriptors before a result counts. What comes from a rank that has not said what it called is
   held, and it is sent a bounded number of bytes (`detcoll.runtime.credit`).
 - Groups are served in turns, one piece of work each; inside a group, calls and steps keep their order.
-- A call whose result makes no progress for its timeout is looked into (`detcoll.runtime.blame`).
-- What an error ends: a refused call itself; a mismatch or a missed deadline its group; a lost rank every group that it
-  is in. All members are told, by those that know, without rank 0 (`detcoll.runtime.control`).
+- What ends calls and groups early, and what others say of that, goes to `Engine.failures`
+  (`detcoll.runtime.failures`).
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
 from detcoll.runtime import blame
 from detcoll.runtime.actions import Act
-from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Answer, Ask, Cause, Message
 from detcoll.runtime.credit import Credit
-from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, SEQUENCES, Group
+from detcoll.runtime.failures import Failures
+from detcoll.runtime.group import NUMBER_BITS, Group
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
@@ -45,11 +44,6 @@ LARGEST_ACTIVE = 16
 """Operations of a group under way at once; further ones wait, so that scratch and credit stay bounded."""
 
 HELLO_TAG = LARGEST_PLAN_TAG
-
-LARGEST_REFUSALS = 1024
-
-EXPLANATION_NS = 1_000_000_000
-"""How long a rank that lost the connection to a peer waits to hear why."""
 
 GREETING_DELAY_NS = 3_000_000
 """How long the hello to other sites waits at most for the first message of the call over the line: until that has left,
@@ -94,17 +88,15 @@ class Engine:
         self.express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
         self._greets = greets
         self.actions: list[tuple[Any, ...]] = []
+        """Always this list; new actions are added at its end, also while the driver carries out those before."""
         self.groups: dict[int, Membership] = {}
-        self.lost: dict[int, PeerLost] = {}
-        self._suspects: dict[int, tuple[str, int]] = {}
         self._listening: set[int] = set()
         self._greetings: list[tuple[Operation, set[int]]] = []
         self._ready: deque[Membership] = deque()
-        self._waiting = 0
-        """Calls that have not started, of all groups."""
-        self._may_retire = False
+        self._may_start = self._may_retire = False
         self.credit = Credit()
-        self._heard_ns: dict[int, int] = {}
+        self.failures = Failures(rank, self.groups, self.actions, slots, self.credit, self.recorder)
+        self._heard_ns = self.failures.heard_ns
         self._order = 0
 
     # Groups and calls.
@@ -126,8 +118,8 @@ class Engine:
                     "give this one another name="
                 )
         for rank in group.ranks:
-            if rank in self.lost:
-                raise PeerLost(str(self.lost[rank]))
+            if rank in self.failures.lost:
+                raise PeerLost(str(self.failures.lost[rank]))
         known = group.acquaintances(self.rank)
         membership = Membership(group, known, {*known, *group.neighbours(self.rank)})
         self.groups[group.id] = membership
@@ -141,8 +133,8 @@ class Engine:
         if membership is None:
             return
         for operation in [*membership.active, *membership.waiting]:
-            self._drop(operation, Closed(f"{operation.title}: the group was closed"))
-        self._clear(membership)
+            self.failures.drop(operation, Closed(f"{operation.title}: the group was closed"))
+        membership.clear()
         self.actions.append((Act.DISCARD, group.prefix, 64 - NUMBER_BITS))
 
     def submit(self, operation: Operation, now_ns: int) -> None:
@@ -163,34 +155,22 @@ class Engine:
         self._order += 1
         membership.latest = max(membership.latest, operation.sequence)
         membership.waiting.append(operation)
-        self._waiting += 1
-
-    def refuse(self, group: Group, sequence: int, error: Exception, now_ns: int) -> None:
-        """Tell all members that this rank cannot do call ``sequence``, which ends for all of them.
-
-        A call that was submitted, and whose caller was interrupted just then, goes on.
-        """
-        membership = self.groups.get(group.id)
-        if membership is None or membership.latest >= sequence:
-            return
-        membership.latest = sequence
-        self.recorder.note(now_ns, "refuse", group.number, sequence)
-        if membership.refused.pop(sequence, None) is None and membership.failure is None:
-            self._discard_call(membership, sequence)
-            self._spread(membership, Cause.of(group.id, sequence, error, self.rank), self.rank)
+        self._may_start = True
 
     def start_ready(self, now_ns: int) -> None:
         """Start calls that wait for nothing but this."""
-        if not self._waiting:
+        if not self._may_start:
             return
+        self._may_start = False
         for membership in self.groups.values():
             while membership.waiting and len(membership.active) < LARGEST_ACTIVE:
                 operation = membership.waiting[0]
                 if operation.spans and self._must_follow(operation):
                     break
                 membership.waiting.popleft()
-                self._waiting -= 1
                 self._start(membership, operation, now_ns)
+            if membership.waiting:
+                self._may_start = True
 
     @property
     def idle(self) -> bool:
@@ -200,7 +180,7 @@ class Engine:
     @property
     def can_start(self) -> bool:
         """Whether `start_ready` might start something."""
-        return self._waiting > 0 and any(
+        return self._may_start and any(
             membership.waiting
             and len(membership.active) < LARGEST_ACTIVE
             and not self._must_follow(membership.waiting[0])
@@ -223,10 +203,10 @@ class Engine:
     def _start(self, membership: Membership, operation: Operation, now_ns: int) -> None:
         self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)
         if membership.dropped:
-            self._lift_old(membership, operation.sequence)
+            self.failures.lift_old(membership, operation.sequence)
         refusal = membership.refused.pop(operation.sequence, None)
         if refusal is not None:
-            self._end_call(membership, operation, refusal.error(), now_ns)
+            self.failures.end_call(membership, operation, refusal.error(), now_ns)
             return
         membership.active.append(operation)
         blame.progressed(operation, now_ns)
@@ -339,11 +319,11 @@ class Engine:
             return
         operation.settled.add(step)
         if isinstance(error, PeerLost):
-            self.suspect(peer, error, now_ns)
+            self.failures.suspect(peer, error, now_ns)
         elif isinstance(error, FrameError) and peer in operation.strangers:
             operation.wrong[peer] = error  # what the stranger called explains it, most probably
         else:
-            self._end_group(self.groups[operation.group.id], error, now_ns)
+            self.failures.end_group(self.groups[operation.group.id], error, now_ns)
 
     def _ended(self, operation: Operation, step: int, now_ns: int) -> list[int]:
         blame.progressed(operation, now_ns)
@@ -407,10 +387,10 @@ class Engine:
         try:
             operation.descriptor.compare(self.rank, peer, record)
         except PlanMismatch as error:
-            self._end_group(self.groups[operation.group.id], error, now_ns)
+            self.failures.end_group(self.groups[operation.group.id], error, now_ns)
             return
         if peer in operation.wrong:
-            self._end_group(self.groups[operation.group.id], operation.wrong[peer], now_ns)
+            self.failures.end_group(self.groups[operation.group.id], operation.wrong[peer], now_ns)
             return
         self.recorder.note(now_ns, "greeted", operation.group.number, operation.sequence, peer=peer)
         operation.strangers.discard(peer)
@@ -439,16 +419,10 @@ class Engine:
                     operation.reported = True
                     self.recorder.note(now_ns, "end", operation.group.number, operation.sequence)
                     self.actions.append((Act.FINISH, operation, None))
-                    self._promote(membership, now_ns)
+                    blame.promote(membership, now_ns)
                 closed += operation.machine.done
             if closed:
                 self._close(membership)
-
-    def _promote(self, membership: Membership, now_ns: int) -> None:
-        """Let the time of the earliest unfinished call run from now on: it may have waited for the one before."""
-        first = membership.first
-        if first is not None:
-            blame.progressed(first, now_ns)
 
     def _close(self, membership: Membership) -> None:
         left = []
@@ -462,186 +436,11 @@ class Engine:
     # Time.
 
     def next_ns(self, now_ns: int) -> int | None:
-        """Return when `look_after` or `give_the_line` has something to do even if nothing happens, or None."""
-        times = [until_ns for _, until_ns in self._suspects.values()]
+        """Return when this or `Failures.look_after` has something to do even if nothing happens, or None."""
+        times = [until_ns for _, until_ns in self.failures.suspects.values()]
         times += [operation.greets_ns for operation, _ in self._greetings]
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:
             times.append(line_ns)
         times += [first.limit_ns for membership in self.groups.values() if (first := membership.first) is not None]
         return min(times, default=None)
-
-    def look_after(self, now_ns: int) -> None:
-        """Look into calls that make no progress, and give up peers that nobody explains."""
-        for peer, (text, until_ns) in list(self._suspects.items()):
-            if now_ns >= until_ns:
-                self.rank_lost(peer, text, now_ns)
-        for membership in list(self.groups.values()):
-            first = membership.first
-            while first is not None and now_ns >= first.limit_ns:
-                peers, missed = blame.look_into(self.rank, first, self._heard_ns, now_ns)
-                for peer in peers:
-                    self.recorder.note(now_ns, "ask", first.group.number, first.sequence, peer=peer)
-                    self.actions.append((Act.TELL, peer, Ask(first.group.id, first.sequence, first.timeout_ns)))
-                if missed is not None:
-                    self._end_group(membership, missed, now_ns)
-                first = membership.first
-
-    # What others tell.
-
-    def message(self, peer: int, message: Message, now_ns: int) -> None:
-        """Take in a control message of ``peer``."""
-        self._heard_ns[peer] = now_ns
-        match message:
-            case Cause():
-                self.told(message, now_ns, peer)
-            case Ask():
-                self._asked(peer, message, now_ns)
-            case Answer():
-                membership = self.groups.get(message.group)
-                if membership is not None and membership.first is not None:
-                    self.recorder.note(now_ns, "answer", membership.group.number, message.sequence, peer=peer)
-                    blame.answered(membership.first, peer, message, now_ns)
-
-    def _asked(self, peer: int, ask: Ask, now_ns: int) -> None:
-        membership = self.groups.get(ask.group)
-        if membership is not None and membership.cause is not None:
-            self.actions.append((Act.TELL, peer, membership.cause))
-            return
-        told = blame.answer(membership, self.groups.values(), ask, now_ns)
-        self.actions.append((Act.TELL, peer, told))
-
-    def told(self, cause: Cause, now_ns: int, by: int = -1) -> None:
-        """Take in why something ended, from a peer (``by``) or from the rendezvous."""
-        if cause.group == JOB_ID:
-            for membership in list(self.groups.values()):
-                self._end_group(membership, cause.error(), now_ns, cause)
-            return
-        member_of = self.groups.get(cause.group)
-        if member_of is not None and member_of.failure is None:
-            if cause.sequence == WHOLE_GROUP:
-                self._end_group(member_of, cause.error(), now_ns, cause, by)
-            elif cause.sequence not in member_of.refused:
-                self._refused(member_of, cause, by, now_ns)
-        if cause.lost not in (-1, self.rank):
-            self.rank_lost(cause.lost, cause.text, now_ns)
-
-    def _refused(self, membership: Membership, cause: Cause, by: int, now_ns: int) -> None:
-        """End a call that another rank refused, now or when it is made here."""
-        operation = next((op for op in membership.active if op.sequence == cause.sequence), None)
-        waits = any(op.sequence == cause.sequence for op in membership.waiting)
-        if operation is None and not waits and cause.sequence <= membership.latest:
-            return  # it has ended here, well or by the same cause
-        self._spread(membership, cause, by)
-        if operation is not None:
-            if not operation.reported:
-                self.recorder.note(now_ns, "refused", membership.group.number, cause.sequence, peer=cause.rank)
-                self._end_call(membership, operation, cause.error(), now_ns)
-            return
-        if len(membership.refused) >= LARGEST_REFUSALS:
-            membership.refused.pop(next(iter(membership.refused)))
-        membership.refused[cause.sequence] = cause
-
-    def suspect(self, peer: int, error: PeerLost, now_ns: int) -> None:
-        """Take note that an endpoint lost a peer; perhaps somebody tells why before it counts."""
-        if peer not in self.lost:
-            self._suspects.setdefault(peer, (str(error), now_ns + EXPLANATION_NS))
-
-    def rank_lost(self, rank: int, text: str, now_ns: int, *, is_known: bool = False) -> None:
-        """End every group that a lost rank is in.
-
-        ``is_known`` : the rendezvous says so. Each rank hears that for itself, so it is not passed on: a rank that was
-        cut off itself would only tell those that it still reaches that the others are gone.
-        """
-        self._suspects.pop(rank, None)
-        if rank in self.lost:
-            return
-        self.recorder.note(now_ns, "lost", peer=rank, detail=text)
-        self.lost[rank] = PeerLost(text)
-        for membership in list(self.groups.values()):
-            if rank in membership.group.members:
-                cause = Cause.of(membership.group.id, WHOLE_GROUP, self.lost[rank], self.rank, lost=rank)
-                self._end_group(membership, PeerLost(text), now_ns, cause, is_known=is_known)
-
-    def fail_group(self, group: Group, error: Exception, now_ns: int) -> None:
-        """End a group with an error that this rank found out."""
-        membership = self.groups.get(group.id)
-        if membership is not None:
-            self._end_group(membership, error, now_ns)
-
-    def broken(self, operation: Operation, error: Exception, now_ns: int) -> None:
-        """End a call that cannot begin here, such as one whose array cannot be read, on all members."""
-        membership = self.groups.get(operation.group.id)
-        if membership is None or operation.over or operation.reported:
-            return
-        self._spread(membership, Cause.of(membership.group.id, operation.sequence, error, self.rank), self.rank)
-        self._end_call(membership, operation, error, now_ns)
-
-    # Ends.
-
-    def _end_group(
-        self, membership: Membership, error: Exception, now_ns: int, cause: Cause | None = None, by: int = -1,
-        *, is_known: bool = False,
-    ) -> None:  # fmt: skip
-        """End all calls of a group with ``error``, and tell its members: the cause as it was told, or this one.
-
-        ``is_known`` : they know it.
-        """
-        if membership.failure is not None:
-            return
-        membership.failure = error
-        membership.cause = cause = cause or Cause.of(membership.group.id, WHOLE_GROUP, error, self.rank)
-        self.recorder.note(now_ns, "fail", membership.group.number, detail=str(error))
-        if not is_known:
-            self._spread(membership, cause, by)  # before callers wake up here, who may end the job
-        self.actions.append((Act.RECORD, str(error)))
-        calls = [*membership.active, *membership.waiting]
-        membership.told = any(not operation.reported for operation in calls)
-        self._clear(membership)
-        # First, so that nothing is written into arrays any more once their owners hear of the end.
-        self.actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
-        for operation in calls:
-            self._drop(operation, error)
-
-    def _clear(self, membership: Membership) -> None:
-        self._waiting -= len(membership.waiting)
-        membership.active, membership.work = [], []
-        membership.waiting.clear()
-
-    def _end_call(self, membership: Membership, operation: Operation, error: Exception, now_ns: int) -> None:
-        if operation in membership.active:
-            membership.active.remove(operation)
-        self._discard_call(membership, operation.sequence)  # first, as in `_end_group`
-        self._drop(operation, error)
-        self._promote(membership, now_ns)
-
-    def _discard_call(self, membership: Membership, sequence: int) -> None:
-        """Let endpoints drop what comes for a call that has ended early."""
-        self._lift_old(membership, sequence)
-        membership.dropped.append(sequence)
-        self.actions.append((Act.DISCARD, membership.group.call_prefix(sequence), PLAN_BITS))
-
-    def _lift_old(self, membership: Membership, sequence: int) -> None:
-        """Let endpoints take in again what has the tags of old calls: peers may use them soon for another call.
-
-        Half of all sequences later nobody sends anything of the old call any more, and nobody is at the next one yet.
-        """
-        while membership.dropped and membership.dropped[0] <= sequence - SEQUENCES // 2:
-            prefix = membership.group.call_prefix(membership.dropped.popleft())
-            ranks = [*sorted(membership.contacts), *membership.group.ranks]
-            self.actions.append((Act.LIFT, prefix, ranks))
-
-    def _drop(self, operation: Operation, error: Exception) -> None:
-        operation.over = True
-        self.credit.drop(operation)
-        self.slots.withdraw(lambda item: item[0] is operation)
-        if not operation.reported:
-            operation.reported = True
-            self.actions.append((Act.FINISH, operation, error))
-
-    def _spread(self, membership: Membership, cause: Cause, by: int) -> None:
-        """Pass a cause on to all that this rank has to do with in the group; who finds it out tells the rendezvous."""
-        for peer in sorted(membership.contacts - {by, *self.lost}):
-            self.actions.append((Act.TELL, peer, cause))
-        if cause.rank == self.rank:
-            self.actions.append((Act.ANNOUNCE, cause))

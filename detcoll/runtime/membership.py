@@ -44,3 +44,8 @@ class Membership:
             if not operation.reported:
                 return operation
         return None
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self.active, self.work = [], []
+        self.waiting.clear()

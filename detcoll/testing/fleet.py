@@ -217,7 +217,7 @@ class Fleet:
         group, host = group or self.world, self.hosts[rank]
         sequence = host.sequences[group.id]
         host.sequences[group.id] += 1
-        self.at(self.now_ns, rank, lambda: host.engine.refuse(group, sequence, error, self.now_ns))
+        self.at(self.now_ns, rank, lambda: host.engine.failures.refuse(group, sequence, error, self.now_ns))
 
     def program(self, rank: int, program: Program) -> None:
         """Let a rank make calls one after another: each that ``program`` yields is waited for.
@@ -280,7 +280,7 @@ class Fleet:
         return _planner(self.topology, group.ranks, rank)
 
     def _rank_lost(self, rank: int, lost: int) -> None:
-        self.engine(rank).rank_lost(lost, f"rank {lost} is lost", self.now_ns)
+        self.engine(rank).failures.rank_lost(lost, f"rank {lost} is lost", self.now_ns)
 
     # What the progress thread does.
 
@@ -298,7 +298,7 @@ class Fleet:
                 self._act(host)
             engine.retire(self.now_ns)
             engine.give_the_line(self.now_ns)
-            engine.look_after(self.now_ns)
+            engine.failures.look_after(self.now_ns)
             self._act(host)
         next_ns = engine.next_ns(self.now_ns)
         if next_ns is not None and (host.wakes_ns <= self.now_ns or next_ns < host.wakes_ns):
@@ -306,11 +306,9 @@ class Fleet:
             self.at(host.wakes_ns, rank, lambda: None)
 
     def _act(self, host: Host) -> None:
-        engine = host.engine
-        while engine.actions:
-            actions, engine.actions = engine.actions, []
-            for act, *fields in actions:
-                getattr(self, f"_{Act(act).name.lower()}")(host, *fields)
+        for act, *fields in host.engine.actions:  # also those that are added meanwhile
+            getattr(self, f"_{Act(act).name.lower()}")(host, *fields)
+        host.engine.actions.clear()
 
     def _open(self, host: Host, operation: Operation) -> None:
         operation.memory.open(operation.plan, host.pool)
@@ -318,7 +316,7 @@ class Fleet:
             try:
                 operation.memory.load()
             except OSError as error:
-                host.engine.broken(operation, error, self.now_ns)
+                host.engine.failures.broken(operation, error, self.now_ns)
 
     def _recv(self, host: Host, operation: Operation, step: int) -> None:
         if operation.over:
@@ -390,7 +388,7 @@ class Fleet:
             message: Message = unpack(bytes(ticket.view or b""))
             ticket.release()
             self._listen(host, peer)
-            host.engine.message(peer, message, self.now_ns)
+            host.engine.failures.message(peer, message, self.now_ns)
 
         self._post(host, peer, CONTROL_TAG, Receive(CONTROL_BYTES, None, done))
 
@@ -405,7 +403,7 @@ class Fleet:
                 self.at(arrives_ns, other, partial(self._hear, other, cause))
 
     def _hear(self, rank: int, cause: Cause) -> None:
-        self.engine(rank).told(cause, self.now_ns)
+        self.engine(rank).failures.told(cause, self.now_ns)
 
     def _record(self, host: Host, reason: str) -> None:
         """Write nothing: a test looks at the recorder itself."""
