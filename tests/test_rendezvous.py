@@ -288,6 +288,16 @@ def test_rank_0_leaves_at_its_deadline_and_that_is_no_loss(sessions: Callable[..
     assert not select.select([met[1].fileno()], [], [], 0)[0]
 
 
+def test_a_closed_session_gives_out_no_descriptor(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(3)
+    assert met[1].fileno() != met[2].fileno()
+    met[1].close(ahead())
+    met[2].drop()
+    for session in met[1:]:
+        with pytest.raises(Closed, match="the rendezvous is closed"):
+            session.fileno()
+
+
 def test_no_thread_and_no_descriptor_is_left() -> None:
     def live() -> None:
         address = free_address()
