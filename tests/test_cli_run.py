@@ -248,6 +248,9 @@ def test_bad_arguments_are_one_line_and_code_2(
         ("SITE", "moon", "rank 0 says it is in site 'moon'"),
         ("TOPOLOGY", "/nonexistent.toml", "topology='/nonexistent.toml' cannot be read"),
         ("INTERFACE", "none0", "DETCOLL_INTERFACE='none0'"),
+        ("INSECURE", "maybe", "DETCOLL_INSECURE='maybe' is neither on nor off"),
+        ("COMPARE", "2", "DETCOLL_COMPARE='2' is neither on nor off"),
+        ("REALTIME", "never", "DETCOLL_REALTIME='never' is neither on nor off"),
         ("TRACE", "/dev/null/traces", "DETCOLL_TRACE='/dev/null/traces' cannot be made"),
     ],
 )
