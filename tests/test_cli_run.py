@@ -212,6 +212,8 @@ def test_killing_the_launcher_kills_the_ranks() -> None:
         (["-n", "2", "--transprt", "shm", "train.py"], "'--transprt' is no option of run"),
         (["-n", "2", "no-such-program-here"], "'no-such-program-here' is neither a Python script"),
         (["-n", "2"], "run needs a SCRIPT"),
+        (["true"], "run needs the number of ranks to start, such as: detcoll run -n 2 train.py"),
+        ([], "run needs the number of ranks to start, such as: detcoll run -n 2 train.py"),
         (["-n", "2", "-m"], "-m needs the name of a module"),
         (["-n", "4", "--sites", "3", "true"], "--sites 3 must divide the 4 ranks"),
         (["-n", "4", "--sites", "0", "true"], "--sites 0"),
@@ -274,7 +276,7 @@ def test_sites_and_a_topology_of_the_environment_exclude_each_other(
     assert "--sites and DETCOLL_TOPOLOGY exclude each other" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["run", "true"], ["run", "-n", "two", "true"], ["run", "--nope", "1"], ["nope"]])
+@pytest.mark.parametrize("arguments", [["run", "-n", "two", "true"], ["run", "--nope", "1"], ["nope"]])
 def test_what_the_parser_refuses_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err
