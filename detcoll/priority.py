@@ -20,6 +20,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from detcoll.quantities import read_flag
+
 _NUMBERS = {"x86_64": 314, "aarch64": 274}
 """Of the system call ``sched_setattr``, which the C library does not have."""
 
@@ -45,9 +47,13 @@ PROGRESS, OWNER, LINE = 1, 2, 3
 that decide and fold."""
 
 
+def _is_left_alone() -> bool:
+    return read_flag(os.environ.get("DETCOLL_REALTIME", "")) is False
+
+
 def make_prompt(priority: int = PROGRESS) -> bool:
     """Put the calling thread ahead of ordinary ones; False where that is not allowed or not wanted."""
-    if os.environ.get("DETCOLL_REALTIME") == "0":
+    if _is_left_alone():
         return False
     try:
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_RR, os.sched_param(priority))
@@ -78,7 +84,7 @@ def short_turns() -> Iterator[None]:
 
 def _set_slice(slice_ns: int) -> bool:
     """Set the time slice of the calling thread, 0 for the usual one, unless it chose another class than the usual."""
-    if _SETATTR is None or os.sched_getscheduler(0) != os.SCHED_OTHER or os.environ.get("DETCOLL_REALTIME") == "0":
+    if _SETATTR is None or os.sched_getscheduler(0) != os.SCHED_OTHER or _is_left_alone():
         return False
     nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, os.SCHED_OTHER, 0, nice, 0, slice_ns, 0, 0, 0, 0)
@@ -126,7 +132,7 @@ _SWITCHING = _Switching()
 @contextlib.contextmanager
 def quick_switches() -> Iterator[None]:
     """Let threads that were woken have the interpreter after `SWITCH_INTERVAL_S`, in the whole process, for a while."""
-    if os.environ.get("DETCOLL_REALTIME") == "0":
+    if _is_left_alone():
         yield
         return
     _SWITCHING.begin()

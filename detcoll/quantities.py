@@ -1,7 +1,10 @@
-"""Quantities as people write them: a number and a unit, with or without a space.
+"""Quantities as people write them: a number and a unit, with or without a space; and switches, which are on or off.
 
 A bare number is refused, since a rate without a unit is off by eight as often as not. Decimal prefixes are powers of
 ten and binary ones (Ki, Mi, Gi) powers of two.
+
+All switches in the environment take the same words, in upper or lower case: 1, true, yes and on, or 0, false, no and
+off.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ _RATES_BYTES_PER_S = {f"{unit}/s": Fraction(factor) for unit, factor in _SIZE_BY
 
 _SPELLINGS = frozenset({"µs", "μs", "KB", "KB/s", "Kbit/s", "Kbps", "bps", "kbps", "Mbps", "Gbps", "Tbps"})
 """Other ways to write a unit, which are read as well."""
+
+_FLAGS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 LARGEST = 2**63 - 1
 """No quantity is larger, in nanoseconds, bytes or bytes per second: what a signed 64-bit integer holds."""
@@ -137,6 +142,20 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{bits:.6g} bit/s"
 
 
-def parse_flag(text: str) -> bool:
-    """Return whether a switch in the environment is on; ``lab`` says so where nobody else can be on the network."""
-    return text.strip().lower() in {"1", "true", "yes", "on", "lab"}
+def read_flag(text: str) -> bool | None:
+    """Return whether a switch is on, or None if ``text`` is none of the words for it."""
+    return _FLAGS.get(text.strip().lower())
+
+
+def parse_flag(text: str, name: str, *, default: bool) -> bool:
+    """Return whether a switch is on; an empty text gives ``default``.
+
+    Raises
+    ------
+    UsageError
+        If it is none of the words for on and off.
+    """
+    flag = read_flag(text) if text else default
+    if flag is None:
+        raise UsageError(f"{name}={text!r} is neither on nor off; expected one of {', '.join(_FLAGS)}")
+    return flag

@@ -212,6 +212,8 @@ def test_killing_the_launcher_kills_the_ranks() -> None:
         (["-n", "2", "--transprt", "shm", "train.py"], "'--transprt' is no option of run"),
         (["-n", "2", "no-such-program-here"], "'no-such-program-here' is neither a Python script"),
         (["-n", "2"], "run needs a SCRIPT"),
+        (["true"], "run needs the number of ranks to start, such as: detcoll run -n 2 train.py"),
+        ([], "run needs the number of ranks to start, such as: detcoll run -n 2 train.py"),
         (["-n", "2", "-m"], "-m needs the name of a module"),
         (["-n", "4", "--sites", "3", "true"], "--sites 3 must divide the 4 ranks"),
         (["-n", "4", "--sites", "0", "true"], "--sites 0"),
@@ -248,6 +250,9 @@ def test_bad_arguments_are_one_line_and_code_2(
         ("SITE", "moon", "rank 0 says it is in site 'moon'"),
         ("TOPOLOGY", "/nonexistent.toml", "topology='/nonexistent.toml' cannot be read"),
         ("INTERFACE", "none0", "DETCOLL_INTERFACE='none0'"),
+        ("INSECURE", "maybe", "DETCOLL_INSECURE='maybe' is neither on nor off"),
+        ("COMPARE", "2", "DETCOLL_COMPARE='2' is neither on nor off"),
+        ("REALTIME", "never", "DETCOLL_REALTIME='never' is neither on nor off"),
         ("TRACE", "/dev/null/traces", "DETCOLL_TRACE='/dev/null/traces' cannot be made"),
     ],
 )
@@ -271,7 +276,7 @@ def test_sites_and_a_topology_of_the_environment_exclude_each_other(
     assert "--sites and DETCOLL_TOPOLOGY exclude each other" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["run", "true"], ["run", "-n", "two", "true"], ["run", "--nope", "1"], ["nope"]])
+@pytest.mark.parametrize("arguments", [["run", "-n", "two", "true"], ["run", "--nope", "1"], ["nope"]])
 def test_what_the_parser_refuses_is_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err

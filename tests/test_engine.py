@@ -497,6 +497,16 @@ def test_a_hasty_rank_learns_the_culprit_from_a_patient_one_between_them() -> No
     calls = [fleet.call(rank, "all_reduce", ones(1), timeout_s=1.0 if rank == 1 else 600.0) for rank in (1, 2, 3)]
     fleet.run(20 * SECOND_NS)
     assert {culprit(call) for call in calls} == {0}
+    finder = str(calls[2].error)
+    assert "rank 3: all_reduce" in finder
+    assert "after 1 s without progress (the timeout of a rank that waits for this one); it waits for rank 0" in finder
+
+
+def test_the_error_of_a_rank_states_its_own_timeout_where_that_is_not_longer() -> None:
+    fleet = Fleet(4)
+    calls = [fleet.call(rank, "all_reduce", ones(1), timeout_s=1.0) for rank in (1, 2, 3)]
+    fleet.run(20 * SECOND_NS)
+    assert "after 1 s without progress; it waits for rank 0" in str(calls[2].error)
 
 
 def test_progress_of_those_that_are_waited_for_prolongs_the_wait() -> None:

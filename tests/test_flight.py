@@ -146,12 +146,23 @@ def test_only_the_last_jobs_are_kept_where_nobody_chose_the_folder(tmp_path: Pat
     assert kept == [f"job{number:02}" for number in range(3, LARGEST_KEPT_JOBS + 3)]
 
 
-def test_records_can_be_switched_off(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("word", ["off", "0", "no", "false", "False"])
+def test_records_can_be_switched_off(word: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    flight = Flight("job", 0, dict, "off")
+    monkeypatch.chdir(tmp_path)
+    flight = Flight("job", 0, dict, word)
     assert flight.write("test") is None
     flight.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["on", "1", "yes", "true"])
+def test_records_that_are_switched_on_go_where_they_go_by_default(word: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    flight = Flight("job", 0, dict, word)
+    assert flight.write("test") == tmp_path / "detcoll" / "records" / "job" / "record0.json"
+    flight.close()
 
 
 def test_a_closed_flight_is_not_found() -> None:

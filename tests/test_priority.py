@@ -101,8 +101,9 @@ def test_another_class_is_kept() -> None:
     assert in_a_thread(ask) == (False, os.SCHED_BATCH)
 
 
-def test_nothing_is_asked_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DETCOLL_REALTIME", "0")
+@pytest.mark.parametrize("word", ["0", "off", "false", "No"])
+def test_nothing_is_asked_where_that_is_not_wanted(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETCOLL_REALTIME", word)
     assert in_a_thread(lambda: (shorten_turns(), make_prompt(), os.sched_getscheduler(0))) == (
         False, False, os.SCHED_OTHER,
     )  # fmt: skip

@@ -19,7 +19,7 @@ import pytest
 
 from detcoll.launch import forwarding
 from detcoll.launch.forwarding import Forwarder
-from detcoll.launch.processes import TIMED_OUT, Guard, describe_exit, exit_code, start, supervise
+from detcoll.launch.processes import TIMED_OUT, Guard, _Crew, describe_exit, exit_code, start, supervise
 
 FOREVER = "while :; do sleep 1000; done"
 
@@ -170,6 +170,42 @@ def test_signals_are_forwarded(number: signal.Signals) -> None:
         if number != signal.SIGHUP:
             assert out.split() == [number.name.removeprefix("SIG")] * 2
         wait_until_gone(list(pids))
+
+
+@pytest.mark.parametrize(
+    ("trap", "signals", "told"), [("echo TERM > told; exit", 1, "TERM\n"), ("echo TERM > told; sleep 1000", 2, "")]
+)
+def test_after_a_failure_too_the_first_signal_is_forwarded_and_the_second_kills(
+    trap: str, signals: int, told: str, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready"
+    os.mkfifo(ready)
+    said: list[str] = []
+
+    def announce(message: str) -> None:
+        said.append(message)
+        if len(said) <= signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patient = f"trap '{trap}' TERM; echo > ready; sleep 1000 & wait"
+    scripts = (patient, "read < ready; exit 7")
+    crew = [start(["bash", "-c", script], cwd=str(tmp_path)) for script in scripts]
+    assert supervise(crew, settle_s=3600, grace_s=3600, announce=announce) == 7
+    assert said == [
+        "rank 1 failed first: it exited with code 7; ending the others", "SIGTERM received, forwarding it"
+    ]  # fmt: skip
+    assert not told or (tmp_path / "told").read_text() == told
+    assert crew[0].returncode == (0 if told else -signal.SIGKILL)
+
+
+def test_a_signal_does_not_postpone_the_end_after_a_failure() -> None:
+    crew = _Crew([], [], lambda _: None)
+    crew.settle_ns, crew.grace_ns = 0, 10**9
+    crew._end_with(signal.SIGTERM, 0)
+    before = crew.ahead[1]
+    crew._end_with(signal.SIGINT, 0)
+    assert list(crew.ahead)[1] == before
+    assert [number for _, number in crew.ahead] == [signal.SIGINT, signal.SIGKILL, None]
 
 
 def test_an_interrupt_can_end_them_by_another_signal() -> None:

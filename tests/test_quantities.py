@@ -14,6 +14,7 @@ from detcoll.quantities import (
     format_duration,
     format_rate,
     parse_duration_ns,
+    parse_flag,
     parse_rate_bytes_per_s,
     parse_size_bytes,
     parse_timeout_s,
@@ -176,6 +177,18 @@ def test_sizes_are_whole_and_rates_are_not_zero():
         parse_size_bytes("1.5 B")
     with pytest.raises(UsageError, match=r"rate='0 Gbit/s' must be greater than zero"):
         parse_rate_bytes_per_s("0 Gbit/s")
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_switches(default):
+    for text, flag in (("1", True), ("on", True), ("YES", True), (" True ", True), ("", default),
+                       ("0", False), ("off", False), ("No", False), ("false", False)):  # fmt: skip
+        assert parse_flag(text, "SWITCH", default=default) is flag
+    for text in ("2", "lab", "-", " ", "o ff"):
+        with pytest.raises(UsageError) as caught:
+            parse_flag(text, "SWITCH", default=default)
+        expected = "expected one of 1, true, yes, on, 0, false, no, off"
+        assert str(caught.value) == f"SWITCH={text!r} is neither on nor off; {expected}"
 
 
 @given(st.integers(0, 2**63 - 1))

@@ -18,7 +18,7 @@ import pytest
 
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.launch.launchers import World
-from detcoll.rendezvous import Aborted, Address, Lost, Session, is_loopback, meet, wire
+from detcoll.rendezvous import Aborted, Address, Lost, Session, asking, is_loopback, meet, wire
 from detcoll.rendezvous.asking import Answer, Asker
 from detcoll.rendezvous.connection import Connection
 from detcoll.rendezvous.member import Member
@@ -288,6 +288,16 @@ def test_rank_0_leaves_at_its_deadline_and_that_is_no_loss(sessions: Callable[..
     assert not select.select([met[1].fileno()], [], [], 0)[0]
 
 
+def test_a_closed_session_gives_out_no_descriptor(sessions: Callable[..., list[Session]]) -> None:
+    met = sessions(3)
+    assert met[1].fileno() != met[2].fileno()
+    met[1].close(ahead())
+    met[2].drop()
+    for session in met[1:]:
+        with pytest.raises(Closed, match="the rendezvous is closed"):
+            session.fileno()
+
+
 def test_no_thread_and_no_descriptor_is_left() -> None:
     def live() -> None:
         address = free_address()
@@ -338,11 +348,41 @@ def test_when_rank_0_is_killed_the_others_lose_it() -> None:
 def test_who_accepted_and_went_has_accepted() -> None:
     asker: Asker[int] = Asker()
     life = open_life_port("127.0.0.1", {}, 1)
-    asker.ask(1, life.getsockname(), time.monotonic_ns())
+    asker.ask(1, life.getsockname())
     asked = asker.begin(time.monotonic_ns())
     assert select.select([], asked, [], 10)[1]
     life.close()
     assert asker.answers(time.monotonic_ns()) == [(1, Answer.ACCEPTED)]
+
+
+def test_a_probe_that_waits_for_its_turn_does_not_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More ranks than are probed at a time are silent; the one behind them is alive, and is found so."""
+    connect = asking._connect
+
+    def try_to_connect(question: asking._Question) -> None:
+        if question.where[1]:
+            connect(question)
+        else:
+            question.connection = socket.socket()  # never connected
+
+    monkeypatch.setattr(asking, "_connect", try_to_connect)
+    asker: Asker[int] = Asker()
+    silent = range(asking._AT_A_TIME)
+    with open_life_port("127.0.0.1", {}, 1) as life:
+        for rank in silent:
+            asker.ask(rank, ("127.0.0.1", 0))
+        asker.ask(len(silent), life.getsockname())
+        assert len(asker.begin(0)) == len(silent)
+        end_ns = asker.next_ns()
+        assert end_ns
+        assert asker.answers(end_ns - 1) == []
+        assert asker.answers(end_ns) == [(rank, Answer.NONE) for rank in silent]
+        assert asker.next_ns() is None
+        asked = asker.begin(end_ns)
+        assert asker.next_ns() == 2 * end_ns
+        assert select.select([], asked, [], 10)[1]
+        assert asker.answers(2 * end_ns) == [(len(silent), Answer.ACCEPTED)]
+    asker.close()
 
 
 def test_a_rank_that_dies_before_all_have_come() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from detcoll.errors import PeerLost, PlanMismatch
+from detcoll.errors import Closed, PeerLost, PlanMismatch
 from detcoll.job.job import Job
 from detcoll.job.rest import Rest
 from detcoll.rendezvous import Aborted, Lost
@@ -64,6 +64,25 @@ def test_an_explanation_is_found_though_another_thread_took_the_wake_up(monkeypa
         assert str(rest.explanation(7)) == "rank 3 is lost: it ended"
     finally:
         os.close(told)
+
+
+def test_an_explanation_is_not_waited_for_once_the_session_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of the descriptor may then belong to another file."""
+    monkeypatch.setattr("detcoll.job.rest.EXPLANATION_NS", 200_000_000)
+    told = os.eventfd(1, os.EFD_CLOEXEC)
+    looks: list[int] = []
+
+    def fileno() -> int:
+        if len(looks) > 1:
+            raise Closed("the rendezvous is closed")
+        return told
+
+    session: Any = SimpleNamespace(events=lambda: looks.append(1) or [], fileno=fileno)
+    try:
+        assert Rest(session).explanation(7) is None
+    finally:
+        os.close(told)
+    assert len(looks) == 2
 
 
 def test_the_engine_is_told_at_once_what_a_native_collective_was_told() -> None:

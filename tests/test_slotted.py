@@ -280,7 +280,7 @@ def is_ended(made: socket.socket, sends: bytes) -> bool:
 
 def test_messages_without_an_end_are_not_collected_for_those_who_are_not_let_in() -> None:
     endless = b"\x03" + (2**20).to_bytes(8, "big") + bytes(2**20)  # a long frame, and more to come
-    ready = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+    ready = b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
     hello = b"\x06" + (8 * gate.LARGEST_FRAME_BYTES).to_bytes(8, "big") + b"\x05HELLO"
     with pair() as fabric, greeted(fabric[1].address, b"NULL") as null, greeted(fabric[1].address, b"PLAIN") as plain:
         assert is_ended(null, ready + endless)

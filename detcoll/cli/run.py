@@ -27,7 +27,7 @@ _A_TIMEOUT_S = 60.0  # the script's own is not known here
 
 def run(
     *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    ranks: Annotated[int, Parameter(name=["-n", "--ranks"])],
+    ranks: Annotated[int | None, Parameter(name=["-n", "--ranks"])] = None,
     sites: int | None = None,
     topology: Path | None = None,
     transport: str | None = None,
@@ -44,7 +44,7 @@ def run(
     command
         SCRIPT.py, ``-m MODULE`` or a program, and its arguments. Options after it belong to it.
     ranks
-        How many to start.
+        How many to start; has to be given.
     sites
         Group the ranks into so many equal sites, with no lines between: the baseline of a wide-area run.
     topology
@@ -56,6 +56,8 @@ def run(
     tag_output
         Begin each line that a rank prints with its number.
     """
+    if ranks is None:
+        raise UsageError("run needs the number of ranks to start, such as: detcoll run -n 2 train.py")
     _check(ranks, sites, topology)
     deadline_s = None if timeout is None else parse_timeout_s(timeout, "--timeout")
     program = _program(command)

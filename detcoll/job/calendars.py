@@ -111,8 +111,8 @@ def _misalignment(arrivals_ns: int | None) -> str:
         return "sites do not share a clock and could not align arrivals"
     if arrivals_ns > LARGEST_ARRIVAL_ERROR_NS:
         return (
-            f"sites do not share a clock, and arrivals stay misaligned by {arrivals_ns / 1e6:.2f} ms, more than "
-            f"{LARGEST_ARRIVAL_ERROR_NS / 1e6:.2f} ms; check the delays in the topology"
+            f"sites do not share a clock, and arrivals stay misaligned by {arrivals_ns / 1e3:.15g} us, more than "
+            f"{LARGEST_ARRIVAL_ERROR_NS / 1e3:.15g} us; check the delays in the topology"
         )
     return ""
 

@@ -4,9 +4,11 @@ A record is a JSON file (schema ``detcoll.record/1``) with the state of this ran
 `detcoll.runtime.recorder`. `detcoll report` compares the records of all ranks.
 
 Files go to ``$DETCOLL_RECORD/JOB/recordRANK.json``. Without that variable the folder is
-``$XDG_STATE_HOME/detcoll/records``, which keeps the last `LARGEST_KEPT_JOBS` jobs. ``DETCOLL_RECORD=off`` disables
-records. Each process also listens on an abstract Unix socket, which leaves no file behind, and sends its record to
-processes of the same user or of root.
+``$XDG_STATE_HOME/detcoll/records``, which keeps the last `LARGEST_KEPT_JOBS` jobs. The words of a switch
+(`detcoll.quantities`) are no folders: ``DETCOLL_RECORD=off`` disables records, and ``on`` means the usual folder.
+
+Each process also listens on an abstract Unix socket, which leaves no file behind, and sends its record to processes of
+the same user or of root.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from detcoll.quantities import read_flag
 from detcoll.rendezvous.server import peer_uid
 from detcoll.runtime.recorder import RECORD_SCHEMA
 
@@ -31,7 +34,6 @@ log = logging.getLogger("detcoll")
 
 LARGEST_KEPT_JOBS = 16
 SIGNAL = signal.SIGUSR2
-_OFF = ("0", "off", "no")
 _PATIENCE_S = 5.0
 _JOIN_S = 1.0
 
@@ -58,9 +60,10 @@ class Flight:
 
     def __init__(self, name: str, rank: int, describe: Callable[[], dict[str, Any]], setting: str | None) -> None:
         self.name, self._rank, self._describe, self._pid = name, rank, describe, os.getpid()
-        self._is_own = not setting
-        folder = Path(setting) if setting else _default_folder()
-        self._is_off = (setting or "").lower() in _OFF or folder is None
+        flag = read_flag(setting or "")
+        self._is_own = not setting or flag is True
+        folder = _default_folder() if self._is_own else Path(setting or "")
+        self._is_off = flag is False or folder is None
         self._folder = (folder or Path()) / name
         self._thread: threading.Thread | None = None
         self._listener = self._listen()

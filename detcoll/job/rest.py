@@ -6,12 +6,13 @@ An event that ends a single call is passed on once.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import threading
 import time
 from collections import deque
 
-from detcoll.errors import DetcollError, PeerLost
+from detcoll.errors import Closed, DetcollError, PeerLost
 from detcoll.rendezvous import Aborted, Event, Lost, Session
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.failures import EXPLANATION_NS, Failures
@@ -32,7 +33,13 @@ class Rest:
         self._untold: deque[Event] = deque()
 
     def fileno(self) -> int:
-        """Return a file descriptor that is readable when the rendezvous has new events."""
+        """Return a file descriptor that is readable when the rendezvous has new events.
+
+        Raises
+        ------
+        Closed
+            If this rank has closed its session.
+        """
         return self._session.fileno()
 
     def tell(self, failures: Failures, now_ns: int) -> None:
@@ -64,13 +71,15 @@ class Rest:
     def explanation(self, group: int) -> DetcollError | None:
         """Wait up to `EXPLANATION_NS` for the reason of a peer's loss, which only the rendezvous reports.
 
-        The progress thread may hear the reason first and take the wake-up, so this looks again by itself.
+        The progress thread may hear the reason first and take the wake-up, so this looks again by itself. Another
+        thread may close the session meanwhile, so the descriptor is asked for again each time.
         """
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
         end_ns = time.monotonic_ns() + EXPLANATION_NS
-        while (failure := self.failure(group)) is None and (left_ns := end_ns - time.monotonic_ns()) > 0:
-            poll.poll(min(left_ns, _LOOK_EVERY_NS) / 1e6)
+        with contextlib.suppress(Closed):  # nothing more will be heard
+            while (failure := self.failure(group)) is None and (left_ns := end_ns - time.monotonic_ns()) > 0:
+                poll = select.poll()
+                poll.register(self.fileno(), select.POLLIN)
+                poll.poll(min(left_ns, _LOOK_EVERY_NS) / 1e6)
         return failure
 
     def _listen(self) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from detcoll.errors import UsageError
 from detcoll.plan.calendar import Slotting
 from detcoll.quantities import LONGEST_TIMEOUT_S, parse_flag, parse_timeout_s
-from detcoll.rendezvous.sockets import Address, is_loopback, parse_ports
+from detcoll.rendezvous.sockets import Address, accepts_insecurity, is_loopback, parse_ports
 from detcoll.topology import Topology
 
 log = logging.getLogger("detcoll")
@@ -135,7 +135,8 @@ def read_settings(
     asked = environ.get("DETCOLL_SLOTTING")
     slotting, where = Slotting.parse(asked) if asked else None, _topology(environ, size, topology)
     check_slotting(slotting, where)
-    insecure = parse_flag(environ.get("DETCOLL_INSECURE", ""))
+    insecure = accepts_insecurity(environ)
+    parse_flag(environ.get("DETCOLL_REALTIME", ""), "DETCOLL_REALTIME", default=True)  # for `detcoll.priority`
     return Settings(
         transport=environ.get("DETCOLL_TRANSPORT") or transport,
         topology=where,
@@ -147,7 +148,7 @@ def read_settings(
         congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
         dscp=_dscp(environ.get("DETCOLL_DSCP"), where),
         trace=environ.get("DETCOLL_TRACE") or None,
-        compare=parse_flag(environ.get("DETCOLL_COMPARE") or "1"),
+        compare=parse_flag(environ.get("DETCOLL_COMPARE", ""), "DETCOLL_COMPARE", default=True),
         proxy=_proxy(environ.get("DETCOLL_PROXY"), insecure=insecure),
         tolerance_s=read_tolerance_s(environ, timeout_s),
         record=environ.get("DETCOLL_RECORD"),

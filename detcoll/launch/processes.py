@@ -156,8 +156,9 @@ def supervise(
 ) -> int:
     """Wait for ``processes``; when one fails, end the others.
 
-    Called in the main thread, it forwards SIGINT, SIGTERM and SIGHUP of this process to all of them; a second signal
-    kills them. When it returns or raises, no process and no member of its group is left.
+    Called in the main thread, it forwards the first SIGINT, SIGTERM or SIGHUP of this process to all of them, also
+    while they are being ended after a failure or the deadline; a second signal kills them. When it returns or raises,
+    no process and no member of its group is left.
 
     Parameters
     ----------
@@ -170,7 +171,7 @@ def supervise(
     settle_s : float
         Seconds from a failure to SIGTERM, in which the other processes may detect and report it.
     grace_s : float
-        Seconds from SIGTERM, or a forwarded signal, to SIGKILL.
+        Seconds from SIGTERM, or a forwarded signal, to SIGKILL; the earlier of the two counts.
     announce : callable, optional
         Called with each message; by default messages go to standard error.
     on_interrupt : int
@@ -181,8 +182,8 @@ def supervise(
     Returns
     -------
     int
-        0 if all succeeded, else the exit code of the first that failed (128 + n if signal n ended it); 128 + n after
-        a forwarded signal n; `TIMED_OUT` at the deadline.
+        0 if all succeeded, else what came first: the exit code of a process that failed (128 + n if signal n ended
+        it), 128 + n for a forwarded signal n, or `TIMED_OUT` for the deadline.
 
     Raises
     ------
@@ -271,6 +272,8 @@ class _Crew:
         self.processes, self.names, self.announce = list(processes), list(names), announce
         self.running = set(range(len(self.processes)))
         self.code: int | None = None
+        self.is_signalled = False
+        self.kill_ns = 2**63
         self.settle_ns = self.grace_ns = 0
         self.on_interrupt: int = signal.SIGINT
         self.deadline_ns: int | None = None
@@ -320,11 +323,12 @@ class _Crew:
 
     def _on_signals(self, received: int, keys: Sequence[selectors.SelectorKey]) -> None:
         for number in os.read(received, 64) if keys else b"":
-            if self.code is None:
+            if not self.is_signalled:
+                self.is_signalled = True
                 forwarded = self.on_interrupt if number == signal.SIGINT else number
                 what = "forwarding it" if forwarded == number else f"ending {', '.join(self._still_running())}"
                 self.announce(f"{signal.Signals(number).name} received, {what}")
-                self.code = 128 + number
+                self.code = self.code or 128 + number
                 self._end_with(forwarded, 0)
             else:
                 self._end_with(signal.SIGKILL, 0)
@@ -359,10 +363,14 @@ class _Crew:
         return [self.names[index] for index in sorted(self.running)]
 
     def _end_with(self, number: int, after_ns: int) -> None:
-        """Schedule the end: signal ``number`` after ``after_ns``, SIGKILL after the grace period, then stop waiting."""
+        """Schedule the end: signal ``number`` after ``after_ns``, SIGKILL after the grace period, then stop waiting.
+
+        A SIGKILL that was scheduled before is not postponed.
+        """
         first_ns = time.monotonic_ns() + after_ns
-        last_ns = first_ns + (0 if number == signal.SIGKILL else self.grace_ns)
-        self.ahead = deque([(first_ns, number), (last_ns, signal.SIGKILL), (last_ns + 2 * 10**9, None)])
+        self.kill_ns = min(self.kill_ns, first_ns + (0 if number == signal.SIGKILL else self.grace_ns))
+        ends = [(first_ns, number), (self.kill_ns, signal.SIGKILL), (self.kill_ns + 2 * 10**9, None)]
+        self.ahead = deque(sorted(ends, key=lambda end: end[0]))
 
 
 def _peek(process: subprocess.Popen[bytes]) -> int:

@@ -25,30 +25,30 @@ class Answer(enum.Enum):
 
 @dataclass(slots=True)
 class _Question:
-    """A connection attempt that is in progress, or waits to be started."""
+    """A connection attempt that is in progress, or waits to be started; ``until_ns`` is None until it has started."""
 
     where: tuple[str, int]
-    asked_ns: int
+    until_ns: int | None = None
     connection: socket.socket | None = None
     answer: Answer | None = None
 
 
 class Asker(Generic[K]):
-    """Runs several probes at a time, each under a key chosen by the caller."""
+    """Runs several probes at a time, each under a key chosen by the caller; the time of a probe runs from its start."""
 
     def __init__(self) -> None:
         self._questions: dict[K, _Question] = {}
 
-    def ask(self, key: K, where: tuple[str, int], now_ns: int) -> None:
+    def ask(self, key: K, where: tuple[str, int]) -> None:
         """Queue a probe, unless one with this key is pending."""
-        self._questions.setdefault(key, _Question(where, now_ns))
+        self._questions.setdefault(key, _Question(where))
 
     def begin(self, now_ns: int) -> list[socket.socket]:
         """Start as many queued probes as allowed; return the sockets to poll for writability."""
         under_way = [question.connection for question in self._questions.values() if question.connection is not None]
         for question in self._questions.values():
-            if question.connection is None and question.answer is None and len(under_way) < _AT_A_TIME:
-                question.asked_ns = now_ns
+            if question.until_ns is None and len(under_way) < _AT_A_TIME:
+                question.until_ns = now_ns + _PATIENCE_NS
                 _connect(question)
                 if question.connection is not None:
                     under_way.append(question.connection)
@@ -59,7 +59,7 @@ class Asker(Generic[K]):
         found = []
         for key, question in list(self._questions.items()):
             answer = question.answer or _answer(question.connection)
-            if answer is None and now_ns >= question.asked_ns + _PATIENCE_NS:
+            if answer is None and question.until_ns is not None and now_ns >= question.until_ns:
                 answer = Answer.NONE
             if answer is not None:
                 self.forget(key)
@@ -67,9 +67,9 @@ class Asker(Generic[K]):
         return found
 
     def next_ns(self) -> int | None:
-        """Return when the next probe times out, 0 if a result is ready, None if no probe is pending."""
+        """Return when the next probe times out, 0 if a result is ready, None if no probe has started."""
         return min(
-            (0 if question.answer else question.asked_ns + _PATIENCE_NS for question in self._questions.values()),
+            (0 if one.answer else one.until_ns for one in self._questions.values() if one.until_ns is not None),
             default=None,
         )
 

@@ -237,7 +237,7 @@ class Connection:
             self._asker.close()
             return
         if watch.must_ask(now_ns):
-            self._asker.ask(0, (self._where[0], self._where[1]), now_ns)
+            self._asker.ask(0, (self._where[0], self._where[1]))
         for _, answer in self._asker.answers(now_ns):
             if answer is Answer.REFUSED:
                 watch.refused(now_ns)

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from detcoll.errors import ConnectError, DetcollError, UsageError
-from detcoll.quantities import parse_flag
 from detcoll.rendezvous.hub import Hub
 from detcoll.rendezvous.member import Member
 from detcoll.rendezvous.server import Server, peer_uid
@@ -39,8 +38,10 @@ from detcoll.rendezvous.session import Refusal, Session
 from detcoll.rendezvous.sockets import (
     LONGEST_NAP_S,
     SHORTEST_NAP_S,
+    TRUSTED_NETWORK,
     Address,
     Reached,
+    accepts_insecurity,
     adopt,
     is_loopback,
     left,
@@ -271,13 +272,13 @@ class _Meeting:
         is_sure = is_loopback(address.host) or self.world.local_size is None or self._is_local
         if is_looped and is_sure:
             return True
-        switch = self.environ.get("DETCOLL_INSECURE", "")
-        if not parse_flag(switch):
+        if not accepts_insecurity(self.environ):
             raise UsageError(
                 f"{what} {address} is not on loopback, and this version has no encryption or authentication: anybody "
                 "on the network could read the traffic or connect. Set DETCOLL_INSECURE=1 to accept that"
             )
-        if "insecure" not in _warned and self.world.rank == 0 and switch != "lab":
+        is_lab = self.environ.get("DETCOLL_INSECURE") == TRUSTED_NETWORK
+        if "insecure" not in _warned and self.world.rank == 0 and not is_lab:
             _warned.add("insecure")
             _log.warning("DETCOLL_INSECURE is set: nothing is encrypted or authenticated (%s %s)", what, address)
         return False

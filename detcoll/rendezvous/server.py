@@ -261,7 +261,7 @@ class Server:
         seat = _Seat(hello.rank, token, Link(wire.RANK_BYTES), Watch(self._tolerance_ns), descriptor, life)
         self._seats.add(seat)
         if life is not None:
-            self._asker.ask(seat.rank, life, now_ns)
+            self._asker.ask(seat.rank, life)
             self._asker.begin(now_ns)  # probe before the rank is admitted, since it may leave at once
         seat.link.take(header, b"")
         self._door.closed(descriptor)
@@ -320,7 +320,7 @@ class Server:
             seat.watch.up()
             seat.link.restart()
         elif seat.life is not None and seat.is_reachable is not False:
-            self._asker.ask(seat.rank, seat.life, now_ns)
+            self._asker.ask(seat.rank, seat.life)
 
     def _learn(self, rank: int, answer: Answer, now_ns: int) -> None:
         """Process the result of a probe; a refusal counts only if probes of the live rank were not refused before."""

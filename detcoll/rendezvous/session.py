@@ -190,7 +190,15 @@ class Session:
         return [given[rank] for rank in ranks]
 
     def fileno(self) -> int:
-        """Return a file descriptor that is readable when `events` has something to return."""
+        """Return a file descriptor that is readable when `events` has something to return; valid until `close`.
+
+        Raises
+        ------
+        Closed
+            If this session has released it; its number may belong to another file by now.
+        """
+        if self._is_released:
+            raise Closed("the rendezvous is closed")
         return self._told
 
     def events(self) -> list[Event]:

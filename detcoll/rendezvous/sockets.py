@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from detcoll.errors import ConnectError, UsageError
+from detcoll.quantities import parse_flag
 
 SHORTEST_NAP_S, LONGEST_NAP_S = 0.02, 0.5
 _ATTEMPT_S = 3.0
 _SIOCGIFADDR = 0x8915
+
+TRUSTED_NETWORK = "lab"
+"""The value of DETCOLL_INSECURE where nobody else can be on the network, so that nobody is warned."""
 
 Where = tuple[str, int] | tuple[str, int, int, int]
 """A socket address of IPv4 (host, port) or IPv6 (host, port, flow, scope)."""
@@ -100,6 +104,18 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
+
+
+def accepts_insecurity(environ: Mapping[str, str]) -> bool:
+    """Return whether DETCOLL_INSECURE, a switch or `TRUSTED_NETWORK`, accepts unencrypted traffic off loopback.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
+    text = environ.get("DETCOLL_INSECURE", "")
+    return text == TRUSTED_NETWORK or parse_flag(text, "DETCOLL_INSECURE", default=False)
 
 
 def listen(address: Address, environ: Mapping[str, str], *, everywhere: bool = False) -> socket.socket:

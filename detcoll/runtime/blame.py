@@ -115,7 +115,8 @@ def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask
         idle_ns = now_ns - max(operation.live_ns for operation in calls)
         first = calls[0]
         if idle_ns >= ask.timeout_ns and first.inquiry is None:
-            first.timeout_ns = min(first.timeout_ns, ask.timeout_ns)
+            if ask.timeout_ns < first.timeout_ns:
+                first.timeout_ns, first.is_hurried = ask.timeout_ns, True
             first.limit_ns = now_ns
         return Answer(ask.group, ask.sequence, State.WAITING, max(idle_ns, 0), latest)
     if any(operation.sequence <= ask.sequence for operation in membership.waiting):
@@ -145,9 +146,10 @@ def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
     peers = ", ".join(f"rank {peer} ({_awaited(count)})" for peer, count in awaited(operation).items())
     if to_blame:
         peers = ", ".join(f"rank {peer}, {_reproach(operation, peer)}" for peer in to_blame)
+    whose = " (the timeout of a rank that waits for this one)" if operation.is_hurried else ""
     return (
         f"rank {rank}: {operation.title} was not finished after {operation.timeout_ns / 1e9:g} s "
-        f"without progress; it waits for {peers or 'no other rank'}"
+        f"without progress{whose}; it waits for {peers or 'no other rank'}"
     )
 
 

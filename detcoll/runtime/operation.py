@@ -66,6 +66,8 @@ class Operation:
     """By rank, bytes sent to strangers."""
     inquiry: Inquiry | None = None
     """The inquiry about this call, if it is late."""
+    is_hurried: bool = False
+    """Whether ``timeout_ns`` is that of a rank that asked about this call; its own was longer."""
     reported: bool = False
     over: bool = False
 
