@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from cyclopts import Parameter
 
 from detcoll import registry
 from detcoll.bench.runs import LabBench, run_here, run_in_lab
@@ -35,16 +37,62 @@ ALONE = (
 )
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What is timed, and how often."""
+
+    collective: str = "all_reduce"
+    """all_reduce, broadcast, barrier; several separated by commas."""
+
+    bytes: Quantity = "256KiB,4MiB,16MiB"
+    """Sizes, such as 256KiB,64MiB."""
+
+    dtype: str = "float32"
+    """Element type."""
+
+    transport: str | None = None
+    """One or several separated by commas, one after another; auto unless given, slotted with --lab."""
+
+    iterations: int = 20
+    """Timed calls a size."""
+
+    warmup: int = 3
+    """Calls before those."""
+
+    time_limit: Quantity | None = None
+    """No more calls begin once those of one size have taken so long; one is timed in any case."""
+
+    empty: bool = False
+    """Time arrays of comm.empty, which ranks of one host need not stage."""
+
+    def sweep(self) -> Sweep:
+        """Return what to time.
+
+        Raises
+        ------
+        UsageError
+            If a value cannot be used.
+        """
+        sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(self.bytes))
+        limit_s = None if self.time_limit is None else parse_timeout_s(self.time_limit, "time_limit")
+        sweep = Sweep(
+            comma_separated(self.collective), sizes, self.dtype, self.iterations, self.warmup, self.empty, limit_s
+        )
+        sweep.validate()
+        return sweep
+
+    def transports(self, default: str) -> tuple[str, ...]:
+        """Return the names of the transports to time; ``default`` unless given."""
+        return comma_separated(self.transport or default)
+
+
+_SWEEP = SweepOptions()
+
+
 def bench(
     *,
-    collective: str = "all_reduce",
-    bytes: Quantity = "256KiB,4MiB,16MiB",
-    dtype: str = "float32",
-    transport: str | None = None,
-    iterations: int = 20,
-    warmup: int = 3,
-    time_limit: Quantity | None = None,
-    empty: bool = False,
+    what: SweepOptions = _SWEEP,
     json: Path | None = None,
     lab: bool = False,
     relay: bool = False,
@@ -62,22 +110,6 @@ def bench(
 
     Parameters
     ----------
-    collective
-        all_reduce, broadcast, barrier; several separated by commas.
-    bytes
-        Sizes, such as 256KiB,64MiB.
-    dtype
-        Element type.
-    transport
-        One or several separated by commas, one after another; auto unless given, slotted with --lab.
-    iterations
-        Timed calls a size.
-    warmup
-        Calls before those.
-    time_limit
-        No more calls begin once those of one size have taken so long; one is timed in any case.
-    empty
-        Time arrays of comm.empty, which ranks of one host need not stage.
     json
         File for the results.
     lab
@@ -94,44 +126,37 @@ def bench(
         With --lab: how long one transport may take; "10 min" unless given.
     """
     require_writable(json, "json")
-    sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(bytes))
-    limit_s = None if time_limit is None else parse_timeout_s(time_limit, "time_limit")
-    sweep = Sweep(comma_separated(collective), sizes, dtype, iterations, warmup, empty, limit_s)
-    sweep.validate()
+    sweep = what.sweep()
     timeout_s = parse_timeout_s(timeout, "timeout")
     if relay:
-        if lab:
-            raise UsageError("--lab and --relay are two ways to make the lines; give one")
-        refuse_with_relay(**given(network))
-        _refuse_without_proxy(comma_separated(transport or SLOTTED))
+        _require_relayed(lab, network, what.transports(SLOTTED))
     if not (lab or relay):
         useless = {name: value for name, value in given(lines).items() if name != "topology"} | given(network)
         _refuse_without_lab(**useless, slotting=slotting, deadline=deadline)
-        names = comma_separated(transport or AUTO)
-        for name in names:
-            if name != AUTO:
-                registry.require_known(name)
-        if read_environment(os.environ).launcher == "none":
-            print(ALONE, file=sys.stderr, flush=True)
-        rank, rows = run_here(sweep, names, lines.topology, timeout_s)
-        return _finish(BenchResult(BENCH_SCHEMA, host_facts(), rows), json) if rank == 0 else 0
-    transports, left_out = present(comma_separated(transport or SLOTTED), "transport")
+        return _time_launched(sweep, what.transports(AUTO), lines.topology, timeout_s, json)
+    transports, left_out = present(what.transports(SLOTTED), "transport")
     if slotting is not None and SLOTTED not in transports:
-        raise UsageError(f"slotting={slotting!r} is for {SLOTTED}, which is not in transport={transport!r}")
+        raise UsageError(f"slotting={slotting!r} is for {SLOTTED}, which is not in transport={what.transport!r}")
     topology = network.reserve(lines.wide_topology())
     check_slotting(Slotting(slotting) if slotting else None, topology)
     spec = LabBench(
-        sweep,
-        transports,
-        topology,
-        Conditions(lines.queue_bytes()),
-        slotting,
-        timeout_s,
-        parse_timeout_s("10 min" if deadline is None else deadline, "deadline"),
-        network.networks(),
-        relay,
-    )
+        sweep, transports, topology, Conditions(lines.queue_bytes()), slotting, timeout_s,
+        parse_timeout_s("10 min" if deadline is None else deadline, "deadline"), network.networks(), relay,
+    )  # fmt: skip
     return _run_in_lab(spec, left_out, json)
+
+
+def _time_launched(
+    sweep: Sweep, transports: tuple[str, ...], topology: Path | None, timeout_s: float, json: Path | None
+) -> int:
+    """Time the sweep on the ranks of the launcher; rank 0 shows the results."""
+    for name in transports:
+        if name != AUTO:
+            registry.require_known(name)
+    if read_environment(os.environ).launcher == "none":
+        print(ALONE, file=sys.stderr, flush=True)
+    rank, rows = run_here(sweep, transports, topology, timeout_s)
+    return _finish(BenchResult(BENCH_SCHEMA, host_facts(), rows), json) if rank == 0 else 0
 
 
 def _run_in_lab(spec: LabBench, left_out: tuple[LeftOut, ...], json: Path | None) -> int:
@@ -158,7 +183,11 @@ def _refuse_without_lab(**options: object) -> None:
         raise UsageError(f"{', '.join(useless)} need --lab or --relay: without the ranks are those of the launcher")
 
 
-def _refuse_without_proxy(transports: tuple[str, ...]) -> None:
+def _require_relayed(lab: bool, network: NetworkOptions, transports: tuple[str, ...]) -> None:
+    """Refuse what cannot be combined with --relay."""
+    if lab:
+        raise UsageError("--lab and --relay are two ways to make the lines; give one")
+    refuse_with_relay(**given(network))
     for transport in transports:
         if transport != SLOTTED:
             raise UsageError(

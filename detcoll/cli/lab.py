@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from cyclopts import Parameter
 
 from detcoll.cli.lines import ANY_LINES, LineOptions
 from detcoll.cli.quantity import Quantity
@@ -25,18 +28,96 @@ _PAST_THE_RELAY = (
 )
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ConditionOptions:
+    """What happens on the lines beyond rate, delay and queue."""
+
+    loss: float = 0.0
+    """Probability with which a best-effort segment is lost."""
+
+    jitter: Quantity = "0 ms"
+    """Best-effort packets take up to this much longer, in order."""
+
+    service: str | None = None
+    """Class that the ranks are put in: best-effort, or deterministic (a reserved and policed rate that goes first).
+    Unless given, packets marked with DSCP 46 are deterministic where a rate is reserved."""
+
+    reserved: Quantity | None = None
+    """Rate reserved between any two sites, headers included; four fifths of the line with --service deterministic
+    unless given here or by the topology file."""
+
+    burst: Quantity | None = None
+    """What the policer lets pass beyond the reserved rate; what that carries in 5 ms, and at least 128 KiB, unless
+    given."""
+
+    cross_traffic: float = 0.0
+    """What others offer each line's best-effort class, as a share of its rate, 0 to 2."""
+
+    cross_tcp: float = _CROSS_TCP
+    """How much of that real TCP flows offer; bursts that the router makes up are the rest."""
+
+    failure: list[str] | None = None
+    """When links are down, such as "5 s to 7 s" or "site0 and site1: 5 s to 7 s", from the lab's opening; may be
+    repeated."""
+
+    seed: int = 0
+    """Of losses, jitter and others' traffic."""
+
+    def changed(self) -> dict[str, object]:
+        """Return all options by name; the value of one that changes nothing is false."""
+        own = {"jitter": parse_duration_ns(self.jitter, "jitter"), "cross_tcp": self.cross_tcp != _CROSS_TCP}
+        return vars(self) | own
+
+    def reserve(self, lines: Topology) -> Topology:
+        """Return the lines with the reserved rates that are asked for, or nothing where all is best effort.
+
+        Raises
+        ------
+        UsageError
+            If there is too little to reserve from, or an option is of no use without another.
+        """
+        if self.cross_tcp != _CROSS_TCP and not self.cross_traffic:
+            raise UsageError(
+                f"cross_tcp={self.cross_tcp} is a part of the cross traffic; expected with --cross-traffic"
+            )
+        if self.service == Service.BEST_EFFORT.value:
+            lines = reserve(lines, (), self.reserved).with_reserved(None)
+        elif self.reserved is not None or self.service is not None:
+            lines = reserve(lines, (Network(Service.DETERMINISTIC),), self.reserved)
+        if self.burst is not None and not lines.has_reservations:
+            raise UsageError(f"burst={self.burst!r} is of what polices a reserved rate; expected with --reserved")
+        return lines
+
+    def conditions(self, lines: Topology, queue_bytes: int, probe_gap_ns: int) -> Conditions:
+        """Return the lab's conditions.
+
+        Raises
+        ------
+        UsageError
+            If a value cannot be used.
+        """
+        return Conditions(
+            queue_bytes=queue_bytes,
+            loss=self.loss,
+            jitter_ns=parse_duration_ns(self.jitter, "jitter"),
+            seed=self.seed,
+            service=None if self.service is None else Service.parse(self.service),
+            burst_bytes=None if self.burst is None else parse_size_bytes(self.burst, "burst"),
+            cross_traffic=self.cross_traffic,
+            cross_tcp_share=self.cross_tcp,
+            failures=tuple(Failure.parse(text, lines) for text in self.failure or ()),
+            probe_gap_ns=probe_gap_ns,
+        )
+
+
+_CONDITIONS = ConditionOptions()
+
+
 def lab(
     *command: str,
     lines: LineOptions = ANY_LINES,
-    loss: float = 0.0,
-    jitter: Quantity = "0 ms",
-    service: str | None = None,
-    reserved: Quantity | None = None,
-    burst: Quantity | None = None,
-    cross_traffic: float = 0.0,
-    cross_tcp: float = _CROSS_TCP,
-    failure: list[str] | None = None,
-    seed: int = 0,
+    conditions: ConditionOptions = _CONDITIONS,
     statistics: Path | None = None,
     log: Path | None = None,
     mpi: bool = False,
@@ -54,28 +135,6 @@ def lab(
     ----------
     command : str
         Program and arguments, after ``--``.
-    loss : float
-        Probability with which a best-effort segment is lost.
-    jitter : str
-        Best-effort packets take up to this much longer, in order.
-    service : str
-        Class that the ranks are put in: best-effort, or deterministic (a reserved and policed rate that goes first).
-        Unless given, packets marked with DSCP 46 are deterministic where a rate is reserved.
-    reserved : str
-        Rate reserved between any two sites, headers included; four fifths of the line with --service deterministic
-        unless given here or by the topology file.
-    burst : str
-        What the policer lets pass beyond the reserved rate; what that carries in 5 ms, and at least 128 KiB, unless
-        given.
-    cross_traffic : float
-        What others offer each line's best-effort class, as a share of its rate, 0 to 2.
-    cross_tcp : float
-        How much of that real TCP flows offer; bursts that the router makes up are the rest.
-    failure : list
-        When links are down, such as "5 s to 7 s" or "site0 and site1: 5 s to 7 s", from the lab's opening; may be
-        repeated.
-    seed : int
-        Of losses, jitter and others' traffic.
     statistics : Path
         File for what the router counted (.json), with a co-tenant's round trips.
     log : Path
@@ -96,61 +155,44 @@ def lab(
         raise UsageError("COMMAND is missing; expected detcoll lab [OPTIONS] -- COMMAND [ARGUMENTS]")
     wanted = lines.wide_topology()
     if relay:
-        refuse_with_relay(
-            loss=loss, jitter=parse_duration_ns(jitter, "jitter"), service=service, reserved=reserved, burst=burst,
-            cross_traffic=cross_traffic, cross_tcp=cross_tcp != _CROSS_TCP, failure=failure, seed=seed, log=log,
-            mpi=mpi, slow_start_after_idle=slow_start_after_idle,
-        )  # fmt: skip
-    if cross_tcp != _CROSS_TCP and not cross_traffic:
-        raise UsageError(f"cross_tcp={cross_tcp} is a part of the cross traffic; expected with --cross-traffic")
-    wanted = _reserve(wanted, service, reserved)
-    if burst is not None and not wanted.has_reservations:
-        raise UsageError(f"burst={burst!r} is of what polices a reserved rate; expected with --reserved")
-    deadline_s = None if deadline is None else parse_timeout_s(deadline, "deadline")
+        refuse_with_relay(**conditions.changed(), log=log, mpi=mpi, slow_start_after_idle=slow_start_after_idle)
+    wanted = conditions.reserve(wanted)
+    ranks = _Ranks(command, None if deadline is None else parse_timeout_s(deadline, "deadline"), prefix, statistics)
     require_writable(statistics, "statistics")
     require_writable(log, "log")
     if relay:
-        with ended_by_signals():
-            code, seen = run_through_relay(wanted, lines.queue_bytes(), command, deadline_s, prefix=prefix)
-        if not seen.connections and code == 0:
-            print(_PAST_THE_RELAY, file=sys.stderr, flush=True)
-        if statistics is not None:
-            write_file(statistics, msgspec.json.encode(seen))
-        return code
-    conditions = Conditions(
-        queue_bytes=lines.queue_bytes(),
-        loss=loss,
-        jitter_ns=parse_duration_ns(jitter, "jitter"),
-        seed=seed,
-        service=None if service is None else Service.parse(service),
-        burst_bytes=None if burst is None else parse_size_bytes(burst, "burst"),
-        cross_traffic=cross_traffic,
-        cross_tcp_share=cross_tcp,
-        failures=tuple(Failure.parse(text, wanted) for text in failure or ()),
-        probe_gap_ns=0 if statistics is None else PROBE_GAP_NS,
-    )
+        return _run_through_relay(ranks, wanted, lines.queue_bytes())
+    made = conditions.conditions(wanted, lines.queue_bytes(), 0 if statistics is None else PROBE_GAP_NS)
+    launcher = Launcher.MPIEXEC if mpi else Launcher.PLAIN
     with (
         ended_by_signals(),
-        Lab(
-            wanted, conditions, log_path=log, slow_start_after_idle=slow_start_after_idle,
-        ) as network,
-    ):  # fmt: skip
-        code = run_ranks(
-            network,
-            command,
-            launcher=Launcher.MPIEXEC if mpi else Launcher.PLAIN,
-            deadline_s=deadline_s,
-            prefix=prefix,
-        )
-        if statistics is not None:
-            write_file(statistics, msgspec.json.encode(network.statistics()))
+        Lab(wanted, made, log_path=log, slow_start_after_idle=slow_start_after_idle) as network,
+    ):
+        return _run_in_lab(ranks, network, launcher)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """What the ranks run, and where to write what the lines counted meanwhile."""
+
+    command: Sequence[str]
+    deadline_s: float | None
+    prefix: bool
+    statistics: Path | None
+
+
+def _run_through_relay(ranks: _Ranks, lines: Topology, queue_bytes: int) -> int:
+    with ended_by_signals():
+        code, seen = run_through_relay(lines, queue_bytes, ranks.command, ranks.deadline_s, prefix=ranks.prefix)
+    if not seen.connections and code == 0:
+        print(_PAST_THE_RELAY, file=sys.stderr, flush=True)
+    if ranks.statistics is not None:
+        write_file(ranks.statistics, msgspec.json.encode(seen))
     return code
 
 
-def _reserve(lines: Topology, service: str | None, reserved: str | None) -> Topology:
-    """Return the lines with the reserved rates that are asked for, or nothing where all is best effort."""
-    if service == Service.BEST_EFFORT.value:
-        return reserve(lines, (), reserved).with_reserved(None)
-    if reserved is not None or service is not None:
-        return reserve(lines, (Network(Service.DETERMINISTIC),), reserved)
-    return lines
+def _run_in_lab(ranks: _Ranks, network: Lab, launcher: Launcher) -> int:
+    code = run_ranks(network, ranks.command, launcher=launcher, deadline_s=ranks.deadline_s, prefix=ranks.prefix)
+    if ranks.statistics is not None:
+        write_file(ranks.statistics, msgspec.json.encode(network.statistics()))
+    return code

@@ -6,7 +6,7 @@ All of them are None unless given, so that a command can tell which were; the te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from cyclopts import Parameter
@@ -125,10 +125,9 @@ ANY_LINES, ANY_NETWORK = LineOptions(), NetworkOptions()
 """Nothing given."""
 
 
-def given(options: SiteOptions | NetworkOptions) -> dict[str, object]:
-    """Return the options that have a value."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in values.items() if value is not None}
+def given(options: object) -> dict[str, object]:
+    """Return the options that have a value, of a dataclass of options."""
+    return {name: value for name, value in vars(options).items() if value is not None}
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,22 +14,86 @@ from detcoll.cli.invocation import command_line
 from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
+from detcoll.cli.results import ResultOptions
 from detcoll.cli.terminal import error_console, output_console
 from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.experiment import WARMUP, Experiment, run_experiment
-from detcoll.measure.results import Measurement, write_result
+from detcoll.measure.results import LeftOut, Measurement, write_result
 from detcoll.measure.tables import measurement_table
-from detcoll.outputs import require_folder, require_writable, write_file
+from detcoll.outputs import write_file
 from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
 from detcoll.report import forget_traces, gather, write_report
 from detcoll.report.inputs import RESULTS, TOPOLOGY, TRACES
 from detcoll.workloads.compute import ComputeKind
 from detcoll.workloads.workload import WorkloadName, WorkloadSpec
 
+_DEFAULT: WorkloadName = "digits"
 _ITERATIONS = {"digits": 60, "synthetic": 20}
 _COMPUTE, _GRADIENT, _BUCKET = "400 ms", "16MiB", "1MiB"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions:
+    """How much is measured."""
+
+    iterations: int | None = None
+    """Measured in each setting; 60 for digits and 20 for synthetic unless given."""
+
+    rounds: int = 2
+    """In how many rounds the settings take turns."""
+
+    warmup: int | None = None
+    """Iterations of each setting before the measured ones, in each round; 3 unless given."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SyntheticOptions:
+    """A synthetic iteration."""
+
+    compute: Quantity | None = None
+    """Compute time of a synthetic iteration, a third forward and two thirds backward; "400 ms" unless given."""
+
+    compute_kind: ComputeKind | None = None
+    """How a synthetic iteration spends it: wait (on the wall clock, as for a GPU; the default), or python or numpy (so
+    much processor time, with the interpreter's lock and without)."""
+
+    gradient_bytes: Quantity | None = None
+    """Gradient of a synthetic iteration; 16MiB unless given."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions:
+    """What the slotted transport is compared with."""
+
+    against: str | None = None
+    """Transports to compare with, separated by commas, or none; "gloo,mpi" unless given, with --relay none."""
+
+    without: str = "none"
+    """What to switch off in slotted runs of their own in the deterministic service, each on its own, to show what it
+    gains: some of topology, slots, overlap, reservation, separated by commas."""
+
+    def transports(self, *, relay: bool) -> tuple[tuple[str, ...], tuple[LeftOut, ...]]:
+        """Return the transports to compare with, and those that cannot be used here."""
+        default = "" if relay else "gloo,mpi"
+        return present(comma_separated(default if self.against is None else self.against), "against")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class MeasureResultOptions(ResultOptions):
+    """A file for the results, and a directory for a report of them with traces."""
+
+    report: Path | None = None
+    """Directory for report.html, its results.json, and traces of the slotted run's last round."""
+
+
+_LENGTH, _SYNTHETIC, _COMPARED = LengthOptions(), SyntheticOptions(), ComparedOptions()
+_RESULTS = MeasureResultOptions()
 
 
 def measure(
@@ -37,17 +101,11 @@ def measure(
     workload: Literal["digits", "synthetic"] | None = None,
     lines: LineOptions = ANY_LINES,
     network: NetworkOptions = ANY_NETWORK,
-    iterations: int | None = None,
-    rounds: int = 2,
-    warmup: int | None = None,
-    compute: Quantity | None = None,
-    compute_kind: ComputeKind | None = None,
-    gradient_bytes: Quantity | None = None,
+    length: LengthOptions = _LENGTH,
+    synthetic: SyntheticOptions = _SYNTHETIC,
     bucket_bytes: Quantity | None = None,
-    against: str | None = None,
-    without: str = "none",
-    json: Path | None = None,
-    report: Path | None = None,
+    compared: ComparedOptions = _COMPARED,
+    results: MeasureResultOptions = _RESULTS,
     deadline: Quantity = "10 min",
     relay: bool = False,
 ) -> int:
@@ -65,79 +123,44 @@ def measure(
     workload
         digits: real training of a perceptron on handwritten digits (the default). synthetic: given compute time and
         gradient size.
-    iterations
-        Measured in each setting; 60 for digits and 20 for synthetic unless given.
-    rounds
-        In how many rounds the settings take turns.
-    warmup
-        Iterations of each setting before the measured ones, in each round; 3 unless given.
-    compute
-        Compute time of a synthetic iteration, a third forward and two thirds backward; "400 ms" unless given.
-    compute_kind
-        How a synthetic iteration spends it: wait (on the wall clock, as for a GPU; the default), or python or numpy (so
-        much processor time, with the interpreter's lock and without).
-    gradient_bytes
-        Gradient of a synthetic iteration; 16MiB unless given.
     bucket_bytes
         What is reduced at once while the backward pass goes on; 1MiB unless given. A script has its own.
-    against
-        Transports to compare with, separated by commas, or none; "gloo,mpi" unless given, with --relay none.
-    without
-        What to switch off in slotted runs of their own in the deterministic service, each on its own, to show what it
-        gains: some of topology, slots, overlap, reservation, separated by commas.
-    json
-        File for the results.
-    report
-        Directory for report.html, its results.json, and traces of the slotted run's last round.
     deadline
         How long one setting may take in one round.
     relay
         Relay what ranks send between sites, with rate and delay alone, instead of emulating the lines; needs no root.
     """
-    require_writable(json, "json")
-    require_folder(report, "report")
-    name = workload or "digits"
-    if script and workload is not None:
-        raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
-    if script:
-        _refuse("a script, which has its own", iterations=iterations, warmup=warmup, bucket_bytes=bucket_bytes)
-    if script or name != "synthetic":
-        what = "a script" if script else f"workload={name!r}"
-        _refuse(
-            f"{what}; expected with --workload synthetic",
-            compute=compute,
-            compute_kind=compute_kind,
-            gradient_bytes=gradient_bytes,
-        )
+    results.require_writable()
+    name = workload or _DEFAULT
+    _refuse_of_no_use(script, workload, length, synthetic, bucket_bytes)
     if relay:
-        refuse_with_relay(against=comma_separated(against or ""), **given(network))
-        against = ""
+        refuse_with_relay(against=comma_separated(compared.against or ""), **given(network))
     topology = network.reserve(lines.wide_topology())
-    builtin = _workload(name, compute, compute_kind or "wait", gradient_bytes, bucket_bytes)
-    transports, left_out = present(comma_separated("gloo,mpi" if against is None else against), "against")
+    builtin = _workload(name, synthetic, bucket_bytes)
+    transports, left_out = compared.transports(relay=relay)
     experiment = Experiment(
         topology=topology,
         workload=None if script else builtin,
         script=script,
-        iterations=_ITERATIONS[name] if iterations is None else iterations,
-        rounds=rounds,
+        iterations=_ITERATIONS[name] if length.iterations is None else length.iterations,
+        rounds=length.rounds,
         against=transports,
         left_out=left_out,
         conditions=Conditions(lines.queue_bytes()),
         networks=network.networks(),
         deadline_s=parse_timeout_s(deadline, "deadline"),
-        traces=None if report is None else report / TRACES,
+        traces=None if results.report is None else results.report / TRACES,
         relay=relay,
-        warmup=WARMUP if warmup is None else warmup,
-        without=comma_separated(without),
+        warmup=WARMUP if length.warmup is None else length.warmup,
+        without=comma_separated(compared.without),
     )
     experiment.validate()
-    if report is not None:
-        forget_traces(report)
-    return _run(experiment, json, report)
+    return _run(experiment, results.json, results.report)
 
 
 def _run(experiment: Experiment, json: Path | None, report: Path | None) -> int:
+    if report is not None:
+        forget_traces(report)
     console, progress = output_console(), error_console()
     for one in experiment.left_out:
         progress.print(f"left out: {one.transport}: {one.why}", highlight=False)
@@ -165,6 +188,21 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
     return 1 if result.digests_equal is False or failed else 0
 
 
+def _refuse_of_no_use(
+    script: tuple[str, ...], workload: WorkloadName | None, length: LengthOptions, synthetic: SyntheticOptions,
+    bucket_bytes: str | None,
+) -> None:  # fmt: skip
+    """Refuse options that mean nothing to the script or the workload."""
+    if script and workload is not None:
+        raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
+    if script:
+        what = "a script, which has its own"
+        _refuse(what, iterations=length.iterations, warmup=length.warmup, bucket_bytes=bucket_bytes)
+    if script or workload != "synthetic":
+        what = "a script" if script else f"workload={workload or _DEFAULT!r}"
+        _refuse(f"{what}; expected with --workload synthetic", **given(synthetic))
+
+
 def _refuse(workload: str, **options: object) -> None:
     """Refuse options that mean nothing to ``workload``, in words; those with a value were given."""
     useless = [f"{name}={value!r}" for name, value in options.items() if value is not None]
@@ -172,15 +210,15 @@ def _refuse(workload: str, **options: object) -> None:
         raise UsageError(f"{', '.join(useless)}: of no use to {workload}")
 
 
-def _workload(
-    name: WorkloadName, compute: str | None, kind: ComputeKind, gradient_bytes: str | None, bucket_bytes: str | None
-) -> WorkloadSpec:
+def _workload(name: WorkloadName, synthetic: SyntheticOptions, bucket_bytes: str | None) -> WorkloadSpec:
     bucket = parse_size_bytes(_BUCKET if bucket_bytes is None else bucket_bytes, "bucket_bytes")
-    gradient = parse_size_bytes(_GRADIENT if gradient_bytes is None else gradient_bytes, "gradient_bytes")
-    compute_ns = parse_duration_ns(_COMPUTE if compute is None else compute, "compute")
+    gradient = parse_size_bytes(
+        _GRADIENT if synthetic.gradient_bytes is None else synthetic.gradient_bytes, "gradient_bytes"
+    )
+    compute_ns = parse_duration_ns(_COMPUTE if synthetic.compute is None else synthetic.compute, "compute")
     for option, size in (("gradient_bytes", gradient), ("bucket_bytes", bucket)):
         if size < 4 or size % 4:
             raise UsageError(f"{option}={size} must be a positive multiple of 4 bytes (float32)")
     if name == "digits":
         return WorkloadSpec("digits", bucket)
-    return WorkloadSpec("synthetic", bucket, compute_ns, gradient, compute_kind=kind)
+    return WorkloadSpec("synthetic", bucket, compute_ns, gradient, compute_kind=synthetic.compute_kind or "wait")

@@ -13,6 +13,7 @@ from detcoll.cli.lines import SiteOptions
 from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.terminal import progress_bars
+from detcoll.cli.training import IterationOptions
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
 from detcoll.job.settings import check_slotting
@@ -53,23 +54,42 @@ class PlannedOptions(SiteOptions):
     """A topology file, a scenario file, or the name of a shipped scenario, instead of the four that follow."""
 
 
-_ANY = PlannedOptions()
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class CollectiveOptions:
+    """The collective to plan."""
+
+    collective: Literal["all_reduce", "broadcast", "barrier"] = "all_reduce"
+    """What to plan."""
+
+    bytes: Quantity = "64MiB"
+    """Its size."""
+
+    dtype: str = "float32"
+    """Element type."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlannedIteration(IterationOptions):
+    """An iteration of the training that is to reach an efficiency."""
+
+    compute: Quantity | None = None
+    """Of one iteration, such as "16 s"."""
+
+
+_ANY, _COLLECTIVE, _ITERATION = PlannedOptions(), CollectiveOptions(), PlannedIteration()
 
 
 def plan(
     *,
     lines: PlannedOptions = _ANY,
-    collective: Literal["all_reduce", "broadcast", "barrier"] = "all_reduce",
-    bytes: Quantity = "64MiB",
-    dtype: str = "float32",
+    what: CollectiveOptions = _COLLECTIVE,
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
     efficiency: float | None = None,
     parameters: int | None = None,
     precision: str | None = None,
-    compute: Quantity | None = None,
-    backward: float | None = None,
-    buckets: int | None = None,
-    overlap: float | None = None,
+    iteration: PlannedIteration = _ITERATION,
     reservation: bool = False,
     base_time: Quantity | None = None,
     json: Path | None = None,
@@ -82,12 +102,6 @@ def plan(
 
     Parameters
     ----------
-    collective
-        What to plan.
-    bytes
-        Its size.
-    dtype
-        Element type.
     slotting
         How flows share lines; what jobs do unless given.
     efficiency
@@ -96,14 +110,6 @@ def plan(
         Of the model, for --efficiency; a scenario says it unless given. So for the five that follow.
     precision
         Element type of gradients.
-    compute
-        Of one iteration, such as "16 s".
-    backward
-        Share of it in which gradients become final.
-    buckets
-        Into which they are cut.
-    overlap
-        Share of the buckets that may be reduced beside the backward pass.
     reservation
         Print traffic specifications (RFC 9016) and gate lists (802.1Qbv).
     base_time
@@ -115,31 +121,37 @@ def plan(
     """
     require_writable(json, "json")
     require_writable(svg, "svg")
-    asked = _collective(collective, parse_size_bytes(bytes, "bytes"), dtype)
-    if base_time is not None and not reservation:
-        raise UsageError(f"base_time={base_time!r} is of no use without --reservation")
-    base_time_ns = parse_duration_ns("0 ns" if base_time is None else base_time, "base_time")
+    asked = _collective(what)
+    base_time_ns = _base_time_ns(base_time, reservation)
     mode = None if slotting is None else Slotting.parse(slotting)
     found = _found(lines)
     topology = found.reserved if isinstance(found, Scenario) else found
     check_slotting(mode, topology)
     require_few_sites(topology)
-    work = {
-        "parameters": parameters, "precision": precision, "backward": backward, "buckets": buckets, "overlap": overlap,
-        "compute_ns": None if compute is None else parse_duration_ns(compute, "compute"),
-    }  # fmt: skip
+    work = {"parameters": parameters, "precision": precision, **iteration.values()}
     answer = _needed(found, efficiency, mode, work, str(lines.topology or "topology"))
     calendar = default_calendar(topology, mode)
     report = PlanReport(
         SCHEMA, topology, calendar, summarise(asked, topology, calendar), answer,
         _reservation(topology, mode, answer, base_time_ns) if reservation else (),
     )  # fmt: skip
+    _write(report, json, svg)
+    _show(report)
+    return 0 if answer is None or answer.line_bit_per_s is not None else 1
+
+
+def _base_time_ns(base_time: str | None, reservation: bool) -> int:
+    if base_time is not None and not reservation:
+        raise UsageError(f"base_time={base_time!r} is of no use without --reservation")
+    return parse_duration_ns("0 ns" if base_time is None else base_time, "base_time")
+
+
+def _write(report: PlanReport, json: Path | None, svg: Path | None) -> None:
     if json is not None:
         write_file(json, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     if svg is not None:
-        write_file(svg, svg_text(cycle_picture(cycle_of_calendar(calendar, topology), SVG_WIDTH)).encode())
-    _show(report)
-    return 0 if answer is None or answer.line_bit_per_s is not None else 1
+        picture = cycle_picture(cycle_of_calendar(report.calendar, report.topology), SVG_WIDTH)
+        write_file(svg, svg_text(picture).encode())
 
 
 def _show(report: PlanReport) -> None:
@@ -198,7 +210,8 @@ def _reservation(
     return reserve(lines, default_calendar(lines, mode), base_time_ns)
 
 
-def _collective(kind: str, nbytes: int, name: str) -> Collective:
+def _collective(options: CollectiveOptions) -> Collective:
+    kind, nbytes, name = options.collective, parse_size_bytes(options.bytes, "bytes"), options.dtype
     dtype = parse_dtype(name)
     if nbytes % dtype.itemsize or nbytes == 0:
         raise UsageError(f"bytes={nbytes} must be a positive multiple of the {dtype.itemsize} bytes of {name}")

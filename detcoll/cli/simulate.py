@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from cyclopts import Parameter
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from detcoll.cli.invocation import command_line
 from detcoll.cli.quantity import Quantity
+from detcoll.cli.results import NO_RESULTS, ResultOptions
 from detcoll.cli.terminal import output_console, progress_bars
+from detcoll.cli.training import ANY_ITERATION, IterationOptions
 from detcoll.errors import UsageError
 from detcoll.job.settings import check_slotting
 from detcoll.measure.results import write_result
 from detcoll.measure.tables import NONE
-from detcoll.outputs import require_folder, require_writable
 from detcoll.plan import Slotting
-from detcoll.quantities import format_bytes, format_duration, format_rate, parse_duration_ns, parse_rate_bytes_per_s
+from detcoll.quantities import format_bytes, format_duration, format_rate, parse_rate_bytes_per_s
 from detcoll.report import gather, write_report
 from detcoll.report.inputs import RESULTS
 from detcoll.scenarios import Study, changed, load, shipped, study
@@ -32,25 +34,50 @@ _EFFICIENCY = 0.98
 _CHANGED = {"reserved_bit_per_s": "reserved", "loss": "loss", "cross_traffic": "cross traffic"}
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ChangedNetwork:
+    """What replaces the lines and the ordinary network of a scenario."""
+
+    uplink: Quantity | None = None
+    """Every site's line, such as "800 Gbit/s"."""
+
+    reserved: Quantity | None = None
+    """What is reserved of it."""
+
+    loss: float | None = None
+    """Share of packets lost on the ordinary network."""
+
+    cross_traffic: float | None = None
+    """Share of every line that others take from it."""
+
+    connections: int | None = None
+    """TCP connections of each pair of ranks on it."""
+
+    def values(self) -> dict[str, Any]:
+        """Return the values by the names of `detcoll.scenarios.changed`; None where not given."""
+        line_bytes_per_s = None if self.uplink is None else parse_rate_bytes_per_s(self.uplink, "uplink")
+        reserved_bytes_per_s = None if self.reserved is None else parse_rate_bytes_per_s(self.reserved, "reserved")
+        return {
+            "line_bytes_per_s": line_bytes_per_s, "reserved_bytes_per_s": reserved_bytes_per_s, "loss": self.loss,
+            "cross_traffic": self.cross_traffic, "connections": self.connections,
+        }  # fmt: skip
+
+
+_UNCHANGED = ChangedNetwork()
+
+
 def simulate(
     scenario: str = "forty-cities",
     *,
     efficiency: float | None = None,
-    uplink: Quantity | None = None,
-    reserved: Quantity | None = None,
-    loss: float | None = None,
-    cross_traffic: float | None = None,
-    connections: int | None = None,
+    network: ChangedNetwork = _UNCHANGED,
     parameters: int | None = None,
-    compute: Quantity | None = None,
-    backward: float | None = None,
-    buckets: int | None = None,
-    overlap: float | None = None,
+    iteration: IterationOptions = ANY_ITERATION,
     slotting: Literal["calendar", "turns", "share"] | None = None,
     variants: bool = True,
     list: bool = False,
-    json: Path | None = None,
-    report: Path | None = None,
+    results: ResultOptions = NO_RESULTS,
 ) -> int:
     """Simulate training over a scenario's sites: one cluster, a deterministic network, an ordinary one.
 
@@ -62,36 +89,14 @@ def simulate(
         The name of a shipped scenario, or a scenario file.
     efficiency
         Also tell which line every site needs for this efficiency; 0.98 unless given.
-    uplink
-        Every site's line, such as "800 Gbit/s".
-    reserved
-        What is reserved of it.
-    loss
-        Share of packets lost on the ordinary network.
-    cross_traffic
-        Share of every line that others take from it.
-    connections
-        TCP connections of each pair of ranks on it.
     parameters
         Of the model.
-    compute
-        Of one iteration, such as "15.7 s".
-    backward
-        Share of it in which gradients become final.
-    buckets
-        Into which they are cut.
-    overlap
-        Share of the buckets that may be reduced beside the backward pass.
     slotting
         How flows share lines on the deterministic network; what jobs do unless given.
     variants
         Look at sensitivities, and at what the efficiency needs.
     list
         Name the shipped scenarios and end.
-    json
-        File for the results.
-    report
-        Directory for report.html and its results.json.
     """
     if list:
         for name in shipped():
@@ -99,30 +104,26 @@ def simulate(
         return 0
     if efficiency is not None and not variants:
         raise UsageError(f"efficiency={efficiency} is of no use with --no-variants, which leaves out what it needs")
-    require_writable(json, "json")
-    require_folder(report, "report")
-    chosen = changed(
-        load(scenario),
-        line_bytes_per_s=None if uplink is None else parse_rate_bytes_per_s(uplink, "uplink"),
-        reserved_bytes_per_s=None if reserved is None else parse_rate_bytes_per_s(reserved, "reserved"),
-        loss=loss, cross_traffic=cross_traffic, connections=connections, parameters=parameters,
-        compute_ns=None if compute is None else parse_duration_ns(compute, "compute"), backward=backward,
-        buckets=buckets, overlap=overlap,
-    )  # fmt: skip
+    results.require_writable()
+    chosen = changed(load(scenario), **network.values(), parameters=parameters, **iteration.values())
     mode = None if slotting is None else Slotting.parse(slotting)
     check_slotting(mode, chosen.reserved)
     require_few_sites(chosen.reserved)
     with progress_bars() as say:
         made = study(chosen, _EFFICIENCY if efficiency is None else efficiency, mode, variants=variants, say=say)
     result = replace(made, command=command_line())
-    if json is not None:
-        write_result(json, result)
+    if results.json is not None:
+        write_result(results.json, result)
     output_console().print(study_table(result))
-    if report is not None:
-        write_result(report / RESULTS, result)
-        own = () if scenario in shipped() else (Path(scenario),)
-        print(f"report: {write_report(report, gather((report, *own)))}")
+    if results.report is not None:
+        _write_report(result, results.report, scenario)
     return 0
+
+
+def _write_report(result: Study, report: Path, scenario: str) -> None:
+    write_result(report / RESULTS, result)
+    own = () if scenario in shipped() else (Path(scenario),)
+    print(f"report: {write_report(report, gather((report, *own)))}")
 
 
 def study_table(result: Study) -> RenderableType:

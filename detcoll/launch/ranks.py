@@ -108,12 +108,7 @@ def run_crew(
         if logs is None and (tags is not None or len(starts) > 1):
             forwarder = stack.enter_context(Forwarder(sys.stdout.buffer, sys.stderr.buffer))
         guard = stack.enter_context(Guard())
-        processes: list[subprocess.Popen[bytes]] = []
-        for rank, start_one in enumerate(starts):
-            with ExitStack() as while_starting:
-                tag = "" if tags is None else tags[rank]
-                processes.append(start_one(*_outputs(while_starting, forwarder, tag, logs, rank)))
-            guard.watch(processes[-1])
+        processes = _start_all(starts, guard, forwarder, tags, logs)
         if when_started is not None:
             when_started()
         if forwarder is not None:
@@ -124,6 +119,19 @@ def run_crew(
     if code == 0 and forwarder is not None and forwarder.lost is not None:
         raise OutputLost(forwarder.lost.errno, forwarder.lost.strerror)
     return code
+
+
+def _start_all(
+    starts: Sequence[Start], guard: Guard, forwarder: Forwarder | None, tags: Sequence[str] | None, logs: Path | None
+) -> list[subprocess.Popen[bytes]]:
+    """Start the processes in order, each watched by ``guard`` before the next one starts."""
+    processes = []
+    for rank, start_one in enumerate(starts):
+        with ExitStack() as while_starting:
+            tag = "" if tags is None else tags[rank]
+            processes.append(start_one(*_outputs(while_starting, forwarder, tag, logs, rank)))
+        guard.watch(processes[-1])
+    return processes
 
 
 def _outputs(

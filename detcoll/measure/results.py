@@ -29,7 +29,7 @@ LAB, RELAY = "lab", "relay"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One setting of a measurement.
+    """One setting of a measurement. It has many fields because each is a key of the result file.
 
     ``efficiency_spread`` : the range that efficiency moves in, low and high.
     ``arithmetic_ratio`` : median iteration time over the workload's own compute time, where that is given.
@@ -97,7 +97,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One collective at one size.
+    """One collective at one size. It has many fields because each is a key of the result file.
 
     A call's time is the slowest rank's. ``prediction_error`` is predicted / measured - 1. ``start`` tells how ranks
     began together: at one "instant" of a clock they share, or from a "barrier"; ``skew_s`` is the median of how far

@@ -184,10 +184,7 @@ class Session:
             raise Closed(f"exchange {name!r}: the rendezvous was closed meanwhile")
         if payloads is None:
             raise ConnectError(f"exchange {name!r}: {self._silence('the hub gave no answer in time')}")
-        if ranks is None:
-            return payloads
-        given = dict(zip(sorted(ranks), payloads, strict=True))
-        return [given[rank] for rank in ranks]
+        return payloads if ranks is None else _in_order_of(ranks, payloads)
 
     def fileno(self) -> int:
         """Return a file descriptor that is readable when `events` has something to return; valid until `close`.
@@ -267,3 +264,9 @@ class Session:
     def _notify(self) -> None:
         if self._member.has_events and not self._is_released:
             os.eventfd_write(self._told, 1)
+
+
+def _in_order_of(ranks: Sequence[int], payloads: Sequence[bytes]) -> list[bytes]:
+    """Return ``payloads``, which are in ascending order of ranks, in the order of ``ranks``."""
+    given = dict(zip(sorted(ranks), payloads, strict=True))
+    return [given[rank] for rank in ranks]

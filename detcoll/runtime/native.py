@@ -50,6 +50,8 @@ class NativeCall:
 class NativeRunner:
     """Runs native collectives with a worker thread and a queue, and keeps the state that a flight record shows.
 
+    It has many fields because callers, the worker thread and flight records share its state.
+
     Parameters
     ----------
     collectives : NativeCollectives

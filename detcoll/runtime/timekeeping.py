@@ -62,6 +62,8 @@ class Aligning:
 class Timekeeper:
     """Offset of the site's clock to this rank's, kept up to date; driven by the progress thread.
 
+    It has many fields because a rank can ask, answer and lead at once, and each of these has its own state.
+
     Parameters
     ----------
     rank : int

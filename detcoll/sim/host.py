@@ -86,6 +86,8 @@ def taken_ns(plan: Plan, costs: Costs, *, lines: bool) -> list[int]:
 class Host:
     """One rank: its engine, the call, and the state of its transport.
 
+    It has many fields because it holds everything of a rank that the simulator's events change.
+
     ``takes_ns`` : core time by step.  ``tags`` : message tag by step.  ``working`` : whether the core is busy.
     ``tickets`` : ended steps that the core has not processed yet, a RECV with its data.
     ``arrived`` : messages without a posted receive, by (source, tag).  ``posted`` : pending receives, by the same key.

@@ -132,11 +132,8 @@ def simulate(
     _check_lengths(topology.size, plans=plans, data=data, start_ns=start_ns)
     run = _Run(plans, topology, calendar, costs or Costs(), phase_ns)
     run.lateness, run.fluid, run.progress = lateness or run.lateness, fluid, progress
-    for rank, host in enumerate(run.hosts):
-        if data is not None:
-            host.memory = Memory(plans[rank], op, data[rank])
-        called_ns = phase_ns + (start_ns[rank] if start_ns is not None else 0)
-        run.at(called_ns + (run.costs.call_ns if run.area is not None else 0), run.start, host)
+    run.carry(plans, op, data)
+    run.schedule_calls(phase_ns, start_ns)
     run.go(phase_ns + deadline_ns)
     return run.report(phase_ns)
 
@@ -198,6 +195,18 @@ class _Run:
         self._steps, self._steps_ended = sum(len(plan.steps) for plan in plans), 0
         self._heap: list[tuple[int, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
+
+    def carry(self, plans: Sequence[Plan], op: ReduceOp, data: Sequence[NDArray[Any]] | None) -> None:
+        """Give each rank its contribution, if there is data."""
+        if data is not None:
+            for host, plan, values in zip(self.hosts, plans, data, strict=True):
+                host.memory = Memory(plan, op, values)
+
+    def schedule_calls(self, phase_ns: int, start_ns: Sequence[int] | None) -> None:
+        """Schedule the call of each rank at its time after ``phase_ns``; by default all at once."""
+        entry_ns = phase_ns + (self.costs.call_ns if self.area is not None else 0)
+        for rank, host in enumerate(self.hosts):
+            self.at(entry_ns + (start_ns[rank] if start_ns is not None else 0), self.start, host)
 
     def at(self, when_ns: int, what: Callable[..., None], *arguments: Any) -> None:
         """Schedule a call of ``what`` at ``when_ns``; events at the same time run in the order of scheduling."""
