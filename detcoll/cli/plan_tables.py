@@ -67,7 +67,7 @@ def _calendar_line(calendar: Calendar, topology: Topology) -> str:
     )  # fmt: skip
     windows = f"guard {format_duration(calendar.guard_ns)}" if calendar.has_windows else "no windows"
     return (
-        f"calendar {calendar.mode.value}: cycle {format_duration(calendar.sites[0].cycle_ns)}, {windows}; "
+        f"slotting {calendar.mode.value}: cycle {format_duration(calendar.sites[0].cycle_ns)}, {windows}; "
         f"at most {flows} flows between two sites; digest {calendar.digest}"
     )
 

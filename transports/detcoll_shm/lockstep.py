@@ -330,7 +330,8 @@ class Lockstep:
 
     @property
     def _call(self) -> str:
-        return f"{self._descriptor.kind} number {self.sequence - 1}"
+        named = f" ({self._descriptor.name})" if self._descriptor.name else ""
+        return f"{self._descriptor.kind} number {self.sequence - 1}{named}"
 
     def _late(self, word: int, value: int) -> DeadlineMissed:
         lack = _LACKS.get(word, "has not folded its part" if word == FOLDED else "has not given its part")
