@@ -30,9 +30,10 @@ from detcoll.plan import Calendar, Collective, Slotting, build_calendar
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime import Group, Work
 from detcoll.runtime.group import group_id
+from detcoll.signature import check_kind
 from detcoll.topology import Topology
 from detcoll.trace import Trace
-from detcoll.types import ReduceOp, accumulation_dtype, check_kind, is_integer, parse_dtype
+from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
 
 _FINALIZE_S = 10.0
 LARGEST_NAME_CHARS = 64

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from detcoll.errors import PlanMismatch, UsageError
+from detcoll.signature import signature_of
 from detcoll.types import ReduceOp
 
 HELLO_BYTES = 256
@@ -69,11 +70,13 @@ def brief(
 ) -> str:
     """Return what was called, for people: the same for calls that fit together."""
     named = f" ({name})" if name else ""
-    if kind == "barrier":
-        return f"barrier{named}"
-    how = f"from rank {root}" if kind == "broadcast" else ReduceOp(op).value
+    signature = signature_of(kind)
+    if not signature.has_array:
+        return f"{kind}{named}"
     several = f" in {arrays} arrays" if arrays > 1 else ""
-    return f"{kind} of {count} {dtype}{several}, {how}{named}"
+    operation = f", {ReduceOp(op).value}" if signature.has_op else ""
+    source = f", from rank {root}" if signature.has_root else ""
+    return f"{kind} of {count} {dtype}{several}{operation}{source}{named}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.signature import signature_of
 from detcoll.types import DTYPES, ReduceOp, is_integer
 
 SMALLEST_PART_BYTES = 16_384
@@ -47,9 +48,6 @@ LARGEST_TAG = 2**64 - 1
 
 TAG_BITS = 64
 """The number of bits in a tag."""
-
-REDUCING = frozenset({"all_reduce", "reduce", "reduce_scatter"})
-"""Names of the collectives that reduce; the others only copy bytes."""
 
 
 class Scope(Enum):
@@ -94,7 +92,7 @@ class Capabilities:
         """
         if kind not in self.native:
             return False
-        if kind not in REDUCING:
+        if not signature_of(kind).has_op:
             return dtype.name in DTYPES
         averages_integers = op is ReduceOp.AVG and is_integer(dtype)
         return dtype.name in self.native_dtypes and op in self.native_ops and not averages_integers

@@ -1,4 +1,4 @@
-"""Names that every room shares: collectives, reduce operations and element types."""
+"""Names that every room shares: reduce operations and element types."""
 
 from __future__ import annotations
 
@@ -9,26 +9,6 @@ import ml_dtypes
 import numpy as np
 
 from detcoll.errors import UsageError
-
-KINDS = ("all_reduce", "broadcast", "barrier")
-"""Names of the collectives."""
-
-
-def check_kind(kind: str) -> None:
-    """Check that a collective is known.
-
-    Raises
-    ------
-    UsageError
-        If ``kind`` is none of `KINDS`.
-    """
-    if kind not in KINDS:
-        raise unknown_kind(kind)
-
-
-def unknown_kind(kind: str) -> UsageError:
-    """Return the error for a collective that nobody knows, or that one place has forgotten."""
-    return UsageError(f"kind={kind!r} is not a collective known here; expected one of {', '.join(KINDS)}")
 
 
 class ReduceOp(Enum):

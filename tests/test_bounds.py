@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from detcoll.plan import ALL_REDUCE, BROADCAST, Collective, Planner, build_calendar, floor_ns
+from detcoll.plan import Collective, Planner, algorithms_for, build_calendar, floor_ns
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Link, Site, Topology
+
+ALL_REDUCE = algorithms_for("all_reduce")
+BROADCAST = algorithms_for("broadcast")
 
 G = (1500 - 52) / 1500
 

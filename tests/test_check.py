@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from detcoll.errors import PlanError
 from detcoll.plan import (
-    ALL_REDUCE,
-    BROADCAST,
     Buffer,
     ChunkSize,
     Collective,
@@ -19,12 +17,16 @@ from detcoll.plan import (
     Plan,
     PlanBuilder,
     Slotting,
+    algorithms_for,
     build_calendar,
     check,
 )  # fmt: skip
 from detcoll.plan.calendar import SiteCycle, SlotWindow
 from detcoll.plan.ir import Phase
 from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
+
+ALL_REDUCE = algorithms_for("all_reduce")
+BROADCAST = algorithms_for("broadcast")
 
 SUM = Collective("all_reduce", 24, 2, 4)
 SMALL = ChunkSize(4, 2)

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 
 from detcoll.errors import PlanError, UsageError
 from detcoll.plan import (
-    ALL_REDUCE,
-    BROADCAST,
     ChunkSize,
     Collective,
     Costs,
@@ -28,6 +26,7 @@ from detcoll.plan import (
     Plan,
     Planner,
     Slotting,
+    algorithms_for,
     build_calendar,
     check,
     choose_algorithm,
@@ -36,7 +35,8 @@ from detcoll.plan import (
     predict_ns,
     uses_window,
 )  # fmt: skip
-from detcoll.plan.algorithms import LOCAL_AHEAD
+from detcoll.plan.collectives import declaration_of
+from detcoll.plan.collectives.part import LOCAL_AHEAD
 from detcoll.plan.ir import Buffer
 from detcoll.plan.layout import (
     EXPRESS_BYTES,
@@ -50,6 +50,9 @@ from detcoll.plan.layout import (
 from detcoll.plan.planner import predicted_chunk
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Topology
+
+ALL_REDUCE = algorithms_for("all_reduce")
+BROADCAST = algorithms_for("broadcast")
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {
@@ -128,6 +131,8 @@ def test_all_reduce_moves_what_its_table_says(sites: int, ranks: int, algorithm:
     for plan in parts:
         assert local_bytes(plan, Kind.SEND) == local_bytes(plan, Kind.RECV) == 2 * volume * (ranks - 1) // ranks
     up = [sum(wide_bytes(parts[rank], Kind.SEND) for rank in site.ranks) for site in topology.sites]
+    declared = declaration_of("all_reduce").algorithm(algorithm)
+    assert max(up) == declared.uplink_share(sites) * volume
     if algorithm == "exchange":
         assert up == [(sites - 1) * volume] * sites
     elif algorithm == "direct":
@@ -136,7 +141,7 @@ def test_all_reduce_moves_what_its_table_says(sites: int, ranks: int, algorithm:
         assert max(up) <= 2 * volume
         assert sum(up) == 2 * (sites - 1) * volume
     one = all_parts(Collective("all_reduce", ranks, 4, 4), topology, algorithm, ChunkSize(8, 3))
-    assert delays(one) == {"exchange": 1, "direct": 2, "ring": 2 * (sites - 1)}[algorithm]
+    assert delays(one) == {"exchange": 1, "direct": 2, "ring": 2 * (sites - 1)}[algorithm] == declared.delays(sites)
 
 
 @pytest.mark.parametrize("sites", [2, 3, 4])
@@ -151,7 +156,9 @@ def test_broadcast_moves_what_its_table_says(sites: int, algorithm: str) -> None
     else:
         assert up[0] == 0
         assert up[1:] == [collective.nbytes] * (sites - 1)
-    assert delays(parts) == (1 if algorithm == "star" else sites - 1)
+    declared = declaration_of("broadcast").algorithm(algorithm)
+    assert delays(parts) == (1 if algorithm == "star" else sites - 1) == declared.delays(sites)
+    assert max(up) == declared.uplink_share(sites, topology.site_of(collective.root)) * collective.nbytes
 
 
 def test_direct_sends_results_from_scratch() -> None:

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detcoll.plan import (
-    ALL_REDUCE,
     Calendar,
     Collective,
     Costs,
     Planner,
     Slotting,
+    algorithms_for,
     build_calendar,
     choose_chunk,
     predict_ns,
@@ -24,6 +24,8 @@ from detcoll.plan.predict import RETURN_WORK_NS
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Link, Topology
+
+ALL_REDUCE = algorithms_for("all_reduce")
 
 MS = 1_000_000
 NOTHING = Costs(step_ns=0, copy_bytes_per_s=1e18, local_latency_ns=0, wake_ns=0, late_ns=0, frame_bytes=0)

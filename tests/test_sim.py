@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from detcoll.errors import PlanError, UsageError
 from detcoll.fold import reference
 from detcoll.plan import (
-    ALL_REDUCE,
-    BROADCAST,
     ChunkSize,
     Collective,
     Costs,
     Kind,
     Slotting,
+    algorithms_for,
     build_calendar,
     choose_chunk,
 )
@@ -29,6 +28,9 @@ from detcoll.sim.simulator import STEPS_A_REPORT
 from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp, accumulation_dtype
+
+ALL_REDUCE = algorithms_for("all_reduce")
+BROADCAST = algorithms_for("broadcast")
 
 MS = 1_000_000
 DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64", "int32", "uint8")] + [

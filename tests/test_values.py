@@ -14,12 +14,14 @@ from ranks import grouped, launch, lines, run_ranks
 from detcoll.errors import UsageError
 from detcoll.extrema import comparable
 from detcoll.fold import fold_groups, fold_step, reference, widened
-from detcoll.plan import ALL_REDUCE, ChunkSize, Collective, Slotting, build_calendar
+from detcoll.plan import ChunkSize, Collective, Slotting, algorithms_for, build_calendar
 from detcoll.plan.bounds import floor_ns
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.testing.values import plain_bits, require, require_edges
 from detcoll.types import BFLOAT16, FLOAT16, ReduceOp
+
+ALL_REDUCE = algorithms_for("all_reduce")
 
 HALVES = {"float16": (FLOAT16, 40_000.0), "bfloat16": (BFLOAT16, 2.0**127)}
 EXTREMA = (ReduceOp.MIN, ReduceOp.MAX)

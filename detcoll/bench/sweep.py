@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 from detcoll.bench.consumption import Meter
 from detcoll.bench.start import CallTimes, Starter, combine
-from detcoll.bench.verification import given, reduced
+from detcoll.bench.verification import given, summed
 from detcoll.errors import UsageError
 from detcoll.measure.kernel import NetworkCounts, network_counts
 from detcoll.measure.results import Row
 from detcoll.measure.statistics import tails
-from detcoll.types import parse_dtype, unknown_kind
+from detcoll.plan import promised_ranks
+from detcoll.signature import DECLARED, signature_of
+from detcoll.types import parse_dtype
 
-COLLECTIVES = ("all_reduce", "broadcast", "barrier")
 ROOT = 0
 GB = 10**9
 
@@ -53,8 +54,8 @@ class Sweep:
         """
         itemsize = parse_dtype(self.dtype).itemsize
         for name in self.collectives:
-            if name not in COLLECTIVES:
-                raise UsageError(f"collective={name!r} is not known; expected {', '.join(COLLECTIVES)}")
+            if name not in DECLARED:
+                raise UsageError(f"collective={name!r} is not known; expected {', '.join(DECLARED)}")
         for size in self.sizes_bytes:
             if size < itemsize or size % itemsize:
                 raise UsageError(f"bytes={size} must be a positive multiple of {itemsize}, the size of {self.dtype}")
@@ -68,7 +69,11 @@ class Sweep:
 
     def points(self) -> list[tuple[str, int]]:
         """Return each collective with each of its sizes."""
-        return [(name, size) for name in self.collectives for size in ((0,) if name == "barrier" else self.sizes_bytes)]
+        return [
+            (name, size)
+            for name in self.collectives
+            for size in (self.sizes_bytes if signature_of(name).has_array else (0,))
+        ]
 
 
 def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = None) -> tuple[Row, ...]:
@@ -110,23 +115,21 @@ class _Case:
         kind = parse_dtype(sweep.dtype)
         elements = nbytes // kind.itemsize
         self.collective, self.nbytes, self.dtype = collective, nbytes, sweep.dtype
+        self.signature = signature_of(collective)
         self._comm = comm
         self._array: NDArray[Any] = comm.empty(elements, kind) if sweep.empty else np.zeros(elements, kind)
         self._input = given(kind, comm.rank, comm.size)
-        self._expected = given(kind, ROOT, comm.size) if collective == "broadcast" else reduced(kind, comm.size)
+        self._expected = summed(kind, promised_ranks(collective, comm.topology, comm.rank, ROOT), comm.size)
 
     def prepare(self) -> None:
         self._input.write(self._array)
 
     def call(self) -> None:
-        if self.collective == "all_reduce":
-            self._comm.all_reduce(self._array, op="sum")
-        elif self.collective == "broadcast":
-            self._comm.broadcast(self._array, root=ROOT)
-        elif self.collective == "barrier":
-            self._comm.barrier()
-        else:
-            raise unknown_kind(self.collective)
+        arguments: dict[str, Any] = {"op": "sum"} if self.signature.has_op else {}
+        if self.signature.has_root:
+            arguments["root"] = ROOT
+        arrays = (self._array,) if self.signature.has_array else ()
+        getattr(self._comm, self.collective)(*arrays, **arguments)
 
     def verify(self) -> None:
         self._expected.require(self._array, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
@@ -205,7 +208,7 @@ def _over_all_ranks(comm: Any, before: _LateWindows, after: _LateWindows) -> _La
 
 def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | None:
     """Return the median of what was predicted for calls at these times."""
-    if case.collective == "barrier":
+    if not case.signature.has_array:
         return None
     each = [comm.predict(case.collective, case.nbytes, case.dtype, called_ns=at_ns) for at_ns in began_ns]
     return None if None in each else float(np.median(each))
@@ -226,7 +229,7 @@ def _row(
     comm: Any, sweep: Sweep, case: _Case, times: CallTimes, cost: _Cost, kind: str, retransmits: int | None
 ) -> Row:  # fmt: skip
     seen = tails(times.calls_s)
-    has_size = case.collective != "barrier"
+    has_size = case.signature.has_array
     bound_s = comm.bound(case.collective, case.nbytes) if has_size else None
     predicted_s = _predicted_s(comm, case, times.began_ns)
     return Row(

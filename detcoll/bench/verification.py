@@ -6,7 +6,7 @@ that landed in the wrong place, twice or not at all shows, while every sum stays
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,10 @@ def given(dtype: np.dtype[Any], rank: int, size: int) -> Repeated:
     return Repeated((_pattern(dtype, size) + rank % 2).astype(dtype))
 
 
-def reduced(dtype: np.dtype[Any], size: int) -> Repeated:
-    """Return what an all-reduce with ``sum`` leaves on every rank."""
-    return Repeated((_pattern(dtype, size) * size + size // 2).astype(dtype))
+def summed(dtype: np.dtype[Any], ranks: Sequence[int], size: int) -> Repeated:
+    """Return the sum of the values of ``ranks``, of ``size`` in all."""
+    odd = sum(rank % 2 for rank in ranks)
+    return Repeated((_pattern(dtype, size) * len(ranks) + odd).astype(dtype))
 
 
 def fill(array: NDArray[Any], rank: int, size: int) -> None:
@@ -78,7 +79,7 @@ def fill(array: NDArray[Any], rank: int, size: int) -> None:
 
 def expected_all_reduce(elements: int, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
     """Return what an all-reduce with ``sum`` leaves on every rank."""
-    return _whole(reduced(dtype, size), elements)
+    return _whole(summed(dtype, range(size), size), elements)
 
 
 def expected_broadcast(elements: int, dtype: np.dtype[Any], size: int, root: int) -> NDArray[Any]:

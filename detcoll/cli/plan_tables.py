@@ -15,6 +15,7 @@ from detcoll.plan.reservation import OPEN, GateList
 from detcoll.plan.summary import Summary
 from detcoll.quantities import format_bytes, format_duration, format_rate
 from detcoll.scenarios.study import Needed
+from detcoll.signature import signature_of
 from detcoll.topology import Topology
 
 MOST_ENTRIES = 6
@@ -50,7 +51,7 @@ def print_calendar(topology: Topology, calendar: Calendar, plan: Summary) -> Non
         )  # fmt: skip
     console.print(table)
     bound = "" if plan.bound_s is None else f", {plan.bound_s / plan.predicted_s:.1%} of what is possible"
-    size = "" if plan.collective == "barrier" else f" of {format_bytes(plan.bytes)}"
+    size = f" of {format_bytes(plan.bytes)}" if signature_of(plan.collective).has_array else ""
     console.print(
         f"{plan.collective}{size} by {plan.algorithm}: {format_duration(plan.predicted_s * 1e9)} predicted{bound}. "
         "Steps and bytes are those of each site's first rank.",

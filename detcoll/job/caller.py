@@ -22,6 +22,7 @@ from detcoll.runtime import Descriptor, Group, Memory, Operation, Work
 from detcoll.runtime.group import WORLD_ID
 from detcoll.runtime.native import NativeCall, NativeRunner
 from detcoll.runtime.operation import Span
+from detcoll.signature import signature_of
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp, accumulation_dtype
 
@@ -89,11 +90,11 @@ class Caller:
         """Start a collective and return its work; None if ``wait`` is set and the collective has already ended."""
         self.check_usable()
         called_ns, timeout_ns = time.monotonic_ns(), round(timeout_s * 1e9)
-        native = self.native
+        native, has_array = self.native, signature_of(kind).has_array
         with self._order:
             sequence = next(self._sequence)
             if native is not None and native.supports(kind, bound.array.dtype, op):
-                if kind != "barrier" and self.job.has_loop:
+                if has_array and self.job.has_loop:
                     self.job.ahead.wait(bound.spans, on_loop=False)
                 call = NativeCall(
                     sequence, kind, bound.array, op, root, timeout_ns, called_ns, arrays,
@@ -103,9 +104,9 @@ class Caller:
                     return None
                 work = Work(f"{kind} number {sequence}")
                 native.run(call, work)
-                self.job.ahead.note(bound.spans if kind != "barrier" else (), work, on_loop=False)
+                self.job.ahead.note(bound.spans if has_array else (), work, on_loop=False)
                 return work
-            spans = bound.spans if kind != "barrier" else ()
+            spans = bound.spans if has_array else ()
             return self._submit(sequence, kind, bound, op, root, arrays, timeout_ns, called_ns, name, spans)
 
     def _submit(

@@ -5,10 +5,11 @@ Everything here is pure: no clock, no socket, no array of the user's.
 
 from __future__ import annotations
 
-from detcoll.plan.algorithms import ALL_REDUCE, BROADCAST, compile_plan
 from detcoll.plan.bounds import floor_ns
 from detcoll.plan.calendar import Calendar, Slotting, build_calendar, check_calendar
 from detcoll.plan.check import check
+from detcoll.plan.collectives import algorithms_for, promised_ranks
+from detcoll.plan.compiler import compile_plan
 from detcoll.plan.ir import Buffer, Collective, Kind, Phase, Plan, PlanBuilder
 from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
 from detcoll.plan.planner import Planner, choose_algorithm
@@ -16,8 +17,6 @@ from detcoll.plan.predict import Costs, predict_ns
 from detcoll.plan.reservation import SiteReservation, reserve
 
 __all__ = [
-    "ALL_REDUCE",
-    "BROADCAST",
     "Buffer",
     "Calendar",
     "ChunkSize",
@@ -30,6 +29,7 @@ __all__ = [
     "Planner",
     "SiteReservation",
     "Slotting",
+    "algorithms_for",
     "build_calendar",
     "check",
     "check_calendar",
@@ -38,6 +38,7 @@ __all__ = [
     "compile_plan",
     "floor_ns",
     "predict_ns",
+    "promised_ranks",
     "reserve",
     "uses_window",
 ]

@@ -11,7 +11,7 @@ It looks at the parts of all ranks together and proves, or raises with the rank,
     read by exactly one FOLD, after it arrived; scratch is large enough
 (e) with a calendar: no line carries more than it may, and no message is larger than a window
 
-(c) runs symbolic contributions through the steps (`detcoll.plan.symbols`). Work is about linear in the number of
+(c) runs symbolic contributions through the steps (`detcoll.plan.execution`). Work is about linear in the number of
 elements and steps of all ranks, memory quadratic in the steps of one, so use small counts: a plan's shape does not
 depend on them.
 """
@@ -23,9 +23,9 @@ from graphlib import CycleError, TopologicalSorter
 
 from detcoll.errors import PlanError
 from detcoll.plan.calendar import Calendar, check_calendar
+from detcoll.plan.execution import Execution, describe, run
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind, Plan
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, uses_window
-from detcoll.plan.symbols import Execution, describe, run
 from detcoll.topology import Topology
 
 Place = tuple[int, int]
@@ -55,9 +55,9 @@ def check(plans: Sequence[Plan], topology: Topology, calendar: Calendar | None =
         _check_memory(plan)
     partners = _matched(by_rank)
     events = _in_order(by_rank, partners)
-    execution = Execution(by_rank)
+    execution = Execution(by_rank, topology)
     run(execution, events, partners)
-    execution.check_result(topology)
+    execution.check_result()
     if calendar is not None:
         check_calendar(calendar, topology)
         for plan in by_rank:

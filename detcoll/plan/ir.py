@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.types import check_kind
+from detcoll.signature import check_kind
 
 
 class Kind(IntEnum):

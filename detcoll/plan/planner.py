@@ -11,9 +11,10 @@ from collections import OrderedDict
 from fractions import Fraction
 from functools import lru_cache
 
-from detcoll.plan.algorithms import ALL_REDUCE, BROADCAST, compile_plan
 from detcoll.plan.bounds import floor_ns
 from detcoll.plan.calendar import Calendar
+from detcoll.plan.collectives import declaration_of
+from detcoll.plan.compiler import compile_plan
 from detcoll.plan.ir import Collective, Plan
 from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
 from detcoll.plan.predict import Costs, predict_ns
@@ -23,20 +24,12 @@ LARGEST_KEPT_STEPS = 2_000_000
 LARGEST_KEPT_PLANS = 4_096
 LARGEST_KEPT_CHOICES = 4_096
 
-DELAYS = ("exchange", "star", "direct", "relay", "ring")
-"""Algorithms by rising number of one-way delays."""
-
 WORTH_A_CHANGE = 0.99
 """An algorithm with more one-way delays must be predicted to take less than this part of one with fewer, and so must
 another chunk than the rule's."""
 
 SCALES = (Fraction(1, 2), Fraction(2))
 """Of the chunk that a rule gives, those that are predicted too."""
-
-
-def algorithms_for(collective: Collective) -> tuple[str, ...]:
-    """Return the names of the algorithms that do this kind of collective."""
-    return BROADCAST if collective.kind == "broadcast" else ALL_REDUCE
 
 
 def predicted_chunk(
@@ -64,15 +57,15 @@ def choose_algorithm(
     chunk_size: ChunkSize | None = None,
 ) -> str:  # fmt: skip
     """Return the algorithm with the smallest prediction; of nearly equal ones, that with the fewest delays."""
-    names = sorted(algorithms_for(collective), key=DELAYS.index)
+    algorithms = declaration_of(collective.kind).algorithms
     if len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
-        return names[0]
+        return algorithms[0].name
     chunk_size = chunk_size or choose_chunk(topology, calendar, collective)
     taken, least_ns = "", 0.0
-    for name in names:
-        needs_ns = predict_ns(collective, topology, calendar, name, chunk_size, costs)
+    for algorithm in algorithms:
+        needs_ns = predict_ns(collective, topology, calendar, algorithm.name, chunk_size, costs)
         if not taken or needs_ns < least_ns * WORTH_A_CHANGE:
-            taken, least_ns = name, needs_ns
+            taken, least_ns = algorithm.name, needs_ns
     return taken
 
 

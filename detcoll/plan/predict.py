@@ -1,8 +1,9 @@
 """How long a collective takes, in closed form, before it starts.
 
-All ranks call at time zero; the answer is when the slowest has its result. Letters as in `detcoll.plan.algorithms`, c a
-chunk, q(c) its time on the line, s what a step costs the host, m(n) = n / copy rate, l the local latency, n the chunks
-that a rank owns.
+All ranks call at time zero; the answer is when the slowest has its result. Letters as in
+`detcoll.plan.collectives.all_reduce`, q(c) a chunk's time on the line, s what a step costs the host, m(n) = n / copy
+rate, l the local latency, n the chunks that a rank owns. Kinds declare how they open, what their hosts have to do, and
+their algorithms' hops.
 
 Local reduce    A rank sends its part to the R-1 other owners and folds what it gets. The first chunk is there after
                 f = max((R-1)(s + m(c)), s + m(c) + l) + (R-1) s + s + R m(c). Every other one follows D later, which
@@ -33,12 +34,13 @@ With windows the answer depends on where in the cycle the call falls; without a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 
 import numpy as np
 
 from detcoll.plan.alignment import LATE_NS
 from detcoll.plan.calendar import Calendar, Slotting
+from detcoll.plan.collectives import Homes, Hop, Load, Opening, declaration_of
 from detcoll.plan.ir import Collective
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS, ChunkSize, segments, uses_window
 from detcoll.plan.lines import Flows, Indices, Lines
@@ -132,7 +134,7 @@ def predict_ns(
     Parameters
     ----------
     collective, topology, calendar, algorithm, chunk_size
-        As for `detcoll.plan.algorithms.compile_plan`.
+        As for `detcoll.plan.compiler.compile_plan`.
     costs : Costs, optional
         What a host costs.
     phase_ns : int, optional
@@ -151,7 +153,9 @@ class _Prediction:
         costs: Costs,
     ) -> None:  # fmt: skip
         self.collective, self.topology, self.calendar = collective, topology, calendar
-        self.algorithm, self.chunk_size, self.costs = algorithm, chunk_size, costs
+        self.declared = declaration_of(collective.kind)
+        self.algorithm = self.declared.algorithm(algorithm)
+        self.chunk_size, self.costs = chunk_size, costs
         self.cut = _cut(topology, collective.count, chunk_size)
         self.sites = len(topology.sites)
         self.ranks_at = np.array([len(site.ranks) for site in topology.sites])
@@ -173,13 +177,13 @@ class _Prediction:
         return uses_window(self.calendar, self.collective.nbytes)
 
     def _finish_ns(self, phase_ns: int) -> float:
-        reduces = self.collective.kind != "broadcast"
-        first_ns = self._fill_ns() if reduces else self._scatter_ns()
+        scatters = self.declared.opening is Opening.SCATTER
+        first_ns = self._scatter_ns() if scatters else self._fill_ns()
         if self.sites == 1:
-            if not reduces:
-                last_ns = self._busiest_ns() + self.costs.local_latency_ns + self.local_step_ns
-                return max(first_ns + self._gather_ns(), last_ns)
-            return max(first_ns + self._gather_ns(), self._busiest_ns())
+            last_ns = self._busiest_ns()
+            if scatters:  # what the root sends last has to arrive
+                last_ns = last_ns + self.costs.local_latency_ns + self.local_step_ns
+            return max(first_ns + self._gather_ns(), last_ns)
         aligned = self.calendar.mode is Slotting.CALENDAR
         late_ns = self.costs.aligned_late_ns if aligned else self.costs.late_ns
         lines = Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns, late_ns=late_ns)
@@ -192,15 +196,12 @@ class _Prediction:
     def _supply_ns(self, lines: Lines) -> float:
         """Return how long after the first chunk the last one is ready: what the host and scratch allow."""
         turns = int(self.cut.chunks.max()) - 1
-        if self.collective.kind == "broadcast":
+        if self.declared.opening is Opening.SCATTER:
             return turns * len(self.cut.elems) * self.local_step_ns
         rounds = int(self._chunks_owned().max() - 1) // self.chunk_size.depth
         held_ns = float((lines.delay_ns + lines.delay_ns.T).max()) + self.costs.wake_ns
-        return max(turns * self._turn_ns(reduce_only=True), rounds * held_ns)
-
-    def _turn_ns(self, *, reduce_only: bool = False) -> float:
-        """Return what one chunk of every segment costs the busiest rank."""
-        return self._busiest_ns(reduce_only=reduce_only) / max(int(self.cut.chunks.max()), 1)
+        turn_ns = self._busiest_ns(opening=True) / max(turns + 1, 1)
+        return max(turns * turn_ns, rounds * held_ns)
 
     def _fill_ns(self) -> float:
         """Return when the first chunk is folded inside the slowest site."""
@@ -237,39 +238,45 @@ class _Prediction:
             np.add.at(owned, self.cut.owners[:, site], self.cut.chunks)
         return owned
 
-    def _busiest_ns(self, *, reduce_only: bool = False) -> float:
-        """Return what all steps of the busiest rank cost its host, or those of the local reduce."""
-        itemsize, total_chunks = self.collective.itemsize, float(self.cut.chunks.sum())
-        total = float(self.cut.elems.sum()) * itemsize
-        chunks = self._chunks_owned().astype(np.float64)
-        owned = np.zeros(self.topology.size)
-        peers = np.zeros(self.topology.size)
+    def _busiest_ns(self, *, opening: bool = False) -> float:
+        """Return what all steps of the busiest rank cost its host, or those of the opening."""
+        steps, moved = self.declared.work(self._load, self.algorithm, opening)
+        return float((steps * self.costs.step_ns + moved / self.costs.copy_bytes_per_s * 1e9).max())
+
+    @cached_property
+    def _load(self) -> Load:
+        itemsize, size = self.collective.itemsize, self.topology.size
+        owned, peers, at_root = np.zeros(size), np.zeros(size), np.zeros(size)
         for index, site in enumerate(self.topology.sites):
             np.add.at(owned, self.cut.owners[:, index], self.cut.elems * float(itemsize))
             peers[list(site.ranks)] = len(site.ranks) - 1
-        if self.collective.kind == "broadcast":
-            at_root = list(self.topology.sites[self.root_site].ranks)
-            peers[at_root] -= 1
-            steps, moved = total_chunks + chunks * peers, total + owned * peers
-            sends = (self.sites - 1 if self.algorithm == "star" else 1) * (self.sites > 1)
-            steps[at_root] += chunks[at_root] * sends
-        else:
-            both_ways = (1 if reduce_only else 2) * (peers > 0)
-            steps = (total_chunks - chunks) * both_ways + chunks * ((1 if reduce_only else 2) * peers + 1)
-            moved = (total - owned) * both_ways + owned * ((1 if reduce_only else 2) * peers + 1)
-            if self.sites > 1:
-                wide_steps, wide_moves = self._wide_steps()
-                steps, moved = steps + chunks * wide_steps, moved + owned * wide_moves * (not reduce_only)
-        return float((steps * self.costs.step_ns + moved / self.costs.copy_bytes_per_s * 1e9).max())
+            at_root[list(site.ranks)] = index == self.root_site
+        return Load(
+            self.sites, float(self.cut.chunks.sum()), float(self.cut.elems.sum()) * itemsize,
+            self._chunks_owned().astype(np.float64), owned, peers, at_root,
+        )  # fmt: skip
 
-    def _wide_steps(self) -> tuple[float, float]:
-        """Return steps and copies of a chunk that its owner does for the wide stage of an all-reduce."""
-        others = self.sites - 1
-        if self.algorithm == "exchange":
-            return 2 * others + 1, self.sites
-        if self.algorithm == "direct":
-            return (2 * others + 2 + 2 * others) / self.sites, (self.sites + 1 + others) / self.sites
-        return 5, 3
+    @cached_property
+    def hops(self) -> list[tuple[Hop, Flows]]:
+        """The hops of the wide stage, and the flows between owners that carry their chunks."""
+        return [(hop, self._flows(hop)) for hop in self.algorithm.hops(self.sites, self.root_site)]
+
+    def _flows(self, hop: Hop) -> Flows:
+        """Return the flows between owners that carry the chunks of ``hop``."""
+        cut, size = self.cut, self.topology.size
+        here, there = np.array(hop.pairs, dtype=np.int64).reshape(-1, 2).T
+        if hop.homes is Homes.ALL:
+            elems = np.repeat(cut.elems[:, None], len(here), axis=1)
+            chunks = np.repeat(cut.chunks[:, None], len(here), axis=1)
+        else:
+            elems, chunks = cut.of_home(here if hop.homes is Homes.SOURCE else there)
+        keys = cut.owners[:, here] * size + cut.owners[:, there]
+        pairs, where = np.unique(keys, return_inverse=True)
+        messages = np.asarray(np.bincount(where.ravel(), chunks.ravel()), dtype=np.float64)
+        collective, frame_bytes = self.collective, float(self.costs.frame_bytes)
+        nbytes = np.asarray(np.bincount(where.ravel(), elems.ravel() * float(collective.itemsize)), dtype=np.float64)
+        scale = collective.accumulator_itemsize / collective.itemsize if hop.accumulated else 1.0
+        return Flows(pairs // size, pairs % size, (nbytes + messages * frame_bytes) * scale, messages)
 
 
 class _Stages:
@@ -281,54 +288,20 @@ class _Stages:
         self.last = np.full(given.topology.size, last_ns)
         self.begun = self.first
         self.acknowledged_ns = 0.0
-        self.from_user = given.algorithm in ("star", "relay")
         self.fold_ns = given.costs.step_ns + given.costs.copy_ns(given.chunk_bytes)
 
     def done_ns(self) -> float:
         """Return when the last owner has its last chunk."""
-        everyone = np.arange(self.given.sites)
-        match self.given.algorithm:
-            case "exchange":
-                return self._hop(self._flows(*_all_pairs(everyone))) + self.fold_ns * 2
-            case "star":
-                others = everyone[everyone != self.given.root_site]
-                return self._hop(self._flows(np.full_like(others, self.given.root_site), others)) + self.fold_ns
-            case "direct":
-                return self._direct(*_all_pairs(everyone))
-            case "relay":
-                order = [(self.given.root_site + step) % self.given.sites for step in range(self.given.sites)]
-                return self._chain(list(pairwise(order)))
-            case _:
-                return self._ring()
+        end_ns, folds = 0.0, False
+        for hop, flows in self.given.hops:
+            before = None if hop.behind is None else self.given.hops[hop.behind][1]
+            end_ns = max(end_ns, self._hop(flows, before, hop.from_user))
+            folds = hop.folds
+            if folds:  # received and folded, before it goes on
+                self.first, self.last = self.first + 2 * self.fold_ns, self.last + 2 * self.fold_ns
+        return end_ns + self.fold_ns * (2 if folds else 1)
 
-    def _direct(self, here: Indices, there: Indices) -> float:
-        sums, results = self._flows(here, there, home=there), self._flows(here, there, home=here)
-        arrived_ns = self._hop(sums)
-        self.first, self.last = self.first + 2 * self.fold_ns, self.last + 2 * self.fold_ns
-        return max(arrived_ns, self._hop(results, sums)) + self.fold_ns
-
-    def _chain(self, hops: list[tuple[int, int]]) -> float:
-        end_ns = 0.0
-        for source, destination in hops:
-            end_ns = self._hop(self._flows(np.array([source]), np.array([destination])))
-        return end_ns + self.fold_ns
-
-    def _ring(self) -> float:
-        last = self.given.sites - 1
-        scale = self.given.collective.accumulator_itemsize / self.given.collective.itemsize
-        begun, sums = self.first, []
-        for site in range(last):
-            flows = self._flows(np.array([site]), np.array([site + 1]))
-            sums.append(Flows(flows.src, flows.dst, flows.nbytes * (scale if site else 1.0), flows.messages))
-            self._hop(sums[-1])
-            self.first, self.last = self.first + 2 * self.fold_ns, self.last + 2 * self.fold_ns
-        self.begun, self.from_user, end_ns = begun, True, 0.0
-        for site in [last, *range(last - 1)]:
-            flows = self._flows(np.array([site]), np.array([(site + 1) % (last + 1)]))
-            end_ns = self._hop(flows, sums[site] if site < last else None) + self.fold_ns
-        return end_ns
-
-    def _hop(self, flows: Flows, before: Flows | None = None) -> float:
+    def _hop(self, flows: Flows, before: Flows | None, from_user: bool) -> float:
         """Send ``flows`` behind what ``before`` put on the same lines; return when the last one has arrived."""
         one, over_ns = flows.only_one(), self.lines.delays_ns(flows) + self.given.costs.wake_ns
         one_ns = self.lines.end_ns(one, self.first[flows.src])
@@ -338,7 +311,7 @@ class _Stages:
         if before is not None:
             end_ns = np.maximum(end_ns, self.lines.end_ns(flows.with_more(before), self.begun[flows.src]))
         used = flows.messages > 0
-        if self.from_user:
+        if from_user:
             back = Flows(flows.dst, flows.src, flows.nbytes, flows.messages)
             acknowledged = end_ns + self.lines.delays_ns(flows) + self.lines.delays_ns(back)
             self.acknowledged_ns = max(self.acknowledged_ns, float(acknowledged[used].max(initial=0.0)))
@@ -348,27 +321,6 @@ class _Stages:
         heard = last > 0
         self.first, self.last = np.where(heard, first, self.first), np.where(heard, last, self.last)
         return float(last.max())
-
-    def _flows(self, here: Indices, there: Indices, home: Indices | None = None) -> Flows:
-        """Return the flows from sites ``here[k]`` to ``there[k]``: all chunks, or those with home ``home[k]``."""
-        cut, size = self.given.cut, self.given.topology.size
-        if home is None:
-            elems = np.repeat(cut.elems[:, None], len(here), axis=1)
-            chunks = np.repeat(cut.chunks[:, None], len(here), axis=1)
-        else:
-            elems, chunks = cut.of_home(home)
-        keys = cut.owners[:, here] * size + cut.owners[:, there]
-        pairs, where = np.unique(keys, return_inverse=True)
-        messages = np.asarray(np.bincount(where.ravel(), chunks.ravel()), dtype=np.float64)
-        itemsize = float(self.given.collective.itemsize)
-        nbytes = np.asarray(np.bincount(where.ravel(), elems.ravel() * itemsize), dtype=np.float64)
-        return Flows(pairs // size, pairs % size, nbytes + messages * self.given.costs.frame_bytes, messages)
-
-
-def _all_pairs(sites: Indices) -> tuple[Indices, Indices]:
-    here, there = np.meshgrid(sites, sites, indexing="ij")
-    different = here != there
-    return here[different], there[different]
 
 
 def _cut(topology: Topology, count: int, size: ChunkSize) -> _Cut:

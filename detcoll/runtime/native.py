@@ -23,9 +23,10 @@ from detcoll.priority import shorten_turns
 from detcoll.runtime.group import WORLD_ID, Group
 from detcoll.runtime.recorder import Called, Recorder
 from detcoll.runtime.work import Work
+from detcoll.signature import signature_of
 from detcoll.trace import Call, Trace
 from detcoll.transport import Capabilities, NativeCollectives
-from detcoll.types import ReduceOp, unknown_kind
+from detcoll.types import ReduceOp
 
 LARGEST_QUEUE = 4096
 
@@ -257,14 +258,14 @@ class NativeRunner:
 
     def _dispatch(self, call: NativeCall) -> None:
         deadline_ns = time.monotonic_ns() + call.timeout_ns
-        if call.kind == "all_reduce":
-            self._collectives.all_reduce(call.array, call.op, deadline_ns, call.arrays, call.name)
-        elif call.kind == "broadcast":
-            self._collectives.broadcast(call.array, call.root, deadline_ns, call.arrays, call.name)
-        elif call.kind == "barrier":
-            self._collectives.barrier(deadline_ns, call.name)
-        else:
-            raise unknown_kind(call.kind)
+        signature = signature_of(call.kind)
+        carry_out = getattr(self._collectives, call.kind)
+        if not signature.has_array:
+            carry_out(deadline_ns, call.name)
+            return
+        operation = (call.op,) if signature.has_op else ()
+        root = (call.root,) if signature.has_root else ()
+        carry_out(call.array, *operation, *root, deadline_ns, call.arrays, call.name)
 
 
 def _called(call: NativeCall) -> Called:

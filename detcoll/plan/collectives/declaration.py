@@ -1,0 +1,185 @@
+"""The form in which a kind of collective is declared.
+
+A declaration holds all that is particular to the kind. The planner, the checker, the floor and the prediction read it,
+and ask no kind for its name. A file of this package makes one, and `detcoll.plan.collectives` makes it known.
+
+The wide stage of an algorithm is stated as `Hop`s, one after another. From them follow how many one-way delays pass
+(`Algorithm.delays`), how much an uplink carries (`Algorithm.uplink_share`), and when the stage ends
+(`detcoll.plan.predict`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.errors import UsageError
+from detcoll.plan.collectives.part import Part
+from detcoll.plan.ir import Collective
+from detcoll.plan.layout import Chunk
+from detcoll.plan.symbols import Symbols
+from detcoll.signature import Signature, signature_of
+from detcoll.topology import Topology
+
+Floats = NDArray[np.float64]
+
+
+class Opening(Enum):
+    """What happens inside a site before the first chunk can leave it."""
+
+    REDUCE = "every rank sends its elements to their owners in its site, which fold them"
+    SCATTER = "the root sends its elements to their owners in its site"
+
+
+class Homes(Enum):
+    """Which chunks two sites exchange in a hop."""
+
+    ALL = "all"
+    SOURCE = "those whose home is the site that sends"
+    DESTINATION = "those whose home is the site that receives"
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """Messages between owners that leave together, each chunk as soon as its owner has it from the hop before.
+
+    ``pairs`` : the sites that send and receive.  ``homes`` : of the chunks that they exchange.
+    ``folds`` : receivers fold what they get.  ``accumulated`` : it is in the accumulation type.
+    ``from_user`` : it is sent from the caller's array, which therefore waits for the acknowledgement.
+    ``behind`` : the number of an earlier hop whose messages leave on the same lines before.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    homes: Homes = Homes.ALL
+    folds: bool = False
+    accumulated: bool = False
+    from_user: bool = False
+    behind: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """One way to do a collective between sites.
+
+    ``name`` : what it is asked for by.
+    ``add_chunk`` : adds one rank's steps for a chunk.
+    ``hops`` : of the wide stage, by the number of sites and the site of the root.
+    ``owner_work`` : by the number of sites, the steps of a chunk's owner in the wide stage and how often it reads or
+    writes the chunk for them; where the opening is a scatter, this holds for the root's site.
+    ``accumulates`` : it keeps and sends sums in the accumulation type.
+    """
+
+    name: str
+    add_chunk: Callable[[Part, Chunk, Collective], None]
+    hops: Callable[[int, int], tuple[Hop, ...]]
+    owner_work: Callable[[int], tuple[float, float]]
+    accumulates: bool = False
+
+    def delays(self, sites: int) -> int:
+        """Return how many one-way delays pass until every site has its result."""
+        return len(self.hops(sites, 0))
+
+    def uplink_share(self, sites: int, root_site: int = 0) -> Fraction:
+        """Return the most that leaves one of ``sites``, as a multiple of the array's size V."""
+        sent = [Fraction(0)] * sites
+        for hop in self.hops(sites, root_site):
+            for source, _ in hop.pairs:
+                sent[source] += 1 if hop.homes is Homes.ALL else Fraction(1, sites)
+        return max(sent)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What falls to each rank of a collective that is cut into chunks; arrays are by rank.
+
+    ``chunks``, ``nbytes`` : of the whole array.  ``owned_chunks``, ``owned_bytes`` : what a rank owns of it.
+    ``peers`` : how many others its site has.  ``at_root`` : 1 in the root's site, else 0.
+    """
+
+    sites: int
+    chunks: float
+    nbytes: float
+    owned_chunks: Floats
+    owned_bytes: Floats
+    peers: Floats
+    at_root: Floats
+
+
+def contribution(symbols: Symbols, collective: Collective, topology: Topology, rank: int) -> int:
+    """Return what ``rank`` contributes."""
+    return symbols.leaf(rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration(Signature):
+    """A kind of collective.
+
+    ``algorithms`` : by rising number of one-way delays; the first is taken where nothing is gained by another.
+    ``opening`` : what is done inside a site first.
+    ``before`` : the expression of each element of a rank's array when it calls.
+    ``after`` : the one that it must end with: the promise that the checker proves.
+    ``floor_ns`` : the least time that any schedule takes on a topology with lines, for so many bytes and a root.
+    ``work`` : steps of each rank's host and bytes that it reads or writes, for all of the collective or the opening.
+    """
+
+    algorithms: tuple[Algorithm, ...]
+    opening: Opening
+    after: Callable[[Symbols, Collective, Topology, int], int]
+    floor_ns: Callable[[Topology, int, int], float]
+    work: Callable[[Load, Algorithm, bool], tuple[Floats, Floats]]
+    before: Callable[[Symbols, Collective, Topology, int], int] = contribution
+
+    def algorithm(self, name: str) -> Algorithm:
+        """Return the algorithm of that name.
+
+        Raises
+        ------
+        UsageError
+            If it does not do this kind of collective.
+        """
+        for algorithm in self.algorithms:
+            if algorithm.name == name:
+                return algorithm
+        known = ", ".join(algorithm.name for algorithm in self.algorithms)
+        raise UsageError(f"algorithm={name!r} does not do {self.name}; expected one of {known}")
+
+
+def declaration_of(kind: str) -> Declaration:
+    """Return the declaration of ``kind``.
+
+    Raises
+    ------
+    UsageError
+        If no collective has that name.
+    """
+    declared = signature_of(kind)
+    assert isinstance(declared, Declaration)
+    return declared
+
+
+def algorithms_for(kind: str) -> tuple[str, ...]:
+    """Return the names of the algorithms that do ``kind``.
+
+    Raises
+    ------
+    UsageError
+        If no collective has that name.
+    """
+    return tuple(algorithm.name for algorithm in declaration_of(kind).algorithms)
+
+
+def promised_ranks(kind: str, topology: Topology, rank: int, root: int = 0) -> list[int]:
+    """Return the ranks whose contributions ``rank`` ends with, in fold order.
+
+    Raises
+    ------
+    UsageError
+        If no collective has the name ``kind``.
+    """
+    symbols = Symbols()
+    return symbols.ranks_in(declaration_of(kind).after(symbols, Collective(kind, 1, 1, 1, root), topology, rank))

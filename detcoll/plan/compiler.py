@@ -1,0 +1,34 @@
+"""The compiler: from a collective, a topology and an algorithm to one rank's plan.
+
+All algorithms are hierarchical: inside a site first, between the owners of a chunk in each site next, and inside sites
+again. The files of `detcoll.plan.collectives` hold them.
+"""
+
+from __future__ import annotations
+
+from detcoll.errors import PlanError
+from detcoll.plan.collectives import Part, declaration_of
+from detcoll.plan.ir import LARGEST_PLAN_TAG, Collective, Plan
+from detcoll.plan.layout import PHASE_TAGS, ChunkSize, chunks
+from detcoll.topology import Topology
+
+
+def compile_plan(collective: Collective, topology: Topology, rank: int, algorithm: str, chunk_size: ChunkSize) -> Plan:
+    """Return ``rank``'s part of ``collective`` done by ``algorithm``.
+
+    Raises
+    ------
+    UsageError
+        If the algorithm does not do this kind of collective.
+    PlanError
+        If there are more chunks than tags for them.
+    """
+    how = declaration_of(collective.kind).algorithm(algorithm)
+    part = Part(topology, rank, topology.site_of(rank), chunk_size)
+    cut = chunks(topology, collective.count, chunk_size) if topology.size > 1 else []
+    if len(cut) * PHASE_TAGS > LARGEST_PLAN_TAG:
+        raise PlanError(f"{collective} needs more tags than a plan has; use larger chunks than {chunk_size.elems}")
+    for chunk in cut:
+        how.add_chunk(part, chunk, collective)
+    scratch = min(part.places, chunk_size.depth) * chunk_size.elems
+    return part.builder.build(collective, algorithm, rank, topology.size, scratch, scratch if how.accumulates else 0)
