@@ -125,7 +125,6 @@ MAY_NAME_KINDS = {
     "communicator.py": "their methods",
     "__init__.py": "the façade",
     "bench/start.py": "a way in which ranks begin together, which happens to be a barrier",
-    "cli/plan.py": "the size of a barrier",
     "testing": "programs for transports, which call each kind as its method",
 }
 

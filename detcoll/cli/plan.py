@@ -26,6 +26,7 @@ from detcoll.scenarios.buckets import default_calendar, require_few_sites
 from detcoll.scenarios.scenario import from_topology, is_scenario, with_rate
 from detcoll.scenarios.study import Needed, need
 from detcoll.scenarios.workload import Workload
+from detcoll.signature import signature_of
 from detcoll.topology import Topology
 from detcoll.types import accumulation_dtype, parse_dtype
 
@@ -215,6 +216,6 @@ def _collective(options: CollectiveOptions) -> Collective:
     dtype = parse_dtype(name)
     if nbytes % dtype.itemsize or nbytes == 0:
         raise UsageError(f"bytes={nbytes} must be a positive multiple of the {dtype.itemsize} bytes of {name}")
-    if kind == "barrier":
+    if not signature_of(kind).has_array:
         return Collective(kind, 1, 1, 1)
     return Collective(kind, nbytes // dtype.itemsize, dtype.itemsize, accumulation_dtype(dtype).itemsize)
