@@ -46,8 +46,8 @@ LARGEST_ACTIVE = 16
 HELLO_TAG = LARGEST_PLAN_TAG
 
 GREETING_DELAY_NS = 3_000_000
-"""How long the hello to other sites waits at most for the first message of the call over the line: until that has left,
-processor time is better spent on what leads to it."""
+"""The hello to other sites is sent after the call's first message over the line, and at the latest after this time.
+Sending it earlier would take processor time from the work that leads to that message."""
 
 SEND, RECV, FOLD, LENT = Kind.SEND, Kind.RECV, Kind.FOLD, Buffer.LENT
 GIVE, POST, COPY = Act.SEND, Act.RECV, Act.COPY
@@ -88,7 +88,7 @@ class Engine:
         self.express, self.recorder, self._lines_cost = express, recorder or Recorder(), lines_cost
         self._greets = greets
         self.actions: list[tuple[Any, ...]] = []
-        """Always this list; new actions are added at its end, also while the driver carries out those before."""
+        """The driver carries them out from the front while more are added at the end; the list is never replaced."""
         self.groups: dict[int, Membership] = {}
         self._listening: set[int] = set()
         self._greetings: list[tuple[Operation, set[int]]] = []
@@ -368,16 +368,20 @@ class Engine:
             self._greet_far(now_ns)
 
     def _greet_far(self, now_ns: int) -> None:
-        """Exchange descriptors with ranks of other sites, where it is time to."""
-        self._greetings = [greeting for greeting in self._greetings if not greeting[0].over]
+        """Exchange descriptors with ranks of other sites for the calls whose `greets_ns` has come."""
+        later = []
         for operation, peers in self._greetings:
-            if operation.greets_ns <= now_ns:
-                for peer in peers:
-                    if self.express is not None:
-                        self.express.spend(HELLO_BYTES, now_ns)
-                    self.actions.append((Act.AWAIT_HELLO, operation, peer))
-                    self.actions.append((Act.HELLO, operation, peer))
-        self._greetings = [greeting for greeting in self._greetings if greeting[0].greets_ns > now_ns]
+            if operation.over:
+                continue
+            if operation.greets_ns > now_ns:
+                later.append((operation, peers))
+                continue
+            for peer in peers:
+                if self.express is not None:
+                    self.express.spend(HELLO_BYTES, now_ns)
+                self.actions.append((Act.AWAIT_HELLO, operation, peer))
+                self.actions.append((Act.HELLO, operation, peer))
+        self._greetings = later
 
     def greeted(self, operation: Operation, peer: int, record: bytes, now_ns: int) -> None:
         """Take in what a peer says that it called."""

@@ -96,12 +96,12 @@ class Failures:
             self.end_group(membership, error, now_ns)
 
     def suspect(self, peer: int, error: PeerLost, now_ns: int) -> None:
-        """Take note that an endpoint lost a peer; perhaps somebody tells why before it counts."""
+        """Note that an endpoint lost a peer. It counts as lost after `EXPLANATION_NS` without a cause."""
         if peer not in self.lost:
             self.suspects.setdefault(peer, (str(error), now_ns + EXPLANATION_NS))
 
     def look_after(self, now_ns: int) -> None:
-        """Look into calls that make no progress, and give up peers that nobody explains."""
+        """Look into calls that make no progress, and declare suspected peers lost whose time for a cause has passed."""
         for peer, (text, until_ns) in list(self.suspects.items()):
             if now_ns >= until_ns:
                 self.rank_lost(peer, text, now_ns)
@@ -195,7 +195,7 @@ class Failures:
     ) -> None:  # fmt: skip
         """End all calls of a group with ``error``, and tell its members: the cause as it was told, or this one.
 
-        ``is_known`` : they know it.
+        ``is_known`` : the members hear it from the rendezvous, so they are not told again.
         """
         if membership.failure is not None:
             return
@@ -231,15 +231,16 @@ class Failures:
             self._actions.append((Act.FINISH, operation, error))
 
     def _discard_call(self, membership: Membership, sequence: int) -> None:
-        """Let endpoints drop what comes for a call that has ended early."""
+        """Make endpoints drop messages that still arrive for a call that has ended early."""
         self.lift_old(membership, sequence)
         membership.dropped.append(sequence)
         self._actions.append((Act.DISCARD, membership.group.call_prefix(sequence), PLAN_BITS))
 
     def lift_old(self, membership: Membership, sequence: int) -> None:
-        """Let endpoints take in again what has the tags of old calls: peers may use them soon for another call.
+        """Stop dropping messages with the tags of old calls, since the tags will be used again.
 
-        Half of all sequences later nobody sends anything of the old call any more, and nobody is at the next one yet.
+        Sequences are counted modulo `SEQUENCES`. Half of that after a call, all its messages have arrived, and no peer
+        has reached the next call with the same tags.
         """
         while membership.dropped and membership.dropped[0] <= sequence - SEQUENCES // 2:
             prefix = membership.group.call_prefix(membership.dropped.popleft())

@@ -300,7 +300,7 @@ class Loop:
             self._courier.report_overdue(now_ns)
 
     def _poll(self, ready: Container[int] | None) -> None:
-        """Take what has ended from the endpoints that are ``ready``, all if None."""
+        """Take the tickets that have ended from the endpoints whose descriptors are in ``ready``; from all if None."""
         take = self._courier.take
         missed: list[tuple[Queued[Wide], Window, int]] = []
         for endpoint, descriptor in self._polled:
