@@ -30,7 +30,7 @@ from detcoll.plan import Calendar, Collective, Slotting, build_calendar
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime import Group, Work
 from detcoll.runtime.group import group_id
-from detcoll.signature import check_kind
+from detcoll.signature import signature_of
 from detcoll.topology import Topology
 from detcoll.trace import Trace
 from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
@@ -426,7 +426,7 @@ class Communicator:
 
     def algorithm(self, kind: str, nbytes: int, dtype: object = "float32") -> str:
         """Return the name of the algorithm that a collective of ``nbytes`` would use."""
-        check_kind(kind)
+        signature_of(kind)
         if self._caller.native is not None and self._job.assembled.native is not None:
             return self._job.assembled.native.algorithm
         return self._caller.planner.algorithm(self._collective(kind, nbytes, dtype))
@@ -544,7 +544,7 @@ class Communicator:
 
     def _collective(self, kind: str, nbytes: int, dtype: object) -> Collective:
         element = parse_dtype(dtype)
-        check_kind(kind)
+        signature_of(kind)
         if nbytes < 0 or nbytes % element.itemsize:
             raise UsageError(f"nbytes={nbytes} must be a multiple of {element.itemsize}, the size of {element}")
         count = nbytes // element.itemsize

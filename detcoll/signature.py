@@ -15,8 +15,8 @@ from detcoll.errors import UsageError
 class Signature:
     """What a call of a collective takes.
 
-    ``name`` : of the kind, which is also that of its method.  ``has_array`` : elements of the caller take part.
-    ``has_op`` : they are reduced by an operation.  ``has_root`` : one rank has another part in it than the rest.
+    ``name`` : the name of the kind, and of its method of `Communicator`.  ``has_array`` : the call takes an array.
+    ``has_op`` : it takes a reduction operator.  ``has_root`` : it takes a root rank.
     """
 
     name: str
@@ -54,14 +54,3 @@ def signature_of(kind: str) -> Signature:
     if known is None:
         raise UsageError(f"kind={kind!r} is not a collective known here; expected one of {', '.join(DECLARED)}")
     return known
-
-
-def check_kind(kind: str) -> None:
-    """Check that a collective is known.
-
-    Raises
-    ------
-    UsageError
-        If no collective has the name ``kind``.
-    """
-    signature_of(kind)

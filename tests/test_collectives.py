@@ -18,7 +18,7 @@ from detcoll.plan import ChunkSize, Collective, Phase, Planner, build_calendar, 
 from detcoll.plan.collectives import Algorithm, Declaration, Hop, Opening, Part, declaration_of
 from detcoll.plan.ir import Buffer
 from detcoll.plan.layout import Chunk
-from detcoll.signature import DECLARED, check_kind, declare, signature_of
+from detcoll.signature import DECLARED, declare, signature_of
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 
@@ -98,7 +98,7 @@ def test_the_checker_holds_a_new_kind_to_its_promise(monkeypatch: pytest.MonkeyP
 
 
 def test_a_kind_that_nobody_declared_is_unknown() -> None:
-    for ask in (check_kind, signature_of, declaration_of):
+    for ask in (signature_of, declaration_of):
         with pytest.raises(UsageError, match="kind='shout' is not a collective known here; expected one of all_reduce"):
             ask("shout")
     with pytest.raises(UsageError, match="kind='broadcast' is declared already"):

@@ -44,6 +44,6 @@ class Ahead:
             ]  # fmt: skip
 
     def wait(self, spans: Sequence[Span], *, on_loop: bool) -> None:
-        """Block until all calls that `of` returns have ended; the deadline of each bounds the wait."""
+        """Block until the calls on this memory that the other executor has under way end, each by its own deadline."""
         for work in self.of(spans, on_loop=on_loop):
             work.exception()

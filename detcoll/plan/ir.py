@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.signature import check_kind
+from detcoll.signature import signature_of
 
 
 class Kind(IntEnum):
@@ -106,7 +106,7 @@ class Collective:
 
     def __post_init__(self) -> None:
         """Refuse what no reader of a plan knows."""
-        check_kind(self.kind)
+        signature_of(self.kind)
 
     @property
     def nbytes(self) -> int:

@@ -115,7 +115,7 @@ def accepts_insecurity(environ: Mapping[str, str]) -> bool:
         If it is neither.
     """
     text = environ.get("DETCOLL_INSECURE", "")
-    return text == TRUSTED_NETWORK or parse_flag(text, "DETCOLL_INSECURE", default=False)
+    return text.strip().lower() == TRUSTED_NETWORK or parse_flag(text, "DETCOLL_INSECURE", default=False)
 
 
 def listen(address: Address, environ: Mapping[str, str], *, everywhere: bool = False) -> socket.socket:

@@ -33,7 +33,7 @@ from detcoll.plan.collectives.part import (
     local_contribute,
     local_fold,
     local_gather,
-    others_from,
+    other_owners,
     recent,
     tag_of,
 )  # fmt: skip
@@ -133,7 +133,7 @@ def _exchange(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> 
         part.builder.send(
             Phase.WIDE_REDUCE, owner, tag_of(chunk, 2), (Buffer.PARTIAL, offset), chunk.length, [folded], wide=True
         )
-        for site, owner in others_from(part.site, chunk.owners)
+        for owner in other_owners(part.site, chunk.owners)
     ]
     done = _wide_fold(part, chunk, offset, folded, (Buffer.USER, chunk.offset))
     part.last_use[number] = [*sent, done]
@@ -144,14 +144,14 @@ def _direct(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> in
     number, offset = place
     home = chunk.home
     if part.site == home:
-        partial = (Buffer.PARTIAL, offset)
-        summed = _wide_fold(part, chunk, offset, folded, partial)
+        own = (Buffer.PARTIAL, offset)
+        summed = _wide_fold(part, chunk, offset, folded, own)
         # Sent from scratch, so that the caller's array is finished without waiting for acknowledgements.
         sends = [
-            part.builder.send(Phase.WIDE_GATHER, owner, tag_of(chunk, 3), partial, chunk.length, [summed], wide=True)
-            for _, owner in others_from(part.site, chunk.owners)
+            part.builder.send(Phase.WIDE_GATHER, owner, tag_of(chunk, 3), own, chunk.length, [summed], wide=True)
+            for owner in other_owners(part.site, chunk.owners)
         ]
-        copied = [(*partial, part.topology.size)]
+        copied = [(*own, part.topology.size)]
         done = part.builder.fold(Phase.WIDE_GATHER, copied, (Buffer.USER, chunk.offset), chunk.length, [summed])
         part.last_use[number] = [*sends, done]
         return done
@@ -169,9 +169,9 @@ def _direct(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> in
 def _ring(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
     number, offset = place
     site, last, ranks = part.site, len(chunk.owners) - 1, part.ranks_of_sites
-    partial = (Buffer.PARTIAL, offset)
+    own = (Buffer.PARTIAL, offset)
     if site == 0:
-        sent = _ring_send(part, chunk, 1, partial, folded, accumulated=False)
+        sent = _ring_send(part, chunk, 1, own, folded, accumulated=False)
         part.last_use[number] = [sent]
     else:
         lent = part.builder.recv(
@@ -180,7 +180,7 @@ def _ring(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
         )  # fmt: skip
         target = (Buffer.USER, chunk.offset) if site == last else (Buffer.ACCUMULATOR, offset)
         summed = part.builder.fold(
-            Phase.WIDE_REDUCE, [(Buffer.LENT, lent, sum(ranks[:site])), (*partial, ranks[site])], target, chunk.length,
+            Phase.WIDE_REDUCE, [(Buffer.LENT, lent, sum(ranks[:site])), (*own, ranks[site])], target, chunk.length,
             [folded, lent], final=site == last,
         )  # fmt: skip
         part.wide_folds.append(summed)

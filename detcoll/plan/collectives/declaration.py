@@ -66,7 +66,7 @@ class Hop:
 class Algorithm:
     """One way to do a collective between sites.
 
-    ``name`` : what it is asked for by.
+    ``name`` : the name by which a caller selects it.
     ``add_chunk`` : adds one rank's steps for a chunk.
     ``hops`` : of the wide stage, by the number of sites and the site of the root.
     ``owner_work`` : by the number of sites, the steps of a chunk's owner in the wide stage and how often it reads or
@@ -119,12 +119,13 @@ def contribution(symbols: Symbols, collective: Collective, topology: Topology, r
 class Declaration(Signature):
     """A kind of collective.
 
-    ``algorithms`` : by rising number of one-way delays; the first is taken where nothing is gained by another.
-    ``opening`` : what is done inside a site first.
+    ``algorithms`` : by rising number of one-way delays; the first is the default.
+    ``opening`` : the first stage, inside a site.
     ``before`` : the expression of each element of a rank's array when it calls.
     ``after`` : the one that it must end with: the promise that the checker proves.
     ``floor_ns`` : the least time that any schedule takes on a topology with lines, for so many bytes and a root.
-    ``work`` : steps of each rank's host and bytes that it reads or writes, for all of the collective or the opening.
+    ``work`` : given (load, algorithm, opening), the steps of each rank's host and the bytes that it reads or writes: of
+    the opening alone if ``opening``, else of the whole collective.
     """
 
     algorithms: tuple[Algorithm, ...]

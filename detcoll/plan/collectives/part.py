@@ -67,10 +67,9 @@ def recent(steps: list[int], window: int) -> list[int]:
     return steps[-window:][:1] if len(steps) >= window else []
 
 
-def others_from(site: int, owners: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return the other sites and their owners, beginning with the next one, so that not all send to site 0 first."""
-    count = len(owners)
-    return [((site + step) % count, owners[(site + step) % count]) for step in range(1, count)]
+def other_owners(site: int, owners: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the owners in the other sites, those of the next site first, so that not all send to site 0 first."""
+    return (*owners[site + 1 :], *owners[:site])
 
 
 def local_contribute(part: Part, chunk: Chunk, owner: int) -> None:
