@@ -31,18 +31,13 @@ class Ended:
 
     @property
     def said(self) -> dict[int, list[Any]]:
-        """What each rank said, in its order."""
-        return heard(self.out)
-
-
-def heard(text: str) -> dict[int, list[Any]]:
-    """Return what ranks said in the output of a program, by rank."""
-    said: dict[int, list[Any]] = {}
-    for line in text.splitlines():
-        if line.startswith('{"rank":'):
-            record = json.loads(line)
-            said.setdefault(record["rank"], []).append(record["said"])
-    return said
+        """What each rank printed with `say` of its program, in its order."""
+        said: dict[int, list[Any]] = {}
+        for line in self.out.splitlines():
+            if line.startswith('{"rank":'):
+                record = json.loads(line)
+                said.setdefault(record["rank"], []).append(record["said"])
+        return said
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -15,7 +15,7 @@ _RESET = struct.pack("ii", 1, 0)
 _PIECE_BYTES = 2**16
 
 
-class Path:
+class NetworkPath:
     """Passes connections on to a port of loopback, or as a SOCKS5 proxy (RFC 1928) to wherever clients ask for.
 
     Use as a context manager. Each command has taken effect when it returns.
@@ -40,7 +40,7 @@ class Path:
         self.forget()
 
     def reset(self, new_ones: int = 0) -> None:
-        """Reset all connections, and so many of the next ones."""
+        """Reset all connections that there are, and the next ``new_ones`` that are made."""
 
         def end() -> None:
             self._resets_to_come = new_ones
@@ -49,7 +49,7 @@ class Path:
 
         self._command(end)
 
-    def __enter__(self) -> Path:
+    def __enter__(self) -> NetworkPath:
         self._thread.start()
         return self
 

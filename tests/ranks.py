@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import socket
@@ -10,9 +9,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jobs import Ended, environment
 
 from detcoll.communicator import Communicator, open_communicator
 from detcoll.launch.environment import rank_environments
@@ -106,25 +106,6 @@ def run_ranks(size: int, function: Callable[[Communicator], Any], **settings: An
     return answers
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a launched world ended, and the JSON lines that its ranks printed, by rank."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> dict[int, list[Any]]:
-        """What each rank printed with `say` of the program."""
-        said: dict[int, list[Any]] = {}
-        for line in self.out.splitlines():
-            if line.startswith('{"rank":'):
-                record = json.loads(line)
-                said.setdefault(record["rank"], []).append(record["said"])
-        return said
-
-
 def launch(
     size: int,
     program: str,
@@ -144,8 +125,7 @@ def launch(
     else:
         interpreter = [sys.executable]
     command = [*launcher, *options]
-    given = {name: value for name, value in os.environ.items() if not name.startswith("DETCOLL_")}
-    given |= environ or {}
+    given = environment(environ)
     if topology is not None:
         assert folder is not None
         path = folder / "topology.toml"

@@ -32,8 +32,9 @@ INSTANTS = int(os.environ.get("TEST_INSTANTS", "0"))
 COUNTERPARTS = {0: 2, 1: 3, 2: 0, 3: 1}
 KINDS = ("PeerLost", "DeadlineMissed", "TransportError")
 CUTS = {"slotted": ((6.0, 2.0), (1.0, 20.0)), "shm": ((6.0, 2.0), (1.0, 2.0))}
-"""Timeouts of calls, and how long a cut is borne: the one or the other ends the calls. On one host calls go on during a
-cut, so that only the latter does."""
+"""For each transport, pairs of a call's timeout and DETCOLL_TOLERANCE, in seconds; the shorter of a pair ends calls.
+
+With shm calls go on during a cut, so there the tolerance ends them, also where the timeout is shorter."""
 PATIENCE_S = 90
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from jobs import environment
 
 import detcoll
 
@@ -35,9 +35,8 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def succeed(*command: str, folder: Path, more: dict[str, str] | None = None) -> None:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("DETCOLL_")}
     ended = subprocess.run(
-        command, cwd=folder, env=environ | (more or {}), timeout=TIMEOUT_S, capture_output=True, text=True, check=False
+        command, cwd=folder, env=environment(more), timeout=TIMEOUT_S, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 

@@ -15,6 +15,8 @@ from jobs import Rank, free_port, run
 
 pytestmark = pytest.mark.timeout(90)
 
+SIGNATURE = b"\xff"
+"""The first byte of a greeting (RFC 37/ZMTP 3.1)."""
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 READY = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04PUSH"
 """What a sender without a name or password begins with in ZeroMQ's protocol (RFC 23)."""
@@ -62,12 +64,19 @@ def listening_ports(pid: int) -> list[int]:
 
 
 def stranger(port: int) -> socket.socket:
-    """Return a connection to a port over which ZeroMQ's protocol was begun."""
+    """Return a connection to a port that speaks ZeroMQ's protocol, whose handshake was begun without any token.
+
+    Whoever asks for a token ends the connection during the handshake, so what is sent over it may raise OSError.
+    """
     connection = socket.create_connection(("127.0.0.1", port))
     try:
-        for said, answer_bytes in ((GREETING, 64), (READY, 2)):
-            connection.sendall(said)
-            connection.recv(answer_bytes, socket.MSG_WAITALL)
+        if connection.recv(1) != SIGNATURE:  # a listener sends its signature at once
+            raise ConnectionResetError(f"port {port} does not speak ZeroMQ's protocol")
+        with suppress(OSError):
+            connection.sendall(GREETING)
+            connection.recv(63, socket.MSG_WAITALL)
+            connection.sendall(READY)
+            connection.recv(2, socket.MSG_WAITALL)
     except OSError:
         connection.close()
         raise
@@ -89,10 +98,11 @@ def test_a_flood_of_foreign_messages_delays_no_deadline() -> None:
     """It lasts until the rank has met its deadline; one that reads on while there is something never does."""
     block = (b"\x00\x40" + bytes(64)) * 10_000
     under_way, over = threading.Semaphore(0), threading.Event()
-    lasted = []
+    begun, lasted = [], []
 
     def flood(port: int) -> None:
         with suppress(OSError), stranger(port) as connection:
+            begun.append(port)
             for number in range(200):
                 if number == 100:
                     under_way.release()
@@ -113,6 +123,7 @@ def test_a_flood_of_foreign_messages_delays_no_deadline() -> None:
         end = rank.hears()
         over.set()
         exhausted = list(lasted)
+    assert begun, "no port answered a stranger"
     for thread in threads:
         thread.join()
     assert end is not None, "it hangs"
@@ -124,11 +135,13 @@ def test_messages_without_an_end_are_not_kept() -> None:
     """64 MiB of parts, each with a promise of more, cost a rank no memory."""
     part = b"\x03" + (2**20).to_bytes(8, "big") + bytes(2**20)
     with attacked() as (rank, ports):
-        before = most_memory(rank.process.pid)
+        before, begun = most_memory(rank.process.pid), 0
         for port in ports:
             with suppress(OSError), stranger(port) as connection:
+                begun += 1
                 for _ in range(64):
                     connection.sendall(part)
+        assert begun, "no port answered a stranger"
         assert most_memory(rank.process.pid) - before < 32 * 2**20
 
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.timeout(90)
 
 @pytest.fixture
 def fifo(tmp_path: Path) -> Path:
+    """A named pipe, by which ranks tell each other to go on."""
     path = tmp_path / "fifo"
     os.mkfifo(path)
     return path

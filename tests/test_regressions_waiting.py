@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from jobs import Rank, free_port, run
-from paths import Path as NetworkPath
+from paths import NetworkPath
 
 pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture
 def fifo(tmp_path: Path) -> Path:
+    """A named pipe, by which ranks tell each other to go on."""
     path = tmp_path / "fifo"
     os.mkfifo(path)
     return path

@@ -114,7 +114,7 @@ def same_memory(transport: str) -> None:
 
 
 def accepted(**options: object) -> dict[str, object]:
-    """Return those options of a collective that there are."""
+    """Return those of the options that `detcoll.all_reduce` of this version takes."""
     return {name: value for name, value in options.items() if name in signature(detcoll.all_reduce).parameters}
 
 
