@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -434,6 +435,23 @@ def test_a_send_waits_for_its_window_and_takes_its_rate() -> None:
         assert pacing_rate(line_of(fabric[0], 1, Lane.BULK)) == 50_000_000
 
 
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("groups", [{}, {"pace_groups": {0: 1, 1: 2, 2: 2}}])
+def test_a_thread_stopped_before_it_sends_has_sent_later(groups, closes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler may stop a thread between the reading of the clock for a turn and a send."""
+    stopped_ns = 5 * MS
+    with ThreadFabric(SlottedTransport(), 3, groups) as fabric:
+        fabric.run(lambda here: here.meet())
+        monkeypatch.setattr(fabric[0]._post, "_clock", SimpleNamespace(now_ns=lambda: now_ns() + stopped_ns))
+        begins_ns = now_ns() + 20 * MS
+        window = Window(begins_ns, begins_ns + 5_000 * MS if closes else None, 50e6)
+        tickets = [fabric[0].send(1, tag, memoryview(bytes(20_000)), window) for tag in range(3)]
+        settle(fabric, *tickets, *[fabric[1].recv(0, tag, 20_000) for tag in range(3)])
+        for ticket in tickets:
+            assert ticket.started_ns >= begins_ns + stopped_ns
+            assert ticket.left_ns - ticket.started_ns >= 400_000, "20,000 bytes at 50 MB/s"
+
+
 def test_timed_sends_end_as_missed_where_credit_never_comes() -> None:
     with pair(credit_bytes=10_000) as fabric:
         fabric[0].send(1, 1, memoryview(bytes(9_000)))
@@ -746,11 +764,11 @@ def watch_bulk(monkeypatch: pytest.MonkeyPatch, endpoint: SlottedEndpoint) -> li
     seen: list[tuple[int, int, int]] = []
     put = endpoint._post.put
 
-    def watched(peer, lane, ticket, view) -> None:
+    def watched(peer, lane, ticket, view) -> int:
         if lane is Lane.BULK:
             others = [other.lines[lane] for other in endpoint._peers.values() if other is not peer]
             seen.append((peer.rank, ticket.tag, sum(line.unsent_bytes() for line in others)))
-        put(peer, lane, ticket, view)
+        return put(peer, lane, ticket, view)
 
     monkeypatch.setattr(endpoint._post, "put", watched)
     return seen

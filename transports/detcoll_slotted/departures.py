@@ -83,12 +83,15 @@ class Departures:
                 self._share(peer.group, self._clock.now_ns())
                 return
             peer.lines[Lane.BULK].pace(UNPACED if window is None else window.rate_bytes_per_s)
-            ticket, nbytes = self._put_next(peer)
+            ticket, nbytes, handed_ns = self._put_next(peer)
             if window is not None:
-                ticket.left_ns = peer.lines[Lane.BULK].leaves_ns(ticket.started_ns, nbytes + FRAME_BYTES)
+                ticket.left_ns = peer.lines[Lane.BULK].leaves_ns(handed_ns + LEAD_NS, nbytes + FRAME_BYTES)
 
-    def _put_next(self, peer: Peer) -> tuple[Ticket, int]:
-        """Hand over the next message that waits for nothing but credit, or the next part of a large one."""
+    def _put_next(self, peer: Peer) -> tuple[Ticket, int, int]:
+        """Hand over the next message that waits for nothing but credit, or the next part of a large one.
+
+        Returns its ticket, the bytes handed over, and when.
+        """
         ticket, view, window = peer.blocked[0]
         nbytes = peer.next_bytes
         if nbytes == view.nbytes:
@@ -96,10 +99,10 @@ class Departures:
         else:
             peer.blocked[0] = ticket, view[nbytes:], window
             view = view[:nbytes]
-        self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
+        handed_ns = self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view)
         if peer.blocked and peer.blocked[0][0] is ticket:
             ticket.sent_bytes += nbytes
-        return ticket, nbytes
+        return ticket, nbytes, handed_ns
 
     def _share(self, group: PaceGroup, now_ns: int) -> None:
         """Hand over messages of peers that share a pace, in turn, one connection at a time."""
@@ -118,9 +121,9 @@ class Departures:
                 group.resume_ns = max(resume_ns, now_ns + _SHORTEST_WAIT_NS)
                 break
             line.pace(window.rate_bytes_per_s)
-            ticket, nbytes = self._put_next(peer)
-            begins_ns = max(free_ns, now_ns + LEAD_NS)
-            group.hand(line, now_ns, begins_ns + window.takes_ns(nbytes + FRAME_BYTES))
+            ticket, nbytes, handed_ns = self._put_next(peer)
+            begins_ns = max(free_ns, handed_ns + LEAD_NS)
+            group.hand(line, handed_ns, begins_ns + window.takes_ns(nbytes + FRAME_BYTES))
             ticket.left_ns = group.drained_ns
             group.go_on(peer, has_more=bool(peer.blocked))
         if group.waiting and group not in self._sharing:
@@ -215,13 +218,14 @@ class Departures:
         part_bytes = min(part_bytes, LARGEST_FRAME_BYTES)
         if not peer.outbound.has_credit(part_bytes):
             return False
-        drained_ns += fitted.takes_ns(part_bytes + FRAME_BYTES)
-        self._uplink.hand(line, now_ns, drained_ns)
-        if peer.group is not None:
-            peer.group.hand(line, now_ns, drained_ns)
         line.pace(window.rate_bytes_per_s)
-        self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
-        ticket.left_ns = drained_ns
+        handed_ns = self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
+        # This thread may have been stopped for a while since ``now_ns`` was read.
+        drained_ns = max(drained_ns, handed_ns) + fitted.takes_ns(part_bytes + FRAME_BYTES)
+        self._uplink.hand(line, handed_ns, drained_ns)
+        if peer.group is not None:
+            peer.group.hand(line, handed_ns, drained_ns)
+        ticket.left_ns = drained_ns + LEAD_NS
         if part_bytes == view.nbytes:
             heapq.heappop(self._timed)
         else:

@@ -25,12 +25,14 @@ class Post:
         self.token = token
         self._rank, self._clock = rank, clock
 
-    def put(self, peer: Peer, lane: Lane, ticket: Ticket, view: memoryview) -> None:
-        """Send a message, or a part of one, and keep it until it is acknowledged."""
+    def put(self, peer: Peer, lane: Lane, ticket: Ticket, view: memoryview) -> int:
+        """Send a message, or a part of one, and keep it until it is acknowledged; return when it was handed over."""
+        now_ns = self._clock.now_ns()
         if not ticket.sent_bytes:  # of several parts the first counts
             lead_ns = LEAD_NS if lane is Lane.BULK else 0  # when it reaches the line, at the earliest
-            ticket.started_ns = self._clock.now_ns() + lead_ns
+            ticket.started_ns = now_ns + lead_ns
         self.transmit_kept(peer, lane, peer.outbound.keep(lane, ticket, view))
+        return now_ns
 
     def resend(self, peer: Peer, lane: Lane) -> int:
         """Send everything of a lane again that is not acknowledged; returns how many bytes that is on the wire."""
