@@ -363,7 +363,7 @@ def test_a_result_is_not_ready_while_the_callers_array_is_being_sent() -> None:
     parts = all_parts(Collective("broadcast", 4, 4, 4), sites_of([1, 1]), "star", ChunkSize(4, 1))
     machine = Machine(parts[0])
     assert machine.start() == [0]
-    assert parts[0].steps["buffer"][0] == Buffer.USER
+    assert parts[0].steps["buffer"][0] == Buffer.OUT
     assert not machine.result_ready
     machine.ended(0)
     assert machine.result_ready

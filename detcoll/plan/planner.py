@@ -11,7 +11,7 @@ from collections import OrderedDict
 from fractions import Fraction
 from functools import lru_cache
 
-from detcoll.plan.bounds import floor_ns
+from detcoll.plan.bounds import floor_of
 from detcoll.plan.calendar import Calendar
 from detcoll.plan.collectives import declaration_of
 from detcoll.plan.compiler import compile_plan
@@ -58,7 +58,7 @@ def choose_algorithm(
 ) -> str:  # fmt: skip
     """Return the algorithm with the smallest prediction; of nearly equal ones, that with the fewest delays."""
     algorithms = declaration_of(collective.kind).algorithms
-    if len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
+    if len(algorithms) == 1 or len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
         return algorithms[0].name
     chunk_size = chunk_size or choose_chunk(topology, calendar, collective)
     taken, least_ns = "", 0.0
@@ -124,8 +124,8 @@ class Planner:
         return self._predict(collective, algorithm or self._choose(collective), phase_ns)
 
     def floor_ns(self, collective: Collective) -> float | None:
-        """Return the physical floor, or None where there is no line; see `detcoll.plan.bounds.floor_ns`."""
-        return floor_ns(self.topology, collective.kind, collective.nbytes, collective.root)
+        """Return the physical floor, or None where there is no line; see `detcoll.plan.bounds.floor_of`."""
+        return floor_of(self.topology, collective)
 
     def _choose_now(self, collective: Collective) -> str:
         return choose_algorithm(collective, self.topology, self.calendar, self.costs)

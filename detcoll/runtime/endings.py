@@ -36,7 +36,7 @@ class Endings:
         """Hold a failed call and return True, or return False if no receive into its array is pending."""
         kinds, buffers = operation.columns.kind, operation.columns.buffer
         receives = {
-            step for step in operation.machine.under_way if kinds[step] == Kind.RECV and buffers[step] == Buffer.USER
+            step for step in operation.machine.under_way if kinds[step] == Kind.RECV and buffers[step] == Buffer.OUT
         }
         receives -= operation.settled.union(operation.held)
         if receives:

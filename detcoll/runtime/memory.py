@@ -56,7 +56,7 @@ class Memory:
 
     def open(self, plan: Plan, pool: ScratchPool) -> None:
         """Lay out scratch for the plan."""
-        self._buffers[Buffer.USER] = self.array
+        self._buffers[Buffer.OUT] = self.array
         for buffer, elems, dtype in (
             (Buffer.PARTIAL, plan.partial_elems, self.array.dtype),
             (Buffer.ACCUMULATOR, plan.accumulator_elems, self.accumulator_dtype),

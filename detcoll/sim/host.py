@@ -40,7 +40,7 @@ class Memory:
             raise UsageError(f"data of rank {self.plan.rank}: shape and item sizes are {given}; expected {wanted}")
         self.user = self.user.copy()
         self.buffers = {
-            Buffer.USER: self.user,
+            Buffer.OUT: self.user,
             Buffer.PARTIAL: np.zeros(self.plan.partial_elems, self.user.dtype),
             Buffer.ACCUMULATOR: np.zeros(self.plan.accumulator_elems, wide),
         }

@@ -27,7 +27,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from detcoll.plan.collectives.declaration import Algorithm, Declaration, Floats, Homes, Hop, Load, Opening
+from detcoll.plan.collectives.declaration import (
+    Algorithm,
+    Declaration,
+    Floats,
+    Homes,
+    Hop,
+    Load,
+    Opening,
+    Run,
+    all_pairs,
+    longest_delay_ns,
+)
 from detcoll.plan.collectives.part import (
     Part,
     local_contribute,
@@ -46,7 +57,12 @@ Wide = Callable[[Part, Chunk, tuple[int, int], int], int]
 """Adds the wide stage of a chunk that lies in a scratch place (number, offset) after a step; returns the last one."""
 
 
-def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: int) -> int:
+def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: int) -> list[Run]:
+    """Return the fold of all ranks' arrays."""
+    return [Run(fold_of_all(symbols, topology), 0, collective.count)]
+
+
+def fold_of_all(symbols: Symbols, topology: Topology) -> int:
     """Return the fold of all ranks: in rank order inside a site, sites in site order; the last fold is final."""
     if topology.size == 1:
         return symbols.leaf(0)
@@ -56,13 +72,7 @@ def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: 
     return symbols.fold([symbols.fold(site) for site in level], final=True)
 
 
-def longest_delay_ns(topology: Topology) -> int:
-    """Return the longest one-way delay between two sites."""
-    sites = range(len(topology.sites))
-    return max(topology.one_way_ns(i, j) for i in sites for j in sites if i != j)
-
-
-def floor_ns(topology: Topology, nbytes: int, root: int) -> float:
+def floor_ns(topology: Topology, collective: Collective) -> float:
     """Return the least time that an all-reduce takes.
 
     For S sites with uplinks B_i (bytes/s on the wire), payload share g and V bytes:
@@ -76,7 +86,7 @@ def floor_ns(topology: Topology, nbytes: int, root: int) -> float:
 
         T >= max(V / min B_i, 2(S-1) V / sum B_i) / g + L
     """
-    count = len(topology.sites)
+    count, nbytes = len(topology.sites), collective.nbytes
     uplinks = [site.uplink_bytes_per_s or 0.0 for site in topology.sites]
     seconds = max(nbytes / min(uplinks), 2 * (count - 1) * nbytes / sum(uplinks)) / topology.payload_share
     return seconds * 1e9 + longest_delay_ns(topology)
@@ -100,7 +110,7 @@ def _add_chunk(part: Part, chunk: Chunk, collective: Collective, *, wide: Wide) 
         local_contribute(part, chunk, owner)
         return
     if len(part.topology.sites) == 1:
-        done = local_fold(part, chunk, (Buffer.USER, chunk.offset), [], final=True)
+        done = local_fold(part, chunk, (Buffer.OUT, chunk.offset), [], final=True)
     else:
         place, offset, free_after = part.next_place()
         folded = local_fold(part, chunk, (Buffer.PARTIAL, offset), free_after, final=False)
@@ -135,7 +145,7 @@ def _exchange(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> 
         )
         for owner in other_owners(part.site, chunk.owners)
     ]
-    done = _wide_fold(part, chunk, offset, folded, (Buffer.USER, chunk.offset))
+    done = _wide_fold(part, chunk, offset, folded, (Buffer.OUT, chunk.offset))
     part.last_use[number] = [*sent, done]
     return done
 
@@ -152,7 +162,7 @@ def _direct(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> in
             for owner in other_owners(part.site, chunk.owners)
         ]
         copied = [(*own, part.topology.size)]
-        done = part.builder.fold(Phase.WIDE_GATHER, copied, (Buffer.USER, chunk.offset), chunk.length, [summed])
+        done = part.builder.fold(Phase.WIDE_GATHER, copied, (Buffer.OUT, chunk.offset), chunk.length, [summed])
         part.last_use[number] = [*sends, done]
         return done
     sent = part.builder.send(
@@ -161,7 +171,7 @@ def _direct(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> in
     )  # fmt: skip
     part.last_use[number] = [sent]
     return part.builder.recv(
-        Phase.WIDE_GATHER, chunk.owners[home], tag_of(chunk, 3), (Buffer.USER, chunk.offset), chunk.length, [folded],
+        Phase.WIDE_GATHER, chunk.owners[home], tag_of(chunk, 3), (Buffer.OUT, chunk.offset), chunk.length, [folded],
         wide=True,
     )  # fmt: skip
 
@@ -178,7 +188,7 @@ def _ring(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
             Phase.WIDE_REDUCE, chunk.owners[site - 1], tag_of(chunk, 2), (Buffer.LENT, 0), chunk.length,
             recent(part.wide_folds, part.chunk_size.depth), wide=True, accumulated=site > 1,
         )  # fmt: skip
-        target = (Buffer.USER, chunk.offset) if site == last else (Buffer.ACCUMULATOR, offset)
+        target = (Buffer.OUT, chunk.offset) if site == last else (Buffer.ACCUMULATOR, offset)
         summed = part.builder.fold(
             Phase.WIDE_REDUCE, [(Buffer.LENT, lent, sum(ranks[:site])), (*own, ranks[site])], target, chunk.length,
             [folded, lent], final=site == last,
@@ -192,7 +202,7 @@ def _ring(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
         part.last_use[number] = [sent]
     before = (site - 1) % len(chunk.owners)
     done = part.builder.recv(
-        Phase.WIDE_GATHER, chunk.owners[before], tag_of(chunk, 3), (Buffer.USER, chunk.offset), chunk.length, [folded],
+        Phase.WIDE_GATHER, chunk.owners[before], tag_of(chunk, 3), (Buffer.OUT, chunk.offset), chunk.length, [folded],
         wide=True,
     )  # fmt: skip
     if site != last - 1:
@@ -212,21 +222,17 @@ def _ring_send(
 def _ring_pass_on(part: Part, chunk: Chunk, done: int) -> None:
     following = (part.site + 1) % len(chunk.owners)
     part.builder.send(
-        Phase.WIDE_GATHER, chunk.owners[following], tag_of(chunk, 3), (Buffer.USER, chunk.offset), chunk.length, [done],
+        Phase.WIDE_GATHER, chunk.owners[following], tag_of(chunk, 3), (Buffer.OUT, chunk.offset), chunk.length, [done],
         wide=True,
     )  # fmt: skip
 
 
-def _all_pairs(sites: int) -> tuple[tuple[int, int], ...]:
-    return tuple((here, there) for here in range(sites) for there in range(sites) if here != there)
-
-
 def _exchange_hops(sites: int, root_site: int) -> tuple[Hop, ...]:
-    return (Hop(_all_pairs(sites), folds=True),)
+    return (Hop(all_pairs(sites), folds=True),)
 
 
 def _direct_hops(sites: int, root_site: int) -> tuple[Hop, ...]:
-    pairs = _all_pairs(sites)
+    pairs = all_pairs(sites)
     return Hop(pairs, Homes.DESTINATION, folds=True), Hop(pairs, Homes.SOURCE, behind=0)
 
 

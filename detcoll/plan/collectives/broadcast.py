@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 
-from detcoll.plan.collectives.declaration import Algorithm, Declaration, Floats, Hop, Load, Opening
+from detcoll.plan.collectives.declaration import Algorithm, Declaration, Floats, Hop, Load, Opening, Run
 from detcoll.plan.collectives.part import LOCAL_WINDOW, Part, local_gather, recent, tag_of
 from detcoll.plan.ir import Buffer, Collective, Phase
 from detcoll.plan.layout import Chunk
@@ -24,21 +24,21 @@ from detcoll.plan.symbols import Symbols
 from detcoll.topology import Topology
 
 
-def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: int) -> int:
+def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: int) -> list[Run]:
     """Return the root's contribution."""
-    return symbols.leaf(collective.root)
+    return [Run(symbols.leaf(collective.root), 0, collective.count)]
 
 
-def floor_ns(topology: Topology, nbytes: int, root: int) -> float:
+def floor_ns(topology: Topology, collective: Collective) -> float:
     """Return the least time that a broadcast takes.
 
     The V bytes leave the root's site once, and the last of them crosses the longest delay from there:
     V / B_root / g + L_root, with B_root bytes/s of its uplink and payload share g.
     """
-    source = topology.site_of(root)
+    source = topology.site_of(collective.root)
     uplink = topology.sites[source].uplink_bytes_per_s or 0.0
     delay_ns = max(topology.one_way_ns(source, j) for j in range(len(topology.sites)) if j != source)
-    return nbytes / uplink / topology.payload_share * 1e9 + delay_ns
+    return collective.nbytes / uplink / topology.payload_share * 1e9 + delay_ns
 
 
 def work(load: Load, algorithm: Algorithm, opening: bool) -> tuple[Floats, Floats]:
@@ -55,7 +55,7 @@ def _add_chunk(part: Part, chunk: Chunk, collective: Collective, *, relays: bool
     root = collective.root
     root_site = part.topology.site_of(root)
     owner = chunk.owners[part.site]
-    span = (Buffer.USER, chunk.offset)
+    span = (Buffer.OUT, chunk.offset)
     if part.rank == root and owner != root:
         sent = part.builder.send(
             Phase.LOCAL_REDUCE, owner, tag_of(chunk, 0), span, chunk.length, recent(part.local_sends, LOCAL_WINDOW)

@@ -21,6 +21,10 @@ LOCAL_AHEAD = 2
 and of 1 GiB over a slow line it was 256 MiB."""
 
 
+Span = tuple[Buffer, int]
+"""A buffer and an offset in it."""
+
+
 @dataclass(slots=True)
 class Part:
     """What the algorithms of one rank share while they add steps chunk by chunk."""
@@ -74,7 +78,7 @@ def other_owners(site: int, owners: tuple[int, ...]) -> tuple[int, ...]:
 
 def local_contribute(part: Part, chunk: Chunk, owner: int) -> None:
     """Send this rank's elements to the owner in its site, and take the result."""
-    span = (Buffer.USER, chunk.offset)
+    span = (Buffer.OUT, chunk.offset)
     results = part.local_results.setdefault(owner, [])
     # A local network is faster than the line: an owner would have to hold whatever it cannot pass on yet.
     after = [*recent(part.local_sends, LOCAL_WINDOW), *recent(results, part.chunk_size.depth + LOCAL_AHEAD)]
@@ -83,8 +87,11 @@ def local_contribute(part: Part, chunk: Chunk, owner: int) -> None:
     results.append(part.builder.recv(Phase.LOCAL_GATHER, owner, tag_of(chunk, 1), span, chunk.length, [sent]))
 
 
-def local_fold(part: Part, chunk: Chunk, target: tuple[Buffer, int], after: Sequence[int], *, final: bool) -> int:
-    """Receive the site's contributions and fold them with this rank's own, in rank order; return the fold."""
+def local_fold(
+    part: Part, chunk: Chunk, target: Span, after: Sequence[int], *, final: bool, own: Span | None = None
+) -> int:
+    """Receive the site's contributions and fold them with this rank's ``own``, in rank order; return the fold."""
+    buffer, offset = own or (Buffer.OUT, chunk.offset)
     lent = {
         peer: part.builder.recv(
             Phase.LOCAL_REDUCE, peer, tag_of(chunk, 0), (Buffer.LENT, 0), chunk.length,
@@ -93,7 +100,7 @@ def local_fold(part: Part, chunk: Chunk, target: tuple[Buffer, int], after: Sequ
         for peer in part.peers
     }  # fmt: skip
     inputs = [
-        (Buffer.LENT, lent[rank], 1) if rank in lent else (Buffer.USER, chunk.offset, 1)
+        (Buffer.LENT, lent[rank], 1) if rank in lent else (buffer, offset, 1)
         for rank in part.topology.sites[part.site].ranks
     ]
     folded = part.builder.fold(Phase.LOCAL_REDUCE, inputs, target, chunk.length, [*after, *lent.values()], final=final)
@@ -101,10 +108,11 @@ def local_fold(part: Part, chunk: Chunk, target: tuple[Buffer, int], after: Sequ
     return folded
 
 
-def local_gather(part: Part, chunk: Chunk, after: Sequence[int], *, but: int = -1) -> None:
-    """Hand the finished chunk in the user's array to the rest of this site, except to rank ``but``."""
+def local_gather(
+    part: Part, chunk: Chunk, after: Sequence[int], *, but: int = -1, source: Span | None = None
+) -> None:
+    """Hand the finished chunk in the user's array, or in ``source``, to the rest of this site, except to ``but``."""
+    span = source or (Buffer.OUT, chunk.offset)
     for peer in part.peers:
         if peer != but:
-            part.builder.send(
-                Phase.LOCAL_GATHER, peer, tag_of(chunk, 1), (Buffer.USER, chunk.offset), chunk.length, after
-            )
+            part.builder.send(Phase.LOCAL_GATHER, peer, tag_of(chunk, 1), span, chunk.length, after)
