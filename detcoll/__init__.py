@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from detcoll import errors
@@ -31,14 +32,22 @@ __all__ = [
     "ReduceOp",
     "Topology",
     "Work",
+    "all_gather",
+    "all_gather_object",
     "all_reduce",
+    "all_to_all",
     "barrier",
     "broadcast",
+    "broadcast_object",
     "communicator",
     "errors",
     "finalize",
+    "gather",
     "init",
     "rank",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
     "size",
 ]
 
@@ -162,6 +171,64 @@ def barrier(async_op: bool = False, *, timeout: float | None = None, name: str =
 def barrier(async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
     """Block until every rank has called it; see `Communicator.barrier`."""
     return communicator().barrier(async_op, timeout=timeout, name=name)
+
+
+def reduce(
+    x: Any, root: int = 0, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None,
+    name: str = "",
+) -> Any:  # fmt: skip
+    """Reduce ``x`` over all ranks into ``x`` of rank ``root``; see `Communicator.reduce`."""
+    return communicator().reduce(x, root, op, async_op, timeout=timeout, name=name)
+
+
+def all_gather(
+    x: Any, out: Any = None, counts: Sequence[int] | None = None, async_op: bool = False, *,
+    timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Concatenate ``x`` of all ranks on every rank; see `Communicator.all_gather`."""
+    return communicator().all_gather(x, out, counts, async_op, timeout=timeout, name=name)
+
+
+def reduce_scatter(
+    x: Any, out: Any = None, op: str | ReduceOp = "sum", counts: Sequence[int] | None = None, async_op: bool = False,
+    *, timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Reduce ``x`` over all ranks and give each its block of the result; see `Communicator.reduce_scatter`."""
+    return communicator().reduce_scatter(x, out, op, counts, async_op, timeout=timeout, name=name)
+
+
+def gather(
+    x: Any, root: int = 0, out: Any = None, counts: Sequence[int] | None = None, async_op: bool = False, *,
+    timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Concatenate ``x`` of all ranks on rank ``root``; see `Communicator.gather`."""
+    return communicator().gather(x, root, out, counts, async_op, timeout=timeout, name=name)
+
+
+def scatter(
+    x: Any, root: int = 0, out: Any = None, counts: Sequence[int] | None = None, async_op: bool = False, *,
+    timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Give each rank its block of ``x`` of rank ``root``; see `Communicator.scatter`."""
+    return communicator().scatter(x, root, out, counts, async_op, timeout=timeout, name=name)
+
+
+def all_to_all(
+    x: Any, out: Any = None, counts: Sequence[int] | None = None, out_counts: Sequence[int] | None = None,
+    async_op: bool = False, *, timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Send a block of ``x`` to every rank, and get one from each; see `Communicator.all_to_all`."""
+    return communicator().all_to_all(x, out, counts, out_counts, async_op, timeout=timeout, name=name)
+
+
+def broadcast_object(value: Any = None, root: int = 0, *, timeout: float | None = None, name: str = "") -> Any:
+    """Return a small object of rank ``root`` on all ranks; see `Communicator.broadcast_object`."""
+    return communicator().broadcast_object(value, root, timeout=timeout, name=name)
+
+
+def all_gather_object(value: Any, *, timeout: float | None = None, name: str = "") -> list[Any]:
+    """Return small objects of all ranks in rank order; see `Communicator.all_gather_object`."""
+    return communicator().all_gather_object(value, timeout=timeout, name=name)
 
 
 def rank() -> int:

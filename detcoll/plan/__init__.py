@@ -8,7 +8,7 @@ from __future__ import annotations
 from detcoll.plan.bounds import floor_ns
 from detcoll.plan.calendar import Calendar, Slotting, build_calendar, check_calendar
 from detcoll.plan.check import check
-from detcoll.plan.collectives import algorithms_for, promised_ranks
+from detcoll.plan.collectives import algorithms_for, declaration_of, promised_ranks
 from detcoll.plan.compiler import compile_plan
 from detcoll.plan.ir import Buffer, Collective, Kind, Phase, Plan, PlanBuilder
 from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
@@ -36,6 +36,7 @@ __all__ = [
     "choose_algorithm",
     "choose_chunk",
     "compile_plan",
+    "declaration_of",
     "floor_ns",
     "predict_ns",
     "promised_ranks",

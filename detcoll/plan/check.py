@@ -182,7 +182,9 @@ def _in_one_array(
     """Return what a step touches if input and output begin at these places of one array."""
     at = {int(Buffer.IN): in_at, int(Buffer.OUT): out_at}
     moved = [
-        (int(Buffer.OUT), begin + at[buffer], end + at[buffer], writes) if buffer in at else (buffer, begin, end, writes)
+        (int(Buffer.OUT), begin + at[buffer], end + at[buffer], writes)
+        if buffer in at
+        else (buffer, begin, end, writes)
         for buffer, begin, end, writes in touched
     ]
     if len(moved) == 2 and moved[0][:3] == moved[1][:3]:  # a copy onto itself writes nothing new

@@ -41,6 +41,4 @@ def compile_plan(collective: Collective, topology: Topology, rank: int, algorith
     in_elems, out_elems = declared.elems(collective, topology.size, rank)
     scratch = min(part.places, chunk_size.depth) * chunk_size.elems
     accumulator = scratch if how.accumulates else 0
-    return part.builder.build(
-        collective, algorithm, rank, topology.size, out_elems, in_elems, scratch, accumulator
-    )
+    return part.builder.build(collective, algorithm, rank, topology.size, out_elems, in_elems, scratch, accumulator)

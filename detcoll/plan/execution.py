@@ -135,7 +135,9 @@ class Execution:
             promised = Values.of(declared.after(self.symbols, plan.collective, self.topology, rank))
             there = self._buffers[rank][Buffer.OUT]
             if len(promised.elements) != len(there.elements):
-                raise PlanError(f"rank {rank} ends with {len(there.elements)} elements; promised {len(promised.elements)}")
+                raise PlanError(
+                    f"rank {rank} ends with {len(there.elements)} elements; promised {len(promised.elements)}"
+                )
             wrong = (there.expressions != promised.expressions) | (there.elements != promised.elements)
             if wrong.any():
                 element = int(np.argmax(wrong))

@@ -12,8 +12,8 @@ of a million steps stay cheap, and the digest is a hash of their bytes. Lengths 
 serves every element type of one width.
 
 Buffers: IN is the caller's input, OUT its output; a collective that works in place has OUT alone. PARTIAL is scratch in
-the array's own type, ACCUMULATOR scratch in the type that folds use (float32 for 16-bit floats). Scratch is a ring of chunk-sized places that steps reuse in turn, so memory does
-not grow with the array.
+the array's own type, ACCUMULATOR scratch in the type that folds use (float32 for 16-bit floats). Scratch is a ring of
+chunk-sized places that steps reuse in turn, so memory does not grow with the array.
 """
 
 from __future__ import annotations

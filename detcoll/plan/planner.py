@@ -8,6 +8,7 @@ goes first.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -28,6 +29,9 @@ WORTH_A_CHANGE = 0.99
 """An algorithm with more one-way delays must be predicted to take less than this part of one with fewer, and so must
 another chunk than the rule's."""
 
+NOMINAL_BYTES = 16 * 2**20
+"""The size of an array for whose chunks a rule is asked where no rank knows all sizes."""
+
 SCALES = (Fraction(1, 2), Fraction(2))
 """Of the chunk that a rule gives, those that are predicted too."""
 
@@ -40,6 +44,9 @@ def predicted_chunk(
     Tried are the one that `choose_chunk` has a rule for and its `SCALES`, which must be better by more than a
     prediction is wrong. Where windows say what a chunk is, or nothing crosses a line, the rule decides.
     """
+    if collective.out_counts:  # a rank knows only its own sizes, and all must take the same chunk
+        count = NOMINAL_BYTES // collective.itemsize
+        return choose_chunk(topology, calendar, replace(collective, count=count, counts=(), out_counts=()))
     taken = choose_chunk(topology, calendar, collective)
     if calendar.has_windows or not uses_window(calendar, collective.nbytes) or not any(calendar.rates):
         return taken
@@ -58,7 +65,9 @@ def choose_algorithm(
 ) -> str:  # fmt: skip
     """Return the algorithm with the smallest prediction; of nearly equal ones, that with the fewest delays."""
     algorithms = declaration_of(collective.kind).algorithms
-    if len(algorithms) == 1 or len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
+    if (
+        len(algorithms) == 1 or len(topology.sites) <= 2
+    ):  # between two, no other has fewer delays or puts fewer bytes on a line
         return algorithms[0].name
     chunk_size = chunk_size or choose_chunk(topology, calendar, collective)
     taken, least_ns = "", 0.0

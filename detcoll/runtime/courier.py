@@ -144,8 +144,8 @@ class Courier:
     def _hello(self, operation: Operation, peer: int) -> None:
         if operation.over:
             return
-        tag = operation.prefix | HELLO_TAG
-        self._post_send(peer, tag, memoryview(operation.memory.hello), (SENT_RECORD, operation.memory.hello))
+        hello = operation.memory.hello or operation.described_to(peer).encode()
+        self._post_send(peer, operation.prefix | HELLO_TAG, memoryview(hello), (SENT_RECORD, hello))
 
     def _await_hello(self, operation: Operation, peer: int) -> None:
         if operation.over:

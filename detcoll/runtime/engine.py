@@ -221,8 +221,7 @@ class Engine:
 
         Acquaintances hear it too: ranks that called different collectives may have plans that share no message.
         """
-        ranks = operation.group.ranks
-        operation.strangers = {ranks[peer] for peer in operation.plan.peers} | membership.acquaintances
+        operation.strangers = operation.partners | membership.acquaintances
         membership.contacts |= operation.strangers
         self._listen(operation.strangers)
         for peer in operation.strangers - self.wide:
@@ -389,7 +388,7 @@ class Engine:
             return
         self._heard_ns[peer] = now_ns
         try:
-            operation.descriptor.compare(self.rank, peer, record)
+            operation.described_to(peer).compare(self.rank, peer, record)
         except PlanMismatch as error:
             self.failures.end_group(self.groups[operation.group.id], error, now_ns)
             return

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from detcoll.descriptor import Descriptor
 from detcoll.machine import Machine
 from detcoll.plan.ir import Columns, Plan
@@ -84,6 +86,25 @@ class Operation:
         named = f" ({self.descriptor.name})" if self.descriptor.name else ""
         title = self.group.title
         return f"{self.descriptor.kind} number {self.sequence}{named}" + (f" of group {title}" if title else "")
+
+    @property
+    def partners(self) -> set[int]:
+        """The ranks of the job that compare this call with this rank's: those that it exchanges messages with.
+
+        Where each rank states its own sizes, these are all members, since one may wait for what another does not send.
+        """
+        ranks = self.group.ranks
+        if self.plan.collective.out_counts:
+            return set(ranks) - {ranks[self.plan.rank]}
+        return {ranks[peer] for peer in self.plan.peers}
+
+    def described_to(self, peer: int) -> Descriptor:
+        """Return the descriptor as it is told to ``peer``, a rank of the job."""
+        collective = self.plan.collective
+        if not collective.out_counts:
+            return self.descriptor
+        place = self.group.ranks.index(peer)
+        return msgspec.structs.replace(self.descriptor, pair=(collective.counts[place], collective.out_counts[place]))
 
     def peer(self, step: int) -> int:
         """Return the peer of a SEND or RECV step, as a rank of the job."""

@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from detcoll.errors import DeadlineMissed
 from detcoll.priority import short_turns
@@ -23,8 +24,8 @@ class Work:
     The array passed to the collective belongs to detcoll until the collective has ended. All methods are thread-safe.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, value: Any = None) -> None:
+        self._name, self._value = name, value
         self._finished = threading.Event()
         self._error: Exception | None = None
         self._lock = threading.Lock()
@@ -40,7 +41,7 @@ class Work:
         """Return whether the collective has ended, successfully or not; if so, `wait` does not block."""
         return self._finished.is_set()
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None) -> Any:
         """Block until the result is in the caller's array.
 
         If an exception such as KeyboardInterrupt interrupts the wait, the collective goes on; call `wait` again.
@@ -49,6 +50,11 @@ class Work:
         ----------
         timeout : float, optional
             Longest time to wait, in seconds; by default unlimited. The collective's own timeout applies in any case.
+
+        Returns
+        -------
+        array or None
+            The output of a collective that has one, such as `Communicator.all_gather`; else None.
 
         Raises
         ------
@@ -64,10 +70,11 @@ class Work:
             raise DeadlineMissed(f"{self._name} is not finished after {timeout} s")
         if self._error is not None:
             raise self._error
+        return self._value
 
-    def result(self, timeout: float | None = None) -> None:
+    def result(self, timeout: float | None = None) -> Any:
         """Call `wait`; named as in `concurrent.futures.Future`."""
-        self.wait(timeout)
+        return self.wait(timeout)
 
     def exception(self, timeout: float | None = None) -> Exception | None:
         """Block until the collective has ended; return the error that ended it, or None on success.
@@ -98,9 +105,9 @@ class Work:
                 return
         _callers.call(callback, self)
 
-    def as_future(self) -> concurrent.futures.Future[None]:
+    def as_future(self) -> concurrent.futures.Future[Any]:
         """Return a future that completes with the collective; it cannot be cancelled."""
-        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
 
         def end(work: Work) -> None:
@@ -108,7 +115,7 @@ class Work:
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(None)
+                future.set_result(self._value)
 
         self.add_done_callback(end)
         return future

@@ -37,7 +37,7 @@ from detcoll.descriptor import Descriptor
 from detcoll.errors import PlanError, UsageError
 from detcoll.machine import Queued, Slots
 from detcoll.plan.calendar import Calendar, Slotting
-from detcoll.plan.ir import Kind, Plan, shared
+from detcoll.plan.ir import Buffer, Kind, Plan, shared
 from detcoll.plan.layout import uses_window
 from detcoll.plan.predict import Costs
 from detcoll.runtime.actions import Act
@@ -101,8 +101,8 @@ def simulate(
         As the plans were compiled for.
     costs : Costs, optional
         The costs of a host.
-    data : sequence of arrays, (count,), optional
-        The contribution of each rank; not modified. Without it only time is modelled.
+    data : sequence of arrays, (n,), optional
+        The input of each rank, or its only array; not modified. Without it only time is modelled.
     op : ReduceOp
         The operator that folds data.
     phase_ns : int
@@ -234,7 +234,7 @@ class _Run:
     def report(self, phase_ns: int) -> Simulation:
         """Return the result, with times relative to ``phase_ns``."""
         up, down = (self.area.uplinks, self.area.downlinks) if self.area else ([], [])
-        arrays = tuple(host.memory.user for host in self.hosts if host.memory is not None)
+        arrays = tuple(host.memory.buffers[Buffer.OUT] for host in self.hosts if host.memory is not None)
         return Simulation(
             finish_ns=tuple(host.finish_ns - phase_ns for host in self.hosts),
             drained_ns=tuple(host.drained_ns - phase_ns for host in self.hosts),

@@ -33,7 +33,7 @@ NOBODY = -1
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """``length`` elements at ``in_offset`` of the input of ``source`` and at ``out_offset`` of the output of ``target``.
+    """``length`` elements at ``in_offset`` of the source's input, which go to ``out_offset`` of the target's output.
 
     ``source``, ``target`` : ranks, or `ALL`.
     ``slot`` : blocks that may meet between the same two ranks have different ones.

@@ -161,7 +161,7 @@ class Declaration(Signature):
     ``floor_ns`` : the least time that any schedule takes on a topology with lines.
     ``work`` : given (load, algorithm, opening), the steps of each rank's host and the bytes that it reads or writes: of
     the opening alone if ``opening``, else of the whole collective. Unused with blocks.
-    ``elems`` : the elements of a rank's input and output, for the number of ranks and a rank; of its only array, (0, n).
+    ``elems`` : the elements of a rank's input and output, for the number of ranks and a rank; of one array, (0, n).
     ``in_place`` : where input and output may lie in one array; None where they may share no memory.
     """
 
@@ -227,7 +227,11 @@ def promised_ranks(kind: str, topology: Topology, rank: int, root: int = 0) -> l
         If no collective has the name ``kind``.
     """
     symbols, single = Symbols(), Collective(kind, 1, 1, 1, root)
-    return [r for run in declaration_of(kind).after(symbols, single, topology, rank) for r in symbols.ranks_in(run.expression)]
+    return [
+        r
+        for run in declaration_of(kind).after(symbols, single, topology, rank)
+        for r in symbols.ranks_in(run.expression)
+    ]
 
 
 def all_pairs(sites: int) -> tuple[tuple[int, int], ...]:

@@ -43,7 +43,5 @@ def floor_ns(topology: Topology, collective: Collective, blocks: Blocks) -> floa
             delay_ns = max([delay_ns, *(topology.one_way_ns(i, j) for i, j in pairs)])
     up = [site.uplink_bytes_per_s or 0.0 for site in topology.sites]
     down = [site.downlink_bytes_per_s or rate for site, rate in zip(topology.sites, up, strict=True)]
-    seconds = max(
-        *(out[i] / up[i] for i in sites), *(into[i] / down[i] for i in sites), total / sum(up)
-    )
+    seconds = max(*(out[i] / up[i] for i in sites), *(into[i] / down[i] for i in sites), total / sum(up))
     return seconds / topology.payload_share * 1e9 + delay_ns

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from detcoll.plan.ir import Buffer, Phase, PlanBuilder
 from detcoll.plan.layout import PHASE_TAGS, Chunk, ChunkSize
@@ -19,6 +20,22 @@ LOCAL_WINDOW = 8
 LOCAL_AHEAD = 2
 """Chunks that a rank gives an owner besides those that it has scratch for: what comes too early is copied twice,
 and of 1 GiB over a slow line it was 256 MiB."""
+
+
+class Portion(Protocol):
+    """What moves at once: a chunk of an array or a piece of a block."""
+
+    @property
+    def number(self) -> int:
+        """Tells it from all others of the collective."""
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the output, in elements."""
+
+    @property
+    def length(self) -> int:
+        """How many elements it has."""
 
 
 Span = tuple[Buffer, int]
@@ -61,7 +78,7 @@ class Part:
         return place, place * self.chunk_size.elems, self.last_use.pop(place, [])
 
 
-def tag_of(chunk: Chunk, phase: int) -> int:
+def tag_of(chunk: Portion, phase: int) -> int:
     """Return the tag of a chunk's messages in one of its `PHASE_TAGS` phases."""
     return chunk.number * PHASE_TAGS + phase
 
@@ -88,7 +105,7 @@ def local_contribute(part: Part, chunk: Chunk, owner: int) -> None:
 
 
 def local_fold(
-    part: Part, chunk: Chunk, target: Span, after: Sequence[int], *, final: bool, own: Span | None = None
+    part: Part, chunk: Portion, target: Span, after: Sequence[int], *, final: bool, own: Span | None = None
 ) -> int:
     """Receive the site's contributions and fold them with this rank's ``own``, in rank order; return the fold."""
     buffer, offset = own or (Buffer.OUT, chunk.offset)
@@ -109,7 +126,7 @@ def local_fold(
 
 
 def local_gather(
-    part: Part, chunk: Chunk, after: Sequence[int], *, but: int = -1, source: Span | None = None
+    part: Part, chunk: Portion, after: Sequence[int], *, but: int = -1, source: Span | None = None
 ) -> None:
     """Hand the finished chunk in the user's array, or in ``source``, to the rest of this site, except to ``but``."""
     span = source or (Buffer.OUT, chunk.offset)

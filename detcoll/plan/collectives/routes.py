@@ -11,7 +11,16 @@ from collections.abc import Callable, Sequence
 
 from detcoll.plan.collectives.blocks import ALL, Blocks, Piece
 from detcoll.plan.collectives.declaration import Algorithm, Hop
-from detcoll.plan.collectives.part import LOCAL_WINDOW, Part, Span, local_fold, local_gather, other_owners, recent, tag_of
+from detcoll.plan.collectives.part import (
+    LOCAL_WINDOW,
+    Part,
+    Span,
+    local_fold,
+    local_gather,
+    other_owners,
+    recent,
+    tag_of,
+)
 from detcoll.plan.ir import Buffer, Collective, Phase
 from detcoll.topology import Topology
 
@@ -76,7 +85,13 @@ def collect(part: Part, piece: Piece) -> None:
     if part.site != root_site:
         part.last_use[number] = [
             part.builder.send(
-                Phase.WIDE_REDUCE, piece.owners[root_site], tag_of(piece, ACROSS), place, piece.length, [done], wide=True
+                Phase.WIDE_REDUCE,
+                piece.owners[root_site],
+                tag_of(piece, ACROSS),
+                place,
+                piece.length,
+                [done],
+                wide=True,
             )
         ]
         return
@@ -85,9 +100,7 @@ def collect(part: Part, piece: Piece) -> None:
     if root == part.rank:
         part.last_use[number] = [done]
     else:
-        handed = part.builder.send(
-            Phase.LOCAL_GATHER, root, tag_of(piece, FROM_OWNER), place, piece.length, [done]
-        )
+        handed = part.builder.send(Phase.LOCAL_GATHER, root, tag_of(piece, FROM_OWNER), place, piece.length, [done])
         part.last_use[number] = [handed]
 
 
@@ -113,9 +126,7 @@ def move(part: Part, piece: Piece) -> None:
     elif rank == leaves:
         number, offset, free_after = part.next_place()
         place = (Buffer.PARTIAL, offset)
-        came = part.builder.recv(
-            Phase.LOCAL_REDUCE, source, tag_of(piece, TO_OWNER), place, piece.length, free_after
-        )
+        came = part.builder.recv(Phase.LOCAL_REDUCE, source, tag_of(piece, TO_OWNER), place, piece.length, free_after)
         part.last_use[number] = _send_from(part, piece, (enters,), place, [came])
     elif rank == enters == target:
         _recv_across(part, piece, leaves, kept, [])
@@ -139,9 +150,7 @@ def _send_local(part: Part, piece: Piece, peer: int, given: Span) -> int:
 
 
 def _recv_across(part: Part, piece: Piece, peer: int, target: Span, after: Sequence[int]) -> int:
-    return part.builder.recv(
-        Phase.WIDE_GATHER, peer, tag_of(piece, ACROSS), target, piece.length, after, wide=True
-    )
+    return part.builder.recv(Phase.WIDE_GATHER, peer, tag_of(piece, ACROSS), target, piece.length, after, wide=True)
 
 
 def _send_across(part: Part, piece: Piece, owners: Sequence[int], given: Span, have: Sequence[int]) -> None:
@@ -219,7 +228,5 @@ def add_piece_at_home(part: Part, piece: Piece, collective: Collective) -> None:
         )
         last = came
         if root != part.rank:
-            last = part.builder.send(
-                Phase.LOCAL_GATHER, root, tag_of(piece, FROM_OWNER), place, piece.length, [came]
-            )
+            last = part.builder.send(Phase.LOCAL_GATHER, root, tag_of(piece, FROM_OWNER), place, piece.length, [came])
     part.last_use[number] = [last]
