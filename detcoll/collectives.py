@@ -96,7 +96,7 @@ class Collectives:
         cannot: between sites it adds means, each weighted by the number of ranks of its site. ``avg`` of float32 and
         float64 divides the sum, which becomes infinite if it overflows. Integers wrap around.
         """
-        work: Work | None = self._run(lambda: on_one_array("all_reduce", x, op), async_op, timeout, name)
+        work: Work | None = self._run("all_reduce", lambda: on_one_array("all_reduce", x, op), async_op, timeout, name)
         return work
 
     @overload
@@ -142,7 +142,7 @@ class Collectives:
         def check() -> Request:
             return on_one_array("broadcast", x, root=rank_of("root", root, self._size))
 
-        work: Work | None = self._run(check, async_op, timeout, name)
+        work: Work | None = self._run("broadcast", check, async_op, timeout, name)
         return work
 
     @overload
@@ -155,7 +155,7 @@ class Collectives:
     def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
         """Block until every rank of the group has called it; parameters, result and errors as for `all_reduce`."""
         work: Work | None = self._run(
-            lambda: on_one_array("barrier", np.zeros(1, np.uint8), ReduceOp.MAX), async_op, timeout, name
+            "barrier", lambda: on_one_array("barrier", np.zeros(1, np.uint8), ReduceOp.MAX), async_op, timeout, name
         )
         return work
 
@@ -219,7 +219,7 @@ class Collectives:
         def check() -> Request:
             return to_root("reduce", x, op, rank_of("root", root, self._size), self._own_rank)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("reduce", check, async_op, timeout, name)
 
     @overload
     def all_gather(
@@ -281,7 +281,7 @@ class Collectives:
         def check() -> Request:
             return of_blocks("all_gather", self._size, self._own_rank, x, out, counts=counts)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("all_gather", check, async_op, timeout, name)
 
     @overload
     def reduce_scatter(
@@ -348,7 +348,7 @@ class Collectives:
         def check() -> Request:
             return of_blocks("reduce_scatter", self._size, self._own_rank, x, out, op=op, counts=counts)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("reduce_scatter", check, async_op, timeout, name)
 
     @overload
     def gather(
@@ -417,7 +417,7 @@ class Collectives:
                 "gather", self._size, self._own_rank, x, out, root=rank_of("root", root, self._size), counts=counts
             )
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("gather", check, async_op, timeout, name)
 
     @overload
     def scatter(
@@ -487,7 +487,7 @@ class Collectives:
                 "scatter", self._size, self._own_rank, x, out, root=rank_of("root", root, self._size), counts=counts
             )
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("scatter", check, async_op, timeout, name)
 
     @overload
     def all_to_all(
@@ -554,7 +554,7 @@ class Collectives:
         def check() -> Request:
             return of_blocks("all_to_all", self._size, self._own_rank, x, out, counts=counts, out_counts=out_counts)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("all_to_all", check, async_op, timeout, name)
 
     def broadcast_object(
         self, value: Any = None, root: int = 0, *, timeout: float | None = None, name: str = ""
@@ -579,7 +579,7 @@ class Collectives:
             As for `all_reduce`.
         """
         is_root = self._own_rank == root
-        text = self._checked(lambda: _encoded(value) if is_root else b"", timeout, name)
+        text = self._checked(lambda: _encoded(value) if is_root else b"", "broadcast", timeout, name)
         length = np.array([len(text)], np.int64)
         self.broadcast(length, root, timeout=timeout, name=name)
         held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(length[0]), np.uint8)
@@ -601,7 +601,7 @@ class Collectives:
         UsageError, PlanMismatch, PeerLost, DeadlineMissed, Closed
             As for `broadcast_object`.
         """
-        text = self._checked(lambda: _encoded(value), timeout, name)
+        text = self._checked(lambda: _encoded(value), "all_gather", timeout, name)
         lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name).tolist()
         held = self.all_gather(np.frombuffer(text, np.uint8), counts=lengths, timeout=timeout, name=name).tobytes()
         ends = [sum(lengths[: rank + 1]) for rank in range(self._size)]
@@ -615,7 +615,7 @@ class Collectives:
     def _own_rank(self) -> int:
         return self._caller.rank
 
-    def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
+    def _checked(self, check: Callable[[], Checked], kind: str, timeout: float | None, name: str) -> Checked:
         """Check arguments; on a UsageError fail the call on the other ranks too."""
         try:
             if name != "":
@@ -624,11 +624,11 @@ class Collectives:
                 timeout_of(timeout)
             return check()
         except UsageError as error:
-            self._caller.refuse(error)
+            self._caller.refuse(kind, error)
             raise
 
-    def _run(self, check: Callable[[], Request], async_op: bool, timeout: float | None, name: str) -> Any:
-        request = self._checked(check, timeout, name)
+    def _run(self, kind: str, check: Callable[[], Request], async_op: bool, timeout: float | None, name: str) -> Any:
+        request = self._checked(check, kind, timeout, name)
         seconds = self._timeout if timeout is None else timeout
         work = self._caller.call(request, timeout_s=seconds, name=name, wait=not async_op)
         if async_op:

@@ -33,7 +33,7 @@ from detcoll.runtime.group import group_id
 from detcoll.signature import signature_of
 from detcoll.topology import Topology
 from detcoll.trace import Trace
-from detcoll.types import accumulation_dtype, parse_dtype
+from detcoll.types import ReduceOp, accumulation_dtype, parse_dtype
 
 _FINALIZE_S = 10.0
 
@@ -247,7 +247,7 @@ class Communicator(Collectives):
         return np.empty(sizes, kind) if memory is None else np.frombuffer(memory, kind).reshape(sizes)
 
     def predict(self, kind: str, nbytes: int, dtype: object = "float32", called_ns: int | None = None) -> float | None:
-        """Return the predicted duration of a collective, or None if this group has native collectives.
+        """Return the predicted duration of a collective, or None if the transport does it by itself.
 
         Parameters
         ----------
@@ -272,7 +272,7 @@ class Communicator(Collectives):
             If an argument is not valid.
         """
         collective = self._collective(kind, nbytes, dtype)
-        if self._caller.native is not None:
+        if self._is_native(collective, dtype):
             return None
         has_windows = self.calendar.has_windows
         phase_ns = None if called_ns is None or not has_windows else self._job.phase_ns(called_ns)
@@ -285,10 +285,17 @@ class Communicator(Collectives):
 
     def algorithm(self, kind: str, nbytes: int, dtype: object = "float32") -> str:
         """Return the name of the algorithm that a collective of ``nbytes`` would use."""
-        signature_of(kind)
-        if self._caller.native is not None and self._job.assembled.native is not None:
-            return self._job.assembled.native.algorithm
-        return self._caller.planner.algorithm(self._collective(kind, nbytes, dtype))
+        collective, native = self._collective(kind, nbytes, dtype), self._caller.native
+        if native is not None and self._is_native(collective, dtype):
+            return native.algorithm
+        return self._caller.planner.algorithm(collective)
+
+    def _is_native(self, collective: Collective, dtype: object) -> bool:
+        """Tell whether the transport does such a call by itself: one whose blocks are equal, and that adds up."""
+        native = self._caller.native
+        return native is not None and native.supports(
+            collective.kind, parse_dtype(dtype), ReduceOp.SUM, collective.count * collective.itemsize
+        )
 
     def counters(self) -> dict[str, int]:
         """Return the counters of the transport and the calendar for the whole job, by name.

@@ -98,24 +98,28 @@ class Announcement:
     record: bytes
     digest: int
 
-    def compare(self, rank: int, records: Sequence[bytes]) -> None:
-        """Hold it against the records of all ranks.
+    def compare(self, rank: int, records: Sequence[bytes], ranks: Sequence[int] | None = None) -> None:
+        """Hold it against the records of all ranks of a group.
+
+        ``ranks`` : how errors name them, by default as they are numbered in the group.
 
         Raises
         ------
         PlanMismatch
             If one differs; shows it and this rank's in full.
         """
-        for other, record in enumerate(records):
-            self.descriptor.compare(rank, other, record)
+        names = range(len(records)) if ranks is None else ranks
+        for other, record in zip(names, records, strict=True):
+            self.descriptor.compare(names[rank], other, record)
 
 
 @lru_cache(LARGEST_KEPT_ANNOUNCEMENTS)
 def announce(
-    kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int, name: str = ""
-) -> Announcement:
+    kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int, name: str = "",
+    counts: tuple[int, ...] = (),
+) -> Announcement:  # fmt: skip
     """Return the announcement of a call; calls are not numbered, since a transport sees them in order."""
-    descriptor = Descriptor(0, kind, op, dtype.name, count, root, arrays, name=name)
+    descriptor = Descriptor(0, kind, op, dtype.name, count, root, arrays, name=name, counts=digest_of(counts))
     record = descriptor.encode()
     return Announcement(
         descriptor, record, int.from_bytes(hashlib.blake2b(record, digest_size=8).digest(), "big") >> 2

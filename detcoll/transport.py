@@ -34,9 +34,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.descriptor import Announcement, announce
+from detcoll.errors import UsageError
 from detcoll.signature import signature_of
 from detcoll.types import DTYPES, ReduceOp, is_integer
 
@@ -62,11 +65,13 @@ class Scope(Enum):
 class Capabilities:
     """The capabilities of a transport.
 
-    ``devices``: kinds of devices whose memory it accepts.
     ``timed``: it holds a send until its window opens, and ends the send as MISSED if it does not fit any more.
     ``splits``: it then sends the part that fits; see `Ticket`.
     ``native``: names of its native collectives. Those that reduce support ``native_dtypes`` with ``native_ops``; see
     `supports`.
+    ``native_uneven``: those of them that take blocks of different sizes.
+    ``native_blocks_bytes``: the largest size of all blocks together that a native collective of blocks moves.
+    ``native_groups``: it has native collectives for groups of its ranks too; see `NativeCollectives.group`.
     ``ordered``: its native collectives fold in the order of the groups given to `NativeCollectives.arrange` and compare
     the calls of the ranks, so reproducible results need no plan.
     ``largest_message_bytes``: a larger send raises UsageError.
@@ -74,25 +79,31 @@ class Capabilities:
     """
 
     scope: Scope
-    devices: frozenset[str] = frozenset({"cpu"})
     timed: bool = False
     splits: bool = False
     native: frozenset[str] = frozenset()
     native_dtypes: frozenset[str] = frozenset()
     native_ops: frozenset[ReduceOp] = frozenset()
+    native_uneven: frozenset[str] = frozenset()
+    native_blocks_bytes: int = 2**31 - 1
+    native_groups: bool = False
     ordered: bool = False
     largest_message_bytes: int = 2**30
     frame_bytes: int = 128
 
-    def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
+    def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp, nbytes: int = 0, *, uneven: bool = False) -> bool:
         """Return whether the transport has this native collective; if not, calling it raises UsageError.
 
-        ``op`` applies to collectives that reduce; the others support all of `detcoll.types.DTYPES`. The result depends
-        only on the arguments, so that all ranks choose the same way to execute a call.
+        ``op`` applies to collectives that reduce; the others support all of `detcoll.types.DTYPES`. ``nbytes`` is the
+        size of all blocks together, ``uneven`` says whether blocks differ in size. The result depends only on the
+        arguments, which ranks compare, so that all ranks choose the same way to execute a call.
         """
-        if kind not in self.native:
+        if kind not in self.native or (uneven and kind not in self.native_uneven):
             return False
-        if not signature_of(kind).has_op:
+        signature = signature_of(kind)
+        if signature.has_out and nbytes > self.native_blocks_bytes:
+            return False
+        if not signature.has_op:
             return dtype.name in DTYPES
         averages_integers = op is ReduceOp.AVG and is_integer(dtype)
         return dtype.name in self.native_dtypes and op in self.native_ops and not averages_integers
@@ -332,15 +343,48 @@ class Endpoint(ABC):
         return []
 
 
-class NativeCollectives(ABC):
-    """Native collectives of a transport; the endpoint implements this class too.
+class NativeCall(msgspec.Struct, frozen=True):
+    """One call of a native collective.
 
-    Arrays are one-dimensional, contiguous, writable, and reduced in place. A call blocks until the collective is done
-    or the deadline passes; only one thread at a time calls. ``arrays`` is the number of arrays that the caller
-    coalesced into one, and ``name`` the name of the call; transports that compare calls compare both.
+    Arrays are one-dimensional, contiguous and of one type. ``array`` is writable and gets the result; a collective on
+    one array reads it too. ``source`` is the input of a collective that has another, maybe read-only, else None. It may
+    be the same memory as ``array``, or the part of it (or hold as a part what) this rank contributes or gets; otherwise
+    the two do not overlap. Where a rank has no input or no output, that array is empty.
+
+    ``count`` : elements of the whole collective, the same on all ranks: of ``array`` where there is no ``source``, of
+    the input of a reduction, of all blocks together where each rank has one.  ``counts``, ``out_counts`` : elements of
+    the ranks' blocks where they differ in size, see `detcoll.plan.Collective`.  ``root`` : a rank of the group.
+    ``arrays`` : how many arrays the caller coalesced into one.  ``name`` : what the caller calls it.
+    """
+
+    kind: str
+    array: NDArray[Any]
+    count: int
+    op: ReduceOp = ReduceOp.SUM
+    root: int = 0
+    source: NDArray[Any] | None = None
+    counts: tuple[int, ...] = ()
+    out_counts: tuple[int, ...] = ()
+    arrays: int = 1
+    name: str = ""
+
+    @property
+    def announcement(self) -> Announcement:
+        """What ranks compare about the call."""
+        return announce(
+            self.kind, self.op.value, self.array.dtype, self.count, self.root, self.arrays, self.name, self.counts
+        )
+
+
+class NativeCollectives(ABC):
+    """Native collectives of one group of ranks; the endpoint implements this class too, for all ranks.
+
+    `run` blocks until the collective is done or the deadline passes; only one thread at a time calls it. Those of
+    different groups are called by different threads at a time, and none waits for another. Transports that compare
+    calls compare `NativeCall.announcement`. Ranks in calls are numbered within the group.
 
     During a collective, another thread may use the endpoint's send, recv, poll, arm, cancel and discard.
-    `Endpoint.abort` may be called from any thread; it ends the collective, which then raises.
+    `Endpoint.abort` may be called from any thread; it ends the collectives of all groups, which then raise.
 
     Errors of a collective:
 
@@ -348,12 +392,18 @@ class NativeCollectives(ABC):
       collective of all ranks works. `Capabilities.supports` tells in advance which kinds, types and operators are
       supported.
     - Anything else, including KeyboardInterrupt and every other BaseException: ranks may be out of step. A collective
-      that raises ensures that every later collective of this endpoint raises Closed at once, so that it does not match
+      that raises ensures that every later collective of this group raises Closed at once, so that it does not match
       the rest of this one. The content of the array is undefined, and a transport that cannot stop its library keeps
-      the memory alive for it. Messages of the endpoint go on unless the transport says otherwise.
+      the memory alive for it. Messages of the endpoint and collectives of other groups go on unless the transport says
+      otherwise.
 
     A collective that raises need not tell the other ranks: on any error but UsageError its caller (the runner in
     detcoll) fails the group on all ranks and tells them which rank gave up, and why.
+
+    What the collectives promise: a minimum or maximum gives NaN on all ranks if any rank has one;
+    `detcoll.extrema.comparable` is for libraries that lose it. An average of 16-bit floats is correct if the mean can
+    be represented, even if the sum cannot; see `detcoll.fold.widened`. An input that is not also the output keeps its
+    values.
     """
 
     def arrange(self, groups: Sequence[Sequence[int]]) -> None:  # noqa: B027 - most have a fold order of their own
@@ -372,22 +422,39 @@ class NativeCollectives(ABC):
         """
         return None
 
-    @abstractmethod
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Reduce ``array`` over all ranks, in place.
+    def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> NativeCollectives:
+        """Return the native collectives of a group; `Capabilities.native_groups` says that there are some.
 
-        A minimum or maximum must give NaN on all ranks if any rank has one; `detcoll.extrema.comparable` is for
-        libraries that lose it. An average of 16-bit floats must be correct if the mean can be represented, even if the
-        sum cannot; see `detcoll.fold.widened`.
+        All members call it once with the same arguments. Several groups may be made at a time, by different threads.
+
+        Parameters
+        ----------
+        ranks : sequence of int
+            The members as they are numbered here, in the order of their numbers in the group.
+        key : int
+            From 0 to 2**64 - 1, different for each group.
+        deadline_ns : int
+            When to give up.
+
+        Raises
+        ------
+        UsageError
+            If the transport has none for groups.
+        TransportError
+            If they cannot be made. Other members may have made theirs; they `leave` them.
+        """
+        raise UsageError("this transport has no native collectives for groups")
+
+    def leave(self, *, clean: bool) -> None:  # noqa: B027 - of the endpoint itself, `close` and `abort` do this
+        """Give the resources of a group back; no later call is taken. Idempotent.
+
+        ``clean`` : no collective is under way or has failed, and all members call this. Otherwise what cannot be given
+        back safely is kept until the process ends. The end of the endpoint ends its groups as well.
         """
 
     @abstractmethod
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Copy ``array`` of ``root`` to all ranks."""
-
-    @abstractmethod
-    def barrier(self, deadline_ns: int, name: str = "") -> None:
-        """Block until every rank has called."""
+    def run(self, call: NativeCall, deadline_ns: int) -> None:
+        """Carry out one call, and return when this rank has its result and may use its input again."""
 
     @property
     @abstractmethod

@@ -27,6 +27,7 @@ from detcoll.errors import (
 )
 from detcoll.testing import Here, LocalMeeting, MonotonicClock, ProcessFabric, ThreadFabric, WorldError, Worlds, pattern
 from detcoll.testing.fabric import in_threads
+from detcoll.testing.natives import Natives
 from detcoll.testing.programs import beside, collectives, messages
 from detcoll.transport import TicketStatus
 from detcoll.types import ReduceOp
@@ -38,14 +39,14 @@ needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is no
 def average(here: Here) -> None:
     """Averages of 16-bit floats do not overflow on the way."""
     array = np.full(1000, 40_000, np.float16)
-    here.endpoint.all_reduce(array, ReduceOp.AVG, here.deadline_ns())
+    Natives(here.endpoint).all_reduce(array, ReduceOp.AVG, here.deadline_ns())
     assert (array == 40_000).all()
 
 
 def uncompared(here: Here) -> None:
     """Without comparing, calls of equal size and different operations are not told apart, and a barrier still waits."""
     array = np.full(3, here.rank + 1.0)
-    here.endpoint.all_reduce(array, ReduceOp.SUM if here.rank else ReduceOp.MAX, here.deadline_ns())
+    Natives(here.endpoint).all_reduce(array, ReduceOp.SUM if here.rank else ReduceOp.MAX, here.deadline_ns())
     collectives.late_collective(here, "barrier")
 
 
@@ -53,13 +54,13 @@ def unknown_types(here: Here) -> None:
     """Types that Gloo does not know are refused, and the endpoint serves on."""
     for dtype in (np.uint16, np.int16, np.uint64):
         with pytest.raises(UsageError, match=np.dtype(dtype).name):
-            here.endpoint.all_reduce(np.ones(3, dtype), ReduceOp.SUM, here.deadline_ns())
-    here.endpoint.barrier(here.deadline_ns())
+            Natives(here.endpoint).all_reduce(np.ones(3, dtype), ReduceOp.SUM, here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
 
 
 def die(here: Here) -> None:
     """Rank 1 ends without a word; rank 0 learns it in a receive, in a send, and in a collective."""
-    here.endpoint.barrier(here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
     if here.rank == 1:
         os._exit(3)
     ticket = here.endpoint.recv(1, 1, 1)
@@ -68,7 +69,7 @@ def die(here: Here) -> None:
     with pytest.raises(PeerLost):
         here.send(1, 1, b"x")
     with pytest.raises(PeerLost):
-        here.endpoint.all_reduce(np.ones(3), ReduceOp.SUM, here.deadline_ns())
+        Natives(here.endpoint).all_reduce(np.ones(3), ReduceOp.SUM, here.deadline_ns())
     print("rank 0 learnt it", file=sys.stderr, flush=True)
 
 
@@ -108,14 +109,14 @@ def interrupted_early(here: Here, line: int) -> None:
     array = np.ones(10)
     if here.rank == 0:
         soon_ns = here.clock.now_ns() + 10**9
-        assert beside.stopped(line, lambda: here.endpoint.all_reduce(array, ReduceOp.SUM, soon_ns))
+        assert beside.stopped(line, lambda: Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, soon_ns))
         with pytest.raises(Closed):
-            here.endpoint.barrier(here.deadline_ns())
+            Natives(here.endpoint).barrier(here.deadline_ns())
         here.meet()
     else:
         here.meet()
         with pytest.raises(PeerLost):
-            here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+            Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
 
 
 def interrupted_between_records(here: Here) -> None:
@@ -123,12 +124,13 @@ def interrupted_between_records(here: Here) -> None:
     array = np.ones(10)
     here.meet()
     if here.rank == 0:
-        assert stopped_after_first_record(lambda: here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns()))
+        native = Natives(here.endpoint)
+        assert stopped_after_first_record(lambda: native.all_reduce(array, ReduceOp.SUM, here.deadline_ns()))
         with pytest.raises(Closed):
-            here.endpoint.barrier(here.deadline_ns())
+            Natives(here.endpoint).barrier(here.deadline_ns())
     else:
         with pytest.raises(PeerLost):
-            here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+            Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
 
 
 def stopped_after_first_record(function: Callable[[], None]) -> bool:
@@ -155,12 +157,12 @@ def stopped_after_first_record(function: Callable[[], None]) -> bool:
 
 def one_misses_it(here: Here) -> str:
     """Tell how a collective ended that rank 1 did not come to."""
-    here.endpoint.barrier(here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
     if here.rank == 1:
         here.meet()
         return ""
     with pytest.raises((DeadlineMissed, PeerLost)) as ended:
-        here.endpoint.barrier(here.clock.now_ns() + 10**9 // 2)
+        Natives(here.endpoint).barrier(here.clock.now_ns() + 10**9 // 2)
     here.meet()
     return str(ended.value)
 

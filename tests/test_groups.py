@@ -278,8 +278,9 @@ def test_a_native_call_made_before_there_was_another_group_is_waited_for_on_the_
         if comm.rank == 0:
             spans = bind(x).spans
             ahead = comm._job.ahead
-            is_awaited = ahead.of(spans, on_loop=True) == [work]
-            assert ahead.of(bind(x.copy()).spans, on_loop=True) == ahead.of(spans, on_loop=False) == []
+            runner = comm._job.natives.of(comm._job.world)
+            is_awaited = ahead.of(spans, None) == [work]
+            assert ahead.of(bind(x.copy()).spans, None) == ahead.of(spans, runner) == []
             looked.set()
             assert is_awaited
         else:

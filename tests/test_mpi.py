@@ -32,6 +32,7 @@ from detcoll.testing import (
     pattern,
 )
 from detcoll.testing.fabric import Program
+from detcoll.testing.natives import Natives
 from detcoll.testing.programs import collectives, messages
 from detcoll.transport import TicketStatus
 from detcoll.types import ReduceOp
@@ -51,10 +52,10 @@ def half_floats(here: Here) -> None:
     """Sums of 16-bit floats are rounded once, and their averages do not overflow on the way."""
     first = 256 if here.rank == 0 else 1
     total = np.full(1000, first, ml_dtypes.bfloat16)
-    here.endpoint.all_reduce(total, ReduceOp.SUM, here.deadline_ns())
+    Natives(here.endpoint).all_reduce(total, ReduceOp.SUM, here.deadline_ns())
     assert (total == 256 + here.size - 1).all()
     large = np.full(1000, 40_000, np.float16)
-    here.endpoint.all_reduce(large, ReduceOp.AVG, here.deadline_ns())
+    Natives(here.endpoint).all_reduce(large, ReduceOp.AVG, here.deadline_ns())
     assert (large == 40_000).all()
 
 
@@ -72,7 +73,7 @@ def in_parts(here: Here) -> None:
 
 def blocking_everywhere(here: Here) -> None:
     """The blocking calls give the same results."""
-    module = detcoll_mpi.collectives
+    module = detcoll_mpi.lockstep
     before, module.WATCHED_BYTES = module.WATCHED_BYTES, 0
     try:
         collectives.all_reduce(here, [1, 7, 101], ["float32", "bfloat16", "int64"])
@@ -121,7 +122,7 @@ def raise_alone(here: Here) -> None:
     assert not here.endpoint.poll(here.clock.now_ns() + 10**7)
     assert ticket.status is TicketStatus.PENDING
     with pytest.raises(DeadlineMissed):
-        here.endpoint.barrier(here.clock.now_ns() + 10**7)
+        Natives(here.endpoint).barrier(here.clock.now_ns() + 10**7)
 
 
 def few_numbers(here: Here, count: int = 9, nbytes: int = 50_000) -> None:
@@ -150,34 +151,35 @@ def too_late(here: Here) -> None:
     array = np.ones(10)
     if here.rank:
         with pytest.raises((DeadlineMissed, PeerLost)):
-            here.endpoint.all_reduce(array, ReduceOp.SUM, here.clock.now_ns() + 10**7)
+            Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.clock.now_ns() + 10**7)
         here.finish(here.send(0, 1, b"given up"))
         return
     for rank in here.others:
         here.take(rank, 1, 8)
     with pytest.raises(PeerLost, match=r"rank [12] gave up.*number 1 .*DeadlineMissed"):
-        here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+        Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
 
 
 def reduce_and_meet(here: Here) -> None:
-    here.endpoint.all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
-    here.endpoint.barrier(here.deadline_ns())
+    Natives(here.endpoint).all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
 
 
 def interrupted_in_a_blocking_call(here: Here) -> None:
     """An exception while a rank waits for a blocking call ends the wait of all, by name, and messages go on."""
-    module = detcoll_mpi.collectives
+    module = detcoll_mpi.lockstep
     before, module.WATCHED_BYTES = module.WATCHED_BYTES, 0
     endpoint = here.endpoint
     try:
-        endpoint.all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
+        Natives(endpoint).all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
         if here.rank == 0:
-            wait, endpoint._caller._answers = endpoint._caller._answers, SimpleNamespace(get=raise_inside)
+            caller = endpoint._collectives.lockstep._caller
+            wait, caller._answers = caller._answers, SimpleNamespace(get=raise_inside)
             with pytest.raises(ValueError, match="inside"):
-                endpoint.all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
-            endpoint._caller._answers = wait
+                Natives(endpoint).all_reduce(np.ones(10), ReduceOp.SUM, here.deadline_ns())
+            caller._answers = wait
             with pytest.raises(Closed):
-                endpoint.barrier(here.deadline_ns())
+                Natives(endpoint).barrier(here.deadline_ns())
         else:
             with pytest.raises(PeerLost, match=r"rank 0 gave up.*ValueError: inside"):
                 reduce_and_meet(here)
@@ -213,9 +215,9 @@ def part_of_the_world(here: Here) -> None:
     endpoint.connect({0: "", 1: ""}, here.deadline_ns())
     there = Here(rank, 2, endpoint, here.capabilities, lambda: None)
     array = np.full(10, rank + 1.0)
-    endpoint.broadcast(array, 0, here.deadline_ns())
+    Natives(endpoint).broadcast(array, 0, here.deadline_ns())
     assert (array == 1).all()
-    endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+    Natives(endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
     assert (array == 2).all()
     sent = there.send(1 - rank, 1, pattern(rank, 100))
     assert there.take(1 - rank, 1, 100) == pattern(1 - rank, 100)

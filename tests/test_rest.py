@@ -13,6 +13,7 @@ from detcoll.job.job import Job
 from detcoll.job.rest import Rest
 from detcoll.rendezvous import Aborted, Lost
 from detcoll.runtime.control import WHOLE_GROUP
+from detcoll.runtime.group import world
 
 
 def rest_of(*events: Aborted | Lost) -> tuple[Rest, list[Any], Any]:
@@ -90,5 +91,5 @@ def test_the_engine_is_told_at_once_what_a_native_collective_was_told() -> None:
     loop = SimpleNamespace(engine=SimpleNamespace(failures=failures), post=lambda action: action(0))
     job: Any = SimpleNamespace(rest=rest, _loop=loop)
     rest._session.fileno = lambda: 0  # type: ignore[method-assign]
-    assert str(Job._explain_native(job)) == "rank 0 is lost: silence"
+    assert str(Job._explain_native(job, world([0]))) == "rank 0 is lost: silence"
     assert told == [(0, "rank 0 is lost: silence", True)]

@@ -15,6 +15,7 @@ import pytest
 import detcoll_shm.bell
 from detcoll.errors import Closed, PeerLost
 from detcoll.testing.fabric import Here, ThreadFabric, in_threads, pattern
+from detcoll.testing.natives import Natives
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.transport import TicketStatus
 from detcoll.types import ReduceOp
@@ -44,13 +45,13 @@ def natives(here: Here, rounds: int) -> None:
     endpoint, total = of(here), sum(range(here.size))
     for round_ in range(rounds):
         array = np.full(1 + 37 * (round_ % 9), 10 * round_ + here.rank, np.int64)
-        endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+        Natives(endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
         assert (array == 10 * round_ * here.size + total).all(), f"round {round_}"
         root = round_ % here.size
         array[:] = round_ if here.rank == root else -1
-        endpoint.broadcast(array, root, here.deadline_ns())
+        Natives(endpoint).broadcast(array, root, here.deadline_ns())
         assert (array == round_).all(), f"round {round_}"
-        endpoint.barrier(here.deadline_ns())
+        Natives(endpoint).barrier(here.deadline_ns())
 
 
 def messages(here: Here, rounds: int) -> None:
@@ -98,7 +99,7 @@ def ends(here: Here, how: str) -> None:
     if here.rank == 1:
         here.meet()
         with pytest.raises(PeerLost, match=r"rank 0 (left during barrier number 0|closed its endpoint|aborted)"):
-            endpoint.barrier(here.deadline_ns() + LATER_NS)
+            Natives(endpoint).barrier(here.deadline_ns() + LATER_NS)
         return
     words = endpoint._begin_collectives()._lockstep.stage.words
     ticket = endpoint.recv(1, 1, 8)
@@ -110,7 +111,7 @@ def ends(here: Here, how: str) -> None:
             endpoint.abort() if how == "abort" else endpoint.close(deadline_ns)
             return
         with pytest.raises(Closed):
-            endpoint.barrier(deadline_ns) if index else endpoint.poll(deadline_ns)
+            Natives(endpoint).barrier(deadline_ns) if index else endpoint.poll(deadline_ns)
 
     in_threads(3, wait)
     assert ticket.status is TicketStatus.CANCELLED
@@ -144,17 +145,17 @@ def test_collectives_take_no_ring_that_is_meant_for_messages() -> None:
 
     def program(here: Here) -> Any:
         endpoint = of(here)
-        endpoint.barrier(here.deadline_ns())
+        Natives(endpoint).barrier(here.deadline_ns())
         if here.rank:
             here.meet()
             sent = here.send(0, 1, b"x")
             here.finish(sent)
-            endpoint.barrier(here.deadline_ns())
+            Natives(endpoint).barrier(here.deadline_ns())
             return
         ticket = endpoint.recv(1, 1, 1)
         assert endpoint.arm(here.deadline_ns())
         here.meet()
-        endpoint.barrier(here.deadline_ns())
+        Natives(endpoint).barrier(here.deadline_ns())
         assert select.select([endpoint.fileno()], [], [], 0)[0]
         here.finish(ticket)
 
@@ -170,4 +171,4 @@ def test_a_collective_that_begins_after_an_ending_is_refused() -> None:
         taken = here._begin_collectives()
         here.abort()
         with pytest.raises(Closed, match="the endpoint was closed"):
-            taken.barrier(time.monotonic_ns() + LATER_NS, "")
+            Natives(taken).barrier(time.monotonic_ns() + LATER_NS, "")

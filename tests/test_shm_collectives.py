@@ -15,6 +15,7 @@ import pytest
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here, ThreadFabric
+from detcoll.testing.natives import Natives
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import DTYPES, ReduceOp, is_integer
 from detcoll_shm import ShmTransport, lockstep, processor, reading, regions
@@ -54,7 +55,7 @@ def all_reduces(here: Here, groups: list[list[int]], counts: tuple[int, ...], sh
             for count in counts:
                 given = [contribution(rank, count, dtype) for rank in range(here.size)]
                 mine = placed(here, given[here.rank]) if here.rank in shown else given[here.rank].copy()
-                here.endpoint.all_reduce(mine, op, here.deadline_ns())
+                Natives(here.endpoint).all_reduce(mine, op, here.deadline_ns())
                 expected = reference(op, given, groups, dtype)
                 assert mine.tobytes() == expected.tobytes(), f"{op.value} of {count} {dtype}, rank {here.rank}"
 
@@ -89,7 +90,7 @@ def in_place(here: Here) -> None:
     array = placed(here, np.full(1000, here.rank + 1.0, np.float32))
     before = [bytes(half) for half in here.endpoint._begin_collectives()._cutter.stages[here.rank].given]
     here.meet()
-    here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+    Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
     assert (array == 3).all()
     assert [bytes(half) for half in here.endpoint._collectives._cutter.stages[here.rank].given] == before
 
@@ -106,7 +107,7 @@ def read(here: Here) -> None:
     for _ in range(3):
         array = np.arange(1000, dtype=np.float64) * (here.rank + 1)
         stage.given[0][:] = stage.given[1][:] = 7
-        here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+        Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
         assert (array == np.arange(1000) * 6.0).all()
         shown.append(any((half != 7).any() for half in stage.given))
     assert shown == [True, *[not here.endpoint._collectives._reader.may_read] * 2]
@@ -129,7 +130,7 @@ def test_one_that_may_not_read_makes_all_use_the_stages() -> None:
         for number in range(3):
             array = np.full(1000, here.rank + number)
             stage.given[0][:] = 7
-            here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+            Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
             assert (array == 3 + 3 * number).all()
             assert (stage.given[0] != 7).any()
             here.meet()
@@ -139,12 +140,12 @@ def test_one_that_may_not_read_makes_all_use_the_stages() -> None:
 
 
 def hides_its_array(here: Here) -> None:
-    here.endpoint.all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
+    Natives(here.endpoint).all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
     collectives = here.endpoint._collectives
     if here.rank == 1:
         collectives._place_of = lambda layout, memory: regions.Place(regions.OPEN, 0, 8)
     with pytest.raises(TransportError) as seen:
-        here.endpoint.all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
+        Natives(here.endpoint).all_reduce(np.ones(1000), ReduceOp.SUM, here.deadline_ns())
     assert "memory of rank 1 cannot be read: Bad address" in str(seen.value) or "rank 0 aborted" in str(seen.value)
 
 
@@ -173,7 +174,7 @@ def many_arrays(here: Here) -> None:
     """More arrays than stay mapped; those that are gone leave no memory and no descriptor."""
     for number in range(12):
         array = placed(here, np.full(100, here.rank + number, np.int64))
-        here.endpoint.all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+        Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
         assert (array == 2 * number + 1).all()
     here.meet()
 
@@ -215,10 +216,10 @@ def test_memory_of_another_rank_is_not_taken_for_an_array() -> None:
 
 def crossed(here: Here, left: threading.Event) -> None:
     """The second rank comes once the first has stepped aside for it."""
-    here.endpoint.barrier(here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
     if here.rank:
         assert left.wait(timeout=60)
-    here.endpoint.barrier(here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
 
 
 def test_a_rank_leaves_the_processor_of_the_one_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,13 +285,13 @@ def mixture(here: Here, rounds: int) -> None:
         kind, count, root = draw.integers(0, 5), int(draw.integers(0, 400)), int(draw.integers(0, here.size))
         x = np.arange(count, dtype=np.int64) * 7 + number + here.rank
         if kind == 0:
-            here.endpoint.broadcast(x, root, here.deadline_ns())
+            Natives(here.endpoint).broadcast(x, root, here.deadline_ns())
             np.testing.assert_array_equal(x, np.arange(count) * 7 + number + root)
         elif kind == 1:
-            here.endpoint.barrier(here.deadline_ns())
+            Natives(here.endpoint).barrier(here.deadline_ns())
         else:
             x = placed(here, x) if kind == 2 or (kind == 3 and here.rank) else x
-            here.endpoint.all_reduce(x, ReduceOp.SUM, here.deadline_ns())
+            Natives(here.endpoint).all_reduce(x, ReduceOp.SUM, here.deadline_ns())
             others = here.size * (here.size - 1) // 2
             np.testing.assert_array_equal(x, (np.arange(count) * 7 + number) * here.size + others)
 
@@ -308,12 +309,13 @@ def test_calls_of_all_kinds_follow_each_other(n: int) -> None:
 
 def different(here: Here) -> None:
     """Every rank is shown both descriptors, and no later call is taken."""
+    array = np.ones(100 + (here.rank == 2), np.float32)
     with pytest.raises(PlanMismatch) as seen:
-        here.endpoint.all_reduce(np.ones(100 + (here.rank == 2), np.float32), ReduceOp.SUM, here.deadline_ns(), 2)
+        Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns(), 2)
     assert '"count":100,"root":0,"arrays":2' in str(seen.value)
     assert '"count":101' in str(seen.value)
     with pytest.raises(Closed):
-        here.endpoint.barrier(here.deadline_ns())
+        Natives(here.endpoint).barrier(here.deadline_ns())
 
 
 def test_calls_that_differ() -> None:
@@ -326,7 +328,7 @@ def one_is_missing(here: Here) -> None:
     here.meet()
     if here.rank != 1:
         with pytest.raises((DeadlineMissed, PeerLost)) as seen:
-            here.endpoint.barrier(here.clock.now_ns() + 500 * 10**6, "step 7")
+            Natives(here.endpoint).barrier(here.clock.now_ns() + 500 * 10**6, "step 7")
         late = r"barrier number 0 \(step 7\) was not finished .* waits for rank 1, which has not begun it"
         assert re.search(late, str(seen.value)) or "aborted" in str(seen.value)
     here.meet()

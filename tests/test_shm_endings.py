@@ -21,6 +21,7 @@ import detcoll_shm.endpoint
 from detcoll.clock import MonotonicClock
 from detcoll.errors import ConnectError, PeerLost, TransportError, UsageError
 from detcoll.testing.fabric import LocalMeeting, ThreadFabric, in_threads, pattern
+from detcoll.testing.natives import Natives
 from detcoll.transport import Ticket, TicketStatus
 from detcoll_shm import ShmEndpoint, ShmTransport
 from detcoll_shm.layout import Address
@@ -159,7 +160,7 @@ class TestDeath:
             killer = threading.Thread(target=child.kill)
             killer.start()
             with pytest.raises(PeerLost, match="rank 1 ended"):
-                endpoint.barrier(soon_ns())
+                Natives(endpoint).barrier(soon_ns())
             killer.join()
 
     def test_ends_sends(self, endpoint: ShmEndpoint) -> None:
@@ -303,21 +304,23 @@ class TestDeathOfOne:
 
 
 AT_ITS_LAST_MOMENT = """
+from detcoll.testing.natives import Natives
 import os, signal
 lockstep = endpoint._begin_collectives()._lockstep
 give_up = lockstep._is_done_after_trying
 lockstep._is_done_after_trying = lambda reason, is_done: give_up(reason, lambda: os.kill(os.getpid(), signal.SIGKILL))
 print("ready", flush=True)
-endpoint.barrier(1)
+Natives(endpoint).barrier(1)
 """
 """Dies when it has asked whether to give up, and before it says that it does."""
 
 IS_INTERRUPTED = """
+from detcoll.testing.natives import Natives
 from detcoll.errors import DetcollError
 def collect():
     for _ in range(2):
         try:
-            endpoint.barrier(soon_ns())
+            Natives(endpoint).barrier(soon_ns())
         except (KeyboardInterrupt, DetcollError) as error:
             print(type(error).__name__, error, flush=True)
 print("ready", flush=True)
@@ -333,7 +336,7 @@ class TestOneThatGivesUp:
             while words[DIGEST + 1] != TRYING:
                 os.sched_yield()
             with pytest.raises(PeerLost, match="rank 1 ended"):
-                endpoint.barrier(soon_ns())
+                Natives(endpoint).barrier(soon_ns())
 
     def test_since_a_signal_came(self, endpoint: ShmEndpoint) -> None:
         with Child(IS_INTERRUPTED) as child:
@@ -344,7 +347,7 @@ class TestOneThatGivesUp:
             child.interrupt()
             assert child.hears() == "KeyboardInterrupt"
             with pytest.raises(TransportError, match="rank 1 was interrupted in barrier number 0"):
-                endpoint.barrier(soon_ns())
+                Natives(endpoint).barrier(soon_ns())
             assert child.hears() == "Closed an earlier collective failed: rank 1 was interrupted in barrier number 0"
 
 

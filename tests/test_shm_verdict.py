@@ -14,6 +14,7 @@ import pytest
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError
 from detcoll.testing.fabric import Here, ThreadFabric
+from detcoll.testing.natives import Natives
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import ReduceOp
 from detcoll_shm import ShmEndpoint, ShmTransport, bell, collectives
@@ -40,17 +41,17 @@ def reduces(here: Here, deadline_ns: int, placed: bool = False) -> None:
     assert isinstance(here.endpoint, ShmEndpoint)
     array = np.frombuffer(here.endpoint.allocate(800), np.float64) if placed else np.empty(100)
     array[:] = here.rank
-    here.endpoint.all_reduce(array, ReduceOp.SUM, deadline_ns)
+    Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, deadline_ns)
     assert (array == sum(range(here.size))).all()
 
 
 def call(here: Here, kind: str, deadline_ns: int) -> None:
     assert isinstance(here.endpoint, ShmEndpoint)
     if kind == "barrier":
-        here.endpoint.barrier(deadline_ns)
+        Natives(here.endpoint).barrier(deadline_ns)
     elif kind == "broadcast":
         array = np.full(100, float(here.rank))
-        here.endpoint.broadcast(array, 1, deadline_ns)
+        Natives(here.endpoint).broadcast(array, 1, deadline_ns)
         assert (array == 1).all()
     else:
         reduces(here, deadline_ns, kind == "in place")
@@ -133,7 +134,7 @@ def comes_in_time_after_all(here: Here, asks: threading.Event) -> None:
     lockstep = lockstep_of(here)
     if here.rank == 0:
         assert asks.wait(30)
-        here.endpoint.barrier(here.deadline_ns())
+        Natives(here.endpoint).barrier(here.deadline_ns())
     else:
         give_up, words = lockstep._is_done_after_trying, lockstep.peers[0].stage.words
 
@@ -147,9 +148,9 @@ def comes_in_time_after_all(here: Here, asks: threading.Event) -> None:
             return give_up(reason, asked)
 
         lockstep._is_done_after_trying = give_up_slowly
-        here.endpoint.barrier(PASSED_NS)
+        Natives(here.endpoint).barrier(PASSED_NS)
         lockstep._is_done_after_trying = give_up
-    here.endpoint.barrier(here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
 
 
 def test_one_that_arrives_while_another_asks_is_in_time() -> None:
@@ -159,13 +160,13 @@ def test_one_that_arrives_while_another_asks_is_in_time() -> None:
 
 def races(here: Here, shift_ns: int) -> bool:
     """Call at about the same moment as all others, with so little time that some give up; tell who returned."""
-    here.endpoint.barrier(here.deadline_ns())
+    Natives(here.endpoint).barrier(here.deadline_ns())
     mine_ns = shift_ns if here.rank == 0 else 0
     until_ns = time.monotonic_ns() + mine_ns
     while time.monotonic_ns() < until_ns:
         pass
     try:
-        here.endpoint.barrier(PASSED_NS)
+        Natives(here.endpoint).barrier(PASSED_NS)
     except DeadlineMissed:
         return False
     return True
@@ -312,11 +313,11 @@ def interrupted_twice(here: Here) -> None:
 
         lockstep._is_done_after_trying = interrupted
         with pytest.raises(KeyboardInterrupt):
-            here.endpoint.barrier(PASSED_NS)
+            Natives(here.endpoint).barrier(PASSED_NS)
     else:
         here.meet()
         with pytest.raises(TransportError, match="rank 1 was interrupted in barrier number 0"):
-            here.endpoint.barrier(here.deadline_ns())
+            Natives(here.endpoint).barrier(here.deadline_ns())
     if here.rank == 1:
         here.meet()
 

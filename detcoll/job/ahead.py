@@ -1,7 +1,8 @@
-"""Ordering of calls on the same memory, where the transport and the progress thread both execute calls.
+"""Ordering of calls on the same memory, where several executors carry out calls.
 
-Each of the two executes its own calls in order. Where one call goes to the transport, another to the progress thread,
-and both use the same memory, the later call is submitted only when the earlier one has ended.
+Executors are the progress thread, and in each group the runner of native collectives. Each executes its own calls in
+order. Where two calls go to different ones and use the same memory, the later call is submitted only when the earlier
+one has ended. An executor is any object that stands for it; None is the progress thread.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ class Ahead:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._calls: list[tuple[Sequence[Span], Work, bool]] = []
+        self._calls: list[tuple[Sequence[Span], Work, object]] = []
         self._most = _FEW
 
-    def note(self, spans: Sequence[Span], work: Work, *, on_loop: bool) -> None:
+    def note(self, spans: Sequence[Span], work: Work, executor: object) -> None:
         """Record a submitted call; drop ended calls when the list has grown."""
         if not spans:
             return
@@ -31,19 +32,19 @@ class Ahead:
             if len(self._calls) >= self._most:
                 self._calls = [call for call in self._calls if not call[1].done()]
                 self._most = max(_FEW, 2 * len(self._calls))
-            self._calls.append((spans, work, on_loop))
+            self._calls.append((spans, work, executor))
 
-    def of(self, spans: Sequence[Span], *, on_loop: bool) -> list[Work]:
-        """Return the unfinished calls on this memory that were submitted to the other executor."""
+    def of(self, spans: Sequence[Span], executor: object) -> list[Work]:
+        """Return the unfinished calls on this memory that were submitted to another executor."""
         if not self._calls:
             return []
         with self._lock:
             return [
-                work for others, work, elsewhere in self._calls
-                if elsewhere != on_loop and not work.done() and overlap(spans, others)
+                work for others, work, other in self._calls
+                if other is not executor and not work.done() and overlap(spans, others)
             ]  # fmt: skip
 
-    def wait(self, spans: Sequence[Span], *, on_loop: bool) -> None:
-        """Block until the calls on this memory that the other executor has under way end, each by its own deadline."""
-        for work in self.of(spans, on_loop=on_loop):
+    def wait(self, spans: Sequence[Span], executor: object) -> None:
+        """Block until the calls on this memory that other executors have under way end, each by its own deadline."""
+        for work in self.of(spans, executor):
             work.exception()

@@ -1,9 +1,9 @@
 """Calls of one group: number them, choose their executor, and report a refused call to the group.
 
 Calls of one rank are numbered in the order in which they are made, by any thread; the order must be the same on all
-ranks. A call goes to the transport's native collective if it has one for this group, kind, type and operator. Otherwise
-a plan is compiled and the progress thread executes it. The choice depends only on properties that ranks compare, so all
-ranks make the same one.
+ranks. A call goes to the transport's native collective if it has one for this group, kind, type, operator and size.
+Otherwise a plan is compiled and the progress thread executes it. The choice depends only on properties that ranks
+compare, so all ranks make the same one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from detcoll.job.job import Job
 from detcoll.plan import Calendar, Collective, Planner
 from detcoll.runtime import Descriptor, Group, Memory, Operation, Work
 from detcoll.runtime.group import WORLD_ID
-from detcoll.runtime.native import NativeCall, NativeRunner
+from detcoll.runtime.native import NativeRunner, Submission
 from detcoll.runtime.operation import Span
 from detcoll.signature import signature_of
 from detcoll.topology import Topology
+from detcoll.transport import NativeCall
 from detcoll.types import ReduceOp, accumulation_dtype
 
 
@@ -58,12 +59,17 @@ class Request:
         return self.output.spans if self.source is None else self.output.spans + self.source.spans
 
     @property
+    def count(self) -> int:
+        """Elements of the whole collective, see `detcoll.plan.Collective`."""
+        return self.output.array.size if self.elems < 0 else self.elems
+
+    @property
     def collective(self) -> Collective:
         """What a plan depends on."""
         dtype = self.output.dtype
         return Collective(
-            self.kind, self.output.array.size if self.elems < 0 else self.elems, dtype.itemsize,
-            accumulation_dtype(dtype).itemsize, self.root, self.counts, self.out_counts,
+            self.kind, self.count, dtype.itemsize, accumulation_dtype(dtype).itemsize, self.root, self.counts,
+            self.out_counts,
         )  # fmt: skip
 
 
@@ -85,7 +91,7 @@ class Caller:
     def __init__(self, job: Job, group: Group, topology: Topology, calendar: Calendar) -> None:
         self.job, self.group = job, group
         self.rank = group.ranks.index(job.session.rank)
-        self.native: NativeRunner | None = job.native if group.id == WORLD_ID else None
+        self.native: NativeRunner | None = job.natives.of(group)
         """Runs the transport's native collectives for this group, or None."""
         self.planner = Planner(topology, self.rank, calendar, job.costs)
         job.keep_planner(group, self.planner)
@@ -128,24 +134,46 @@ class Caller:
         """Start a collective and return its work; None if ``wait`` is set and the collective has already ended."""
         self.check_usable()
         called_ns, timeout_ns = time.monotonic_ns(), round(timeout_s * 1e9)
-        native, kind, bound = self.native, request.kind, request.output
         with self._order:
             sequence = next(self._sequence)
-            if native is not None and native.supports(kind, bound.array.dtype, request.op):
-                spans = request.spans if self.job.has_loop else None
-                if spans:
-                    self.job.ahead.wait(spans, on_loop=False)
-                call = NativeCall(
-                    sequence, kind, bound.array, request.op, request.root, timeout_ns, called_ns, request.arrays,
-                    bound.load if bound.staged else None, bound.store if bound.staged else None, name,
-                )  # fmt: skip
-                if wait and native.run_at_once(call):
-                    return None
-                work = Work(f"{kind} number {sequence}", request.result)
-                native.run(call, work)
-                self.job.ahead.note(request.spans if spans is None else spans, work, on_loop=False)
-                return work
-            return self._submit(sequence, request, timeout_ns, called_ns, name)
+            native = self.native
+            if native is None or not self._is_native(native, request):
+                return self._submit(sequence, request, timeout_ns, called_ns, name)
+            spans = request.spans if self.job.has_loop else None
+            if spans:
+                self.job.ahead.wait(spans, native)
+            submission = self._native_call(sequence, request, timeout_ns, called_ns, name)
+            if wait and native.run_at_once(submission):
+                return None
+            work = Work(f"{request.kind} number {sequence}", request.result)
+            native.run(submission, work)
+            self.job.ahead.note(request.spans if spans is None else spans, work, native)
+            return work
+
+    def _is_native(self, native: NativeRunner, request: Request) -> bool:
+        """Tell whether the transport does this call by itself; reads nothing that ranks do not compare."""
+        if request.source is None:
+            return native.supports(request.kind, request.output.array.dtype, request.op)
+        if request.out_counts:  # sizes that differ between ranks decide nothing
+            return native.supports(request.kind, request.output.array.dtype, request.op, uneven=True)
+        nbytes = request.count * request.output.dtype.itemsize
+        return native.supports(
+            request.kind, request.output.array.dtype, request.op, nbytes, uneven=bool(request.counts)
+        )
+
+    def _native_call(
+        self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str
+    ) -> Submission:  # fmt: skip
+        output, source = request.output, request.source
+        call = NativeCall(
+            request.kind, output.array, request.count, request.op, request.root,
+            None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
+        )  # fmt: skip
+        loads = source or output
+        return Submission(
+            sequence, call, timeout_ns, called_ns, loads.load if loads.staged else None,
+            output.store if output.staged else None,
+        )  # fmt: skip
 
     def _submit(self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str) -> Work:
         kind, collective, output = request.kind, request.collective, request.output
@@ -157,7 +185,7 @@ class Caller:
         )  # fmt: skip
         work = Work(f"{kind} number {sequence}", request.result)
         spans = request.spans
-        ahead = None if self.job.native is None else self.job.ahead
+        ahead = self.job.ahead if self.job.natives else None
         try:
             plan = self.planner.plan(collective)
             loads = request.source or output
@@ -167,7 +195,7 @@ class Caller:
                 None if request.source is None else request.source.array,
             )  # fmt: skip
             if ahead is not None:
-                ahead.wait(spans, on_loop=True)
+                ahead.wait(spans, None)
             self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory))
         except DetcollError as error:
             self._tell_refusal(sequence, error)
@@ -176,15 +204,17 @@ class Caller:
             self._tell_refusal(sequence, TransportError(f"{error!r} while it called {kind} number {sequence}"))
             raise
         if ahead is not None:
-            ahead.note(spans, work, on_loop=True)
+            ahead.note(spans, work, None)
         return work
 
-    def refuse(self, error: UsageError) -> None:
-        """Count a call with invalid arguments, and fail the call of that number on all ranks of the group.
+    def refuse(self, kind: str, error: UsageError) -> None:
+        """Count a call of ``kind`` with invalid arguments, and fail the call of that number on all ranks of the group.
 
-        Native collectives cannot report a refused call; with them the call is not counted at all.
+        Native collectives cannot report a refused call; one that may be native is not counted at all.
         """
-        if self.native is not None or not self.usable or self.job.failure(self.group) is not None:
+        if self.native is not None and self.native.knows(kind):
+            return
+        if not self.usable or self.job.failure(self.group) is not None:
             return
         with self._order:
             self._tell_refusal(next(self._sequence), error)

@@ -23,6 +23,7 @@ from detcoll.errors import Closed, ConnectError, DeadlineMissed, DetcollError, P
 from detcoll.job.ahead import Ahead
 from detcoll.job.assembly import Assembled, deadline_after
 from detcoll.job.flight import Flight
+from detcoll.job.natives import Natives, awaited
 from detcoll.job.rest import Rest
 from detcoll.job.settings import Facts, Settings
 from detcoll.machine import Slots
@@ -35,10 +36,10 @@ from detcoll.rendezvous import Session
 from detcoll.runtime import Engine, Group, Loop, Timekeeper
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.engine import Wide
+from detcoll.runtime.failures import EXPLANATION_NS
 from detcoll.runtime.group import WORLD_ID, world
-from detcoll.runtime.native import NativeRunner
 from detcoll.runtime.recorder import Recorder
-from detcoll.runtime.snapshot import snapshot
+from detcoll.runtime.snapshot import merged, snapshot
 from detcoll.topology import Topology
 from detcoll.trace import Call, Trace
 
@@ -55,8 +56,8 @@ TRACED_PHASES = 256
 class Job:
     """One process's part of a job; see the module. It has many fields because it holds everything that groups share.
 
-    ``native`` : runs the transport's native collectives of the world, if it has any.  ``costs`` : costs of the hosts,
-    for predictions.  ``ahead`` : keeps calls on the same memory in order if there are native collectives.
+    ``natives`` : the transport's native collectives, of the world and of groups.  ``costs`` : costs of the hosts, for
+    predictions.  ``ahead`` : keeps calls on the same memory in order if there are native collectives.
     """
 
     def __init__(
@@ -80,9 +81,13 @@ class Job:
         self._finalized = False
         self._planners: dict[int, Planner] = {}
         self.ahead = Ahead()
+        self.natives = Natives(
+            assembled.native, assembled.transport.capabilities, session.rank, self.trace, self.recorder,
+            self._native_failed, self._explain_native,
+        )  # fmt: skip
+        self.natives.open_world(self.world)
         try:
-            self.native = self._make_native()
-            if self.native is None:
+            if not self.natives:
                 self.loop  # noqa: B018 - start the thread at once, because it has to answer peers
         except BaseException:
             if self._loop is not None:
@@ -90,21 +95,20 @@ class Job:
             self.flight.close()
             raise
 
-    def _make_native(self) -> NativeRunner | None:
-        native = self.assembled.native
-        if native is None:
-            return None
-        capabilities, rank = self.assembled.transport.capabilities, self.session.rank
-        return NativeRunner(
-            native, capabilities, rank, self.trace, self._native_failed, self._explain_native, self.recorder
-        )
-
-    def _native_failed(self, error: Exception, is_ours: bool) -> None:
+    def _native_failed(self, group: Group, error: Exception, is_ours: bool) -> None:
         self._note_failure(str(error))
-        if is_ours:
+        if not is_ours:
+            return
+        if group.id == WORLD_ID:
             self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
+            return
+        with contextlib.suppress(Closed):  # the job has ended, and so have all groups
+            loop = self.loop
+            loop.post(lambda now_ns: loop.engine.failures.fail_group(group, error, now_ns))
 
-    def _explain_native(self) -> DetcollError | None:
+    def _explain_native(self, group: Group) -> DetcollError | None:
+        if group.id != WORLD_ID:  # its members tell each other, and the progress thread hears it
+            return awaited(lambda: self.loop.failure or self.loop.group_failure(group), EXPLANATION_NS)
         told = self.rest.explanation(WORLD_ID)
         loop = self._loop
         if loop is not None:  # what was heard here did not wake it up
@@ -136,8 +140,7 @@ class Job:
     def describe(self) -> dict[str, Any]:
         """Return the state of this rank as plain data for its flight record."""
         groups = snapshot(self._loop.engine) if self._loop is not None else []
-        if self.native is not None:
-            groups = [self.native.standing(self.world), *(group for group in groups if group["id"] != "world")]
+        groups = merged([runner.standing() for runner in self.natives.runners], groups)
         return {
             "rank": self.session.rank, "size": self.session.size, "transport": self.assembled.transport.name,
             "site": self.topology.site_of(self.session.rank), "groups": groups, "events": self.recorder.rows(),
@@ -208,6 +211,12 @@ class Job:
             if not problem:
                 self.loop.post(lambda now_ns: engine.leave(group))
             raise UsageError(problems[0])
+        try:
+            self.natives.open(group, self.session, deadline_ns)
+        except BaseException:
+            with contextlib.suppress(Closed):
+                self.loop.post(lambda now_ns: engine.leave(group))
+            raise
 
     def close_group(self, group: Group, timeout: float) -> None:
         """Wait for the calls of a group to end, synchronise with its members, and leave it.
@@ -224,9 +233,22 @@ class Job:
         DeadlineMissed
             If calls are still under way at the deadline. The group then fails on all members.
         """
-        loop, deadline_ns = self.loop, deadline_after(timeout)
+        loop, deadline_ns, runner = self.loop, deadline_after(timeout), self.natives.of(group)
+        try:
+            is_drained = runner is None or runner.drain(deadline_ns)
+            is_clean = self._leave_group(loop, group, timeout, deadline_ns, is_drained=is_drained)
+        except BaseException:
+            self.natives.close(group, clean=False)
+            raise
+        self.natives.close(group, clean=is_clean)
+
+    def _leave_group(
+        self, loop: Loop, group: Group, timeout: float, deadline_ns: int, *, is_drained: bool
+    ) -> bool:  # fmt: skip
+        """Leave a group in the engine; return whether all members have."""
+        is_clean = False
         with contextlib.suppress(Closed):  # if the loop has ended, so have all groups
-            if not loop.drain_group(group, deadline_ns):
+            if not (is_drained and loop.drain_group(group, deadline_ns)):
                 title = group.title
                 error = DeadlineMissed(f"closing group {title}: collectives were still under way after {timeout:g} s")
                 loop.ask(lambda now_ns: loop.engine.failures.fail_group(group, error, now_ns))
@@ -235,9 +257,11 @@ class Job:
             if self.failure(group) is None:
                 try:
                     self.session.exchange(f"close {group.id:016x}", b"", deadline_ns, group.ranks)
+                    is_clean = True
                 except TransportError as error:
                     log.warning("rank %d: others did not close group %s: %s", self.session.rank, group.title, error)
             loop.post(lambda now_ns: loop.engine.leave(group))
+        return is_clean
 
     @property
     def has_loop(self) -> bool:
@@ -251,8 +275,9 @@ class Job:
 
     def failure(self, group: Group) -> Exception | None:
         """Return the error that ended a group, or None."""
-        if group.id == WORLD_ID and self.native is not None and self.native.failure is not None:
-            return self.native.failure
+        failure = self.natives.failure(group)
+        if failure is not None:
+            return failure
         loop = self._loop
         if loop is None:
             return None
@@ -337,7 +362,7 @@ class Job:
     def _drain(self, deadline_ns: int) -> Exception | None:
         """Wait for all calls to end; return the error that ended them if no caller has got it."""
         had_failed = self._failed() is not None
-        is_drained = self.native is None or self.native.drain(deadline_ns)
+        is_drained = self.natives.drain(deadline_ns)
         loop = self._loop
         if loop is not None and not loop.drain(deadline_ns):
             is_drained = False
@@ -364,8 +389,7 @@ class Job:
 
     def _give_back(self, deadline_ns: int, failure: Exception | None) -> None:
         """Close everything; after a failure wait only shortly, because a frozen rank would not answer."""
-        if self.native is not None:
-            self.native.close()
+        self.natives.end()
         if self._loop is not None:
             self._loop.close()
         self._complete_trace()
@@ -375,7 +399,7 @@ class Job:
         for endpoint in self.assembled.endpoints:
             if failure is None:
                 endpoint.close(deadline_ns)
-            elif self.native is not None:
+            elif self.natives:
                 endpoint.abort()
             else:
                 endpoint.close(min(deadline_ns, deadline_after(_CLOSING_AFTER_FAILURE_S)))
@@ -395,14 +419,12 @@ class Job:
             with contextlib.suppress(Closed):
                 loop.ask(lambda now_ns: loop.engine.failures.told(cause, now_ns))
         self.rest.announce(cause)
-        if self.native is not None:
-            self.native.fail(error)
-            self.native.close()
+        self.natives.end(error)
         if loop is not None:
             loop.fail(error)
             loop.close()
         for endpoint in self.assembled.endpoints:
-            if self.native is not None:
+            if self.natives:
                 endpoint.abort()
             else:
                 endpoint.close(deadline_after(_CLOSING_AFTER_FAILURE_S))

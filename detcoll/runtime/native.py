@@ -1,7 +1,8 @@
-"""Run a transport's native collectives in call order.
+"""Run a transport's native collectives in call order, each group's in a queue of its own.
 
-If no other call is pending, a blocking call runs on the caller's thread, which saves two thread switches. Asynchronous
-calls, and all calls behind them, are queued for a worker thread. The timeout of a call starts when the call runs.
+If no other call of the group is pending, a blocking call runs on the caller's thread, which saves two thread switches.
+Asynchronous calls, and all calls behind them, are queued for a worker thread of the group, so no group waits for
+another. The timeout of a call starts when the call runs.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from detcoll.descriptor import brief
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError, UsageError
@@ -23,33 +23,31 @@ from detcoll.priority import shorten_turns
 from detcoll.runtime.group import WORLD_ID, Group
 from detcoll.runtime.recorder import Called, Recorder
 from detcoll.runtime.work import Work
-from detcoll.signature import signature_of
 from detcoll.trace import Call, Trace
-from detcoll.transport import Capabilities, NativeCollectives
+from detcoll.transport import Capabilities, NativeCall, NativeCollectives
 from detcoll.types import ReduceOp
 
 LARGEST_QUEUE = 4096
+LARGEST_KEPT_ANSWERS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class NativeCall:
-    """Arguments of one native collective.  ``timeout_ns`` : counts from when the call runs."""
+class Submission(msgspec.Struct, frozen=True):
+    """A native call that was submitted.
+
+    ``timeout_ns`` : counts from when the call runs.  ``load``, ``store`` : fill its input and empty its output, where
+    the caller's memory is elsewhere.
+    """
 
     sequence: int
-    kind: str
-    array: NDArray[Any]
-    op: ReduceOp
-    root: int
+    call: NativeCall
     timeout_ns: int
     called_ns: int
-    arrays: int = 1
     load: Callable[[], None] | None = None
     store: Callable[[], None] | None = None
-    name: str = ""
 
 
 class NativeRunner:
-    """Runs native collectives with a worker thread and a queue, and keeps the state that a flight record shows.
+    """Runs the native collectives of one group, and keeps the state that a flight record shows.
 
     It has many fields because callers, the worker thread and flight records share its state.
 
@@ -59,8 +57,10 @@ class NativeRunner:
         Executes the calls.
     capabilities : Capabilities
         The collectives, types and operators that it supports.
+    group : Group
+        Its ranks.
     rank : int
-        This rank, for messages.
+        This rank of the job, for messages.
     trace : Trace
         Records calls.
     on_failure : callable
@@ -75,6 +75,7 @@ class NativeRunner:
         self,
         collectives: NativeCollectives,
         capabilities: Capabilities,
+        group: Group,
         rank: int,
         trace: Trace,
         on_failure: Callable[[Exception, bool], None],
@@ -82,34 +83,46 @@ class NativeRunner:
         recorder: Recorder | None = None,
     ) -> None:
         self._collectives, self._capabilities, self._rank, self._trace = collectives, capabilities, rank, trace
+        self._group = group
         self._on_failure, self._explain, self._recorder = on_failure, explain, recorder or Recorder()
-        self._supported: dict[tuple[str, np.dtype[Any], ReduceOp], bool] = {}
-        self._current: NativeCall | None = None
+        self._supported: dict[tuple[str, np.dtype[Any], ReduceOp, int, bool], bool] = {}
+        self._current: Submission | None = None
         self._latest = -1
         self._turn = threading.Lock()
-        self._queue: queue.Queue[tuple[NativeCall, Work] | None] = queue.Queue(LARGEST_QUEUE)
+        self._queue: queue.Queue[tuple[Submission, Work] | None] = queue.Queue(LARGEST_QUEUE)
         self._queued = 0
         self._count = threading.Lock()
         self._failure: Exception | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._serve, name="detcoll-native", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        """Started with the first call that is queued."""
 
     @property
     def failure(self) -> Exception | None:
         """The error that ended the collectives, or None."""
         return self._failure
 
-    def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
-        """Return whether the transport has a native collective of this kind, type and operator."""
-        key = kind, dtype, op
+    @property
+    def algorithm(self) -> str:
+        """The name of the transport's algorithm."""
+        return self._collectives.algorithm
+
+    def knows(self, kind: str) -> bool:
+        """Return whether calls of this kind may be native."""
+        return kind in self._capabilities.native
+
+    def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp, nbytes: int = 0, *, uneven: bool = False) -> bool:
+        """Return whether the transport has a native collective for a call; see `Capabilities.supports`."""
+        key = kind, dtype, op, nbytes, uneven
         answer = self._supported.get(key)
         if answer is None:
-            answer = self._supported[key] = self._capabilities.supports(kind, dtype, op)
+            if len(self._supported) >= LARGEST_KEPT_ANSWERS:
+                self._supported.clear()
+            answer = self._supported[key] = self._capabilities.supports(kind, dtype, op, nbytes, uneven=uneven)
         return answer
 
-    def run(self, call: NativeCall, work: Work) -> None:
-        """Queue ``call`` for the worker thread; ``work`` ends with it.
+    def run(self, submission: Submission, work: Work) -> None:
+        """Queue a call for the worker thread; ``work`` ends with it.
 
         Raises
         ------
@@ -121,19 +134,23 @@ class NativeRunner:
         with self._count:  # `drain` waits for all counted calls
             self._check_usable()
             self._queued += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="detcoll-native", daemon=True)
+                self._thread.start()
         try:
-            self._queue.put((call, work), timeout=call.timeout_ns / 1e9)
+            self._queue.put((submission, work), timeout=submission.timeout_ns / 1e9)
         except BaseException as error:
             with self._count:
                 self._queued -= 1
             self._say_that_it_closes()
             if isinstance(error, queue.Full):
-                text = f"{call.kind}: the queue is full, {LARGEST_QUEUE} earlier collectives are not finished"
+                kind = submission.call.kind
+                text = f"{kind}: the queue is full, {LARGEST_QUEUE} earlier collectives are not finished"
                 raise DeadlineMissed(text) from None
             raise
 
-    def run_at_once(self, call: NativeCall) -> bool:
-        """Run ``call`` on this thread and return True, or return False if other calls are pending.
+    def run_at_once(self, submission: Submission) -> bool:
+        """Run a call on this thread and return True, or return False if other calls of the group are pending.
 
         Raises
         ------
@@ -146,9 +163,9 @@ class NativeRunner:
         try:
             if self._queued:
                 return False
-            error = self._do(call)
+            error = self._do(submission)
         except BaseException as interrupt:  # ranks may be out of step, so no later call can be trusted to match
-            what = f"rank {self._rank} was interrupted in {call.kind} number {call.sequence}"
+            what = f"rank {self._rank} was interrupted in {_title(submission)}"
             self._give_up(TransportError(f"{what}: {type(interrupt).__name__}"))
             raise
         finally:
@@ -169,8 +186,11 @@ class NativeRunner:
     def drain(self, deadline_ns: int) -> bool:
         """Close, and wait for queued calls; at the deadline fail the collectives and return False."""
         self.close()
-        self._thread.join(max(deadline_ns - time.monotonic_ns(), 0) / 1e9)
-        if self._thread.is_alive():
+        thread = self._thread
+        if thread is None:
+            return True
+        thread.join(max(deadline_ns - time.monotonic_ns(), 0) / 1e9)
+        if thread.is_alive():
             self.fail(DeadlineMissed("closing: collectives were still under way at the deadline"))
             return False
         return True
@@ -194,57 +214,59 @@ class NativeRunner:
             entry = self._queue.get()
             if entry is None:
                 continue
-            call, work = entry
+            submission, work = entry
             with self._turn:
-                error = self._do(call)
+                error = self._do(submission)
             with self._count:
                 self._queued -= 1
             work.finish(error)
 
-    def _do(self, call: NativeCall) -> Exception | None:
-        """Run ``call``; return the error that ended it, or None on success."""
+    def _do(self, submission: Submission) -> Exception | None:
+        """Run a call; return the error that ended it, or None on success."""
         if self._failure is not None:
             return self._failure
         error: Exception
-        self._latest = max(self._latest, call.sequence)
-        self._recorder.note(call.called_ns, "call", WORLD_ID, call.sequence, detail=_called(call))
-        self._current = call
+        sequence, call, number = submission.sequence, submission.call, self._group.number
+        self._latest = max(self._latest, sequence)
+        self._recorder.note(submission.called_ns, "call", number, sequence, detail=_called(call))
+        self._current = submission
         try:
-            if call.load is not None:
-                call.load()
-            self._dispatch(call)
-            if call.store is not None:
-                call.store()
+            if submission.load is not None:
+                submission.load()
+            self._collectives.run(call, time.monotonic_ns() + submission.timeout_ns)
+            if submission.store is not None:
+                submission.store()
         except UsageError as problem:  # nothing has moved
             self._current = None
             return problem
         except DetcollError as problem:
             error = problem
         except Exception as problem:
-            error = TransportError(f"{call.kind} number {call.sequence} failed: {problem!r}")
+            error = TransportError(f"{_title(submission)} failed: {problem!r}")
             error.__cause__ = problem
         else:
             self._current = None
-            self._recorder.note(time.monotonic_ns(), "end", WORLD_ID, call.sequence)
+            self._recorder.note(time.monotonic_ns(), "end", number, sequence)
             if self._trace.recording:
-                what = Call(call.kind, call.array.nbytes, self._collectives.algorithm)
-                self._trace.note_collective(call.sequence, what, call.called_ns, time.monotonic_ns())
+                what = Call(call.kind, call.count * call.array.itemsize, self._collectives.algorithm, group=number)
+                self._trace.note_collective(sequence, what, submission.called_ns, time.monotonic_ns())
             return None
         return self._give_up(error)
 
-    def standing(self, world: Group) -> dict[str, Any]:
-        """Return the state of this rank in the world as plain data for its flight record."""
-        call, failure = self._current, self._failure
+    def standing(self) -> dict[str, Any]:
+        """Return the state of this rank in the group as plain data for its flight record."""
+        submission, failure, group = self._current, self._failure, self._group
         calls = []
-        if call is not None:
-            what = f"call {call.sequence}, {brief(*_called(call))}"
+        if submission is not None:
+            what = f"call {submission.sequence}, {brief(*_called(submission.call))}"
             calls.append({
-                "sequence": call.sequence, "what": what, "state": "is in the transport's own collective",
+                "sequence": submission.sequence, "what": what, "state": "is in the transport's own collective",
                 "waits_for": [],
             })  # fmt: skip
         return {
-            "id": "world", "number": WORLD_ID, "name": "", "ranks": list(world.ranks),
-            "latest": self._latest, "failure": None if failure is None else str(failure), "calls": calls,
+            "id": "world" if group.id == WORLD_ID else f"{group.id:016x}", "number": group.number, "name": group.name,
+            "ranks": list(group.ranks), "latest": self._latest, "failure": None if failure is None else str(failure),
+            "calls": calls,
         }  # fmt: skip
 
     def _give_up(self, error: Exception) -> Exception:
@@ -256,18 +278,10 @@ class NativeRunner:
         self._on_failure(self._failure, told is None)
         return self._failure
 
-    def _dispatch(self, call: NativeCall) -> None:
-        deadline_ns = time.monotonic_ns() + call.timeout_ns
-        signature = signature_of(call.kind)
-        carry_out = getattr(self._collectives, call.kind)
-        if not signature.has_array:
-            carry_out(deadline_ns, call.name)
-            return
-        operation = (call.op,) if signature.has_op else ()
-        root = (call.root,) if signature.has_root else ()
-        carry_out(call.array, *operation, *root, deadline_ns, call.arrays, call.name)
+
+def _title(submission: Submission) -> str:
+    return f"{submission.call.kind} number {submission.sequence}"
 
 
 def _called(call: NativeCall) -> Called:
-    array = call.array
-    return call.kind, call.op, array.dtype, array.size, call.root, call.arrays, call.name
+    return call.kind, call.op, call.array.dtype, call.count, call.root, call.arrays, call.name

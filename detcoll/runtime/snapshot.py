@@ -22,6 +22,20 @@ def snapshot(engine: Engine) -> list[dict[str, Any]]:
             continue
 
 
+def merged(natives: list[dict[str, Any]], planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the states of all groups: those whose calls are native, planned, or both."""
+    rows = {row["id"]: row for row in planned}
+    for row in natives:
+        other = rows.get(row["id"])
+        if other is not None:
+            row = row | {
+                "latest": max(row["latest"], other["latest"]), "failure": row["failure"] or other["failure"],
+                "calls": row["calls"] + other["calls"],
+            }  # fmt: skip
+        rows[row["id"]] = row
+    return [*(row for row in rows.values() if row["id"] == "world"), *(r for r in rows.values() if r["id"] != "world")]
+
+
 def _of_group(membership: Membership) -> dict[str, Any]:
     group = membership.group
     waiting = list(membership.waiting)[:LARGEST_CALLS]

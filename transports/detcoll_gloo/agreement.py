@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.descriptor import announce
 from detcoll.errors import DeadlineMissed
-from detcoll.types import ReduceOp
+from detcoll.transport import NativeCall
 from detcoll_gloo.group import Group
 
 AGREEMENT_TAG = 2**30 + 1
@@ -39,9 +38,7 @@ class Agreement:
     def __init__(self, group: Group) -> None:
         self._group = group
 
-    def reach(
-        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str, deadline_ns: int
-    ) -> None:  # fmt: skip
+    def reach(self, call: NativeCall, deadline_ns: int) -> None:
         """Return once all ranks are known to call the same.
 
         Raises
@@ -51,7 +48,7 @@ class Agreement:
         DeadlineMissed, PeerLost
             If a rank did not come before the deadline, which is named, or is lost. All connections are closed then.
         """
-        announced = announce(kind, op.value, array.dtype, array.size, root, arrays, name)
+        announced = call.announcement
         mine = np.frombuffer(bytearray(announced.record), np.uint8)
         records = [np.zeros_like(mine) if rank != self._group.rank else mine for rank in range(self._group.size)]
         try:
@@ -60,11 +57,11 @@ class Agreement:
             missing = [rank for rank, record in enumerate(records) if not record.any()]
             if not missing:
                 raise
-            names = ", ".join(f"rank {rank}" for rank in missing)
+            names = ", ".join(f"rank {self._group.ranks[rank]}" for rank in missing)
             raise DeadlineMissed(
-                f"{kind} by Gloo did not end before its deadline; it waits for {names}, which has not begun it"
+                f"{call.kind} by Gloo did not end before its deadline; it waits for {names}, which has not begun it"
             ) from error
-        announced.compare(self._group.rank, [record.tobytes() for record in records])
+        announced.compare(self._group.rank, [record.tobytes() for record in records], self._group.ranks)
 
     def _tell(self, mine: NDArray[np.uint8], records: Sequence[NDArray[np.uint8]]) -> list[Any]:
         """Begin to exchange records with all other ranks."""

@@ -1,9 +1,12 @@
-"""Gloo's own collectives, on the caller's memory."""
+"""Gloo's own collectives, on the caller's memory.
+
+Data that is only moved goes as bytes. Reductions go in a form in which Gloo does them right (`detcoll.extrema`). Gloo
+works in place, and uses the arrays of all ranks on the way, so an input that has to keep its values is copied first.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.extrema import comparable
 from detcoll.fold import fold, fold_step, widened
-from detcoll.transport import Capabilities, Endpoint, NativeCollectives
+from detcoll.transport import Capabilities, NativeCall, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
 from detcoll_gloo.agreement import Agreement
 from detcoll_gloo.group import Group
@@ -24,17 +27,27 @@ STAGE_ELEMS = 2**23
 _WIDENED = (ReduceOp.AVG, ReduceOp.MIN, ReduceOp.MAX)
 """What 16-bit floats go through in float32."""
 
-_NOTHING = np.empty(0, np.uint8)
 
+class GlooCollectives(NativeCollectives):
+    """The collectives of one group.
 
-class GlooCollectives(Endpoint, NativeCollectives):
-    """The collective half of an endpoint."""
+    Parameters
+    ----------
+    group : Group
+        Its ranks.
+    capabilities : Capabilities
+        What the transport does.
+    compare : bool
+        Whether ranks compare what they call.
+    """
 
     def __init__(self, group: Group, capabilities: Capabilities, compare: bool) -> None:
         self._group = group
         self._capabilities = capabilities
-        self._is_broken = False
+        self._compares = compare
+        self._is_broken = self._has_left = False
         self._agreement = Agreement(group) if compare and group.size > 1 else None
+        self._groups: list[GlooCollectives] = []
         ops = group.torch.distributed.ReduceOp
         self._ops = {
             ReduceOp.SUM: ops.SUM,
@@ -49,71 +62,145 @@ class GlooCollectives(Endpoint, NativeCollectives):
         """The name in traces and results."""
         return "gloo-native"
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Reduce ``array`` over all ranks, in place; averages are divided once at the end.
+    def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> GlooCollectives:
+        """Return the collectives of some ranks, on connections of their own; see `Group.part`."""
+        made = GlooCollectives(self._group.part(ranks, key, deadline_ns), self._capabilities, self._compares)
+        self._groups.append(made)
+        return made
+
+    def leave(self, *, clean: bool) -> None:
+        """Close the connections of the group, and of those made from it."""
+        for group in self._groups:
+            group.leave(clean=clean)
+        if not self._has_left:
+            self._has_left = True
+            self._group.end()
+            self._group.forget()
+
+    def run(self, call: NativeCall, deadline_ns: int) -> None:
+        """Carry out one collective."""
+        if self._has_left:
+            raise Closed("the Gloo endpoint is closed")
+        if self._is_broken:
+            raise Closed("an earlier collective of this Gloo endpoint did not end")
+        self._check(call)
+        with self._in_step():
+            if self._agreement is not None:
+                self._agreement.reach(call, deadline_ns)
+            if self._group.size > 1:
+                _HOW[call.kind](self, call, deadline_ns)
+            elif call.source is not None and call.array.size:
+                np.copyto(call.array, call.source)
+
+    def _check(self, call: NativeCall) -> None:
+        dtype = parse_dtype(call.array.dtype)
+        if call.op is ReduceOp.AVG and is_integer(dtype):
+            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        nbytes = call.count * dtype.itemsize
+        if not self._capabilities.supports(call.kind, dtype, call.op, nbytes, uneven=bool(call.counts)):
+            raise UsageError(f"Gloo does no {call.kind} of {nbytes} bytes of {dtype}, op={call.op.value}; a plan does")
+        if not 0 <= call.root < self._group.size:
+            raise UsageError(f"root={call.root} must be a rank from 0 to {self._group.size - 1}")
+
+    def _barrier(self, call: NativeCall, deadline_ns: int) -> None:
+        if self._agreement is None:  # ranks that have compared their calls have all called
+            options = self._group.torch.distributed.BarrierOptions()
+            options.timeout = self._group.timeout(deadline_ns)
+            self._group.wait(lambda: self._group.gloo.barrier(options), deadline_ns)
+
+    def _broadcast(self, call: NativeCall, deadline_ns: int) -> None:
+        options = self._group.torch.distributed.BroadcastOptions()
+        options.rootRank, options.rootTensor = call.root, 0
+        self._run("broadcast", call.array.view(np.uint8), options, deadline_ns)
+
+    def _all_reduce(self, call: NativeCall, deadline_ns: int) -> None:
+        """Reduce in place; averages are divided once at the end.
 
         Gloo's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
         """
-        self._check_usable()
-        dtype = parse_dtype(array.dtype)
-        if dtype.name not in self._capabilities.native_dtypes:
-            known = ", ".join(sorted(self._capabilities.native_dtypes))
-            raise UsageError(f"Gloo does not reduce {dtype}; expected one of {known}")
-        if op is ReduceOp.AVG and is_integer(dtype):
-            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
-        with self._in_step():
-            self._agree("all_reduce", op, array, 0, arrays, name, deadline_ns)
-            if op in _WIDENED and is_half(dtype):
-                for start in range(0, array.size, STAGE_ELEMS):
-                    part = array[start : start + STAGE_ELEMS]
-                    wide = widened(op, part, self._group.size)
-                    self._all_reduce(wide, op, deadline_ns)
-                    fold_step(op, [wide], [self._group.size], part, self._group.size, final=True)
-                return
-            self._all_reduce(array, op, deadline_ns)
-            if op is ReduceOp.AVG:
-                fold(op, [array], array, self._group.size)
-
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Copy ``array`` of ``root`` to all ranks."""
-        self._check_usable()
-        if not 0 <= root < self._group.size:
-            raise UsageError(f"root={root} must be a rank from 0 to {self._group.size - 1}")
-        options = self._group.torch.distributed.BroadcastOptions()
-        options.rootRank, options.rootTensor = root, 0
-        with self._in_step():
-            self._agree("broadcast", ReduceOp.SUM, array, root, arrays, name, deadline_ns)
-            self._run("broadcast", [self._group.tensor(array.view(np.uint8))], options, deadline_ns, array.size)
-
-    def barrier(self, deadline_ns: int, name: str = "") -> None:
-        """Return once every rank has called."""
-        self._check_usable()
-        with self._in_step():
-            if self._agreement is not None:
-                self._agree("barrier", ReduceOp.MAX, _NOTHING, 0, 1, name, deadline_ns)
-            elif self._group.size > 1:
-                options = self._group.torch.distributed.BarrierOptions()
-                options.timeout = self._group.timeout(deadline_ns)
-                self._group.wait(lambda: self._group.gloo.barrier(options), deadline_ns)
-
-    def _all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
         options = self._group.torch.distributed.AllreduceOptions()
+        self._reduce_in("allreduce", call.op, call.array, call.array, options, deadline_ns)
+
+    def _reduce(self, call: NativeCall, deadline_ns: int) -> None:
+        """Reduce to the root; the other ranks' inputs are copied, since Gloo uses them on the way."""
+        options = self._group.torch.distributed.ReduceOptions()
+        options.rootRank, options.rootTensor = call.root, 0
+        source = _source(call)
+        if self._group.rank == call.root:
+            np.copyto(call.array, source)
+            self._reduce_in("reduce", call.op, call.array, call.array, options, deadline_ns)
+        else:
+            self._reduce_in("reduce", call.op, source.copy(), None, options, deadline_ns)
+
+    def _reduce_in(
+        self, name: str, op: ReduceOp, array: NDArray[Any], out: NDArray[Any] | None, options: Any, deadline_ns: int
+    ) -> None:
+        """Reduce ``array``, which may be overwritten; ``out`` is the same memory where this rank gets the result."""
+        size = self._group.size
         options.reduceOp = self._ops[op]
-        with comparable(op, array) as given:
-            self._run("allreduce", [self._group.tensor(given)], options, deadline_ns, array.size)
-
-    def _run(self, name: str, tensors: list[Any], options: Any, deadline_ns: int, elems: int) -> None:
-        if self._group.size == 1 or elems == 0:
+        if op in _WIDENED and is_half(array.dtype):
+            for start in range(0, array.size, STAGE_ELEMS):
+                part = array[start : start + STAGE_ELEMS]
+                wide = widened(op, part, size)
+                with comparable(op, wide) as given:
+                    self._run(name, given, options, deadline_ns)
+                if out is not None:
+                    fold_step(op, [wide], [size], part, size, final=True)
             return
-        options.timeout = self._group.timeout(deadline_ns)
-        self._group.wait(lambda: getattr(self._group.gloo, name)(tensors, options), deadline_ns)
+        with comparable(op, array) as given:
+            self._run(name, given, options, deadline_ns)
+        if op is ReduceOp.AVG and out is not None:
+            fold(op, [array], out, size)
 
-    def _agree(
-        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str, deadline_ns: int
-    ) -> None:  # fmt: skip
-        """Return once all ranks are known to call the same, where they compare."""
-        if self._agreement is not None:
-            self._agreement.reach(kind, op, array, root, arrays, name, deadline_ns)
+    def _all_gather(self, call: NativeCall, deadline_ns: int) -> None:
+        out, source = call.array.view(np.uint8), self._apart(call)
+        self._step(call, lambda: self._group.gloo.allgather(
+            [self._blocks(out)], [self._group.tensor(source)], self._timeout("Allgather", deadline_ns)
+        ), deadline_ns)  # fmt: skip
+
+    def _gather(self, call: NativeCall, deadline_ns: int) -> None:
+        options = self._timeout("Gather", deadline_ns)
+        options.rootRank = call.root
+        out = [self._blocks(call.array.view(np.uint8))] if self._group.rank == call.root else []
+        source = self._apart(call)
+        self._step(call, lambda: self._group.gloo.gather(out, [self._group.tensor(source)], options), deadline_ns)
+
+    def _scatter(self, call: NativeCall, deadline_ns: int) -> None:
+        options = self._timeout("Scatter", deadline_ns)
+        options.rootRank = call.root
+        given = [self._blocks(self._apart(call))] if self._group.rank == call.root else []
+        out = self._group.tensor(call.array.view(np.uint8))
+        self._step(call, lambda: self._group.gloo.scatter([out], given, options), deadline_ns)
+
+    def _all_to_all(self, call: NativeCall, deadline_ns: int) -> None:
+        out, given = self._group.tensor(call.array.view(np.uint8)), self._group.tensor(self._apart(call))
+        options = self._timeout("AllToAll", deadline_ns)
+        self._step(call, lambda: self._group.gloo.alltoall_base(out, given, [], [], options), deadline_ns)
+
+    def _apart(self, call: NativeCall) -> NDArray[np.uint8]:
+        """Return the bytes of the input, which torch takes writable, in memory that is not the output's."""
+        source = _source(call).view(np.uint8)
+        return source.copy() if np.may_share_memory(source, call.array) or not source.flags.writeable else source
+
+    def _blocks(self, memory: NDArray[np.uint8]) -> list[Any]:
+        """Return tensors of the blocks of all ranks."""
+        each = memory.size // self._group.size
+        return [self._group.tensor(memory[rank * each : (rank + 1) * each]) for rank in range(self._group.size)]
+
+    def _timeout(self, kind: str, deadline_ns: int) -> Any:
+        options = getattr(self._group.torch.distributed, f"{kind}Options")()
+        options.timeout = self._group.timeout(deadline_ns)
+        return options
+
+    def _step(self, call: NativeCall, start: Callable[[], Any], deadline_ns: int) -> None:
+        if call.count:
+            self._group.wait(start, deadline_ns)
+
+    def _run(self, name: str, array: NDArray[Any], options: Any, deadline_ns: int) -> None:
+        if array.size:
+            options.timeout = self._group.timeout(deadline_ns)
+            tensor = self._group.tensor(array)
+            self._group.wait(lambda: getattr(self._group.gloo, name)([tensor], options), deadline_ns)
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
@@ -128,11 +215,20 @@ class GlooCollectives(Endpoint, NativeCollectives):
             raise
         self._is_broken = False
 
-    @abstractmethod
-    def _check_open(self) -> object:
-        """Raise Closed if the endpoint is closed."""
 
-    def _check_usable(self) -> None:
-        self._check_open()
-        if self._is_broken:
-            raise Closed("an earlier collective of this Gloo endpoint did not end")
+_HOW: dict[str, Callable[[GlooCollectives, NativeCall, int], None]] = {
+    "all_reduce": GlooCollectives._all_reduce,
+    "broadcast": GlooCollectives._broadcast,
+    "barrier": GlooCollectives._barrier,
+    "reduce": GlooCollectives._reduce,
+    "all_gather": GlooCollectives._all_gather,
+    "gather": GlooCollectives._gather,
+    "scatter": GlooCollectives._scatter,
+    "all_to_all": GlooCollectives._all_to_all,
+}
+"""What carries out each kind."""
+
+
+def _source(call: NativeCall) -> NDArray[Any]:
+    assert call.source is not None
+    return call.source

@@ -6,7 +6,19 @@ import atexit
 from collections.abc import Collection, Mapping, Sequence
 
 from detcoll.errors import Closed, UsageError
-from detcoll.transport import LARGEST_TAG, TAG_BITS, Capabilities, Clock, Ticket, TicketKind, TicketStatus, Window
+from detcoll.transport import (
+    LARGEST_TAG,
+    TAG_BITS,
+    Capabilities,
+    Clock,
+    Endpoint,
+    NativeCall,
+    NativeCollectives,
+    Ticket,
+    TicketKind,
+    TicketStatus,
+    Window,
+)
 from detcoll_gloo.collectives import GlooCollectives
 from detcoll_gloo.group import Group
 from detcoll_gloo.mail import Mail
@@ -15,7 +27,7 @@ _open: set[GlooEndpoint] = set()
 """Endpoints that were not closed yet; Gloo crashes a process that exits while a thread waits for it."""
 
 
-class GlooEndpoint(GlooCollectives):
+class GlooEndpoint(Endpoint, NativeCollectives):
     """Messages and collectives of one rank; see the package's text.
 
     Parameters
@@ -36,12 +48,28 @@ class GlooEndpoint(GlooCollectives):
         *,
         compare: bool = True,
     ) -> None:
-        super().__init__(group, capabilities, compare)
+        self._group, self._capabilities = group, capabilities
+        self._collectives = GlooCollectives(group, capabilities, compare)
         self._address = address
         self._mail: Mail | None = Mail(group, clock, unexpected_bytes)
         self._peers: set[int] = set()
         self._counted: Mapping[str, int] = self._mail.counters
         _open.add(self)
+
+    @property
+    def algorithm(self) -> str:
+        """The name in traces and results."""
+        return self._collectives.algorithm
+
+    def run(self, call: NativeCall, deadline_ns: int) -> None:
+        """Carry out a collective of all ranks."""
+        self._check_open()
+        self._collectives.run(call, deadline_ns)
+
+    def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> GlooCollectives:
+        """Return the collectives of some ranks, on connections of their own."""
+        self._check_open()
+        return self._collectives.group(ranks, key, deadline_ns)
 
     @property
     def address(self) -> str:
@@ -127,7 +155,7 @@ class GlooEndpoint(GlooCollectives):
         return dict(self._counted)
 
     def _leave(self) -> None:
-        self._group.forget()
+        self._collectives.leave(clean=False)
         _open.discard(self)
 
     def _check_open(self) -> Mail:

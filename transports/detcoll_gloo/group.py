@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -33,10 +33,16 @@ class Group:
         What Gloo connects over; see `make_devices`.
     store : Store or None
         The server of the store on rank 0; None elsewhere.
+    ranks : sequence of int, optional
+        The members as errors name them.
     """
 
-    def __init__(self, torch: Any, rank: int, size: int, devices: list[Any], store: Any, clock: Clock) -> None:
+    def __init__(
+        self, torch: Any, rank: int, size: int, devices: list[Any], store: Any, clock: Clock,
+        ranks: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.torch = torch
+        self.ranks = tuple(range(size) if ranks is None else ranks)
         self.rank = rank
         self.size = size
         self._devices = devices
@@ -83,6 +89,25 @@ class Group:
         except RuntimeError as error:
             missing = self._missing()
             raise ConnectError(f"Gloo did not join all ranks before the deadline; {missing}: {error}") from error
+
+    def part(self, ranks: Sequence[int], key: int, deadline_ns: int) -> Group:
+        """Connect some ranks to each other, on connections of their own; all of them call it.
+
+        Raises
+        ------
+        Closed
+            If this group was closed.
+        ConnectError
+            If not all of them are there at the deadline; names them.
+        """
+        if self._store is None:
+            raise Closed("the Gloo endpoint is closed")
+        store = self.torch.distributed.PrefixStore(f"group/{key:016x}", self._store)
+        names = [self.ranks[rank] for rank in ranks]
+        own = list(ranks).index(self.rank)
+        part = Group(self.torch, own, len(names), self._devices, store, self._clock, names)
+        part.join("", deadline_ns)
+        return part
 
     def start_send(self, tensor: Any, peer: int, tag: int) -> Any:
         """Return a send under way; a RuntimeError, as Gloo's own, once the connections are closed."""
@@ -168,7 +193,7 @@ class Group:
         if self._store is None:
             return "rank 0 has no store"
         with contextlib.suppress(RuntimeError):
-            missing = [rank for rank in range(self.size) if not self._store.check([f"here/{rank}"])]
+            missing = [name for rank, name in enumerate(self.ranks) if not self._store.check([f"here/{rank}"])]
             return f"ranks {missing} never came" if missing else "all came, but not all connected"
         return "the store of rank 0 does not answer"
 

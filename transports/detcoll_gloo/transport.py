@@ -34,7 +34,10 @@ class GlooTransport(Transport):
     options = frozenset({"compare"})
     capabilities = Capabilities(
         scope=Scope.ANYWHERE,
-        native=frozenset({"all_reduce", "broadcast", "barrier"}),
+        native=frozenset(
+            {"all_reduce", "broadcast", "barrier", "reduce", "all_gather", "gather", "scatter", "all_to_all"}
+        ),
+        native_groups=True,
         native_dtypes=frozenset({"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64"}),
         native_ops=frozenset(ReduceOp),
         frame_bytes=FRAME_BYTES,

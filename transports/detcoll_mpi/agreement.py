@@ -8,13 +8,14 @@ same step, and exchange what they called in full.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.descriptor import HELLO_BYTES, Announcement, announce
-from detcoll.types import ReduceOp
+from detcoll.descriptor import HELLO_BYTES, Announcement
+from detcoll.transport import NativeCall
 
 
 class Agreement:
@@ -25,19 +26,21 @@ class Agreement:
     mpi : module
         ``mpi4py.MPI``.
     comm : Comm
-        For nothing else, in the job's order of ranks.
+        For nothing else, in the group's order of ranks.
+    ranks : sequence of int
+        The members as errors name them.
     """
 
-    def __init__(self, mpi: Any, comm: Any) -> None:
-        self._mpi, self.comm = mpi, comm
+    def __init__(self, mpi: Any, comm: Any, ranks: Sequence[int]) -> None:
+        self._mpi, self._comm, self._ranks = mpi, comm, ranks
         self._mine, self._greatest = np.zeros(2, np.int64), np.zeros(2, np.int64)
         self._announced: Announcement | None = None
 
-    def start(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str) -> Any:
+    def start(self, call: NativeCall) -> Any:
         """Begin to compare a call with the others' and return MPI's request."""
-        self._announced = announce(kind, op.value, array.dtype, array.size, root, arrays, name)
+        self._announced = call.announcement
         self._mine[:] = self._announced.digest, -self._announced.digest
-        return self.comm.Iallreduce(self._mine, self._greatest, self._mpi.MAX)
+        return self._comm.Iallreduce(self._mine, self._greatest, self._mpi.MAX)
 
     @property
     def is_reached(self) -> bool:
@@ -48,10 +51,10 @@ class Agreement:
         """Begin to exchange what was called; gives MPI's request and where the records will be: (ranks, bytes)."""
         assert self._announced is not None
         mine = np.frombuffer(self._announced.record, np.uint8)
-        records = np.empty((self.comm.Get_size(), HELLO_BYTES), np.uint8)
-        return self.comm.Iallgather(mine, records), records
+        records = np.empty((self._comm.Get_size(), HELLO_BYTES), np.uint8)
+        return self._comm.Iallgather(mine, records), records
 
     def explain(self, records: NDArray[np.uint8]) -> None:
         """Raise PlanMismatch with this rank's call and the first that differs from it."""
         assert self._announced is not None
-        self._announced.compare(self.comm.Get_rank(), [record.tobytes() for record in records])
+        self._announced.compare(self._comm.Get_rank(), [record.tobytes() for record in records], self._ranks)

@@ -1,63 +1,58 @@
-"""MPI's own collectives, with deadlines.
+"""MPI's own collectives, on the caller's memory.
 
-A nonblocking collective can be watched, so that a rank that never comes is noticed at the deadline. For large arrays
-that has a price: with 2 ranks on one host, MPICH 5 took 1.3 times and Open MPI 5 three times as long for 16 MiB as
-with the blocking call (at 8 bytes and 64 KiB both took the same, and at 1 MiB MPICH was twice as fast). So large
-arrays go through a nonblocking barrier, where latecomers are noticed, and then through the blocking call in a thread
-of its own, on which the caller waits until the deadline. The comparison of what ranks called (`Agreement`) is such a
-barrier too, and takes its place. Should a peer freeze in the middle of that, the thread stays
-in MPI, and since a process in that state cannot leave MPI in good order, the job is then ended when it exits.
+Data that is only moved goes as bytes. Reductions go in a form in which MPI does them right (`detcoll.extrema`): 16-bit
+floats in float32, floats in a minimum or maximum as integers. Where that form would change an input, the input is
+copied first; a reduction that needs no other form reads the caller's memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, UsageError
+from detcoll.errors import ConnectError, TransportError, UsageError
 from detcoll.extrema import comparable
 from detcoll.fold import fold, fold_step, widened
-from detcoll.transport import Clock, Endpoint, NativeCollectives
+from detcoll.signature import signature_of
+from detcoll.transport import Capabilities, Clock, NativeCall, NativeCollectives
 from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
-from detcoll_mpi.agreement import Agreement
-from detcoll_mpi.blocking import BlockingCaller, stuck_requests
-from detcoll_mpi.giving_up import ANSWER_NS, GaveUp, GivingUp
-from detcoll_mpi.progress import progress
-from detcoll_mpi.waiting import Backoff
-
-WATCHED_BYTES = 2**20
-"""Up to this size collectives are nonblocking."""
+from detcoll_mpi.blocking import BlockingCaller
+from detcoll_mpi.lockstep import Lockstep
 
 LARGEST_PART_BYTES = 2**30
 """A larger array goes in parts, since counts of older MPI libraries end at 2**31."""
 
-_NOTHING = np.empty(0, np.uint8)
-
 STAGE_ELEMS = 2**23
 """So many 16-bit elements are widened to float32 at a time."""
 
+GROUP_TAGS = 2**14
+"""Groups that are made at the same time are told apart by two tags each; MPI promises no more than 2**15 of them."""
 
-class MpiCollectives(Endpoint, NativeCollectives):
-    """The collective half of an endpoint."""
 
-    def __init__(self, mpi: Any, comm: Any, size: int, clock: Clock, agreement: Agreement) -> None:
-        self._mpi = mpi
-        self._agreement = agreement
-        self._comparing: Any = None
-        self._comm = comm
-        self._size = size
-        self._clock = clock
-        self._is_open = True
-        progress.enter(mpi)
-        self._is_broken = False
-        self._number = 0
-        self._giving_up = GivingUp(mpi, agreement.comm)
-        self._requests: list[Any] = []
-        self._memory: list[NDArray[Any]] = []
-        self._caller: BlockingCaller | None = None
+class MpiCollectives(NativeCollectives):
+    """The collectives of one group.
+
+    Parameters
+    ----------
+    lockstep : Lockstep
+        Carries them out.
+    ranks : sequence of int
+        The members as errors name them.
+    capabilities : Capabilities
+        What the transport does.
+    clock : Clock
+        For deadlines.
+    """
+
+    def __init__(self, lockstep: Lockstep, ranks: Sequence[int], capabilities: Capabilities, clock: Clock) -> None:
+        self.lockstep = lockstep
+        self._ranks, self._capabilities, self._clock = tuple(ranks), capabilities, clock
+        self._groups: list[MpiCollectives] = []
+        mpi = lockstep.mpi
         self._ops = {
             ReduceOp.SUM: mpi.SUM,
             ReduceOp.AVG: mpi.SUM,
@@ -71,212 +66,254 @@ class MpiCollectives(Endpoint, NativeCollectives):
         """The name in traces and results."""
         return "mpi-native"
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Reduce ``array`` over all ranks, in place; 16-bit floats in float32, averages divided once at the end.
+    def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> MpiCollectives:
+        """Make communicators of some ranks.
+
+        Raises
+        ------
+        ConnectError
+            If MPI does not make them, or not before the deadline.
+        """
+        self.lockstep.check_usable()
+        mpi, parent, comms = self.lockstep.mpi, self.lockstep.comm, []
+
+        def make() -> None:
+            members = parent.Get_group().Incl(list(ranks))
+            tag = key % GROUP_TAGS * 2
+            comms.extend([parent.Create_group(members, tag), parent.Create_group(members, tag + 1)])
+            members.Free()
+
+        caller = BlockingCaller(mpi)
+        try:
+            if not caller.call(make, max(0, deadline_ns - self._clock.now_ns()) / 1e9):
+                raise ConnectError("MPI did not set up the communicators of a group before the deadline")
+        except mpi.Exception as error:
+            raise TransportError(f"MPI did not set up the communicators of a group: {error}") from error
+        finally:
+            caller.stop()
+        names = [self._ranks[rank] for rank in ranks]
+        made = MpiCollectives(
+            Lockstep(mpi, comms[0], comms[1], names, self._clock), names, self._capabilities, self._clock
+        )
+        self._groups.append(made)
+        return made
+
+    def leave(self, *, clean: bool) -> None:
+        """Take no more calls, of this group and those made from it, and free its communicators if that is safe.
+
+        A communicator with mail that no one took is kept instead: MPI would use its number again, and hand the old
+        mail to another.
+        """
+        for group in self._groups:
+            group.leave(clean=clean)
+        lockstep = self.lockstep
+        if not lockstep.is_open:
+            return
+        lockstep.stop()
+        mpi = lockstep.mpi
+        if clean and not lockstep.is_broken and not lockstep.compared.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG):
+            lockstep.comm.Free()
+            lockstep.compared.Free()
+
+    def run(self, call: NativeCall, deadline_ns: int) -> None:
+        """Carry out one collective; all ranks are known to have called the same before its result is given out."""
+        lockstep = self.lockstep
+        lockstep.check_usable()
+        self._check(call)
+        with lockstep.calling(call):
+            lockstep.compare(call)
+            if signature_of(call.kind).has_out:
+                lockstep.agree(call.kind, deadline_ns)
+            _HOW[call.kind](self, call, deadline_ns)
+            lockstep.agree(call.kind, deadline_ns)
+
+    def _check(self, call: NativeCall) -> None:
+        dtype = parse_dtype(call.array.dtype)
+        nbytes, uneven = call.count * dtype.itemsize, bool(call.counts)
+        if call.op is ReduceOp.AVG and is_integer(dtype):
+            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        if not self._capabilities.supports(call.kind, dtype, call.op, nbytes, uneven=uneven):
+            raise UsageError(f"MPI does no {call.kind} of {nbytes} bytes of {dtype}, op={call.op.value}; a plan does")
+        if not 0 <= call.root < self.lockstep.size:
+            raise UsageError(f"root={call.root} must be a rank from 0 to {self.lockstep.size - 1}")
+
+    def _barrier(self, call: NativeCall, deadline_ns: int) -> None:
+        """Do nothing more: ranks that have compared their calls have all called."""
+
+    def _broadcast(self, call: NativeCall, deadline_ns: int) -> None:
+        for part in _parts(call.array.view(np.uint8), LARGEST_PART_BYTES):
+            message = [part, self.lockstep.mpi.BYTE]
+            self.lockstep.run(call.kind, part.nbytes, "bcast", deadline_ns, message, call.root)
+
+    def _all_reduce(self, call: NativeCall, deadline_ns: int) -> None:
+        """Reduce in place; 16-bit floats in float32, averages divided once at the end.
 
         MPI's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
         """
-        self._check_usable()
-        dtype = parse_dtype(array.dtype)
-        if op is ReduceOp.AVG and is_integer(dtype):
-            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
-        with _InStep(self, array):
-            self._compare("all_reduce", op, array, 0, arrays, name)
-            if is_half(dtype):
-                self._all_reduce_half(array, op, deadline_ns)
+        array, op, in_place = call.array, call.op, self.lockstep.mpi.IN_PLACE
+
+        def reduce(given: NDArray[Any]) -> None:
+            with comparable(op, given) as shown:
+                self.lockstep.run(call.kind, shown.nbytes, "allreduce", deadline_ns, in_place, shown, self._ops[op])
+
+        if is_half(array.dtype):
+            for part in _parts(array, STAGE_ELEMS):
+                self._reduce_half(op, part, part, reduce)
+            return
+        for part in _parts(array, LARGEST_PART_BYTES // array.itemsize):
+            reduce(part)
+        if op is ReduceOp.AVG and array.size:
+            self.lockstep.agree(call.kind, deadline_ns)
+            fold(op, [array], array, self.lockstep.size)
+
+    def _reduce(self, call: NativeCall, deadline_ns: int) -> None:
+        """Reduce to the root, whose array takes part where it is; others read their input."""
+        op, root, lockstep = call.op, call.root, self.lockstep
+        source = call.array if call.source is None else call.source
+        is_root = lockstep.rank == root
+
+        def reduce(given: NDArray[Any]) -> None:
+            with comparable(op, given) as shown:
+                arguments = (lockstep.mpi.IN_PLACE, shown) if is_root else (shown, None)
+                lockstep.run(call.kind, shown.nbytes, "reduce", deadline_ns, *arguments, self._ops[op], root)
+
+        if is_half(source.dtype):
+            for start in range(0, source.size, STAGE_ELEMS):
+                part = source[start : start + STAGE_ELEMS]
+                self._reduce_half(op, part, call.array[start : start + STAGE_ELEMS] if is_root else None, reduce)
+            return
+        longest = LARGEST_PART_BYTES // source.itemsize
+        for start in range(0, source.size, longest):
+            part = source[start : start + longest]
+            if is_root:
+                place = call.array[start : start + longest]
+                if not _is_same(place, part):
+                    np.copyto(place, part)
+                part = place
+            elif _changes(op, part.dtype):
+                part = part.copy()
+            lockstep.memory.append(part)
+            reduce(part)
+        if op is ReduceOp.AVG and is_root and source.size:
+            lockstep.agree(call.kind, deadline_ns)
+            fold(op, [call.array], call.array, lockstep.size)
+
+    def _reduce_half(
+        self, op: ReduceOp, part: NDArray[Any], out: NDArray[Any] | None, reduce: Callable[[NDArray[Any]], None]
+    ) -> None:
+        """Reduce 16-bit floats in float32, and round the result once."""
+        wide = widened(op, part, self.lockstep.size)
+        self.lockstep.memory.append(wide)
+        reduce(wide)
+        if out is not None:
+            fold_step(op, [wide], [self.lockstep.size], out, self.lockstep.size, final=True)
+        self.lockstep.memory.pop()
+
+    def _reduce_scatter(self, call: NativeCall, deadline_ns: int) -> None:
+        """Reduce and scatter; the input is copied where it goes in another form, or lies where the result goes."""
+        op, lockstep, source, out = call.op, self.lockstep, _source(call), call.array
+        counts = _counts(call, lockstep.size)
+        half = is_half(source.dtype)
+        if half or _changes(op, source.dtype) or np.may_share_memory(source, out):
+            wide = widened(op, source, lockstep.size) if half else source.copy()
+            lockstep.memory.append(wide)
+            with comparable(op, wide) as shown:
+                sizes = [count * shown.size // max(wide.size, 1) for count in counts]
+                lockstep.run(
+                    call.kind, shown.nbytes, "reduce_scatter", deadline_ns, lockstep.mpi.IN_PLACE, shown, sizes,
+                    self._ops[op],
+                )  # fmt: skip
+            result = wide[: out.size]
+            if half:
+                fold_step(op, [result], [lockstep.size], out, lockstep.size, final=True)
                 return
-            with comparable(op, array) as given:
-                for part in _parts(given, LARGEST_PART_BYTES // dtype.itemsize):
-                    self._all_reduce_part(part, op, deadline_ns)
-                self._agree("all_reduce", deadline_ns)
-            if op is ReduceOp.AVG and array.size:
-                fold(op, [array], array, self._size)
+            np.copyto(out, result)
+        else:
+            with comparable(op, source) as shown, comparable(op, out) as place:
+                sizes = [count * shown.size // max(source.size, 1) for count in counts]
+                lockstep.run(
+                    call.kind, shown.nbytes, "reduce_scatter", deadline_ns, shown, place, sizes, self._ops[op]
+                )  # fmt: skip
+        if op is ReduceOp.AVG and out.size:
+            fold(op, [out], out, lockstep.size)
 
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Copy ``array`` of ``root`` to all ranks."""
-        self._check_usable()
-        if not 0 <= root < self._size:
-            raise UsageError(f"root={root} must be a rank from 0 to {self._size - 1}")
-        with _InStep(self, array):
-            self._compare("broadcast", ReduceOp.SUM, array, root, arrays, name)
-            for part in _parts(array.view(np.uint8), LARGEST_PART_BYTES):
-                self._broadcast_part(part, root, deadline_ns)
-            self._agree("broadcast", deadline_ns)
+    def _all_gather(self, call: NativeCall, deadline_ns: int) -> None:
+        placed = self._placed(call.array, call)
+        self._move(call, "allgatherv", deadline_ns, self._sent(call, call.array), placed)
 
-    def barrier(self, deadline_ns: int, name: str = "") -> None:
-        """Return once every rank has called."""
-        self._check_usable()
-        if self._size == 1:
+    def _gather(self, call: NativeCall, deadline_ns: int) -> None:
+        is_root = self.lockstep.rank == call.root
+        sent = self._sent(call, call.array if is_root else None)
+        self._move(call, "gatherv", deadline_ns, sent, self._placed(call.array, call) if is_root else None, call.root)
+
+    def _scatter(self, call: NativeCall, deadline_ns: int) -> None:
+        byte, in_place, source = self.lockstep.mpi.BYTE, self.lockstep.mpi.IN_PLACE, _source(call)
+        if self.lockstep.rank != call.root:
+            self._move(call, "scatterv", deadline_ns, None, [call.array, byte], call.root)
             return
-        with _InStep(self, _NOTHING):
-            self._compare("barrier", ReduceOp.MAX, _NOTHING, 0, 1, name)
-            self._agree("barrier", deadline_ns)
+        is_there = _is_same(call.array, self._block(source, call))
+        into = in_place if is_there else [call.array, byte]
+        self._move(call, "scatterv", deadline_ns, self._placed(source, call), into, call.root)
 
-    def _broadcast_part(self, part: NDArray[np.uint8], root: int, deadline_ns: int) -> None:
-        message = [part, self._mpi.BYTE]
-        self._run(
-            "broadcast",
-            part.nbytes,
-            lambda: self._comm.Ibcast(message, root),
-            lambda: self._comm.Bcast(message, root),
-            deadline_ns,
-        )
+    def _all_to_all(self, call: NativeCall, deadline_ns: int) -> None:
+        byte = self.lockstep.mpi.BYTE
+        self._move(call, "alltoall", deadline_ns, [_source(call), byte], [call.array, byte])
 
-    def _all_reduce_half(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
-        for part in _parts(array, STAGE_ELEMS):
-            wide = widened(op, part, self._size)
-            self._memory.append(wide)
-            with comparable(op, wide) as given:
-                self._all_reduce_part(given, op, deadline_ns)
-            fold_step(op, [wide], [self._size], part, self._size, final=True)
-            self._memory.pop()
-        self._agree("all_reduce", deadline_ns)
+    def _move(self, call: NativeCall, step: str, deadline_ns: int, *arguments: Any) -> None:
+        self.lockstep.run(call.kind, call.count * call.array.itemsize, step, deadline_ns, *arguments)
 
-    def _all_reduce_part(self, part: NDArray[Any], op: ReduceOp, deadline_ns: int) -> None:
-        in_place, mpi_op = self._mpi.IN_PLACE, self._ops[op]
-        self._run(
-            "all_reduce",
-            part.nbytes,
-            lambda: self._comm.Iallreduce(in_place, part, mpi_op),
-            lambda: self._comm.Allreduce(in_place, part, mpi_op),
-            deadline_ns,
-        )
+    def _sent(self, call: NativeCall, out: NDArray[Any] | None) -> Any:
+        """Return this rank's block as MPI takes it; ``out`` is where it may lie already."""
+        mpi, source = self.lockstep.mpi, _source(call)
+        if out is not None and _is_same(source, self._block(out, call)):
+            return mpi.IN_PLACE
+        return [source, mpi.BYTE]
 
-    def _run(self, name: str, nbytes: int, start: Callable[[], Any], call: Callable[[], Any], deadline_ns: int) -> None:
-        if nbytes <= WATCHED_BYTES:
-            self._watch(name, start, deadline_ns)
-            return
-        if self._comparing is None:
-            self._watch(name, self._comm.Ibarrier, deadline_ns)
-        self._agree(name, deadline_ns)
-        if self._caller is None:
-            self._caller = BlockingCaller(self._mpi)
-        timeout_s = max(0, deadline_ns - self._clock.now_ns()) / 1e9
-        try:
-            done = self._caller.call(call, timeout_s, lambda: self._look(name))
-        except self._mpi.Exception as error:
-            raise self._lost(name, error) from error
-        if not done:
-            raise self._missed(name)
+    def _block(self, array: NDArray[Any], call: NativeCall) -> NDArray[Any]:
+        """Return this rank's block of an array of all blocks."""
+        counts, rank = _counts(call, self.lockstep.size), self.lockstep.rank
+        begin = sum(counts[:rank])
+        return array[begin : begin + counts[rank]]
 
-    def _compare(self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str) -> None:
-        """Begin to compare a call with what the others called; `_agree` ends it."""
-        if self._size > 1:
-            try:
-                self._comparing = self._agreement.start(kind, op, array, root, arrays, name)
-            except self._mpi.Exception as error:
-                raise self._lost(kind, error) from error
-            self._requests.append(self._comparing)
-
-    def _agree(self, name: str, deadline_ns: int) -> None:
-        """Wait until all ranks are known to have called the same, if that is still to be found out.
-
-        Raises
-        ------
-        PlanMismatch
-            If they called different collectives; shows this rank's and another.
-        """
-        comparing, self._comparing = self._comparing, None
-        if comparing is None:
-            return
-        self._await(name, comparing, deadline_ns)
-        if not self._agreement.is_reached:
-            request, records = self._agreement.exchange()
-            self._requests.append(request)
-            self._await(name, request, deadline_ns)
-            self._agreement.explain(records)
-
-    def _watch(self, name: str, start: Callable[[], Any], deadline_ns: int) -> None:
-        """Carry out a nonblocking collective, and give its result out when all ranks are known to have called it."""
-        try:
-            request = start()
-        except self._mpi.Exception as error:
-            self._agree(name, deadline_ns)
-            raise self._lost(name, error) from error
-        self._requests.append(request)
-        self._agree(name, deadline_ns)
-        self._await(name, request, deadline_ns)
-
-    def _await(self, name: str, request: Any, deadline_ns: int) -> None:
-        try:
-            backoff = Backoff(self._clock, deadline_ns)
-            while not request.Test():
-                if backoff.is_long:
-                    self._look(name)
-                if not backoff.pause():
-                    raise self._missed(name)
-        except self._mpi.Exception as error:
-            raise self._lost(name, error) from error
-
-    def _look(self, name: str) -> None:
-        """Raise if there is nothing to wait for any more."""
-        if not self._is_open:
-            raise Closed(f"the MPI endpoint was closed while {name} was under way")
-        self._giving_up.hear(self._number)
-
-    def _missed(self, name: str) -> DeadlineMissed:
-        """Return the error for a collective whose time is over; names those that do not say that they wait as well.
-
-        Raises
-        ------
-        GaveUp
-            If another rank gives it up meanwhile.
-        """
-        self._giving_up.ask(self._number)
-        backoff = Backoff(self._clock, self._clock.now_ns() + ANSWER_NS)
-        while (missing := self._giving_up.missing(self._number)) and backoff.pause():
-            self._look(name)
-        late = f"{name} by MPI did not end before its deadline"
-        if not missing:
-            return DeadlineMissed(f"{late}, though all ranks have begun it")
-        names = ", ".join(f"rank {rank}" for rank in missing)
-        return DeadlineMissed(f"{late}; it waits for {names}, which has not begun it or does not answer")
-
-    def _lost(self, name: str, error: Exception) -> PeerLost:
-        return PeerLost(f"{name} by MPI failed: {error}")
-
-    def _check_open(self) -> None:
-        progress.is_active = True
-        if not self._is_open:
-            raise Closed("the MPI endpoint is closed")
-
-    def _check_usable(self) -> None:
-        self._check_open()
-        if self._is_broken:
-            raise Closed("an earlier collective of this MPI endpoint did not end")
-
-    def _stop(self) -> None:
-        self._is_open = False
-        progress.leave()
-        if self._caller is not None:
-            self._caller.stop()
+    def _placed(self, array: NDArray[Any], call: NativeCall) -> list[Any]:
+        """Return all blocks of an array as MPI takes them: in bytes, and where each begins."""
+        sizes = [count * array.itemsize for count in _counts(call, self.lockstep.size)]
+        begins = [0, *accumulate(sizes)][:-1]
+        return [array, sizes, begins, self.lockstep.mpi.BYTE]
 
 
-class _InStep:
-    """Counts the ranks as out of step until its body has ended well, so that nothing interrupts it unseen.
+_HOW: dict[str, Callable[[MpiCollectives, NativeCall, int], None]] = {
+    "all_reduce": MpiCollectives._all_reduce,
+    "broadcast": MpiCollectives._broadcast,
+    "barrier": MpiCollectives._barrier,
+    "reduce": MpiCollectives._reduce,
+    "all_gather": MpiCollectives._all_gather,
+    "reduce_scatter": MpiCollectives._reduce_scatter,
+    "gather": MpiCollectives._gather,
+    "scatter": MpiCollectives._scatter,
+    "all_to_all": MpiCollectives._all_to_all,
+}
+"""What carries out each kind."""
 
-    What MPI may still read or write after an interruption is kept.
-    """
 
-    __slots__ = ("_array", "_of")
+def _source(call: NativeCall) -> NDArray[Any]:
+    assert call.source is not None
+    return call.source
 
-    def __init__(self, of: MpiCollectives, array: NDArray[Any]) -> None:
-        self._of, self._array = of, array
 
-    def __enter__(self) -> None:
-        of = self._of
-        of._is_broken, of._memory = True, [self._array]
-        of._number += 1
+def _counts(call: NativeCall, size: int) -> Sequence[int]:
+    return call.counts or [call.count // size] * size
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        of = self._of
-        if error is None:
-            of._giving_up.hear(of._number)
-            of._is_broken, of._requests, of._memory = False, [], []
-            return
-        stuck_requests.extend((of._mpi, request, of._memory) for request in of._requests)
-        if not isinstance(error, PlanMismatch | GaveUp):  # of these the others know
-            of._giving_up.tell(of._number, error)
+
+def _changes(op: ReduceOp, dtype: np.dtype[Any]) -> bool:
+    """Tell whether `comparable` writes into an array while it shows it in another form."""
+    return op in (ReduceOp.MIN, ReduceOp.MAX) and not is_integer(dtype)
+
+
+def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Tell whether two arrays are the same memory."""
+    first, second = one.__array_interface__["data"][0], other.__array_interface__["data"][0]
+    return bool(one.size == other.size > 0 and first == second)
 
 
 def _parts(array: NDArray[Any], longest_elems: int) -> Iterator[NDArray[Any]]:

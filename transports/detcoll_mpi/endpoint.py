@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from detcoll.errors import UsageError
-from detcoll.transport import LARGEST_TAG, TAG_BITS, Capabilities, Clock, Ticket, TicketKind, TicketStatus, Window
-from detcoll_mpi.agreement import Agreement
+from detcoll.errors import Closed, UsageError
+from detcoll.transport import (
+    LARGEST_TAG,
+    TAG_BITS,
+    Capabilities,
+    Clock,
+    Endpoint,
+    NativeCall,
+    NativeCollectives,
+    Ticket,
+    TicketKind,
+    TicketStatus,
+    Window,
+)
 from detcoll_mpi.collectives import MpiCollectives
+from detcoll_mpi.lockstep import Lockstep
 from detcoll_mpi.mail import Mail
+from detcoll_mpi.progress import progress
 from detcoll_mpi.waiting import Backoff
 
 
-class MpiEndpoint(MpiCollectives):
+class MpiEndpoint(Endpoint, NativeCollectives):
     """Messages and collectives between the ranks of one job; see the package's text.
 
     Parameters
@@ -35,12 +48,27 @@ class MpiEndpoint(MpiCollectives):
         abort_job: bool = False,
     ) -> None:
         self._post, dedicated, compared = comms
-        super().__init__(mpi, dedicated, size, clock, Agreement(mpi, compared))
-        self._rank = rank
+        self._mpi, self._rank, self._size, self._clock, self._is_open = mpi, rank, size, clock, True
+        progress.enter(mpi)
+        lockstep = Lockstep(mpi, dedicated, compared, range(size), clock)
+        self._collectives = MpiCollectives(lockstep, range(size), capabilities, clock)
         self._largest_bytes = capabilities.largest_message_bytes
         self._abort_job = abort_job
         self._peers: set[int] = set()
         self._mail = Mail(mpi, self._post, clock, int(mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)))
+
+    @property
+    def algorithm(self) -> str:
+        """The name in traces and results."""
+        return self._collectives.algorithm
+
+    def run(self, call: NativeCall, deadline_ns: int) -> None:
+        """Carry out a collective of all ranks."""
+        self._collectives.run(call, deadline_ns)
+
+    def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> MpiCollectives:
+        """Return the collectives of some ranks, on communicators of their own."""
+        return self._collectives.group(ranks, key, deadline_ns)
 
     @property
     def address(self) -> str:
@@ -123,6 +151,11 @@ class MpiEndpoint(MpiCollectives):
         """Return messages and bytes sent and received; collectives are not counted."""
         return dict(self._mail.counters)
 
+    def _check_open(self) -> None:
+        progress.is_active = True
+        if not self._is_open:
+            raise Closed("the MPI endpoint is closed")
+
     def _check_arguments(self, name: str, peer: int, tag: int, nbytes: int) -> None:
         if peer not in self._peers:
             raise UsageError(f"{name}={peer} is not connected; expected one of {sorted(self._peers)}")
@@ -139,10 +172,9 @@ class MpiEndpoint(MpiCollectives):
         """
         if not self._is_open:
             return
-        clean = self._mail.end() and clean and not self._is_broken
-        mail = (self._post, self._agreement.comm)
-        clean = clean and not any(comm.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG) for comm in mail)
-        self._stop()
-        if clean:
-            for comm in (self._post, self._comm, self._agreement.comm):
-                comm.Free()
+        clean = self._mail.end() and clean
+        self._is_open = False
+        progress.leave()
+        self._collectives.leave(clean=clean)
+        if clean and not self._post.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG):
+            self._post.Free()

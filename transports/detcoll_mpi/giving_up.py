@@ -41,10 +41,12 @@ class GivingUp:
         ``mpi4py.MPI``.
     comm : Comm
         On which nothing else sends messages.
+    ranks : sequence of int
+        The members as errors name them.
     """
 
-    def __init__(self, mpi: Any, comm: Any) -> None:
-        self._mpi, self._comm = mpi, comm
+    def __init__(self, mpi: Any, comm: Any, ranks: Sequence[int]) -> None:
+        self._mpi, self._comm, self._ranks = mpi, comm, ranks
         self._any = mpi.ANY_SOURCE
         self._state = mpi.Status()
         self._heard: dict[int, tuple[int, str]] = {}
@@ -88,4 +90,5 @@ class GivingUp:
                 self._send([rank], ANSWER_TAG, _NUMBER.pack(number))
         for rank, (given_up, text) in self._heard.items():
             if given_up <= number:
-                raise GaveUp(f"rank {rank} gave up the native collective number {given_up} of this endpoint: {text}")
+                name = self._ranks[rank]
+                raise GaveUp(f"rank {name} gave up the native collective number {given_up} of this group: {text}")

@@ -52,7 +52,21 @@ class MpiTransport(Transport):
     name = "mpi"
     capabilities = Capabilities(
         scope=Scope.ANYWHERE,
-        native=frozenset({"all_reduce", "broadcast", "barrier"}),
+        native=frozenset(
+            {
+                "all_reduce",
+                "broadcast",
+                "barrier",
+                "reduce",
+                "all_gather",
+                "reduce_scatter",
+                "gather",
+                "scatter",
+                "all_to_all",
+            }
+        ),
+        native_uneven=frozenset({"all_gather", "reduce_scatter", "gather", "scatter"}),
+        native_groups=True,
         native_dtypes=frozenset(DTYPES),
         native_ops=frozenset(ReduceOp),
         frame_bytes=HEADER.size,

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, UsageError
 from detcoll.fold import fold_groups
+from detcoll.transport import NativeCall
 from detcoll.types import ReduceOp, is_integer, parse_dtype
 from detcoll_shm.call_layout import CallLayout, Cut, Cutter
 from detcoll_shm.lockstep import NEVER, Lockstep
@@ -44,9 +45,6 @@ from detcoll_shm.regions import NOWHERE, OPEN, Mapped, Place, Regions
 from detcoll_shm.stage import FOLDED, GIVEN, TAKEN
 
 LARGEST_KEPT_LAYOUTS = 256
-_NOTHING = np.zeros(1, np.uint8)
-
-Call = Callable[[CallLayout, NDArray[Any], int], None]
 
 
 class Collectives:
@@ -85,27 +83,13 @@ class Collectives:
         self.turn = threading.Lock()
         """Held while a collective uses shared memory."""
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int, name: str) -> None:
-        """Reduce ``array`` over all ranks, in place."""
-        layout = self._layout("all_reduce", op, array, 0, arrays, name)
-        self._run(self._all_reduce_in_chunks if layout.chunks else self._all_reduce_whole, layout, array, deadline_ns)
-
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int, name: str) -> None:
-        """Copy ``array`` of ``root`` to all ranks."""
-        self._run(
-            self._broadcast, self._layout("broadcast", ReduceOp.SUM, array, root, arrays, name), array.view(np.uint8),
-            deadline_ns,
-        )  # fmt: skip
-
-    def barrier(self, deadline_ns: int, name: str) -> None:
-        """Return once every rank has called."""
-        self._run(self._barrier, self._layout("barrier", ReduceOp.MAX, _NOTHING, 0, 1, name), _NOTHING, deadline_ns)
-
-    def refuse(self, reason: str) -> None:
-        """Take no later call; to be called with ``turn``."""
-        self._ended = self._ended or reason
-
-    def _run(self, call: Call, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+    def run(self, call: NativeCall, deadline_ns: int) -> None:
+        """Carry out one collective."""
+        array = call.array
+        key = (call.kind, call.op, array.dtype, array.size, call.root, call.arrays)
+        layout = self._layouts.get(key) or self._lay_out(key, call)
+        if call.name:
+            layout = layout.named(call.name)
         lockstep = self._lockstep
         if not lockstep.peers:
             return
@@ -114,10 +98,14 @@ class Collectives:
                 raise Closed(self._ended) from self._cause
             before = lockstep.sequence
             try:
-                call(layout, array, deadline_ns)
+                _HOW[call.kind](self, layout, array, deadline_ns)
             except BaseException as error:
                 self._end(error, layout, before)
                 raise
+
+    def refuse(self, reason: str) -> None:
+        """Take no later call; to be called with ``turn``."""
+        self._ended = self._ended or reason
 
     def _end(self, error: BaseException, layout: CallLayout, before: int) -> None:
         """Take no later call, and tell the others, even if this is interrupted again."""
@@ -129,26 +117,26 @@ class Collectives:
                 self._ended = f"an earlier collective failed: {reason}"
                 told = True
 
-    def _layout(
-        self, kind: str, op: ReduceOp, array: NDArray[Any], root: int, arrays: int, name: str
-    ) -> CallLayout:  # fmt: skip
-        key = (kind, op, array.dtype, array.size, root, arrays)
-        layout = self._layouts.get(key)
-        if layout is None:
-            dtype = parse_dtype(array.dtype)
-            if op is ReduceOp.AVG and is_integer(dtype):
-                raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
-            if not 0 <= root <= len(self._lockstep.peers):
-                raise UsageError(f"root={root} must be a rank from 0 to {len(self._lockstep.peers)}")
-            descriptor = Descriptor(0, kind, op.value, dtype.name, array.size, root, arrays)
-            if len(self._layouts) >= LARGEST_KEPT_LAYOUTS:
-                self._layouts.popitem(last=False)
-            layout = self._layouts[key] = self._cutter.layout(descriptor, op, dtype)
-        return layout.named(name) if name else layout
+    def _lay_out(self, key: tuple[Any, ...], call: NativeCall) -> CallLayout:
+        dtype = parse_dtype(call.array.dtype)
+        if call.kind not in _HOW:
+            raise UsageError(f"kind={call.kind!r} is not a collective of shared memory; a plan does it")
+        if call.op is ReduceOp.AVG and is_integer(dtype):
+            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        if not 0 <= call.root <= len(self._lockstep.peers):
+            raise UsageError(f"root={call.root} must be a rank from 0 to {len(self._lockstep.peers)}")
+        descriptor = Descriptor(0, call.kind, call.op.value, dtype.name, call.array.size, call.root, call.arrays)
+        if len(self._layouts) >= LARGEST_KEPT_LAYOUTS:
+            self._layouts.popitem(last=False)
+        layout = self._layouts[key] = self._cutter.layout(descriptor, call.op, dtype)
+        return layout
 
     def _barrier(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
         self._lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
         self._lockstep.await_all_here()
+
+    def _all_reduce(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+        (self._all_reduce_in_chunks if layout.chunks else self._all_reduce_whole)(layout, array, deadline_ns)
 
     def _all_reduce_whole(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
         given = layout.whole[self._chunk & 1]
@@ -286,8 +274,9 @@ class Collectives:
         for place, begin, end in layout.cut(number, chunk & 1).takes:
             np.copyto(memory[at + begin : at + end], place)
 
-    def _broadcast(self, layout: CallLayout, memory: NDArray[np.uint8], deadline_ns: int) -> None:
+    def _broadcast(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
         lockstep, step, root = self._lockstep, self._cutter.chunk_bytes, layout.descriptor.root
+        memory = array.view(np.uint8)
         parts = [memory[at : at + step] for at in range(0, memory.size, step)]
         given = self._cutter.stages[root].given
         is_root = lockstep.rank == root
@@ -314,6 +303,14 @@ class Collectives:
     def _show(self, given: tuple[NDArray[np.uint8], ...], part: NDArray[np.uint8], chunk: int) -> None:
         np.copyto(given[chunk & 1][: part.size], part)
         self._lockstep.publish(GIVEN, chunk + 1)
+
+
+_HOW: dict[str, Callable[[Collectives, CallLayout, NDArray[Any], int], None]] = {
+    "all_reduce": Collectives._all_reduce,
+    "broadcast": Collectives._broadcast,
+    "barrier": Collectives._barrier,
+}
+"""What carries out each kind."""
 
 
 def _part(share: tuple[int, int], number: int, step: int) -> tuple[int, int]:

@@ -20,9 +20,6 @@ import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
-
-from numpy.typing import NDArray
 
 from detcoll.discarding import Discarded
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportError, TransportUnavailable, UsageError
@@ -30,13 +27,13 @@ from detcoll.transport import (
     LARGEST_TAG,
     Clock,
     Endpoint,
+    NativeCall,
     NativeCollectives,
     Ticket,
     TicketKind,
     TicketStatus,
     Window,
 )
-from detcoll.types import ReduceOp
 from detcoll_shm.bell import Bell, open_process, process_ended, ring
 from detcoll_shm.collectives import Collectives
 from detcoll_shm.inbound import Inbound
@@ -218,17 +215,9 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         except OSError as error:
             raise TransportUnavailable(f"transport 'shm' cannot make an array of {nbytes} bytes: {error}") from error
 
-    def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Reduce ``array`` over all ranks, in place, in the promised order."""
-        (self._collectives or self._begin_collectives()).all_reduce(array, op, deadline_ns, arrays, name)
-
-    def broadcast(self, array: NDArray[Any], root: int, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
-        """Copy ``array`` of ``root`` to all ranks."""
-        (self._collectives or self._begin_collectives()).broadcast(array, root, deadline_ns, arrays, name)
-
-    def barrier(self, deadline_ns: int, name: str = "") -> None:
-        """Return once every rank has called."""
-        (self._collectives or self._begin_collectives()).barrier(deadline_ns, name)
+    def run(self, call: NativeCall, deadline_ns: int) -> None:
+        """Carry out a collective, reductions in the promised order."""
+        (self._collectives or self._begin_collectives()).run(call, deadline_ns)
 
     def cancel(self, ticket: Ticket) -> bool:
         """End a pending ticket of which no byte has moved; `poll` does not return it."""

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from detcoll.errors import Closed, PeerLost, TransportError
 from detcoll.testing.fabric import Here, pattern
+from detcoll.testing.natives import Natives
 from detcoll.testing.programs.collectives import native_of
-from detcoll.transport import NativeCollectives, Ticket
+from detcoll.transport import Ticket
 from detcoll.types import ReduceOp
 
 SOON_NS = 3 * 10**8
@@ -128,7 +129,7 @@ def interrupted_while_it_waits(here: Here) -> None:
         assert (array == here.size * (here.size - 1) / 2).all()
 
 
-def _call(here: Here, native: NativeCollectives, array: NDArray[np.float32]) -> Callable[[], None]:
+def _call(here: Here, native: Natives, array: NDArray[np.float32]) -> Callable[[], None]:
     return lambda: native.all_reduce(array, ReduceOp.SUM, here.clock.now_ns() + SOON_NS)
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here
+from detcoll.testing.natives import Natives
 from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges
 from detcoll.transport import NativeCollectives
 from detcoll.types import DTYPES, ReduceOp, is_integer
@@ -23,10 +24,10 @@ from detcoll.types import DTYPES, ReduceOp, is_integer
 AHEAD_NS = 50 * 10**6
 
 
-def native_of(here: Here) -> NativeCollectives:
+def native_of(here: Here) -> Natives:
     """Return the endpoint as what does collectives."""
     assert isinstance(here.endpoint, NativeCollectives)
-    return here.endpoint
+    return Natives(here.endpoint)
 
 
 def _contribution(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
