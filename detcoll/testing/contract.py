@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import pytest
 
 from detcoll.testing.fabric import Fabric
-from detcoll.testing.programs import beside, collectives, discarding, endings, messages, ownership, windows
+from detcoll.testing.programs import beside, blocks, collectives, discarding, endings, messages, ownership, windows
 from detcoll.transport import Capabilities
 
 MIB = 2**20
@@ -32,6 +32,7 @@ WORLDS = (1, 2, 3, 4, 7)
 SIZES_BYTES = (0, 1, 2, 7, 63, 1001, 65_537, 5 * MIB + 3)
 COUNTS = (0, 1, 2, 3, 7, 1001)
 LARGE_COUNT = 3 * MIB // 4 + 1
+BLOCK_KINDS = ("reduce", "all_gather", "reduce_scatter", "gather", "scatter", "all_to_all")
 
 
 class MessageContract(ABC):
@@ -327,6 +328,48 @@ class CollectiveContract(MessageContract):
             for times in zip(*of_ranks, strict=True):
                 assert max(entered for entered, _ in times) <= min(left for _, left in times)
 
+    @pytest.mark.parametrize("n", [1, 2, 3])
+    @pytest.mark.parametrize("kind", BLOCK_KINDS)
+    def test_collectives_of_blocks(self, kind: str, n: int) -> None:
+        self._require(kind)
+        with self._world(n) as fabric:
+            for count in (0, 1, 101):
+                fabric.run(blocks.each_case, kind=kind, counts=(count,) * n)
+            if kind in self.capabilities.native_uneven:
+                fabric.run(blocks.each_case, kind=kind, counts=tuple(range(n)))
+
+    @pytest.mark.parametrize("kind", BLOCK_KINDS)
+    def test_large_collectives_of_blocks(self, kind: str) -> None:
+        self._require(kind)
+        with self.fabric(2) as fabric:
+            fabric.run(
+                blocks.each_case, kind=kind, counts=(self.large_count,) * 2, dtype_names=["float32", "bfloat16"]
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("kind", BLOCK_KINDS)
+    def test_blocks_of_different_counts(self, kind: str) -> None:
+        self._require(kind)
+        if kind not in self.capabilities.native_uneven:
+            pytest.skip(f"its {kind} takes equal blocks only")
+        with self.fabric(2) as fabric:
+            fabric.run(blocks.different_counts, kind=kind)
+
+    def test_collectives_of_groups(self) -> None:
+        self._require_groups()
+        with self.fabric(3) as fabric:
+            fabric.run(blocks.in_a_group)
+
+    @pytest.mark.parametrize("elems", [1, MIB // 2])
+    def test_groups_wait_alone(self, elems: int) -> None:
+        self._require_groups()
+        with self.fabric(3) as fabric:
+            fabric.run(blocks.groups_wait_alone, elems=elems)
+
+    def test_a_group_ends_alone(self) -> None:
+        self._require_groups()
+        with self.fabric(3) as fabric:
+            fabric.run(blocks.a_group_ends_alone)
+
     def test_collectives_beside_messages(self) -> None:
         for name in ("all_reduce", "broadcast", "barrier"):
             self._require(name)
@@ -375,6 +418,10 @@ class CollectiveContract(MessageContract):
             self._require(name)
         with self.fabric(2) as fabric:
             fabric.run(collectives.bad_arguments)
+
+    def _require_groups(self) -> None:
+        if not self.capabilities.native_groups:
+            pytest.skip("it has no collectives of groups")
 
     def _require(self, name: str) -> None:
         if name not in self.capabilities.native:

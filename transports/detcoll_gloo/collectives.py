@@ -153,10 +153,11 @@ class GlooCollectives(NativeCollectives):
             fold(op, [array], out, size)
 
     def _all_gather(self, call: NativeCall, deadline_ns: int) -> None:
-        out, source = call.array.view(np.uint8), self._apart(call)
-        self._step(call, lambda: self._group.gloo.allgather(
-            [self._blocks(out)], [self._group.tensor(source)], self._timeout("Allgather", deadline_ns)
-        ), deadline_ns)  # fmt: skip
+        group, source = self._group, self._apart(call)
+        out = self._blocks(call.array.view(np.uint8))
+        self._step(
+            call, lambda: group.gloo.allgather(out, group.tensor(source), group.timeout(deadline_ns)), deadline_ns
+        )
 
     def _gather(self, call: NativeCall, deadline_ns: int) -> None:
         options = self._timeout("Gather", deadline_ns)

@@ -211,7 +211,8 @@ class MpiCollectives(NativeCollectives):
 
     def _reduce_scatter(self, call: NativeCall, deadline_ns: int) -> None:
         """Reduce and scatter; the input is copied where it goes in another form, or lies where the result goes."""
-        op, lockstep, source, out = call.op, self.lockstep, _source(call), call.array
+        op, lockstep, source = call.op, self.lockstep, _source(call)
+        out = call.array if call.array.size else np.empty(0, source.dtype)  # MPI takes no address twice
         counts = _counts(call, lockstep.size)
         half = is_half(source.dtype)
         if half or _changes(op, source.dtype) or np.may_share_memory(source, out):

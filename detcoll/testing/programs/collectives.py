@@ -30,15 +30,17 @@ def native_of(here: Here) -> Natives:
     return Natives(here.endpoint)
 
 
-def _contribution(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
+def contribution(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return what a rank gives: small whole numbers that name it and their position."""
     positions = np.arange(count)
     if op is ReduceOp.PROD:
         return np.asarray(1 + (positions + rank) % 5 // 4).astype(dtype)
     return np.asarray((positions * 3 + rank * 5) % 11).astype(dtype)
 
 
-def _expected(size: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
-    parts = np.stack([_contribution(rank, count, op, dtype).astype(np.float64) for rank in range(size)])
+def expected(size: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the contributions of all ranks, reduced."""
+    parts = np.stack([contribution(rank, count, op, dtype).astype(np.float64) for rank in range(size)])
     fold = {
         ReduceOp.SUM: parts.sum(axis=0),
         ReduceOp.MIN: parts.min(axis=0),
@@ -68,11 +70,11 @@ def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = No
     for name, op in supported(names & here.capabilities.native_dtypes, here.capabilities.native_ops):
         dtype = DTYPES[name]
         for count in counts:
-            array = _contribution(here.rank, count, op, dtype)
+            array = contribution(here.rank, count, op, dtype)
             native.all_reduce(array, op, here.deadline_ns())
             np.testing.assert_array_equal(
                 array.astype(np.float64),
-                _expected(here.size, count, op, dtype).astype(np.float64),
+                expected(here.size, count, op, dtype).astype(np.float64),
                 f"{op.value} of {count} {name} on rank {here.rank} of {here.size}",
             )
 
@@ -87,8 +89,8 @@ def ordered(here: Here, groups: list[list[int]], counts: list[int]) -> None:
             given = [_uneven(rank, count, dtype) for rank in range(here.size)]
             array = given[here.rank].copy()
             native.all_reduce(array, op, here.deadline_ns())
-            expected = reference(op, given, groups, dtype)
-            assert array.tobytes() == expected.tobytes(), f"{op.value} of {count} {name} on rank {here.rank}"
+            wanted = reference(op, given, groups, dtype)
+            assert array.tobytes() == wanted.tobytes(), f"{op.value} of {count} {name} on rank {here.rank}"
 
 
 def edge_values(here: Here, groups: list[list[int]] | None = None) -> None:
@@ -128,10 +130,10 @@ def broadcast(here: Here, counts: list[int]) -> None:
     for name in sorted(here.capabilities.native_dtypes):
         for root in range(here.size):
             for count in counts:
-                array = _contribution(here.rank + 1, count, ReduceOp.SUM, DTYPES[name])
-                expected = _contribution(root + 1, count, ReduceOp.SUM, DTYPES[name])
+                array = contribution(here.rank + 1, count, ReduceOp.SUM, DTYPES[name])
+                wanted = contribution(root + 1, count, ReduceOp.SUM, DTYPES[name])
                 native_of(here).broadcast(array, root, here.deadline_ns())
-                assert array.tobytes() == expected.tobytes(), f"{count} {name} from {root} on rank {here.rank}"
+                assert array.tobytes() == wanted.tobytes(), f"{count} {name} from {root} on rank {here.rank}"
 
 
 def barrier(here: Here, rounds: int = 5) -> list[tuple[int, int]]:

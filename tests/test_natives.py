@@ -1,0 +1,131 @@
+"""Native collectives of the world and of groups, over the transports that have them, as users call them."""
+
+from __future__ import annotations
+
+import threading
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from ranks import attempt, run_ranks
+
+from detcoll.errors import DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError
+
+pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
+KINDS = ("reduce", "all_gather", "reduce_scatter", "gather", "scatter", "all_to_all")
+
+
+def every_kind(comm) -> None:
+    """Call each kind once, on values that name their rank."""
+    size, rank = comm.size, comm.rank
+    total = np.full(5, float(sum(range(size))))
+    x = np.full(5, float(rank))
+    comm.all_reduce(x)
+    assert (x == total).all()
+    x = np.full(5, float(rank))
+    comm.reduce(x, root=size - 1)
+    assert (x == (total if rank == size - 1 else rank)).all()
+    whole = np.repeat(np.arange(float(size)), 3)
+    mine = np.full(3, float(rank))
+    assert (comm.all_gather(mine) == whole).all()
+    gathered = comm.gather(mine, root=0)
+    assert rank != 0 or (gathered == whole).all()
+    out = np.empty(3)
+    comm.scatter(whole if rank == 0 else None, 0, out)
+    assert (out == rank).all()
+    assert (comm.reduce_scatter(whole) == size * rank).all()
+    assert (comm.all_to_all(np.full(size, float(rank))) == np.arange(float(size))).all()
+    counts = list(range(1, size + 1))
+    uneven = comm.all_gather(np.full(rank + 1, float(rank)), counts=counts)
+    assert (uneven == np.repeat(np.arange(float(size)), counts)).all()
+    rows = comm.all_to_all(np.full(size * 2, float(rank)), counts=[2] * size, out_counts=[2] * size)
+    assert (rows == np.repeat(np.arange(float(size)), 2)).all()
+    comm.barrier()
+
+
+def test_every_kind_in_the_world_and_in_groups() -> None:
+    """What Gloo lacks, such as reduce_scatter and blocks of different sizes, goes through a plan beside the rest."""
+
+    def program(comm):
+        every_kind(comm)
+        part = comm.split(comm.rank % 2 if comm.rank < 3 else 1, key=-comm.rank)
+        every_kind(part)
+        algorithms = [part.algorithm(kind, 12 * part.size) for kind in KINDS]
+        part.close()
+        return comm.algorithm("all_reduce", 4), algorithms
+
+    for world, algorithms in run_ranks(4, program, transport="gloo"):
+        assert world == "gloo-native"
+        assert [name == "gloo-native" for name in algorithms] == [kind != "reduce_scatter" for kind in KINDS]
+
+
+def test_a_native_call_that_waits_in_one_group_delays_none_of_another() -> None:
+    def program(comm):
+        waiting, going = comm.group(range(comm.size), "waiting"), comm.group(range(comm.size), "going")
+        x, y = np.ones(1000), np.ones(1000)
+        work = waiting.all_reduce(x, async_op=True) if comm.rank == 0 else None
+        for _ in range(5):
+            going.all_reduce(y, async_op=True).wait(20)
+        comm.barrier()
+        assert work is None or not work.done()
+        comm.barrier()
+        work = work or waiting.all_reduce(x, async_op=True)
+        work.wait(20)
+        assert (x == comm.size).all()
+
+    run_ranks(3, program, transport="gloo")
+
+
+def test_what_ends_a_group_natively_ends_no_other() -> None:
+    """Every member hears it in the words of the rank that found it out, by the ranks of the job."""
+
+    def program(comm):
+        ranks = [2, 1]
+        part = comm.group(ranks, "pair") if comm.rank in ranks else None
+        other = comm.group([2, 0, 1], "all")
+        seen: DetcollError | None = None
+        if part is not None:
+            with pytest.raises(PlanMismatch) as caught:
+                part.all_reduce(np.ones(3 + comm.rank))
+            seen = caught.value
+        other.barrier()
+        comm.barrier()
+        return str(seen or "")
+
+    said = run_ranks(3, program, transport="gloo")
+    assert "rank 1 called" in said[1]
+    assert "rank 2 called" in said[2]
+
+
+def test_a_member_that_is_late_natively_ends_its_group_for_all() -> None:
+    begun = threading.Barrier(3)
+
+    def program(comm):
+        part = comm.group(range(3), "late")
+        part.barrier()
+        errors = []
+        if comm.rank != 2:
+            with pytest.raises((DeadlineMissed, PeerLost)) as caught:
+                part.all_reduce(np.ones(10), timeout=0.3)
+            errors.append(str(caught.value))
+        begun.wait(30)
+        with pytest.raises(DetcollError):
+            part.all_reduce(np.ones(10))
+        comm.all_reduce(np.ones(10))
+        return errors
+
+    first, second, _ = run_ranks(3, program, transport="gloo")
+    assert "rank 2" in first[0] + second[0]
+
+
+def test_a_refused_call_of_a_planned_kind_ends_on_all_beside_natives() -> None:
+    def program(comm):
+        x = np.ones(4)
+        with pytest.raises(UsageError):
+            comm.all_to_all(np.ones(3) if comm.rank == 0 else x)
+        comm.all_reduce(x)
+        return comm.all_to_all(x).tolist()
+
+    for answer in attempt(2, program, transport="shm"):
+        assert answer == [2.0, 2.0, 2.0, 2.0]
