@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,7 +10,14 @@ from ranks import attempt, run_ranks
 
 from detcoll.errors import DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError
 
-pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
+@pytest.fixture(params=["shm", "gloo"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """A transport that has native collectives for groups."""
+    if request.param == "gloo":
+        pytest.importorskip("torch")  # here, since it takes long where ranks wait for each other
+    return str(request.param)
+
 
 KINDS = ("reduce", "all_gather", "reduce_scatter", "gather", "scatter", "all_to_all")
 
@@ -44,23 +50,27 @@ def every_kind(comm) -> None:
     comm.barrier()
 
 
-def test_every_kind_in_the_world_and_in_groups() -> None:
-    """What Gloo lacks, such as reduce_scatter and blocks of different sizes, goes through a plan beside the rest."""
+def test_every_kind_in_the_world_and_in_groups(transport: str) -> None:
+    """What a transport lacks, such as blocks of different sizes in Gloo, goes through a plan beside the rest."""
+    native, own = {"gloo": ("gloo-native", set(KINDS) - {"reduce_scatter"}), "shm": ("shared-memory", set())}[transport]
 
     def program(comm):
         every_kind(comm)
         part = comm.split(comm.rank % 2 if comm.rank < 3 else 1, key=-comm.rank)
         every_kind(part)
         algorithms = [part.algorithm(kind, 12 * part.size) for kind in KINDS]
+        names = comm.algorithm("all_reduce", 4), part.algorithm("all_reduce", 4)
         part.close()
-        return comm.algorithm("all_reduce", 4), algorithms
+        return *names, algorithms
 
-    for world, algorithms in run_ranks(4, program, transport="gloo"):
-        assert world == "gloo-native"
-        assert [name == "gloo-native" for name in algorithms] == [kind != "reduce_scatter" for kind in KINDS]
+    answers = run_ranks(4, program, transport=transport)
+    for world, group, algorithms in answers:
+        assert world == native
+        assert group == native
+        assert [name == native for name in algorithms] == [kind in own for kind in KINDS]
 
 
-def test_a_native_call_that_waits_in_one_group_delays_none_of_another() -> None:
+def test_a_native_call_that_waits_in_one_group_delays_none_of_another(transport: str) -> None:
     def program(comm):
         waiting, going = comm.group(range(comm.size), "waiting"), comm.group(range(comm.size), "going")
         x, y = np.ones(1000), np.ones(1000)
@@ -74,10 +84,10 @@ def test_a_native_call_that_waits_in_one_group_delays_none_of_another() -> None:
         work.wait(20)
         assert (x == comm.size).all()
 
-    run_ranks(3, program, transport="gloo")
+    run_ranks(3, program, transport=transport)
 
 
-def test_what_ends_a_group_natively_ends_no_other() -> None:
+def test_what_ends_a_group_natively_ends_no_other(transport: str) -> None:
     """Every member hears it in the words of the rank that found it out, by the ranks of the job."""
 
     def program(comm):
@@ -93,12 +103,12 @@ def test_what_ends_a_group_natively_ends_no_other() -> None:
         comm.barrier()
         return str(seen or "")
 
-    said = run_ranks(3, program, transport="gloo")
+    said = run_ranks(3, program, transport=transport)
     assert "rank 1 called" in said[1]
     assert "rank 2 called" in said[2]
 
 
-def test_a_member_that_is_late_natively_ends_its_group_for_all() -> None:
+def test_a_member_that_is_late_natively_ends_its_group_for_all(transport: str) -> None:
     begun = threading.Barrier(3)
 
     def program(comm):
@@ -115,7 +125,7 @@ def test_a_member_that_is_late_natively_ends_its_group_for_all() -> None:
         comm.all_reduce(np.ones(10))
         return errors
 
-    first, second, _ = run_ranks(3, program, transport="gloo")
+    first, second, _ = run_ranks(3, program, transport=transport)
     assert "rank 2" in first[0] + second[0]
 
 

@@ -21,6 +21,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import numpy as np
+
 from detcoll.discarding import Discarded
 from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportError, TransportUnavailable, UsageError
 from detcoll.transport import (
@@ -36,6 +38,7 @@ from detcoll.transport import (
 )
 from detcoll_shm.bell import Bell, open_process, process_ended, ring
 from detcoll_shm.collectives import Collectives
+from detcoll_shm.groups import GroupCollectives, await_members, hide, show
 from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
 from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
@@ -101,6 +104,9 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._groups: Sequence[Sequence[int]] = [range(size)]
         self._natives: Natives | None = None
         self._collectives: Collectives | None = None
+        self._stage: Stage | None = None
+        self._made_groups: list[GroupCollectives] = []
+        self._kept_stages: list[Stage] = []
         self._making = threading.Lock()
         """Held while the collectives are made or taken away."""
         self._bell = Bell()
@@ -109,7 +115,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         except TransportError:
             self._bell.close()
             raise
-        self._regions = Regions(self._address.key_bytes)
+        self._regions, self._group_stages = Regions(self._address.key_bytes), Regions(self._address.key_bytes)
 
     @property
     def address(self) -> str:
@@ -214,6 +220,51 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             return self._regions.allocate(nbytes)
         except OSError as error:
             raise TransportUnavailable(f"transport 'shm' cannot make an array of {nbytes} bytes: {error}") from error
+
+    def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> GroupCollectives:
+        """Return the collectives of some ranks, with stages of their own.
+
+        Raises
+        ------
+        ConnectError
+            If not all members join before the deadline, or one is gone.
+        TransportError
+            If the system has no more memory, or this rank is in too many groups.
+        """
+        members = list(ranks)
+        with self._making:
+            self._check_open()
+            memory = self._group_stages.allocate(self._geometry.stage_bytes)
+            own = Stage(memory, self._geometry)
+            words = self._own_stage().words
+            show(words, key, self._group_stages.place_of(np.frombuffer(memory, np.uint8)))
+        others = {rank: self._peers[rank].stage.words for rank in members if rank != self._rank}
+        try:
+            places = await_members(others, key, lambda rank: self._peers[rank].why_gone(), deadline_ns)
+            stages = {
+                rank: Stage(self._regions_of(rank).view(place, self._geometry.stage_bytes), self._geometry)
+                for rank, place in places.items()
+            }
+        except BaseException:
+            self._hide_group(key)
+            raise
+
+        def forget(clean: bool) -> None:
+            self._hide_group(key)
+            self._made_groups.remove(made)
+            if not clean and not self._left:
+                self._kept_stages.append(own)  # others may still look at why it ended
+
+        made = GroupCollectives(
+            len(members), lambda groups: self._make_group(members, own, stages, groups), forget
+        )  # fmt: skip
+        self._made_groups.append(made)
+        return made
+
+    def _hide_group(self, key: int) -> None:
+        with self._making:
+            if self._stage is not None:
+                hide(self._stage.words, key)
 
     def run(self, call: NativeCall, deadline_ns: int) -> None:
         """Carry out a collective, reductions in the promised order."""
@@ -323,7 +374,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         try:
             bell_fd = open_descriptor(rank, address, address.bell_fd, os.O_WRONLY | os.O_NONBLOCK)
             theirs = Ring(memory_fd, address.geometry, self._rank)
-            stage = Stage(memory_fd, address.geometry, address.ranks)
+            stage = Stage.in_file(memory_fd, address.geometry, address.ranks)
         finally:
             os.close(memory_fd)
         settings, counts = self._settings, self._counts
@@ -350,22 +401,47 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             missing = [rank for rank in others if rank not in self._peers]
             if missing:
                 raise UsageError(f"collectives need all ranks; ranks {missing} are not connected")
-            own = Stage(self._memory_fd, self._geometry, self._size)
-            peers = [
-                NativePeer(rank, peer.address, self._processes.get(rank), peer.stage, peer.mapped, peer.why_gone)
-                for rank in others
-                for peer in (self._peers[rank],)
-            ]
-            settings = self._settings
-            given = NativeSettings(
-                self._groups, settings.chunk_bytes, settings.direct_bytes, settings.wait_ns, settings.read_bytes
-            )
-            self._natives = Natives(
-                self._rank, own, self._address.key_bytes, self._regions, peers, given, lambda: self._open,
-                self._native_counts,
-            )  # fmt: skip
+            peers = [self._as_peer(rank, rank, self._peers[rank].stage, self._peers[rank].mapped) for rank in others]
+            self._natives = self._make_natives(self._rank, self._own_stage(), peers, self._groups)
             self._collectives = self._natives.collectives
             return self._collectives
+
+    def _as_peer(self, number: int, rank: int, stage: Stage, mapped: Mapped) -> NativePeer:
+        peer = self._peers[rank]
+        return NativePeer(number, peer.address, self._processes.get(rank), stage, mapped, peer.why_gone, rank)
+
+    def _make_natives(
+        self, number: int, own: Stage, peers: Sequence[NativePeer], groups: Sequence[Sequence[int]]
+    ) -> Natives:
+        settings = self._settings
+        given = NativeSettings(
+            groups, settings.chunk_bytes, settings.direct_bytes, settings.wait_ns, settings.read_bytes
+        )  # fmt: skip
+        return Natives(
+            number, self._rank, own, self._address.key_bytes, self._regions, peers, given, lambda: self._open,
+            self._native_counts,
+        )  # fmt: skip
+
+    def _own_stage(self) -> Stage:
+        if self._stage is None:
+            self._stage = Stage.in_file(self._memory_fd, self._geometry, self._size)
+        return self._stage
+
+    def _make_group(
+        self, ranks: Sequence[int], own: Stage, stages: Mapping[int, Stage], groups: Sequence[Sequence[int]]
+    ) -> Natives:
+        """Return the collectives of a group whose stages all members have mapped."""
+        self._check_open()
+        peers = [
+            self._as_peer(number, rank, stages[rank], self._regions_of(rank))
+            for number, rank in enumerate(ranks) if rank != self._rank
+        ]  # fmt: skip
+        return self._make_natives(ranks.index(self._rank), own, peers, groups)
+
+    def _regions_of(self, rank: int) -> Mapped:
+        """Return a view of a peer's regions for one thread alone."""
+        address = self._peers[rank].address
+        return Mapped(rank, address.key_bytes, lambda fd: open_descriptor(rank, address, fd, os.O_RDWR))
 
     def _await(self, joining: Sequence[int], deadline_ns: int) -> None:
         """Wait until the ranks in ``joining`` have mapped their rings in this rank's memory."""
@@ -475,6 +551,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             natives = self._natives
         if natives is not None:
             natives.wake()
+        for group in list(self._made_groups):
+            group.wake()
         with self._using:
             while not self._aborting and any(peer.outbound.queue for peer in self._peers.values()):
                 self._advance(self._peers.values())
@@ -491,6 +569,9 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             natives, self._natives, self._collectives = self._natives, None, None
         if natives is not None:
             natives.close()
+        for group in list(self._made_groups):
+            group.leave(clean=False)
+        self._kept_stages.clear()
         state = State.ABORTED if self._aborting else State.CLOSED
         for peer in self._peers.values():  # all at once, or who hears first aborts before others know the reason
             peer.outbound.set_state(state)

@@ -60,9 +60,10 @@ NEVER = 2**62
 
 @dataclass(frozen=True, slots=True)
 class PeerStage:
-    """Another rank; ``ring`` wakes it if it sleeps in a collective."""
+    """Another rank: its number in the group, and its name in errors. ``ring`` wakes it if it sleeps in a collective."""
 
     rank: int
+    name: int
     stage: Stage
     ring: Callable[[], None]
 
@@ -89,13 +90,15 @@ class Lockstep:
 
     It has many fields since all of them are read in every collective, where a further lookup shows in the latency.
 
+    ``rank`` : this rank's number in the group.  ``name`` : its rank in the job.
     ``last_word`` : with which word and value the collective under way ends, where that is not its ARRIVED.
     """
 
     def __init__(
-        self, rank: int, stage: Stage, peers: Sequence[PeerStage], hooks: EndpointHooks, wait_ns: int, counts: Counts
-    ) -> None:
-        self.rank, self.stage, self.peers = rank, stage, tuple(peers)
+        self, rank: int, name: int, stage: Stage, peers: Sequence[PeerStage], hooks: EndpointHooks, wait_ns: int,
+        counts: Counts,
+    ) -> None:  # fmt: skip
+        self.rank, self.name, self.stage, self.peers = rank, name, stage, tuple(peers)
         self.sequence = 0
         self.last_word: tuple[int, int] | None = None
         self._hooks, self._counts = hooks, counts
@@ -206,7 +209,7 @@ class Lockstep:
         interrupted.
         """
         own, has_arrived = self._words, self.sequence != before
-        reason = Reason.of(error, self.rank, f"{kind} number {before}") if self._relayed is None else self._relayed
+        reason = Reason.of(error, self.name, f"{kind} number {before}") if self._relayed is None else self._relayed
         if not own[ENDED]:
             goes_on = True
             if has_arrived and own[DIGEST + (self.sequence & 1)] != GIVEN_UP:
@@ -255,7 +258,7 @@ class Lockstep:
             return
         if self._relayed is not None:
             raise error
-        reason = Reason.of(error, self.rank, self._call)
+        reason = Reason.of(error, self.name, self._call)
         if not self._is_done_after_trying(reason, lambda: all(theirs[word] >= value for _, theirs in awaited)):
             raise error
 
@@ -326,7 +329,7 @@ class Lockstep:
     def _relay(self, peer: PeerStage) -> DetcollError:
         """Return why ``peer`` gave up, as this rank raises it; those who look here are told the same."""
         self._relayed = Reason.decode(peer.stage.read_reason())
-        return self._relayed.error(self.rank, self._call)
+        return self._relayed.error(self.name, self._call)
 
     @property
     def _call(self) -> str:
@@ -335,11 +338,11 @@ class Lockstep:
 
     def _late(self, word: int, value: int) -> DeadlineMissed:
         lack = _LACKS.get(word, "has not folded its part" if word == FOLDED else "has not given its part")
-        behind = [peer.rank for peer, words in self._peers if words[word] < value]
+        behind = [peer.name for peer, words in self._peers if words[word] < value]
         awaited = ", ".join(f"rank {rank}, which {lack}" for rank in behind)
         seconds = round((self._deadline_ns - self._began_ns) / 1e9, 2)
         return DeadlineMissed(
-            f"rank {self.rank}: {self._call} was not finished after {seconds:g} s; it waits for {awaited or 'nobody'}"
+            f"rank {self.name}: {self._call} was not finished after {seconds:g} s; it waits for {awaited or 'nobody'}"
         )
 
     def _compare_with_those_here(self) -> None:
@@ -377,4 +380,4 @@ class Lockstep:
         )
         if error is not None:
             raise error
-        mine.compare(self.rank, peer.rank, peer.stage.read_text())
+        mine.compare(self.name, peer.name, peer.stage.read_text())

@@ -28,7 +28,8 @@ from detcoll_shm.stores import Counts
 class NativePeer:
     """Another rank, as collectives see it.
 
-    ``process_fd`` : its pidfd, None in this process.  ``why_gone`` : why its messages have ended, or None.
+    ``rank`` : its number in the group.  ``name`` : its rank in the job, for errors.  ``process_fd`` : its pidfd, None
+    in this process.  ``why_gone`` : why its messages have ended, or None.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class NativePeer:
     stage: Stage
     mapped: Mapped
     why_gone: Callable[[], TransportError | None]
+    name: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Watch:
         """Wait on the doorbell, and note whose process ended."""
         for rank in self.bell.wait(timeout_ns):
             self.bell.forget(rank)
-            self._ended[rank] = process_ended(rank)
+            self._ended[rank] = process_ended(self._peers[rank].name)
 
     def why_lost(self, rank: int) -> TransportError | None:
         """Return why ``rank`` is gone, or None."""
@@ -78,7 +80,9 @@ class Natives:
     Parameters
     ----------
     rank
-        This rank.
+        This rank's number in the group.
+    name
+        Its rank in the job, for errors.
     own
         Its stage.
     key
@@ -96,15 +100,15 @@ class Natives:
     """
 
     def __init__(
-        self, rank: int, own: Stage, key: bytes, regions: Regions, peers: Sequence[NativePeer],
+        self, rank: int, name: int, own: Stage, key: bytes, regions: Regions, peers: Sequence[NativePeer],
         settings: NativeSettings, is_open: Callable[[], bool], counts: Counts,
     ) -> None:  # fmt: skip
         self._watch = watch = Watch(peers)
         self._bells = {peer.rank: RemoteBell(_opener(peer)) for peer in peers}
-        shown = [PeerStage(peer.rank, peer.stage, self._bells[peer.rank].ring) for peer in peers]
+        shown = [PeerStage(peer.rank, peer.name, peer.stage, self._bells[peer.rank].ring) for peer in peers]
         stages = {peer.rank: peer.stage for peer in peers} | {rank: own}
         hooks = EndpointHooks(watch.bell.writer, watch.hear, is_open, watch.why_lost)
-        lockstep = Lockstep(rank, own, shown, hooks, settings.wait_ns, counts)
+        lockstep = Lockstep(rank, name, own, shown, hooks, settings.wait_ns, counts)
         in_order = [stages[other] for other in sorted(stages)]
         cutter = Cutter(rank, in_order, settings.groups, settings.chunk_bytes, settings.direct_bytes)
         marked = {peer.rank: (peer.stage.words, peer.mapped.key) for peer in peers}

@@ -25,6 +25,7 @@ BELL      descriptor in that process of the pipe that wakes it in a collective
 TOKEN     address in that process at which the key of this rank's memory lies (`detcoll_shm.reading`)
 TAKEN     number of the last collective in which this rank has taken all results straight from others' arrays
 TOLD      number of the collective whose full descriptor lies at `TEXT_AT`
+TABLE     `TABLE_WORDS` words: stages of groups (`detcoll_shm.groups`); in the first stage of a rank alone
 ========= ====================================================================================================
 
 Only the owner writes them. Data, digests, places and text are written before the word that announces them and read
@@ -34,6 +35,7 @@ after it, which x86-64 keeps in order; ASLEEP follows Dekker, as in `detcoll_shm
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,22 +48,28 @@ GIVEN, FOLDED, ASLEEP, TOLD, PROCESS, THREAD, TOKEN, BELL, PLACE, TAKEN = 16, 32
 PLACE_WORDS = 3
 TEXT_AT = 1024
 REASON_AT, REASON_BYTES = 2048, 1024
+TABLE, TABLE_WORDS = 384, 128
 
 
 class Stage:
-    """The stage of one rank, mapped into this process."""
+    """The stage of one rank, mapped into this process: the ``memory`` of its file, or a part of that."""
 
     __slots__ = ("_reason", "_text", "folded", "given", "words")
 
-    def __init__(self, fd: int, geometry: Geometry, ranks: int) -> None:
-        memory = mmap.mmap(fd, geometry.stage_bytes, offset=geometry.stage_at(ranks))
-        self.words = memoryview(memory).cast("q")
+    def __init__(self, memory: Any, geometry: Geometry) -> None:
+        words = memoryview(memory)[:PAGE_BYTES]
+        self.words: memoryview[int] = words.cast("q")
         self._text = memoryview(memory)[TEXT_AT : TEXT_AT + HELLO_BYTES]
         self._reason = memoryview(memory)[REASON_AT : REASON_AT + REASON_BYTES]
         chunk, half = geometry.chunk_bytes, geometry.half_bytes
         halves = [np.frombuffer(memory, np.uint8, chunk, PAGE_BYTES + index * half) for index in range(4)]
         self.given: tuple[NDArray[np.uint8], ...] = tuple(halves[:2])
         self.folded: tuple[NDArray[np.uint8], ...] = tuple(halves[2:])
+
+    @classmethod
+    def in_file(cls, fd: int, geometry: Geometry, ranks: int) -> Stage:
+        """Return the first stage of a rank, which lies behind its rings for ``ranks`` sources."""
+        return cls(mmap.mmap(fd, geometry.stage_bytes, offset=geometry.stage_at(ranks)), geometry)
 
     def write_text(self, record: bytes) -> None:
         """Show what this rank called, before TOLD says so."""

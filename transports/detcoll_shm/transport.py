@@ -31,6 +31,7 @@ class ShmTransport(Transport):
         native=frozenset({"all_reduce", "broadcast", "barrier"}),
         native_dtypes=frozenset(DTYPES),
         native_ops=frozenset(ReduceOp),
+        native_groups=True,
         ordered=True,
     )
 
