@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
-from ranks import attempt, run_ranks
+from kinds import every_kind
+from ranks import attempt, grouped, launch, run_ranks
 
 from detcoll.errors import DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError
+from detcoll_shm import ShmTransport
 
 
 @pytest.fixture(params=["shm", "gloo"])
@@ -20,34 +23,6 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 KINDS = ("reduce", "all_gather", "reduce_scatter", "gather", "scatter", "all_to_all")
-
-
-def every_kind(comm) -> None:
-    """Call each kind once, on values that name their rank."""
-    size, rank = comm.size, comm.rank
-    total = np.full(5, float(sum(range(size))))
-    x = np.full(5, float(rank))
-    comm.all_reduce(x)
-    assert (x == total).all()
-    x = np.full(5, float(rank))
-    comm.reduce(x, root=size - 1)
-    assert (x == (total if rank == size - 1 else rank)).all()
-    whole = np.repeat(np.arange(float(size)), 3)
-    mine = np.full(3, float(rank))
-    assert (comm.all_gather(mine) == whole).all()
-    gathered = comm.gather(mine, root=0)
-    assert rank != 0 or (gathered == whole).all()
-    out = np.empty(3)
-    comm.scatter(whole if rank == 0 else None, 0, out)
-    assert (out == rank).all()
-    assert (comm.reduce_scatter(whole) == size * rank).all()
-    assert (comm.all_to_all(np.full(size, float(rank))) == np.arange(float(size))).all()
-    counts = list(range(1, size + 1))
-    uneven = comm.all_gather(np.full(rank + 1, float(rank)), counts=counts)
-    assert (uneven == np.repeat(np.arange(float(size)), counts)).all()
-    rows = comm.all_to_all(np.full(size * 2, float(rank)), counts=[2] * size, out_counts=[2] * size)
-    assert (rows == np.repeat(np.arange(float(size)), 2)).all()
-    comm.barrier()
 
 
 def test_every_kind_in_the_world_and_in_groups(transport: str) -> None:
@@ -127,6 +102,37 @@ def test_a_member_that_is_late_natively_ends_its_group_for_all(transport: str) -
 
     first, second, _ = run_ranks(3, program, transport=transport)
     assert "rank 2" in first[0] + second[0]
+
+
+def test_natives_of_mpi(tmp_path, mpiexec: list[str]) -> None:
+    ended = launch(
+        4, "native_kinds.py", launcher=[*mpiexec, "-n", "4"], environ={"DETCOLL_TRANSPORT": "mpi"}, folder=tmp_path
+    )
+    assert ended.code == 0, ended.err
+    assert ended.out.split() == ["mpi-native"]
+
+
+def test_natives_of_a_group_give_the_bits_of_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its order of ranks is not that of their sites."""
+
+    def program(comm):
+        part = comm.group([3, 0, 1], "turned") if comm.rank != 2 else None
+        if part is None:
+            return "", b""
+        given = [np.random.default_rng([n]).standard_normal(1000).astype(np.float32) for n in range(3)]
+        mine = given[part.rank].copy()
+        part.all_reduce(mine)
+        return part.algorithm("all_reduce", 4000), mine.tobytes()
+
+    native = run_ranks(4, program, transport="shm", topology=grouped(2, 2))
+    monkeypatch.setattr(
+        ShmTransport, "capabilities", dataclasses.replace(ShmTransport.capabilities, native_groups=False)
+    )
+    planned = run_ranks(4, program, transport="shm", topology=grouped(2, 2))
+    assert [name for name, _ in native] == ["shared-memory", "shared-memory", "", "shared-memory"]
+    assert "shared-memory" not in [name for name, _ in planned]
+    assert [bits for _, bits in native] == [bits for _, bits in planned]
+    assert native[0][1] == native[3][1]
 
 
 def test_a_refused_call_of_a_planned_kind_ends_on_all_beside_natives() -> None:

@@ -6,8 +6,10 @@ it, in any order of ranks. ``pip install detcoll[mpi]`` brings mpi4py and an MPI
 - Messages are MPI's own nonblocking sends and receives. MPI has fewer tags than the SPI, so each message begins with a
   letter that says its tag and size. Small ones travel in the letter; larger ones follow it, and go straight into the
   caller's memory.
-- all_reduce, broadcast and barrier are MPI's. Its fold order is its own: results agree on all ranks, and may differ
-  in the last bits from those of another number of ranks or another library. 16-bit floats travel and fold in float32
+- Collectives of all kinds are MPI's, in the world and in groups, each on communicators of its own. An all-to-all of
+  blocks that differ in size goes through a plan, and so does what moves more than 2 GiB in blocks.
+- MPI's fold order is its own: results agree on all ranks, and may differ in the last bits from those of another number
+  of ranks or another library. 16-bit floats travel and fold in float32
   and are rounded once, since MPI libraries know no bfloat16; their averages do not overflow on the way. NaN comes
   through a minimum or maximum, where MPI's own loses it.
 - What ranks call is compared while they call it, over a communicator for that alone, since MPI compares nothing.
