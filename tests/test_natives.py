@@ -12,6 +12,8 @@ from ranks import attempt, grouped, launch, run_ranks
 
 from detcoll.errors import DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError
 from detcoll_shm import ShmTransport
+from detcoll_shm.groups import ENTRY_WORDS
+from detcoll_shm.stage import TABLE
 
 
 @pytest.fixture(params=["shm", "gloo"])
@@ -145,3 +147,25 @@ def test_a_refused_call_of_a_planned_kind_ends_on_all_beside_natives() -> None:
 
     for answer in attempt(2, program, transport="shm"):
         assert answer == [2.0, 2.0, 2.0, 2.0]
+
+
+def test_a_group_for_which_one_member_has_no_room_is_planned_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 is in more groups than the others when it has no room left."""
+    monkeypatch.setattr("detcoll_shm.groups.REFUSAL", TABLE + ENTRY_WORDS)
+    monkeypatch.setattr("detcoll_shm.groups._END", TABLE + 2 * ENTRY_WORDS)
+
+    def program(comm):
+        pair = comm.group([0, 1], "pair") if comm.rank < 2 else None
+        whole = comm.group(range(3), "whole")
+        x = np.ones(10)
+        whole.all_reduce(x)
+        if pair is not None:
+            pair.all_reduce(x)
+            pair.close()
+        again = comm.group(range(3), "again")
+        again.all_reduce(x)
+        return [group.algorithm("all_reduce", 80) for group in (whole, again)]
+
+    for whole, again in run_ranks(3, program, transport="shm"):
+        assert whole != "shared-memory"
+        assert again == "shared-memory"

@@ -21,6 +21,9 @@ from detcoll.transport import Capabilities, NativeCollectives
 
 log = logging.getLogger("detcoll")
 
+LONGEST_MAKING_NS = 30 * 10**9
+"""How long members try to make the native collectives of a group; all of them are known to be there."""
+
 Ended = Callable[[Group, Exception, bool], None]
 Explain = Callable[[Group], DetcollError | None]
 
@@ -98,7 +101,8 @@ class Natives:
         made, problem = None, ""
         try:
             try:
-                made = self._collectives.group(group.ranks, group.id, deadline_ns)
+                soon_ns = min(deadline_ns, time.monotonic_ns() + LONGEST_MAKING_NS)
+                made = self._collectives.group(group.ranks, group.id, soon_ns)
                 made.arrange(_in_sites(group))
             except (TransportError, UsageError) as error:
                 problem = f"rank {self._rank}: {error}"

@@ -6,6 +6,7 @@ works in place, and uses the arrays of all ranks on the way, so an input that ha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,7 @@ class GlooCollectives(NativeCollectives):
         self._compares = compare
         self._is_broken = self._has_left = False
         self._agreement = Agreement(group) if compare and group.size > 1 else None
-        self._groups: list[GlooCollectives] = []
+        self._groups: weakref.WeakSet[GlooCollectives] = weakref.WeakSet()
         ops = group.torch.distributed.ReduceOp
         self._ops = {
             ReduceOp.SUM: ops.SUM,
@@ -65,12 +66,12 @@ class GlooCollectives(NativeCollectives):
     def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> GlooCollectives:
         """Return the collectives of some ranks, on connections of their own; see `Group.part`."""
         made = GlooCollectives(self._group.part(ranks, key, deadline_ns), self._capabilities, self._compares)
-        self._groups.append(made)
+        self._groups.add(made)
         return made
 
     def leave(self, *, clean: bool) -> None:
         """Close the connections of the group, and of those made from it."""
-        for group in self._groups:
+        for group in list(self._groups):
             group.leave(clean=clean)
         if not self._has_left:
             self._has_left = True

@@ -7,6 +7,7 @@ copied first; a reduction that needs no other form reads the caller's memory.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -51,7 +52,7 @@ class MpiCollectives(NativeCollectives):
     def __init__(self, lockstep: Lockstep, ranks: Sequence[int], capabilities: Capabilities, clock: Clock) -> None:
         self.lockstep = lockstep
         self._ranks, self._capabilities, self._clock = tuple(ranks), capabilities, clock
-        self._groups: list[MpiCollectives] = []
+        self._groups: weakref.WeakSet[MpiCollectives] = weakref.WeakSet()
         mpi = lockstep.mpi
         self._ops = {
             ReduceOp.SUM: mpi.SUM,
@@ -78,10 +79,12 @@ class MpiCollectives(NativeCollectives):
         mpi, parent, comms = self.lockstep.mpi, self.lockstep.comm, []
 
         def make() -> None:
-            members = parent.Get_group().Incl(list(ranks))
+            everyone = parent.Get_group()
+            members = everyone.Incl(list(ranks))
             tag = key % GROUP_TAGS * 2
             comms.extend([parent.Create_group(members, tag), parent.Create_group(members, tag + 1)])
             members.Free()
+            everyone.Free()
 
         caller = BlockingCaller(mpi)
         try:
@@ -95,7 +98,7 @@ class MpiCollectives(NativeCollectives):
         made = MpiCollectives(
             Lockstep(mpi, comms[0], comms[1], names, self._clock), names, self._capabilities, self._clock
         )
-        self._groups.append(made)
+        self._groups.add(made)
         return made
 
     def leave(self, *, clean: bool) -> None:
@@ -104,7 +107,7 @@ class MpiCollectives(NativeCollectives):
         A communicator with mail that no one took is kept instead: MPI would use its number again, and hand the old
         mail to another.
         """
-        for group in self._groups:
+        for group in list(self._groups):
             group.leave(clean=clean)
         lockstep = self.lockstep
         if not lockstep.is_open:

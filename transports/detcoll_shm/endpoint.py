@@ -38,7 +38,7 @@ from detcoll.transport import (
 )
 from detcoll_shm.bell import Bell, open_process, process_ended, ring
 from detcoll_shm.collectives import Collectives
-from detcoll_shm.groups import GroupCollectives, await_members, hide, show
+from detcoll_shm.groups import GroupCollectives, await_members, hide, refuse, show
 from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
 from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
@@ -234,9 +234,13 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         members = list(ranks)
         with self._making:
             self._check_open()
-            memory = self._group_stages.allocate(self._geometry.stage_bytes)
-            own = Stage(memory, self._geometry)
             words = self._own_stage().words
+            try:
+                memory = self._group_stages.allocate(self._geometry.stage_bytes)
+            except OSError as error:
+                refuse(words, key)
+                raise TransportError(f"transport 'shm' cannot make a group: {error}") from error
+            own = Stage(memory, self._geometry)
             show(words, key, self._group_stages.place_of(np.frombuffer(memory, np.uint8)))
         others = {rank: self._peers[rank].stage.words for rank in members if rank != self._rank}
         try:

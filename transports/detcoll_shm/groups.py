@@ -2,7 +2,7 @@
 
 A member makes its stage in a region (`detcoll_shm.regions`) and shows in a table on the words page of its first stage
 where it is. The others look there until all members show theirs, and map them. The table has room for `ENTRIES` groups
-at a time::
+at a time, and one entry more, in which a rank that cannot make a stage says so, with region 0::
 
     key of the group    number of the region    its descriptor
 
@@ -23,7 +23,9 @@ from detcoll_shm.regions import Place
 from detcoll_shm.stage import TABLE, TABLE_WORDS
 
 ENTRY_WORDS = 3
-ENTRIES = TABLE_WORDS // ENTRY_WORDS
+ENTRIES = TABLE_WORDS // ENTRY_WORDS - 1
+REFUSAL = TABLE + ENTRIES * ENTRY_WORDS
+_END = REFUSAL + ENTRY_WORDS
 LOOK_S = 0.0005
 """Members make a group at about the same time; so long passes between two looks at their tables."""
 
@@ -38,17 +40,25 @@ def show(words: memoryview[int], key: int, place: Place) -> None:
     TransportError
         If there is no room in the table.
     """
-    for at in range(TABLE, TABLE + ENTRIES * ENTRY_WORDS, ENTRY_WORDS):
+    for at in range(TABLE, REFUSAL, ENTRY_WORDS):
         if not words[at]:
             words[at + 1], words[at + 2] = place.region, place.fd
             words[at] = _signed(key)
             return
+    refuse(words, key)
     raise TransportError(f"this rank has {ENTRIES} groups with shared memory of their own, which is the limit")
+
+
+def refuse(words: memoryview[int], key: int) -> None:
+    """Show that this rank makes no stage of group ``key``. One thread at a time."""
+    words[REFUSAL] = 0
+    words[REFUSAL + 1] = 0
+    words[REFUSAL] = _signed(key)
 
 
 def find(words: memoryview[int], key: int) -> Place | None:
     """Return where a rank's stage of group ``key`` is, or None if it does not show one."""
-    for at in range(TABLE, TABLE + ENTRIES * ENTRY_WORDS, ENTRY_WORDS):
+    for at in range(TABLE, _END, ENTRY_WORDS):
         if words[at] == _signed(key):
             return Place(words[at + 1], words[at + 2], 0)
     return None
@@ -56,7 +66,7 @@ def find(words: memoryview[int], key: int) -> Place | None:
 
 def hide(words: memoryview[int], key: int) -> None:
     """Show no stage of group ``key`` any more. One thread at a time."""
-    for at in range(TABLE, TABLE + ENTRIES * ENTRY_WORDS, ENTRY_WORDS):
+    for at in range(TABLE, _END, ENTRY_WORDS):
         if words[at] == _signed(key):
             words[at] = 0
 
@@ -70,12 +80,14 @@ def await_members(
     Raises
     ------
     ConnectError
-        If not all of them show theirs before the deadline, or one is gone.
+        If not all of them show theirs before the deadline, or one is gone or cannot.
     """
     found: dict[int, Place] = {}
     while True:
         for rank in members.keys() - found.keys():
             place = find(members[rank], key)
+            if place is not None and not place.region:
+                raise ConnectError(f"rank {rank} cannot make another group with shared memory")
             if place is not None:
                 found[rank] = place
         missing = sorted(members.keys() - found.keys())
