@@ -106,7 +106,6 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._collectives: Collectives | None = None
         self._stage: Stage | None = None
         self._made_groups: list[GroupCollectives] = []
-        self._kept_stages: list[Stage] = []
         self._making = threading.Lock()
         """Held while the collectives are made or taken away."""
         self._bell = Bell()
@@ -115,7 +114,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         except TransportError:
             self._bell.close()
             raise
-        self._regions, self._group_stages = Regions(self._address.key_bytes), Regions(self._address.key_bytes)
+        self._regions = Regions(self._address.key_bytes)
+        self._group_stages = Regions(self._address.key_bytes, empties=False)  # others may still look at them
 
     @property
     def address(self) -> str:
@@ -253,11 +253,9 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             self._hide_group(key)
             raise
 
-        def forget(clean: bool) -> None:
+        def forget() -> None:
             self._hide_group(key)
             self._made_groups.remove(made)
-            if not clean and not self._left:
-                self._kept_stages.append(own)  # others may still look at why it ended
 
         made = GroupCollectives(
             len(members), lambda groups: self._make_group(members, own, stages, groups), forget
@@ -575,7 +573,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
             natives.close()
         for group in list(self._made_groups):
             group.leave(clean=False)
-        self._kept_stages.clear()
+        self._stage = None
         state = State.ABORTED if self._aborting else State.CLOSED
         for peer in self._peers.values():  # all at once, or who hears first aborts before others know the reason
             peer.outbound.set_state(state)

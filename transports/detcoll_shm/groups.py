@@ -115,17 +115,18 @@ class GroupCollectives(NativeCollectives):
     make : callable
         Makes them, given the groups of the fold order.
     forget : callable
-        Called once this rank has left, and told whether all others have.
+        Called once this rank has left.
     """
 
     algorithm = "shared-memory"
 
-    def __init__(self, size: int, make: Make, forget: Callable[[bool], None]) -> None:
-        self._size, self._make, self._forget = size, make, forget
+    def __init__(self, size: int, make: Make, forget: Callable[[], None]) -> None:
+        self._size = size
+        self._make: Make | None = make
+        self._forget: Callable[[], None] | None = forget
         self._groups: Sequence[Sequence[int]] = [range(size)]
         self._natives: Natives | None = None
         self._collectives: Collectives | None = None
-        self._has_left = False
         self._making = threading.Lock()
 
     def arrange(self, groups: Sequence[Sequence[int]]) -> None:
@@ -148,17 +149,16 @@ class GroupCollectives(NativeCollectives):
     def leave(self, *, clean: bool) -> None:
         """Take no more calls, and give the stage and the doorbell back."""
         with self._making:
-            if self._has_left:
-                return
-            self._has_left = True
+            forget, self._make, self._forget = self._forget, None, None  # they hold the stages
             natives, self._natives, self._collectives = self._natives, None, None
         if natives is not None:
             natives.close()
-        self._forget(clean)
+        if forget is not None:
+            forget()
 
     def _begin(self) -> Collectives:
         with self._making:
-            if self._has_left:
+            if self._make is None:
                 raise Closed("the group was closed")
             if self._natives is None:
                 self._natives = self._make(self._groups)

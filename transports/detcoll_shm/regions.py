@@ -63,10 +63,13 @@ def _map(fd: int, size: int) -> ctypes.Array[ctypes.c_char]:
 
 
 class Regions:
-    """The regions of this rank, marked with ``key``. Thread-safe: a region may die in the middle of anything."""
+    """The regions of this rank, marked with ``key``. Thread-safe: a region may die in the middle of anything.
 
-    def __init__(self, key: bytes) -> None:
-        self._key = key
+    ``empties`` : whether pages are given back though peers may have them mapped, who then read zeros.
+    """
+
+    def __init__(self, key: bytes, *, empties: bool = True) -> None:
+        self._key, self._empties = key, empties
         self._living: dict[int, tuple[int, int, int]] = {}
         self._numbers = itertools.count(1)
 
@@ -106,7 +109,8 @@ class Regions:
 
     def _forget(self, number: int, size: int) -> None:
         _, _, fd = self._living.pop(number)
-        libc().fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size)
+        if self._empties:
+            libc().fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, 0, size)
         os.close(fd)
 
 
