@@ -19,8 +19,8 @@ from detcoll.plan import (
     choose_chunk,
     predict_ns,
 )
+from detcoll.plan.costs import RETURN_WORK_NS
 from detcoll.plan.lines import Lines, last_end_ns
-from detcoll.plan.predict import RETURN_WORK_NS
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
 from detcoll.topology import Link, Topology

@@ -27,9 +27,9 @@ from detcoll.job.rest import Rest
 from detcoll.job.settings import Facts, Settings
 from detcoll.machine import Slots
 from detcoll.plan import Calendar, Collective, Planner, Slotting
+from detcoll.plan.costs import Costs
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LARGEST_FRAME_BYTES
-from detcoll.plan.predict import Costs
 from detcoll.plan.promise import calendar_facts
 from detcoll.rendezvous import Session
 from detcoll.runtime import Engine, Group, Loop, Timekeeper

@@ -16,9 +16,10 @@ from detcoll.plan.bounds import floor_of
 from detcoll.plan.calendar import Calendar
 from detcoll.plan.collectives import declaration_of
 from detcoll.plan.compiler import compile_plan
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Collective, Plan
 from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
-from detcoll.plan.predict import Costs, predict_ns
+from detcoll.plan.predict import predict_ns
 from detcoll.topology import Topology
 
 LARGEST_KEPT_STEPS = 2_000_000

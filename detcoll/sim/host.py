@@ -13,8 +13,8 @@ from detcoll.errors import UsageError
 from detcoll.fold import fold_step
 from detcoll.machine import Queued
 from detcoll.plan.collectives import declaration_of
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Buffer, Kind, Plan, shared
-from detcoll.plan.predict import Costs
 from detcoll.runtime.engine import Engine
 from detcoll.runtime.operation import Operation
 from detcoll.transport import Window

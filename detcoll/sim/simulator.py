@@ -37,9 +37,9 @@ from detcoll.descriptor import Descriptor
 from detcoll.errors import PlanError, UsageError
 from detcoll.machine import Queued, Slots
 from detcoll.plan.calendar import Calendar, Slotting
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Buffer, Kind, Plan, shared
 from detcoll.plan.layout import uses_window
-from detcoll.plan.predict import Costs
 from detcoll.runtime.actions import Act
 from detcoll.runtime.engine import Engine
 from detcoll.runtime.group import world

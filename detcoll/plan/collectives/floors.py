@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from detcoll.plan.collectives.blocks import ALL, Blocks
+from detcoll.plan.collectives.legs import all_blocks
 from detcoll.plan.ir import Collective
 from detcoll.topology import Topology
 
@@ -24,23 +25,17 @@ def floor_ns(topology: Topology, collective: Collective, blocks: Blocks) -> floa
     """
     sites, itemsize = range(len(topology.sites)), collective.itemsize
     out, into, total, delay_ns = [0] * len(sites), [0] * len(sites), 0, 0
-    seen = set()
-    for site in sites:
-        for block in blocks(collective, topology, topology.sites[site].ranks[0]):
-            key = block.source, block.target, block.in_offset, block.out_offset
-            if key in seen:
-                continue
-            seen.add(key)
-            nbytes = block.length * itemsize
-            sources = sites if block.source == ALL else [topology.site_of(block.source)]
-            targets = sites if block.target == ALL else [topology.site_of(block.target)]
-            pairs = [(i, j) for i in sources for j in targets if i != j]
-            for i in {i for i, _ in pairs}:
-                out[i] += nbytes
-            for j in {j for _, j in pairs}:
-                into[j] += nbytes
-            total += nbytes * len(pairs)
-            delay_ns = max([delay_ns, *(topology.one_way_ns(i, j) for i, j in pairs)])
+    for block in all_blocks(collective.evened(topology.size), topology, blocks):
+        nbytes = block.length * itemsize
+        sources = sites if block.source == ALL else [topology.site_of(block.source)]
+        targets = sites if block.target == ALL else [topology.site_of(block.target)]
+        pairs = [(i, j) for i in sources for j in targets if i != j]
+        for i in {i for i, _ in pairs}:
+            out[i] += nbytes
+        for j in {j for _, j in pairs}:
+            into[j] += nbytes
+        total += nbytes * len(pairs)
+        delay_ns = max([delay_ns, *(topology.one_way_ns(i, j) for i, j in pairs)])
     up = [site.uplink_bytes_per_s or 0.0 for site in topology.sites]
     down = [site.downlink_bytes_per_s or rate for site, rate in zip(topology.sites, up, strict=True)]
     seconds = max(*(out[i] / up[i] for i in sites), *(into[i] / down[i] for i in sites), total / sum(up))
