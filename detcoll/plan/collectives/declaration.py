@@ -75,6 +75,7 @@ class Algorithm:
     ``accumulates`` : it keeps and sends sums in the accumulation type.
     ``blocks`` : what moves, where input and output are different arrays; None where one array is cut into chunks.
     ``at_home`` : pieces are folded in sites other than the root's, in turn; see `detcoll.plan.collectives.routes`.
+    ``awaits`` : owners hold scratch for pieces that they await from other sites besides those that they send.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Algorithm:
     accumulates: bool = False
     blocks: Blocks | None = None
     at_home: bool = False
+    awaits: bool = False
 
     def delays(self, sites: int) -> int:
         """Return how many one-way delays pass until every site has its result."""

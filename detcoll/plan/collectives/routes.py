@@ -190,9 +190,9 @@ def _fold_across(part: Part, piece: Piece, place: Span, target: Span, folded: in
     return done
 
 
-def direct(blocks: Blocks, hops: Callable[[int, int], tuple[Hop, ...]]) -> Algorithm:
+def direct(blocks: Blocks, hops: Callable[[int, int], tuple[Hop, ...]], *, awaits: bool = False) -> Algorithm:
     """Return the algorithm that sends every piece straight to the sites where it belongs."""
-    return Algorithm("direct", add_piece, hops, blocks=blocks)
+    return Algorithm("direct", add_piece, hops, blocks=blocks, awaits=awaits)
 
 
 def home_of(topology: Topology, piece: Piece) -> int:
