@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import TransportError
+from detcoll.plan import Run, Symbols
 from detcoll.types import BFLOAT16, is_integer
 
 LARGEST_MODULUS = 8191
@@ -61,15 +62,50 @@ class Repeated:
             yield part, self.block[: part.size]
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an array holds: runs of elements of one rank, or of a sum over ranks, as a declaration states them.
+
+    Of each run ``runs`` has the ranks, the number of its first element, and its length.
+    """
+
+    dtype: np.dtype[Any]
+    size: int
+    runs: tuple[tuple[tuple[int, ...], int, int], ...]
+
+    @classmethod
+    def stated(cls, dtype: np.dtype[Any], size: int, symbols: Symbols, runs: Sequence[Run]) -> Contents:
+        """Return the contents that a declaration states."""
+        found = ((tuple(symbols.ranks_in(run.expression)), run.element, run.length) for run in runs)
+        return cls(dtype, size, tuple(found))
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Give ``array`` the values."""
+        for part, values in self._parts(array):
+            values.write(part)
+
+    def require(self, array: NDArray[Any], what: str) -> None:
+        """Compare bit for bit; see `Repeated.require`."""
+        for number, (part, values) in enumerate(self._parts(array)):
+            values.require(part, what if len(self.runs) == 1 else f"{what}, block {number}")
+
+    def _parts(self, array: NDArray[Any]) -> Iterator[tuple[NDArray[Any], Repeated]]:
+        begin = 0
+        for ranks, first, length in self.runs:
+            yield array[begin : begin + length], summed(self.dtype, ranks, self.size, first)
+            begin += length
+
+
 def given(dtype: np.dtype[Any], rank: int, size: int) -> Repeated:
     """Return the values of ``rank``."""
-    return Repeated((_pattern(dtype, size) + rank % 2).astype(dtype))
+    return summed(dtype, [rank], size)
 
 
-def summed(dtype: np.dtype[Any], ranks: Sequence[int], size: int) -> Repeated:
-    """Return the sum of the values of ``ranks``, of ``size`` in all."""
+def summed(dtype: np.dtype[Any], ranks: Sequence[int], size: int, first: int = 0) -> Repeated:
+    """Return the sum of the values of ``ranks``, of ``size`` in all, from element number ``first`` on."""
     odd = sum(rank % 2 for rank in ranks)
-    return Repeated((_pattern(dtype, size) * len(ranks) + odd).astype(dtype))
+    pattern = np.roll(_pattern(dtype, size), -(first % modulus(dtype, size)))
+    return Repeated((pattern * len(ranks) + odd).astype(dtype))
 
 
 def fill(array: NDArray[Any], rank: int, size: int) -> None:
