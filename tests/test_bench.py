@@ -103,7 +103,7 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--collective", "gather"], "collective='gather'"),
+        (["--collective", "shuffle"], "collective='shuffle'"),
         (["--bytes", "64"], "bytes='64'"),
         (["--bytes", "3B"], "bytes=3"),
         (["--bytes", ""], "at least one"),

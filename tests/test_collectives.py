@@ -82,7 +82,7 @@ def test_a_new_kind_is_known_to_planner_checker_floor_prediction_and_simulator()
 @pytest.mark.usefixtures("shout")
 def test_a_new_kind_is_known_to_descriptors_and_sweeps() -> None:
     called = Descriptor(0, "shout", "sum", "float32", 600, 3)
-    assert called.brief == "shout of 600 float32, from rank 3"
+    assert called.brief == "shout of 600 float32, root 3"
     sweep = Sweep(("shout", "barrier"), (8, 16), "float32", 1, 0)
     sweep.validate()
     assert sweep.points() == [("shout", 8), ("shout", 16), ("barrier", 0)]
