@@ -7,6 +7,8 @@ site. With S sites and V bytes:
 wide       what owners do                                                one-way delays      bytes an uplink
 =========  ============================================================  ==================  =====================
 star       the root's site sends to all others                           1                   (S-1) V at the root's
+at-home    the root's site sends each chunk to one other site, in turn,  2                   V
+           which sends it to the rest
 relay      site r -> r+1 -> ... -> r-1                                   S-1                 V
 =========  ============================================================  ==================  =====================
 """
@@ -16,8 +18,10 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 
-from detcoll.plan.collectives.declaration import Algorithm, Declaration, Floats, Hop, Load, Opening, Run
+from detcoll.plan.collectives.blocks import ALL, Block, Piece
+from detcoll.plan.collectives.declaration import Algorithm, Declaration, Floats, Homes, Hop, Load, Opening, Run
 from detcoll.plan.collectives.part import LOCAL_WINDOW, Part, local_gather, recent, tag_of
+from detcoll.plan.collectives.routes import home_of, spread
 from detcoll.plan.ir import Buffer, Collective, Phase
 from detcoll.plan.layout import Chunk
 from detcoll.plan.symbols import Symbols
@@ -80,6 +84,16 @@ def _add_chunk(part: Part, chunk: Chunk, collective: Collective, *, relays: bool
     local_gather(part, chunk, have, but=root)
 
 
+def _blocks(collective: Collective, topology: Topology, rank: int) -> list[Block]:
+    count = collective.count
+    return [Block(0, collective.root, ALL, 0, 0, count, 0, count)] if count else []
+
+
+def _add_piece_at_home(part: Part, piece: Piece, collective: Collective) -> None:
+    sites = len(part.topology.sites)  # between two sites there is nobody else to pass it on to
+    spread(part, piece, in_place=True, home=home_of(part.topology, piece) if sites > 2 else None)
+
+
 def _targets(site: int, root_site: int, count: int, *, relays: bool) -> list[int]:
     if relays:
         following = (site + 1) % count
@@ -96,6 +110,12 @@ def _relay_hops(sites: int, root_site: int) -> tuple[Hop, ...]:
     return tuple(Hop((pair,), from_user=True) for pair in pairwise(order))
 
 
+def _at_home_hops(sites: int, root_site: int) -> tuple[Hop, ...]:
+    others = [site for site in range(sites) if site != root_site]
+    to_home = Hop(tuple((root_site, site) for site in others), Homes.DESTINATION)
+    return to_home, Hop(tuple((i, j) for i in others for j in others if i != j), Homes.SOURCE)
+
+
 def _star_work(sites: int) -> tuple[float, float]:
     return sites - 1, 0
 
@@ -109,6 +129,7 @@ BROADCAST = Declaration(
     has_root=True,
     algorithms=(
         Algorithm("star", partial(_add_chunk, relays=False), _star_hops, _star_work),
+        Algorithm("at-home", _add_piece_at_home, _at_home_hops, blocks=_blocks, at_home=True),
         Algorithm("relay", partial(_add_chunk, relays=True), _relay_hops, _relay_work),
     ),
     opening=Opening.SCATTER,

@@ -89,9 +89,17 @@ def _spread(legs: Legs, topology: Topology, source: int, owners: tuple[int, ...]
     legs.copies.add(source, source, chunks, elems)
     if owners[home] != source:
         legs.opening.add(source, owners[home], chunks, elems)
+    others = [site for site in range(len(owners)) if site != home]
+    if len(legs.hops) == 1:
+        for site in others:
+            legs.hops[0].add(owners[home], owners[site], chunks, elems)
+    else:
+        for passes, some, part in _shares(others, chunks, elems):
+            legs.hops[0].add(owners[home], owners[passes], some, part)
+            for site in others:
+                if site != passes:
+                    legs.hops[1].add(owners[passes], owners[site], some, part)
     for site, owner in enumerate(owners):
-        if site != home:
-            legs.hops[0].add(owners[home], owner, chunks, elems)
         for rank in topology.sites[site].ranks:
             if rank not in (owner, source):
                 legs.closing.add(owner, rank, chunks, elems)
@@ -120,7 +128,7 @@ def _collect(legs: Legs, topology: Topology, target: int, owners: tuple[int, ...
 
 
 def _shares(sites: list[int], chunks: int, elems: int) -> Iterator[tuple[int, int, int]]:
-    """Return the chunks and elements that each of some sites folds, in turn."""
+    """Return the chunks and elements that each of some sites folds or passes on, in turn."""
     for place, site in enumerate(sites):
         some = (chunks + len(sites) - 1 - place) // len(sites)
         if some:
