@@ -15,7 +15,7 @@ from detcoll.bench.sweep import Sweep
 from detcoll.descriptor import Descriptor
 from detcoll.errors import PlanError, UsageError
 from detcoll.plan import ChunkSize, Collective, Phase, Planner, build_calendar, check, floor_ns, promised_ranks
-from detcoll.plan.collectives import Algorithm, Declaration, Hop, Opening, Part, Run, declaration_of
+from detcoll.plan.collectives import Algorithm, Declaration, Hop, Part, Run, declaration_of
 from detcoll.plan.ir import Buffer
 from detcoll.plan.layout import Chunk
 from detcoll.signature import DECLARED, declare, signature_of
@@ -46,7 +46,6 @@ SHOUT = Declaration(
     name="shout",
     has_root=True,
     algorithms=(Algorithm("loud", _shout_chunk, _shout_hops, lambda sites: (sites, 0)),),
-    opening=Opening.SCATTER,
     after=lambda symbols, collective, topology, rank: [Run(symbols.leaf(collective.root), 0, collective.count)],
     floor_ns=lambda topology, collective: 3 * collective.nbytes / topology.payload_share,
     work=lambda load, algorithm, opening: (load.chunks + 0 * load.peers, load.nbytes + 0 * load.peers),

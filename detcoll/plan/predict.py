@@ -2,8 +2,8 @@
 
 All ranks call at time zero; the answer is when the slowest has its result. Letters as in
 `detcoll.plan.collectives.all_reduce`, q(c) a chunk's time on the line, s what a step costs the host, m(n) = n / copy
-rate, l the local latency, n the chunks that a rank owns. Kinds declare how they open, what their hosts have to do, and
-their algorithms' hops.
+rate, l the local latency, n the chunks that a rank owns. Kinds declare what their hosts have to do, and their algorithms'
+hops; of those that move blocks, both follow from what moves (see `_OfBlocks`).
 
 Local reduce    A rank sends its part to the R-1 other owners and folds what it gets. The first chunk is there after
                 f = max((R-1)(s + m(c)), s + m(c) + l) + (R-1) s + s + R m(c). Every other one follows D later, which
@@ -11,18 +11,18 @@ Local reduce    A rank sends its part to the R-1 other owners and folds what it 
 A wide hop      Chunks ready from a to z end on the line at e = max(E(a, all), E(z, one)), with E from
                 `detcoll.plan.lines`: no line is faster than its bytes, and the last chunk cannot leave before it is
                 ready. They arrive a one-way delay and a wake-up later.
-exchange, star  One hop.
+exchange        One hop.
 direct          Two hops over the same flows. With halves of T each on the line, the second ends at
                 max(2 T, T + L + q) + L: either the line is never idle, or the last sum arrives and only then the last
                 result leaves. This is max(E(a, both), E(z', one)) with z' = E(a, first) + L.
-ring, relay     As many hops as sites to pass, each begun when the one before delivered; where sums and results use
+ring            As many hops as sites to pass, each begun when the one before delivered; where sums and results use
                 one line, E counts both.
 Scratch         A rank keeps ``depth`` chunks until acknowledged, so the last cannot start before
                 floor((n-1) / depth) round trips.
 Local gather    max((R-1)(s + m(c)), s + m(c) + l) + (R-1)(s + m(c)), after the last fold. In all of this R-1 is the
                 number of segments where that is smaller.
 One site        The same without the wide area, or what all steps of the busiest rank cost.
-Acknowledged    What is sent from the caller's array (ring, star, relay) must be acknowledged, a delay after it arrived.
+Acknowledged    What is sent from the caller's array (ring) must be acknowledged, a delay after it arrived.
 Call            All of it begins when the hosts of a call across sites have woken up, `Costs.call_ns`, and ends when
                 ranks that share a core have done what is left, one after another, `Costs.return_ns`.
 Host            Nothing ends before the busiest rank has done all its steps.
@@ -40,7 +40,7 @@ from functools import cached_property
 import numpy as np
 
 from detcoll.plan.calendar import Calendar, Slotting
-from detcoll.plan.collectives import Homes, Hop, Load, Opening, declaration_of
+from detcoll.plan.collectives import Homes, Hop, Load, declaration_of
 from detcoll.plan.collectives.legs import Messages, legs_of
 from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Collective
@@ -149,13 +149,9 @@ class _OfChunks(_Prediction):
         self.local_step_ns = costs.step_ns + costs.copy_ns(self.chunk_bytes)
 
     def _finish_ns(self, phase_ns: int) -> float:
-        scatters = self.declared.opening is Opening.SCATTER
-        first_ns = self._scatter_ns() if scatters else self._fill_ns()
+        first_ns = self._fill_ns()
         if self.sites == 1:
-            last_ns = self._busiest_ns()
-            if scatters:  # what the root sends last has to arrive
-                last_ns = last_ns + self.costs.local_latency_ns + self.local_step_ns
-            return max(first_ns + self._gather_ns(), last_ns)
+            return max(first_ns + self._gather_ns(), self._busiest_ns())
         lines = self._lines(phase_ns)
         first_ns += self.costs.call_ns
         first = np.full(self.topology.size, first_ns)
@@ -167,8 +163,6 @@ class _OfChunks(_Prediction):
     def _supply_ns(self, lines: Lines) -> float:
         """Return how long after the first chunk the last one is ready: what the host and scratch allow."""
         turns = int(self.cut.chunks.max()) - 1
-        if self.declared.opening is Opening.SCATTER:
-            return turns * len(self.cut.elems) * self.local_step_ns
         rounds = int(self._chunks_owned().max() - 1) // self.chunk_size.depth
         held_ns = float((lines.delay_ns + lines.delay_ns.T).max()) + self.costs.wake_ns
         turn_ns = self._busiest_ns(opening=True) / max(turns + 1, 1)
@@ -180,11 +174,6 @@ class _OfChunks(_Prediction):
         if self.most_ranks == 1:
             return fold_ns
         return self._across_site_ns() + (self.most_ranks - 1) * self.costs.step_ns + fold_ns
-
-    def _scatter_ns(self) -> float:
-        """Return when the owners of the root's site have their first chunk."""
-        foreign = int((self.cut.owners[:, self.root_site] != self.collective.root).sum())
-        return foreign * self.local_step_ns + self.costs.local_latency_ns + self.local_step_ns if foreign else 0.0
 
     def _gather_ns(self) -> float:
         """Return how long the last chunk takes from its owner to the rest of the largest site."""
@@ -217,14 +206,13 @@ class _OfChunks(_Prediction):
     @cached_property
     def _load(self) -> Load:
         itemsize, size = self.collective.itemsize, self.topology.size
-        owned, peers, at_root = np.zeros(size), np.zeros(size), np.zeros(size)
+        owned, peers = np.zeros(size), np.zeros(size)
         for index, site in enumerate(self.topology.sites):
             np.add.at(owned, self.cut.owners[:, index], self.cut.elems * float(itemsize))
             peers[list(site.ranks)] = len(site.ranks) - 1
-            at_root[list(site.ranks)] = index == self.root_site
         return Load(
             self.sites, float(self.cut.chunks.sum()), float(self.cut.elems.sum()) * itemsize,
-            self._chunks_owned().astype(np.float64), owned, peers, at_root,
+            self._chunks_owned().astype(np.float64), owned, peers,
         )  # fmt: skip
 
     @cached_property
