@@ -33,7 +33,7 @@ from detcoll.runtime.group import group_id
 from detcoll.signature import signature_of
 from detcoll.topology import Topology
 from detcoll.trace import Trace
-from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
+from detcoll.types import ReduceOp, accumulation_dtype, check_op, parse_dtype
 
 _FINALIZE_S = 10.0
 LARGEST_NAME_CHARS = 64
@@ -154,7 +154,8 @@ class Communicator:
         x : Buffer, any shape, one of the types in `detcoll.types.DTYPES`, C-contiguous, writable, borrowed until wait
             A NumPy or CuPy array, a torch tensor, or a list of them, which is coalesced. Equal shapes on all ranks.
         op : str
-            ``sum``, ``avg``, ``min``, ``max`` or ``prod``.
+            ``sum``, ``avg``, ``min``, ``max``, ``prod``, ``band``, ``bor`` or ``bxor``, if the type has it:
+            `detcoll.types.operators_of` says so.
         async_op : bool
             Return a `Work` at once instead of waiting.
         timeout : float, optional
@@ -189,14 +190,14 @@ class Communicator:
         the NaN and the sign of a zero are not specified, except that the fixed fold order gives NumPy's
         ``op(lower, higher)``. ``avg`` of 16-bit floats is correct if the mean can be represented, even if the sum
         cannot: between sites it adds means, each weighted by the number of ranks of its site. ``avg`` of float32 and
-        float64 divides the sum, which becomes infinite if it overflows. Integers wrap around.
+        float64 divides the sum, which becomes infinite if it overflows, and so it does each part of complex numbers.
+        Integers wrap around.
         """
 
         def check() -> tuple[Bound, ReduceOp]:
             parsed = ReduceOp.parse(op)
             bound = bind(x)
-            if parsed is ReduceOp.AVG and is_integer(bound.dtype):
-                raise UsageError(f"op='avg' of {bound.dtype} has no exact result; use sum, or a float type")
+            check_op(parsed, bound.dtype)
             return bound, parsed
 
         bound, parsed = self._checked(check, timeout, name)

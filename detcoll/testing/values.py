@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.fold import reference
-from detcoll.types import DTYPES, ReduceOp, is_half, is_integer
+from detcoll.types import DTYPES, ReduceOp, is_float, is_half
 
-FLOATS = tuple(name for name, dtype in DTYPES.items() if not is_integer(dtype))
+FLOATS = tuple(name for name, dtype in DTYPES.items() if is_float(dtype))
 EDGE_OPS = (ReduceOp.AVG, ReduceOp.MIN, ReduceOp.MAX)
 EDGE_COUNTS = (1, 37, 100_003)
 

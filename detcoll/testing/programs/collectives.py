@@ -17,8 +17,8 @@ from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, Usa
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here
 from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges
-from detcoll.transport import NativeCollectives
-from detcoll.types import DTYPES, ReduceOp, is_integer
+from detcoll.transport import Capabilities, NativeCollectives
+from detcoll.types import DTYPES, ReduceOp, accumulation_dtype, is_complex, is_integer, operators_of, real_dtype
 
 AHEAD_NS = 50 * 10**6
 
@@ -31,47 +31,63 @@ def native_of(here: Here) -> NativeCollectives:
 
 def _contribution(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
     positions = np.arange(count)
+    if is_complex(dtype):
+        turns = np.array([1, 1j, -1, -1j])[(positions + rank) % 4]
+        return np.asarray(turns * (1 + (positions + rank) % 5 // 4 if op is ReduceOp.PROD else positions % 7)).astype(
+            dtype
+        )
     if op is ReduceOp.PROD:
         return np.asarray(1 + (positions + rank) % 5 // 4).astype(dtype)
-    return np.asarray((positions * 3 + rank * 5) % 11).astype(dtype)
+    values = (positions * 3 + rank * 5) % 11
+    return np.asarray(values % 2 if dtype.kind == "b" else values).astype(dtype)
 
 
 def _expected(size: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
-    parts = np.stack([_contribution(rank, count, op, dtype).astype(np.float64) for rank in range(size)])
-    fold = {
-        ReduceOp.SUM: parts.sum(axis=0),
-        ReduceOp.MIN: parts.min(axis=0),
-        ReduceOp.MAX: parts.max(axis=0),
-        ReduceOp.PROD: parts.prod(axis=0),
+    parts = np.stack([exact(_contribution(rank, count, op, dtype)) for rank in range(size)])
+    fold: dict[ReduceOp, np.ufunc] = {
+        ReduceOp.SUM: np.add,
+        ReduceOp.AVG: np.add,
+        ReduceOp.MIN: np.minimum,
+        ReduceOp.MAX: np.maximum,
+        ReduceOp.PROD: np.multiply,
+        ReduceOp.BAND: np.bitwise_and,
+        ReduceOp.BOR: np.bitwise_or,
+        ReduceOp.BXOR: np.bitwise_xor,
     }
+    result = fold[op].reduce(parts, axis=0)
     if op is not ReduceOp.AVG:
-        return np.asarray(fold[op].astype(dtype))
-    wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-    return np.asarray((parts.sum(axis=0).astype(wide) / wide.type(size)).astype(dtype))
+        return np.asarray(result.astype(dtype))
+    real = real_dtype(accumulation_dtype(dtype))
+    means = result.view(np.float64).astype(real) / real.type(size)
+    return np.asarray(means.view(dtype) if is_complex(dtype) else means.astype(dtype))
 
 
-def supported(dtype_names: frozenset[str], ops: frozenset[ReduceOp]) -> list[tuple[str, ReduceOp]]:
-    """Return the pairs of type and operation that make sense: there is no average of integers."""
+def exact(array: NDArray[Any]) -> NDArray[Any]:
+    """Return small whole numbers of any type in the widest type of their kind, in which results compare."""
+    widest = {"b": "uint8", "i": "int64", "u": "int64", "c": "complex128"}
+    return array.astype(widest.get(array.dtype.kind, "float64"))
+
+
+def supported(dtype_names: frozenset[str], capabilities: Capabilities) -> list[tuple[str, ReduceOp]]:
+    """Return the pairs of type and operation that an endpoint reduces."""
     return [
-        (name, op)
-        for name in sorted(dtype_names)
-        for op in sorted(ops, key=lambda op: op.value)
-        if not (op is ReduceOp.AVG and is_integer(DTYPES[name]))
-    ]
+        (name, op) for name in sorted(dtype_names) for op in ReduceOp
+        if capabilities.supports("all_reduce", DTYPES[name], op)
+    ]  # fmt: skip
 
 
 def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = None) -> None:
     """Every operation on every type gives the exact result, in place and on every rank."""
     native = native_of(here)
     names = here.capabilities.native_dtypes if dtype_names is None else frozenset(dtype_names)
-    for name, op in supported(names & here.capabilities.native_dtypes, here.capabilities.native_ops):
+    for name, op in supported(names, here.capabilities):
         dtype = DTYPES[name]
         for count in counts:
             array = _contribution(here.rank, count, op, dtype)
             native.all_reduce(array, op, here.deadline_ns())
             np.testing.assert_array_equal(
-                array.astype(np.float64),
-                _expected(here.size, count, op, dtype).astype(np.float64),
+                exact(array),
+                exact(_expected(here.size, count, op, dtype)),
                 f"{op.value} of {count} {name} on rank {here.rank} of {here.size}",
             )
 
@@ -80,7 +96,7 @@ def ordered(here: Here, groups: list[list[int]], counts: list[int]) -> None:
     """Values whose sum depends on the order of folding give the promised bits."""
     native = native_of(here)
     native.arrange(groups)
-    for name, op in supported(here.capabilities.native_dtypes, here.capabilities.native_ops):
+    for name, op in supported(here.capabilities.native_dtypes, here.capabilities):
         dtype = DTYPES[name]
         for count in counts:
             given = [_uneven(rank, count, dtype) for rank in range(here.size)]
@@ -108,8 +124,13 @@ def edge_values(here: Here, groups: list[list[int]] | None = None) -> None:
 
 
 def _uneven(rank: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    values = np.random.default_rng([rank, count]).standard_normal(count) * 10
-    return np.asarray(np.abs(values).astype(dtype) if is_integer(dtype) else values.astype(dtype))
+    values = np.random.default_rng([rank, count]).standard_normal(2 * count) * 10
+    if is_complex(dtype):
+        return np.asarray(values.view(np.complex128).astype(dtype))
+    values = values[:count]
+    if dtype.kind == "b":
+        return values > 0
+    return np.asarray((np.abs(values) if is_integer(dtype) else values).astype(dtype))
 
 
 def all_reduce_part(here: Here, count: int = 1000) -> None:
@@ -127,8 +148,8 @@ def broadcast(here: Here, counts: list[int]) -> None:
     for name in sorted(here.capabilities.native_dtypes):
         for root in range(here.size):
             for count in counts:
-                array = _contribution(here.rank + 1, count, ReduceOp.SUM, DTYPES[name])
-                expected = _contribution(root + 1, count, ReduceOp.SUM, DTYPES[name])
+                array = _contribution(here.rank + 1, count, ReduceOp.MAX, DTYPES[name])
+                expected = _contribution(root + 1, count, ReduceOp.MAX, DTYPES[name])
                 native_of(here).broadcast(array, root, here.deadline_ns())
                 assert array.tobytes() == expected.tobytes(), f"{count} {name} from {root} on rank {here.rank}"
 
@@ -188,16 +209,17 @@ def unsupported(here: Here) -> None:
     native = native_of(here)
     for dtype in DTYPES.values():
         for op in ReduceOp:
-            array = np.full(3, here.rank, dtype)
+            array = np.full(3, here.rank % 2, dtype)
             if here.capabilities.supports("all_reduce", dtype, op):
                 native.all_reduce(array, op, here.deadline_ns())
             else:
                 with pytest.raises(UsageError):
                     native.all_reduce(array, op, here.deadline_ns())
-        array = np.full(3, here.rank + 1, dtype)
+                assert (array == here.rank % 2).all()
+        array = np.full(3, here.rank == here.size - 1, dtype)
         assert here.capabilities.supports("broadcast", dtype, ReduceOp.SUM)
         native.broadcast(array, here.size - 1, here.deadline_ns())
-        assert (array == here.size).all()
+        assert (array == 1).all()
     assert not here.capabilities.supports("no such kind", np.dtype(np.float32), ReduceOp.SUM)
     native.barrier(here.deadline_ns())
 
@@ -210,7 +232,10 @@ def bad_arguments(here: Here) -> None:
     with pytest.raises(UsageError):
         native.broadcast(np.ones(3, np.float32), -1, here.deadline_ns())
     with pytest.raises(UsageError):
-        native.all_reduce(np.ones(3, np.complex64), ReduceOp.SUM, here.deadline_ns())
-    with pytest.raises(UsageError):
-        native.all_reduce(np.ones(3, np.int32), ReduceOp.AVG, here.deadline_ns())
+        native.all_reduce(np.ones(3, np.longdouble), ReduceOp.SUM, here.deadline_ns())
+    for dtype in DTYPES.values():
+        for op in set(ReduceOp) - operators_of(dtype):
+            for count in (0, 3):
+                with pytest.raises(UsageError):
+                    native.all_reduce(np.ones(count, dtype), op, here.deadline_ns())
     native.barrier(here.deadline_ns())
