@@ -37,9 +37,9 @@ def test_a_torch_tensor_is_viewed(name, shape):
     bound = bind(x)
     assert bound.dtype == DTYPES[name]
     assert not bound.staged
-    assert bound.array.astype(float).tolist() == [1.0] * x.numel()
-    bound.array[:] = 3
-    assert bool((x.to(torch.float64) == 3).all())
+    assert bound.array.tolist() == [1.0] * x.numel()
+    bound.array[:] = 0
+    assert not x.any()
 
 
 def test_torch_bfloat16_keeps_its_bits():
@@ -94,10 +94,11 @@ def quantized() -> torch.Tensor:
         (lambda: torch.Tensor, "x is a _TensorMeta; expected a NumPy array"),
         (lambda: torch.zeros(2, 3).t(), r"strides \(1, 3\)\).*x.contiguous\(\)"),
         (lambda: torch.zeros(3).expand(2, 3), "not C-contiguous"),
-        (lambda: torch.zeros(3, dtype=torch.bool), "dtype torch.bool; expected"),
-        (lambda: torch.zeros(3, dtype=torch.complex64), "dtype torch.complex64"),
+        (lambda: torch.zeros(3, dtype=torch.complex32), "dtype torch.complex32; expected"),
         (lambda: torch.zeros(3, dtype=torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
         (lambda: torch._neg_view(torch.ones(3)), "lazily negated"),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj(), r"lazily conjugated view; pass x.resolve_conj\(\)"),
+        (lambda: torch.ones(1, dtype=torch.complex128).conj().imag, "lazily negated"),
     ],
 )
 def test_tensors_without_plain_memory_are_refused(make, words):

@@ -2,7 +2,7 @@
 
 `edge_values` gives what each rank contributes: numbers near the largest, NaN on one rank, zeros of both signs, numbers
 close to zero. `require` holds a result against the oracle, `detcoll.fold.reference`, and an average also against the
-true mean, so that a mistake which both share is seen.
+true mean, so that a mistake which both share is seen. `varied` gives ordinary values of any type.
 """
 
 from __future__ import annotations
@@ -15,11 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.fold import reference
-from detcoll.types import DTYPES, ReduceOp, is_float, is_half
+from detcoll.types import DTYPES, ReduceOp, is_complex, is_float, is_half, is_integer
 
 FLOATS = tuple(name for name, dtype in DTYPES.items() if is_float(dtype))
 EDGE_OPS = (ReduceOp.AVG, ReduceOp.MIN, ReduceOp.MAX)
 EDGE_COUNTS = (1, 37, 100_003)
+
+
+def varied(dtype: np.dtype[Any], count: int, *seed: int) -> NDArray[Any]:
+    """Return ``count`` random values of any type; in sums and products of floats of them, order and rounding show."""
+    draw = np.random.default_rng([*seed, count])
+    if is_integer(dtype):
+        limits = np.iinfo(dtype)
+        return draw.integers(limits.min, limits.max, count, dtype, endpoint=True)
+    values = draw.standard_normal(2 * count) * 10
+    if is_complex(dtype):
+        return values.view(np.complex128).astype(dtype)
+    return np.asarray(values[:count] > 0 if dtype.kind == "b" else values[:count].astype(dtype))
 
 
 def edge_values(op: ReduceOp, dtype: np.dtype[Any], size: int, count: int) -> list[NDArray[Any]]:

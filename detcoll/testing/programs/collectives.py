@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here
-from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges
+from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges, varied
 from detcoll.transport import Capabilities, NativeCollectives
-from detcoll.types import DTYPES, ReduceOp, accumulation_dtype, is_complex, is_integer, operators_of, real_dtype
+from detcoll.types import DTYPES, ReduceOp, accumulation_dtype, is_complex, operators_of, real_dtype
 
 AHEAD_NS = 50 * 10**6
 
@@ -99,7 +99,7 @@ def ordered(here: Here, groups: list[list[int]], counts: list[int]) -> None:
     for name, op in supported(here.capabilities.native_dtypes, here.capabilities):
         dtype = DTYPES[name]
         for count in counts:
-            given = [_uneven(rank, count, dtype) for rank in range(here.size)]
+            given = [varied(dtype, count, rank) for rank in range(here.size)]
             array = given[here.rank].copy()
             native.all_reduce(array, op, here.deadline_ns())
             expected = reference(op, given, groups, dtype)
@@ -121,16 +121,6 @@ def edge_values(here: Here, groups: list[list[int]] | None = None) -> None:
         ops=[op for op in EDGE_OPS if op in here.capabilities.native_ops],
         counts=(1, 37, 5003),
     )
-
-
-def _uneven(rank: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    values = np.random.default_rng([rank, count]).standard_normal(2 * count) * 10
-    if is_complex(dtype):
-        return np.asarray(values.view(np.complex128).astype(dtype))
-    values = values[:count]
-    if dtype.kind == "b":
-        return values > 0
-    return np.asarray((np.abs(values) if is_integer(dtype) else values).astype(dtype))
 
 
 def all_reduce_part(here: Here, count: int = 1000) -> None:
