@@ -1,24 +1,21 @@
 """Programs about the collectives that a transport does itself.
 
-Values are small whole numbers, exact in every element type, so that the result does not depend on the fold order.
-They name the rank and the position they come from, so that a wrong chunk names itself.
+Values are mostly `detcoll.testing.values.whole_numbers`, so that the result does not depend on the fold order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here
-from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges, varied
+from detcoll.testing.values import EDGE_OPS, FLOATS, exact, reduced_whole_numbers, require_edges, varied, whole_numbers
 from detcoll.transport import Capabilities, NativeCollectives
-from detcoll.types import DTYPES, ReduceOp, accumulation_dtype, is_complex, operators_of, real_dtype
+from detcoll.types import DTYPES, ReduceOp, operators_of
 
 AHEAD_NS = 50 * 10**6
 
@@ -27,45 +24,6 @@ def native_of(here: Here) -> NativeCollectives:
     """Return the endpoint as what does collectives."""
     assert isinstance(here.endpoint, NativeCollectives)
     return here.endpoint
-
-
-def _contribution(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
-    positions = np.arange(count)
-    if is_complex(dtype):
-        turns = np.array([1, 1j, -1, -1j])[(positions + rank) % 4]
-        return np.asarray(turns * (1 + (positions + rank) % 5 // 4 if op is ReduceOp.PROD else positions % 7)).astype(
-            dtype
-        )
-    if op is ReduceOp.PROD:
-        return np.asarray(1 + (positions + rank) % 5 // 4).astype(dtype)
-    values = (positions * 3 + rank * 5) % 11
-    return np.asarray(values % 2 if dtype.kind == "b" else values).astype(dtype)
-
-
-def _expected(size: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
-    parts = np.stack([exact(_contribution(rank, count, op, dtype)) for rank in range(size)])
-    fold: dict[ReduceOp, np.ufunc] = {
-        ReduceOp.SUM: np.add,
-        ReduceOp.AVG: np.add,
-        ReduceOp.MIN: np.minimum,
-        ReduceOp.MAX: np.maximum,
-        ReduceOp.PROD: np.multiply,
-        ReduceOp.BAND: np.bitwise_and,
-        ReduceOp.BOR: np.bitwise_or,
-        ReduceOp.BXOR: np.bitwise_xor,
-    }
-    result = fold[op].reduce(parts, axis=0)
-    if op is not ReduceOp.AVG:
-        return np.asarray(result.astype(dtype))
-    real = real_dtype(accumulation_dtype(dtype))
-    means = result.view(np.float64).astype(real) / real.type(size)
-    return np.asarray(means.view(dtype) if is_complex(dtype) else means.astype(dtype))
-
-
-def exact(array: NDArray[Any]) -> NDArray[Any]:
-    """Return small whole numbers of any type in the widest type of their kind, in which results compare."""
-    widest = {"b": "uint8", "i": "int64", "u": "int64", "c": "complex128"}
-    return array.astype(widest.get(array.dtype.kind, "float64"))
 
 
 def supported(dtype_names: frozenset[str], capabilities: Capabilities) -> list[tuple[str, ReduceOp]]:
@@ -83,11 +41,11 @@ def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = No
     for name, op in supported(names, here.capabilities):
         dtype = DTYPES[name]
         for count in counts:
-            array = _contribution(here.rank, count, op, dtype)
+            array = whole_numbers(here.rank, count, op, dtype)
             native.all_reduce(array, op, here.deadline_ns())
             np.testing.assert_array_equal(
                 exact(array),
-                exact(_expected(here.size, count, op, dtype)),
+                exact(reduced_whole_numbers(here.size, count, op, dtype)),
                 f"{op.value} of {count} {name} on rank {here.rank} of {here.size}",
             )
 
@@ -138,8 +96,8 @@ def broadcast(here: Here, counts: list[int]) -> None:
     for name in sorted(here.capabilities.native_dtypes):
         for root in range(here.size):
             for count in counts:
-                array = _contribution(here.rank + 1, count, ReduceOp.MAX, DTYPES[name])
-                expected = _contribution(root + 1, count, ReduceOp.MAX, DTYPES[name])
+                array = whole_numbers(here.rank + 1, count, ReduceOp.MAX, DTYPES[name])
+                expected = whole_numbers(root + 1, count, ReduceOp.MAX, DTYPES[name])
                 native_of(here).broadcast(array, root, here.deadline_ns())
                 assert array.tobytes() == expected.tobytes(), f"{count} {name} from {root} on rank {here.rank}"
 
