@@ -19,7 +19,7 @@ from detcoll.job.caller import Request
 from detcoll.plan import Collective, declaration_of
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime.operation import overlap
-from detcoll.types import ReduceOp, is_integer
+from detcoll.types import ReduceOp, check_op
 
 LARGEST_NAME_BYTES = 64
 
@@ -44,15 +44,19 @@ def rank_of(label: str, rank: object, size: int) -> int:
     return int(rank)
 
 
-def operator_of(op: str | ReduceOp, dtype: np.dtype[Any]) -> ReduceOp:
-    """Return the operator that ``op`` names; raise UsageError if elements of ``dtype`` have no such operator."""
+def operator_of(op: str | ReduceOp | None, dtype: np.dtype[Any]) -> ReduceOp:
+    """Return the operator that ``op`` names; raise UsageError if elements of ``dtype`` have no such operator.
+
+    None is for kinds that do not reduce.
+    """
+    if op is None:
+        return ReduceOp.SUM
     parsed = ReduceOp.parse(op)
-    if parsed is ReduceOp.AVG and is_integer(dtype):
-        raise UsageError(f"op='avg' of {dtype} has no exact result; use sum, or a float type")
+    check_op(parsed, dtype)
     return parsed
 
 
-def on_one_array(kind: str, x: Any, op: str | ReduceOp = ReduceOp.SUM, root: int = 0) -> Request:
+def on_one_array(kind: str, x: Any, op: str | ReduceOp | None = None, root: int = 0) -> Request:
     """Return the request for a collective that works on ``x`` in place."""
     bound = bind(x)
     return Request(kind, bound, operator_of(op, bound.dtype), root, arrays=_count_of(x))
@@ -66,7 +70,7 @@ def to_root(kind: str, x: Any, op: str | ReduceOp, root: int, rank: int) -> Requ
 
 
 def of_blocks(
-    kind: str, size: int, rank: int, x: Any, out: Any, *, op: str | ReduceOp = ReduceOp.SUM, root: int = 0,
+    kind: str, size: int, rank: int, x: Any, out: Any, *, op: str | ReduceOp | None = None, root: int = 0,
     counts: Sequence[int] | None = None, out_counts: Sequence[int] | None = None,
 ) -> Request:  # fmt: skip
     """Return the request for a collective that moves blocks from ``x`` to ``out``, which is allocated where absent.

@@ -59,7 +59,8 @@ class Collectives:
         x : Buffer, any shape, one of the types in `detcoll.types.DTYPES`, C-contiguous, writable, borrowed until wait
             A NumPy or CuPy array, a torch tensor, or a list of them, which is coalesced. Equal shapes on all ranks.
         op : str
-            ``sum``, ``avg``, ``min``, ``max`` or ``prod``.
+            ``sum``, ``avg``, ``min``, ``max``, ``prod``, ``band``, ``bor`` or ``bxor``, if the type has it:
+            `detcoll.types.operators_of` says so.
         async_op : bool
             Return a `Work` at once instead of waiting.
         timeout : float, optional
@@ -94,7 +95,8 @@ class Collectives:
         the NaN and the sign of a zero are not specified, except that the fixed fold order gives NumPy's
         ``op(lower, higher)``. ``avg`` of 16-bit floats is correct if the mean can be represented, even if the sum
         cannot: between sites it adds means, each weighted by the number of ranks of its site. ``avg`` of float32 and
-        float64 divides the sum, which becomes infinite if it overflows. Integers wrap around.
+        float64 divides the sum, which becomes infinite if it overflows, and so it does each part of complex numbers.
+        Integers wrap around.
         """
         work: Work | None = self._run(lambda: on_one_array("all_reduce", x, op), async_op, timeout, name)
         return work

@@ -107,7 +107,7 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
         (["--bytes", "64"], "bytes='64'"),
         (["--bytes", "3B"], "bytes=3"),
         (["--bytes", ""], "at least one"),
-        (["--dtype", "complex64"], "complex64"),
+        (["--dtype", "complex256"], "complex256"),
         (["--iterations", "0"], "iterations=0"),
         (["--sites", "2"], "--sites need --lab"),
         (["--rate", "1 Gbit/s", "--round-trip", "1 ms"], "--rate, --round-trip need --lab"),

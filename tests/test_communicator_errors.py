@@ -44,9 +44,12 @@ def read_only() -> np.ndarray:
 BAD_CALLS: dict[str, Callable[[Communicator], object]] = {
     "contiguous": lambda comm: comm.all_reduce(np.ones((4, 4), np.float32)[:, 1]),
     "writ": lambda comm: comm.all_reduce(read_only()),
-    "complex64": lambda comm: comm.all_reduce(np.ones(3, np.complex64)),
+    "longdouble|float128": lambda comm: comm.all_reduce(np.ones(3, np.longdouble)),
     "op='median'": lambda comm: comm.all_reduce(np.ones(3), op="median"),
     "op='avg' of int32": lambda comm: comm.all_reduce(np.ones(3, np.int32), op="avg"),
+    "op='sum' of bool .* Count with": lambda comm: comm.all_reduce(np.ones(0, bool)),
+    "op='max' of complex64": lambda comm: comm.all_reduce(np.ones(3, np.complex64), op="max"),
+    "op='band' of float64": lambda comm: comm.all_reduce(np.ones(()), op="band"),
     "root=2 must be": lambda comm: comm.broadcast(np.ones(3), root=2),
     "root=-1 must be": lambda comm: comm.broadcast(np.ones(3), root=-1),
     "root=True must be": lambda comm: comm.broadcast(np.ones(3), root=True),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from detcoll.bench.consumption import Meter
 from detcoll.bench.start import CallTimes, Starter, combine
-from detcoll.bench.verification import Contents
+from detcoll.bench.verification import Contents, reduction_of
 from detcoll.errors import UsageError
 from detcoll.measure.kernel import NetworkCounts, network_counts
 from detcoll.measure.results import Row
@@ -141,7 +141,7 @@ class _Case:
         self._input.write(self._array)
 
     def call(self) -> None:
-        arguments: dict[str, Any] = {"op": "sum"} if self.signature.has_op else {}
+        arguments: dict[str, Any] = {"op": reduction_of(self._array.dtype).value} if self.signature.has_op else {}
         if self.signature.has_root:
             arguments["root"] = ROOT
         if self.signature.has_out:

@@ -2,8 +2,8 @@
 
 All ranks call at time zero; the answer is when the slowest has its result. Letters as in
 `detcoll.plan.collectives.all_reduce`, q(c) a chunk's time on the line, s what a step costs the host, m(n) = n / copy
-rate, l the local latency, n the chunks that a rank owns. Kinds declare what their hosts have to do, and their algorithms'
-hops; of those that move blocks, both follow from what moves (see `_OfBlocks`).
+rate, l the local latency, n the chunks that a rank owns. Kinds declare what their hosts have to do, and their
+algorithms' hops; of those that move blocks, both follow from what moves (see `_OfBlocks`).
 
 Local reduce    A rank sends its part to the R-1 other owners and folds what it gets. The first chunk is there after
                 f = max((R-1)(s + m(c)), s + m(c) + l) + (R-1) s + s + R m(c). Every other one follows D later, which

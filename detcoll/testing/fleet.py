@@ -35,10 +35,11 @@ from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, 
 from detcoll.runtime.engine import HELLO_TAG, Wide
 from detcoll.runtime.group import WORLD_ID, group_id, world
 from detcoll.runtime.memory import ScratchPool
+from detcoll.signature import signature_of
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Topology
 from detcoll.transport import Ticket, TicketKind, TicketStatus, Window, byte_view
-from detcoll.types import ReduceOp, accumulation_dtype
+from detcoll.types import ReduceOp, accumulation_dtype, check_op
 
 SECOND_NS = 1_000_000_000
 LONGEST_RUN_NS = 3_600 * SECOND_NS
@@ -198,6 +199,8 @@ class Fleet:
         host.sequences[group.id] += 1
         parsed, called = ReduceOp.parse(op), Called(rank, None, array)
         dtype = array.dtype
+        if signature_of(kind).has_op:
+            check_op(parsed, dtype)
         text = "" if group.id == WORLD_ID else f"{group.id:016x}"
         descriptor = Descriptor(sequence, kind, parsed.value, dtype.name, array.size, root, 1, text, name)
         collective = Collective(kind, array.size, dtype.itemsize, accumulation_dtype(dtype).itemsize, root)

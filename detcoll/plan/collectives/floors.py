@@ -13,8 +13,8 @@ from detcoll.topology import Topology
 def floor_ns(topology: Topology, collective: Collective, blocks: Blocks) -> float:
     """Return the least time that it takes to move blocks.
 
-    For sites with uplinks B_i and downlinks D_i (bytes/s on the wire), payload share g, and one-way delays of which none
-    is longer than a detour:
+    For sites with uplinks B_i and downlinks D_i (bytes/s on the wire), payload share g, and one-way delays of which
+    none is longer than a detour:
 
     - A block that is needed elsewhere leaves its site at least once, and enters every other site that needs it. Of a
       block that is folded, every other site sends at least as many bytes as it has, since the result depends on that
