@@ -154,7 +154,9 @@ def fold_step(
     ----------
     Those of `fold`. A 16-bit average is right, one rounding a level aside, wherever the mean can be represented.
     """
-    if op is not ReduceOp.AVG:
+    if len(inputs) == 1 and not final and inputs[0].dtype == out.dtype:  # a copy, also of kinds that reduce nothing
+        np.copyto(out, inputs[0])
+    elif op is not ReduceOp.AVG:
         fold(op, inputs, out)
     elif all(array.dtype in _NATIVE for array in (out, *inputs)):
         fold(op, inputs, out, size if final else None)

@@ -57,7 +57,7 @@ BAD_CALLS: dict[str, Callable[[Communicator], object]] = {
     "x=3.0": lambda comm: comm.all_reduce(3.0),
     r"x=\[\] is empty": lambda comm: comm.all_reduce([]),
     r"x\[1\]": lambda comm: comm.all_reduce([np.ones(3), np.ones(3, np.float32)]),
-    "kind='gather' is not a collective known here": lambda comm: comm.predict("gather", 4),
+    "kind='shuffle' is not a collective known here": lambda comm: comm.predict("shuffle", 4),
     "nbytes=3 must be": lambda comm: comm.predict("all_reduce", 3),
 }
 
