@@ -100,7 +100,7 @@ def test_the_checker_holds_a_new_kind_to_its_promise(monkeypatch: pytest.MonkeyP
 
 def test_a_kind_that_nobody_declared_is_unknown() -> None:
     for ask in (signature_of, declaration_of):
-        with pytest.raises(UsageError, match="kind='shout' is not a collective known here; expected one of all_reduce"):
+        with pytest.raises(UsageError, match="kind='shout' is not a collective known here; expected one of all_gather"):
             ask("shout")
     with pytest.raises(UsageError, match="kind='broadcast' is declared already"):
         declare(replace(SHOUT, name="broadcast"))

@@ -432,7 +432,7 @@ def test_sweep_notices_a_wrong_element(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"collectives": ("gather",)}, "collective='gather'"),
+        ({"collectives": ("shuffle",)}, "collective='shuffle'"),
         ({"sizes_bytes": (10,)}, "bytes=10"),
         ({"sizes_bytes": (0,)}, "bytes=0"),
         ({"sizes_bytes": ()}, "at least one"),

@@ -251,7 +251,7 @@ def test_widened_averages_stay_in_range() -> None:
 
 
 def test_an_unknown_collective_is_refused_wherever_one_is_looked_up() -> None:
-    words = "kind='gossip' is not a collective known here; expected one of all_reduce, broadcast, barrier"
+    words = "kind='gossip' is not a collective known here; expected one of all_gather, all_reduce, all_to_all, barrier"
     with pytest.raises(UsageError, match=words):
         Collective("gossip", 1, 4, 4)
     with pytest.raises(UsageError, match=words):
