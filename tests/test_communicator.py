@@ -324,10 +324,8 @@ def test_a_trace_holds_what_was_planned_against_what_happened(tmp_path, slotting
         for send in reduced:
             assert send["not_before_ns"] <= send["started_ns"]
             line_ns = send["nbytes"] / rate * 1e9
-            assert send["left_ns"] - send["started_ns"] >= line_ns - 2_000_000, "the kernel paces in bursts"
+            assert send["left_ns"] - send["started_ns"] >= line_ns - 1
             assert (send["not_after_ns"] > 0) == (slotting == "turns")
-            if slotting == "turns":
-                assert send["left_ns"] <= send["not_after_ns"]
         assert {"slot_misses", "slot_trims"} <= set(trace["counts"])
         assert trace["counts"]["slot_misses"] == len(trace["misses"])
         assert slotting == "turns" or trace["counts"]["slot_misses"] == trace["counts"]["slot_trims"] == 0
