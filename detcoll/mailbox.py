@@ -405,6 +405,7 @@ class Mailbox:
                 self._early[key].remove(arrival)
                 if not self._early[key]:
                     del self._early[key]
+            arrival.receive, arrival.is_dropped = None, True  # a thread may be about to take note of its last byte
 
 
 def _memory(nbytes: int) -> memoryview:
