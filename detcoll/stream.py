@@ -29,6 +29,8 @@ HEADER = struct.Struct("<QQ")
 _TURN_READS = 64
 """How many pieces a turn reads from one socket, so that no sender keeps a caller busy past its deadline."""
 
+_TURN_CALLERS = 64
+"""How many connections a turn accepts."""
 _SILENT_STRANGERS = 64
 """How many connections may be open that have not said hello; a stranger's costs a descriptor and no more."""
 _LONGEST_WAIT_S = 60.0
@@ -280,7 +282,7 @@ class StreamEndpoint(MailboxEndpoint):
     def _accept(self) -> None:
         """Let in who waits, and send those strangers away that have been silent longest."""
         with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
-            while True:
+            for _ in range(_TURN_CALLERS):
                 self._serve(self._watched(self.listener.accept()[0], -1), select.EPOLLIN)
         silent = [line for line in self._open.values() if line.peer < 0]
         for line in silent[:-_SILENT_STRANGERS]:

@@ -79,7 +79,7 @@ class Mail:
         self._lines: dict[int, _Line] = {}
         self._lost: set[int] = set()
         self._threads: list[threading.Thread] = []
-        self._is_closing = False
+        self._is_closing = self._is_told = False
 
     @property
     def peers(self) -> set[int]:
@@ -120,6 +120,7 @@ class Mail:
                 if remaining_ns <= 0:
                     break
                 self._news.wait(remaining_ns / 1e9)
+            self._is_told = False
             return self._box.take_ended()
 
     def arm(self) -> bool:
@@ -127,6 +128,7 @@ class Mail:
         with self._lock:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._eventfd)
+            self._is_told = False
             self._tell()
             return not self._box.has_ended
 
@@ -194,8 +196,9 @@ class Mail:
         line.filled.notify_all()
 
     def _tell(self) -> None:
-        """Wake up who waits for tickets, if some have ended."""
-        if self._box.has_ended and not self._is_closing:
+        """Wake up who waits for tickets, if some have ended and nobody was told yet."""
+        if self._box.has_ended and not (self._is_told or self._is_closing):
+            self._is_told = True
             os.eventfd_write(self._eventfd, 1)
             self._news.notify_all()
 
