@@ -12,6 +12,8 @@ Every transport gives these guarantees, which `detcoll.testing.TransportContract
   ticket ends. A receive without ``into`` lends a read-only view of the message until `Ticket.release`.
 - Tags are whole numbers of 64 bits, and all bits are compared.
 - Sends and receives never block. `Endpoint.poll` is the only wait, and never waits past its deadline.
+- An endpoint holds a bounded number of bytes for which no receive was posted, so a send that its receiver does not take
+  may stay pending. `detcoll.mailbox` has such a bound, and all else that receives need.
 - Only one thread at a time uses an endpoint, and the caller synchronises threads. While one thread is inside a native
   collective, another may use the endpoint's send, recv, poll, arm, cancel and discard (one thread at a time), and
   neither waits for the other. Messages and collectives do not interfere.

@@ -94,6 +94,12 @@ def test_table_tells_of_networks_that_are_not_quiet(capsys: pytest.CaptureFixtur
     assert "a co-tenant's round trip 20 ms, p99 30 ms" in " ".join(shown.split())
 
 
+def test_table_tells_what_plain_tcp_is_compared_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for transport, is_told in (("slotted", False), ("tcp", True)):
+        output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (replace(ROW, transport=transport),))))
+        assert ("tcp: same plans, plain TCP" in capsys.readouterr().out) == is_told
+
+
 def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str]) -> None:
     seen = replace(AUDIT, slotting="off", passed=False, window_capacity_bytes=(0, 0))
     output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (ROW,), (), seen)))

@@ -403,6 +403,14 @@ def test_settings_take_turns(places: type[FakePlaces]) -> None:
     assert "round 2 of 2: gloo, wide-area, best-effort, cross traffic 0" in said
 
 
+def test_plain_tcp_is_called_what_it_is_compared_for(places: type[FakePlaces]) -> None:
+    result = run_experiment(an_experiment(against=("tcp",)), lambda line: None)
+    assert [(run.name, run.transport) for run in result.runs[1:]] == [
+        ("slotted", "slotted"), ("same plans, plain TCP", "tcp"),
+    ]  # fmt: skip
+    assert "same plans, plain TCP" in _printed(result)
+
+
 def test_every_network_is_measured(places: type[FakePlaces]) -> None:
     networks = parse_networks(("best-effort", "deterministic"), ("0", "1.0"))
     result = run_experiment(an_experiment(networks=networks, topology=WIDE.with_reserved(6e7)), lambda line: None)

@@ -5,7 +5,8 @@ shared memory if all ranks are on one host, else MPI if MPI started the ranks, e
 windows. If the automatic choice is not available on some rank, all ranks fall back to MPI and a warning gives the
 reason. An address that may not be used (`UsageError`) never causes a fall-back.
 
-With the slotted transport across lines, ranks of one site on one host use shared memory among themselves.
+Across lines, a transport without collectives of its own that reaches other hosts (slotted, tcp) leaves ranks of one
+site on one host to shared memory.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ class _Opener:
         try:
             main = self._open_one(transport)
             opened.append(main)
-            local = self._local_peers(name)
+            local = self._local_peers_of(transport, self.rank)
             near: Endpoint | None = None
-            if any(self._local_peers_of(name, rank) for rank in range(len(self.facts))):
+            if any(self._local_peers_of(transport, rank) for rank in range(len(self.facts))):
                 near = self._open_one(registry.load(LOCAL))
                 opened.append(near)
                 self._connect(LOCAL, near, local, local)
@@ -159,12 +160,9 @@ class _Opener:
         if transport.capabilities.scope is Scope.HOST and len({fact.host for fact in self.facts}) > 1:
             raise TransportUnavailable(f"transport {transport.name!r} needs all ranks on one host; they are on several")
 
-    def _local_peers(self, name: str) -> frozenset[int]:
-        return self._local_peers_of(name, self.rank)
-
-    def _local_peers_of(self, name: str, rank: int) -> frozenset[int]:
+    def _local_peers_of(self, transport: Transport, rank: int) -> frozenset[int]:
         """Return the ranks that ``rank`` reaches through shared memory instead of the wide transport."""
-        if name != WIDE or not self.topology.is_wide:
+        if transport.capabilities.native or transport.capabilities.scope is Scope.HOST or not self.topology.is_wide:
             return frozenset()
         site = self.topology.sites[self.topology.site_of(rank)]
         host = self.facts[rank].host

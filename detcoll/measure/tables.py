@@ -12,6 +12,7 @@ from detcoll.measure.lines import LineUse
 from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Measurement, Row, Run
 from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration
+from detcoll.registry import title_of
 
 NONE = "-"
 LARGEST_ARITHMETIC_RATIO = 1.01
@@ -68,6 +69,8 @@ def bench_table(result: BenchResult) -> RenderableType:
             NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes),
         )
     notes = [left_out_line(one) for one in result.left_out]
+    named = dict.fromkeys(row.transport for row in result.rows)
+    notes += [Text(f"{name}: {title_of(name)}") for name in named if title_of(name) != name]
     if result.emulation == RELAY:
         notes.append(Text("through the relay: rate and delay alone, no queues, no drops, nothing audited"))
     if has_networks:
