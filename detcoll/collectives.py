@@ -98,7 +98,7 @@ class Collectives:
         float64 divides the sum, which becomes infinite if it overflows, and so it does each part of complex numbers.
         Integers wrap around.
         """
-        work: Work | None = self._run(lambda: on_one_array("all_reduce", x, op), async_op, timeout, name)
+        work: Work | None = self._run("all_reduce", lambda: on_one_array("all_reduce", x, op), async_op, timeout, name)
         return work
 
     @overload
@@ -144,7 +144,7 @@ class Collectives:
         def check() -> Request:
             return on_one_array("broadcast", x, root=rank_of("root", root, self._size))
 
-        work: Work | None = self._run(check, async_op, timeout, name)
+        work: Work | None = self._run("broadcast", check, async_op, timeout, name)
         return work
 
     @overload
@@ -157,7 +157,7 @@ class Collectives:
     def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
         """Block until every rank of the group has called it; parameters, result and errors as for `all_reduce`."""
         work: Work | None = self._run(
-            lambda: on_one_array("barrier", np.zeros(1, np.uint8), ReduceOp.MAX), async_op, timeout, name
+            "barrier", lambda: on_one_array("barrier", np.zeros(1, np.uint8), ReduceOp.MAX), async_op, timeout, name
         )
         return work
 
@@ -221,7 +221,7 @@ class Collectives:
         def check() -> Request:
             return to_root("reduce", x, op, rank_of("root", root, self._size), self._own_rank)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("reduce", check, async_op, timeout, name)
 
     @overload
     def all_gather(
@@ -283,7 +283,7 @@ class Collectives:
         def check() -> Request:
             return of_blocks("all_gather", self._size, self._own_rank, x, out, counts=counts)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("all_gather", check, async_op, timeout, name)
 
     @overload
     def reduce_scatter(
@@ -350,7 +350,7 @@ class Collectives:
         def check() -> Request:
             return of_blocks("reduce_scatter", self._size, self._own_rank, x, out, op=op, counts=counts)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("reduce_scatter", check, async_op, timeout, name)
 
     @overload
     def gather(
@@ -419,7 +419,7 @@ class Collectives:
                 "gather", self._size, self._own_rank, x, out, root=rank_of("root", root, self._size), counts=counts
             )
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("gather", check, async_op, timeout, name)
 
     @overload
     def scatter(
@@ -489,7 +489,7 @@ class Collectives:
                 "scatter", self._size, self._own_rank, x, out, root=rank_of("root", root, self._size), counts=counts
             )
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("scatter", check, async_op, timeout, name)
 
     @overload
     def all_to_all(
@@ -556,7 +556,7 @@ class Collectives:
         def check() -> Request:
             return of_blocks("all_to_all", self._size, self._own_rank, x, out, counts=counts, out_counts=out_counts)
 
-        return self._run(check, async_op, timeout, name)
+        return self._run("all_to_all", check, async_op, timeout, name)
 
     def broadcast_object(
         self, value: Any = None, root: int = 0, *, timeout: float | None = None, name: str = ""
@@ -580,11 +580,15 @@ class Collectives:
         PlanMismatch, PeerLost, DeadlineMissed, Closed
             As for `all_reduce`.
         """
+
+        def check() -> bytes:
+            return _encoded(value) if rank_of("root", root, self._size) == self._own_rank else b""
+
+        # Not a broadcast: its root could be done, and begin the second call, while another rank refuses the first.
+        text = self._checked("all_gather", check, timeout, name)
+        lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name)
         is_root = self._own_rank == root
-        text = self._checked(lambda: _encoded(value) if is_root else b"", timeout, name)
-        length = np.array([len(text)], np.int64)
-        self.broadcast(length, root, timeout=timeout, name=name)
-        held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(length[0]), np.uint8)
+        held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(lengths[root]), np.uint8)
         self.broadcast(held, root, timeout=timeout, name=name)
         return msgspec.msgpack.decode(held.tobytes())
 
@@ -603,7 +607,7 @@ class Collectives:
         UsageError, PlanMismatch, PeerLost, DeadlineMissed, Closed
             As for `broadcast_object`.
         """
-        text = self._checked(lambda: _encoded(value), timeout, name)
+        text = self._checked("all_gather", lambda: _encoded(value), timeout, name)
         lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name).tolist()
         held = self.all_gather(np.frombuffer(text, np.uint8), counts=lengths, timeout=timeout, name=name).tobytes()
         ends = [sum(lengths[: rank + 1]) for rank in range(self._size)]
@@ -617,7 +621,7 @@ class Collectives:
     def _own_rank(self) -> int:
         return self._caller.rank
 
-    def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
+    def _checked(self, kind: str, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
         """Check arguments; on a UsageError fail the call on the other ranks too."""
         try:
             if name != "":
@@ -626,11 +630,13 @@ class Collectives:
                 timeout_of(timeout)
             return check()
         except UsageError as error:
-            self._caller.refuse(error)
+            self._caller.refuse(kind, error)
             raise
 
-    def _run(self, check: Callable[[], Request], async_op: bool, timeout: float | None, name: str) -> Any:
-        request = self._checked(check, timeout, name)
+    def _run(
+        self, kind: str, check: Callable[[], Request], async_op: bool, timeout: float | None, name: str
+    ) -> Any:  # fmt: skip
+        request = self._checked(kind, check, timeout, name)
         seconds = self._timeout if timeout is None else timeout
         work = self._caller.call(request, timeout_s=seconds, name=name, wait=not async_op)
         if async_op:

@@ -118,7 +118,8 @@ class Caller:
             raise Closed(f"the group {self.group.title} was closed")
         failure = self.job.failure(self.group)
         if failure is not None:
-            is_told = self.job.was_told(self.group) if self.native is None else self.native.failure is not None
+            is_native = self.native is not None and self.native.failure is not None
+            is_told = is_native or self.job.was_told(self.group)
             if not is_told and not self._was_told:
                 self._was_told = True
                 raise failure
@@ -179,12 +180,16 @@ class Caller:
             ahead.note(spans, work, on_loop=True)
         return work
 
-    def refuse(self, error: UsageError) -> None:
+    def refuse(self, kind: str, error: UsageError) -> None:
         """Count a call with invalid arguments, and fail the call of that number on all ranks of the group.
 
-        Native collectives cannot report a refused call; with them the call is not counted at all.
+        A native collective cannot report a refused call; one of a kind that has any is not counted at all.
         """
-        if self.native is not None or not self.usable or self.job.failure(self.group) is not None:
+        if (
+            (self.native is not None and self.native.has(kind))
+            or not self.usable
+            or self.job.failure(self.group) is not None
+        ):
             return
         with self._order:
             self._tell_refusal(next(self._sequence), error)

@@ -357,8 +357,8 @@ class Job:
         if failure is None:
             failure = self.rest.failure(WORLD_ID)
         else:
-            membership = self._loop.engine.groups.get(WORLD_ID) if self._loop is not None else None
-            if membership is None or membership.told:
+            is_native = self.native is not None and self.native.failure is not None
+            if is_native or self.was_told(self.world):
                 return None
         return failure if isinstance(failure, PlanMismatch) else None
 

@@ -1,0 +1,98 @@
+"""Every kind of collective over every transport: random calls held bit for bit against NumPy.
+
+``TEST_DRAWS`` asks for so many calls on every place instead of a few, ``TEST_SEED`` for another seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+with contextlib.suppress(ImportError):
+    import torch  # noqa: F401
+
+from kinds import KINDS, drawn
+from ranks import grouped, launch, lines, run_ranks
+
+from detcoll.communicator import Communicator
+from detcoll.testing import mpi_launcher
+from detcoll.topology import Topology
+from detcoll.types import DTYPES
+
+DRAWS = int(os.environ.get("TEST_DRAWS", "40"))
+SEED = int(os.environ.get("TEST_SEED", "20"))
+
+PLACES: dict[str, tuple[str, Topology | None, int]] = {
+    "slotted": ("slotted", None, 3),
+    "slotted two sites": ("slotted", lines(2, 2, rate_bytes_per_s=1e9), 4),
+    "slotted uneven": ("slotted", lines(1, 2, 1, rate_bytes_per_s=1e9), 4),
+    "shm": ("shm", None, 4),
+    "shm two groups": ("shm", grouped(1, 2), 3),
+}
+
+
+def serve(comm: Communicator, seed: list[int], calls: int, largest: int, **fixed: Any) -> None:
+    """Make random calls, some at once."""
+    draw = np.random.default_rng([*seed, *comm.ranks])
+    pending = []
+    for number in range(calls):
+        call = drawn(draw, comm.size, largest, **fixed)
+        try:
+            pending.append((call, call.start(comm)))
+            while pending and (draw.random() < 0.5 or number == calls - 1):
+                call, check = pending.pop(0)
+                check()
+        except Exception as error:
+            error.add_note(f"seed {seed}, ranks {comm.ranks}, rank {comm.rank}, call {number}: {call}")
+            raise
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_random_calls_of_the_world_and_of_groups(place: str) -> None:
+    transport, topology, size = PLACES[place]
+
+    def program(comm: Communicator) -> None:
+        groups = [comm, comm.local, comm.across, comm.group([comm.rank], "alone")]
+        if comm.rank in (0, comm.size - 1):
+            groups.append(comm.group([comm.size - 1, 0], "pair"))
+        for at, group in enumerate(groups):
+            serve(group, [SEED, at], DRAWS if at == 0 else DRAWS // 4, 3000)
+
+    run_ranks(size, program, transport=transport, topology=topology)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_kind_with_every_type(place: str) -> None:
+    transport, topology, size = PLACES[place]
+
+    def program(comm: Communicator) -> None:
+        for at, kind in enumerate(KINDS):
+            for dtype in DTYPES.values():
+                serve(comm, [SEED, 100 + at, dtype.num], 1, 60, kind=kind, dtype=dtype)
+
+    run_ranks(size, program, transport=transport, topology=topology)
+
+
+@pytest.mark.parametrize("transport", ["slotted", "shm", "mpi", "gloo"])
+def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
+    """Groups from threads of one job; MPI and Gloo need processes."""
+    launcher = None
+    if transport == "mpi":
+        found = mpi_launcher()
+        if find_spec("mpi4py") is None or found is None:
+            pytest.skip("mpi4py or mpiexec is not installed")
+        launcher = [word.format(n=4) for word in found]
+    if transport == "gloo" and find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    ended = launch(
+        4, "random_kinds.py", max(80, DRAWS), SEED, 2000, topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path,
+        launcher=launcher, environ={"DETCOLL_TRANSPORT": transport},
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert ended.out.split()[0] == transport
