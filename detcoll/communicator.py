@@ -26,6 +26,7 @@ from detcoll.job.assembly import deadline_after
 from detcoll.job.caller import Caller
 from detcoll.job.job import Job
 from detcoll.job.opening import open_job
+from detcoll.messages import Messages
 from detcoll.plan import Calendar, Collective, Slotting, build_calendar
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime import Group, Work
@@ -42,7 +43,7 @@ _BARRIER = np.zeros(1, np.uint8)
 Checked = TypeVar("Checked")
 
 
-class Communicator:
+class Communicator(Messages):
     """A group of ranks and this rank's number in it. Thread-safe.
 
     `detcoll.init` opens the world, the group of all ranks of the job. `split`, `group`, `local` and `across` make other

@@ -29,6 +29,18 @@ class Work:
         self._error: Exception | None = None
         self._lock = threading.Lock()
         self._callbacks: list[Callback] = []
+        self._source: int | None = None
+        self._tag: int | None = None
+
+    @property
+    def source(self) -> int | None:
+        """Of a `recv` that has ended: the rank of the group that the message came from. Otherwise None."""
+        return self._source
+
+    @property
+    def tag(self) -> int | None:
+        """Of a `recv` that has ended: the tag of the message. Otherwise None."""
+        return self._tag
 
     def __repr__(self) -> str:
         """Return the name of the collective and its state."""
@@ -40,7 +52,7 @@ class Work:
         """Return whether the collective has ended, successfully or not; if so, `wait` does not block."""
         return self._finished.is_set()
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None) -> int | None:
         """Block until the result is in the caller's array.
 
         If an exception such as KeyboardInterrupt interrupts the wait, the collective goes on; call `wait` again.
@@ -49,6 +61,11 @@ class Work:
         ----------
         timeout : float, optional
             Longest time to wait, in seconds; by default unlimited. The collective's own timeout applies in any case.
+
+        Returns
+        -------
+        int or None
+            Of a `recv`, `source`.
 
         Raises
         ------
@@ -64,10 +81,11 @@ class Work:
             raise DeadlineMissed(f"{self._name} is not finished after {timeout} s")
         if self._error is not None:
             raise self._error
+        return self._source
 
-    def result(self, timeout: float | None = None) -> None:
+    def result(self, timeout: float | None = None) -> int | None:
         """Call `wait`; named as in `concurrent.futures.Future`."""
-        self.wait(timeout)
+        return self.wait(timeout)
 
     def exception(self, timeout: float | None = None) -> Exception | None:
         """Block until the collective has ended; return the error that ended it, or None on success.
@@ -98,9 +116,9 @@ class Work:
                 return
         _callers.call(callback, self)
 
-    def as_future(self) -> concurrent.futures.Future[None]:
-        """Return a future that completes with the collective; it cannot be cancelled."""
-        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    def as_future(self) -> concurrent.futures.Future[int | None]:
+        """Return a future that completes with the collective, with `source` as result; it cannot be cancelled."""
+        future: concurrent.futures.Future[int | None] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
 
         def end(work: Work) -> None:
@@ -108,10 +126,14 @@ class Work:
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(None)
+                future.set_result(work.source)
 
         self.add_done_callback(end)
         return future
+
+    def came(self, source: int, tag: int) -> None:
+        """Keep where the message of a `recv` came from; before `finish`."""
+        self._source, self._tag = source, tag
 
     def finish(self, error: Exception | None = None) -> None:
         """Mark the collective as ended, with ``error`` if it failed; only the first call has an effect."""
