@@ -96,6 +96,12 @@ class Failures:
         if membership is not None:
             self.end_group(membership, error, now_ns)
 
+    def heard(self, group: Group, error: Exception, now_ns: int) -> None:
+        """End a group with an error that its members hear of without this engine."""
+        membership = self._groups.get(group.id)
+        if membership is not None:
+            self.end_group(membership, error, now_ns, is_known=True)
+
     def suspect(self, peer: int, error: PeerLost, now_ns: int) -> None:
         """Note that an endpoint lost a peer. It counts as lost after `EXPLANATION_NS` without a cause."""
         if peer not in self.lost:

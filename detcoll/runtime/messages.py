@@ -221,7 +221,7 @@ class Messages:
         note, source = letter.note, letter.source
         recv.is_matched, recv.source, recv.number = True, source, note.number
         recv.is_eager, recv.chunk_bytes, recv.mate = note.is_eager, max(note.chunk_bytes, 1), letter.sender
-        self._recorder.note(now_ns, "match", recv.group.number, peer=source, detail=recv.what)
+        self._recorder.note(now_ns, "match", recv.group.number, peer=source)
         if (note.dtype, note.count, note.name) != (recv.dtype, recv.count, recv.name):
             self._failures.end_group(membership, self._misfit(recv, letter), now_ns)
             return

@@ -35,6 +35,9 @@ from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, 
 from detcoll.runtime.engine import HELLO_TAG, Wide
 from detcoll.runtime.group import WORLD_ID, group_id, world
 from detcoll.runtime.memory import ScratchPool
+from detcoll.runtime.messages import Verb
+from detcoll.runtime.postman import Parcel
+from detcoll.runtime.transfer import ANY, NOTE_BYTES, Note, Transfer
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Topology
 from detcoll.transport import Ticket, TicketKind, TicketStatus, Window, byte_view
@@ -52,7 +55,7 @@ class Called:
     """A call that a rank made: its array, and what became of it and when."""
 
     rank: int
-    operation: Operation | None
+    operation: Operation | Transfer | None
     array: NDArray[Any]
     error: Exception | None = None
     ended_ns: int = -1
@@ -107,7 +110,7 @@ class Host:
     posted: dict[tuple[int, int], deque[Receive]] = field(default_factory=dict)
     arrived: dict[tuple[int, int], deque[Letter]] = field(default_factory=dict)
     discarded: Discarded = field(default_factory=Discarded)
-    calls: dict[Operation, Called] = field(default_factory=dict)
+    calls: dict[Operation | Transfer, Called] = field(default_factory=dict)
     sequences: Counter[int] = field(default_factory=Counter)
     announced: list[Cause] = field(default_factory=list)
     events: int = 0
@@ -210,6 +213,30 @@ class Fleet:
         called.operation = operation
         host.calls[operation] = called
         self.at(self.now_ns if at_ns is None else at_ns, rank, lambda: host.engine.submit(operation, self.now_ns))
+        return called
+
+    def send(self, rank: int, dst: int, array: NDArray[Any], tag: int = 0, **given: Any) -> Called:
+        """Let a rank send; see `call` for what may be given."""
+        return self._message(rank, dst, array, tag, is_send=True, **given)
+
+    def recv(self, rank: int, src: int | None, array: NDArray[Any], tag: int = 0, **given: Any) -> Called:
+        """Let a rank receive from a rank or from any."""
+        return self._message(rank, ANY if src is None else src, array, tag, is_send=False, **given)
+
+    def _message(
+        self, rank: int, peer: int, array: NDArray[Any], tag: int, *, is_send: bool, group: Group | None = None,
+        timeout_s: float = 600.0, at_ns: int | None = None, spans: bool = False, name: str = "",
+        chunk_bytes: int = 65_536, ahead_bytes: int = 262_144, load: Callable[[], None] | None = None,
+    ) -> Called:  # fmt: skip
+        address = array.__array_interface__["data"][0]
+        transfer = Transfer(
+            group or self.world, is_send, peer, tag, array.dtype.name, array.size, array.nbytes,
+            round(timeout_s * SECOND_NS), self.now_ns, chunk_bytes, ahead_bytes,
+            [(address, address + array.nbytes)] if spans else (), name, Parcel(array, Work("message"), load),
+        )  # fmt: skip
+        host, called = self.hosts[rank], Called(rank, transfer, array)
+        host.calls[transfer] = called
+        self.at(self.now_ns if at_ns is None else at_ns, rank, lambda: host.engine.submit(transfer, self.now_ns))
         return called
 
     def refuse(self, rank: int, error: Exception, *, group: Group | None = None) -> None:
@@ -372,7 +399,59 @@ class Fleet:
     def _copy(self, host: Host, operation: Operation, step: int) -> None:
         operation.memory.keep(step)
 
-    def _finish(self, host: Host, operation: Operation, error: Exception | None) -> None:
+    def _mail(self, host: Host, verb: Verb, *fields: Any) -> None:
+        getattr(self, f"_mail_{verb.name.lower()}")(host, *fields)
+
+    def _mail_listen(self, host: Host, group: Group, peer: int) -> None:
+        def done(ticket: Ticket) -> None:
+            record = bytes(ticket.view or b"")
+            ticket.release()
+            self._mail_listen(host, group, peer)
+            host.engine.messages.noted(group.id, peer, record, self.now_ns)
+
+        self._post(host, peer, group.note_tag, Receive(NOTE_BYTES, None, done))
+
+    def _mail_note(self, host: Host, group: Group, peer: int, note: Note) -> None:
+        self._put(Letter(host.engine.rank, peer, group.note_tag, note.pack()))
+
+    def _mail_open(self, host: Host, transfer: Transfer) -> None:
+        if transfer.memory.load is not None:
+            transfer.memory.load()
+
+    def _mail_keep(self, host: Host, transfer: Transfer) -> None:
+        transfer.memory.keep()
+
+    def _mail_send(
+        self, host: Host, transfer: Transfer, chunk: int, queued: Queued[Wide] | None, window: Window | None
+    ) -> None:
+        if transfer.over:
+            return
+
+        def sent() -> None:
+            host.engine.messages.moved(transfer, chunk, self.now_ns)
+
+        tag = transfer.group.message_tag(transfer.number, chunk)
+        data = bytes(transfer.memory.view(*transfer.span(chunk)))
+        self._put(Letter(host.engine.rank, transfer.peer, tag, data, sent))
+
+    def _mail_recv(self, host: Host, transfer: Transfer, chunk: int) -> None:
+        if transfer.over:
+            return
+        begin, end = transfer.span(chunk)
+
+        def done(ticket: Ticket) -> None:
+            if ticket.error is not None:
+                host.engine.messages.failed(transfer, chunk, ticket.error, self.now_ns)
+            else:
+                host.engine.messages.moved(transfer, chunk, self.now_ns)
+
+        tag = transfer.group.message_tag(transfer.number, chunk)
+        self._post(host, transfer.source, tag, Receive(end - begin, transfer.memory.view(begin, end), done))
+
+    def _mail_move(self, host: Host, send: Transfer, recv: Transfer) -> None:
+        recv.memory.take(send.memory)
+
+    def _finish(self, host: Host, operation: Operation | Transfer, error: Exception | None) -> None:
         if error is not None:
             operation.memory.drop()
         called = host.calls.pop(operation)
