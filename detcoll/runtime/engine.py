@@ -328,6 +328,9 @@ class Engine:
     def missed(self, sends: Sequence[tuple[Queued[Wide], Window, int]]) -> None:
         """Put sends back that did not end in their window; the third item is the bytes already sent."""
         left = [send for send in sends if not send[0].item[0].over]
+        for queued, _, _ in left:
+            if isinstance(queued.item[0], Transfer):
+                queued.item[0].queued += 1
         if left:
             self.slots.missed(left)
 
@@ -377,10 +380,14 @@ class Engine:
 
     def give_the_line(self, now_ns: int) -> None:
         """Send what goes into this rank's current or next windows, and what other sites are to hear of calls."""
-        for queued, window in self.slots.due(now_ns):
+        given = deque(self.slots.due(now_ns))
+        while given:
+            queued, window = given.popleft()
             operation, step = queued.item
             if isinstance(operation, Transfer):
                 self.actions.append((Act.MAIL, Verb.SEND, operation, step, queued, window))
+                if self.messages.left_queue(operation, now_ns) and not given:
+                    given.extend(self.slots.due(now_ns))
                 continue
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
             self.actions.append((GIVE, operation, step, queued, window))

@@ -44,6 +44,9 @@ LARGEST_EAGER = 1_024
 _TELL_COUNT, _TELL_BYTES = LARGEST_EAGER // 8, LARGEST_EAGER * EAGER_BYTES // 16
 """So many eager messages, or so many of their bytes, are taken before their sender is told."""
 
+CHUNKS_QUEUED = 2
+"""Chunks of one message that wait for the line at once, so that those of other calls soon have their turn."""
+
 RECEIVES_AHEAD = 64
 """Chunks of one message for which receives are posted at once."""
 
@@ -282,16 +285,29 @@ class Messages:
             self._end(membership, recv, now_ns)
 
     def _flow(self, membership: Membership, send: Transfer, now_ns: int) -> None:
-        """Send chunks until enough of them are under way."""
-        while (chunk := self._next(send)) is not None and sum(send.under_way.values()) < send.ahead_bytes:
+        """Send chunks until enough of them are under way, or wait for the line."""
+        while (
+            (chunk := self._next(send)) is not None
+            and send.under_way_bytes < send.ahead_bytes
+            and send.queued < CHUNKS_QUEUED
+        ):
             begin, end = send.span(chunk)
             send.next_chunk, send.under_way[chunk] = chunk + 1, end - begin
+            send.under_way_bytes += end - begin
             if send.peer in self._wide and not self._leaves_at_once(send, now_ns):
+                send.queued += 1
                 self._slots.add(Queued((send, chunk), self._site_of[send.peer], send.peer, end - begin))
             else:
                 self._do(Verb.SEND, send, chunk, None, None)
         if not send.nbytes:
             self._end(membership, send, now_ns)
+
+    def left_queue(self, send: Transfer, now_ns: int) -> bool:
+        """Take note that the line was given to a chunk; return whether this has put others into the queue."""
+        send.queued -= 1
+        before = send.next_chunk
+        self._flow(self._groups[send.group.id], send, now_ns)
+        return send.next_chunk > before
 
     def _leaves_at_once(self, send: Transfer, now_ns: int) -> bool:
         if uses_window(self._slots.calendar, send.nbytes):
@@ -302,6 +318,7 @@ class Messages:
         while (chunk := self._next(recv)) is not None and len(recv.under_way) < RECEIVES_AHEAD:
             begin, end = recv.span(chunk)
             recv.next_chunk, recv.under_way[chunk] = chunk + 1, end - begin
+            recv.under_way_bytes += end - begin
             self._do(Verb.RECV, recv, chunk)
         if not recv.nbytes:
             self._end(membership, recv, now_ns)
@@ -316,7 +333,8 @@ class Messages:
             return
         membership = self._groups[transfer.group.id]
         self._failures.heard_ns[transfer.partner] = now_ns
-        transfer.done_bytes += transfer.under_way.pop(chunk)
+        nbytes = transfer.under_way.pop(chunk)
+        transfer.done_bytes, transfer.under_way_bytes = transfer.done_bytes + nbytes, transfer.under_way_bytes - nbytes
         membership.mail.progressed(transfer, now_ns)
         if transfer.done_bytes == transfer.nbytes:
             self._end(membership, transfer, now_ns)

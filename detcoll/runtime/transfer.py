@@ -121,8 +121,11 @@ class Transfer:
     """Of a matched message to this rank itself: the call at its other end."""
     next_chunk: int = 0
     done_bytes: int = 0
+    queued: int = 0
+    """Chunks that wait for the line."""
     under_way: dict[int, int] = field(default_factory=dict)
     """By chunk that is being sent or received, its bytes."""
+    under_way_bytes: int = 0
     settled: set[int] = field(default_factory=set)
     """Chunks that will not arrive although they have not ended: their receive failed, or was never posted."""
     live_ns: int = 0
