@@ -350,17 +350,17 @@ def test_messages_that_do_not_fit_raise_on_both_sides(world: str, elems: int, dt
     sent = 3 if elems < 10 else 100_001
 
     def program(comm):
-        part = comm.group([0, 1]) if comm.rank < 2 else None
         if comm.rank == 0:
+            waits = comm.recv(np.ones(1), 1, async_op=True)
             comm.send(np.ones(sent, np.float32), 1, 6, async_op=True)
-            comm.recv(np.ones(1), 1, async_op=True).wait()
+            waits.wait()
         elif comm.rank == 1:
             comm.recv(np.ones(elems, dtype), 0, 6)
-        else:
+        elif comm.rank == 2:
             comm.recv(np.ones(1), 0)
-        return part
 
-    for answer in attempt(*WORLDS[world][:1], program, transport=WORLDS[world][1], topology=WORLDS[world][2]):
+    size, transport, topology = WORLDS[world]
+    for answer in attempt(size, program, transport=transport, topology=topology)[:3]:
         assert isinstance(answer, PlanMismatch), answer
         assert f"rank 0 called send to rank 1 of {sent} float32, tag 6" in str(answer)
         assert f"rank 1 called recv from rank 0 of {elems} {np.dtype(dtype).name}, tag 6" in str(answer)
@@ -402,6 +402,38 @@ def test_what_nobody_sends_or_takes_is_missed_by_name(world: str) -> None:
                 comm.send(np.ones(5000), 1, 8, timeout=0.3)
 
     run(world, program)
+
+
+def test_messages_end_with_the_native_collectives_of_their_group() -> None:
+    def program(comm):
+        waits = comm.recv(np.zeros(1), 2, 3, async_op=True) if comm.rank < 2 else None
+        comm.barrier()
+        if comm.rank == 2:
+            raise KeyError("rank 2 makes no call")
+        with pytest.raises(TransportError):
+            comm.all_reduce(np.ones(5), timeout=5)
+        assert isinstance(waits.exception(TIMEOUT_S), TransportError)
+
+    answers = attempt(3, program, transport="shm")
+    assert isinstance(answers[2], KeyError)
+    assert answers[:2] == [None, None]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_late_native_collective_ends_messages(late: int) -> None:
+    """Rank 1 is not in the all-reduce, so rank 0 gives the world up, and messages of both end."""
+
+    def program(comm):
+        waits = comm.recv(np.zeros(1), 1 - comm.rank, 3, async_op=True)
+        comm.barrier()
+        if comm.rank == late:
+            assert isinstance(waits.exception(TIMEOUT_S), DeadlineMissed)
+            return
+        with pytest.raises(DeadlineMissed):
+            comm.all_reduce(np.ones(5), timeout=0.3)
+        assert isinstance(waits.exception(TIMEOUT_S), DeadlineMissed)
+
+    run_ranks(2, program, transport="shm")
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted"])

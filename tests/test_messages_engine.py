@@ -15,7 +15,7 @@ from detcoll.runtime import credit
 from detcoll.runtime.group import CHUNK_BITS, MESSAGES, SEQUENCES, Group
 from detcoll.runtime.messages import EAGER_BYTES, LARGEST_EAGER
 from detcoll.runtime.snapshot import snapshot
-from detcoll.runtime.transfer import LARGEST_TAG, NOTE_BYTES, Note, NoteKind
+from detcoll.runtime.transfer import INLINE_BYTES, LARGEST_TAG, NOTE_BYTES, Note, NoteKind
 from detcoll.testing.fleet import SECOND_NS, Called, Fleet
 
 MS = 1_000_000
@@ -62,8 +62,10 @@ def test_keys_of_messages_are_apart_from_each_other_and_from_calls(number, other
     name=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=16),
 )  # fmt: skip
 def test_notes_are_read_as_they_were_written(kind, number, tag, dtype, count, eager, name) -> None:
-    note = Note(kind, number, tag, dtype, count, 8 * count % 2**63, 77, eager, name)
-    record = note.pack()
+    inline = eager and not name
+    payload = bytes(range(count % (INLINE_BYTES + 1))) if inline else b""
+    note = Note(kind, number, tag, dtype, count, 8 * count % 2**63, 77, eager, name, inline, payload)
+    record = note.pack(memoryview(payload))
     assert len(record) == NOTE_BYTES
     assert Note.unpack(record) == note
 
@@ -77,7 +79,7 @@ def test_what_is_no_note_is_told(record: bytes) -> None:
 # Messages that arrive.
 
 
-@pytest.mark.parametrize("count", [0, 1, 1024, 1025, LARGE, 1_000_000])
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 1024, 1025, LARGE, 1_000_000])
 @pytest.mark.parametrize("first", ["send", "recv"])
 def test_one_message(count: int, first: str) -> None:
     fleet = Fleet(2)

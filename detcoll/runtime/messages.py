@@ -7,7 +7,8 @@
 
 - Matching: a receive takes the first announced message of its source (or of any) and its tag; messages of one source
   keep their order. It does not wait for memory, so calls match in the order in which they were made.
-- A message of at most `EAGER_BYTES` is copied and sent with its announcement, and its caller goes on. Those that have
+- A message of at most `EAGER_BYTES` is copied and sent right behind its announcement, and its caller goes on; one of
+  at most `INLINE_BYTES` is a part of it. Those that have
   not found a receive are bounded by `LARGEST_EAGER`, and their bytes by `detcoll.runtime.credit`; beyond that, messages
   are only announced. Announcements are bounded by these, and by the calls that have not ended (`loop.LARGEST_QUEUE`).
 - Data moves once a receive has granted it and no earlier call works on the memory of either end. A sender has at most
@@ -33,7 +34,7 @@ from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.recorder import Recorder
-from detcoll.runtime.transfer import ANY, NOTE_BYTES, Arrived, Note, NoteKind, Pair, Transfer
+from detcoll.runtime.transfer import ANY, INLINE_BYTES, NOTE_BYTES, Arrived, Note, NoteKind, Pair, Transfer
 
 EAGER_BYTES = 4_096
 """The payload of messages up to this size travels with the announcement."""
@@ -57,7 +58,7 @@ class Verb(IntEnum):
     LISTEN = 0
     """group, peer: post a receive for a note."""
     NOTE = 1
-    """group, peer, note: send it."""
+    """group, peer, note, transfer or None: send it, with the payload of the transfer in it."""
     OPEN = 2
     """transfer: load the caller's values."""
     KEEP = 3
@@ -67,7 +68,9 @@ class Verb(IntEnum):
     RECV = 5
     """transfer, chunk: post the receive."""
     MOVE = 6
-    """transfer, transfer: copy a message of this rank to itself from the first, a send, to the second."""
+    """send, recv: copy a message of this rank to itself."""
+    PUT = 7
+    """transfer, payload: copy it into the memory of a receive."""
 
 
 class Messages:
@@ -168,24 +171,27 @@ class Messages:
         pair = membership.mail.pairs[peer]
         send.number = pair.sent
         pair.sent += 1
+        is_own = peer == self._rank
         is_small = send.nbytes <= EAGER_BYTES and send.is_free and pair.unasked < LARGEST_EAGER
         send.is_eager = is_small and self._credit.take_unasked(peer, send.nbytes)
         note = Note(
             NoteKind.ANNOUNCE, send.number, send.tag, send.dtype, send.count, send.nbytes, send.chunk_bytes,
-            send.is_eager, send.name,
+            send.is_eager, send.name, send.is_eager and 0 < send.nbytes <= INLINE_BYTES and not (send.name or is_own),
         )  # fmt: skip
         if send.is_eager:
             pair.unasked += 1
             pair.unasked_bytes += send.nbytes
             self._do(Verb.KEEP, send)
             self._finish(send, now_ns)
-        if peer == self._rank:
+        if is_own:
             if send.is_eager:
                 self._end(membership, send, now_ns)
             self._arrive(membership, Arrived(peer, note, send), now_ns)
             return
-        self._tell(membership, peer, note, now_ns)
-        if send.is_eager:
+        self._tell(membership, peer, note, now_ns, send if note.is_inline else None)
+        if note.is_inline:
+            self._end(membership, send, now_ns)
+        elif send.is_eager:
             self._flow(membership, send, now_ns)
         else:
             pair.awaiting[send.number] = send
@@ -224,6 +230,7 @@ class Messages:
         note, source = letter.note, letter.source
         recv.is_matched, recv.source, recv.number = True, source, note.number
         recv.is_eager, recv.chunk_bytes, recv.mate = note.is_eager, max(note.chunk_bytes, 1), letter.sender
+        recv.payload = note.payload if note.is_inline else None
         self._recorder.note(now_ns, "match", recv.group.number, peer=source)
         if (note.dtype, note.count, note.name) != (recv.dtype, recv.count, recv.name):
             self._failures.end_group(membership, self._misfit(recv, letter), now_ns)
@@ -272,6 +279,9 @@ class Messages:
             self._move(membership, transfer, transfer.mate, now_ns)
         elif transfer.is_send:
             self._flow(membership, transfer, now_ns)
+        elif transfer.payload is not None:
+            self._do(Verb.PUT, transfer, transfer.payload)
+            self._end(membership, transfer, now_ns)
         else:
             if not transfer.is_eager:
                 self._tell(membership, transfer.source, Note(NoteKind.GRANT, transfer.number), now_ns)
@@ -368,10 +378,10 @@ class Messages:
 
     # Actions.
 
-    def _tell(self, membership: Membership, peer: int, note: Note, now_ns: int) -> None:
+    def _tell(self, membership: Membership, peer: int, note: Note, now_ns: int, send: Transfer | None = None) -> None:
         if peer in self._wide and self._express is not None:
             self._express.spend(NOTE_BYTES, now_ns)
-        self._do(Verb.NOTE, membership.group, peer, note)
+        self._do(Verb.NOTE, membership.group, peer, note, send)
 
     def _do(self, verb: Verb, *fields: Any) -> None:
         self._actions.append((Act.MAIL, verb, *fields))

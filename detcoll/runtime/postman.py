@@ -85,7 +85,7 @@ class Postman:
         self._note_send, self._lose, self._kind = note_send, lose, kind
         self._carry: dict[Verb, Callable[..., None]] = {
             Verb.LISTEN: self._listen, Verb.NOTE: self._tell, Verb.OPEN: self._open, Verb.KEEP: self._keep,
-            Verb.SEND: self._send, Verb.RECV: self._recv, Verb.MOVE: self._move,
+            Verb.SEND: self._send, Verb.RECV: self._recv, Verb.MOVE: self._move, Verb.PUT: self._put,
         }  # fmt: skip
 
     def act(self, verb: Verb, *fields: Any) -> None:
@@ -95,8 +95,8 @@ class Postman:
     def _listen(self, group: Group, peer: int) -> None:
         self._post_recv(peer, group.note_tag, NOTE_BYTES, (self._kind, NOTE, group))
 
-    def _tell(self, group: Group, peer: int, note: Note) -> None:
-        record = note.pack()
+    def _tell(self, group: Group, peer: int, note: Note, send: Transfer | None) -> None:
+        record = note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
         self._post_send(peer, group.note_tag, memoryview(record), (self._kind, NOTE, record))
 
     def _open(self, transfer: Transfer) -> None:
@@ -136,6 +136,10 @@ class Postman:
     def _move(self, send: Transfer, recv: Transfer) -> None:
         if not recv.over:
             recv.memory.take(send.memory)
+
+    def _put(self, recv: Transfer, payload: bytes) -> None:
+        if not recv.over:
+            recv.memory.view(0, recv.nbytes)[:] = payload
 
     # Events.
 

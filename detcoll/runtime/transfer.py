@@ -3,7 +3,7 @@
 A note is a record of `NOTE_BYTES`. Notes of one rank to another keep their order, so the announcements of messages
 arrive in the order in which they were sent::
 
-    ANNOUNCE  sender to receiver: number, tag, type, count; an eager message follows at once
+    ANNOUNCE  sender to receiver: number, tag, type, count; an eager message follows at once, or is in the note
     GRANT     receiver to sender: a receive waits for this message, send it
     TAKEN     receiver to sender: so many eager messages of so many bytes in all have found their receive
 """
@@ -27,7 +27,11 @@ ANY = -1
 LARGEST_TAG = 2**31 - 1
 
 NOTE_BYTES = 128
-_NOTE = struct.Struct("<BBxxIQQQQ12s64s")
+_NOTE = struct.Struct("<BBBxIQQQQ12s")
+INLINE_BYTES = 64
+"""A message of up to this size that has no name is a part of its announcement."""
+
+_EAGER, _INLINE = 1, 2
 
 NEVER_NS = 2**63 - 1
 
@@ -45,7 +49,8 @@ class Note:
     """A note about messages. ``number`` : counts the messages of the sender to the receiver.
 
     ``tag``, ``dtype``, ``count``, ``name`` : of an announced message.  ``chunk_bytes`` : how it is cut.  ``is_eager`` :
-    it is not waiting for a GRANT.  ``count`` and ``nbytes`` of TAKEN: how many messages, and their bytes.
+    it is not waiting for a GRANT.  ``is_inline`` : it is ``payload``, in place of a name.  ``count`` and ``nbytes`` of
+    TAKEN: how many messages, and their bytes.
     """
 
     kind: NoteKind
@@ -57,13 +62,18 @@ class Note:
     chunk_bytes: int = 1
     is_eager: bool = False
     name: str = ""
+    is_inline: bool = False
+    payload: bytes = b""
 
-    def pack(self) -> bytes:
-        """Encode the note as a record of `NOTE_BYTES`."""
-        return _NOTE.pack(
-            self.kind, self.is_eager, self.tag, self.number, self.count, self.nbytes, self.chunk_bytes,
-            self.dtype.encode(), self.name.encode(),
-        ).ljust(NOTE_BYTES, b"\0")  # fmt: skip
+    def pack(self, payload: bytes | memoryview = b"") -> bytes:
+        """Encode the note as a record of `NOTE_BYTES`.  ``payload`` : the message, if it is a part of the note."""
+        flags = self.is_eager * _EAGER | self.is_inline * _INLINE
+        tail = payload if self.is_inline else self.name.encode()
+        head = _NOTE.pack(
+            self.kind, flags, len(tail), self.tag, self.number, self.count, self.nbytes, self.chunk_bytes,
+            self.dtype.encode(),
+        )  # fmt: skip
+        return (head + tail).ljust(NOTE_BYTES, b"\0")
 
     @classmethod
     def unpack(cls, record: bytes) -> Note:
@@ -75,9 +85,14 @@ class Note:
             If it holds no valid note.
         """
         try:
-            kind, is_eager, tag, number, count, nbytes, chunk_bytes, dtype, name = _NOTE.unpack_from(record)
-            texts = [text.rstrip(b"\0").decode() for text in (dtype, name)]
-            return cls(NoteKind(kind), number, tag, texts[0], count, nbytes, chunk_bytes, bool(is_eager), texts[1])
+            kind, flags, length, tag, number, count, nbytes, chunk_bytes, dtype = _NOTE.unpack_from(record)
+            tail, is_inline = record[_NOTE.size : _NOTE.size + length], bool(flags & _INLINE)
+            name, payload = ("", tail) if is_inline else (tail.decode(), b"")
+            of = dtype.rstrip(b"\0").decode()
+            return cls(
+                NoteKind(kind), number, tag, of, count, nbytes, chunk_bytes, bool(flags & _EAGER), name, is_inline,
+                payload,
+            )  # fmt: skip
         except (struct.error, ValueError) as error:
             raise FrameError(f"invalid note about a message: {error}") from error
 
@@ -117,6 +132,8 @@ class Transfer:
     is_eager: bool = False
     is_free: bool = False
     """Whether no earlier call works on its memory any more."""
+    payload: bytes | None = None
+    """Of a receive: the message, if it came in its announcement."""
     mate: Transfer | None = None
     """Of a matched message to this rank itself: the call at its other end."""
     next_chunk: int = 0

@@ -411,8 +411,9 @@ class Fleet:
 
         self._post(host, peer, group.note_tag, Receive(NOTE_BYTES, None, done))
 
-    def _mail_note(self, host: Host, group: Group, peer: int, note: Note) -> None:
-        self._put(Letter(host.engine.rank, peer, group.note_tag, note.pack()))
+    def _mail_note(self, host: Host, group: Group, peer: int, note: Note, send: Transfer | None) -> None:
+        record = note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
+        self._put(Letter(host.engine.rank, peer, group.note_tag, record))
 
     def _mail_open(self, host: Host, transfer: Transfer) -> None:
         if transfer.memory.load is not None:
@@ -450,6 +451,9 @@ class Fleet:
 
     def _mail_move(self, host: Host, send: Transfer, recv: Transfer) -> None:
         recv.memory.take(send.memory)
+
+    def _mail_put(self, host: Host, recv: Transfer, payload: bytes) -> None:
+        recv.memory.view(0, recv.nbytes)[:] = payload
 
     def _finish(self, host: Host, operation: Operation | Transfer, error: Exception | None) -> None:
         if error is not None:
