@@ -30,7 +30,7 @@ from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.postman import Postman
 from detcoll.runtime.routes import Routes
-from detcoll.runtime.transfer import Transfer
+from detcoll.runtime.transfer import Posting, Transfer
 from detcoll.trace import Call, Trace
 from detcoll.transport import Ticket, TicketStatus, Window
 
@@ -324,8 +324,8 @@ class Courier:
     # Notes.
 
     def _note_send(
-        self, operation: Operation | Transfer, ticket: Ticket, wide: tuple[Queued[Wide] | None, Window | None],
-        nbytes: int,
+        self, operation: Operation | Transfer | Posting, ticket: Ticket,
+        wide: tuple[Queued[Wide] | None, Window | None], nbytes: int,
     ) -> None:  # fmt: skip
         if ticket.peer not in self._routes.wide:
             return

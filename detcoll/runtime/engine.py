@@ -38,10 +38,10 @@ from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
 from detcoll.runtime.group import Group
 from detcoll.runtime.membership import Membership
-from detcoll.runtime.messages import Messages, Verb
+from detcoll.runtime.messages import Messages
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
-from detcoll.runtime.transfer import NEVER_NS, Transfer
+from detcoll.runtime.transfer import NEVER_NS, Posting, Transfer
 from detcoll.transport import Window
 
 LARGEST_ACTIVE = 16
@@ -57,7 +57,7 @@ SEND, RECV, FOLD, LENT = Kind.SEND, Kind.RECV, Kind.FOLD, Buffer.LENT
 GIVE, POST, COPY = Act.SEND, Act.RECV, Act.COPY
 """What every step is compared with: to look a member up in its class takes ten times as long."""
 
-Wide = tuple[Operation | Transfer, int]
+Wide = tuple[Operation | Transfer | Posting, int]
 
 
 class Engine:
@@ -329,8 +329,8 @@ class Engine:
         """Put sends back that did not end in their window; the third item is the bytes already sent."""
         left = [send for send in sends if not send[0].item[0].over]
         for queued, _, _ in left:
-            if isinstance(queued.item[0], Transfer):
-                queued.item[0].queued += 1
+            if not isinstance(queued.item[0], Operation):
+                self.messages.missed(queued)
         if left:
             self.slots.missed(left)
 
@@ -384,9 +384,8 @@ class Engine:
         while given:
             queued, window = given.popleft()
             operation, step = queued.item
-            if isinstance(operation, Transfer):
-                self.actions.append((Act.MAIL, Verb.SEND, operation, step, queued, window))
-                if self.messages.left_queue(operation, now_ns) and not given:
+            if not isinstance(operation, Operation):
+                if self.messages.give(queued, window, now_ns):
                     given.extend(self.slots.due(now_ns))
                 continue
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)

@@ -26,7 +26,7 @@ from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, SEQUENCES, Group
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
-from detcoll.runtime.transfer import Transfer
+from detcoll.runtime.transfer import Posting, Transfer
 
 LARGEST_REFUSALS = 1024
 
@@ -58,7 +58,7 @@ class Failures:
 
     def __init__(
         self, rank: int, groups: dict[int, Membership], actions: list[tuple[Any, ...]],
-        slots: Slots[tuple[Operation | Transfer, int]], credit: Credit, recorder: Recorder,
+        slots: Slots[tuple[Operation | Transfer | Posting, int]], credit: Credit, recorder: Recorder,
     ) -> None:  # fmt: skip
         self._rank, self._groups, self._actions = rank, groups, actions
         self._slots, self._credit, self._recorder = slots, credit, recorder
@@ -248,6 +248,7 @@ class Failures:
             self._credit.return_unasked(peer, pair.unasked_bytes)
         calls: list[Operation | Transfer] = [*membership.active, *membership.waiting, *membership.mail.clear()]
         membership.clear()
+        self._slots.withdraw(lambda item: isinstance(item[0], Posting) and item[0].over)
         return calls
 
     def drop(self, operation: Operation | Transfer, error: Exception) -> None:

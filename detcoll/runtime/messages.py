@@ -34,7 +34,8 @@ from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.recorder import Recorder
-from detcoll.runtime.transfer import ANY, INLINE_BYTES, NOTE_BYTES, Arrived, Note, NoteKind, Pair, Transfer
+from detcoll.runtime.transfer import ANY, INLINE_BYTES, NOTE_BYTES, Arrived, Note, NoteKind, Pair, Posting, Transfer
+from detcoll.transport import Window
 
 EAGER_BYTES = 4_096
 """The payload of messages up to this size travels with the announcement."""
@@ -58,7 +59,7 @@ class Verb(IntEnum):
     LISTEN = 0
     """group, peer: post a receive for a note."""
     NOTE = 1
-    """group, peer, note, transfer or None: send it, with the payload of the transfer in it."""
+    """posting, queued or None, window or None: send a note."""
     OPEN = 2
     """transfer: load the caller's values."""
     KEEP = 3
@@ -160,9 +161,9 @@ class Messages:
         for peer in new:
             membership.mail.pairs[peer] = Pair()
             if peer != self._rank:
-                membership.contacts.add(peer)
                 self._do(Verb.LISTEN, membership.group, peer)
         self._listen(peer for peer in new if peer != self._rank)
+        membership.contacts |= {transfer.peer} - {ANY, self._rank}
 
     # Announcing and matching.
 
@@ -207,6 +208,7 @@ class Messages:
         except FrameError as error:
             self._failures.end_group(membership, error, now_ns)
             return
+        membership.contacts.add(peer)
         pair = membership.mail.pairs[peer]
         if note.kind is NoteKind.ANNOUNCE:
             self._arrive(membership, Arrived(peer, note), now_ns)
@@ -312,12 +314,29 @@ class Messages:
         if not send.nbytes:
             self._end(membership, send, now_ns)
 
-    def left_queue(self, send: Transfer, now_ns: int) -> bool:
-        """Take note that the line was given to a chunk; return whether this has put others into the queue."""
+    def give(self, queued: Queued[Any], window: Window | None, now_ns: int) -> bool:
+        """Send what the line was given to, a chunk or a note; return whether this has put others into the queue."""
+        send, chunk = queued.item
+        if isinstance(send, Posting):
+            self._do(Verb.NOTE, send, queued, window)
+            return False
+        self._do(Verb.SEND, send, chunk, queued, window)
         send.queued -= 1
-        before = send.next_chunk
+        before: int = send.next_chunk
         self._flow(self._groups[send.group.id], send, now_ns)
-        return send.next_chunk > before
+        more: int = send.next_chunk
+        return more > before
+
+    def missed(self, queued: Queued[Any]) -> None:
+        """Take note that what the line was given to is in the queue again."""
+        send = queued.item[0]
+        if isinstance(send, Transfer):
+            send.queued += 1
+
+    def told(self, posting: Posting) -> None:
+        """Take note that a note which waited for the line was acknowledged; none overtakes it any more."""
+        if not posting.over:
+            posting.mail.pairs[posting.peer].notes -= 1
 
     def _leaves_at_once(self, send: Transfer, now_ns: int) -> bool:
         if uses_window(self._slots.calendar, send.nbytes):
@@ -379,9 +398,14 @@ class Messages:
     # Actions.
 
     def _tell(self, membership: Membership, peer: int, note: Note, now_ns: int, send: Transfer | None = None) -> None:
-        if peer in self._wide and self._express is not None:
-            self._express.spend(NOTE_BYTES, now_ns)
-        self._do(Verb.NOTE, membership.group, peer, note, send)
+        """Send a note; on the line it keeps to the budget of small messages, or else waits for a window."""
+        posting, pair = Posting(membership.mail, membership.group, peer, note, send), membership.mail.pairs[peer]
+        express = self._express if peer in self._wide else None
+        if express is not None and (pair.notes or not express.take(NOTE_BYTES, now_ns)):
+            pair.notes += 1
+            self._slots.add(Queued((posting, 0), self._site_of[peer], peer, NOTE_BYTES))
+        else:
+            self._do(Verb.NOTE, posting, None, None)
 
     def _do(self, verb: Verb, *fields: Any) -> None:
         self._actions.append((Act.MAIL, verb, *fields))

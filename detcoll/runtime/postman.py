@@ -16,13 +16,13 @@ from detcoll.machine import Queued
 from detcoll.runtime.engine import Engine, Wide
 from detcoll.runtime.group import Group
 from detcoll.runtime.messages import Verb
-from detcoll.runtime.transfer import NOTE_BYTES, Note, Transfer
+from detcoll.runtime.transfer import NOTE_BYTES, Posting, Transfer
 from detcoll.runtime.work import Work
 from detcoll.transport import Ticket, TicketStatus, Window, byte_view
 
 log = logging.getLogger("detcoll")
 
-NOTE, CHUNK = "note", "chunk"
+NOTE, TOLD, CHUNK = "note", "told", "chunk"
 """What a ticket of the postman is about, the second entry of its context."""
 
 Wished = tuple[Queued[Wide] | None, Window | None]
@@ -78,7 +78,7 @@ class Postman:
 
     def __init__(
         self, engine: Engine, post_recv: Callable[..., None], post_send: Callable[..., None],
-        settle: Callable[[Transfer, int], None], note_send: Callable[[Transfer, Ticket, Wished, int], None],
+        settle: Callable[[Transfer, int], None], note_send: Callable[[Transfer | Posting, Ticket, Wished, int], None],
         lose: Callable[[Ticket], None], kind: int,
     ) -> None:  # fmt: skip
         self._engine, self._post_recv, self._post_send, self._settle = engine, post_recv, post_send, settle
@@ -95,9 +95,13 @@ class Postman:
     def _listen(self, group: Group, peer: int) -> None:
         self._post_recv(peer, group.note_tag, NOTE_BYTES, (self._kind, NOTE, group))
 
-    def _tell(self, group: Group, peer: int, note: Note, send: Transfer | None) -> None:
-        record = note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
-        self._post_send(peer, group.note_tag, memoryview(record), (self._kind, NOTE, record))
+    def _tell(self, posting: Posting, queued: Queued[Wide] | None, window: Window | None) -> None:
+        if posting.over:
+            return
+        send = posting.send
+        record = posting.note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
+        context = (self._kind, TOLD, posting, record, (queued, window))
+        self._post_send(posting.peer, posting.group.note_tag, memoryview(record), context, window)
 
     def _open(self, transfer: Transfer) -> None:
         parcel: Parcel = transfer.memory
@@ -153,7 +157,9 @@ class Postman:
             self._take_chunk(ticket, about[2], about[3], about[4], missed)
         elif ticket.status is TicketStatus.FAILED:
             self._lose(ticket)
-        elif ticket.status is TicketStatus.DONE and isinstance(about[2], Group):
+        elif about[1] == TOLD:
+            self._take_told(ticket, about[2], about[4], missed)
+        elif ticket.status is TicketStatus.DONE:
             record, group = bytes(ticket.view or b""), about[2]
             ticket.release()
             membership = self._engine.groups.get(group.id)
@@ -173,11 +179,27 @@ class Postman:
                 self._note_send(transfer, ticket, wide, ticket.nbytes)
             messages.moved(transfer, chunk, now_ns)
         elif ticket.status is TicketStatus.MISSED and wide is not None:
-            queued, window = wide
-            assert queued is not None
-            assert window is not None
-            missed.append((queued, window, ticket.sent_bytes))
-            self._note_send(transfer, ticket, wide, ticket.sent_bytes)
+            self._miss(ticket, transfer, wide, missed)
         elif ticket.status is not TicketStatus.CANCELLED:
             error = ticket.error or PeerLost(f"rank {ticket.peer}: {ticket.kind.value} was {ticket.status.value}")
             messages.failed(transfer, chunk, error, now_ns)
+
+    def _take_told(
+        self, ticket: Ticket, posting: Posting, wide: Wished, missed: list[tuple[Queued[Wide], Window, int]]
+    ) -> None:
+        if ticket.status is TicketStatus.DONE:
+            self._note_send(posting, ticket, wide, ticket.nbytes)
+            if wide[0] is not None:
+                self._engine.messages.told(posting)
+        elif ticket.status is TicketStatus.MISSED:
+            self._miss(ticket, posting, wide, missed)
+
+    def _miss(
+        self, ticket: Ticket, item: Transfer | Posting, wide: Wished, missed: list[tuple[Queued[Wide], Window, int]]
+    ) -> None:
+        """Let a send that did not end in its window be queued again."""
+        queued, window = wide
+        assert queued is not None
+        assert window is not None
+        missed.append((queued, window, ticket.sent_bytes))
+        self._note_send(item, ticket, wide, ticket.sent_bytes)

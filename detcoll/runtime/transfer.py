@@ -212,12 +212,31 @@ class Arrived:
 
 
 @dataclass(eq=False, slots=True)
+class Posting:
+    """A note for ``peer``.  ``send`` : the transfer whose payload is a part of it, if one is."""
+
+    mail: Mail
+    group: Group
+    peer: int
+    note: Note
+    send: Transfer | None = None
+    sequence: int = -1
+
+    @property
+    def over(self) -> bool:
+        """Whether its group has ended."""
+        return self.mail.is_over
+
+
+@dataclass(eq=False, slots=True)
 class Pair:
     """What is under way between this rank and one other, in one group.
 
     ``sent`` : how many messages were announced to it.  ``awaiting`` : by number, sends that it has not granted.
     ``unasked``, ``unasked_bytes`` : eager messages to it that have not found their receive there, as far as it has
     told.  ``owed``, ``owed_bytes`` : eager messages of it that have found theirs here, and that it was not told of.
+    ``notes`` : how many notes to it had to wait for the line and are not acknowledged, so that further ones must wait
+    behind them.
     """
 
     sent: int = 0
@@ -226,6 +245,7 @@ class Pair:
     unasked_bytes: int = 0
     owed: int = 0
     owed_bytes: int = 0
+    notes: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -234,7 +254,7 @@ class Mail:
 
     ``pending`` : transfers that have not ended, in call order.  ``posted`` : by tag, receives that have found no
     message.  ``arrived`` : by tag, messages that have found no receive.  ``pairs`` : by rank; who is in it is listened
-    to.  ``look_ns`` : no transfer is late before.
+    to.  ``look_ns`` : no transfer is late before.  ``is_over`` : the group has ended.
     """
 
     pending: dict[Transfer, None] = field(default_factory=dict)
@@ -242,6 +262,7 @@ class Mail:
     arrived: dict[int, deque[Arrived]] = field(default_factory=dict)
     pairs: dict[int, Pair] = field(default_factory=dict)
     look_ns: int = NEVER_NS
+    is_over: bool = False
 
     def unended(self) -> Iterator[Transfer]:
         """Yield the transfers whose callers wait."""
@@ -274,7 +295,7 @@ class Mail:
     def progressed(self, transfer: Transfer, now_ns: int) -> None:
         """Restart the timeout of a transfer that has begun or made progress, if its caller still waits."""
         transfer.live_ns = now_ns
-        if not transfer.reported:
+        if transfer.is_free and not transfer.reported:
             transfer.limit_ns = now_ns + transfer.timeout_ns
             self.look_ns = min(self.look_ns, transfer.limit_ns)
 
@@ -287,8 +308,8 @@ class Mail:
         return first if first is not None and first.limit_ns <= now_ns else None
 
     def clear(self) -> list[Transfer]:
-        """Forget everything; return the transfers that had not ended."""
-        pending = list(self.pending)
+        """Forget everything, since the group has ended; return the transfers that had not."""
+        pending, self.is_over, self.look_ns = list(self.pending), True, NEVER_NS
         for held in (self.pending, self.posted, self.arrived, self.pairs):
             held.clear()
         return pending

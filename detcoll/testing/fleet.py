@@ -37,7 +37,7 @@ from detcoll.runtime.group import WORLD_ID, group_id, world
 from detcoll.runtime.memory import ScratchPool
 from detcoll.runtime.messages import Verb
 from detcoll.runtime.postman import Parcel
-from detcoll.runtime.transfer import ANY, NOTE_BYTES, Note, Transfer
+from detcoll.runtime.transfer import ANY, NOTE_BYTES, Posting, Transfer
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Topology
 from detcoll.transport import Ticket, TicketKind, TicketStatus, Window, byte_view
@@ -411,9 +411,13 @@ class Fleet:
 
         self._post(host, peer, group.note_tag, Receive(NOTE_BYTES, None, done))
 
-    def _mail_note(self, host: Host, group: Group, peer: int, note: Note, send: Transfer | None) -> None:
-        record = note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
-        self._put(Letter(host.engine.rank, peer, group.note_tag, record))
+    def _mail_note(self, host: Host, posting: Posting, queued: Queued[Wide] | None, window: Window | None) -> None:
+        if not posting.over:
+            send = posting.send
+            record = posting.note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
+            self._put(Letter(host.engine.rank, posting.peer, posting.group.note_tag, record))
+            if queued is not None:
+                host.engine.messages.told(posting)
 
     def _mail_open(self, host: Host, transfer: Transfer) -> None:
         if transfer.memory.load is not None:
