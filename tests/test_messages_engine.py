@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detcoll.errors import Closed, DeadlineMissed, FrameError, PeerLost, PlanMismatch
+from detcoll.machine import Queued, Slots
+from detcoll.plan import Slotting
+from detcoll.plan.layout import LARGEST_FRAME_BYTES
 from detcoll.runtime import credit
 from detcoll.runtime.group import CHUNK_BITS, MESSAGES, SEQUENCES, Group
-from detcoll.runtime.messages import EAGER_BYTES, LARGEST_EAGER
+from detcoll.runtime.messages import CHUNKS_QUEUED, EAGER_BYTES, LARGEST_EAGER
 from detcoll.runtime.snapshot import snapshot
 from detcoll.runtime.transfer import INLINE_BYTES, LARGEST_TAG, NOTE_BYTES, Note, NoteKind
 from detcoll.testing.fleet import SECOND_NS, Called, Fleet
@@ -291,6 +294,47 @@ def test_a_sender_is_not_ahead_of_acknowledgements_by_more_than_it_may() -> None
     fleet.run()
     check(sent, got)
     assert 200_000 <= fleet.largest_held_bytes[0, 1] <= 200_000 + 65_536 + NOTE_BYTES
+
+
+@pytest.mark.parametrize("slotting", [Slotting.SHARE, Slotting.TURNS])
+def test_messages_arrive_through_windows(slotting: Slotting) -> None:
+    fleet = Fleet([2, 2], delay_ns=10 * MS, slotting=slotting)
+    sent = [fleet.send(rank, (rank + 2) % 4, numbers(count, rank), 1) for count in (0, 1, 1000, LARGE, 1_000_000, 5)
+            for rank in range(4)]  # fmt: skip
+    got = [fleet.recv((call.rank + 2) % 4, call.rank, room(call.array.size), 1) for call in sent]
+    calls = [fleet.call(rank, "all_reduce", numbers(LARGE)) for rank in range(4)]
+    fleet.run()
+    for one, other in zip(sent, got, strict=True):
+        check(one, other)
+    assert all(call.ended and call.error is None for call in calls)
+    assert fleet.idle
+
+
+def test_few_chunks_of_a_message_wait_for_the_line_before_those_of_others() -> None:
+    fleet = Fleet([1, 1], slotting=Slotting.TURNS)
+    engine = fleet.engine(0)
+    engine.slots._lane(Queued((None, 0), 1, 1, 0)).windows = ((0, 1),)  # none is long enough, so all wait
+    fleet.send(0, 1, numbers(1_000_000), ahead_bytes=10**9)
+    fleet.recv(1, 0, room(1_000_000))
+    fleet.run(SECOND_NS)
+    assert len(engine.slots.queue) == CHUNKS_QUEUED
+
+
+def test_notes_keep_to_the_budget_of_small_messages_and_to_their_order(monkeypatch) -> None:
+    fleet = Fleet([1, 1], slotting=Slotting.SHARE)
+    engine = fleet.engine(0)
+    engine.express.rate_bytes_per_s = 0.0
+    engine.express._left_bytes = 3 * (NOTE_BYTES + LARGEST_FRAME_BYTES)
+    queued: list[Queued[Any]] = []
+    add = Slots.add
+    monkeypatch.setattr(Slots, "add", lambda slots, send: (queued.append(send), add(slots, send)))
+    sent = [fleet.send(0, 1, numbers(1, seed), 2) for seed in range(10)]
+    got = [fleet.recv(1, 0, room(1), 2) for _ in range(10)]
+    fleet.run()
+    for one, other in zip(sent, got, strict=True):
+        check(one, other)
+    assert len(queued) == 7
+    assert engine.express._left_bytes == 0
 
 
 # What goes wrong.

@@ -28,6 +28,7 @@ from detcoll.discarding import Discarded, has_prefix
 from detcoll.errors import DetcollError, FrameError
 from detcoll.machine import Queued, Slots
 from detcoll.plan import Calendar, Collective, Kind, Planner, Slotting, build_calendar
+from detcoll.plan.headroom import Express
 from detcoll.plan.ir import Buffer
 from detcoll.runtime import Descriptor, Engine, Group, Memory, Operation, Work
 from detcoll.runtime.actions import Act
@@ -142,15 +143,18 @@ class Fleet:
         What each rank sends at most; without it only delays count.
     rendezvous : bool
         Whether what is announced reaches all ranks.
+    slotting : Slotting
+        How engines share their lines. The network here keeps no windows and no pace: it sends what it is given.
     """
 
     def __init__(
         self, ranks_of_sites: int | Sequence[int], *, delay_ns: int | Delay = 1_000_000,
         credit_bytes: int | None = None, rate_bytes_per_s: float | None = None, rendezvous: bool = False,
+        slotting: Slotting = Slotting.OFF,
     ) -> None:  # fmt: skip
         counts = [ranks_of_sites] if isinstance(ranks_of_sites, int) else list(ranks_of_sites)
         self.topology: Topology = sites_of(counts)
-        self.calendar: Calendar = build_calendar(self.topology, Slotting.OFF)
+        self.calendar: Calendar = build_calendar(self.topology, slotting)
         self.now_ns = 0
         self.credit_bytes, self.rate_bytes_per_s, self.rendezvous = credit_bytes, rate_bytes_per_s, rendezvous
         self._delay: Delay = delay_ns if callable(delay_ns) else lambda source, dst: delay_ns
@@ -168,7 +172,8 @@ class Fleet:
         for rank in range(size):
             wide = frozenset(other for other in range(size) if sites[other] != sites[rank])
             slots: Slots[Wide] = Slots(self.calendar, sites[rank], rank)
-            engine = Engine(rank, sites, wide, slots)
+            express = None if slotting is Slotting.OFF else Express.of(self.topology, rank)
+            engine = Engine(rank, sites, wide, slots, express)
             engine.join(self.world)
             self.hosts.append(Host(engine))
             self.at(0, rank, lambda: None)
