@@ -143,14 +143,16 @@ def test_a_message_to_oneself(count: int, first: str) -> None:
     assert fleet.idle
 
 
-def test_an_eager_message_is_what_it_was_when_it_was_sent() -> None:
+@pytest.mark.parametrize("dst", [0, 1])
+@pytest.mark.parametrize("count", [10, 1000])
+def test_an_eager_message_is_what_it_was_when_it_was_sent(dst: int, count: int) -> None:
     fleet = Fleet(2)
-    array = numbers(10)
+    array = numbers(count)
     expected = array.tobytes()
-    fleet.send(0, 1, array)
+    fleet.send(0, dst, array)
     fleet.run(MS // 2)
     array[:] = -1
-    got = fleet.recv(1, 0, room(10))
+    got = fleet.recv(dst, 0, room(count))
     fleet.run()
     assert got.array.tobytes() == expected
 
@@ -274,6 +276,7 @@ def test_messages_that_nobody_takes_are_bounded_and_arrive_at_last() -> None:
     for seed, call in zip(order, got, strict=True):
         check(sent[seed], call)
     assert fleet.idle
+    assert fleet.engine(0).credit.unasked_bytes(1) < LARGEST_EAGER * EAGER_BYTES // 4
     again = [fleet.send(0, 1, numbers(1024), 7) for _ in range(LARGEST_EAGER // 2)]
     fleet.run(fleet.now_ns + SECOND_NS)
     assert all(call.ended for call in again), "the sender was not told what was taken"
@@ -335,6 +338,22 @@ def test_notes_keep_to_the_budget_of_small_messages_and_to_their_order(monkeypat
         check(one, other)
     assert len(queued) == 7
     assert engine.express._left_bytes == 0
+
+
+def test_a_note_does_not_overtake_one_that_waits_for_a_window() -> None:
+    fleet = Fleet([2, 2], slotting=Slotting.TURNS)
+    engine = fleet.engine(1)
+    engine.slots.ahead = False
+    engine.express.rate_bytes_per_s = engine.express._left_bytes = 0.0
+    first = fleet.send(1, 3, numbers(1, 1))
+    fleet.run(1000)
+    assert engine.slots.waiting, "its window is open already"
+    engine.express._left_bytes = 10_000.0
+    second = fleet.send(1, 3, numbers(1, 2))
+    got = [fleet.recv(3, 1, room(1)) for _ in range(2)]
+    fleet.run()
+    check(first, got[0])
+    check(second, got[1])
 
 
 # What goes wrong.

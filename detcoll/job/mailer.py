@@ -23,7 +23,8 @@ def transfer(
     caller.check_usable()
     job, group = caller.job, caller.group
     rank = ANY if peer is None else group.ranks[peer]
-    work = Work(f"{'send' if is_send else 'recv'}, tag {tag}")
+    way = "send to" if is_send else "recv from"
+    work = Work(f"{way} {'any source' if peer is None else f'rank {rank}'}, tag {tag}")
     parcel = Parcel(
         bound.array, work, bound.load if bound.staged and is_send else None,
         bound.store if bound.staged and not is_send else None,

@@ -1,4 +1,4 @@
-"""The handle of a collective that its caller waits on."""
+"""The handle of a call that its caller waits on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Callback = Callable[["Work"], object]
 
 
 class Work:
-    """Handle of an asynchronous collective.
+    """Handle of an asynchronous collective, `send` or `recv`.
 
-    The array passed to the collective belongs to detcoll until the collective has ended. All methods are thread-safe.
+    The array passed to the call belongs to detcoll until the call has ended. All methods are thread-safe.
     """
 
     def __init__(self, name: str) -> None:

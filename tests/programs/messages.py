@@ -101,6 +101,27 @@ def together(transport: str = "auto", threads: str = "3", largest: str = "300000
     detcoll.finalize()
 
 
+def across(transport: str = "slotted") -> None:
+    """Send large and small messages to the other half of the ranks and back, beside all-reduces."""
+    comm = detcoll.init(transport, timeout=PATIENCE_S)
+    peer = (comm.rank + comm.size // 2) % comm.size
+    x, room = np.full(500_000, comm.rank, np.float32), np.zeros(500_000, np.float32)
+    z = np.ones(50_000, np.float32)
+    works = [comm.send(x, peer, async_op=True), comm.all_reduce(z, async_op=True)]
+    works += [comm.send(np.full(size, 3.0), peer, 1, async_op=True) for size in (1, 10, 400, 600)]
+    assert comm.recv(room, peer) == peer
+    for size in (1, 10, 400, 600):
+        small = np.zeros(size)
+        comm.recv(small, peer, 1)
+        assert (small == 3).all()
+    for work in works:
+        work.wait()
+    assert (room == peer).all()
+    assert (z == comm.size).all()
+    say(comm.counters().get("slot_misses", 0))
+    detcoll.finalize()
+
+
 def killed(transport: str) -> None:
     """The last rank dies while others wait for its messages; tell how these ended."""
     comm = detcoll.init(transport, timeout=PATIENCE_S)
