@@ -43,7 +43,7 @@ EAGER_BYTES = 4_096
 LARGEST_EAGER = 1_024
 """Messages sent unasked to one rank of a group that have found no receive there; further ones are only announced."""
 
-_TELL_COUNT, _TELL_BYTES = LARGEST_EAGER // 8, LARGEST_EAGER * EAGER_BYTES // 16
+_TELL_COUNT, _TELL_BYTES = 32, 65_536
 """So many eager messages, or so many of their bytes, are taken before their sender is told."""
 
 CHUNKS_QUEUED = 2
