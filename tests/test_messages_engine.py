@@ -117,6 +117,16 @@ def test_any_source_takes_messages_in_order_of_arrival() -> None:
         check(sent[call.operation.source], call)
 
 
+def test_a_named_source_takes_no_message_of_another_that_came_first() -> None:
+    fleet = Fleet(3)
+    first, second = fleet.send(1, 0, numbers(10, 1)), fleet.send(2, 0, numbers(10, 2), at_ns=5 * MS)
+    fleet.run(SECOND_NS)
+    later, sooner = fleet.recv(0, 2, room(10)), fleet.recv(0, None, room(10))
+    fleet.run()
+    check(second, later)
+    check(first, sooner)
+
+
 def test_the_receive_that_was_called_first_gets_the_message() -> None:
     fleet = Fleet(3)
     anyone, named, last = (fleet.recv(0, src, room(10)) for src in (None, 1, None))
@@ -462,7 +472,9 @@ def test_who_leaves_a_group_ends_its_messages_there() -> None:
     fleet = Fleet(2)
     group = fleet.group([0, 1])
     calls = [fleet.recv(0, 1, room(1), group=group), fleet.send(0, 1, numbers(LARGE), group=group)]
+    fleet.send(0, 1, numbers(10), group=group)
     fleet.run(SECOND_NS)
+    assert fleet.engine(0).credit.unasked_bytes(1) == 40
     fleet.at(fleet.now_ns, 0, lambda: fleet.engine(0).leave(group))
     later = fleet.recv(0, 1, room(1), group=group, at_ns=2 * SECOND_NS)
     fleet.run(3 * SECOND_NS)
