@@ -101,6 +101,10 @@ class Job:
 
     def _native_failed(self, error: Exception, is_ours: bool) -> None:
         self._note_failure(str(error))
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(Closed):
+                loop.post(lambda now_ns: loop.engine.failures.heard(self.world, error, now_ns))
         if is_ours:
             self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
 
@@ -137,7 +141,10 @@ class Job:
         """Return the state of this rank as plain data for its flight record."""
         groups = snapshot(self._loop.engine) if self._loop is not None else []
         if self.native is not None:
-            groups = [self.native.standing(self.world), *(group for group in groups if group["id"] != "world")]
+            world = self.native.standing(self.world)
+            for group in groups:  # its calls of the progress thread, such as send and recv
+                world["calls"] += group["calls"] if group["id"] == "world" else []
+            groups = [world, *(group for group in groups if group["id"] != "world")]
         return {
             "rank": self.session.rank, "size": self.session.size, "transport": self.assembled.transport.name,
             "site": self.topology.site_of(self.session.rank), "groups": groups, "events": self.recorder.rows(),
