@@ -298,10 +298,11 @@ PROCESSES = [
 ]  # fmt: skip
 
 
+@pytest.mark.timeout(200)  # a busy host takes most of a minute to import torch in each rank
 @pytest.mark.parametrize(("transport", "size"), PROCESSES)
 def test_threads_and_groups_in_processes(request, transport: str, size: int) -> None:
     launcher = [*request.getfixturevalue("mpiexec"), "-n", str(size)] if transport == "mpi" else None
-    ended = launch(size, "messages.py", "together", transport, launcher=launcher)
+    ended = launch(size, "messages.py", "together", transport, launcher=launcher, timeout_s=150)
     assert ended.code == 0, ended.err
     assert ended.said == {rank: [transport] for rank in range(size)}
 
