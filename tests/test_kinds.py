@@ -92,7 +92,7 @@ def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
         pytest.skip("torch is not installed")
     ended = launch(
         4, "random_kinds.py", max(80, DRAWS), SEED, 2000, topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path,
-        launcher=launcher, environ={"DETCOLL_TRANSPORT": transport},
+        launcher=launcher, environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.out.split()[0] == transport
