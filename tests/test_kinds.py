@@ -32,6 +32,8 @@ PLACES: dict[str, tuple[str, Topology | None, int]] = {
     "slotted": ("slotted", None, 3),
     "slotted two sites": ("slotted", lines(2, 2, rate_bytes_per_s=1e9), 4),
     "slotted uneven": ("slotted", lines(1, 2, 1, rate_bytes_per_s=1e9), 4),
+    "tcp": ("tcp", None, 3),
+    "tcp two sites": ("tcp", lines(2, 2, rate_bytes_per_s=1e9), 4),
     "shm": ("shm", None, 4),
     "shm two groups": ("shm", grouped(1, 2), 3),
 }
