@@ -77,9 +77,13 @@ class Collectives:
         Raises
         ------
         UsageError
-            If an argument is not valid; no data has moved. Other members raise it as well, unless this is a native
-            collective of the transport (shared memory, MPI, Gloo): then they wait for a valid call.
-        PlanMismatch, PeerLost, DeadlineMissed
+            If an argument is not valid; no data has moved. Other members raise it as well, unless they have done their
+            part already, as one that only sends may have. With shared memory, MPI and Gloo, members of the world that
+            called `all_reduce`, `broadcast` or `barrier` wait for a valid call instead.
+        PlanMismatch
+            If members called differently. One whose part fits those of all that it exchanges data with may return; it
+            has a right result, and raises this in its next call.
+        PeerLost, DeadlineMissed
             See `detcoll.errors`.
         Closed
             If the communicator is closed, or its group has failed and the failure was raised before.
@@ -466,8 +470,8 @@ class Collectives:
         root : int
             A rank of the group, the same on all ranks.
         out : Buffer, (n, ...), writable
-            Takes the result; any shape with as many elements. Optional at the root, where it may be the root's block
-            of ``x``.
+            Takes the result; any shape with as many elements, but with ``counts`` as many rows. Optional at the root,
+            where it may be the root's block of ``x``.
         counts : sequence of int, optional
             How many rows of the first axis each rank gets, by rank; the same on all ranks. By default all are equal.
         async_op, timeout, name

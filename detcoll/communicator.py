@@ -253,7 +253,7 @@ class Communicator(Collectives, Messages):
         Parameters
         ----------
         kind : str
-            ``all_reduce``, ``broadcast`` or ``barrier``.
+            A collective, such as ``all_gather``; blocks have equal sizes, and the root is rank 0.
         nbytes : int
             Size of the array, a multiple of the element size.
         dtype : dtype

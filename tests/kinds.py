@@ -19,7 +19,7 @@ from detcoll.fold import reference
 from detcoll.plan.collectives import declaration_of
 from detcoll.runtime import Work
 from detcoll.signature import DECLARED
-from detcoll.types import BFLOAT16, DTYPES, ReduceOp, is_integer
+from detcoll.types import BFLOAT16, DTYPES, ReduceOp, is_complex, is_integer, operators_of
 
 OBJECTS = ("broadcast_object", "all_gather_object")
 KINDS = (*DECLARED, *OBJECTS)
@@ -59,8 +59,11 @@ class Call:
             if is_integer(self.dtype):
                 limits = np.iinfo(self.dtype)
                 array = values.integers(limits.min, limits.max, elems, self.dtype, endpoint=True)
+            elif self.dtype.kind == "b":
+                array = values.random(elems) < 0.5
             else:
-                array = (values.standard_normal(elems) * 3).astype(self.dtype)
+                numbers = values.standard_normal((2, elems)) * 3
+                array = (numbers[0] + 1j * numbers[1] if is_complex(self.dtype) else numbers[0]).astype(self.dtype)
             made.append(array.reshape(shape))
         return made
 
@@ -215,7 +218,12 @@ class _Held:
             assert array.dtype == self.call.dtype
             got, bits = array.tobytes(), expected.tobytes()
             if got != bits:
-                where = np.frombuffer(got, f"u{array.itemsize}") != np.frombuffer(bits, f"u{array.itemsize}")
+                where = np.array(
+                    [
+                        got[at : at + array.itemsize] != bits[at : at + array.itemsize]
+                        for at in range(0, len(got), array.itemsize)
+                    ]
+                )
                 at = int(np.argmax(where))
                 raise AssertionError(
                     f"{int(where.sum())} of {array.size} elements are wrong, the first is {at}: "
@@ -287,9 +295,8 @@ def drawn(draw: np.random.Generator, size: int, largest: int, **fixed: Any) -> C
     """Draw a call for ``size`` ranks of at most about ``largest`` elements, apart from the fields that are fixed."""
     kind = fixed.get("kind") or KINDS[draw.integers(len(KINDS))]
     dtype = fixed.get("dtype") or list(DTYPES.values())[draw.integers(len(DTYPES))]
-    op = list(ReduceOp)[draw.integers(len(ReduceOp))]
-    if op is ReduceOp.AVG and is_integer(dtype):
-        op = ReduceOp.SUM
+    known = [op for op in ReduceOp if op in operators_of(dtype)]
+    op = known[draw.integers(len(known))]
     root, is_async, seed = int(draw.integers(size)), bool(draw.random() < 0.6), int(draw.integers(2**31))
     declared = DECLARED.get(kind)
     arrays = int(draw.integers(2, 4)) if draw.random() < 0.2 else 1

@@ -32,6 +32,8 @@ PLACES: dict[str, tuple[str, Topology | None, int]] = {
     "slotted": ("slotted", None, 3),
     "slotted two sites": ("slotted", lines(2, 2, rate_bytes_per_s=1e9), 4),
     "slotted uneven": ("slotted", lines(1, 2, 1, rate_bytes_per_s=1e9), 4),
+    "tcp": ("tcp", None, 3),
+    "tcp two sites": ("tcp", lines(2, 2, rate_bytes_per_s=1e9), 4),
     "shm": ("shm", None, 4),
     "shm two groups": ("shm", grouped(1, 2), 3),
 }
@@ -92,7 +94,65 @@ def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
         pytest.skip("torch is not installed")
     ended = launch(
         4, "random_kinds.py", max(80, DRAWS), SEED, 2000, topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path,
-        launcher=launcher, environ={"DETCOLL_TRANSPORT": transport},
+        launcher=launcher, environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.out.split()[0] == transport
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_calls_in_flight_on_one_array_follow_one_another(place: str) -> None:
+    """Planned and native ones; each takes what the one before left, in every overlap of input and output."""
+    transport, topology, size = PLACES[place]
+
+    def blocks(array: np.ndarray) -> list[np.ndarray]:
+        return np.split(array, size)
+
+    def program(comm: Communicator) -> None:
+        for n in (3, 20_000):
+            whole = np.zeros(size * n, np.int64)
+            mine = blocks(whole)[comm.rank]
+            mine[:] = comm.rank + 1
+            works = [
+                comm.all_gather(mine, whole, async_op=True),
+                comm.reduce_scatter(whole, mine, async_op=True),
+                comm.all_to_all(whole, whole, async_op=True),
+                comm.all_reduce(whole, async_op=True),
+                comm.scatter(whole, size - 1, mine, async_op=True),
+                comm.reduce(whole, 1, async_op=True),
+                comm.gather(mine, 0, whole if comm.rank == 0 else None, async_op=True),
+                comm.broadcast(whole, 0, async_op=True),
+            ]
+            for work in works:
+                work.wait()
+            held = [np.repeat(np.arange(size) + 1, n) for _ in range(size)]
+            total = sum(held)
+            for rank in range(size):
+                blocks(held[rank])[rank][:] = blocks(total)[rank]
+            held = [np.concatenate([blocks(each)[rank] for each in held]) for rank in range(size)]
+            total = sum(held)  # the all-reduce; the scatter then changes nothing
+            held = [total * size if rank == 1 else total for rank in range(size)]
+            assert whole.tolist() == np.concatenate([blocks(each)[rank] for rank, each in enumerate(held)]).tolist()
+
+    run_ranks(size, program, transport=transport, topology=topology)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_blocks_of_very_different_sizes(place: str) -> None:
+    transport, topology, size = PLACES[place]
+
+    def program(comm: Communicator) -> None:
+        counts = [700_000, *[1] * (size - 1)]
+        gathered = comm.all_gather(np.full(counts[comm.rank], comm.rank, np.float32), counts=counts)
+        assert gathered.tobytes() == np.repeat(np.arange(size, dtype=np.float32), counts).tobytes()
+        reduced = comm.reduce_scatter(np.ones(sum(counts), np.float32), counts=counts[::-1])
+        assert reduced.tobytes() == np.full(counts[::-1][comm.rank], size, np.float32).tobytes()
+        matrix = np.add.outer(np.arange(size), np.arange(size))
+        matrix[0, -1] = 700_000
+        sends, gets = matrix[comm.rank].tolist(), matrix[:, comm.rank].tolist()
+        exchanged = comm.all_to_all(np.full(sum(sends), comm.rank, np.float32), None, sends, gets)
+        assert exchanged.tobytes() == np.repeat(np.arange(size, dtype=np.float32), gets).tobytes()
+        text = "x" * 1_000_000
+        assert comm.broadcast_object(text if comm.rank == size - 1 else None, size - 1) == text
+
+    run_ranks(size, program, transport=transport, topology=topology)
