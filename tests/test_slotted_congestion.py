@@ -208,27 +208,27 @@ def adopted(monkeypatch: pytest.MonkeyPatch) -> Adopted:
 class TestLine:
     def test_it_is_paced_lower_while_its_control_does_not_give_way(self, adopted: Adopted) -> None:
         kernel, line = adopted.connect(Kernel()), adopted.line
-        line.pace(16_000_000)
-        assert kernel.paced == 16_000_000
+        line.pace(12_000_000)
+        assert kernel.paced == 12_000_000
         adopted.starve(kernel)
         assert (kernel.control, kernel.paced, line.switches) == (MODEL_BASED, 2_000_000, 1)
-        line.pace(8_000_000)
+        line.pace(6_000_000)
         assert kernel.paced == 1_000_000
         line.pace(UNPACED)
         assert kernel.paced == 1_000_000
 
     def test_a_connection_that_takes_its_place_runs_the_same(self, adopted: Adopted) -> None:
         first, line = adopted.connect(Kernel()), adopted.line
-        line.pace(16_000_000)
+        line.pace(12_000_000)
         adopted.starve(first)
         second = adopted.connect(Kernel())
         assert (second.control, second.paced, line.switches) == (MODEL_BASED, 2_000_000, 1)
 
     def test_where_the_other_control_is_not_offered_nothing_changes(self, adopted: Adopted) -> None:
         kernel, line = adopted.connect(Kernel(offered=(LOSS_BASED,))), adopted.line
-        line.pace(16_000_000)
+        line.pace(12_000_000)
         adopted.starve(kernel)
-        assert (kernel.control, kernel.paced, line.switches) == (LOSS_BASED, 16_000_000, 0)
+        assert (kernel.control, kernel.paced, line.switches) == (LOSS_BASED, 12_000_000, 0)
 
 
 def test_the_kernel_is_asked_and_told() -> None:
