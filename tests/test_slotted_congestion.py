@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import socket
+import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 
 from detcoll.job.assembly import _across_lines
+from detcoll.testing import ThreadFabric
 from detcoll.topology import Topology
+from detcoll_slotted import SlottedEndpoint, SlottedTransport, congestion, roads
 from detcoll_slotted.congestion import LIMIT_SHARE, LOSS_BASED, MODEL_BASED, STARVED_SHARE, PathFacts, SharedPath
 from detcoll_slotted.line import UNPACED, Line, Style
-from detcoll_slotted.tcp import Connection
+from detcoll_slotted.tcp import SO_MAX_PACING_RATE, Connection
 from detcoll_slotted.wire import Lane
+
+pytestmark = pytest.mark.timeout(60)
 
 MS, S = 10**6, 10**9
 GRANTED = 16e6
@@ -264,3 +270,80 @@ def test_lines_that_nobody_reserved_are_shared() -> None:
     mixed = replace(plain, links=((first, replace(link, reserved_bytes_per_s=1e7)), *others))
     assert first == (0, 1)
     assert set(_across_lines(mixed, 0, None)["shared_peers"]) == {4, 5}  # type: ignore[call-overload]
+
+
+SHARED = {"pace_groups": {0: 0, 1: 1}, "shared_peers": {0: EMPTY_NS, 1: EMPTY_NS}}
+
+
+def pump(fabric: ThreadFabric, until: Callable[[], bool]) -> None:
+    """Poll both ends until ``until()`` holds."""
+    deadline_ns = time.monotonic_ns() + 30 * S
+    while not until():
+        assert time.monotonic_ns() < deadline_ns, "it never came to that"
+        for endpoint in (fabric[0], fabric[1]):
+            endpoint.poll(time.monotonic_ns() + MS)
+
+
+def bulk_line(fabric: ThreadFabric) -> Line:
+    endpoint = fabric[0]
+    assert isinstance(endpoint, SlottedEndpoint)
+    line = endpoint._peers[1].lines[Lane.BULK]
+    pump(fabric, lambda: line.tcp is not None)
+    return line
+
+
+def controls(fabric: ThreadFabric) -> dict[object, object]:
+    assert isinstance(fabric[0], SlottedEndpoint)
+    return {row["lane"]: row["congestion"] for row in fabric[0].connections()}
+
+
+def pacing_rate(line: Line) -> int:
+    assert line.tcp is not None
+    rate: int = struct.unpack("Q", line.tcp.option(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 8))[0]
+    return rate
+
+
+@pytest.fixture
+def starving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel say of every connection that it starves, whenever it is asked, which is all the time."""
+    steps = count(1)
+
+    def told(_: Connection) -> PathFacts:
+        step = next(steps)
+        return PathFacts(step, step * S, step, QUEUED_NS, EMPTY_NS)
+
+    monkeypatch.setattr(Connection, "facts", told)
+    monkeypatch.setattr(roads, "_LOOK_EVERY_NS", 0)
+    monkeypatch.setattr(congestion, "_BOLD", congestion.Verdict("reno", LIMIT_SHARE))  # which every kernel has
+
+
+@pytest.mark.usefixtures("starving")
+def test_a_live_connection_on_a_line_that_nobody_reserved_changes_its_control() -> None:
+    with ThreadFabric(SlottedTransport(), 2, SHARED) as fabric:
+        line = bulk_line(fabric)
+        assert controls(fabric) == {"bulk": "cubic", "express": "cubic"}
+        line.pace(12_000_000)
+        pump(fabric, lambda: fabric[0].counters()["congestion_switches"] == 1)
+        assert controls(fabric) == {"bulk": "reno", "express": "cubic"}
+        assert pacing_rate(line) == 2_000_000
+        before = line.tcp
+        line.cut()
+        pump(fabric, lambda: line.tcp not in (None, before))
+        assert (controls(fabric)["bulk"], pacing_rate(line)) == ("reno", 2_000_000)
+
+
+@pytest.mark.usefixtures("starving")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({"shared_peers": {}}, "cubic"), ({"congestion": "cubic"}, "cubic"), ({"congestion": "reno"}, "reno")],
+    ids=["reserved", "cubic-asked-for", "reno-asked-for"],
+)
+def test_a_reserved_path_and_a_control_that_was_asked_for_stay(options: dict[str, object], wanted: str) -> None:
+    with ThreadFabric(SlottedTransport(), 2, SHARED | options) as fabric:
+        line, endpoint = bulk_line(fabric), fabric[0]
+        line.pace(12_000_000)
+        assert isinstance(endpoint, SlottedEndpoint)
+        for step in range(1, 20):
+            endpoint._roads.look(step * S)
+        assert controls(fabric) == {"bulk": wanted, "express": wanted}
+        assert (pacing_rate(line), endpoint.counters()["congestion_switches"]) == (12_000_000, 0)
