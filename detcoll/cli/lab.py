@@ -202,8 +202,11 @@ def _run_through_relay(ranks: _Ranks, lines: Topology, queue_bytes: int) -> int:
 def _run_in_lab(ranks: _Ranks, network: Lab, launcher: Launcher) -> int:
     began_ns = time.monotonic_ns()
     code = run_ranks(network, ranks.command, launcher=launcher, deadline_s=ranks.deadline_s, prefix=ranks.prefix)
+    is_tcp = network.conditions.cross_traffic_kind is CrossTrafficKind.TCP
+    if ranks.statistics is None and not is_tcp:
+        return code
     seen = network.statistics()
-    if network.conditions.cross_traffic_kind is CrossTrafficKind.TCP:
+    if is_tcp:
         got = format_rate(seen.flows_bytes_per_s([(began_ns, time.monotonic_ns())]) or 0.0)
         print(f"detcoll: others' TCP flows got {got} of payload through, all sites", file=sys.stderr, flush=True)
     if ranks.statistics is not None:

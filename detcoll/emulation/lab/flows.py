@@ -14,7 +14,6 @@ import selectors
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ _PORT = 7000
 _LUMP = bytes(65_536)
 _NOWHERE = bytearray(1 << 20)
 _LOOK_NS = 100_000_000
-_LARGEST_HISTORY = 65_536
+_MOST_LOOKS = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,28 @@ class FlowCounts:
     arrived_bytes: tuple[tuple[int, ...], ...] = ()
 
 
+class Looks:
+    """What had arrived at which times; thinned out where there are many, so that it never grows beyond a bound."""
+
+    def __init__(self, now_ns: int) -> None:
+        self._kept: list[tuple[int, tuple[int, ...]]] = []
+        self._every_ns = _LOOK_NS
+        self.next_ns = now_ns
+
+    def note(self, now_ns: int, arrived_bytes: Sequence[int]) -> None:
+        """Keep what has arrived by now."""
+        if len(self._kept) == _MOST_LOOKS:
+            self._kept = self._kept[::2]
+            self._every_ns *= 2
+        self._kept.append((now_ns, tuple(arrived_bytes)))
+        self.next_ns = now_ns + self._every_ns
+
+    def counts(self, offered_bytes: Sequence[int]) -> FlowCounts:
+        """Return all that was kept."""
+        by_site = zip(*(arrived for _, arrived in self._kept), strict=True)
+        return FlowCounts(tuple(offered_bytes), tuple(at_ns for at_ns, _ in self._kept), tuple(by_site))
+
+
 class _Flows:
     """All connections, both ends."""
 
@@ -70,8 +91,7 @@ class _Flows:
         self._congestion, self._is_greedy = config.congestion.encode(), config.is_greedy
         count = len(config.addresses)
         self._offered, self._arrived = [0] * count, [0] * count
-        self._looks: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_LARGEST_HISTORY)
-        self._look_ns = time.monotonic_ns()
+        self._looks = Looks(time.monotonic_ns())
         for site in range(count):
             listener = run_inside(_namespace(config, site), partial(_listen, config.addresses[site]))
             source = (site - 1) % count
@@ -113,7 +133,7 @@ class _Flows:
     def run(self) -> None:
         """Send and throw away until the lab is gone."""
         while True:
-            next_ns = min(self._look_ns, self._next[0][0]) if self._next else self._look_ns
+            next_ns = min(self._looks.next_ns, self._next[0][0]) if self._next else self._looks.next_ns
             for key, _ in self._waiting.select(max(0.0, (next_ns - time.monotonic_ns()) / 1e9)):
                 if key.data is None:
                     if self._answer():
@@ -128,8 +148,8 @@ class _Flows:
                     key.fileobj.close()  # type: ignore[union-attr]
             now_ns = time.monotonic_ns()
             self._send_due(now_ns)
-            if now_ns >= self._look_ns:
-                self._look(now_ns)
+            if now_ns >= self._looks.next_ns:
+                self._looks.note(now_ns, self._arrived)
 
     def _send_due(self, now_ns: int) -> None:
         while self._next and self._next[0][0] <= now_ns:
@@ -139,17 +159,12 @@ class _Flows:
             # After a stall no more than one lump is made up for.
             heappush(self._next, (max(due_ns + gap_ns, now_ns - gap_ns), number, gap_ns, flow, site))
 
-    def _look(self, now_ns: int) -> None:
-        self._looks.append((now_ns, tuple(self._arrived)))
-        self._look_ns = now_ns + _LOOK_NS
-
     def _answer(self) -> bool:
         """Answer a request of the lab; returns whether this process is to end."""
         request = self._control.recv(1)
         if request:
-            self._look(time.monotonic_ns())
-            by_site = zip(*(arrived for _, arrived in self._looks), strict=True)
-            answer(self._control, FlowCounts(tuple(self._offered), tuple(at for at, _ in self._looks), tuple(by_site)))
+            self._looks.note(time.monotonic_ns(), self._arrived)
+            answer(self._control, self._looks.counts(self._offered))
         return request in (ASK_QUIT, b"")
 
 

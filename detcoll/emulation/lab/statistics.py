@@ -82,8 +82,8 @@ class Statistics:
     ``late_mean_ns`` and ``late_peak_ns`` tell how long after its time a unit was handed over, and ``cpu_s`` what the
     router's process used in ``elapsed_s``. ``unroutable`` units were for no site of the lab, ``refused`` ones were not
     taken by the destination's kernel. ``bursts`` and ``flows`` are by uplink; of flows there are none where nobody
-    sends over TCP. ``flows_at_ns`` are the monotonic times at which those were looked at, about every 0.1 s, the last
-    being that of the question; the latest 65,536.
+    sends over TCP. ``flows_at_ns`` are the monotonic times at which those were looked at, about every 0.1 s and in
+    long runs more seldom, the last being that of the question.
     """
 
     directions: tuple[DirectionStatistics, ...]
