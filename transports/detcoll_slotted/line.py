@@ -96,10 +96,7 @@ class Line:
         if not self._tcp.choose(after.control):
             self._path.refused()
             log.info(
-                "the connection to rank %d stays with %s, since %s cannot be had here",
-                self.rank,
-                before.control,
-                after.control,
+                "the connection to rank %d keeps %s: there is no %s here", self.rank, before.control, after.control
             )
             return
         self.switches += 1
