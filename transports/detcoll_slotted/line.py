@@ -95,9 +95,7 @@ class Line:
             return
         if not self._tcp.choose(after.control):
             self._path.refused()
-            log.info(
-                "the connection to rank %d keeps %s: there is no %s here", self.rank, before.control, after.control
-            )
+            log.info("the connection to rank %d does without %s, which is not to be had", self.rank, after.control)
             return
         self.switches += 1
         log.info("the connection to rank %d changes from %s to %s", self.rank, before.control, after.control)
