@@ -33,12 +33,13 @@ class Path:
 
     def __init__(self, rule: SharedPath, least_ns: int = EMPTY_NS) -> None:
         self.rule, self.now_ns = rule, 1000 * S
-        self.facts = PathFacts(0, 0, 0, EMPTY_NS, least_ns)
+        self.facts = PathFacts(0, 0, 0, EMPTY_NS, least_ns, 1)
         self.changes: list[tuple[float, str]] = []
 
     def goes(
-        self, seconds: float, share: float, *, lost: int = 0, round_trip_ns: int = QUEUED_NS, busy: float = 1.0
-    ) -> str:
+        self, seconds: float, share: float, *, lost: int = 0, round_trip_ns: int = QUEUED_NS, busy: float = 1.0,
+        unsent_bytes: int = 100_000,
+    ) -> str:  # fmt: skip
         """Let time pass at a share of the granted rate with so many losses a step; returns the control."""
         for _ in range(round(seconds * S / STEP_NS)):
             self.now_ns += STEP_NS
@@ -49,6 +50,7 @@ class Path:
                 self.facts.retransmits + lost,
                 round_trip_ns,
                 self.facts.least_round_trip_ns,
+                unsent_bytes,
             )
             after = self.rule.look(self.facts, GRANTED, self.now_ns).control
             if after != before:
@@ -86,9 +88,22 @@ class TestRule:
         wanted = MODEL_BASED if lost else LOSS_BASED
         assert path.goes(10, 0.02, lost=lost, round_trip_ns=EMPTY_NS) == wanted
 
-    def test_a_program_that_sends_little_does_not_starve(self, path: Path) -> None:
-        assert path.goes(20, 0.01, busy=0.0) == LOSS_BASED  # the receiver or the program is what holds it up
+    def test_a_receiver_that_reads_slowly_does_not_make_it_starve(self, path: Path) -> None:
+        assert path.goes(20, 0.01, busy=0.0) == LOSS_BASED
         assert path.goes(2, 0.01, busy=0.1) == LOSS_BASED
+
+    def test_a_program_that_sends_little_does_not_starve(self, path: Path) -> None:
+        assert path.goes(60, 0.02, lost=1, unsent_bytes=0) == LOSS_BASED
+        for _ in range(100):  # looked at just when it had something to send, now and then
+            path.goes(1, 0.02, lost=1)
+            path.goes(0.25, 0.02, unsent_bytes=0)
+        assert path.changes == []
+
+    def test_pauses_between_calls_do_not_keep_it_from_being_noticed(self, path: Path) -> None:
+        for _ in range(3):
+            path.goes(0.75, 0.02)
+            path.goes(5, 0.0, busy=0.0)
+        assert path.rule.verdict.control == MODEL_BASED
 
     def test_slow_start_over_a_long_path_is_no_starving(self) -> None:
         far = Path(SharedPath(200 * MS), least_ns=200 * MS)
@@ -97,7 +112,7 @@ class TestRule:
 
     def test_without_a_granted_rate_nothing_is_known(self, path: Path) -> None:
         for step in range(100):
-            facts = PathFacts(step, step * S, step, QUEUED_NS, EMPTY_NS)
+            facts = PathFacts(step, step * S, step, QUEUED_NS, EMPTY_NS, 1)
             assert path.rule.look(facts, 0, step * S).control == LOSS_BASED
 
     def test_the_empty_path_is_what_the_topology_says_or_less(self) -> None:
@@ -164,7 +179,7 @@ class TestRule:
 class Kernel:
     """Stands for the TCP connection of a line."""
 
-    facts_now: PathFacts = field(default_factory=lambda: PathFacts(0, 0, 0, EMPTY_NS, EMPTY_NS))
+    facts_now: PathFacts = field(default_factory=lambda: PathFacts(0, 0, 0, EMPTY_NS, EMPTY_NS, 0))
     offered: tuple[str, ...] = (LOSS_BASED, MODEL_BASED)
     control: str = LOSS_BASED
     paced: int = 0
@@ -195,7 +210,7 @@ class Adopted:
 
     def starve(self, kernel: Kernel) -> None:
         for step in range(1, 5):
-            kernel.facts_now = PathFacts(step * 1000, step * S, step, QUEUED_NS, EMPTY_NS)
+            kernel.facts_now = PathFacts(step * 1000, step * S, step, QUEUED_NS, EMPTY_NS, 1)
             self.line.look(step * S)
 
 
@@ -255,6 +270,7 @@ def test_the_kernel_is_asked_and_told() -> None:
             assert 0 < facts.round_trip_ns < 10 * S
             assert 0 < facts.least_round_trip_ns <= 10 * S
             assert facts.limited_ns >= 0
+            assert facts.unsent_bytes == 0
             assert tcp.choose("reno")
             assert tcp.congestion() == "reno"
             assert not tcp.choose("no-such-one")
@@ -312,7 +328,7 @@ def starving(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def told(_: Connection) -> PathFacts:
         step = next(steps)
-        return PathFacts(step, step * S, step, QUEUED_NS, EMPTY_NS)
+        return PathFacts(step, step * S, step, QUEUED_NS, EMPTY_NS, 1)
 
     monkeypatch.setattr(Connection, "facts", told)
     monkeypatch.setattr(roads, "_LOOK_EVERY_NS", 0)

@@ -207,7 +207,7 @@ def _run_in_lab(ranks: _Ranks, network: Lab, launcher: Launcher) -> int:
         return code
     seen = network.statistics()
     if is_tcp:
-        got = format_rate(seen.flows_bytes_per_s([(began_ns, time.monotonic_ns())]) or 0.0)
+        got = format_rate(round(seen.flows_bytes_per_s([(began_ns, time.monotonic_ns())]) or 0.0, -4))
         print(f"detcoll: others' TCP flows got {got} of payload through, all sites", file=sys.stderr, flush=True)
     if ranks.statistics is not None:
         write_file(ranks.statistics, msgspec.json.encode(seen))

@@ -123,7 +123,7 @@ def line_note(name: str, use: LineUse) -> Text:
         others = f"a co-tenant's round trip {_time(co_tenant.median_s)}, p99 {_time(co_tenant.p99_s)}"
     queue = f"peak queue {format_bytes(use.peak_queue_bytes or 0)}, router {use.router_cpu_share:.0%} of a core"
     if use.others_bytes_per_s is not None:
-        others += f"; others' TCP flows got {format_rate(use.others_bytes_per_s)}"
+        others += f"; others' TCP flows got {format_rate(round(use.others_bytes_per_s, -4))}"
     return Text(f"{name}: dropped segments: {dropped}; {queue}; {others}")
 
 

@@ -18,8 +18,8 @@ congestion (Cardwell and others, "BBR: Congestion-Based Congestion Control", ACM
 counted in the time in which nothing but the path held it up, and the path showed why: segments were lost, or the round
 trip is above twice that of the empty path. Measured at the above, a rank got 10 to 16 % of its rate beside 90 % and 2
 to 4 % beside 100 %. What is counted is TCP's own (``TCP_INFO``): bytes acknowledged, and the time in which it was busy,
-less that in which the receiver's window or the send buffer held it up. A program that sends little, or a receiver that
-reads slowly, does not starve.
+less that in which the receiver's window or the send buffer held it up. Small messages keep a connection busy as well,
+since each is waited for; they leave nothing unsent. So only what passes while something waits to be sent is counted.
 
 **Others' share.** Beside others that give way as it does, a flow gets so little only where there are fifteen of them
 for each rank of its site. Then BBR would take more than its part: its share does not depend on how many others there
@@ -32,8 +32,8 @@ times that of the empty path, others leave room again and CUBIC takes it. Where 
 after a minute, since others may now leave a tenth of the line, which is more to CUBIC than to BBR. Each time that CUBIC
 starves again soon after, both ways back wait for twice as long as before, up to sixteen minutes; so it does not flap.
 
-**One look** covers half a second of a busy connection, or 25 round trips where these take longer, so that slow start
-is not taken for starving.
+**A span** that is judged covers half a second of a busy connection, or 25 round trips where these take longer, so that
+slow start is not taken for starving.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ STARVED_SHARE = 1 / 16
 LIMIT_SHARE = 1 / 6
 """What a connection may take of its granted rate while its control does not give way."""
 
-LOOKS = 2
-_LOOK_BUSY_NS = 500_000_000
-_LOOK_ROUND_TRIPS = 25
+SPANS = 2
+_SPAN_BUSY_NS = 500_000_000
+_SPAN_ROUND_TRIPS = 25
 _QUEUED, _EMPTY = 2.0, 1.5
 _SETTLE_NS = 5_000_000_000
 _TRY_AGAIN_NS, _LONGEST_NS = 60_000_000_000, 960_000_000_000
@@ -60,8 +60,8 @@ _TRY_AGAIN_NS, _LONGEST_NS = 60_000_000_000, 960_000_000_000
 class PathFacts(NamedTuple):
     """What TCP has counted on a connection since it was made, and its round trip now.
 
-    ``limited_ns`` : for how long it had something to send and neither the receiver nor the send buffer held it up.
-    ``least_round_trip_ns`` : the shortest that TCP saw.
+    ``limited_ns`` : for how long something was under way and neither the receiver nor the send buffer held it up.
+    ``least_round_trip_ns`` : the shortest that TCP saw.  ``unsent_bytes`` : what waits to be sent now.
     """
 
     acknowledged_bytes: int
@@ -69,6 +69,7 @@ class PathFacts(NamedTuple):
     retransmits: int
     round_trip_ns: int
     least_round_trip_ns: int
+    unsent_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,14 @@ class SharedPath:
     Guarantees
     ----------
     The same facts at the same times give the same verdicts. Between two changes of the control there are at least two
-    looks.
+    spans.
     """
 
     def __init__(self, round_trip_ns: int) -> None:
         self._stated_ns = round_trip_ns
         self._verdict = _ORDINARY
-        self._before: PathFacts | None = None
+        self._begin: PathFacts | None = None
+        self._last: PathFacts | None = None
         self._hints = 0
         self._since_ns = 0
         self._back_ns = _SETTLE_NS
@@ -113,7 +115,7 @@ class SharedPath:
 
     def begin(self) -> None:
         """Take note that the connection is a new one, whose counts begin at zero."""
-        self._before, self._hints, self._is_offered = None, 0, True
+        self._begin, self._last, self._hints, self._is_offered = None, None, 0, True
 
     def refused(self) -> None:
         """Take note that the other control cannot be had: the ordinary one stays on this connection."""
@@ -131,23 +133,25 @@ class SharedPath:
         now_ns : int
             The time.
         """
-        if self._before is None:
-            self._before = facts
-            self._since_ns = self._since_ns or now_ns
-        busy_ns = facts.limited_ns - self._before.limited_ns
+        begin, last, self._last = self._begin or facts, self._last or facts, facts
+        self._begin, self._since_ns = begin, self._since_ns or now_ns
+        if not self._is_offered or granted_bytes_per_s <= 0 or facts.limited_ns == last.limited_ns:
+            return self._verdict
+        is_ordinary = self._verdict is _ORDINARY
+        if is_ordinary and not (facts.unsent_bytes and last.unsent_bytes):
+            self._begin, self._hints = facts, 0
+            return self._verdict
         empty_ns = min((ns for ns in (self._stated_ns, facts.least_round_trip_ns) if ns > 0), default=0)
-        if not self._is_offered or granted_bytes_per_s <= 0:
+        busy_ns = facts.limited_ns - begin.limited_ns
+        if busy_ns < max(_SPAN_BUSY_NS, _SPAN_ROUND_TRIPS * empty_ns):
             return self._verdict
-        if busy_ns < max(_LOOK_BUSY_NS, _LOOK_ROUND_TRIPS * empty_ns):
-            return self._verdict
-        share = (facts.acknowledged_bytes - self._before.acknowledged_bytes) / busy_ns * 1e9 / granted_bytes_per_s
-        is_lossy = facts.retransmits > self._before.retransmits
-        self._before = facts
-        if self._verdict is _ORDINARY:
+        is_lossy = facts.retransmits > begin.retransmits
+        if is_ordinary:
+            share = (facts.acknowledged_bytes - begin.acknowledged_bytes) / busy_ns * 1e9 / granted_bytes_per_s
             is_hint = share < STARVED_SHARE and (is_lossy or facts.round_trip_ns > _QUEUED * empty_ns)
         else:
             is_hint = not is_lossy and facts.round_trip_ns < _EMPTY * empty_ns
-        self._hints = self._hints + 1 if is_hint else 0
+        self._begin, self._hints = facts, self._hints + 1 if is_hint else 0
         self._change(now_ns)
         return self._verdict
 
@@ -155,13 +159,13 @@ class SharedPath:
         """Change the control where that is due."""
         lasted_ns = now_ns - self._since_ns
         if self._verdict is _ORDINARY:
-            if self._hints < LOOKS:
+            if self._hints < SPANS:
                 return
             if lasted_ns > self._try_again_ns:  # it went well for long: what was learnt is out of date
                 self._back_ns, self._try_again_ns = _SETTLE_NS, _TRY_AGAIN_NS
             self._verdict = _BOLD
         else:
-            if not (self._hints >= LOOKS and lasted_ns >= self._back_ns) and lasted_ns < self._try_again_ns:
+            if not (self._hints >= SPANS and lasted_ns >= self._back_ns) and lasted_ns < self._try_again_ns:
                 return
             self._back_ns = min(2 * self._back_ns, _LONGEST_NS)
             self._try_again_ns = min(2 * self._try_again_ns, _LONGEST_NS)

@@ -35,7 +35,7 @@ _LARGEST_BUFFER_BYTES = 2**30 - 1
 _SIOCOUTQNSD = 0x894B
 # struct tcp_info of linux/tcp.h, up to Linux 4.10's tcpi_sndbuf_limited; times in us
 _TCP_INFO_BYTES = 192
-_RTT_AT, _RETRANSMITS_AT, _ACKNOWLEDGED_AT, _LEAST_RTT_AT, _BUSY_AT = 68, 100, 120, 148, 168
+_RTT_AT, _RETRANSMITS_AT, _ACKNOWLEDGED_AT, _UNSENT_AT, _BUSY_AT = 68, 100, 120, 144, 168
 _LARGEST_NAME_BYTES = 16  # TCP_CA_NAME_MAX
 
 _Names = tuple[str, str]
@@ -115,14 +115,15 @@ class Connection:
             if tcp is not None:
                 told = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
                 if len(told) == _TCP_INFO_BYTES:
-                    round_trip_us, retransmits, least_us = (
-                        struct.unpack_from("I", told, at)[0] for at in (_RTT_AT, _RETRANSMITS_AT, _LEAST_RTT_AT)
+                    round_trip_us, retransmits = (
+                        struct.unpack_from("I", told, at)[0] for at in (_RTT_AT, _RETRANSMITS_AT)
                     )
+                    unsent_bytes, least_us = struct.unpack_from("2I", told, _UNSENT_AT)
                     busy_us, by_receiver_us, by_buffer_us = struct.unpack_from("3Q", told, _BUSY_AT)
                     return PathFacts(
                         struct.unpack_from("Q", told, _ACKNOWLEDGED_AT)[0],
                         (busy_us - by_receiver_us - by_buffer_us) * 1000,
-                        retransmits, round_trip_us * 1000, least_us * 1000,
+                        retransmits, round_trip_us * 1000, least_us * 1000, unsent_bytes,
                     )  # fmt: skip
         return None
 
