@@ -25,11 +25,11 @@ pytestmark = pytest.mark.timeout(60)
 MS, S = 10**6, 10**9
 GRANTED = 16e6
 EMPTY_NS, QUEUED_NS = 20 * MS, 150 * MS
-STEP_NS = 250 * MS
+STEP_NS = 100 * MS
 
 
 class Path:
-    """A connection in virtual time, always busy; tells the rule every 250 ms how it goes."""
+    """A connection in virtual time, always busy; tells the rule every 100 ms how it goes."""
 
     def __init__(self, rule: SharedPath, least_ns: int = EMPTY_NS) -> None:
         self.rule, self.now_ns = rule, 1000 * S
@@ -77,7 +77,7 @@ class TestRule:
         assert path.rule.verdict.share == LIMIT_SHARE
 
     def test_one_bad_look_is_not_enough(self, path: Path) -> None:
-        path.goes(0.25, 0.2)  # from where looks are counted
+        path.goes(0.1, 0.2)  # from where looks are counted
         for _ in range(20):
             path.goes(0.5, 0.02)
             path.goes(0.5, 0.2)
@@ -95,14 +95,15 @@ class TestRule:
     def test_a_program_that_sends_little_does_not_starve(self, path: Path) -> None:
         assert path.goes(60, 0.02, lost=1, unsent_bytes=0) == LOSS_BASED
         for _ in range(100):  # looked at just when it had something to send, now and then
-            path.goes(1, 0.02, lost=1)
-            path.goes(0.25, 0.02, unsent_bytes=0)
+            path.goes(0.2, 0.02, lost=1)
+            path.goes(0.3, 0.02, lost=1, unsent_bytes=0)
         assert path.changes == []
 
     def test_pauses_between_calls_do_not_keep_it_from_being_noticed(self, path: Path) -> None:
-        for _ in range(3):
-            path.goes(0.75, 0.02)
-            path.goes(5, 0.0, busy=0.0)
+        for _ in range(6):
+            path.goes(0.5, 0.02)
+            path.goes(0.2, 0.02, unsent_bytes=0)  # the last of it is under way
+            path.goes(5, 0.0, busy=0.0, unsent_bytes=0)
         assert path.rule.verdict.control == MODEL_BASED
 
     def test_slow_start_over_a_long_path_is_no_starving(self) -> None:
@@ -158,7 +159,8 @@ class TestRule:
         path.goes(10, 0.02)
         path.rule.begin()
         path.facts = path.facts._replace(acknowledged_bytes=0, limited_ns=0, retransmits=0)
-        assert path.goes(10, 0.1) == MODEL_BASED
+        assert path.goes(0.2, 0.1) == MODEL_BASED
+        assert path.goes(2, 0.1, round_trip_ns=EMPTY_NS) == LOSS_BASED
 
     def test_what_the_system_does_not_offer_is_not_asked_for_again(self, path: Path) -> None:
         path.goes(10, 0.02)

@@ -19,7 +19,7 @@ counted in the time in which nothing but the path held it up, and the path showe
 trip is above twice that of the empty path. Measured at the above, a rank got 10 to 16 % of its rate beside 90 % and 2
 to 4 % beside 100 %. What is counted is TCP's own (``TCP_INFO``): bytes acknowledged, and the time in which it was busy,
 less that in which the receiver's window or the send buffer held it up. Small messages keep a connection busy as well,
-since each is waited for; they leave nothing unsent. So only what passes while something waits to be sent is counted.
+since each is waited for, but they leave nothing unsent: so something must wait to be sent more often than not.
 
 **Others' share.** Beside others that give way as it does, a flow gets so little only where there are fifteen of them
 for each rank of its site. Then BBR would take more than its part: its share does not depend on how many others there
@@ -102,6 +102,7 @@ class SharedPath:
         self._verdict = _ORDINARY
         self._begin: PathFacts | None = None
         self._last: PathFacts | None = None
+        self._looks = self._unsent_looks = 0
         self._hints = 0
         self._since_ns = 0
         self._back_ns = _SETTLE_NS
@@ -116,6 +117,7 @@ class SharedPath:
     def begin(self) -> None:
         """Take note that the connection is a new one, whose counts begin at zero."""
         self._begin, self._last, self._hints, self._is_offered = None, None, 0, True
+        self._looks = self._unsent_looks = 0
 
     def refused(self) -> None:
         """Take note that the other control cannot be had: the ordinary one stays on this connection."""
@@ -137,21 +139,21 @@ class SharedPath:
         self._begin, self._since_ns = begin, self._since_ns or now_ns
         if not self._is_offered or granted_bytes_per_s <= 0 or facts.limited_ns == last.limited_ns:
             return self._verdict
-        is_ordinary = self._verdict is _ORDINARY
-        if is_ordinary and not (facts.unsent_bytes and last.unsent_bytes):
-            self._begin, self._hints = facts, 0
-            return self._verdict
+        self._looks += 1
+        self._unsent_looks += facts.unsent_bytes > 0
         empty_ns = min((ns for ns in (self._stated_ns, facts.least_round_trip_ns) if ns > 0), default=0)
         busy_ns = facts.limited_ns - begin.limited_ns
         if busy_ns < max(_SPAN_BUSY_NS, _SPAN_ROUND_TRIPS * empty_ns):
             return self._verdict
         is_lossy = facts.retransmits > begin.retransmits
-        if is_ordinary:
+        if self._verdict is _ORDINARY:
             share = (facts.acknowledged_bytes - begin.acknowledged_bytes) / busy_ns * 1e9 / granted_bytes_per_s
-            is_hint = share < STARVED_SHARE and (is_lossy or facts.round_trip_ns > _QUEUED * empty_ns)
+            is_held_up = share < STARVED_SHARE and 2 * self._unsent_looks > self._looks
+            is_hint = is_held_up and (is_lossy or facts.round_trip_ns > _QUEUED * empty_ns)
         else:
             is_hint = not is_lossy and facts.round_trip_ns < _EMPTY * empty_ns
         self._begin, self._hints = facts, self._hints + 1 if is_hint else 0
+        self._looks = self._unsent_looks = 0
         self._change(now_ns)
         return self._verdict
 

@@ -23,7 +23,7 @@ OWN_DESCRIPTORS = 24
 """What an endpoint without peers has open at most: ZeroMQ's threads, sockets and monitors, epoll and timer."""
 _WIDE_DESCRIPTORS, _NARROW_DESCRIPTORS = 6, 3
 """For each peer: two connections out, one duplicate, two in, and one for a moment; or one out, one in and that one."""
-_LOOK_EVERY_NS = 250_000_000
+_LOOK_EVERY_NS = 100_000_000
 
 
 class Roads:
