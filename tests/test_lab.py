@@ -31,6 +31,8 @@ from detcoll.topology import Topology
 
 UNAVAILABLE = why_unavailable()
 needs_lab = [pytest.mark.lab, pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))]
+CONTROLS = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+OFFERS_BBR = CONTROLS.exists() and "bbr" in CONTROLS.read_text(encoding="ascii").split()
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -195,6 +197,33 @@ class TestLine:
         lab.close()
         assert holders(inodes) == []
         assert not Path(f"/proc/{flows}").exists()
+
+    @pytest.mark.skipif(not OFFERS_BBR, reason="this kernel does not offer BBR")
+    def test_beside_a_line_that_others_fill_the_congestion_control_changes(self, tmp_path: Path) -> None:
+        code = """
+import numpy as np, detcoll
+comm = detcoll.init(transport="slotted")
+x, switches = np.ones(100_000, np.float32), np.zeros(1, np.int32)
+for _ in range(60):
+    detcoll.all_reduce(x, op="max")
+    switches[0] = comm.counters()["congestion_switches"]
+    detcoll.all_reduce(switches)
+    if switches[0]:
+        break
+else:
+    raise SystemExit("it never changed")
+detcoll.finalize()
+"""
+        conditions = Conditions(queue_bytes=500_000, cross_traffic=1.2)
+        env = {"DETCOLL_TRACE": str(tmp_path)}
+        with Lab(two_sites(5e6, 10_000_000), conditions) as lab:
+            assert run_ranks(lab, [sys.executable, "-c", code], env=env, deadline_s=80) == 0
+        traces = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+        assert sum(trace["counts"]["congestion_switches"] for trace in traces) >= 1
+        ran = {row["congestion"] for trace in traces for row in trace["connections"] if row["lane"] == "bulk"}
+        assert "bbr" in ran <= {"bbr", "cubic"}
+        small = {row["congestion"] for trace in traces for row in trace["connections"] if row["lane"] == "express"}
+        assert small == {"cubic"}
 
     def test_a_program_marks_its_packets_where_a_rate_is_reserved(self) -> None:
         code = """
