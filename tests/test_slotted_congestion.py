@@ -235,7 +235,7 @@ class TestLine:
         line.pace(12_000_000)
         assert kernel.paced == 12_000_000
         adopted.starve(kernel)
-        assert (kernel.control, kernel.paced, line.switches) == (MODEL_BASED, 2_000_000, 1)
+        assert (kernel.control, kernel.paced, line.switches) == (MODEL_BASED, 3_000_000, 1)
         line.pace(6_000_000)
         assert kernel.paced == 1_000_000
         line.pace(UNPACED)
@@ -246,7 +246,7 @@ class TestLine:
         line.pace(12_000_000)
         adopted.starve(first)
         second = adopted.connect(Kernel())
-        assert (second.control, second.paced, line.switches) == (MODEL_BASED, 2_000_000, 1)
+        assert (second.control, second.paced, line.switches) == (MODEL_BASED, 3_000_000, 1)
 
     def test_where_the_other_control_is_not_offered_nothing_changes(self, adopted: Adopted) -> None:
         kernel, line = adopted.connect(Kernel(offered=(LOSS_BASED,))), adopted.line
@@ -345,11 +345,11 @@ def test_a_live_connection_on_a_line_that_nobody_reserved_changes_its_control() 
         line.pace(12_000_000)
         pump(fabric, lambda: fabric[0].counters()["congestion_switches"] == 1)
         assert controls(fabric) == {"bulk": "reno", "express": "cubic"}
-        assert pacing_rate(line) == 2_000_000
+        assert pacing_rate(line) == 3_000_000
         before = line.tcp
         line.cut()
         pump(fabric, lambda: line.tcp not in (None, before))
-        assert (controls(fabric)["bulk"], pacing_rate(line)) == ("reno", 2_000_000)
+        assert (controls(fabric)["bulk"], pacing_rate(line)) == ("reno", 3_000_000)
 
 
 @pytest.mark.usefixtures("starving")
