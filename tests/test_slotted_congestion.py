@@ -237,9 +237,9 @@ class TestLine:
         adopted.starve(kernel)
         assert (kernel.control, kernel.paced, line.switches) == (MODEL_BASED, 3_000_000, 1)
         line.pace(6_000_000)
-        assert kernel.paced == 1_000_000
+        assert kernel.paced == 1_500_000
         line.pace(UNPACED)
-        assert kernel.paced == 1_000_000
+        assert kernel.paced == 1_500_000
 
     def test_a_connection_that_takes_its_place_runs_the_same(self, adopted: Adopted) -> None:
         first, line = adopted.connect(Kernel()), adopted.line
