@@ -27,10 +27,11 @@ are (Ware and others, "Modeling BBR's Interactions with Loss-Based Congestion Co
 connection is paced at a quarter of what its calendar grants at most, and all ranks of a site together at a quarter of
 the line. With a sixth, calls beside 100 % took 4 % longer than without a limit.
 
-**The way back.** When the queue has gone, twice in a row without a loss and with a round trip below one and a half
-times that of the empty path, others leave room again and CUBIC takes it. Where the queue stays, CUBIC is tried again
-after a minute, since others may now leave a tenth of the line, which is more to CUBIC than to BBR. Each time that CUBIC
-starves again soon after, both ways back wait for twice as long as before, up to sixteen minutes; so it does not flap.
+**The way back.** A connection that begins beside 90 % loses much at first, and CUBIC then starves for some ten seconds
+as it would beside 100 %. BBR tells the two apart: beside 90 % it lost nothing in ten calls, beside 100 % hundreds of
+segments. So six spans in a row without a loss mean that others leave room, and CUBIC takes it. Where losses go on,
+CUBIC is tried again after a minute. Each time that CUBIC starves again soon after, both ways back wait for twice as
+long as before, up to sixteen minutes; so it does not flap.
 
 **A span** that is judged covers half a second of a busy connection, or 25 round trips where these take longer, so that
 slow start is not taken for starving.
@@ -49,11 +50,12 @@ STARVED_SHARE = 1 / 16
 LIMIT_SHARE = 1 / 4
 """What a connection may take of its granted rate while its control does not give way."""
 
-SPANS = 2
+STARVED_SPANS, CLEAN_SPANS = 2, 6
+"""How many spans in a row must have starved, or been without a loss, before the control changes."""
 _SPAN_BUSY_NS = 500_000_000
 _SPAN_ROUND_TRIPS = 25
-_QUEUED, _EMPTY = 2.0, 1.5
-_SETTLE_NS = 5_000_000_000
+_QUEUED = 2.0
+_SETTLE_NS = 3_000_000_000
 _TRY_AGAIN_NS, _LONGEST_NS = 60_000_000_000, 960_000_000_000
 
 
@@ -151,7 +153,7 @@ class SharedPath:
             is_held_up = share < STARVED_SHARE and 2 * self._unsent_looks > self._looks
             is_hint = is_held_up and (is_lossy or facts.round_trip_ns > _QUEUED * empty_ns)
         else:
-            is_hint = not is_lossy and facts.round_trip_ns < _EMPTY * empty_ns
+            is_hint = not is_lossy
         self._begin, self._hints = facts, self._hints + 1 if is_hint else 0
         self._looks = self._unsent_looks = 0
         self._change(now_ns)
@@ -161,13 +163,14 @@ class SharedPath:
         """Change the control where that is due."""
         lasted_ns = now_ns - self._since_ns
         if self._verdict is _ORDINARY:
-            if self._hints < SPANS:
+            if self._hints < STARVED_SPANS:
                 return
             if lasted_ns > self._try_again_ns:  # it went well for long: what was learnt is out of date
                 self._back_ns, self._try_again_ns = _SETTLE_NS, _TRY_AGAIN_NS
             self._verdict = _BOLD
         else:
-            if not (self._hints >= SPANS and lasted_ns >= self._back_ns) and lasted_ns < self._try_again_ns:
+            is_clean = self._hints >= CLEAN_SPANS and lasted_ns >= self._back_ns
+            if not is_clean and lasted_ns < self._try_again_ns:
                 return
             self._back_ns = min(2 * self._back_ns, _LONGEST_NS)
             self._try_again_ns = min(2 * self._try_again_ns, _LONGEST_NS)
