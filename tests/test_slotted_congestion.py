@@ -131,6 +131,7 @@ class TestRule:
             path.goes(2.4, 0.1)
             path.goes(0.5, 0.1, lost=1)
         assert path.rule.verdict.control == MODEL_BASED
+        assert path.goes(20, 0.02) == MODEL_BASED  # it has not found its rate yet
         assert path.goes(4, 0.1) == LOSS_BASED
         assert path.rule.verdict.share == 1.0
         assert path.goes(60, 0.9, round_trip_ns=EMPTY_NS) == LOSS_BASED

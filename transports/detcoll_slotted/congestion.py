@@ -29,9 +29,9 @@ the line. With a sixth, calls beside 100 % took 6 % longer than in BBR without a
 
 **The way back.** A connection that begins beside 90 % loses much at first, and CUBIC then starves for some ten seconds
 as it would beside 100 %. BBR tells the two apart: beside 90 % it lost nothing in ten calls, beside 100 % hundreds of
-segments. So six spans in a row without a loss mean that others leave room, and CUBIC takes it. Where losses go on,
-CUBIC is tried again after a minute. Each time that CUBIC starves again soon after, both ways back wait for twice as
-long as before, up to sixteen minutes; so it does not flap.
+segments once it had found its rate. So six spans in a row without a loss, with more than what CUBIC starves at, mean
+that others leave room, and CUBIC takes it. Else CUBIC is tried again after a minute. Each time that CUBIC starves again
+soon after, both ways back wait for twice as long as before, up to sixteen minutes; so it does not flap.
 
 **A span** that is judged covers half a second of a busy connection, or 25 round trips where these take longer, so that
 slow start is not taken for starving.
@@ -148,12 +148,12 @@ class SharedPath:
         if busy_ns < max(_SPAN_BUSY_NS, _SPAN_ROUND_TRIPS * empty_ns):
             return self._verdict
         is_lossy = facts.retransmits > begin.retransmits
+        share = (facts.acknowledged_bytes - begin.acknowledged_bytes) / busy_ns * 1e9 / granted_bytes_per_s
+        is_held_up = share < STARVED_SHARE and 2 * self._unsent_looks > self._looks
         if self._verdict is _ORDINARY:
-            share = (facts.acknowledged_bytes - begin.acknowledged_bytes) / busy_ns * 1e9 / granted_bytes_per_s
-            is_held_up = share < STARVED_SHARE and 2 * self._unsent_looks > self._looks
             is_hint = is_held_up and (is_lossy or facts.round_trip_ns > _QUEUED * empty_ns)
         else:
-            is_hint = not is_lossy
+            is_hint = not is_lossy and not is_held_up
         self._begin, self._hints = facts, self._hints + 1 if is_hint else 0
         self._looks = self._unsent_looks = 0
         self._change(now_ns)
