@@ -121,6 +121,8 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
         (["--lab", "--service", "good"], "service='good' is not known"),
         (["--lab", "--reserved", "1 Mbit/s"], "needs service=deterministic"),
         (["--lab", "--cross-traffic", "3"], "cross_traffic=3.0 must be a share"),
+        (["--lab", "--cross-traffic-kind", "tcp"], "cross_traffic_kind='tcp' is of what others send"),
+        (["--cross-traffic-kind", "tcp"], "--cross-traffic-kind need --lab"),
         (["--lab", "--transport", "pigeon"], "transport='pigeon'"),
         (["--lab", "--transport", "shm"], "one host only"),
         (["--lab", "--sites", "1"], "sites=1"),

@@ -245,8 +245,20 @@ def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> d
     return {
         "warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate, "warm_up_in_turn": in_turn,
         "in_flight_bytes": round(most * round_trip_ns / 1e9), "acknowledge_delay_ns": WIDE_ACKNOWLEDGE_DELAY_NS,
-        "pace_groups": pace_groups,
+        "pace_groups": pace_groups, "shared_peers": _shared_peers(topology, rank),
     }  # fmt: skip
+
+
+def _shared_peers(topology: Topology, rank: int) -> dict[int, int]:
+    """Return the ranks that this one reaches over lines which nobody reserved, with the round trip in ns."""
+    here = topology.site_of(rank)
+    there = [index for index in range(len(topology.sites)) if topology.reserved_bytes_per_s(here, index) is None]
+    return {
+        peer: topology.one_way_ns(here, index) + topology.one_way_ns(index, here)
+        for index in there
+        if index != here
+        for peer in topology.sites[index].ranks
+    }
 
 
 def _pace_groups(topology: Topology, rank: int) -> dict[int, int]:

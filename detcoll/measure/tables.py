@@ -11,7 +11,7 @@ from rich.text import Text
 from detcoll.measure.lines import LineUse
 from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Measurement, Row, Run
 from detcoll.measure.statistics import Summary
-from detcoll.quantities import format_bytes, format_duration
+from detcoll.quantities import format_bytes, format_duration, format_rate
 from detcoll.registry import title_of
 
 NONE = "-"
@@ -125,6 +125,8 @@ def line_note(name: str, use: LineUse) -> Text:
     if co_tenant is not None:
         others = f"a co-tenant's round trip {_time(co_tenant.median_s)}, p99 {_time(co_tenant.p99_s)}"
     queue = f"peak queue {format_bytes(use.peak_queue_bytes or 0)}, router {use.router_cpu_share:.0%} of a core"
+    if use.others_bytes_per_s is not None:
+        others += f"; others' TCP flows got {format_rate(round(use.others_bytes_per_s, -4))}"
     return Text(f"{name}: dropped segments: {dropped}; {queue}; {others}")
 
 

@@ -213,23 +213,27 @@ class SlottedEndpoint(Endpoint):
                 self._departures.turn(now_ns)
 
     def counters(self) -> Mapping[str, int]:
-        """Return retransmitted TCP segments, sends that missed their windows, and what was resent or refused."""
+        """Return what TCP retransmitted, sends that missed their windows, and what was resent, refused or changed."""
         return self._intake.counted | {
             "refused_connections": self._roads.gate.refused_connections,
             "resent_bytes": self._post.resent_bytes,
             "missed_sends": self._departures.missed_sends,
+            "congestion_switches": self._roads.congestion_switches,
             "retransmits": sum(line.retransmits() for peer in list(self._peers.values()) for line in peer.own_lines),
         }
 
     def connections(self) -> list[dict[str, object]]:
-        """Return which TCP connections carry what, for holding a capture of the line against the calendar."""
+        """Return which TCP connections carry what under which congestion control, to hold a capture against."""
         rows = []
         for peer in self._peers.values():
             for line in peer.own_lines:
                 if line.tcp is not None:
                     local, remote = line.tcp.names
                     lane = line.lanes[0].name.lower()
-                    rows.append({"dst": peer.rank, "lane": lane, "local": local, "remote": remote})
+                    congestion = line.tcp.congestion()
+                    rows.append(
+                        {"dst": peer.rank, "lane": lane, "local": local, "remote": remote, "congestion": congestion}
+                    )
         return rows
 
     def abort(self) -> None:
@@ -336,6 +340,7 @@ class SlottedEndpoint(Endpoint):
             now_ns = self._clock.now_ns()
         self._departures.turn(now_ns)
         self._step_back(now_ns)
+        self._roads.look(now_ns)
         for descriptor in ready:
             if descriptor in self._monitored:
                 self._watch(self._monitored[descriptor], now_ns)
