@@ -246,6 +246,18 @@ def test_chunks_and_scratch_stay_within_their_limits(ranks: list[int], mode: Slo
         assert choose_chunk(topology, calendar, LARGE).elems * 4 >= SMALLEST_CHUNK_BYTES - 4
 
 
+@pytest.mark.parametrize("ranks", [[1, 1], [2, 2], [1, 3]])
+def test_chunks_of_large_arrays_grow_with_lines_that_are_faster_than_hosts(ranks: list[int]) -> None:
+    def chosen(rate: float, nbytes: int, mode: Slotting = Slotting.SHARE) -> ChunkSize:
+        topology = sites_of(ranks, rate, 50_000)
+        return choose_chunk(topology, build_calendar(topology, mode), Collective("all_reduce", nbytes // 4, 4, 4))
+
+    for rate in (1.25e8, 1.25e9):
+        assert chosen(rate, 2**30).elems * 4 == LARGEST_CHUNK_BYTES
+    assert chosen(5e9, 2**30).elems * 4 == 4 * LARGEST_CHUNK_BYTES
+    assert chosen(5e9, 2**24).elems * 4 == LARGEST_CHUNK_BYTES, "a flow has a few of them in any case"
+
+
 def test_forty_sites_of_eight_stay_cheap() -> None:
     topology = Topology.uniform(40, 8, 125e6, 10_000_000)
     calendar = build_calendar(topology)
