@@ -118,8 +118,8 @@ def halves(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(halves(), st.sampled_from(ALL_REDUCE))
-def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, algorithm: str) -> None:
+@given(halves(), st.sampled_from(ALL_REDUCE), st.integers(0, 2))
+def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, algorithm: str, in_place: int) -> None:
     ranks, arrays = drawn
     dtype, count = arrays[0].dtype, arrays[0].size
     topology = sites_of(ranks)
@@ -128,7 +128,7 @@ def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, al
     out = np.empty(count, dtype)
     fold_groups(ReduceOp.AVG, arrays, groups, out, rooms)
     require(ReduceOp.AVG, arrays, groups, out, ordered=True)
-    parts = all_parts(Collective("all_reduce", count, 2, 4), topology, algorithm, ChunkSize(16, 2))
+    parts = all_parts(Collective("all_reduce", count, 2, 4), topology, algorithm, ChunkSize(16, 2, in_place=in_place))
     result = simulate(parts, topology, build_calendar(topology, Slotting.SHARE), data=arrays, op=ReduceOp.AVG)
     for array in result.arrays:
         np.testing.assert_array_equal(plain_bits(array), plain_bits(out))

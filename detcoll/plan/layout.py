@@ -60,6 +60,10 @@ FAST_BYTES_PER_S = 1.25e9
 `LARGEST_FAST_CHUNK_BYTES`."""
 LARGEST_FAST_CHUNK_BYTES = 8 * LARGEST_CHUNK_BYTES
 
+IN_PLACE_BYTES = 8 * 2**20
+"""What may wait to be folded in place of what was sent there: as much as stays in a transport's memory, see
+`detcoll.runtime.credit`. Further receives are not posted yet, which keeps nothing from arriving."""
+
 LARGEST_SCRATCH_BYTES = 33_554_432
 
 CHUNKS_A_FLOW_HELD = 8
@@ -93,11 +97,15 @@ class ChunkSize:
     """``elems`` a chunk, and how many chunks a rank keeps in scratch at once (``depth``).
 
     ``whole`` : the array is one segment, owned by the last rank of each site.
+    ``in_place`` : if not 0, a rank that is alone in its site sends from the caller's array instead of a copy, where the
+    algorithm can. What it gets is then folded only when what it sent there was acknowledged, and this is for how many
+    chunks it waits at once.
     """
 
     elems: int
     depth: int
     whole: bool = False
+    in_place: int = 0
 
 
 def choose_chunk(
@@ -141,6 +149,8 @@ def choose_chunk(
     owned = -(-segment_elems // elems)
     if shares and depth < owned <= 2 * depth:  # the last ones would wait for results that queue behind all sums
         depth = min(owned, LARGEST_SCRATCH_BYTES // place_bytes)
+    if _is_fast(topology, calendar):
+        return ChunkSize(elems, max(depth, 4), whole, max(IN_PLACE_BYTES // (elems * collective.itemsize), 1))
     return ChunkSize(elems, max(depth, 4), whole)
 
 

@@ -199,6 +199,8 @@ class _Prediction:
         if self.declared.opening is Opening.SCATTER:
             return turns * len(self.cut.elems) * self.local_step_ns
         rounds = int(self._chunks_owned().max() - 1) // self.chunk_size.depth
+        if self.chunk_size.in_place and self.most_ranks == 1:  # nothing lies in scratch
+            rounds = 0
         held_ns = float((lines.delay_ns + lines.delay_ns.T).max()) + self.costs.wake_ns
         turn_ns = self._busiest_ns(opening=True) / max(turns + 1, 1)
         return max(turns * turn_ns, rounds * held_ns)
