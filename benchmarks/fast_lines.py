@@ -103,8 +103,12 @@ def environments(topology: Topology, topology_path: Path) -> list[dict[str, str]
 def _start(
     site: Namespace, argv: Sequence[str], env: dict[str, str], out: int | None, err: int | None
 ) -> subprocess.Popen[bytes]:
-    popen = partial(subprocess.Popen, argv, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-    return run_inside(site, partial(popen, start_new_session=True))
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+        )  # fmt: skip
+
+    return run_inside(site, start)
 
 
 def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

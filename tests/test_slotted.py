@@ -486,6 +486,17 @@ def test_what_is_consumed_last_is_told_at_the_next_poll() -> None:
         pump(fabric, lambda: fabric[0]._peers[1].outbound.consumed_bytes == 9_000, ranks=(0,))
 
 
+def test_what_has_come_is_told_once_it_is_much_even_while_it_is_held() -> None:
+    with pair(acknowledge_delay_ns=60_000 * MS, credit_bytes=80_000) as fabric:
+        waiting = fabric[1].recv(0, 9, 1)
+        sent = fabric[0].send(1, 1, memoryview(bytes(10_000)))
+        lent = fabric[1].recv(0, 1, 10_000)
+        settle(fabric, sent)
+        assert lent.view is not None
+        assert fabric[0]._peers[1].outbound.consumed_bytes == 0
+        assert fabric[1].cancel(waiting)
+
+
 def test_opened_and_closed_many_times_it_leaves_nothing() -> None:
     def inventory() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
