@@ -27,7 +27,7 @@ from detcoll.testing.fabric import in_threads
 from detcoll.testing.socks import FaultyProxy
 from detcoll.transport import Ticket, TicketStatus, Window
 from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, gate, tcp
-from detcoll_slotted.pacing import ALONE_AHEAD_NS, SWITCH_AHEAD_NS
+from detcoll_slotted.pacing import AHEAD_NS, ALONE_AHEAD_NS, SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import OWN_DESCRIPTORS
 from detcoll_slotted.tcp import SO_MAX_PACING_RATE
@@ -833,6 +833,26 @@ def test_who_has_a_pace_alone_runs_ahead_until_another_comes(monkeypatch: pytest
         sends.sort(key=lambda ticket: ticket.left_ns)
         for before, after in itertools.pairwise(sends):
             assert after.left_ns - before.left_ns >= int(size / rate * 1e9), "one rate for both"
+
+
+def test_where_the_host_paces_messages_are_handed_over_at_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, size = 1e7, 50_000
+    takes_ns = int(size / rate * 1e9)
+    with pair(host_paced=True) as fabric:
+        seen = watch_bulk(monkeypatch, fabric[0])
+        window, payload = Window(now_ns(), None, rate), memoryview(bytes(size))
+        sends = [fabric[0].send(1, tag, payload, window) for tag in range(6)]
+        assert len(seen) == 1, "the others would leave more than a moment too early"
+        received = [fabric[1].recv(0, tag, size) for tag in range(6)]
+        settle(fabric, *sends, *received)
+        assert {ticket.status for ticket in sends + received} == {DONE}
+        for before, after in itertools.pairwise(sends):
+            assert after.left_ns - before.left_ns >= takes_ns
+            assert after.started_ns >= before.left_ns - AHEAD_NS
+        break_line(fabric, 0, Lane.BULK)
+        line = line_of(fabric[0], 1, Lane.BULK)
+        pump(fabric, lambda: line.tcp is not None)
+        assert pacing_rate(line) == 2**64 - 1, "the kernel keeps out of it"
 
 
 def test_what_is_sent_again_keeps_others_of_its_pace_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

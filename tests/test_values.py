@@ -35,6 +35,8 @@ WORLDS = {
     "slotted3": ("slotted", (3,), None),
     "slotted2+2": ("slotted", (2, 2), lines(2, 2)),
     "slotted1+3": ("slotted", (1, 3), lines(1, 3)),
+    "slotted1+1, faster than hosts": ("slotted", (1, 1), lines(1, 1, rate_bytes_per_s=5e9, one_way_ns=50_000)),
+    "slotted1+3, faster than hosts": ("slotted", (1, 3), lines(1, 3, rate_bytes_per_s=5e9, one_way_ns=50_000)),
     "slotted1+1+1": ("slotted", (1, 1, 1), lines(1, 1, 1)),
     "slotted2+3+2": ("slotted", (2, 3, 2), lines(2, 3, 2)),
     "gloo3": ("gloo", (3,), None),

@@ -149,7 +149,7 @@ def choose_chunk(
     owned = -(-segment_elems // elems)
     if shares and depth < owned <= 2 * depth:  # the last ones would wait for results that queue behind all sums
         depth = min(owned, LARGEST_SCRATCH_BYTES // place_bytes)
-    if _is_fast(topology, calendar):
+    if is_fast(topology, calendar):
         return ChunkSize(elems, max(depth, 4), whole, max(IN_PLACE_BYTES // (elems * collective.itemsize), 1))
     return ChunkSize(elems, max(depth, 4), whole)
 
@@ -158,14 +158,14 @@ def _fastest_bytes_per_s(topology: Topology) -> float:
     return max(site.uplink_bytes_per_s or 0.0 for site in topology.sites)
 
 
-def _is_fast(topology: Topology, calendar: Calendar) -> bool:
+def is_fast(topology: Topology, calendar: Calendar) -> bool:
     """Tell whether flows share a line that is faster than hosts, between two sites."""
     return len(topology.sites) == 2 and not calendar.has_windows and _fastest_bytes_per_s(topology) > FAST_BYTES_PER_S
 
 
 def _largest_bytes(topology: Topology, calendar: Calendar, flow_bytes: int) -> int:
     """Return the largest chunk: more on fast lines, as long as a flow has `CHUNKS_A_FLOW` of them."""
-    if not _is_fast(topology, calendar):
+    if not is_fast(topology, calendar):
         return LARGEST_CHUNK_BYTES
     grown_bytes = int(LARGEST_CHUNK_BYTES * _fastest_bytes_per_s(topology) / FAST_BYTES_PER_S)
     return max(LARGEST_CHUNK_BYTES, min(grown_bytes, LARGEST_FAST_CHUNK_BYTES, flow_bytes // CHUNKS_A_FLOW))

@@ -40,6 +40,8 @@ class Line:
         self.trunk, self.route, self.rank, self.address, self.lanes = trunk, route, rank, address, lanes
         self.connected = False
         self.was_connected = False
+        self.is_paced = True
+        """Whether the kernel is told the rate."""
         self._style = style
         self.rate_bytes_per_s = 0
         self._free_ns = 0
@@ -59,11 +61,11 @@ class Line:
         return False
 
     def pace(self, rate_bytes_per_s: float) -> None:
-        """Let the kernel send at most this many payload bytes per second on this connection."""
+        """Let the kernel send at most this many payload bytes per second on this connection, if it paces it."""
         rate = int(rate_bytes_per_s)
         if rate != self.rate_bytes_per_s:
             self.rate_bytes_per_s = rate
-            if self._tcp is not None:
+            if self._tcp is not None and self.is_paced:
                 self._tcp.pace(rate)
 
     def leaves_ns(self, now_ns: int, nbytes: int) -> int:
@@ -102,7 +104,7 @@ class Line:
         self._tcp = Connection.adopt(descriptor, endpoint, keep=self._style.keep)
         if self._tcp is not None:
             self._tcp.prepare(self._style.congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
-            if self.rate_bytes_per_s:
+            if self.rate_bytes_per_s and self.is_paced:
                 self._tcp.pace(self.rate_bytes_per_s)
 
     def _drop(self) -> None:

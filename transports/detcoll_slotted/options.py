@@ -19,7 +19,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     through which ``proxied_peers`` are reached; empty for none.  ``in_flight_bytes`` : what a connection to those that
     are warmed up has under way at most; send buffers and credit are made to hold it.  ``pace_groups`` : for each peer a
     number that stands for its site; sends with a window to peers of one number share one rate.  ``tolerance_ns`` : how
-    long a peer may be out of reach, when it is first needed or later.
+    long a peer may be out of reach, when it is first needed or later.  ``host_paced`` : messages with a window are
+    handed over at its rate, and the kernel paces nothing, see `detcoll_slotted.pacing`.
     """
 
     credit_bytes: int = 16_777_216
@@ -35,6 +36,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     in_flight_bytes: int = 0
     pace_groups: dict[int, int] = {}
     tolerance_ns: int = 30_000_000_000
+    host_paced: bool = False
 
     @property
     def wide_peers(self) -> frozenset[int]:
