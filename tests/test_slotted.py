@@ -22,6 +22,7 @@ import pytest
 import zmq
 
 from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
+from detcoll.priority import make_prompt
 from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.testing.socks import FaultyProxy
@@ -853,6 +854,26 @@ def test_where_the_host_paces_messages_are_handed_over_at_their_rate(monkeypatch
         line = line_of(fabric[0], 1, Lane.BULK)
         pump(fabric, lambda: line.tcp is not None)
         assert pacing_rate(line) == 2**64 - 1, "the kernel keeps out of it"
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_threads_of_the_library_go_ahead_where_that_is_wanted(prompt: bool) -> None:
+    def classes() -> dict[str, int]:
+        return {task: os.sched_getscheduler(int(task)) for task in os.listdir("/proc/self/task")}
+
+    before = classes()
+    with pair(prompt=prompt):
+        theirs = {name for task, name in classes().items() if task not in before}
+    expected = os.SCHED_RR if prompt and may_be_prompt() else os.SCHED_OTHER
+    assert (os.SCHED_RR in theirs) == (expected == os.SCHED_RR)
+
+
+def may_be_prompt() -> bool:
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(make_prompt()))
+    asking.start()
+    asking.join()
+    return answers[0]
 
 
 def test_what_is_sent_again_keeps_others_of_its_pace_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

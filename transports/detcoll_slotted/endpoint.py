@@ -59,7 +59,7 @@ class SlottedEndpoint(Endpoint):
         self._joining = Joining(rank, options, self._post, clock, self._wait_and_look)
         self._urgency = Urgency()
         self._closed: Exception | None = None
-        with prompt_threads():
+        with prompt_threads() if options.prompt else contextlib.nullcontext():
             self._roads = Roads(host, token, options)
         with contextlib.ExitStack() as opened:
             opened.callback(self._roads.close, 0)
