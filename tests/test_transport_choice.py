@@ -120,6 +120,7 @@ def test_lines_that_are_faster_than_hosts_are_paced_by_them_where_they_are_short
     topology = lines(1, 1, rate_bytes_per_s=rate, one_way_ns=one_way_ns)
     run_ranks(2, lambda comm: None, topology=topology)
     assert [(options["host_paced"], options["prompt"]) for options in seen] == [expected] * 2
+    assert [options["acknowledge_delay_ns"] < 1_000_000 for options in seen] == [not expected[1]] * 2
     if expected[0]:
         bursts_s = [options["warm_up_bytes"] / options["warm_up_bytes_per_s"] for options in seen]
         assert max(bursts_s) <= 0.004, "what is not paced fits a policer's bucket"
