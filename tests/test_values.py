@@ -36,6 +36,8 @@ WORLDS = {
     "slotted3": ("slotted", (3,), None),
     "slotted2+2": ("slotted", (2, 2), lines(2, 2)),
     "slotted1+3": ("slotted", (1, 3), lines(1, 3)),
+    "slotted1+1, faster than hosts": ("slotted", (1, 1), lines(1, 1, rate_bytes_per_s=5e9, one_way_ns=50_000)),
+    "slotted1+3, faster than hosts": ("slotted", (1, 3), lines(1, 3, rate_bytes_per_s=5e9, one_way_ns=50_000)),
     "slotted1+1+1": ("slotted", (1, 1, 1), lines(1, 1, 1)),
     "slotted2+3+2": ("slotted", (2, 3, 2), lines(2, 3, 2)),
     "gloo3": ("gloo", (3,), None),
@@ -147,8 +149,8 @@ def halves(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(halves(), st.sampled_from(ALL_REDUCE))
-def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, algorithm: str) -> None:
+@given(halves(), st.sampled_from(ALL_REDUCE), st.integers(0, 2))
+def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, algorithm: str, in_place: int) -> None:
     ranks, arrays = drawn
     dtype, count = arrays[0].dtype, arrays[0].size
     topology = sites_of(ranks)
@@ -157,7 +159,7 @@ def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, al
     out = np.empty(count, dtype)
     fold_groups(ReduceOp.AVG, arrays, groups, out, rooms)
     require(ReduceOp.AVG, arrays, groups, out, ordered=True)
-    parts = all_parts(Collective("all_reduce", count, 2, 4), topology, algorithm, ChunkSize(16, 2))
+    parts = all_parts(Collective("all_reduce", count, 2, 4), topology, algorithm, ChunkSize(16, 2, in_place=in_place))
     result = simulate(parts, topology, build_calendar(topology, Slotting.SHARE), data=arrays, op=ReduceOp.AVG)
     for array in result.arrays:
         np.testing.assert_array_equal(plain_bits(array), plain_bits(out))

@@ -164,6 +164,8 @@ class _OfChunks(_Prediction):
         """Return how long after the first chunk the last one is ready: what the host and scratch allow."""
         turns = int(self.cut.chunks.max()) - 1
         rounds = int(self._chunks_owned().max() - 1) // self.chunk_size.depth
+        if self.chunk_size.in_place and self.most_ranks == 1:  # nothing lies in scratch
+            rounds = 0
         held_ns = float((lines.delay_ns + lines.delay_ns.T).max()) + self.costs.wake_ns
         turn_ns = self._busiest_ns(opening=True) / max(turns + 1, 1)
         return max(turns * turn_ns, rounds * held_ns)

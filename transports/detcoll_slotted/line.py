@@ -49,6 +49,8 @@ class Line:
         self.trunk, self.route, self.rank, self.address, self.lanes = trunk, route, rank, address, lanes
         self.connected = False
         self.was_connected = False
+        self.is_paced = True
+        """Whether the kernel is told the rate."""
         self._style = style
         self.rate_bytes_per_s = 0
         self.switches = 0
@@ -73,7 +75,7 @@ class Line:
         return False
 
     def pace(self, rate_bytes_per_s: float) -> None:
-        """Let the kernel send at most this many payload bytes per second on this connection."""
+        """Let the kernel send at most this many payload bytes per second on this connection, if it paces it."""
         rate = int(rate_bytes_per_s)
         if self._path is not None:
             if rate != UNPACED:
@@ -82,7 +84,7 @@ class Line:
                 rate = int(self._granted_bytes_per_s * self._path.verdict.share)
         if rate != self.rate_bytes_per_s:
             self.rate_bytes_per_s = rate
-            if self._tcp is not None:
+            if self._tcp is not None and self.is_paced:
                 self._tcp.pace(rate)
 
     def look(self, now_ns: int) -> None:
@@ -141,7 +143,7 @@ class Line:
                 self._path.begin()
                 congestion = self._path.verdict.control
             self._tcp.prepare(congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
-            if self.rate_bytes_per_s:
+            if self.rate_bytes_per_s and self.is_paced:
                 self._tcp.pace(self.rate_bytes_per_s)
 
     def _drop(self) -> None:

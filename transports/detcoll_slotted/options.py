@@ -23,7 +23,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     are warmed up has under way at most; send buffers and credit are made to hold it.  ``pace_groups`` : for each peer a
     number that stands for its site; sends with a window to peers of one number share one rate.  ``tolerance_ns`` : how
     long a peer may be out of reach, when it is first needed or later.  ``shared_peers`` : peers over lines that nobody
-    reserved, with the round trip of the empty path in ns.
+    reserved, with the round trip of the empty path in ns.  ``host_paced`` : messages with a window are handed over at
+    its rate, and the kernel paces nothing, see `detcoll_slotted.pacing`.  ``prompt`` : ZeroMQ's threads go ahead of
+    ordinary ones, where that is allowed.
     """
 
     credit_bytes: int = 16_777_216
@@ -40,6 +42,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pace_groups: dict[int, int] = {}
     tolerance_ns: int = 30_000_000_000
     shared_peers: dict[int, int] = {}
+    host_paced: bool = False
+    prompt: bool = True
 
     @property
     def wide_peers(self) -> frozenset[int]:
