@@ -45,9 +45,11 @@ __all__ = [
     "gather",
     "init",
     "rank",
+    "recv",
     "reduce",
     "reduce_scatter",
     "scatter",
+    "send",
     "size",
 ]
 
@@ -229,6 +231,56 @@ def broadcast_object(value: Any = None, root: int = 0, *, timeout: float | None 
 def all_gather_object(value: Any, *, timeout: float | None = None, name: str = "") -> list[Any]:
     """Return small objects of all ranks in rank order; see `Communicator.all_gather_object`."""
     return communicator().all_gather_object(value, timeout=timeout, name=name)
+
+
+@overload
+def send(
+    x: Any, dst: int, tag: int = 0, async_op: Literal[False] = False, *, timeout: float | None = None, name: str = ""
+) -> None: ...
+@overload
+def send(
+    x: Any, dst: int, tag: int = 0, *, async_op: Literal[True], timeout: float | None = None, name: str = ""
+) -> Work: ...
+@overload
+def send(x: Any, dst: int, tag: int, async_op: Literal[True]) -> Work: ...
+@overload
+def send(
+    x: Any, dst: int, tag: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None: ...
+
+
+def send(
+    x: Any, dst: int, tag: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None:
+    """Send ``x`` to rank ``dst``, which takes it with `recv`; see `Communicator.send`."""
+    return communicator().send(x, dst, tag, async_op, timeout=timeout, name=name)
+
+
+@overload
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, async_op: Literal[False] = False, *, timeout: float | None = None,
+    name: str = "",
+) -> int: ...  # fmt: skip
+@overload
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, *, async_op: Literal[True], timeout: float | None = None,
+    name: str = "",
+) -> Work: ...  # fmt: skip
+@overload
+def recv(x: Any, src: int | None, tag: int, async_op: Literal[True]) -> Work: ...
+@overload
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, async_op: bool = False, *, timeout: float | None = None,
+    name: str = "",
+) -> Work | int: ...  # fmt: skip
+
+
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, async_op: bool = False, *, timeout: float | None = None,
+    name: str = "",
+) -> Work | int:  # fmt: skip
+    """Receive into ``x`` what rank ``src`` (None: any rank) sends; see `Communicator.recv`."""
+    return communicator().recv(x, src, tag, async_op, timeout=timeout, name=name)
 
 
 def rank() -> int:

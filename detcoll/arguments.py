@@ -19,7 +19,7 @@ from detcoll.job.caller import Request
 from detcoll.plan import Collective, declaration_of
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime.operation import overlap
-from detcoll.types import ReduceOp, is_integer
+from detcoll.types import ReduceOp, check_op
 
 LARGEST_NAME_BYTES = 64
 
@@ -33,7 +33,11 @@ def timeout_of(seconds: object) -> float:
 
 def check_name(name: object) -> None:
     """Raise UsageError if ``name`` is not a name for a call or a group."""
-    if not isinstance(name, str) or len(name.encode()) > LARGEST_NAME_BYTES:
+    try:
+        is_name = isinstance(name, str) and len(name.encode()) <= LARGEST_NAME_BYTES
+    except UnicodeEncodeError:  # half of a surrogate pair
+        is_name = False
+    if not is_name:
         raise UsageError(f"name={name!r} must be a string of at most {LARGEST_NAME_BYTES} bytes")
 
 
@@ -44,15 +48,19 @@ def rank_of(label: str, rank: object, size: int) -> int:
     return int(rank)
 
 
-def operator_of(op: str | ReduceOp, dtype: np.dtype[Any]) -> ReduceOp:
-    """Return the operator that ``op`` names; raise UsageError if elements of ``dtype`` have no such operator."""
+def operator_of(op: str | ReduceOp | None, dtype: np.dtype[Any]) -> ReduceOp:
+    """Return the operator that ``op`` names; raise UsageError if elements of ``dtype`` have no such operator.
+
+    None is for kinds that do not reduce.
+    """
+    if op is None:
+        return ReduceOp.SUM
     parsed = ReduceOp.parse(op)
-    if parsed is ReduceOp.AVG and is_integer(dtype):
-        raise UsageError(f"op='avg' of {dtype} has no exact result; use sum, or a float type")
+    check_op(parsed, dtype)
     return parsed
 
 
-def on_one_array(kind: str, x: Any, op: str | ReduceOp = ReduceOp.SUM, root: int = 0) -> Request:
+def on_one_array(kind: str, x: Any, op: str | ReduceOp | None = None, root: int = 0) -> Request:
     """Return the request for a collective that works on ``x`` in place."""
     bound = bind(x)
     return Request(kind, bound, operator_of(op, bound.dtype), root, arrays=_count_of(x))
@@ -66,7 +74,7 @@ def to_root(kind: str, x: Any, op: str | ReduceOp, root: int, rank: int) -> Requ
 
 
 def of_blocks(
-    kind: str, size: int, rank: int, x: Any, out: Any, *, op: str | ReduceOp = ReduceOp.SUM, root: int = 0,
+    kind: str, size: int, rank: int, x: Any, out: Any, *, op: str | ReduceOp | None = None, root: int = 0,
     counts: Sequence[int] | None = None, out_counts: Sequence[int] | None = None,
 ) -> Request:  # fmt: skip
     """Return the request for a collective that moves blocks from ``x`` to ``out``, which is allocated where absent.
@@ -99,6 +107,8 @@ def of_blocks(
     if blocks.is_uneven and isinstance(of, list | tuple):
         raise UsageError("counts= with a list of arrays; expected one array, or equal blocks")
     source = bind(x, writable=False, name="x", blocks=blocks.in_blocks) if gives else None
+    if gives and gets and out is not None:
+        _check_alike(x, out, blocks)
     given = source if source is not None else bind(out, name="out", blocks=blocks.out_blocks)
     collective = blocks.collective(of, "x" if gives else "out", given)
     _, out_elems = declaration_of(kind).elems(collective, size, rank)
@@ -132,8 +142,13 @@ class _Blocks:
         declared = declaration_of(kind)
         self.is_uneven = bool(counts or out_counts)
         if declared.is_pairwise and bool(counts) != bool(out_counts):
-            missing = "out_counts" if counts else "counts"
-            raise UsageError(f"{missing}=None; expected what every rank sends, as the other one is given")
+            missing, what = ("out_counts", "gets from") if counts else ("counts", "sends to")
+            raise UsageError(f"{missing}=None; expected how many rows rank {rank} {what} each rank")
+        if out_counts and counts[rank] != out_counts[rank]:
+            raise UsageError(
+                f"out_counts={out_counts} has {out_counts[rank]} rows of rank {rank} itself; expected {counts[rank]}, "
+                f"by counts={counts}"
+            )
         self.in_blocks, self.out_blocks = declared.elems(Collective(kind, size, 1, 1, root), size, rank)
         self.gives, self.gets = self.in_blocks > 0, self.out_blocks > 0
         whole = Collective(kind, sum(counts) if counts else size, 1, 1, root, counts, out_counts)
@@ -192,6 +207,24 @@ def _allocated(x: Any, blocks: _Blocks, out_elems: int) -> Any:
         with x.device:
             return cupy.empty(shape, x.dtype)
     raise UsageError(f"out=None for a {type(x).__name__}; expected an array that takes the result")
+
+
+def _check_alike(x: Any, out: Any, blocks: _Blocks) -> None:
+    """Check that input and output are both one array, or lists of as many that fit together."""
+    are_lists = [isinstance(each, list | tuple) for each in (x, out)]
+    if not any(are_lists):
+        return
+    if not all(are_lists) or len(x) != len(out):
+        expected = f"a list of {len(x)} arrays" if are_lists[0] else "one array"
+        found = f"a list of {len(out)}" if are_lists[1] else f"a {type(out).__name__}"
+        raise UsageError(f"out is {found}; expected {expected}, as x is")
+    bind(out, name="out")
+    for index, (given, taken) in enumerate(zip(x, out, strict=True)):
+        expected_elems = math.prod(shape_of(given)) // blocks.in_blocks * blocks.out_blocks
+        if math.prod(shape_of(taken)) != expected_elems:
+            raise UsageError(
+                f"out[{index}] has {math.prod(shape_of(taken))} elements; expected {expected_elems}, by x[{index}]"
+            )
 
 
 def _disturbs(source: Bound, output: Bound, collective: Collective, size: int, rank: int) -> bool:

@@ -288,6 +288,8 @@ def _check_torch(torch: ModuleType, x: Any, name: str) -> None:
         raise UsageError(f"{name} has dtype {x.dtype}; expected one of {', '.join(DTYPES)}")
     if not x.is_contiguous():
         raise _not_contiguous(name, x.shape, x.stride(), f"{name}.contiguous()")
+    if x.is_conj():
+        raise UsageError(f"{name} is a lazily conjugated view; pass {name}.resolve_conj() and copy the result back")
     if x.is_neg():
         raise UsageError(f"{name} is a lazily negated view; pass {name}.resolve_neg() and copy the result back")
 

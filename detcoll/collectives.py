@@ -59,7 +59,8 @@ class Collectives:
         x : Buffer, any shape, one of the types in `detcoll.types.DTYPES`, C-contiguous, writable, borrowed until wait
             A NumPy or CuPy array, a torch tensor, or a list of them, which is coalesced. Equal shapes on all ranks.
         op : str
-            ``sum``, ``avg``, ``min``, ``max`` or ``prod``.
+            ``sum``, ``avg``, ``min``, ``max``, ``prod``, ``band``, ``bor`` or ``bxor``, if the type has it:
+            `detcoll.types.operators_of` says so.
         async_op : bool
             Return a `Work` at once instead of waiting.
         timeout : float, optional
@@ -76,9 +77,13 @@ class Collectives:
         Raises
         ------
         UsageError
-            If an argument is not valid; no data has moved. Other members raise it as well, unless this is a native
-            collective of the transport (shared memory, MPI, Gloo): then they wait for a valid call.
-        PlanMismatch, PeerLost, DeadlineMissed
+            If an argument is not valid; no data has moved. Other members raise it as well, unless they have done their
+            part already, as one that only sends may have. With shared memory, MPI and Gloo, members of the world that
+            called `all_reduce`, `broadcast` or `barrier` wait for a valid call instead.
+        PlanMismatch
+            If members called differently. One whose part fits those of all that it exchanges data with may return; it
+            has a right result, and raises this in its next call.
+        PeerLost, DeadlineMissed
             See `detcoll.errors`.
         Closed
             If the communicator is closed, or its group has failed and the failure was raised before.
@@ -94,7 +99,8 @@ class Collectives:
         the NaN and the sign of a zero are not specified, except that the fixed fold order gives NumPy's
         ``op(lower, higher)``. ``avg`` of 16-bit floats is correct if the mean can be represented, even if the sum
         cannot: between sites it adds means, each weighted by the number of ranks of its site. ``avg`` of float32 and
-        float64 divides the sum, which becomes infinite if it overflows. Integers wrap around.
+        float64 divides the sum, which becomes infinite if it overflows, and so it does each part of complex numbers.
+        Integers wrap around.
         """
         work: Work | None = self._run("all_reduce", lambda: on_one_array("all_reduce", x, op), async_op, timeout, name)
         return work
@@ -464,8 +470,8 @@ class Collectives:
         root : int
             A rank of the group, the same on all ranks.
         out : Buffer, (n, ...), writable
-            Takes the result; any shape with as many elements. Optional at the root, where it may be the root's block
-            of ``x``.
+            Takes the result; any shape with as many elements, but with ``counts`` as many rows. Optional at the root,
+            where it may be the root's block of ``x``.
         counts : sequence of int, optional
             How many rows of the first axis each rank gets, by rank; the same on all ranks. By default all are equal.
         async_op, timeout, name
@@ -578,11 +584,15 @@ class Collectives:
         PlanMismatch, PeerLost, DeadlineMissed, Closed
             As for `all_reduce`.
         """
+
+        def check() -> bytes:
+            return _encoded(value) if rank_of("root", root, self._size) == self._own_rank else b""
+
+        # Not a broadcast: its root could be done, and begin the second call, while another rank refuses the first.
+        text = self._checked("all_gather", check, timeout, name)
+        lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name)
         is_root = self._own_rank == root
-        text = self._checked(lambda: _encoded(value) if is_root else b"", "broadcast", timeout, name)
-        length = np.array([len(text)], np.int64)
-        self.broadcast(length, root, timeout=timeout, name=name)
-        held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(length[0]), np.uint8)
+        held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(lengths[root]), np.uint8)
         self.broadcast(held, root, timeout=timeout, name=name)
         return msgspec.msgpack.decode(held.tobytes())
 
@@ -601,7 +611,7 @@ class Collectives:
         UsageError, PlanMismatch, PeerLost, DeadlineMissed, Closed
             As for `broadcast_object`.
         """
-        text = self._checked(lambda: _encoded(value), "all_gather", timeout, name)
+        text = self._checked("all_gather", lambda: _encoded(value), timeout, name)
         lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name).tolist()
         held = self.all_gather(np.frombuffer(text, np.uint8), counts=lengths, timeout=timeout, name=name).tobytes()
         ends = [sum(lengths[: rank + 1]) for rank in range(self._size)]
@@ -615,7 +625,7 @@ class Collectives:
     def _own_rank(self) -> int:
         return self._caller.rank
 
-    def _checked(self, check: Callable[[], Checked], kind: str, timeout: float | None, name: str) -> Checked:
+    def _checked(self, kind: str, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
         """Check arguments; on a UsageError fail the call on the other ranks too."""
         try:
             if name != "":
@@ -627,8 +637,10 @@ class Collectives:
             self._caller.refuse(kind, error)
             raise
 
-    def _run(self, kind: str, check: Callable[[], Request], async_op: bool, timeout: float | None, name: str) -> Any:
-        request = self._checked(check, kind, timeout, name)
+    def _run(
+        self, kind: str, check: Callable[[], Request], async_op: bool, timeout: float | None, name: str
+    ) -> Any:  # fmt: skip
+        request = self._checked(kind, check, timeout, name)
         seconds = self._timeout if timeout is None else timeout
         work = self._caller.call(request, timeout_s=seconds, name=name, wait=not async_op)
         if async_op:

@@ -27,6 +27,7 @@ from detcoll.job.assembly import deadline_after
 from detcoll.job.caller import Caller
 from detcoll.job.job import Job
 from detcoll.job.opening import open_job
+from detcoll.messages import Messages
 from detcoll.plan import Calendar, Collective, Slotting, build_calendar
 from detcoll.runtime import Group
 from detcoll.runtime.group import group_id
@@ -38,7 +39,7 @@ from detcoll.types import ReduceOp, accumulation_dtype, parse_dtype
 _FINALIZE_S = 10.0
 
 
-class Communicator(Collectives):
+class Communicator(Collectives, Messages):
     """A group of ranks and this rank's number in it. Thread-safe.
 
     `detcoll.init` opens the world, the group of all ranks of the job. `split`, `group`, `local` and `across` make other
@@ -252,7 +253,7 @@ class Communicator(Collectives):
         Parameters
         ----------
         kind : str
-            ``all_reduce``, ``broadcast`` or ``barrier``.
+            A collective, such as ``all_gather``; blocks have equal sizes, and the root is rank 0.
         nbytes : int
             Size of the array, a multiple of the element size.
         dtype : dtype

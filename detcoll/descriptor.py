@@ -50,6 +50,8 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     def encode(self) -> bytes:
         """Return the record that ranks compare: its length, its text, and padding."""
         text = msgspec.json.encode(self)
+        if len(text) > HELLO_BYTES - 2:  # control characters of a name take six bytes each
+            text = msgspec.json.encode(msgspec.structs.replace(self, name=shortened(self.name)))
         if len(text) > HELLO_BYTES - 2:
             raise UsageError(f"{self} is too long to describe")
         return (len(text).to_bytes(2, "little") + text).ljust(HELLO_BYTES, b"\0")
@@ -69,6 +71,12 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
                 f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
                 f"rank {other} called {text}"
             )
+
+
+def shortened(name: str) -> str:
+    """Return 41 plain characters, or fewer, that differ for different names, by all odds."""
+    plain = "".join(letter for letter in name if letter.isalnum() and letter.isascii())
+    return f"{plain[:24]}~{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
 
 
 def digest_of(counts: Sequence[int]) -> str:

@@ -48,9 +48,8 @@ def test_every_algorithm_proves_itself(ranks: list[int], count: int, elems: int,
     algorithm = data.draw(st.sampled_from(BROADCAST if kind == "broadcast" else ALL_REDUCE))
     root = data.draw(st.integers(0, topology.size - 1)) if kind == "broadcast" else 0
     elems = max(elems, -(-count // 40))
-    parts = all_parts(
-        Collective(kind, count, 2, 4, root), topology, algorithm, ChunkSize(elems, depth, data.draw(st.booleans()))
-    )
+    size = ChunkSize(elems, depth, data.draw(st.booleans()), in_place=data.draw(st.integers(0, 3)))
+    parts = all_parts(Collective(kind, count, 2, 4, root), topology, algorithm, size)
     for mode in Slotting:
         check(parts, topology, build_calendar(topology, mode))
 

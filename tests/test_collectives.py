@@ -15,7 +15,7 @@ from detcoll.bench.sweep import Sweep
 from detcoll.descriptor import Descriptor
 from detcoll.errors import PlanError, UsageError
 from detcoll.plan import ChunkSize, Collective, Phase, Planner, build_calendar, check, floor_ns, promised_ranks
-from detcoll.plan.collectives import Algorithm, Declaration, Hop, Opening, Part, Run, declaration_of
+from detcoll.plan.collectives import Algorithm, Declaration, Hop, Part, Run, declaration_of
 from detcoll.plan.ir import Buffer
 from detcoll.plan.layout import Chunk
 from detcoll.signature import DECLARED, declare, signature_of
@@ -46,7 +46,6 @@ SHOUT = Declaration(
     name="shout",
     has_root=True,
     algorithms=(Algorithm("loud", _shout_chunk, _shout_hops, lambda sites: (sites, 0)),),
-    opening=Opening.SCATTER,
     after=lambda symbols, collective, topology, rank: [Run(symbols.leaf(collective.root), 0, collective.count)],
     floor_ns=lambda topology, collective: 3 * collective.nbytes / topology.payload_share,
     work=lambda load, algorithm, opening: (load.chunks + 0 * load.peers, load.nbytes + 0 * load.peers),
@@ -82,7 +81,7 @@ def test_a_new_kind_is_known_to_planner_checker_floor_prediction_and_simulator()
 @pytest.mark.usefixtures("shout")
 def test_a_new_kind_is_known_to_descriptors_and_sweeps() -> None:
     called = Descriptor(0, "shout", "sum", "float32", 600, 3)
-    assert called.brief == "shout of 600 float32, from rank 3"
+    assert called.brief == "shout of 600 float32, root 3"
     sweep = Sweep(("shout", "barrier"), (8, 16), "float32", 1, 0)
     sweep.validate()
     assert sweep.points() == [("shout", 8), ("shout", 16), ("barrier", 0)]
@@ -101,7 +100,7 @@ def test_the_checker_holds_a_new_kind_to_its_promise(monkeypatch: pytest.MonkeyP
 
 def test_a_kind_that_nobody_declared_is_unknown() -> None:
     for ask in (signature_of, declaration_of):
-        with pytest.raises(UsageError, match="kind='shout' is not a collective known here; expected one of all_reduce"):
+        with pytest.raises(UsageError, match="kind='shout' is not a collective known here; expected one of all_gather"):
             ask("shout")
     with pytest.raises(UsageError, match="kind='broadcast' is declared already"):
         declare(replace(SHOUT, name="broadcast"))

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from kinds import every_kind
+from every_kind import every_kind
 from ranks import attempt, grouped, launch, run_ranks
 
 from detcoll.errors import DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError

@@ -31,7 +31,7 @@ from detcoll.transport import NativeCall
 from detcoll.types import ReduceOp, accumulation_dtype
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would cost a small call more than a microsecond
 class Request:
     """A call with its arguments checked.
 
@@ -124,7 +124,8 @@ class Caller:
             raise Closed(f"the group {self.group.title} was closed")
         failure = self.job.failure(self.group)
         if failure is not None:
-            is_told = self.job.was_told(self.group) if self.native is None else self.native.failure is not None
+            is_native = self.native is not None and self.native.failure is not None
+            is_told = is_native or self.job.was_told(self.group)
             if not is_told and not self._was_told:
                 self._was_told = True
                 raise failure
@@ -208,13 +209,15 @@ class Caller:
         return work
 
     def refuse(self, kind: str, error: UsageError) -> None:
-        """Count a call of ``kind`` with invalid arguments, and fail the call of that number on all ranks of the group.
+        """Count a call with invalid arguments, and fail the call of that number on all ranks of the group.
 
-        Native collectives cannot report a refused call; one that may be native is not counted at all.
+        A native collective cannot report a refused call; one of a kind that has any is not counted at all.
         """
-        if self.native is not None and self.native.knows(kind):
-            return
-        if not self.usable or self.job.failure(self.group) is not None:
+        if (
+            (self.native is not None and self.native.has(kind))
+            or not self.usable
+            or self.job.failure(self.group) is not None
+        ):
             return
         with self._order:
             self._tell_refusal(next(self._sequence), error)

@@ -28,9 +28,9 @@ from detcoll.job.rest import Rest
 from detcoll.job.settings import Facts, Settings
 from detcoll.machine import Slots
 from detcoll.plan import Calendar, Collective, Planner, Slotting
+from detcoll.plan.costs import Costs
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LARGEST_FRAME_BYTES
-from detcoll.plan.predict import Costs
 from detcoll.plan.promise import calendar_facts
 from detcoll.rendezvous import Session
 from detcoll.runtime import Engine, Group, Loop, Timekeeper
@@ -97,14 +97,17 @@ class Job:
 
     def _native_failed(self, group: Group, error: Exception, is_ours: bool) -> None:
         self._note_failure(str(error))
-        if not is_ours:
+        if group.id != WORLD_ID:
+            if is_ours:
+                with contextlib.suppress(Closed):  # the job has ended, and so have all groups
+                    self.loop.post(lambda now_ns: self.loop.engine.failures.fail_group(group, error, now_ns))
             return
-        if group.id == WORLD_ID:
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(Closed):
+                loop.post(lambda now_ns: loop.engine.failures.heard(self.world, error, now_ns))
+        if is_ours:
             self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
-            return
-        with contextlib.suppress(Closed):  # the job has ended, and so have all groups
-            loop = self.loop
-            loop.post(lambda now_ns: loop.engine.failures.fail_group(group, error, now_ns))
 
     def _explain_native(self, group: Group) -> DetcollError | None:
         if group.id != WORLD_ID:  # its members tell each other, and the progress thread hears it
@@ -382,8 +385,8 @@ class Job:
         if failure is None:
             failure = self.rest.failure(WORLD_ID)
         else:
-            membership = self._loop.engine.groups.get(WORLD_ID) if self._loop is not None else None
-            if membership is None or membership.told:
+            is_native = self.natives.failure(self.world) is not None
+            if is_native or self.was_told(self.world):
                 return None
         return failure if isinstance(failure, PlanMismatch) else None
 

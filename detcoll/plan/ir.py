@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -118,6 +118,13 @@ class Collective:
     def nbytes(self) -> int:
         """Size V of the largest array in bytes."""
         return self.count * self.itemsize
+
+    def evened(self, size: int) -> Collective:
+        """Return the same with equal blocks where this rank knows only its own sizes, for what needs those of all."""
+        if not self.out_counts:
+            return self
+        most = max(sum(self.counts), sum(self.out_counts))
+        return replace(self, count=-(-most // size) * size, counts=(), out_counts=())
 
     def blocks(self, size: int) -> tuple[int, ...]:
         """Return the elements of each rank's block."""

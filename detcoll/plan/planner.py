@@ -14,11 +14,12 @@ from functools import lru_cache
 
 from detcoll.plan.bounds import floor_of
 from detcoll.plan.calendar import Calendar
-from detcoll.plan.collectives import declaration_of
+from detcoll.plan.collectives import Algorithm, declaration_of
 from detcoll.plan.compiler import compile_plan
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Collective, Plan
-from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
-from detcoll.plan.predict import Costs, predict_ns
+from detcoll.plan.layout import LARGEST_SCRATCH_BYTES, ChunkSize, choose_chunk, uses_window
+from detcoll.plan.predict import predict_ns
 from detcoll.topology import Topology
 
 LARGEST_KEPT_STEPS = 2_000_000
@@ -44,9 +45,9 @@ def predicted_chunk(
     Tried are the one that `choose_chunk` has a rule for and its `SCALES`, which must be better by more than a
     prediction is wrong. Where windows say what a chunk is, or nothing crosses a line, the rule decides.
     """
-    if collective.out_counts:  # a rank knows only its own sizes, and all must take the same chunk
-        count = NOMINAL_BYTES // collective.itemsize
-        return choose_chunk(topology, calendar, replace(collective, count=count, counts=(), out_counts=()))
+    how = declaration_of(collective.kind).algorithm(algorithm)
+    if how.blocks is not None:
+        return _chunk_of_blocks(collective, topology, calendar, how)
     taken = choose_chunk(topology, calendar, collective)
     if calendar.has_windows or not uses_window(calendar, collective.nbytes) or not any(calendar.rates):
         return taken
@@ -57,6 +58,18 @@ def predicted_chunk(
         if needs_ns < least_ns * WORTH_A_CHANGE:
             taken, least_ns = chunk_size, needs_ns
     return taken
+
+
+def _chunk_of_blocks(collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm) -> ChunkSize:
+    """Return the chunk that the rule gives, the same on all ranks, with scratch for what owners hold."""
+    if collective.out_counts:  # a rank knows only its own sizes
+        count = NOMINAL_BYTES // collective.itemsize
+        collective = replace(collective, count=count, counts=(), out_counts=())
+    chunk_size = choose_chunk(topology, calendar, collective)
+    if not how.awaits:
+        return chunk_size
+    most = max(LARGEST_SCRATCH_BYTES // (chunk_size.elems * collective.itemsize), chunk_size.depth)
+    return replace(chunk_size, depth=min(2 * chunk_size.depth, most))
 
 
 def choose_algorithm(

@@ -15,6 +15,8 @@ A call's life::
 - Groups are served in turns, one piece of work each; inside a group, calls and steps keep their order.
 - What ends calls and groups early, and what others say of that, goes to `Engine.failures`
   (`detcoll.runtime.failures`).
+- send and recv, which never wait for collectives of other memory, go to `Engine.messages`
+  (`detcoll.runtime.messages`).
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from detcoll.runtime import blame
 from detcoll.runtime.actions import Act
 from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
-from detcoll.runtime.group import NUMBER_BITS, Group
+from detcoll.runtime.group import Group
 from detcoll.runtime.membership import Membership
+from detcoll.runtime.messages import Messages
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
+from detcoll.runtime.transfer import NEVER_NS, Posting, Transfer
 from detcoll.transport import Window
 
 LARGEST_ACTIVE = 16
@@ -53,7 +57,7 @@ SEND, RECV, FOLD, LENT = Kind.SEND, Kind.RECV, Kind.FOLD, Buffer.LENT
 GIVE, POST, COPY = Act.SEND, Act.RECV, Act.COPY
 """What every step is compared with: to look a member up in its class takes ten times as long."""
 
-Wide = tuple[Operation, int]
+Wide = tuple[Operation | Transfer | Posting, int]
 
 
 class Engine:
@@ -98,6 +102,10 @@ class Engine:
         self.failures = Failures(rank, self.groups, self.actions, slots, self.credit, self.recorder)
         self._heard_ns = self.failures.heard_ns
         self._order = 0
+        self.messages = Messages(
+            rank, site_of, wide, self.groups, self.actions, self.failures, slots, express, self.credit, self.recorder,
+            self._listen, self._must_follow,
+        )  # fmt: skip
 
     # Groups and calls.
 
@@ -132,17 +140,15 @@ class Engine:
         membership = self.groups.pop(group.id, None)
         if membership is None:
             return
-        for operation in [*membership.active, *membership.waiting]:
-            self.failures.drop(operation, Closed(f"{operation.title}: the group was closed"))
-        membership.clear()
-        self.actions.append((Act.DISCARD, group.prefix, 64 - NUMBER_BITS))
+        self.failures.leave(membership)
 
-    def submit(self, operation: Operation, now_ns: int) -> None:
+    def submit(self, operation: Operation | Transfer, now_ns: int) -> None:
         """Take in a call; it starts as soon as its group and its memory allow."""
         membership = self.groups.get(operation.group.id)
-        of = operation.descriptor
-        called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name)
-        self.recorder.note(now_ns, "call", operation.group.number, operation.sequence, detail=called)
+        if isinstance(operation, Operation):
+            of = operation.descriptor
+            called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name)
+            self.recorder.note(now_ns, "call", operation.group.number, operation.sequence, detail=called)
         if membership is None:
             closed = Closed(f"{operation.title}: the group was closed")
             self.actions.append((Act.FINISH, operation, closed))
@@ -153,12 +159,16 @@ class Engine:
             return
         operation.order = self._order
         self._order += 1
+        if isinstance(operation, Transfer):
+            self.messages.submit(membership, operation, now_ns)
+            return
         membership.latest = max(membership.latest, operation.sequence)
         membership.waiting.append(operation)
         self._may_start = True
 
     def start_ready(self, now_ns: int) -> None:
         """Start calls that wait for nothing but this."""
+        self.messages.start_ready(now_ns)
         if not self._may_start:
             return
         self._may_start = False
@@ -180,23 +190,31 @@ class Engine:
     @property
     def can_start(self) -> bool:
         """Whether `start_ready` might start something."""
-        return self._may_start and any(
-            membership.waiting
-            and len(membership.active) < LARGEST_ACTIVE
-            and not self._must_follow(membership.waiting[0])
-            for membership in self.groups.values()
+        return self.messages.can_start or (
+            self._may_start
+            and any(
+                membership.waiting
+                and len(membership.active) < LARGEST_ACTIVE
+                and not self._must_follow(membership.waiting[0])
+                for membership in self.groups.values()
+            )
         )
 
-    def _must_follow(self, operation: Operation) -> bool:
+    def _must_follow(self, operation: Operation | Transfer) -> bool:
         """Tell whether an earlier call works on the same memory and has not ended."""
         for membership in self.groups.values():
             for other in membership.active:
-                if not other.reported and other.order < operation.order and operation.overlaps(other):
+                if not other.reported and other.order < operation.order and other.overlaps(operation):
                     return True
             for other in membership.waiting:
                 if other.order >= operation.order:
                     break
-                if operation.overlaps(other):
+                if other.overlaps(operation):
+                    return True
+            for transfer in membership.mail.pending:
+                if transfer.order >= operation.order:
+                    break
+                if transfer.holds(operation):
                     return True
         return False
 
@@ -254,7 +272,7 @@ class Engine:
                     self._ready.append(membership)
                 heapq.heappush(membership.work, (operation.order, step, operation))
 
-    def next_work(self) -> Wide | None:
+    def next_work(self) -> tuple[Operation, int] | None:
         """Return a fold or a send to be done now, or None; groups take turns."""
         while self._ready:
             membership = self._ready.popleft()
@@ -309,6 +327,9 @@ class Engine:
     def missed(self, sends: Sequence[tuple[Queued[Wide], Window, int]]) -> None:
         """Put sends back that did not end in their window; the third item is the bytes already sent."""
         left = [send for send in sends if not send[0].item[0].over]
+        for queued, _, _ in left:
+            if not isinstance(queued.item[0], Operation):
+                self.messages.missed(queued)
         if left:
             self.slots.missed(left)
 
@@ -358,8 +379,14 @@ class Engine:
 
     def give_the_line(self, now_ns: int) -> None:
         """Send what goes into this rank's current or next windows, and what other sites are to hear of calls."""
-        for queued, window in self.slots.due(now_ns):
+        given = deque(self.slots.due(now_ns))
+        while given:
+            queued, window = given.popleft()
             operation, step = queued.item
+            if not isinstance(operation, Operation):
+                if self.messages.give(queued, window, now_ns):
+                    given.extend(self.slots.due(now_ns))
+                continue
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
             self.actions.append((GIVE, operation, step, queued, window))
             operation.greets_ns = now_ns
@@ -441,6 +468,7 @@ class Engine:
     def next_ns(self, now_ns: int) -> int | None:
         """Return when this or `Failures.look_after` has something to do even if nothing happens, or None."""
         times = [until_ns for _, until_ns in self.failures.suspects.values()]
+        times += [group.mail.look_ns for group in self.groups.values() if group.mail.look_ns != NEVER_NS]
         times += [operation.greets_ns for operation, _ in self._greetings]
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:

@@ -107,8 +107,8 @@ class NativeRunner:
         """The name of the transport's algorithm."""
         return self._collectives.algorithm
 
-    def knows(self, kind: str) -> bool:
-        """Return whether calls of this kind may be native."""
+    def has(self, kind: str) -> bool:
+        """Return whether the transport has a native collective of this kind for any type."""
         return kind in self._capabilities.native
 
     def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp, nbytes: int = 0, *, uneven: bool = False) -> bool:

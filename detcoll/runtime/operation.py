@@ -10,11 +10,12 @@ import msgspec
 
 from detcoll.descriptor import Descriptor
 from detcoll.machine import Machine
-from detcoll.plan.ir import Columns, Plan
+from detcoll.plan.ir import Buffer, Columns, Kind, Plan
 from detcoll.runtime.group import Group
 
 if TYPE_CHECKING:
     from detcoll.runtime.blame import Inquiry
+    from detcoll.runtime.transfer import Transfer
 
 Span = tuple[int, int]
 """A range of addresses: the first, and the one after the last."""
@@ -110,6 +111,13 @@ class Operation:
         """Return the peer of a SEND or RECV step, as a rank of the job."""
         return self.group.ranks[self.columns.peer[step]]
 
-    def overlaps(self, other: Operation) -> bool:
+    @property
+    def open_receives(self) -> set[int]:
+        """RECV steps that may still write into the caller's array."""
+        kinds, buffers = self.columns.kind, self.columns.buffer
+        receives = {step for step in self.machine.under_way if kinds[step] == Kind.RECV and buffers[step] == Buffer.OUT}
+        return receives - self.settled.union(self.held)
+
+    def overlaps(self, other: Operation | Transfer) -> bool:
         """Return whether two calls share memory."""
         return overlap(self.spans, other.spans)

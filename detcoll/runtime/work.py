@@ -1,4 +1,4 @@
-"""The handle of a collective that its caller waits on."""
+"""The handle of a call that its caller waits on."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Callback = Callable[["Work"], object]
 
 
 class Work:
-    """Handle of an asynchronous collective.
+    """Handle of an asynchronous collective, `send` or `recv`.
 
-    The array passed to the collective belongs to detcoll until the collective has ended. All methods are thread-safe.
+    The array passed to the call belongs to detcoll until the call has ended. All methods are thread-safe.
     """
 
     def __init__(self, name: str, value: Any = None) -> None:
@@ -30,6 +30,18 @@ class Work:
         self._error: Exception | None = None
         self._lock = threading.Lock()
         self._callbacks: list[Callback] = []
+        self._source: int | None = None
+        self._tag: int | None = None
+
+    @property
+    def source(self) -> int | None:
+        """Of a `recv` that has ended: the rank of the group that the message came from. Otherwise None."""
+        return self._source
+
+    @property
+    def tag(self) -> int | None:
+        """Of a `recv` that has ended: the tag of the message. Otherwise None."""
+        return self._tag
 
     def __repr__(self) -> str:
         """Return the name of the collective and its state."""
@@ -53,8 +65,9 @@ class Work:
 
         Returns
         -------
-        array or None
-            The output of a collective that has one, such as `Communicator.all_gather`; else None.
+        array, int or None
+            The output of a collective that has one, such as `Communicator.all_gather`; of a `recv`, its `source`.
+            Else None.
 
         Raises
         ------
@@ -70,7 +83,7 @@ class Work:
             raise DeadlineMissed(f"{self._name} is not finished after {timeout} s")
         if self._error is not None:
             raise self._error
-        return self._value
+        return self._value if self._source is None else self._source
 
     def result(self, timeout: float | None = None) -> Any:
         """Call `wait`; named as in `concurrent.futures.Future`."""
@@ -106,7 +119,7 @@ class Work:
         _callers.call(callback, self)
 
     def as_future(self) -> concurrent.futures.Future[Any]:
-        """Return a future that completes with the collective; it cannot be cancelled."""
+        """Return a future that completes with the call, with the result of `wait`; it cannot be cancelled."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
 
@@ -115,10 +128,14 @@ class Work:
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(self._value)
+                future.set_result(work.wait())
 
         self.add_done_callback(end)
         return future
+
+    def came(self, source: int, tag: int) -> None:
+        """Keep where the message of a `recv` came from; before `finish`."""
+        self._source, self._tag = source, tag
 
     def finish(self, error: Exception | None = None) -> None:
         """Mark the collective as ended, with ``error`` if it failed; only the first call has an effect."""

@@ -13,9 +13,9 @@ from detcoll.errors import UsageError
 from detcoll.fold import fold_step
 from detcoll.machine import Queued
 from detcoll.plan.collectives import declaration_of
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Buffer, Kind, Plan, shared
-from detcoll.plan.predict import Costs
-from detcoll.runtime.engine import Engine
+from detcoll.runtime.engine import Engine, Wide
 from detcoll.runtime.operation import Operation
 from detcoll.transport import Window
 from detcoll.types import ReduceOp, accumulation_dtype
@@ -111,5 +111,5 @@ class Host:
     line_free_ns: dict[int, int] = field(default_factory=dict)
     arrived: dict[tuple[int, int], NDArray[Any] | None] = field(default_factory=dict)
     posted: dict[tuple[int, int], int] = field(default_factory=dict)
-    timed: list[tuple[Queued[tuple[Operation, int]], Window]] = field(default_factory=list)
+    timed: list[tuple[Queued[Wide], Window]] = field(default_factory=list)
     connection_free_ns: dict[int, int] = field(default_factory=dict)

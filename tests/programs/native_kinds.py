@@ -10,7 +10,7 @@ import numpy as np
 import detcoll
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from kinds import every_kind
+from every_kind import every_kind
 
 comm = detcoll.init()
 every_kind(comm)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.extrema import comparable
 from detcoll.fold import fold, fold_step, widened
+from detcoll.signature import signature_of
 from detcoll.transport import Capabilities, NativeCall, NativeCollectives
-from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
+from detcoll.types import ReduceOp, check_op, is_half, parse_dtype
 from detcoll_gloo.agreement import Agreement
 from detcoll_gloo.group import Group
 
@@ -56,6 +57,9 @@ class GlooCollectives(NativeCollectives):
             ReduceOp.MIN: ops.MIN,
             ReduceOp.MAX: ops.MAX,
             ReduceOp.PROD: ops.PRODUCT,
+            ReduceOp.BAND: ops.BAND,
+            ReduceOp.BOR: ops.BOR,
+            ReduceOp.BXOR: ops.BXOR,
         }
 
     @property
@@ -95,8 +99,8 @@ class GlooCollectives(NativeCollectives):
 
     def _check(self, call: NativeCall) -> None:
         dtype = parse_dtype(call.array.dtype)
-        if call.op is ReduceOp.AVG and is_integer(dtype):
-            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        if signature_of(call.kind).has_op:
+            check_op(call.op, dtype)
         nbytes = call.count * dtype.itemsize
         if not self._capabilities.supports(call.kind, dtype, call.op, nbytes, uneven=bool(call.counts)):
             raise UsageError(f"Gloo does no {call.kind} of {nbytes} bytes of {dtype}, op={call.op.value}; a plan does")
@@ -117,7 +121,8 @@ class GlooCollectives(NativeCollectives):
     def _all_reduce(self, call: NativeCall, deadline_ns: int) -> None:
         """Reduce in place; averages are divided once at the end.
 
-        Gloo's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
+        Gloo's minimum and maximum lose NaN, so floats go through them as integers; bool goes as uint8, a sum of complex
+        numbers as one of floats. See `detcoll.extrema`.
         """
         options = self._group.torch.distributed.AllreduceOptions()
         self._reduce_in("allreduce", call.op, call.array, call.array, options, deadline_ns)

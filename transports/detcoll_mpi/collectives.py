@@ -20,7 +20,7 @@ from detcoll.extrema import comparable
 from detcoll.fold import fold, fold_step, widened
 from detcoll.signature import signature_of
 from detcoll.transport import Capabilities, Clock, NativeCall, NativeCollectives
-from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
+from detcoll.types import ReduceOp, check_op, is_float, is_half, parse_dtype
 from detcoll_mpi.blocking import BlockingCaller
 from detcoll_mpi.lockstep import Lockstep
 
@@ -60,6 +60,9 @@ class MpiCollectives(NativeCollectives):
             ReduceOp.MIN: mpi.MIN,
             ReduceOp.MAX: mpi.MAX,
             ReduceOp.PROD: mpi.PROD,
+            ReduceOp.BAND: mpi.BAND,
+            ReduceOp.BOR: mpi.BOR,
+            ReduceOp.BXOR: mpi.BXOR,
         }
 
     @property
@@ -133,8 +136,8 @@ class MpiCollectives(NativeCollectives):
     def _check(self, call: NativeCall) -> None:
         dtype = parse_dtype(call.array.dtype)
         nbytes, uneven = call.count * dtype.itemsize, bool(call.counts)
-        if call.op is ReduceOp.AVG and is_integer(dtype):
-            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        if signature_of(call.kind).has_op:
+            check_op(call.op, dtype)
         if not self._capabilities.supports(call.kind, dtype, call.op, nbytes, uneven=uneven):
             raise UsageError(f"MPI does no {call.kind} of {nbytes} bytes of {dtype}, op={call.op.value}; a plan does")
         if not 0 <= call.root < self.lockstep.size:
@@ -151,7 +154,8 @@ class MpiCollectives(NativeCollectives):
     def _all_reduce(self, call: NativeCall, deadline_ns: int) -> None:
         """Reduce in place; 16-bit floats in float32, averages divided once at the end.
 
-        MPI's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
+        MPI's minimum and maximum lose NaN, so floats go through them as integers; bool goes as uint8, a sum of complex
+        numbers as one of floats. See `detcoll.extrema`.
         """
         array, op, in_place = call.array, call.op, self.lockstep.mpi.IN_PLACE
 
@@ -311,7 +315,7 @@ def _counts(call: NativeCall, size: int) -> Sequence[int]:
 
 def _changes(op: ReduceOp, dtype: np.dtype[Any]) -> bool:
     """Tell whether `comparable` writes into an array while it shows it in another form."""
-    return op in (ReduceOp.MIN, ReduceOp.MAX) and not is_integer(dtype)
+    return op in (ReduceOp.MIN, ReduceOp.MAX) and is_float(dtype)
 
 
 def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:

@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, UsageError
 from detcoll.fold import fold_groups
+from detcoll.signature import signature_of
 from detcoll.transport import NativeCall
-from detcoll.types import ReduceOp, is_integer, parse_dtype
+from detcoll.types import check_op, parse_dtype
 from detcoll_shm.call_layout import CallLayout, Cut, Cutter
 from detcoll_shm.lockstep import NEVER, Lockstep
 from detcoll_shm.reading import Reader
@@ -121,8 +122,8 @@ class Collectives:
         dtype = parse_dtype(call.array.dtype)
         if call.kind not in _HOW:
             raise UsageError(f"kind={call.kind!r} is not a collective of shared memory; a plan does it")
-        if call.op is ReduceOp.AVG and is_integer(dtype):
-            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        if signature_of(call.kind).has_op:
+            check_op(call.op, dtype)
         if not 0 <= call.root <= len(self._lockstep.peers):
             raise UsageError(f"root={call.root} must be a rank from 0 to {len(self._lockstep.peers)}")
         descriptor = Descriptor(0, call.kind, call.op.value, dtype.name, call.array.size, call.root, call.arrays)

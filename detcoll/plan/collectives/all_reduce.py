@@ -24,7 +24,7 @@ in the accumulation type, so that 16-bit floats are rounded once per level and n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from detcoll.plan.collectives.declaration import (
@@ -34,7 +34,6 @@ from detcoll.plan.collectives.declaration import (
     Homes,
     Hop,
     Load,
-    Opening,
     Run,
     all_pairs,
     longest_delay_ns,
@@ -118,9 +117,14 @@ def _add_chunk(part: Part, chunk: Chunk, collective: Collective, *, wide: Wide) 
     local_gather(part, chunk, [done])
 
 
-def _wide_fold(part: Part, chunk: Chunk, place_offset: int, folded: int, target: tuple[Buffer, int]) -> int:
-    """Receive the other sites' sums and fold all of them, in site order, into ``target``."""
-    before = recent(part.wide_folds, part.chunk_size.depth)
+def _wide_fold(
+    part: Part, chunk: Chunk, own: tuple[Buffer, int], after: Sequence[int], target: tuple[Buffer, int], ahead: int
+) -> int:
+    """Receive the other sites' sums and fold all of them, in site order, into ``target``, after some steps.
+
+    ``ahead`` : for how many chunks this rank waits at once.
+    """
+    before = recent(part.wide_folds, ahead)
     lent = {
         site: part.builder.recv(
             Phase.WIDE_REDUCE, owner, tag_of(chunk, 2), (Buffer.LENT, 0), chunk.length, before, wide=True
@@ -129,23 +133,35 @@ def _wide_fold(part: Part, chunk: Chunk, place_offset: int, folded: int, target:
         if site != part.site
     }
     inputs = [
-        (Buffer.LENT, lent[site], ranks) if site in lent else (Buffer.PARTIAL, place_offset, ranks)
+        (Buffer.LENT, lent[site], ranks) if site in lent else (*own, ranks)
         for site, ranks in enumerate(part.ranks_of_sites)
     ]
-    done = part.builder.fold(Phase.WIDE_REDUCE, inputs, target, chunk.length, [folded, *lent.values()], final=True)
+    done = part.builder.fold(Phase.WIDE_REDUCE, inputs, target, chunk.length, [*after, *lent.values()], final=True)
     part.wide_folds.append(done)
     return done
 
 
-def _exchange(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
-    number, offset = place
-    sent = [
-        part.builder.send(
-            Phase.WIDE_REDUCE, owner, tag_of(chunk, 2), (Buffer.PARTIAL, offset), chunk.length, [folded], wide=True
-        )
+def _add_exchanged(part: Part, chunk: Chunk, collective: Collective) -> None:
+    if part.chunk_size.in_place and not part.peers:
+        user = (Buffer.OUT, chunk.offset)
+        sent = _exchange_sends(part, chunk, user, [])
+        _wide_fold(part, chunk, user, sent, user, part.chunk_size.in_place)
+    else:
+        _add_chunk(part, chunk, collective, wide=_exchange)
+
+
+def _exchange_sends(part: Part, chunk: Chunk, source: tuple[Buffer, int], after: Sequence[int]) -> list[int]:
+    return [
+        part.builder.send(Phase.WIDE_REDUCE, owner, tag_of(chunk, 2), source, chunk.length, after, wide=True)
         for owner in other_owners(part.site, chunk.owners)
     ]
-    done = _wide_fold(part, chunk, offset, folded, (Buffer.OUT, chunk.offset))
+
+
+def _exchange(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
+    number, offset = place
+    own = (Buffer.PARTIAL, offset)
+    sent = _exchange_sends(part, chunk, own, [folded])
+    done = _wide_fold(part, chunk, own, [folded], (Buffer.OUT, chunk.offset), part.chunk_size.depth)
     part.last_use[number] = [*sent, done]
     return done
 
@@ -155,7 +171,7 @@ def _direct(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> in
     home = chunk.home
     if part.site == home:
         own = (Buffer.PARTIAL, offset)
-        summed = _wide_fold(part, chunk, offset, folded, own)
+        summed = _wide_fold(part, chunk, own, [folded], own, part.chunk_size.depth)
         # Sent from scratch, so that the caller's array is finished without waiting for acknowledgements.
         sends = [
             part.builder.send(Phase.WIDE_GATHER, owner, tag_of(chunk, 3), own, chunk.length, [summed], wide=True)
@@ -264,11 +280,10 @@ ALL_REDUCE = Declaration(
     name="all_reduce",
     has_op=True,
     algorithms=(
-        Algorithm("exchange", partial(_add_chunk, wide=_exchange), _exchange_hops, _exchange_work),
+        Algorithm("exchange", _add_exchanged, _exchange_hops, _exchange_work),
         Algorithm("direct", partial(_add_chunk, wide=_direct), _direct_hops, _direct_work),
         Algorithm("ring", partial(_add_chunk, wide=_ring), _ring_hops, _ring_work, accumulates=True),
     ),
-    opening=Opening.REDUCE,
     after=promise,
     floor_ns=floor_ns,
     work=work,

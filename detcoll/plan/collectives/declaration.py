@@ -30,13 +30,6 @@ from detcoll.topology import Topology
 Floats = NDArray[np.float64]
 
 
-class Opening(Enum):
-    """What happens inside a site before the first chunk can leave it."""
-
-    REDUCE = "every rank sends its elements to their owners in its site, which fold them"
-    SCATTER = "the root sends its elements to their owners in its site"
-
-
 class Homes(Enum):
     """Which chunks two sites exchange in a hop."""
 
@@ -71,10 +64,11 @@ class Algorithm:
     ``add_chunk`` : adds one rank's steps for a chunk, or for a piece of a block.
     ``hops`` : of the wide stage, by the number of sites and the site of the root.
     ``owner_work`` : by the number of sites, the steps of a chunk's owner in the wide stage and how often it reads or
-    writes the chunk for them; where the opening is a scatter, this holds for the root's site. Unused with blocks.
+    writes the chunk for them. Unused with blocks.
     ``accumulates`` : it keeps and sends sums in the accumulation type.
     ``blocks`` : what moves, where input and output are different arrays; None where one array is cut into chunks.
     ``at_home`` : pieces are folded in sites other than the root's, in turn; see `detcoll.plan.collectives.routes`.
+    ``awaits`` : owners hold scratch for pieces that they await from other sites besides those that they send.
     """
 
     name: str
@@ -84,6 +78,7 @@ class Algorithm:
     accumulates: bool = False
     blocks: Blocks | None = None
     at_home: bool = False
+    awaits: bool = False
 
     def delays(self, sites: int) -> int:
         """Return how many one-way delays pass until every site has its result."""
@@ -103,7 +98,7 @@ class Load:
     """What falls to each rank of a collective that is cut into chunks; arrays are by rank.
 
     ``chunks``, ``nbytes`` : of the whole array.  ``owned_chunks``, ``owned_bytes`` : what a rank owns of it.
-    ``peers`` : how many others its site has.  ``at_root`` : 1 in the root's site, else 0.
+    ``peers`` : how many others its site has.
     """
 
     sites: int
@@ -112,7 +107,6 @@ class Load:
     owned_chunks: Floats
     owned_bytes: Floats
     peers: Floats
-    at_root: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +149,6 @@ class Declaration(Signature):
     """A kind of collective.
 
     ``algorithms`` : by rising number of one-way delays; the first is the default.
-    ``opening`` : the first stage, inside a site, of a kind that cuts one array into chunks.
     ``before`` : what a rank's input holds when it calls; its only array, if it has one.
     ``after`` : what its output must end with: the promise that the checker proves.
     ``floor_ns`` : the least time that any schedule takes on a topology with lines.
@@ -166,7 +159,6 @@ class Declaration(Signature):
     """
 
     algorithms: tuple[Algorithm, ...]
-    opening: Opening = Opening.REDUCE
     after: Content
     floor_ns: Callable[[Topology, Collective], float]
     work: Callable[[Load, Algorithm, bool], tuple[Floats, Floats]] = no_work

@@ -62,7 +62,7 @@ REDUCE_SCATTER = Declaration(
     has_op=True,
     has_out=True,
     has_counts=True,
-    algorithms=(direct(blocks, _hops),),
+    algorithms=(direct(blocks, _hops, awaits=True),),
     before=before,
     after=after,
     floor_ns=partial(floor_ns, blocks=blocks),

@@ -38,29 +38,42 @@ def add_piece(part: Part, piece: Piece, collective: Collective) -> None:
         move(part, piece)
 
 
-def spread(part: Part, piece: Piece) -> None:
-    """Add the steps for a piece that goes from one rank to all: to its owner, between owners, inside each site."""
-    root_site, owner = part.topology.site_of(piece.source), piece.owners[part.site]
-    given, kept = (Buffer.IN, piece.in_offset), (Buffer.OUT, piece.offset)
-    if part.rank == piece.source:
-        part.builder.fold(Phase.LOCAL_GATHER, [(*given, 1)], kept, piece.length, [])
-        if owner != part.rank:
+def spread(part: Part, piece: Piece, *, in_place: bool = False, home: int | None = None) -> None:
+    """Add the steps for a piece that goes from one rank to all: to its owner, between owners, inside each site.
+
+    ``in_place`` : the root has it in its output.  ``home`` : the site that passes it on to all sites but the root's; by
+    default the root's own.
+    """
+    root, root_site, owner = piece.source, part.topology.site_of(piece.source), piece.owners[part.site]
+    kept = (Buffer.OUT, piece.offset)
+    given = kept if in_place else (Buffer.IN, piece.in_offset)
+    have: list[int] = []
+    if part.rank == root:
+        if not in_place:
+            part.builder.fold(Phase.LOCAL_GATHER, [(*given, 1)], kept, piece.length, [])
+        if owner != root:
             _send_local(part, piece, owner, given)
             return
-        have: list[int] = []
     elif owner != part.rank:
         part.builder.recv(Phase.LOCAL_GATHER, owner, tag_of(piece, FROM_OWNER), kept, piece.length)
         return
     else:
         given = kept
         if part.site == root_site:
-            came = part.builder.recv(Phase.LOCAL_REDUCE, piece.source, tag_of(piece, TO_OWNER), kept, piece.length)
-        else:
+            came = part.builder.recv(Phase.LOCAL_REDUCE, root, tag_of(piece, TO_OWNER), kept, piece.length)
+        elif home in (None, part.site):
             came = _recv_across(part, piece, piece.owners[root_site], kept, [])
+        else:
+            came = _recv_across(part, piece, piece.owners[home or 0], kept, [], RESULT)
         have = [came]
-    if part.site == root_site and len(piece.owners) > 1:
-        _send_across(part, piece, other_owners(part.site, piece.owners), given, have)
-    local_gather(part, piece, have, but=piece.source, source=given)
+    others = [site for site in range(len(piece.owners)) if site != part.site]
+    if part.site == home:
+        others.remove(root_site)
+        _send_across(part, piece, [piece.owners[site] for site in others], given, have, RESULT)
+    elif part.site == root_site and others:
+        owners = other_owners(part.site, piece.owners) if home is None else (piece.owners[home],)
+        _send_across(part, piece, owners, given, have)
+    local_gather(part, piece, have, but=root, source=given)
 
 
 def collect(part: Part, piece: Piece) -> None:
@@ -149,24 +162,28 @@ def _send_local(part: Part, piece: Piece, peer: int, given: Span) -> int:
     return sent
 
 
-def _recv_across(part: Part, piece: Piece, peer: int, target: Span, after: Sequence[int]) -> int:
-    return part.builder.recv(Phase.WIDE_GATHER, peer, tag_of(piece, ACROSS), target, piece.length, after, wide=True)
+def _recv_across(part: Part, piece: Piece, peer: int, target: Span, after: Sequence[int], phase: int = ACROSS) -> int:
+    return part.builder.recv(Phase.WIDE_GATHER, peer, tag_of(piece, phase), target, piece.length, after, wide=True)
 
 
-def _send_across(part: Part, piece: Piece, owners: Sequence[int], given: Span, have: Sequence[int]) -> None:
+def _send_across(
+    part: Part, piece: Piece, owners: Sequence[int], given: Span, have: Sequence[int], phase: int = ACROSS
+) -> None:
     """Send a piece from the caller's arrays to owners in other sites, the last pieces from scratch."""
-    if not piece.late:
-        _send_from(part, piece, owners, given, have)
+    if not (piece.late and owners):
+        _send_from(part, piece, owners, given, have, phase)
         return
     number, offset, free_after = part.next_place()
     place = (Buffer.PARTIAL, offset)
     copied = part.builder.fold(Phase.WIDE_GATHER, [(*given, 1)], place, piece.length, [*have, *free_after])
-    part.last_use[number] = _send_from(part, piece, owners, place, [copied])
+    part.last_use[number] = _send_from(part, piece, owners, place, [copied], phase)
 
 
-def _send_from(part: Part, piece: Piece, owners: Sequence[int], source: Span, have: Sequence[int]) -> list[int]:
+def _send_from(
+    part: Part, piece: Piece, owners: Sequence[int], source: Span, have: Sequence[int], phase: int = ACROSS
+) -> list[int]:
     return [
-        part.builder.send(Phase.WIDE_GATHER, owner, tag_of(piece, ACROSS), source, piece.length, have, wide=True)
+        part.builder.send(Phase.WIDE_GATHER, owner, tag_of(piece, phase), source, piece.length, have, wide=True)
         for owner in owners
     ]
 
@@ -190,14 +207,14 @@ def _fold_across(part: Part, piece: Piece, place: Span, target: Span, folded: in
     return done
 
 
-def direct(blocks: Blocks, hops: Callable[[int, int], tuple[Hop, ...]]) -> Algorithm:
+def direct(blocks: Blocks, hops: Callable[[int, int], tuple[Hop, ...]], *, awaits: bool = False) -> Algorithm:
     """Return the algorithm that sends every piece straight to the sites where it belongs."""
-    return Algorithm("direct", add_piece, hops, blocks=blocks)
+    return Algorithm("direct", add_piece, hops, blocks=blocks, awaits=awaits)
 
 
 def home_of(topology: Topology, piece: Piece) -> int:
-    """Return the site that folds a piece: one other than the root's, in turn."""
-    root_site = topology.site_of(piece.target)
+    """Return the site that folds a piece, or passes it on: one other than the root's, in turn."""
+    root_site = topology.site_of(piece.target if piece.source == ALL else piece.source)
     return (root_site + 1 + piece.number % (len(topology.sites) - 1)) % len(topology.sites)
 
 

@@ -15,7 +15,8 @@ from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch
 from detcoll.signature import signature_of
 from detcoll.testing.fabric import Here
 from detcoll.testing.natives import Natives
-from detcoll.testing.programs.collectives import contribution, expected, native_of
+from detcoll.testing.programs.collectives import native_of
+from detcoll.testing.values import exact, reduced_whole_numbers, whole_numbers
 from detcoll.transport import NativeCall, NativeCollectives
 from detcoll.types import DTYPES, ReduceOp
 
@@ -41,7 +42,7 @@ class Case:
     def given(self, rank: int) -> NDArray[Any]:
         """Return what a rank gives."""
         own = self.counts[rank] if self.kind in ("all_gather", "gather") else self.count
-        return contribution(rank, own, self.op, self.dtype)
+        return whole_numbers(rank, own, self.op, self.dtype)
 
     def block(self, array: NDArray[Any], rank: int) -> NDArray[Any]:
         """Return a rank's block of an array of all blocks."""
@@ -53,9 +54,9 @@ class Case:
         size = len(self.counts)
         match self.kind:
             case "reduce":
-                return expected(size, self.count, self.op, self.dtype)
+                return reduced_whole_numbers(size, self.count, self.op, self.dtype)
             case "reduce_scatter":
-                return self.block(expected(size, self.count, self.op, self.dtype), rank)
+                return self.block(reduced_whole_numbers(size, self.count, self.op, self.dtype), rank)
             case "scatter":
                 return self.block(self.given(self.root), rank)
             case "all_to_all":
@@ -93,7 +94,7 @@ def each_case(here: Here, kind: str, counts: tuple[int, ...], dtype_names: list[
     signature, size = signature_of(kind), here.size
     for name in sorted(DTYPES if dtype_names is None else dtype_names):
         dtype = DTYPES[name]
-        for op in ReduceOp if signature.has_op else [ReduceOp.SUM]:
+        for op in ReduceOp if signature.has_op else [ReduceOp.MAX]:
             if not here.capabilities.supports(kind, dtype, op, uneven=len(set(counts)) > 1):
                 continue
             for root in range(size) if signature.has_root else [0]:
@@ -105,7 +106,7 @@ def _check(here: Here, collectives: NativeCollectives, case: Case) -> None:
     call = case.call(here.rank)
     collectives.run(call, here.deadline_ns())
     wanted = case.result(here.rank)[: call.array.size]
-    np.testing.assert_array_equal(call.array.astype(np.float64), wanted.astype(np.float64), f"{case} on {here.rank}")
+    np.testing.assert_array_equal(exact(call.array), exact(wanted), f"{case} on {here.rank}")
     assert call.source is not None
     if not case.in_place and call.source.size:
         assert call.source.tobytes() == case.given(here.rank).tobytes(), f"{case} changed the input of {here.rank}"
