@@ -398,7 +398,8 @@ class Job:
         self._complete_trace()
         if failure is not None:
             deadline_ns = min(deadline_ns, deadline_after(_PARTING_AFTER_FAILURE_S))
-        _forget_frames(failure)
+        for error in (failure, *(runner.failure for runner in self.natives.runners)):
+            _forget_frames(error)
         for endpoint in self.assembled.endpoints:
             if failure is None:
                 endpoint.close(deadline_ns)
