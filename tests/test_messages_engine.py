@@ -18,7 +18,7 @@ from detcoll.runtime import credit, group, transfer
 from detcoll.runtime.group import CHUNK_BITS, MESSAGES, SEQUENCES, Group
 from detcoll.runtime.messages import CHUNKS_QUEUED, EAGER_BYTES, LARGEST_EAGER
 from detcoll.runtime.snapshot import snapshot
-from detcoll.runtime.transfer import INLINE_BYTES, LARGEST_KEYS, LARGEST_TAG, NOTE_BYTES, Note, NoteKind
+from detcoll.runtime.transfer import INLINE_BYTES, LARGEST_KEYS, LARGEST_TAG, NOTE_BYTES, Note, NoteKind, Transfer
 from detcoll.testing.fleet import SECOND_NS, Called, Fleet
 
 MS = 1_000_000
@@ -266,6 +266,30 @@ def test_a_call_that_waits_for_memory_keeps_its_place() -> None:
     fleet.send(2, 0, numbers(LARGE, 3), 5)
     fleet.run()
     check(sent[0], first)
+
+
+def test_calls_that_wait_for_memory_cost_a_turn_nothing_until_it_is_free(monkeypatch) -> None:
+    fleet = Fleet(3)
+    memory = [room(LARGE) for _ in range(50)]
+    got, passed_on = [], []
+    for tag, array in enumerate(memory):
+        got.append(fleet.recv(1, 0, array, tag, spans=True))
+        passed_on.append(fleet.send(1, 2, array, tag, spans=True))
+    fleet.run(SECOND_NS)
+    looks = []
+    holds = Transfer.holds
+    monkeypatch.setattr(Transfer, "holds", lambda one, other: looks.append(other) or holds(one, other))
+    for _ in range(100):
+        fleet.engine(1).start_ready(fleet.now_ns)
+    assert not fleet.engine(1).can_start
+    assert not looks
+    sent = [fleet.send(0, 1, numbers(LARGE, tag), tag) for tag in reversed(range(50))]
+    last = [fleet.recv(2, 1, room(LARGE), tag) for tag in range(50)]
+    fleet.run()
+    for calls in zip(reversed(sent), got, passed_on, last, strict=True):
+        for call in calls[1:]:
+            check(calls[0], call)
+    assert len(looks) <= 50 * 100
 
 
 def test_groups_do_not_mix_messages() -> None:

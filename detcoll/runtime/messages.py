@@ -33,6 +33,7 @@ from detcoll.runtime.actions import Act
 from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
 from detcoll.runtime.membership import Membership
+from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
 from detcoll.runtime.transfer import (
     ANY,
@@ -104,20 +105,20 @@ class Messages:
         As of the engine.
     listen : callable
         Lets the engine listen to ranks for control messages.
-    must_follow : callable
-        Tells whether an earlier call works on the same memory and has not ended.
+    predecessor : callable
+        Returns an earlier call that works on the same memory and has not ended, or None.
     """
 
     def __init__(
         self, rank: int, site_of: Sequence[int], wide: frozenset[int], groups: dict[int, Membership],
         actions: list[tuple[Any, ...]], failures: Failures, slots: Slots[tuple[Any, int]], express: Express | None,
         credit: Credit, recorder: Recorder, listen: Callable[[Iterable[int]], None],
-        must_follow: Callable[[Transfer], bool],
+        predecessor: Callable[[Transfer], Operation | Transfer | None],
     ) -> None:  # fmt: skip
         self._rank, self._site_of, self._wide, self._groups, self._actions = rank, site_of, wide, groups, actions
         self._failures, self._slots, self._express, self._credit = failures, slots, express, credit
-        self._recorder, self._listen, self._must_follow = recorder, listen, must_follow
-        self._blocked: list[Transfer] = []
+        self._recorder, self._listen, self._predecessor = recorder, listen, predecessor
+        self._blocked: list[tuple[Transfer, Operation | Transfer]] = []
 
     # Calls.
 
@@ -126,8 +127,9 @@ class Messages:
         self._recorder.note(now_ns, "message", transfer.group.number, peer=transfer.peer, detail=transfer.what)
         membership.mail.pending[transfer] = None
         self._reach(membership, transfer)
-        if transfer.spans and self._must_follow(transfer):
-            self._blocked.append(transfer)
+        earlier = self._predecessor(transfer) if transfer.spans else None
+        if earlier is not None:
+            self._blocked.append((transfer, earlier))
         else:
             self._begin(membership, transfer, now_ns)
         if transfer.is_send:
@@ -144,11 +146,13 @@ class Messages:
         if not self._blocked:
             return
         left = []
-        for transfer in self._blocked:
+        for transfer, earlier in self._blocked:
             if transfer.over:
                 continue
-            if self._must_follow(transfer):
-                left.append(transfer)
+            # Each turn comes here, so calls are looked through only when the one that was waited for has ended.
+            another = self._predecessor(transfer) if earlier.reported else earlier
+            if another is not None:
+                left.append((transfer, another))
                 continue
             membership = self._groups[transfer.group.id]
             self._begin(membership, transfer, now_ns)
@@ -157,8 +161,8 @@ class Messages:
 
     @property
     def can_start(self) -> bool:
-        """Whether `start_ready` would begin something."""
-        return any(transfer.over or not self._must_follow(transfer) for transfer in self._blocked)
+        """Whether `start_ready` might begin something."""
+        return any(transfer.over or earlier.reported for transfer, earlier in self._blocked)
 
     def _begin(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         transfer.is_free = True
