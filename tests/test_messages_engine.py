@@ -68,7 +68,8 @@ def test_keys_of_messages_are_apart_from_each_other_and_from_calls(number, other
 def test_notes_are_read_as_they_were_written(kind, number, tag, key, dtype, count, eager, name) -> None:
     inline = eager and not name
     payload = bytes(range(count % (INLINE_BYTES + 1))) if inline else b""
-    note = Note(kind, number, tag, dtype, count, 8 * count % 2**63, 77, eager, name, inline, payload, key)
+    nbytes = len(payload) if inline else 8 * count % 2**63
+    note = Note(kind, number, tag, dtype, count, nbytes, 77, eager, name, inline, payload, key)
     record = note.pack(memoryview(payload))
     assert len(record) == NOTE_BYTES
     assert Note.unpack(record) == note
@@ -81,7 +82,10 @@ def test_a_note_holds_the_keys_of_what_was_taken(keys: list[int]) -> None:
     assert Note.unpack(note.pack()) == note
 
 
-@pytest.mark.parametrize("record", [b"", b"\xff" * NOTE_BYTES, bytes(40)])
+CUT_SHORT = Note(NoteKind.ANNOUNCE, count=8, nbytes=8, dtype="uint8", is_eager=True, is_inline=True).pack(b"1234567")
+
+
+@pytest.mark.parametrize("record", [b"", b"\xff" * NOTE_BYTES, bytes(40), CUT_SHORT])
 def test_what_is_no_note_is_told(record: bytes) -> None:
     with pytest.raises(FrameError, match="invalid note"):
         Note.unpack(record)

@@ -94,6 +94,8 @@ class Note:
             keys: tuple[int, ...] = ()
             if kind == NoteKind.TAKEN:
                 tail, keys = b"", struct.unpack(f"<{length // 4}I", tail)
+            if is_inline and len(tail) != nbytes:
+                raise ValueError(f"it holds {len(tail)} of {nbytes} bytes")
             name, payload = ("", tail) if is_inline else (tail.decode(), b"")
             of = dtype.rstrip(b"\0").decode()
             return cls(
