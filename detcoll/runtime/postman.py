@@ -25,6 +25,9 @@ log = logging.getLogger("detcoll")
 NOTE, TOLD, CHUNK = "note", "told", "chunk"
 """What a ticket of the postman is about, the second entry of its context."""
 
+COPIES = frozenset({Verb.OPEN, Verb.KEEP, Verb.MOVE, Verb.PUT})
+"""What needs no endpoint."""
+
 Wished = tuple[Queued[Wide] | None, Window | None]
 
 
