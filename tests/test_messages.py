@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -458,6 +459,32 @@ def test_a_killed_peer_ends_its_messages(transport: str) -> None:
     for (said,) in ended.said.values():
         assert len(said) == 3
         assert all(text.startswith("PeerLost") and "rank 2" in text for text in said), said
+
+
+def test_a_receive_that_ends_as_the_progress_thread_fails_has_its_message() -> None:
+    ended = []
+
+    def program(comm):
+        if comm.rank == 0:
+            comm.send(np.arange(8, dtype=np.uint8), 1, tag=1)
+            comm.send(np.ones(1, np.uint8), 1, tag=2)
+            return
+        x = np.zeros(8, np.uint8)
+        comm.recv(np.zeros(1, np.uint8), 0, tag=2)
+        is_called = threading.Event()
+
+        def fail(now_ns: int) -> None:
+            is_called.wait(TIMEOUT_S)
+            raise RuntimeError("broken")
+
+        comm._caller.job.loop.post(fail)
+        work = comm.recv(x, 0, tag=1, async_op=True)
+        is_called.set()
+        ended.append((work.exception(TIMEOUT_S), x))
+
+    attempt(2, program, transport="memory")
+    [(error, x)] = ended
+    assert isinstance(error, TransportError) or x.tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted"])

@@ -104,7 +104,7 @@ class Engine:
         self._order = 0
         self.messages = Messages(
             rank, site_of, wide, self.groups, self.actions, self.failures, slots, express, self.credit, self.recorder,
-            self._listen, self._must_follow,
+            self._listen, self._predecessor,
         )  # fmt: skip
 
     # Groups and calls.
@@ -175,7 +175,7 @@ class Engine:
         for membership in self.groups.values():
             while membership.waiting and len(membership.active) < LARGEST_ACTIVE:
                 operation = membership.waiting[0]
-                if operation.spans and self._must_follow(operation):
+                if operation.spans and self._predecessor(operation) is not None:
                     break
                 membership.waiting.popleft()
                 self._start(membership, operation, now_ns)
@@ -195,28 +195,28 @@ class Engine:
             and any(
                 membership.waiting
                 and len(membership.active) < LARGEST_ACTIVE
-                and not self._must_follow(membership.waiting[0])
+                and self._predecessor(membership.waiting[0]) is None
                 for membership in self.groups.values()
             )
         )
 
-    def _must_follow(self, operation: Operation | Transfer) -> bool:
-        """Tell whether an earlier call works on the same memory and has not ended."""
+    def _predecessor(self, operation: Operation | Transfer) -> Operation | Transfer | None:
+        """Return an earlier call that works on the same memory and has not ended, or None."""
         for membership in self.groups.values():
             for other in membership.active:
                 if not other.reported and other.order < operation.order and other.overlaps(operation):
-                    return True
+                    return other
             for other in membership.waiting:
                 if other.order >= operation.order:
                     break
                 if other.overlaps(operation):
-                    return True
+                    return other
             for transfer in membership.mail.pending:
                 if transfer.order >= operation.order:
                     break
                 if transfer.holds(operation):
-                    return True
-        return False
+                    return transfer
+        return None
 
     def _start(self, membership: Membership, operation: Operation, now_ns: int) -> None:
         self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)
