@@ -168,7 +168,8 @@ class Engine:
 
     def start_ready(self, now_ns: int) -> None:
         """Start calls that wait for nothing but this."""
-        self.messages.start_ready(now_ns)
+        if self.messages.blocked:
+            self.messages.start_ready(now_ns)
         if not self._may_start:
             return
         self._may_start = False
@@ -190,14 +191,13 @@ class Engine:
     @property
     def can_start(self) -> bool:
         """Whether `start_ready` might start something."""
-        return self.messages.can_start or (
-            self._may_start
-            and any(
-                membership.waiting
-                and len(membership.active) < LARGEST_ACTIVE
-                and self._predecessor(membership.waiting[0]) is None
-                for membership in self.groups.values()
-            )
+        if self.messages.blocked and self.messages.can_start:
+            return True
+        return self._may_start and any(
+            membership.waiting
+            and len(membership.active) < LARGEST_ACTIVE
+            and self._predecessor(membership.waiting[0]) is None
+            for membership in self.groups.values()
         )
 
     def _predecessor(self, operation: Operation | Transfer) -> Operation | Transfer | None:
@@ -468,10 +468,14 @@ class Engine:
     def next_ns(self, now_ns: int) -> int | None:
         """Return when this or `Failures.look_after` has something to do even if nothing happens, or None."""
         times = [until_ns for _, until_ns in self.failures.suspects.values()]
-        times += [group.mail.look_ns for group in self.groups.values() if group.mail.look_ns != NEVER_NS]
         times += [operation.greets_ns for operation, _ in self._greetings]
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:
             times.append(line_ns)
-        times += [first.limit_ns for membership in self.groups.values() if (first := membership.first) is not None]
+        for membership in self.groups.values():
+            if membership.mail.look_ns != NEVER_NS:
+                times.append(membership.mail.look_ns)
+            first = membership.first
+            if first is not None:
+                times.append(first.limit_ns)
         return min(times, default=None)

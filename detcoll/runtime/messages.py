@@ -118,7 +118,7 @@ class Messages:
         self._rank, self._site_of, self._wide, self._groups, self._actions = rank, site_of, wide, groups, actions
         self._failures, self._slots, self._express, self._credit = failures, slots, express, credit
         self._recorder, self._listen, self._predecessor = recorder, listen, predecessor
-        self._blocked: list[tuple[Transfer, Operation | Transfer]] = []
+        self.blocked: list[tuple[Transfer, Operation | Transfer]] = []
 
     # Calls.
 
@@ -129,7 +129,7 @@ class Messages:
         self._reach(membership, transfer)
         earlier = self._predecessor(transfer) if transfer.spans else None
         if earlier is not None:
-            self._blocked.append((transfer, earlier))
+            self.blocked.append((transfer, earlier))
         else:
             self._begin(membership, transfer, now_ns)
         if transfer.is_send:
@@ -143,10 +143,8 @@ class Messages:
 
     def start_ready(self, now_ns: int) -> None:
         """Begin the calls that waited for memory which no earlier call works on any more."""
-        if not self._blocked:
-            return
         left = []
-        for transfer, earlier in self._blocked:
+        for transfer, earlier in self.blocked:
             if transfer.over:
                 continue
             # Each turn comes here, so calls are looked through only when the one that was waited for has ended.
@@ -157,12 +155,12 @@ class Messages:
             membership = self._groups[transfer.group.id]
             self._begin(membership, transfer, now_ns)
             self._advance(membership, transfer, now_ns)
-        self._blocked = left
+        self.blocked = left
 
     @property
     def can_start(self) -> bool:
         """Whether `start_ready` might begin something."""
-        return any(transfer.over or earlier.reported for transfer, earlier in self._blocked)
+        return any(transfer.over or earlier.reported for transfer, earlier in self.blocked)
 
     def _begin(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         transfer.is_free = True

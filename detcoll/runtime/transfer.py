@@ -330,9 +330,7 @@ class Mail:
             self.look_ns = min(self.look_ns, transfer.limit_ns)
 
     def late(self, now_ns: int) -> Transfer | None:
-        """Return a transfer whose time is over, or None."""
-        if now_ns < self.look_ns:
-            return None
+        """Return a transfer whose time is over, or None; worth a call from `look_ns` on."""
         first = min(self.unended(), key=lambda transfer: transfer.limit_ns, default=None)
         self.look_ns = NEVER_NS if first is None else first.limit_ns
         return first if first is not None and first.limit_ns <= now_ns else None
