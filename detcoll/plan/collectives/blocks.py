@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import accumulate, pairwise
 
 from detcoll.plan.collectives.part import Part
@@ -119,11 +120,17 @@ def pieces(part: Part, collective: Collective, blocks: Blocks) -> list[Piece]:
 
 
 def _numbers(topology: Topology, blocks: Sequence[Block], chunk_size: ChunkSize) -> dict[int, int]:
-    """Return the number of the first piece of a block in each slot; slots follow one another."""
+    """Return the number of the first piece of a block in each slot; slots follow one another.
+
+    Owners cut a block at most where one of the sites has a cut, which is the same place for equal parts of the whole.
+    """
     longest: dict[int, int] = {}
     for block in blocks:
         longest[block.slot] = max(longest.get(block.slot, 0), block.length)
-    cuts = 2 * max(len(site.ranks) for site in topology.sites)
+    cuts = 0
+    if len(topology.sites) > 1:
+        sizes = {len(site.ranks) for site in topology.sites}
+        cuts = len({Fraction(index, ranks) for ranks in sizes for index in range(1, ranks)})
     needed = [-(-longest[slot] // chunk_size.elems) + cuts for slot in sorted(longest)]
     return dict(zip(sorted(longest), positions(needed), strict=True))
 
