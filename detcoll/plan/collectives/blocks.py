@@ -137,36 +137,39 @@ def _numbers(topology: Topology, blocks: Sequence[Block], chunk_size: ChunkSize)
 
 def segments_of(topology: Topology, block: Block) -> list[tuple[int, int, tuple[int, ...]]]:
     """Return where the parts of a block with the same owners begin and end in it, and their owners by site."""
+    if not block.length:
+        return []
     sites = range(len(topology.sites))
-    ends = [topology.site_of(rank) for rank in (block.source, block.target) if rank != ALL]
-    reached = list(sites) if ALL in (block.source, block.target) else sorted(set(ends))
+    ranks = {topology.site_of(rank): rank for rank in (block.source, block.target) if rank != ALL}
+    reached = list(sites) if ALL in (block.source, block.target) else sorted(ranks)
     if block.direct or len(reached) == 1:
-        ranks = {topology.site_of(rank): rank for rank in (block.source, block.target) if rank != ALL}
-        return [(0, block.length, tuple(ranks.get(site, NOBODY) for site in sites))] if block.length else []
+        return [(0, block.length, tuple(ranks.get(site, NOBODY) for site in sites))]
     cuts = {site: _cuts(block, len(topology.sites[site].ranks)) for site in reached}
-    inside = {cut for found in cuts.values() for cut in found if 0 < cut < block.length}
+    inside = {cut for _, found in cuts.values() for cut in found if 0 < cut < block.length}
     parts = []
     for begin, end in pairwise(sorted({0, block.length} | inside)):
         owners = [NOBODY] * len(topology.sites)
         for site in reached:
-            owners[site] = topology.sites[site].ranks[bisect_right(cuts[site], begin)]
+            before, found = cuts[site]
+            owners[site] = topology.sites[site].ranks[before + bisect_right(found, begin)]
         parts.append((begin, end, tuple(owners)))
     return parts
 
 
-def _cuts(block: Block, ranks: int) -> list[int]:
-    """Return where a site of so many ranks cuts the sequence, counted from where the block begins.
+def _cuts(block: Block, ranks: int) -> tuple[int, list[int]]:
+    """Return how many cuts of the sequence by a site of so many ranks come no later than the block, and those inside.
 
-    A cut near an end of the block is moved to that end, since otherwise a few elements would travel alone.
+    They count from where the block begins. A cut near an end of the block is moved to that end, since otherwise a few
+    elements would travel alone.
     """
+    before = min(((block.begin + 1) * ranks - 1) // block.total, ranks - 1)
+    up_to = min(((block.begin + block.length) * ranks - 1) // block.total, ranks - 1)
     made = []
-    for index in range(1, ranks):
+    for index in range(before + 1, up_to + 1):
         cut = block.total * index // ranks - block.begin
-        if 0 < cut < block.length:
-            cut -= cut % CUT_ELEMS
-            cut = block.length if block.length - cut < CUT_ELEMS else cut
-        made.append(cut)
-    return made
+        cut -= cut % CUT_ELEMS
+        made.append(block.length if block.length - cut < CUT_ELEMS else cut)
+    return before, made
 
 
 def _cut(topology: Topology, block: Block, chunk_size: ChunkSize, first: int) -> Iterator[Piece]:
