@@ -59,7 +59,7 @@ class Piece:
 
     ``offset`` : in the output.  ``in_offset`` : in the input.  ``owners`` : by site, `NOBODY` where it does not go.
     ``turn`` : how many pieces of the same owners come before it.
-    ``late`` : its owner in the source's site sends no more pieces over the line after it than there is scratch for.
+    ``late`` : there is scratch for it and for all that its owner in the source's site sends or passes on after it.
     """
 
     number: int
@@ -110,14 +110,17 @@ def pieces(part: Part, collective: Collective, blocks: Blocks) -> list[Piece]:
     made = [piece for block in stated for piece in _cut(part.topology, block, part.chunk_size, numbers[block.slot])]
     made.sort(key=lambda piece: piece.turn)
     site_of = {rank: index for index, site in enumerate(part.topology.sites) for rank in site.ranks}
-    following: dict[int, int] = {}
+    places: dict[int, int] = {}
     for index in reversed(range(len(made))):
         piece = made[index]
-        if piece.source == ALL or site_of[piece.source] == site_of.get(piece.target, ALL):
+        target_site = site_of.get(piece.target, ALL)
+        if piece.source == ALL or site_of[piece.source] == target_site:
             continue  # folds lie in scratch anyway, and what stays in a site needs none
-        owner = piece.owners[site_of[piece.source]]
-        following[owner] = following.get(owner, 0) + 1
-        if following[owner] <= part.chunk_size.depth:
+        leaves = piece.owners[site_of[piece.source]]
+        places[leaves] = places.get(leaves, 0) + 1
+        if piece.target != ALL and (enters := piece.owners[target_site]) != piece.target:
+            places[enters] = places.get(enters, 0) + 1
+        if places[leaves] <= part.chunk_size.depth:
             made[index] = replace(piece, late=True)
     return made
 
