@@ -226,3 +226,14 @@ def test_a_site_of_hundreds_of_ranks_has_tags_enough(kind: str) -> None:
     size = 320
     part = compile_plan(Collective(kind, size, 4, 4, 0), sites_of([size]), size - 1, "direct", ChunkSize(65_536, 4))
     assert len(part.steps) > 0
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "reduce"])
+def test_inside_one_site_all_ranks_share_the_work_of_a_root(kind: str) -> None:
+    topology, count = sites_of([8]), 8 << 17
+    planners = [Planner(topology, rank, build_calendar(topology)) for rank in range(8)]
+    moved = []
+    for planner in planners:
+        steps = planner.plan(Collective(kind, count, 4, 4, 3)).steps
+        moved.append(int(steps["length"][steps["kind"] != Kind.FOLD].sum()))
+    assert max(moved) <= 3 * count

@@ -134,21 +134,25 @@ def _numbers(topology: Topology, blocks: Sequence[Block], chunk_size: ChunkSize)
     for block in blocks:
         longest[block.slot] = max(longest.get(block.slot, 0), block.length)
     cuts = 0
-    if len(topology.sites) > 1:
+    if len(topology.sites) > 1 or any(ALL in (block.source, block.target) for block in blocks):
         sizes = {len(site.ranks) for site in topology.sites}
         cuts = len({Fraction(index, ranks) for ranks in sizes for index in range(1, ranks)})
     needed = [-(-longest[slot] // chunk_size.elems) + cuts for slot in sorted(longest)]
     return dict(zip(sorted(longest), positions(needed), strict=True))
 
 
-def segments_of(topology: Topology, block: Block) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Return where the parts of a block with the same owners begin and end in it, and their owners by site."""
+def segments_of(topology: Topology, block: Block, *, whole: bool = False) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return where the parts of a block with the same owners begin and end in it, and their owners by site.
+
+    ``whole`` : the array is small, so that inside one site its root serves all others by itself.
+    """
     if not block.length:
         return []
     sites = range(len(topology.sites))
     ranks = {topology.site_of(rank): rank for rank in (block.source, block.target) if rank != ALL}
-    reached = list(sites) if ALL in (block.source, block.target) else sorted(ranks)
-    if block.direct or len(reached) == 1:
+    is_shared = ALL in (block.source, block.target)
+    reached = list(sites) if is_shared else sorted(ranks)
+    if block.direct or (len(reached) == 1 and (whole or not is_shared)):
         return [(0, block.length, tuple(ranks.get(site, NOBODY) for site in sites))]
     cuts = {site: _cuts(block, len(topology.sites[site].ranks)) for site in reached}
     inside = {cut for _, found in cuts.values() for cut in found if 0 < cut < block.length}
@@ -180,7 +184,7 @@ def _cuts(block: Block, ranks: int) -> tuple[int, list[int]]:
 
 def _cut(topology: Topology, block: Block, chunk_size: ChunkSize, first: int) -> Iterator[Piece]:
     count = first
-    for begin, end, owners in segments_of(topology, block):
+    for begin, end, owners in segments_of(topology, block, whole=chunk_size.whole):
         for turn, offset in enumerate(range(begin, end, chunk_size.elems)):
             length = min(chunk_size.elems, end - offset)
             yield Piece(
