@@ -301,3 +301,7 @@ def test_small_blocks_of_many_ranks_wait_for_no_acknowledgement() -> None:
         collective = Collective(kind, 64 * size, 4, 4)
         parts = [Planner(topology, rank, calendar).plan(collective) for rank in range(size)]
         assert max(simulate(parts, topology, calendar).finish_ns) < 2 * 20_000_000, kind
+    counts = (64,) * size
+    stated = Collective("all_to_all", 64 * size, 4, 4, 0, counts, counts)
+    parts = [Planner(topology, rank, calendar).plan(stated) for rank in range(size)]
+    assert max(simulate(parts, topology, calendar).finish_ns) < 2 * 20_000_000

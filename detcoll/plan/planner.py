@@ -65,18 +65,19 @@ def _chunk_of_blocks(collective: Collective, topology: Topology, calendar: Calen
 
     Where no block is as long as a chunk, the same scratch has more places: an owner may have many short blocks.
     """
-    size = topology.size
-    if collective.out_counts:  # a rank knows only its own sizes
-        count = NOMINAL_BYTES // collective.itemsize
+    size, is_stated = topology.size, bool(collective.out_counts)
+    if is_stated:  # a rank knows only its own sizes
+        count = longest = NOMINAL_BYTES // collective.itemsize
         collective = replace(collective, count=count, counts=(), out_counts=())
-        longest = count
     else:
         has_counts = declaration_of(collective.kind).has_counts
         longest = max(collective.blocks(size)) if has_counts else collective.count
     chunk_size = choose_chunk(topology, calendar, collective)
+    most = max(LARGEST_SCRATCH_BYTES // (chunk_size.elems * collective.itemsize), chunk_size.depth)
     if how.awaits:
-        most = max(LARGEST_SCRATCH_BYTES // (chunk_size.elems * collective.itemsize), chunk_size.depth)
         chunk_size = replace(chunk_size, depth=min(2 * chunk_size.depth, most))
+    if is_stated:  # a block for every rank may be short
+        chunk_size = replace(chunk_size, depth=min(max(chunk_size.depth, size), most))
     elems = min(chunk_size.elems, max(longest, 1))
     return replace(chunk_size, elems=elems, depth=chunk_size.depth * chunk_size.elems // elems)
 
