@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from detcoll import errors
@@ -31,14 +32,24 @@ __all__ = [
     "ReduceOp",
     "Topology",
     "Work",
+    "all_gather",
+    "all_gather_object",
     "all_reduce",
+    "all_to_all",
     "barrier",
     "broadcast",
+    "broadcast_object",
     "communicator",
     "errors",
     "finalize",
+    "gather",
     "init",
     "rank",
+    "recv",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+    "send",
     "size",
 ]
 
@@ -60,7 +71,7 @@ def init(
     Parameters
     ----------
     transport : str
-        ``auto``, or a name such as ``slotted``, ``shm``, ``mpi``, ``gloo``. DETCOLL_TRANSPORT takes precedence.
+        ``auto``, or a name: ``slotted``, ``shm``, ``mpi``, ``gloo``, ``tcp``. DETCOLL_TRANSPORT takes precedence.
     topology : Topology or path, optional
         Sites, their lines and delays; by default one site. DETCOLL_TOPOLOGY takes precedence.
     timeout : float, optional
@@ -162,6 +173,114 @@ def barrier(async_op: bool = False, *, timeout: float | None = None, name: str =
 def barrier(async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
     """Block until every rank has called it; see `Communicator.barrier`."""
     return communicator().barrier(async_op, timeout=timeout, name=name)
+
+
+def reduce(
+    x: Any, root: int = 0, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None,
+    name: str = "",
+) -> Any:  # fmt: skip
+    """Reduce ``x`` over all ranks into ``x`` of rank ``root``; see `Communicator.reduce`."""
+    return communicator().reduce(x, root, op, async_op, timeout=timeout, name=name)
+
+
+def all_gather(
+    x: Any, out: Any = None, counts: Sequence[int] | None = None, async_op: bool = False, *,
+    timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Concatenate ``x`` of all ranks on every rank; see `Communicator.all_gather`."""
+    return communicator().all_gather(x, out, counts, async_op, timeout=timeout, name=name)
+
+
+def reduce_scatter(
+    x: Any, out: Any = None, op: str | ReduceOp = "sum", counts: Sequence[int] | None = None, async_op: bool = False,
+    *, timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Reduce ``x`` over all ranks and give each its block of the result; see `Communicator.reduce_scatter`."""
+    return communicator().reduce_scatter(x, out, op, counts, async_op, timeout=timeout, name=name)
+
+
+def gather(
+    x: Any, root: int = 0, out: Any = None, counts: Sequence[int] | None = None, async_op: bool = False, *,
+    timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Concatenate ``x`` of all ranks on rank ``root``; see `Communicator.gather`."""
+    return communicator().gather(x, root, out, counts, async_op, timeout=timeout, name=name)
+
+
+def scatter(
+    x: Any, root: int = 0, out: Any = None, counts: Sequence[int] | None = None, async_op: bool = False, *,
+    timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Give each rank its block of ``x`` of rank ``root``; see `Communicator.scatter`."""
+    return communicator().scatter(x, root, out, counts, async_op, timeout=timeout, name=name)
+
+
+def all_to_all(
+    x: Any, out: Any = None, counts: Sequence[int] | None = None, out_counts: Sequence[int] | None = None,
+    async_op: bool = False, *, timeout: float | None = None, name: str = "",
+) -> Any:  # fmt: skip
+    """Send a block of ``x`` to every rank, and get one from each; see `Communicator.all_to_all`."""
+    return communicator().all_to_all(x, out, counts, out_counts, async_op, timeout=timeout, name=name)
+
+
+def broadcast_object(value: Any = None, root: int = 0, *, timeout: float | None = None, name: str = "") -> Any:
+    """Return a small object of rank ``root`` on all ranks; see `Communicator.broadcast_object`."""
+    return communicator().broadcast_object(value, root, timeout=timeout, name=name)
+
+
+def all_gather_object(value: Any, *, timeout: float | None = None, name: str = "") -> list[Any]:
+    """Return small objects of all ranks in rank order; see `Communicator.all_gather_object`."""
+    return communicator().all_gather_object(value, timeout=timeout, name=name)
+
+
+@overload
+def send(
+    x: Any, dst: int, tag: int = 0, async_op: Literal[False] = False, *, timeout: float | None = None, name: str = ""
+) -> None: ...
+@overload
+def send(
+    x: Any, dst: int, tag: int = 0, *, async_op: Literal[True], timeout: float | None = None, name: str = ""
+) -> Work: ...
+@overload
+def send(x: Any, dst: int, tag: int, async_op: Literal[True]) -> Work: ...
+@overload
+def send(
+    x: Any, dst: int, tag: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None: ...
+
+
+def send(
+    x: Any, dst: int, tag: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
+) -> Work | None:
+    """Send ``x`` to rank ``dst``, which takes it with `recv`; see `Communicator.send`."""
+    return communicator().send(x, dst, tag, async_op, timeout=timeout, name=name)
+
+
+@overload
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, async_op: Literal[False] = False, *, timeout: float | None = None,
+    name: str = "",
+) -> int: ...  # fmt: skip
+@overload
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, *, async_op: Literal[True], timeout: float | None = None,
+    name: str = "",
+) -> Work: ...  # fmt: skip
+@overload
+def recv(x: Any, src: int | None, tag: int, async_op: Literal[True]) -> Work: ...
+@overload
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, async_op: bool = False, *, timeout: float | None = None,
+    name: str = "",
+) -> Work | int: ...  # fmt: skip
+
+
+def recv(
+    x: Any, src: int | None = None, tag: int = 0, async_op: bool = False, *, timeout: float | None = None,
+    name: str = "",
+) -> Work | int:  # fmt: skip
+    """Receive into ``x`` what rank ``src`` (None: any rank) sends; see `Communicator.recv`."""
+    return communicator().recv(x, src, tag, async_op, timeout=timeout, name=name)
 
 
 def rank() -> int:

@@ -56,6 +56,8 @@ class Bound:
     ``array`` : array, (n,), one of `DTYPES`, C-contiguous, host; read-only if bound so.
     ``device`` : where the user's memory is, ``"cpu"`` or for example ``"cuda:0"``.
     ``staged`` : whether ``array`` is memory of its own; if not, it is the user's memory and nothing is ever copied.
+    ``blocks`` : into how many equal blocks each array of a list is cut. ``array`` holds the first blocks of all arrays,
+    then the second ones, and so on.
     """
 
     array: NDArray[Any]
@@ -63,6 +65,7 @@ class Bound:
     staged: bool
     writable: bool
     _parts: tuple[_Part, ...]
+    blocks: int = 1
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -81,9 +84,15 @@ class Bound:
 
     def load(self) -> None:
         """Copy the user's values into a staging array; nothing to do for a view."""
-        if self.staged:
-            for part, piece in self._pieces():
-                part.load(piece)
+        if not self.staged:
+            return
+        for part, piece in self._pieces():
+            if self.blocks == 1:
+                part.load(piece[0])
+                continue
+            whole = np.empty(part.size, part.dtype)
+            part.load(whole)
+            piece[:] = whole.reshape(piece.shape)
 
     def store(self) -> None:
         """Copy a staging array back into the user's memory; nothing to do for a view.
@@ -97,15 +106,17 @@ class Bound:
             raise UsageError("store() of a buffer that was bound with writable=False")
         if self.staged:
             for part, piece in self._pieces():
-                part.store(piece)
+                part.store(piece[0] if self.blocks == 1 else np.ascontiguousarray(piece).reshape(-1))
 
     def _pieces(self) -> list[tuple[_Part, NDArray[Any]]]:
-        edges = pairwise(accumulate((part.size for part in self._parts), initial=0))
+        """Return each array that has elements, and where its blocks lie in ``array``, one a row."""
+        rows = self.array.reshape(self.blocks, -1)
+        edges = pairwise(accumulate((part.size // self.blocks for part in self._parts), initial=0))
         pairs = zip(self._parts, edges, strict=True)
-        return [(part, self.array[start:stop]) for part, (start, stop) in pairs if start < stop]
+        return [(part, rows[:, start:stop]) for part, (start, stop) in pairs if start < stop]
 
 
-def bind(x: object, *, writable: bool = True, name: str = "x") -> Bound:
+def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, copied: bool = False) -> Bound:
     """Return the flat host array for ``x``.
 
     Parameters
@@ -116,6 +127,10 @@ def bind(x: object, *, writable: bool = True, name: str = "x") -> Bound:
         Whether results are written to it; if False, read-only memory will do.
     name : str
         What error messages call it.
+    blocks : int
+        Into how many equal blocks each array of a list is cut; see `Bound`.
+    copied : bool
+        Whether to stage host memory too.
 
     Returns
     -------
@@ -127,7 +142,14 @@ def bind(x: object, *, writable: bool = True, name: str = "x") -> Bound:
     UsageError
         If ``x`` cannot be used; the message names what, its value, and what was expected. Nothing was copied.
     """
-    if type(x) is np.ndarray and x.dtype in _TYPES and x.flags.c_contiguous and x.flags.writeable and writable:
+    if (
+        type(x) is np.ndarray
+        and x.dtype in _TYPES
+        and x.flags.c_contiguous
+        and x.flags.writeable
+        and writable
+        and not copied
+    ):
         return Bound(x.reshape(-1), "cpu", False, writable, ())  # the usual case, which small calls should not pay for
     if isinstance(x, list | tuple):
         if not x:
@@ -137,12 +159,17 @@ def bind(x: object, *, writable: bool = True, name: str = "x") -> Bound:
     else:
         parts = (_part(x, name, writable),)
     first = parts[0]
-    if len(parts) == 1 and first.host is not None:
+    if len(parts) == 1 and first.host is not None and not copied:
         array = first.host.view()
         array.flags.writeable = writable
         return Bound(array, first.device, False, writable, parts)
     staging = np.empty(sum(part.size for part in parts), first.dtype)
-    return Bound(staging, first.device, True, writable, parts)
+    if len(parts) == 1:
+        return Bound(staging, first.device, True, writable, parts)
+    for part in parts:
+        if part.size % blocks:
+            raise UsageError(f"{part.name} has {part.size} elements; expected a multiple of {blocks}, a block a rank")
+    return Bound(staging, first.device, True, writable, parts, blocks)
 
 
 def _part(x: Any, name: str, writable: bool) -> _Part:
@@ -261,6 +288,8 @@ def _check_torch(torch: ModuleType, x: Any, name: str) -> None:
         raise UsageError(f"{name} has dtype {x.dtype}; expected one of {', '.join(DTYPES)}")
     if not x.is_contiguous():
         raise _not_contiguous(name, x.shape, x.stride(), f"{name}.contiguous()")
+    if x.is_conj():
+        raise UsageError(f"{name} is a lazily conjugated view; pass {name}.resolve_conj() and copy the result back")
     if x.is_neg():
         raise UsageError(f"{name} is a lazily negated view; pass {name}.resolve_neg() and copy the result back")
 

@@ -14,35 +14,32 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.buffers import Bound, bind
+from detcoll.arguments import check_name, timeout_of
+from detcoll.collectives import Collectives
 from detcoll.errors import Closed, DetcollError, TransportError, UsageError
 from detcoll.job.assembly import deadline_after
 from detcoll.job.caller import Caller
 from detcoll.job.job import Job
 from detcoll.job.opening import open_job
+from detcoll.messages import Messages
 from detcoll.plan import Calendar, Collective, Slotting, build_calendar
-from detcoll.quantities import LONGEST_TIMEOUT_S
-from detcoll.runtime import Group, Work
+from detcoll.runtime import Group
 from detcoll.runtime.group import group_id
 from detcoll.signature import signature_of
 from detcoll.topology import Topology
 from detcoll.trace import Trace
-from detcoll.types import ReduceOp, accumulation_dtype, is_integer, parse_dtype
+from detcoll.types import accumulation_dtype, parse_dtype
 
 _FINALIZE_S = 10.0
-LARGEST_NAME_CHARS = 64
-_BARRIER = np.zeros(1, np.uint8)
-
-Checked = TypeVar("Checked")
 
 
-class Communicator:
+class Communicator(Collectives, Messages):
     """A group of ranks and this rank's number in it. Thread-safe.
 
     `detcoll.init` opens the world, the group of all ranks of the job. `split`, `group`, `local` and `across` make other
@@ -123,144 +120,7 @@ class Communicator:
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        self._timeout = _timeout_of(seconds)
-
-    @overload
-    def all_reduce(
-        self, x: Any, op: str | ReduceOp = "sum", async_op: Literal[False] = False, *, timeout: float | None = None,
-        name: str = "",
-    ) -> None: ...  # fmt: skip
-    @overload
-    def all_reduce(
-        self, x: Any, op: str | ReduceOp = "sum", *, async_op: Literal[True], timeout: float | None = None,
-        name: str = "",
-    ) -> Work: ...  # fmt: skip
-    @overload
-    def all_reduce(self, x: Any, op: str | ReduceOp, async_op: Literal[True]) -> Work: ...
-    @overload
-    def all_reduce(
-        self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None,
-        name: str = "",
-    ) -> Work | None: ...  # fmt: skip
-
-    def all_reduce(
-        self, x: Any, op: str | ReduceOp = "sum", async_op: bool = False, *, timeout: float | None = None,
-        name: str = "",
-    ) -> Work | None:  # fmt: skip
-        """Reduce ``x`` over all ranks, in place.
-
-        Parameters
-        ----------
-        x : Buffer, any shape, one of the types in `detcoll.types.DTYPES`, C-contiguous, writable, borrowed until wait
-            A NumPy or CuPy array, a torch tensor, or a list of them, which is coalesced. Equal shapes on all ranks.
-        op : str
-            ``sum``, ``avg``, ``min``, ``max`` or ``prod``.
-        async_op : bool
-            Return a `Work` at once instead of waiting.
-        timeout : float, optional
-            Seconds for which this call may make no progress once it has begun; by default `timeout` of the group.
-        name : str
-            At most 64 bytes. Compared between ranks and shown in messages. Use it where calls of equal shape could be
-            made in a wrong order.
-
-        Returns
-        -------
-        Work or None
-            `Work` if ``async_op`` is set.
-
-        Raises
-        ------
-        UsageError
-            If an argument is not valid; no data has moved. Other members raise it as well, unless this is a native
-            collective of the transport (shared memory, MPI, Gloo): then they wait for a valid call.
-        PlanMismatch, PeerLost, DeadlineMissed
-            See `detcoll.errors`.
-        Closed
-            If the communicator is closed, or its group has failed and the failure was raised before.
-
-        Guarantees
-        ----------
-        With transport ``slotted`` or ``shm``, or with ``reproducible=True``, the fold order is fixed: contributions are
-        folded in rank order inside each site, then the sites in order. The result is the same bit for bit on every
-        rank, for any such transport, chunk size and load. 16-bit floats are folded in float32 and rounded once for each
-        level: inside the sites, and between them.
-
-        With every transport, ``min`` and ``max`` give NaN on all ranks if any rank has one, as in NumPy. The payload of
-        the NaN and the sign of a zero are not specified, except that the fixed fold order gives NumPy's
-        ``op(lower, higher)``. ``avg`` of 16-bit floats is correct if the mean can be represented, even if the sum
-        cannot: between sites it adds means, each weighted by the number of ranks of its site. ``avg`` of float32 and
-        float64 divides the sum, which becomes infinite if it overflows. Integers wrap around.
-        """
-
-        def check() -> tuple[Bound, ReduceOp]:
-            parsed = ReduceOp.parse(op)
-            bound = bind(x)
-            if parsed is ReduceOp.AVG and is_integer(bound.dtype):
-                raise UsageError(f"op='avg' of {bound.dtype} has no exact result; use sum, or a float type")
-            return bound, parsed
-
-        bound, parsed = self._checked(check, timeout, name)
-        return self._call("all_reduce", bound, parsed, 0, async_op, _count_of(x), timeout, name)
-
-    @overload
-    def broadcast(
-        self, x: Any, root: int = 0, async_op: Literal[False] = False, *, timeout: float | None = None, name: str = ""
-    ) -> None: ...
-    @overload
-    def broadcast(
-        self, x: Any, root: int = 0, *, async_op: Literal[True], timeout: float | None = None, name: str = ""
-    ) -> Work: ...
-    @overload
-    def broadcast(self, x: Any, root: int, async_op: Literal[True]) -> Work: ...
-    @overload
-    def broadcast(
-        self, x: Any, root: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
-    ) -> Work | None: ...
-
-    def broadcast(
-        self, x: Any, root: int = 0, async_op: bool = False, *, timeout: float | None = None, name: str = ""
-    ) -> Work | None:
-        """Copy ``x`` of rank ``root`` into ``x`` of all ranks.
-
-        Parameters
-        ----------
-        x : Buffer
-            As for `all_reduce`.
-        root : int
-            A rank of the group, from 0 to size - 1, the same on all ranks.
-        async_op, timeout, name
-            As for `all_reduce`.
-
-        Returns
-        -------
-        Work or None
-            `Work` if ``async_op`` is set.
-
-        Raises
-        ------
-        UsageError, PlanMismatch, PeerLost, DeadlineMissed, Closed
-            As for `all_reduce`.
-        """
-
-        def check() -> Bound:
-            if isinstance(root, bool) or not isinstance(root, int | np.integer) or not 0 <= root < self.size:
-                raise UsageError(f"root={root!r} must be a rank from 0 to {self.size - 1}")
-            return bind(x)
-
-        bound = self._checked(check, timeout, name)
-        return self._call("broadcast", bound, ReduceOp.SUM, int(root), async_op, _count_of(x), timeout, name)
-
-    @overload
-    def barrier(self, async_op: Literal[False] = False, *, timeout: float | None = None, name: str = "") -> None: ...
-    @overload
-    def barrier(self, async_op: Literal[True], *, timeout: float | None = None, name: str = "") -> Work: ...
-    @overload
-    def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None: ...
-
-    def barrier(self, async_op: bool = False, *, timeout: float | None = None, name: str = "") -> Work | None:
-        """Block until every rank of the group has called it; parameters, result and errors as for `all_reduce`."""
-        bound = self._checked(lambda: bind(_BARRIER.copy()), timeout, name)
-        return self._call("barrier", bound, ReduceOp.MAX, 0, async_op, 1, timeout, name)
+        self._timeout = timeout_of(seconds)
 
     def split(self, color: int | None, key: int | None = None) -> Communicator | None:
         """Partition the group: ranks that pass the same ``color`` form a new group. All members must call it.
@@ -327,7 +187,7 @@ class Communicator:
         self._caller.check_usable()
         members = self._members(ranks)
         if name is not None:
-            _check_name(name)
+            check_name(name)
         return self._open(members, name or "", "group" if name is None else f"group {name}")
 
     @property
@@ -393,7 +253,7 @@ class Communicator:
         Parameters
         ----------
         kind : str
-            ``all_reduce``, ``broadcast`` or ``barrier``.
+            A collective, such as ``all_gather``; blocks have equal sizes, and the root is rank 0.
         nbytes : int
             Size of the array, a multiple of the element size.
         dtype : dtype
@@ -519,29 +379,6 @@ class Communicator:
         with contextlib.suppress(Closed):  # the job has already ended
             self._job.loop.post(lambda now_ns: engine.failures.fail_group(group, error, now_ns))
 
-    def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
-        """Check arguments; on a UsageError fail the call on the other ranks too."""
-        try:
-            if name != "":
-                _check_name(name)
-            if timeout is not None:
-                _timeout_of(timeout)
-            return check()
-        except UsageError as error:
-            self._caller.refuse(error)
-            raise
-
-    def _call(
-        self, kind: str, bound: Bound, op: ReduceOp, root: int, async_op: bool, arrays: int, timeout: float | None,
-        name: str,
-    ) -> Work | None:  # fmt: skip
-        seconds = self._timeout if timeout is None else timeout
-        work = self._caller.call(kind, bound, op, root, arrays, timeout_s=seconds, name=name, wait=not async_op)
-        if async_op or work is None:  # None: a native collective that has already ended
-            return work
-        work.wait()
-        return None
-
     def _collective(self, kind: str, nbytes: int, dtype: object) -> Collective:
         element = parse_dtype(dtype)
         signature_of(kind)
@@ -603,21 +440,6 @@ def open_communicator(
 def _slotting(calendar: Calendar) -> Slotting:
     """Return the slotting mode for plans of a group: lines are shared by rate, even if the job has windows."""
     return Slotting.OFF if calendar.mode is Slotting.OFF else Slotting.SHARE
-
-
-def _timeout_of(seconds: object) -> float:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= LONGEST_TIMEOUT_S:
-        raise UsageError(f"timeout={seconds!r} must be a number of seconds above 0 and at most {LONGEST_TIMEOUT_S}")
-    return float(seconds)
-
-
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or len(name.encode()) > LARGEST_NAME_CHARS:
-        raise UsageError(f"name={name!r} must be a string of at most {LARGEST_NAME_CHARS} bytes")
-
-
-def _count_of(x: Any) -> int:
-    return len(x) if isinstance(x, list | tuple) else 1
 
 
 def close_all() -> None:

@@ -25,6 +25,9 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a collective was called with; equal on all ranks, or the call is an error.
 
     ``group`` : the id of the group in hexadecimal, empty for the world.  ``name`` : what the caller calls it.
+    ``counts`` : `digest_of` the sizes of the ranks' blocks, empty if they are equal.
+    ``pair`` : where each rank states its own sizes, those for the rank that is told: the elements that this rank sends
+    to it, and gets from it.
     """
 
     sequence: int
@@ -36,6 +39,8 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     arrays: int = 1
     group: str = ""
     name: str = ""
+    counts: str = ""
+    pair: tuple[int, ...] = ()
 
     @property
     def brief(self) -> str:
@@ -45,6 +50,8 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     def encode(self) -> bytes:
         """Return the record that ranks compare: its length, its text, and padding."""
         text = msgspec.json.encode(self)
+        if len(text) > HELLO_BYTES - 2:  # control characters of a name take six bytes each
+            text = msgspec.json.encode(msgspec.structs.replace(self, name=shortened(self.name)))
         if len(text) > HELLO_BYTES - 2:
             raise UsageError(f"{self} is too long to describe")
         return (len(text).to_bytes(2, "little") + text).ljust(HELLO_BYTES, b"\0")
@@ -57,12 +64,24 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
         PlanMismatch
             If they differ; shows both in full.
         """
-        if record != self.encode():
+        expected = self if not self.pair else msgspec.structs.replace(self, pair=self.pair[::-1])
+        if record != expected.encode():
             text = record[2 : 2 + int.from_bytes(record[:2], "little")].decode(errors="replace")
             raise PlanMismatch(
                 f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
                 f"rank {other} called {text}"
             )
+
+
+def shortened(name: str) -> str:
+    """Return 41 plain characters, or fewer, that differ for different names, by all odds."""
+    plain = "".join(letter for letter in name if letter.isalnum() and letter.isascii())
+    return f"{plain[:24]}~{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+
+
+def digest_of(counts: Sequence[int]) -> str:
+    """Return eight hexadecimal digits that differ for different ``counts``, by all odds; none for no counts."""
+    return hashlib.blake2b(repr(tuple(counts)).encode(), digest_size=4).hexdigest() if counts else ""
 
 
 def brief(
@@ -75,7 +94,7 @@ def brief(
         return f"{kind}{named}"
     several = f" in {arrays} arrays" if arrays > 1 else ""
     operation = f", {ReduceOp(op).value}" if signature.has_op else ""
-    source = f", from rank {root}" if signature.has_root else ""
+    source = f", root {root}" if signature.has_root else ""
     return f"{kind} of {count} {dtype}{several}{operation}{source}{named}"
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from detcoll import registry
 from detcoll.clock import clock_domain
+from detcoll.job.settings import AUTO
 from detcoll.priority import make_prompt
 from detcoll.topology import Topology
 
@@ -142,9 +143,12 @@ def _slow_start(seen: System) -> Finding:
 def _congestion(seen: System) -> Finding:
     usual = seen.text("proc/sys/net/ipv4/tcp_congestion_control") or "unknown"
     offered = (seen.text("proc/sys/net/ipv4/tcp_available_congestion_control") or "").split()
-    wanted = os.environ.get("DETCOLL_CONGESTION", "cubic") or usual
+    asked = os.environ.get("DETCOLL_CONGESTION", AUTO)
+    wanted = "cubic" if asked == AUTO else asked or usual
     if wanted in offered:
         note = "" if wanted == usual else f"; the kernel's default is {usual}"
+        if asked == AUTO and "bbr" not in offered:
+            note += "; bbr is not offered, so beside a line that others fill it stays with cubic"
         return Finding("congestion control", f"slotted uses {wanted}{note}", Verdict.GOOD)
     return Finding(
         "congestion control", f"{wanted} is not offered; slotted gets {usual}", Verdict.CHANGE,

@@ -8,6 +8,10 @@ the result depends on the order and never on length, alignment, blocking or who 
 - float16, bfloat16: in float32, rounded once where the output is a 16-bit type. A float32 output keeps the
   accumulator for a later fold of the same level. Both 16-bit types can be mixed with float32, never with each other.
 - integers: in themselves, wrapping around silently. They have no average.
+- bool: ``min`` and ``band`` are and, ``max`` and ``bor`` are or, ``bxor`` is exclusive or.
+- complex64, complex128: in themselves. Sums add the parts, an average divides each part of the sum, once. A product is
+  ``(ar br - ai bi) + (ar bi + ai br) i``, each operation rounded by itself. NumPy's own product is not used: it fuses
+  some operations where the processor and the place of the arrays in memory let it, and so changes its last bits.
 
 An all-reduce folds in levels: a level takes values of the array's own type and ends with such a value, so a 16-bit
 float is rounded once a level. The ranks of a site are one level. Its results, one a site, are the next. With one site
@@ -29,15 +33,25 @@ native types is not, since NumPy over the whole array was measured to be as fast
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import UsageError
-from detcoll.types import BFLOAT16, DTYPES, ReduceOp, accumulation_dtype, is_half, is_integer
+from detcoll.types import (
+    BFLOAT16,
+    DTYPES,
+    ReduceOp,
+    accumulation_dtype,
+    check_op,
+    is_complex,
+    is_half,
+    real_dtype,
+)
 
 _UFUNCS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.SUM: np.add,
@@ -45,6 +59,9 @@ _UFUNCS: dict[ReduceOp, np.ufunc] = {
     ReduceOp.MIN: np.minimum,
     ReduceOp.MAX: np.maximum,
     ReduceOp.PROD: np.multiply,
+    ReduceOp.BAND: np.bitwise_and,
+    ReduceOp.BOR: np.bitwise_or,
+    ReduceOp.BXOR: np.bitwise_xor,
 }
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 _NATIVE = frozenset(dtype for dtype in DTYPES.values() if not is_half(dtype))
@@ -54,11 +71,12 @@ BLOCK_BYTES = 256 * 1024
 
 
 class _Scratch(threading.local):
-    """Two blocks of memory for each thread."""
+    """Blocks of memory for each thread; ``parts`` holds real and imaginary parts of a product."""
 
     def __init__(self) -> None:
         self.first = np.empty(BLOCK_BYTES, np.uint8)
         self.second = np.empty(BLOCK_BYTES, np.uint8)
+        self.parts = np.empty(3 * BLOCK_BYTES // 2, np.uint8)
 
 
 _scratch = _Scratch()
@@ -83,8 +101,8 @@ def fold(op: ReduceOp, inputs: Sequence[NDArray[Any]], out: NDArray[Any], diviso
     Raises
     ------
     UsageError
-        If shapes or types do not fit together, if ``divisor`` is given for anything but an average of float32 or
-        float64, or if ``out`` overlaps an input in part. ``out`` is untouched then.
+        If shapes or types do not fit together, if the type does not have ``op``, if ``divisor`` is given for anything
+        but an average of a native type, or if ``out`` overlaps an input in part. ``out`` is untouched then.
 
     Guarantees
     ----------
@@ -95,11 +113,14 @@ def fold(op: ReduceOp, inputs: Sequence[NDArray[Any]], out: NDArray[Any], diviso
         _check_half(inputs, out)
         if divisor is not None:
             raise UsageError(f"divisor={divisor} for {out.dtype}; 16-bit floats are averaged by fold_step")
-    if is_integer(out.dtype):
+    if out.dtype.kind in "iub":
         _fold(_UFUNCS[op], inputs, out, None)
         return
     with np.errstate(all="ignore"):
-        _fold(_UFUNCS[op], inputs, out, divisor)
+        if op is ReduceOp.PROD and is_complex(out.dtype):
+            _fold_complex_product(inputs, out)
+        else:
+            _fold(_UFUNCS[op], inputs, out, divisor)
 
 
 def fold_step(
@@ -133,7 +154,9 @@ def fold_step(
     ----------
     Those of `fold`. A 16-bit average is right, one rounding a level aside, wherever the mean can be represented.
     """
-    if op is not ReduceOp.AVG:
+    if len(inputs) == 1 and not final and inputs[0].dtype == out.dtype:  # a copy, also of kinds that reduce nothing
+        np.copyto(out, inputs[0])
+    elif op is not ReduceOp.AVG:
         fold(op, inputs, out)
     elif all(array.dtype in _NATIVE for array in (out, *inputs)):
         fold(op, inputs, out, size if final else None)
@@ -219,8 +242,7 @@ def reference(
         once, after the last fold. One of 16-bit floats is a mean at each level, whose values are weighted by the ranks
         behind them.
     """
-    if op is ReduceOp.AVG and is_integer(dtype):
-        raise UsageError(f"op='avg' of {dtype} is not defined; expected a float type")
+    check_op(op, dtype)
     wide = accumulation_dtype(dtype)
     sizes = [len(group) for group in groups]
     level = [[contributions[rank] for rank in group] for group in groups]
@@ -232,7 +254,8 @@ def reference(
             level = [[_plain(op, group, wide).astype(dtype) for group in level]]
         result = _plain(op, level[0], wide)
         if op is ReduceOp.AVG:
-            result = result / wide.type(sum(sizes))
+            parts = result.view(real_dtype(wide))
+            result = (parts / parts.dtype.type(sum(sizes))).view(wide)
         return result.astype(dtype)
 
 
@@ -247,6 +270,16 @@ def _plain_mean(arrays: Sequence[NDArray[Any]], ranks: Sequence[int], size: int)
     return np.asarray(total / (sum(ranks) * scale), np.float32)
 
 
+_OPERATIONS: dict[ReduceOp, Callable[[Any, Any], NDArray[Any]]] = {
+    ReduceOp.SUM: operator.add,
+    ReduceOp.AVG: operator.add,
+    ReduceOp.PROD: operator.mul,
+    ReduceOp.BAND: operator.and_,
+    ReduceOp.BOR: operator.or_,
+    ReduceOp.BXOR: operator.xor,
+}
+
+
 def _plain(op: ReduceOp, arrays: Sequence[NDArray[Any]], wide: np.dtype[Any]) -> NDArray[Any]:
     total = arrays[0].astype(wide)
     for array in arrays[1:]:
@@ -255,8 +288,12 @@ def _plain(op: ReduceOp, arrays: Sequence[NDArray[Any]], wide: np.dtype[Any]) ->
             total = np.where((total < term) | (total != total), total, term)  # a NaN is unequal to itself
         elif op is ReduceOp.MAX:
             total = np.where((total > term) | (total != total), total, term)
+        elif op is ReduceOp.PROD and is_complex(wide):
+            real = total.real * term.real - total.imag * term.imag
+            imaginary = total.real * term.imag + total.imag * term.real
+            total = np.stack([real, imaginary], axis=-1).reshape(-1).view(wide)
         else:
-            total = total * term if op is ReduceOp.PROD else total + term
+            total = _OPERATIONS[op](total, term)
     return total
 
 
@@ -269,8 +306,7 @@ def _check(op: ReduceOp, inputs: Sequence[NDArray[Any]], out: NDArray[Any], divi
         if array.shape != shape:
             raise UsageError(f"inputs have shape {array.shape}; expected that of out, {shape}")
         mixed = mixed or array.dtype != dtype
-    if op is ReduceOp.AVG and is_integer(dtype):
-        raise UsageError(f"op='avg' of {dtype} is not defined; expected a float type")
+    check_op(op, dtype)
     if divisor is not None and (op is not ReduceOp.AVG or divisor < 1):
         raise UsageError(f"divisor={divisor} with op={op.value!r}; expected a positive number and 'avg'")
     return mixed
@@ -331,6 +367,36 @@ def _fold(
             np.copyto(target, total, casting="unsafe")
 
 
+def _fold_complex_product(inputs: Sequence[NDArray[Any]], out: NDArray[Any]) -> None:
+    if len(inputs) == 1:
+        np.copyto(out, inputs[0])
+        return
+    in_place = _may_accumulate_in(out, inputs)
+    first, parts = _scratch.first.view(out.dtype), _scratch.parts.view(real_dtype(out.dtype)).reshape(3, -1)
+    for start in range(0, out.size, first.size):
+        block = slice(start, min(start + first.size, out.size))
+        target = out[block]
+        total = target if in_place else first[: target.size]
+        left = inputs[0][block]
+        for array in inputs[1:]:
+            _multiply(left, array[block], total, parts[:, : target.size])
+            left = total
+        if not in_place:
+            np.copyto(target, total)
+
+
+def _multiply(left: NDArray[Any], right: NDArray[Any], out: NDArray[Any], parts: NDArray[Any]) -> None:
+    """Multiply complex numbers, one rounding an operation; ``out`` may be an operand."""
+    real, imaginary, term = parts
+    np.multiply(left.real, right.real, out=real)
+    np.multiply(left.imag, right.imag, out=term)
+    np.subtract(real, term, out=real)
+    np.multiply(left.real, right.imag, out=imaginary)
+    np.multiply(left.imag, right.real, out=term)
+    np.add(imaginary, term, out=imaginary)
+    out.real, out.imag = real, imaginary
+
+
 def _fold_block(
     ufunc: np.ufunc,
     inputs: Sequence[NDArray[Any]],
@@ -345,7 +411,17 @@ def _fold_block(
     for array, factor in zip(inputs[1:], factors[1:], strict=True):
         left = ufunc(left, _widened(array, second, factor), out=total)
     if divisor is not None and (divisor != 1 or left is not total):
-        np.divide(left, total.dtype.type(divisor), out=total)
+        _divide(left, divisor, total)
+
+
+def _divide(array: NDArray[Any], divisor: float, out: NDArray[Any]) -> None:
+    """Divide truly; of complex numbers each part, since NumPy's complex division multiplies by a reciprocal."""
+    if not is_complex(out.dtype):
+        np.divide(array, out.dtype.type(divisor), out=out)
+        return
+    number = real_dtype(out.dtype).type(divisor)
+    np.divide(array.real, number, out=out.real)
+    np.divide(array.imag, number, out=out.imag)
 
 
 def _widened(array: NDArray[Any], scratch: NDArray[Any], factor: float) -> NDArray[Any]:

@@ -23,6 +23,9 @@ _NEEDS = {
 }
 """Packages that transports import where they are opened."""
 
+_TITLES = {"tcp": "same plans, plain TCP"}
+"""What results call a transport whose name does not say what it is compared for."""
+
 _registered: dict[str, type[Transport]] = {}
 
 
@@ -45,6 +48,11 @@ def register(transport: type[Transport]) -> type[Transport]:
 def names() -> list[str]:
     """Return the names of all transports that can be asked for, sorted."""
     return sorted({entry.name for entry in entry_points(group=GROUP)} | set(_registered))
+
+
+def title_of(name: str) -> str:
+    """Return what results call a transport, which mostly is its name."""
+    return _TITLES.get(name, name)
 
 
 def require_known(name: str) -> None:

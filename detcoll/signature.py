@@ -17,12 +17,17 @@ class Signature:
 
     ``name`` : the name of the kind, and of its method of `Communicator`.  ``has_array`` : the call takes an array.
     ``has_op`` : it takes a reduction operator.  ``has_root`` : it takes a root rank.
+    ``has_out`` : input and output are different arrays.  ``has_counts`` : blocks of ranks may differ in size.
+    ``is_pairwise`` : then each rank states its own sizes, for what it sends to and gets from every other.
     """
 
     name: str
     has_array: bool = True
     has_op: bool = False
     has_root: bool = False
+    has_out: bool = False
+    has_counts: bool = False
+    is_pairwise: bool = False
 
 
 DECLARED: dict[str, Signature] = {}

@@ -12,6 +12,8 @@ Every transport gives these guarantees, which `detcoll.testing.TransportContract
   ticket ends. A receive without ``into`` lends a read-only view of the message until `Ticket.release`.
 - Tags are whole numbers of 64 bits, and all bits are compared.
 - Sends and receives never block. `Endpoint.poll` is the only wait, and never waits past its deadline.
+- An endpoint holds a bounded number of bytes for which no receive was posted, so a send that its receiver does not take
+  may stay pending. `detcoll.mailbox` has such a bound, and all else that receives need.
 - Only one thread at a time uses an endpoint, and the caller synchronises threads. While one thread is inside a native
   collective, another may use the endpoint's send, recv, poll, arm, cancel and discard (one thread at a time), and
   neither waits for the other. Messages and collectives do not interfere.
@@ -38,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.signature import signature_of
-from detcoll.types import DTYPES, ReduceOp, is_integer
+from detcoll.types import DTYPES, ReduceOp, operators_of
 
 SMALLEST_PART_BYTES = 16_384
 """A part of a message is sent only if it has at least this size; for less, two more frames would cost too much."""
@@ -65,8 +67,8 @@ class Capabilities:
     ``devices``: kinds of devices whose memory it accepts.
     ``timed``: it holds a send until its window opens, and ends the send as MISSED if it does not fit any more.
     ``splits``: it then sends the part that fits; see `Ticket`.
-    ``native``: names of its native collectives. Those that reduce support ``native_dtypes`` with ``native_ops``; see
-    `supports`.
+    ``native``: names of its native collectives. Those that reduce support ``native_dtypes`` with ``native_ops``, except
+    for the pairs of a type's name and an operation in ``native_lacks``; see `supports`.
     ``ordered``: its native collectives fold in the order of the groups given to `NativeCollectives.arrange` and compare
     the calls of the ranks, so reproducible results need no plan.
     ``largest_message_bytes``: a larger send raises UsageError.
@@ -80,6 +82,7 @@ class Capabilities:
     native: frozenset[str] = frozenset()
     native_dtypes: frozenset[str] = frozenset()
     native_ops: frozenset[ReduceOp] = frozenset()
+    native_lacks: frozenset[tuple[str, ReduceOp]] = frozenset()
     ordered: bool = False
     largest_message_bytes: int = 2**30
     frame_bytes: int = 128
@@ -94,8 +97,9 @@ class Capabilities:
             return False
         if not signature_of(kind).has_op:
             return dtype.name in DTYPES
-        averages_integers = op is ReduceOp.AVG and is_integer(dtype)
-        return dtype.name in self.native_dtypes and op in self.native_ops and not averages_integers
+        if dtype.name not in self.native_dtypes or op not in self.native_ops:
+            return False
+        return op in operators_of(dtype) and (dtype.name, op) not in self.native_lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,9 +380,10 @@ class NativeCollectives(ABC):
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place.
 
-        A minimum or maximum must give NaN on all ranks if any rank has one; `detcoll.extrema.comparable` is for
-        libraries that lose it. An average of 16-bit floats must be correct if the mean can be represented, even if the
-        sum cannot; see `detcoll.fold.widened`.
+        What `Capabilities.supports` does not name is refused before anything moves; `detcoll.types.check_op` says which
+        operations a type has. A minimum or maximum must give NaN on all ranks if any rank has one, and libraries may
+        know neither bool nor complex numbers; `detcoll.extrema.comparable` is for both. An average of 16-bit floats
+        must be correct if the mean can be represented, even if the sum cannot; see `detcoll.fold.widened`.
         """
 
     @abstractmethod

@@ -94,6 +94,12 @@ def test_table_tells_of_networks_that_are_not_quiet(capsys: pytest.CaptureFixtur
     assert "a co-tenant's round trip 20 ms, p99 30 ms" in " ".join(shown.split())
 
 
+def test_table_tells_what_plain_tcp_is_compared_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for transport, is_told in (("slotted", False), ("tcp", True)):
+        output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (replace(ROW, transport=transport),))))
+        assert ("tcp: same plans, plain TCP" in capsys.readouterr().out) == is_told
+
+
 def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str]) -> None:
     seen = replace(AUDIT, slotting="off", passed=False, window_capacity_bytes=(0, 0))
     output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (ROW,), (), seen)))
@@ -103,11 +109,11 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--collective", "gather"], "collective='gather'"),
+        (["--collective", "shuffle"], "collective='shuffle'"),
         (["--bytes", "64"], "bytes='64'"),
         (["--bytes", "3B"], "bytes=3"),
         (["--bytes", ""], "at least one"),
-        (["--dtype", "complex64"], "complex64"),
+        (["--dtype", "complex256"], "complex256"),
         (["--iterations", "0"], "iterations=0"),
         (["--sites", "2"], "--sites need --lab"),
         (["--rate", "1 Gbit/s", "--round-trip", "1 ms"], "--rate, --round-trip need --lab"),
@@ -115,6 +121,8 @@ def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str
         (["--lab", "--service", "good"], "service='good' is not known"),
         (["--lab", "--reserved", "1 Mbit/s"], "needs service=deterministic"),
         (["--lab", "--cross-traffic", "3"], "cross_traffic=3.0 must be a share"),
+        (["--lab", "--cross-traffic-kind", "tcp"], "cross_traffic_kind='tcp' is of what others send"),
+        (["--cross-traffic-kind", "tcp"], "--cross-traffic-kind need --lab"),
         (["--lab", "--transport", "pigeon"], "transport='pigeon'"),
         (["--lab", "--transport", "shm"], "one host only"),
         (["--lab", "--sites", "1"], "sites=1"),

@@ -159,3 +159,21 @@ def test_interference_shows_cells_that_fail_beside_those_that_do_not(tmp_path: P
     assert "| shm | best-effort | 5% | failed: " in told.read_text()
     assert "shm, best-effort (failed at 5%)" in drawn.read_text()
     assert told.read_text() in done.stdout
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_fast_lines_compare_transports_in_one_run(tmp_path: Path) -> None:
+    written = tmp_path / "fast_lines.json"
+    done = run(
+        sys.executable, str(BENCHMARKS / "fast_lines.py"), "--transports", "slotted,shm", "--baseline", "shm",
+        "--bytes", "64KiB", "--rounds", "2", "--iterations", "1", "--warmup", "0", "--json", str(written),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrote = json.loads(written.read_bytes())
+    slotted, shm = wrote["lines"]
+    assert (slotted["transport"], slotted["bytes"], slotted["calls"]) == ("slotted", 65_536, 2)
+    assert slotted["bits_per_s"] == pytest.approx(8 * 65_536 / slotted["median_s"])
+    assert (shm["speed"], shm["processor"]) == (1.0, 1.0)
+    assert [row["transport"] for row in wrote["rows"]] == ["slotted", "shm"] * 2, "transports take turns"
+    assert "| slotted | 65,536 |" in done.stdout

@@ -3,11 +3,9 @@ from __future__ import annotations
 import pytest
 
 from detcoll.plan import Collective, Planner, algorithms_for, build_calendar, floor_ns
+from detcoll.signature import DECLARED
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Link, Site, Topology
-
-ALL_REDUCE = algorithms_for("all_reduce")
-BROADCAST = algorithms_for("broadcast")
 
 G = (1500 - 52) / 1500
 
@@ -36,7 +34,22 @@ def test_broadcast_leaves_its_root_once() -> None:
     links = (((0, 1), Link(1_000_000)), ((0, 2), Link(9_000_000)), ((1, 2), Link(2_000_000, asymmetry_ns=-400_000)))
     topology = Topology(sites, links)
     assert floor_ns(topology, "broadcast", 10**6, root=3) == pytest.approx(1e6 / 50e6 / G * 1e9 + 1_800_000)
-    assert floor_ns(topology, "broadcast", 10**6, root=0) == pytest.approx(1e6 / 100e6 / G * 1e9 + 9_000_000)
+    # All of it enters the slowest site too.
+    assert floor_ns(topology, "broadcast", 10**6, root=0) == pytest.approx(1e6 / 50e6 / G * 1e9 + 1_000_000)
+    assert floor_ns(topology, "broadcast", 10**4, root=0) == pytest.approx(1e4 / 100e6 / G * 1e9 + 9_000_000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "uplink_share", "delays_ms"),
+    [
+        ("reduce", 1, 7), ("all_gather", 3 / 4, 7), ("reduce_scatter", 3 / 4, 7), ("gather", 3 / 4, 7),
+        ("scatter", 3 / 4, 7), ("all_to_all", 3 / 4, 7),
+    ],
+)  # fmt: skip
+def test_blocks_leave_and_enter_sites_once(kind: str, uplink_share: float, delays_ms: int) -> None:
+    topology = Topology.uniform(4, 1, 100e6, delays_ms * 1_000_000)
+    expected = uplink_share * 4e6 / 100e6 / G * 1e9 + delays_ms * 1e6
+    assert floor_ns(topology, kind, 4 * 10**6, root=2) == pytest.approx(expected)
 
 
 def test_asymmetry_counts() -> None:
@@ -55,8 +68,9 @@ def test_no_line_has_no_floor() -> None:
 def test_no_prediction_beats_the_floor(ranks: list[int], count: int) -> None:
     topology = sites_of(ranks)
     planner = Planner(topology, 0, build_calendar(topology))
-    for algorithm in (*ALL_REDUCE, *BROADCAST):
-        collective = Collective("broadcast" if algorithm in BROADCAST else "all_reduce", count, 4, 4)
-        floor = planner.floor_ns(collective)
-        assert floor is not None
-        assert planner.predict_ns(collective, algorithm) > floor
+    for kind in DECLARED:
+        for algorithm in algorithms_for(kind):
+            collective = Collective(kind, count // topology.size * topology.size or topology.size, 4, 4)
+            floor = planner.floor_ns(collective)
+            assert floor is not None
+            assert planner.predict_ns(collective, algorithm) > floor, (kind, algorithm)

@@ -20,9 +20,9 @@ def test_a_numpy_array_is_viewed(dtype, shape):
     assert bound.device == "cpu"
     assert not bound.staged
     bound.load()
-    bound.array[:] = 3
+    bound.array[:] = 0
     bound.store()
-    assert (x == 3).all()
+    assert (x == 0).all()
 
 
 def test_a_fortran_array_of_one_row_is_contiguous_enough():
@@ -79,8 +79,8 @@ def test_a_source_cannot_be_written_by_accident():
         (np.zeros(6)[::-1], r"strides \(-8,\)"),
         (np.broadcast_to(np.zeros(1), (4,)), "not C-contiguous"),
         (np.zeros((2, 2), order="F"), "not C-contiguous"),
-        (np.zeros(2, bool), "dtype bool; expected one of float16"),
-        (np.zeros(2, complex), "dtype complex128"),
+        (np.zeros(2, "timedelta64[s]"), r"dtype timedelta64\[s\]; expected one of float16"),
+        (np.zeros(2, np.clongdouble), "dtype"),
         (np.zeros(2, object), "dtype object"),
         (np.zeros(2, "U3"), "dtype <U3"),
         (np.zeros(2, "M8[s]"), "dtype datetime64"),

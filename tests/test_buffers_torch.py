@@ -37,9 +37,9 @@ def test_a_torch_tensor_is_viewed(name, shape):
     bound = bind(x)
     assert bound.dtype == DTYPES[name]
     assert not bound.staged
-    assert bound.array.astype(float).tolist() == [1.0] * x.numel()
-    bound.array[:] = 3
-    assert bool((x.to(torch.float64) == 3).all())
+    assert bound.array.tolist() == [1.0] * x.numel()
+    bound.array[:] = 0
+    assert not x.any()
 
 
 def test_torch_bfloat16_keeps_its_bits():
@@ -94,10 +94,10 @@ def quantized() -> torch.Tensor:
         (lambda: torch.Tensor, "x is a _TensorMeta; expected a NumPy array"),
         (lambda: torch.zeros(2, 3).t(), r"strides \(1, 3\)\).*x.contiguous\(\)"),
         (lambda: torch.zeros(3).expand(2, 3), "not C-contiguous"),
-        (lambda: torch.zeros(3, dtype=torch.bool), "dtype torch.bool; expected"),
-        (lambda: torch.zeros(3, dtype=torch.complex64), "dtype torch.complex64"),
-        (lambda: torch.zeros(3, dtype=torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
+        (lambda: torch.zeros(3, dtype=torch.float8_e4m3fn), "dtype torch.float8_e4m3fn; expected one of float16"),
         (lambda: torch._neg_view(torch.ones(3)), "lazily negated"),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj(), r"lazily conjugated view; pass x.resolve_conj\(\)"),
+        (lambda: torch.ones(1, dtype=torch.complex128).conj().imag, "lazily negated"),
     ],
 )
 def test_tensors_without_plain_memory_are_refused(make, words):
@@ -117,19 +117,20 @@ class DeviceTensor(torch.Tensor):
     __dlpack__ = numpy
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "int64"])
+@pytest.mark.parametrize("name", DTYPES)
 def test_a_device_tensor_is_staged(name):
-    x = torch.arange(6, dtype=getattr(torch, name)).reshape(2, 3).as_subclass(DeviceTensor)
+    given = torch.arange(6) % 2 if name == "bool" else torch.arange(6)
+    x = given.to(getattr(torch, name)).reshape(2, 3).as_subclass(DeviceTensor)
     bound = bind(x)
     assert bound.staged
     assert bound.device == "xpu:1"
     assert bound.dtype == DTYPES[name]
     bound.load()
-    assert bound.array.astype(float).tolist() == [0, 1, 2, 3, 4, 5]
-    bound.array[:] = 9
-    assert x.as_subclass(torch.Tensor).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert bound.array.tolist() == given.tolist()
+    bound.array[:] = 1
+    assert x.as_subclass(torch.Tensor).reshape(-1).tolist() == given.tolist()
     bound.store()
-    assert x.as_subclass(torch.Tensor).tolist() == [[9, 9, 9], [9, 9, 9]]
+    assert x.as_subclass(torch.Tensor).tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_host_and_device_do_not_mix_in_a_list():

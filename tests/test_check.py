@@ -48,9 +48,8 @@ def test_every_algorithm_proves_itself(ranks: list[int], count: int, elems: int,
     algorithm = data.draw(st.sampled_from(BROADCAST if kind == "broadcast" else ALL_REDUCE))
     root = data.draw(st.integers(0, topology.size - 1)) if kind == "broadcast" else 0
     elems = max(elems, -(-count // 40))
-    parts = all_parts(
-        Collective(kind, count, 2, 4, root), topology, algorithm, ChunkSize(elems, depth, data.draw(st.booleans()))
-    )
+    size = ChunkSize(elems, depth, data.draw(st.booleans()), in_place=data.draw(st.integers(0, 3)))
+    parts = all_parts(Collective(kind, count, 2, 4, root), topology, algorithm, size)
     for mode in Slotting:
         check(parts, topology, build_calendar(topology, mode))
 
@@ -107,7 +106,7 @@ def test_swapped_sites_break_the_promised_order() -> None:
 def test_a_contribution_folded_twice_is_found() -> None:
     def twice(rows: list[dict[str, Any]]) -> None:
         fold = rows[find(rows, Kind.FOLD)]
-        fold["inputs"] = [read for read in fold["inputs"] if read[0] == Buffer.USER] * 2 + fold["inputs"][1:]
+        fold["inputs"] = [read for read in fold["inputs"] if read[0] == Buffer.OUT] * 2 + fold["inputs"][1:]
 
     with pytest.raises(PlanError, match=r"input 0 counts as 2 ranks; it is \(0 0 1\)"):
         check(broken(0, twice), TOPOLOGY)
@@ -125,7 +124,7 @@ def test_a_wrong_weight_is_found() -> None:
 def test_final_twice_is_found() -> None:
     def again(rows: list[dict[str, Any]]) -> None:
         done = find(rows, Kind.FOLD, final=1)
-        user = (int(Buffer.USER), rows[done]["offset"], TOPOLOGY.size)
+        user = (int(Buffer.OUT), rows[done]["offset"], TOPOLOGY.size)
         rows.append(rows[done] | {"inputs": [user], "after": list(range(len(rows)))})
 
     with pytest.raises(PlanError, match=r"step \d+ \(FOLD\): input 0 is finished already: final"):
@@ -152,7 +151,7 @@ def test_a_missing_dependency_is_a_race() -> None:
     def unordered(rows: list[dict[str, Any]]) -> None:
         rows[find(rows, Kind.SEND, phase=Phase.LOCAL_GATHER)]["after"] = []
 
-    with pytest.raises(PlanError, match=r"rank 0, step \d+ .* touch the same elements of USER"):
+    with pytest.raises(PlanError, match=r"rank 0, step \d+ .* touch the same elements of OUT"):
         check(broken(0, unordered), TOPOLOGY)
 
 
@@ -278,10 +277,10 @@ def crossed(first: str, second: str) -> list[Plan]:
         for word in order.split():
             after = [builder.count - 1] if builder.count else []
             if word == "send":
-                builder.send(Phase.LOCAL_REDUCE, 1 - rank, rank, (Buffer.USER, 0), 1, after)
+                builder.send(Phase.LOCAL_REDUCE, 1 - rank, rank, (Buffer.OUT, 0), 1, after)
             else:
-                builder.recv(Phase.LOCAL_REDUCE, 1 - rank, 1 - rank, (Buffer.USER, 1), 1, after)
-        parts.append(builder.build(Collective("all_reduce", 2, 4, 4), "exchange", rank, 2))
+                builder.recv(Phase.LOCAL_REDUCE, 1 - rank, 1 - rank, (Buffer.OUT, 1), 1, after)
+        parts.append(builder.build(Collective("all_reduce", 2, 4, 4), "exchange", rank, 2, 2))
     return parts
 
 

@@ -107,7 +107,7 @@ def test_simulate_names_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> N
         (["plan", "--parameters", "1000"], "--parameters: of no use without --efficiency"),
         (["plan", "--slotting", "off", "--reservation"], "slotting='off'"),
         (["plan", "--bytes", "3B"], "bytes=3 must be a positive multiple"),
-        (["plan", "--dtype", "complex64"], "complex64"),
+        (["plan", "--dtype", "complex256"], "complex256"),
         (["plan", "--base-time", "7", "--reservation"], "base_time='7'"),
         (["plan", "--base-time", "7 ms"], "base_time='7 ms' is of no use without --reservation"),
         (["plan", "--slotting", "turns", "--sites", "3"], "slotting='turns' is for two sites, and the topology has 3"),

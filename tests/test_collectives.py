@@ -15,7 +15,7 @@ from detcoll.bench.sweep import Sweep
 from detcoll.descriptor import Descriptor
 from detcoll.errors import PlanError, UsageError
 from detcoll.plan import ChunkSize, Collective, Phase, Planner, build_calendar, check, floor_ns, promised_ranks
-from detcoll.plan.collectives import Algorithm, Declaration, Hop, Opening, Part, declaration_of
+from detcoll.plan.collectives import Algorithm, Declaration, Hop, Part, Run, declaration_of
 from detcoll.plan.ir import Buffer
 from detcoll.plan.layout import Chunk
 from detcoll.signature import DECLARED, declare, signature_of
@@ -27,7 +27,7 @@ ROOM = Path(detcoll.__file__).parent
 
 def _shout_chunk(part: Part, chunk: Chunk, collective: Collective) -> None:
     """The root sends the chunk to every rank; nobody passes it on."""
-    span, root_site = (Buffer.USER, chunk.offset), part.topology.site_of(collective.root)
+    span, root_site = (Buffer.OUT, chunk.offset), part.topology.site_of(collective.root)
     if part.rank != collective.root:
         wide = part.site != root_site
         part.builder.recv(Phase.WIDE_GATHER, collective.root, chunk.number, span, chunk.length, wide=wide)
@@ -46,9 +46,8 @@ SHOUT = Declaration(
     name="shout",
     has_root=True,
     algorithms=(Algorithm("loud", _shout_chunk, _shout_hops, lambda sites: (sites, 0)),),
-    opening=Opening.SCATTER,
-    after=lambda symbols, collective, topology, rank: symbols.leaf(collective.root),
-    floor_ns=lambda topology, nbytes, root: 3 * nbytes / topology.payload_share,
+    after=lambda symbols, collective, topology, rank: [Run(symbols.leaf(collective.root), 0, collective.count)],
+    floor_ns=lambda topology, collective: 3 * collective.nbytes / topology.payload_share,
     work=lambda load, algorithm, opening: (load.chunks + 0 * load.peers, load.nbytes + 0 * load.peers),
 )
 """A kind as somebody else would declare it."""
@@ -82,24 +81,26 @@ def test_a_new_kind_is_known_to_planner_checker_floor_prediction_and_simulator()
 @pytest.mark.usefixtures("shout")
 def test_a_new_kind_is_known_to_descriptors_and_sweeps() -> None:
     called = Descriptor(0, "shout", "sum", "float32", 600, 3)
-    assert called.brief == "shout of 600 float32, from rank 3"
+    assert called.brief == "shout of 600 float32, root 3"
     sweep = Sweep(("shout", "barrier"), (8, 16), "float32", 1, 0)
     sweep.validate()
     assert sweep.points() == [("shout", 8), ("shout", 16), ("barrier", 0)]
 
 
 def test_the_checker_holds_a_new_kind_to_its_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    promises_more = replace(SHOUT, after=lambda symbols, collective, topology, rank: symbols.leaf(rank))
+    promises_more = replace(
+        SHOUT, after=lambda symbols, collective, topology, rank: [Run(symbols.leaf(rank), 0, collective.count)]
+    )
     monkeypatch.setitem(DECLARED, "shout", promises_more)
     topology = sites_of([2, 2])
     parts = all_parts(Collective("shout", 24, 4, 4, root=0), topology, "loud", ChunkSize(8, 2))
-    with pytest.raises(PlanError, match="rank 1 ends with 0 of element 0 in element 0; promised is 1"):
+    with pytest.raises(PlanError, match="rank 1 ends with 0 of element 0 in element 0; promised is 1 of element 0"):
         check(parts, topology)
 
 
 def test_a_kind_that_nobody_declared_is_unknown() -> None:
     for ask in (signature_of, declaration_of):
-        with pytest.raises(UsageError, match="kind='shout' is not a collective known here; expected one of all_reduce"):
+        with pytest.raises(UsageError, match="kind='shout' is not a collective known here; expected one of all_gather"):
             ask("shout")
     with pytest.raises(UsageError, match="kind='broadcast' is declared already"):
         declare(replace(SHOUT, name="broadcast"))

@@ -44,9 +44,12 @@ def read_only() -> np.ndarray:
 BAD_CALLS: dict[str, Callable[[Communicator], object]] = {
     "contiguous": lambda comm: comm.all_reduce(np.ones((4, 4), np.float32)[:, 1]),
     "writ": lambda comm: comm.all_reduce(read_only()),
-    "complex64": lambda comm: comm.all_reduce(np.ones(3, np.complex64)),
+    "longdouble|float128": lambda comm: comm.all_reduce(np.ones(3, np.longdouble)),
     "op='median'": lambda comm: comm.all_reduce(np.ones(3), op="median"),
     "op='avg' of int32": lambda comm: comm.all_reduce(np.ones(3, np.int32), op="avg"),
+    "op='sum' of bool .* Count with": lambda comm: comm.all_reduce(np.ones(0, bool)),
+    "op='max' of complex64": lambda comm: comm.all_reduce(np.ones(3, np.complex64), op="max"),
+    "op='band' of float64": lambda comm: comm.all_reduce(np.ones(()), op="band"),
     "root=2 must be": lambda comm: comm.broadcast(np.ones(3), root=2),
     "root=-1 must be": lambda comm: comm.broadcast(np.ones(3), root=-1),
     "root=True must be": lambda comm: comm.broadcast(np.ones(3), root=True),
@@ -54,7 +57,7 @@ BAD_CALLS: dict[str, Callable[[Communicator], object]] = {
     "x=3.0": lambda comm: comm.all_reduce(3.0),
     r"x=\[\] is empty": lambda comm: comm.all_reduce([]),
     r"x\[1\]": lambda comm: comm.all_reduce([np.ones(3), np.ones(3, np.float32)]),
-    "kind='gather' is not a collective known here": lambda comm: comm.predict("gather", 4),
+    "kind='shuffle' is not a collective known here": lambda comm: comm.predict("shuffle", 4),
     "nbytes=3 must be": lambda comm: comm.predict("all_reduce", 3),
 }
 

@@ -57,7 +57,7 @@ class Case:
     def variables(self, folder: Path) -> dict[str, str]:
         """Return the environment of all ranks."""
         inherited = os.environ | {"DETCOLL_TOLERANCE": f"{self.tolerance_s:g}"}
-        if self.transport == "slotted":
+        if self.transport != "shm":
             path = folder / "topology.toml"
             path.write_text(lines(2, 2, rate_bytes_per_s=1e9).to_toml())
             inherited["DETCOLL_TOPOLOGY"] = str(path)
@@ -194,7 +194,7 @@ def check_victim(case: Case, one: dict[str, Any]) -> None:
 @pytest.mark.parametrize("instant", INSTANTS_OF_CASES)
 @pytest.mark.parametrize("victim", VICTIMS)
 @pytest.mark.parametrize("how", ["kill", "freeze", "leave"])
-@pytest.mark.parametrize("transport", ["slotted", "shm"])
+@pytest.mark.parametrize("transport", ["slotted", "shm", "tcp"])
 def test_all_name_the_same_rank(
     tmp_path: Path, report: Report, transport: str, how: str, victim: int, instant: int
 ) -> None:

@@ -13,24 +13,28 @@ from hypothesis import strategies as st
 from detcoll import fold as fold_module
 from detcoll.errors import UsageError
 from detcoll.fold import fold, fold_step, reference
-from detcoll.types import BFLOAT16, DTYPES, FLOAT16, ReduceOp, is_integer
+from detcoll.testing.values import varied
+from detcoll.types import BFLOAT16, DTYPES, FLOAT16, ReduceOp, is_complex, is_integer, operators_of, real_dtype
 
 HALVES = [FLOAT16, BFLOAT16]
 FLOATS = [*HALVES, np.dtype(np.float32), np.dtype(np.float64)]
 NATIVE_FLOATS = FLOATS[2:]
 INTEGERS = [dtype for dtype in DTYPES.values() if is_integer(dtype)]
 F32 = np.dtype(np.float32)
-OPS = list(ReduceOp)
-DEFINED = [(dtype, op) for dtype in DTYPES.values() for op in OPS if op is not ReduceOp.AVG or not is_integer(dtype)]
+COMPLEX = [dtype for dtype in DTYPES.values() if is_complex(dtype)]
+OPS = [op for op in ReduceOp if op in operators_of(F32)]
+DEFINED = [(dtype, op) for dtype in DTYPES.values() for op in ReduceOp if op in operators_of(dtype)]
+REFUSED = [(dtype, op) for dtype in DTYPES.values() for op in ReduceOp if op not in operators_of(dtype)]
 SEVERAL_BLOCKS = 3 * fold_module.BLOCK_BYTES // 4 + 13  # elements: over three blocks of float32
 
 
 def draw(dtype: np.dtype, count: int, size: int, seed: int = 1) -> list[np.ndarray]:
     """Arrays that make order and rounding visible, with specials scattered in."""
     rng = np.random.default_rng(seed)
-    if is_integer(dtype):
-        info = np.iinfo(dtype)
-        return [rng.integers(info.min, info.max, size, dtype, endpoint=True) for _ in range(count)]
+    if is_integer(dtype) or dtype.kind == "b":
+        return [varied(dtype, size, seed, index) for index in range(count)]
+    if is_complex(dtype):
+        return [parts.view(dtype) for parts in draw(real_dtype(dtype), count, 2 * size, seed)]
     arrays = []
     for _ in range(count):
         with np.errstate(all="ignore"):
@@ -45,6 +49,7 @@ def draw(dtype: np.dtype, count: int, size: int, seed: int = 1) -> list[np.ndarr
 def bits(array: np.ndarray) -> np.ndarray:
     """The bits of ``array``, with every NaN made the same."""
     plain = np.ascontiguousarray(array).copy()
+    plain = plain.view(real_dtype(plain.dtype))
     if not is_integer(plain.dtype):
         plain[plain != plain] = np.nan
     return plain.view(f"u{plain.dtype.itemsize}")
@@ -75,15 +80,15 @@ def test_fold_gives_the_bits_of_the_reference(dtype, op, count):
         assert_same_bits(array, before)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [*HALVES, F32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "op"), [pair for pair in DEFINED if pair[0] in (*HALVES, F32, *COMPLEX, np.dtype(bool))], ids=str
+)
 def test_results_do_not_depend_on_length_or_blocking(dtype, op):
     arrays = draw(dtype, 3, SEVERAL_BLOCKS)
     assert_same_bits(run(op, arrays), one_level(op, arrays))
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("dtype", "op"), [pair for pair in DEFINED if not is_integer(pair[0])], ids=str)
 def test_results_do_not_depend_on_offset_or_alignment(dtype, op):
     size = 67
     whole = draw(dtype, 3, size + 16)
@@ -166,14 +171,14 @@ def test_one_accumulator_is_rounded_or_divided_and_rounded(dtype):
         assert_same_bits(out, (total / scaled).astype(dtype))
 
 
-@pytest.mark.parametrize("dtype", NATIVE_FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", [*NATIVE_FLOATS, *COMPLEX], ids=str)
 def test_avg_divides_only_when_told(dtype):
     arrays = [np.full(4, value, np.float32).astype(dtype) for value in (1, 2, 4)]
     out = np.empty(4, dtype)
     fold(ReduceOp.AVG, arrays, out)
-    assert out.astype(float).tolist() == [7.0] * 4
+    assert out.tolist() == [7.0] * 4
     fold(ReduceOp.AVG, arrays, out, 7)
-    assert out.astype(float).tolist() == [1.0] * 4
+    assert out.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("dtype", NATIVE_FLOATS, ids=str)
@@ -186,6 +191,66 @@ def test_the_division_is_a_true_one(dtype):
     out = np.empty(2000, dtype)
     fold(ReduceOp.AVG, arrays, out, 7)
     assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("dtype", COMPLEX, ids=str)
+def test_an_average_of_complex_numbers_is_that_of_their_parts(dtype):
+    real = real_dtype(dtype)
+    for groups in ([[0, 1, 2]], [[0, 2], [1]]):
+        arrays = draw(dtype, 3, 2000)
+        parts = reference(ReduceOp.AVG, [array.view(real) for array in arrays], groups, real)
+        assert_same_bits(reference(ReduceOp.AVG, arrays, groups, dtype), parts.view(dtype))
+    assert_same_bits(
+        run(ReduceOp.AVG, arrays), one_level(ReduceOp.AVG, [array.view(real) for array in arrays]).view(dtype)
+    )
+    infinite = np.array([complex(np.inf, 1), complex(1, -np.inf)], dtype)
+    assert run(ReduceOp.AVG, [infinite, infinite]).tolist() == infinite.tolist()
+
+
+@pytest.mark.parametrize("index", [None, 0, 1, 2])
+@pytest.mark.parametrize("dtype", COMPLEX, ids=str)
+def test_each_operation_of_a_complex_product_rounds_by_itself(dtype, index):
+    """Whatever the place in memory, and also where NumPy's own product fuses operations."""
+    arrays = [varied(dtype, SEVERAL_BLOCKS, rank) for rank in range(3)]
+    (a, b, c), real = arrays, real_dtype(dtype).type
+    expected = []
+    for x, y, z in zip(a[:500].tolist(), b[:500].tolist(), c[:500].tolist(), strict=True):
+        re = real(real(real(x.real) * real(y.real)) - real(real(x.imag) * real(y.imag)))
+        im = real(real(real(x.real) * real(y.imag)) + real(real(x.imag) * real(y.real)))
+        expected.append(
+            (
+                real(real(re * real(z.real)) - real(im * real(z.imag))),
+                real(real(re * real(z.imag)) + real(im * real(z.real))),
+            )
+        )
+    result = run(ReduceOp.PROD, arrays, None if index is None else arrays[index])
+    assert_same_bits(result[:500], np.array(expected, real).reshape(-1).view(dtype))
+
+
+def test_bool_combines_as_logic_does():
+    a, b = np.array([0, 0, 1, 1], bool), np.array([0, 1, 0, 1], bool)
+    for op, expected in (
+        (ReduceOp.MIN, a & b), (ReduceOp.BAND, a & b), (ReduceOp.MAX, a | b), (ReduceOp.BOR, a | b),
+        (ReduceOp.BXOR, a ^ b),
+    ):  # fmt: skip
+        assert run(op, [a, b]).tolist() == expected.tolist()
+        assert run(op, [a, b, a]).tolist() == reference(op, [a, b, a], [[0, 1], [2]], a.dtype).tolist()
+    assert run(ReduceOp.BXOR, [a, b, b]).tolist() == a.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "op"), REFUSED, ids=str)
+@pytest.mark.parametrize("size", [0, 3])
+def test_operations_that_a_type_does_not_have_are_refused(dtype, op, size):
+    arrays, out = [np.ones(size, dtype)] * 2, np.zeros(size, dtype)
+    for attempt in (
+        lambda: fold(op, arrays, out),
+        lambda: run(op, arrays, out),
+        lambda: run(op, arrays[:1], out),
+        lambda: reference(op, arrays, [[0, 1]], dtype),
+    ):
+        with pytest.raises(UsageError, match=f"op='{op.value}' of {dtype} is not defined"):
+            attempt()
+    assert not out.any()
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -233,8 +298,8 @@ def test_zeros_of_different_sign_give_the_same_zero_in_every_lane(dtype, op):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.PROD, ReduceOp.MIN])
-@pytest.mark.parametrize("dtype", [np.dtype(np.int32), F32, *HALVES], ids=str)
+@pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.PROD])
+@pytest.mark.parametrize("dtype", [np.dtype(np.int32), F32, *HALVES, *COMPLEX], ids=str)
 def test_out_may_be_any_of_the_inputs(dtype, op, count):
     for index in range(count):
         arrays = draw(dtype, count, SEVERAL_BLOCKS if count == 3 else 100)
@@ -248,8 +313,9 @@ def test_out_may_be_several_inputs_at_once():
     assert_same_bits(run(ReduceOp.SUM, [a, b, a, b, a], a), expected)
 
 
-@pytest.mark.parametrize("dtype", [F32, *HALVES], ids=str)
-def test_partial_overlap_is_right_or_refused(dtype):
+@pytest.mark.parametrize("op", [ReduceOp.SUM, ReduceOp.PROD])
+@pytest.mark.parametrize("dtype", [F32, *HALVES, *COMPLEX], ids=str)
+def test_partial_overlap_is_right_or_refused(dtype, op):
     memory = draw(dtype, 1, 300)[0]
     other = draw(dtype, 1, 200, seed=5)[0]
     for inputs, out in (
@@ -258,9 +324,9 @@ def test_partial_overlap_is_right_or_refused(dtype):
         ([other, other, memory[50:250]], memory[:200]),
         ([memory[:200]], memory[3:203]),
     ):
-        before, expected = memory.copy(), one_level(ReduceOp.SUM, [array.copy() for array in inputs])
+        before, expected = memory.copy(), one_level(op, [array.copy() for array in inputs])
         try:
-            fold(ReduceOp.SUM, inputs, out)
+            fold(op, inputs, out)
         except UsageError as error:
             assert "overlaps input" in str(error)  # noqa: PT017
             assert_same_bits(memory, before)
@@ -284,9 +350,9 @@ def test_an_accumulator_over_its_own_16_bit_input_is_refused():
 
 
 def test_empty_arrays_fold():
-    for dtype in DTYPES.values():
+    for dtype, op in DEFINED:
         for count in (1, 2, 3):
-            assert run(ReduceOp.SUM, [np.empty(0, dtype)] * count, np.empty(0, dtype)).size == 0
+            assert run(op, [np.empty(0, dtype)] * count, np.empty(0, dtype)).size == 0
 
 
 def test_threads_do_not_share_scratch():
@@ -339,8 +405,10 @@ def test_numpy_error_state_is_left_alone():
         ("sum", [np.zeros(2), np.zeros(2, "f4")], np.zeros(2), None, "float32 into float64"),
         ("sum", [np.zeros(2, "f2"), np.zeros(2, BFLOAT16)], np.zeros(2, "f4"), None, "bfloat16 into float32"),
         ("sum", [np.zeros(2, "f2")], np.zeros(2, "f8"), None, "float16 into float64"),
-        ("sum", [np.zeros(2, "?")], np.zeros(2, "?"), None, "bool into bool"),
-        ("sum", [np.zeros(2, "c8")] * 2, np.zeros(2, "c8"), None, "complex64"),
+        ("sum", [np.zeros(2, "g")], np.zeros(2, "g"), None, "not supported"),
+        ("sum", [np.zeros(2, "f4")] * 2, np.zeros(2, "c8"), None, "float32 into complex64"),
+        ("prod", [np.zeros(2, "c8")] * 2, np.zeros(2, "c16"), None, "complex64 into complex128"),
+        ("max", [np.zeros(2, "u1")], np.zeros(2, "?"), None, "uint8 into bool"),
         ("avg", [np.zeros(2, "i4")], np.zeros(2, "i4"), None, "avg.*int32"),
         ("avg", [np.zeros(2, "u1")], np.zeros(2, "u1"), 2, "avg.*uint8"),
         ("sum", [np.zeros(2)], np.zeros(2), 2, "divisor=2 with op='sum'"),
@@ -379,8 +447,7 @@ def test_reference_refuses_an_average_of_integers():
         reference(ReduceOp.AVG, [np.zeros(2, np.int32)], [[0]], np.dtype(np.int32))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("dtype", "op"), DEFINED, ids=str)
 def test_two_levels_by_fold_match_the_reference(dtype, op):
     arrays = draw(dtype, 7, 300)
     groups = [[0, 1, 2], [3], [4, 5, 6]]

@@ -22,6 +22,7 @@ from ranks import await_gone, options
 from detcoll.cli import main
 from detcoll.emulation.helper import Helper
 from detcoll.emulation.lab import Conditions, Lab, Launcher, Service, read_log, run_ranks, why_unavailable
+from detcoll.emulation.lab.conditions import CrossTrafficKind
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.launch.leftovers import SHARED_MEMORY
 from detcoll.launch.mpiexec import find_mpiexec
@@ -30,6 +31,8 @@ from detcoll.topology import Topology
 
 UNAVAILABLE = why_unavailable()
 needs_lab = [pytest.mark.lab, pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))]
+CONTROLS = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+OFFERS_BBR = CONTROLS.exists() and "bbr" in CONTROLS.read_text(encoding="ascii").split()
 pytestmark = pytest.mark.timeout(90)
 
 
@@ -156,13 +159,71 @@ class TestLine:
         [device] = [line for line in sent.splitlines() if "wan0" in line]
         assert int(device.split()[9]) == 0  # the site itself has sent nothing
 
-    def test_a_lab_with_others_leaves_nothing(self) -> None:
-        lab = Lab(two_sites(), Conditions(cross_traffic=1.0))
+    @pytest.mark.parametrize("share", [0.3, 1.0])
+    def test_others_over_tcp_alone_are_counted_at_both_ends(self, share: float) -> None:
+        conditions = Conditions(cross_traffic=share, cross_traffic_kind=CrossTrafficKind.TCP, queue_bytes=100_000)
+        with Lab(two_sites(2.5e6, 1_000_000), conditions) as lab:
+            deadline_ns = time.monotonic_ns() + 60 * 10**9
+            while time.monotonic_ns() < deadline_ns:
+                told = lab.statistics()
+                if all(flow.arrived_bytes[-1] > 1_500_000 for flow in told.flows):
+                    break
+                os.sched_yield()
+        last = lab.statistics()  # what they had counted when they were ended
+        assert [flow.source for flow in last.flows] == [0, 1]
+        for now, flow in zip(told.flows, last.flows, strict=True):
+            way = last.direction(flow.source, 1 - flow.source)
+            assert 1_500_000 < now.arrived_bytes[-1] <= flow.arrived_bytes[-1]
+            assert list(flow.arrived_bytes) == sorted(flow.arrived_bytes)
+            assert flow.arrived_bytes[-1] <= min(flow.offered_bytes, way.payload_bytes)
+            took_s = (last.flows_at_ns[-1] - last.flows_at_ns[0]) / 1e9
+            if share < 1:
+                assert flow.offered_bytes <= share * 2.5e6 * took_s + 2 * 2 * 65_536
+            else:
+                assert way.uplink_dropped_segments > 0  # as much as TCP lets them fills the queue
+        assert last.bursts == ()
+        rate = last.flows_bytes_per_s([(last.flows_at_ns[0], last.flows_at_ns[-1])])
+        assert rate is not None
+        assert 0 < rate <= 2 * 2.5e6
+
+    @pytest.mark.parametrize("kind", list(CrossTrafficKind))
+    def test_a_lab_with_others_leaves_nothing(self, kind: CrossTrafficKind) -> None:
+        lab = Lab(two_sites(), Conditions(cross_traffic=1.0, cross_traffic_kind=kind))
         inodes = [os.stat(f"/proc/self/fd/{network}").st_ino for network in lab._networks]
         assert len(inodes) == 4
         assert holders(inodes) != []
+        assert lab._flows is not None
+        flows = lab._flows.pid
         lab.close()
         assert holders(inodes) == []
+        assert not Path(f"/proc/{flows}").exists()
+
+    @pytest.mark.skipif(not OFFERS_BBR, reason="this kernel does not offer BBR")
+    def test_beside_a_line_that_others_fill_the_congestion_control_changes(self, tmp_path: Path) -> None:
+        code = """
+import numpy as np, detcoll
+comm = detcoll.init(transport="slotted")
+x, switches = np.ones(100_000, np.float32), np.zeros(1, np.int32)
+for _ in range(60):
+    detcoll.all_reduce(x, op="max")
+    switches[0] = comm.counters()["congestion_switches"]
+    detcoll.all_reduce(switches)
+    if switches[0]:
+        break
+else:
+    raise SystemExit("it never changed")
+detcoll.finalize()
+"""
+        conditions = Conditions(queue_bytes=500_000, cross_traffic=1.2)
+        env = {"DETCOLL_TRACE": str(tmp_path)}
+        with Lab(two_sites(5e6, 10_000_000), conditions) as lab:
+            assert run_ranks(lab, [sys.executable, "-c", code], env=env, deadline_s=80) == 0
+        traces = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+        assert sum(trace["counts"]["congestion_switches"] for trace in traces) >= 1
+        ran = {row["congestion"] for trace in traces for row in trace["connections"] if row["lane"] == "bulk"}
+        assert "bbr" in ran <= {"bbr", "cubic"}
+        small = {row["congestion"] for trace in traces for row in trace["connections"] if row["lane"] == "express"}
+        assert small == {"cubic"}
 
     def test_a_program_marks_its_packets_where_a_rate_is_reserved(self) -> None:
         code = """
@@ -411,6 +472,15 @@ class TestCommand:
             ({"cross_traffic": 2.5}, "cross_traffic=2.5 must be a share"),
             ({"cross_tcp": 2.0, "cross_traffic": 0.5}, "cross_tcp_share=2.0 must be from 0 to 1"),
             ({"cross_tcp": 0.5}, "cross_tcp=0.5 is a part of the cross traffic"),
+            (
+                {"cross_traffic": 0.5, "cross_traffic_kind": "udp"},
+                "cross_traffic_kind='udp' is not known; expected bursts",
+            ),
+            ({"cross_traffic_kind": "tcp"}, "cross_traffic_kind='tcp' is of what others send"),
+            (
+                {"cross_traffic": 0.5, "cross_traffic_kind": "tcp", "cross_tcp": 0.5},
+                "cross_tcp=0.5 is a part of bursts; expected without --cross-traffic-kind tcp",
+            ),
             ({"burst": "1 MB"}, "burst='1 MB' is of what polices a reserved rate"),
             ({"failure": ["now"]}, "failure='now' must be of the form"),
             ({"statistics": Path("/no/such/place/s.json")}, "no directory"),

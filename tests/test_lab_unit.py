@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from detcoll.emulation.helper import ASK_QUIT, receive_line
 from detcoll.emulation.lab import router
 from detcoll.emulation.lab.conditions import Conditions
+from detcoll.emulation.lab.flows import Looks
 from detcoll.emulation.lab.router import RouterConfig, _Router
 from detcoll.emulation.lab.unit import NEEDS_CSUM, TCP, UDP, VNET_HEADER, cut, flow_of, shape_of
 from detcoll.topology import Topology
@@ -192,3 +193,18 @@ def test_a_stall_between_two_units_counts_for_the_second(monkeypatch: pytest.Mon
         made._read(tun, 0, False)
         os.close(tun)
     assert area.seen == [2, 899]
+
+
+def test_what_others_got_through_is_kept_within_a_bound() -> None:
+    looks, step_ns = Looks(0), 10**8
+    for at_ns in range(0, 100_000 * step_ns, step_ns):
+        if at_ns >= looks.next_ns:
+            looks.note(at_ns, (at_ns, 2 * at_ns))
+    last_ns = 100_000 * step_ns
+    looks.note(last_ns, (last_ns, 2 * last_ns))
+    counts = looks.counts((5, 6))
+    assert counts.offered_bytes == (5, 6)
+    assert counts.arrived_bytes == (counts.looked_ns, tuple(2 * at_ns for at_ns in counts.looked_ns))
+    assert (counts.looked_ns[0], counts.looked_ns[-1]) == (0, last_ns)
+    assert 2_000 <= len(counts.looked_ns) <= 4_096
+    assert max(later - earlier for earlier, later in pairwise(counts.looked_ns)) <= 64 * step_ns

@@ -360,13 +360,15 @@ def test_a_machine_starts_what_waits_for_nothing_and_then_what_became_ready() ->
 
 
 def test_a_result_is_not_ready_while_the_callers_array_is_being_sent() -> None:
-    parts = all_parts(Collective("broadcast", 4, 4, 4), sites_of([1, 1]), "star", ChunkSize(4, 1))
+    parts = all_parts(Collective("broadcast", 8, 4, 4), sites_of([1, 1]), "star", ChunkSize(4, 1))
     machine = Machine(parts[0])
-    assert machine.start() == [0]
-    assert parts[0].steps["buffer"][0] == Buffer.USER
+    assert machine.start() == [0, 1]
+    assert parts[0].steps["buffer"].tolist() == [Buffer.OUT, Buffer.PARTIAL, Buffer.PARTIAL]
+    assert machine.ended(1) == [2], "the last chunk is copied, and sent from there"
     assert not machine.result_ready
     machine.ended(0)
     assert machine.result_ready
+    assert not machine.done
 
 
 def test_a_step_cannot_end_before_it_started() -> None:

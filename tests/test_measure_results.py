@@ -17,9 +17,10 @@ import pytest
 from rich.console import Console
 
 from detcoll.cli import main
-from detcoll.cli.lines import LineOptions, SiteOptions, comma_separated, present
+from detcoll.cli.lines import LineOptions, NetworkOptions, SiteOptions, comma_separated, present
 from detcoll.emulation.lab import Conditions, DirectionStatistics, Service, Statistics
-from detcoll.emulation.lab.statistics import BurstStatistics, ProbeStatistics
+from detcoll.emulation.lab.conditions import CrossTrafficKind
+from detcoll.emulation.lab.statistics import BurstStatistics, FlowStatistics, ProbeStatistics
 from detcoll.errors import DetcollError, UsageError
 from detcoll.launch import processes
 from detcoll.measure import experiment, marks, step
@@ -50,6 +51,7 @@ from detcoll.transport import Capabilities, Scope
 from detcoll.workloads.workload import Stamps, WorkloadSpec
 
 MS = 10**6
+SECOND = 10**9
 WIDE = Topology.uniform(2, 1, 1e8, 10 * MS)
 SINGLE = Setting("single cluster", "shm", "single-cluster")
 SLOTTED = Setting("slotted", "slotted", "wide-area")
@@ -322,6 +324,29 @@ def test_what_the_lines_saw_is_of_the_class_that_was_used() -> None:
     assert (reserved.wire_bytes, reserved.peak_queue_bytes) == (4 * 10**6, 60)
 
 
+def test_what_others_get_through_counts_while_it_was_measured() -> None:
+    flows = (FlowStatistics(0, 900, (0, 100, 300)), FlowStatistics(1, 900, (0, 100, 500)))
+    one = counted(flows=flows, flows_at_ns=(SECOND, 2 * SECOND, 3 * SECOND))
+    kept = LineRecord(Service.BEST_EFFORT, one, 5)
+    assert use_of([kept], [None]).others_bytes_per_s == pytest.approx(400)
+    assert use_of([kept], [[(2 * SECOND, 3 * SECOND)]]).others_bytes_per_s == pytest.approx(600)
+    halves = [(SECOND // 2, SECOND + SECOND // 2), (2 * SECOND + SECOND // 2, 9 * SECOND)]
+    assert use_of([kept], [halves]).others_bytes_per_s == pytest.approx(400)
+    assert use_of([kept, kept], [None, [(2 * SECOND, 3 * SECOND)]]).others_bytes_per_s == pytest.approx(500)
+    assert use_of([kept], [[(4 * SECOND, 5 * SECOND)]]).others_bytes_per_s is None
+    assert use_of([LineRecord(Service.BEST_EFFORT, counted(), 5)], [None]).others_bytes_per_s is None
+
+
+def test_the_kind_of_others_traffic_reaches_the_lab() -> None:
+    options = NetworkOptions(service="best-effort,deterministic", cross_traffic="0,1", cross_traffic_kind="tcp")
+    kinds = [network.conditions(Conditions()).cross_traffic_kind for network in options.networks()]
+    assert kinds == [CrossTrafficKind.TCP] * 4
+    assert [network.label for network in options.networks()][:2] == [
+        "best-effort, cross traffic 0", "best-effort, cross traffic 1 over TCP",
+    ]  # fmt: skip
+    assert NetworkOptions(cross_traffic="1").networks()[0].cross_traffic_kind is CrossTrafficKind.BURSTS
+
+
 def test_a_co_tenant_counts_while_it_was_measured() -> None:
     [kept] = [LineRecord(Service.BEST_EFFORT, counted(), 5)]
     meanwhile = use_of([kept], [[(5 * MS, 30 * MS)]]).co_tenant
@@ -401,6 +426,14 @@ def test_settings_take_turns(places: type[FakePlaces]) -> None:
     assert result.digests_equal is True
     assert len(said) == 6
     assert "round 2 of 2: gloo, wide-area, best-effort, cross traffic 0" in said
+
+
+def test_plain_tcp_is_called_what_it_is_compared_for(places: type[FakePlaces]) -> None:
+    result = run_experiment(an_experiment(against=("tcp",)), lambda line: None)
+    assert [(run.name, run.transport) for run in result.runs[1:]] == [
+        ("slotted", "slotted"), ("same plans, plain TCP", "tcp"),
+    ]  # fmt: skip
+    assert "same plans, plain TCP" in _printed(result)
 
 
 def test_every_network_is_measured(places: type[FakePlaces]) -> None:
@@ -584,6 +617,8 @@ def test_experiment_that_cannot_be_is_refused() -> None:
         (["--service", ""], "at least one value"),
         (["--service", "deterministic,deterministic"], "each value once"),
         (["--cross-traffic", "much"], "cross_traffic='much'"),
+        (["--cross-traffic", "1", "--cross-traffic-kind", "udp"], "'udp' is not known; expected bursts or tcp"),
+        (["--cross-traffic", "0", "--cross-traffic-kind", "tcp"], "expected with --cross-traffic above 0"),
         (["--report", __file__], "expected a folder"),
         (["--cross-traffic", "0,2.5", "--against", "none"], "cross_traffic=2.5 must be a share from 0 to 2"),
         (["--reserved", "800 Mbit/s"], "reserved='800 Mbit/s' needs service=deterministic"),

@@ -29,7 +29,7 @@ from detcoll.errors import TransportError, UsageError
 from detcoll.measure.records import WorkerConfig, read_config, read_record, write_json
 from detcoll.measure.worker import make_workload, measure_rank
 from detcoll.topology import Topology
-from detcoll.types import DTYPES
+from detcoll.types import DTYPES, is_complex
 from detcoll.workloads.buckets import Buckets, bucket_ends
 from detcoll.workloads.compute import ComputeKind
 from detcoll.workloads.digits import PARAMETERS, Digits
@@ -44,6 +44,7 @@ _FOLDS: dict[str, Callable[[list[Any]], Any]] = {
     "avg": lambda parts: (sum(parts[1:], start=parts[0]) / len(parts)).astype(parts[0].dtype),
     "max": lambda parts: np.maximum.reduce(parts),
     "min": lambda parts: np.minimum.reduce(parts),
+    "bxor": lambda parts: np.bitwise_xor.reduce(parts),
 }
 
 
@@ -303,12 +304,36 @@ def test_expected_sums_are_exact(dtype: str, size: int) -> None:
     arrays = [np.zeros(600, kind) for _ in range(size)]
     for rank, array in enumerate(arrays):
         fill(array, rank, size)
-    exact = sum(array.astype(np.int64) for array in arrays)
     expected = expected_all_reduce(600, kind, size)
+    if kind.kind == "b":
+        assert np.array_equal(expected, np.logical_xor.reduce(arrays))
+        return
+    exact = np.sum([array.astype(np.complex128 if is_complex(kind) else np.int64) for array in arrays], axis=0)
     if kind.kind not in "iu":
-        assert (expected.astype(np.int64) == exact).all()
-    require_equal(expected, np.asarray(exact).astype(kind), "sum")
+        assert (expected.astype(exact.dtype) == exact).all()
+    require_equal(expected, exact.astype(kind), "sum")
     assert modulus(kind, 1) > 100
+
+
+def test_chunks_of_bool_name_themselves() -> None:
+    expected, kind = expected_all_reduce(20_000, DTYPES["bool"], 4), DTYPES["bool"]
+    assert 0.4 < expected.mean() < 0.6
+    for shift in range(1, 100):
+        assert 0.3 < (expected[shift:] != expected[:-shift]).mean() < 0.7
+    arrays = [np.zeros(20_000, kind) for _ in range(4)]
+    for rank, array in enumerate(arrays):
+        fill(array, rank, 4)
+        assert 0.3 < array.mean() < 0.7  # one that is missing, or comes twice, turns so many elements
+    with pytest.raises(TransportError, match="here: element"):
+        require_equal(np.logical_xor.reduce(arrays[1:]), expected, "here")
+
+
+def test_a_wrong_imaginary_part_is_named() -> None:
+    expected = expected_all_reduce(600, DTYPES["complex128"], 3)
+    wrong = expected.copy()
+    wrong[7] += 1j
+    with pytest.raises(TransportError, match=r"here: element 7 is \(22-21j\), expected \(22-22j\)"):
+        require_equal(wrong, expected, "here")
 
 
 def test_wrong_value_is_named() -> None:
@@ -392,11 +417,11 @@ def test_sweep_ends_when_its_time_is_over() -> None:
     assert [(row.iterations, len(row.samples_s), len(row.began_s)) for row in first] == [(1, 1, 1)] * 2
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float64", "bool", "complex128"])
 def test_sweep_notices_a_wrong_element(dtype: str) -> None:
     def spoil(result: Any) -> Any:
         if result.nbytes == 4096:
-            result[-1] += 1
+            result[-1] = result[-1] + 1 if dtype != "bool" else not result[-1]
         return result
 
     sweep = Sweep(("all_reduce",), (4096,), dtype, iterations=1, warmup=0)
@@ -407,11 +432,11 @@ def test_sweep_notices_a_wrong_element(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"collectives": ("gather",)}, "collective='gather'"),
+        ({"collectives": ("shuffle",)}, "collective='shuffle'"),
         ({"sizes_bytes": (10,)}, "bytes=10"),
         ({"sizes_bytes": (0,)}, "bytes=0"),
         ({"sizes_bytes": ()}, "at least one"),
-        ({"dtype": "complex64"}, "dtype=complex64"),
+        ({"dtype": "complex256"}, "dtype=complex256"),
         ({"iterations": 0}, "iterations=0"),
         ({"warmup": -1}, "warmup=-1"),
         ({"time_limit_s": 0.0}, "time_limit_s=0"),

@@ -21,7 +21,7 @@ def fifo(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["shm", "slotted", "gloo", "mpi"])
+@pytest.fixture(scope="module", params=["shm", "slotted", "tcp", "gloo", "mpi"])
 def reduced(request: pytest.FixtureRequest) -> dict[int, list[Any]]:
     """What ranks say of values that go wrong easily: on two sites of two ranks, or on four ranks of MPI."""
     transport = request.param
@@ -46,7 +46,7 @@ def test_a_nan_of_one_rank_comes_out_of_minimum_and_maximum_on_all(reduced: dict
         assert lost == []
 
 
-@pytest.mark.parametrize("transport", ["shm", "slotted"])
+@pytest.mark.parametrize("transport", ["shm", "slotted", "tcp"])
 def test_calls_under_way_on_the_same_memory_keep_their_order(transport: str) -> None:
     """The whole array, a slice of it, and a list of its halves."""
     ended = run(2, "same_memory", transport)

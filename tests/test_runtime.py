@@ -285,7 +285,7 @@ def test_waiting_for_native_calls_ahead_takes_no_time_of_a_call(native) -> None:
 
 def test_an_unknown_kind_runs_nothing(native) -> None:
     _, _, call, _ = native
-    with pytest.raises(UsageError, match="kind='gossip' is not a collective known here; expected one of all_reduce"):
+    with pytest.raises(UsageError, match="kind='gossip' is not a collective known here; expected one of all_gather"):
         call("gossip", wait=True)
 
 

@@ -14,6 +14,7 @@ import detcoll_gloo
 import detcoll_mpi
 import detcoll_shm
 import detcoll_slotted
+import detcoll_tcp
 from detcoll.job import settings
 
 
@@ -39,7 +40,7 @@ def test_opening_a_communicator_warns(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_every_variable_that_is_read_is_known() -> None:
-    packages = (detcoll, detcoll_gloo, detcoll_mpi, detcoll_shm, detcoll_slotted)
+    packages = (detcoll, detcoll_gloo, detcoll_mpi, detcoll_shm, detcoll_slotted, detcoll_tcp)
     sources = [path for package in packages for path in Path(str(package.__file__)).parent.rglob("*.py")]
     used = {name for path in sources for name in re.findall(r"\bDETCOLL_[A-Z_]*[A-Z]\b", path.read_text())}
     assert used == settings.VARIABLES

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 from ranks import grouped, run_ranks
 
+from detcoll.testing.values import varied
 from detcoll.topology import Topology
-from detcoll.types import DTYPES, is_integer
+from detcoll.types import DTYPES
 from detcoll_shm import ShmTransport
-
-
-def contribution(rank: int, count: int, dtype: np.dtype) -> np.ndarray:
-    draw = np.random.default_rng([rank, count])
-    if is_integer(dtype):
-        return draw.integers(0, 100, count).astype(dtype)
-    return (draw.standard_normal(count) * 3).astype(dtype)
 
 
 @pytest.mark.parametrize("topology", [None, grouped(2, 2), grouped(1, 3)], ids=["4", "2+2", "1+3"])
 def test_plans_give_the_same_bits(topology: Topology | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def program(comm):
         results = []
-        for name in ("float32", "float16", "bfloat16", "float64", "int32"):
+        for name in ("float32", "float16", "bfloat16", "float64", "int32", "bool", "complex64"):
             for count in (1, 1000, 40_000, 300_001):
-                mine = contribution(comm.rank, count, DTYPES[name])
-                comm.all_reduce(mine)
+                mine = varied(DTYPES[name], count, comm.rank)
+                comm.all_reduce(mine, op="bxor" if name == "bool" else "sum")
                 results.append(mine.tobytes())
         return comm.algorithm("all_reduce", 4), results
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,19 +25,26 @@ from detcoll.plan.calendar import LAID_OUT, flows_between
 from detcoll.sim import Simulation, simulate
 from detcoll.sim.simulator import STEPS_A_REPORT
 from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
+from detcoll.testing.values import varied
 from detcoll.topology import Topology
-from detcoll.types import ReduceOp, accumulation_dtype
+from detcoll.types import DTYPES as DTYPES_BY_NAME
+from detcoll.types import ReduceOp, accumulation_dtype, operators_of
 
 ALL_REDUCE = algorithms_for("all_reduce")
 BROADCAST = algorithms_for("broadcast")
 
 MS = 1_000_000
-DTYPES = [np.dtype(name) for name in ("float16", "float32", "float64", "int32", "uint8")] + [
-    np.dtype(ml_dtypes.bfloat16)
-]
+DTYPES = [
+    DTYPES_BY_NAME[name]
+    for name in (
+        "float16", "bfloat16", "float32", "float64", "int32", "uint8", "bool", "complex64", "complex128",
+    )
+]  # fmt: skip
 
 
 def contributions(size: int, count: int, dtype: np.dtype[Any]) -> list[np.ndarray[Any, Any]]:
+    if dtype.kind in "bc":
+        return [varied(dtype, count, rank) for rank in range(size)]
     rng = np.random.default_rng(size * 1000 + count)
     if dtype.kind in "iu":
         return [rng.integers(0, 100, count).astype(dtype) for _ in range(size)]
@@ -78,8 +84,8 @@ def test_an_all_reduce_gives_the_promised_bits(
     ranks: list[int], algorithm: str, dtype: np.dtype[Any], op: ReduceOp, count: int, elems: int, depth: int,
     mode: Slotting, whole: bool,
 ) -> None:  # fmt: skip
-    if op is ReduceOp.AVG and dtype.kind in "iu":
-        op = ReduceOp.SUM
+    if op not in operators_of(dtype):
+        op = ReduceOp.BXOR if dtype.kind == "b" else ReduceOp.SUM
     summed(sites_of(ranks), algorithm, dtype, op, count, ChunkSize(elems, depth, whole), mode=mode)
 
 

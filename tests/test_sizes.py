@@ -9,7 +9,7 @@ from pathlib import Path
 LARGEST_LINES = 60
 """With signature and docstring."""
 
-PACKAGES = ("detcoll", "detcoll_slotted", "detcoll_shm", "detcoll_mpi", "detcoll_gloo")
+PACKAGES = ("detcoll", "detcoll_slotted", "detcoll_shm", "detcoll_mpi", "detcoll_gloo", "detcoll_tcp")
 
 
 def _files() -> list[Path]:

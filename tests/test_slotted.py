@@ -22,12 +22,13 @@ import pytest
 import zmq
 
 from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
+from detcoll.priority import make_prompt
 from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.testing.socks import FaultyProxy
 from detcoll.transport import Ticket, TicketStatus, Window
 from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, gate, tcp
-from detcoll_slotted.pacing import ALONE_AHEAD_NS, SWITCH_AHEAD_NS
+from detcoll_slotted.pacing import AHEAD_NS, ALONE_AHEAD_NS, SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import OWN_DESCRIPTORS
 from detcoll_slotted.tcp import SO_MAX_PACING_RATE
@@ -486,6 +487,17 @@ def test_what_is_consumed_last_is_told_at_the_next_poll() -> None:
         pump(fabric, lambda: fabric[0]._peers[1].outbound.consumed_bytes == 9_000, ranks=(0,))
 
 
+def test_what_has_come_is_told_once_it_is_much_even_while_it_is_held() -> None:
+    with pair(acknowledge_delay_ns=60_000 * MS, credit_bytes=80_000) as fabric:
+        waiting = fabric[1].recv(0, 9, 1)
+        sent = fabric[0].send(1, 1, memoryview(bytes(10_000)))
+        lent = fabric[1].recv(0, 1, 10_000)
+        settle(fabric, sent)
+        assert lent.view is not None
+        assert fabric[0]._peers[1].outbound.consumed_bytes == 0
+        assert fabric[1].cancel(waiting)
+
+
 def test_opened_and_closed_many_times_it_leaves_nothing() -> None:
     def inventory() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
@@ -822,6 +834,46 @@ def test_who_has_a_pace_alone_runs_ahead_until_another_comes(monkeypatch: pytest
         sends.sort(key=lambda ticket: ticket.left_ns)
         for before, after in itertools.pairwise(sends):
             assert after.left_ns - before.left_ns >= int(size / rate * 1e9), "one rate for both"
+
+
+def test_where_the_host_paces_messages_are_handed_over_at_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, size = 1e7, 50_000
+    takes_ns = int(size / rate * 1e9)
+    with pair(host_paced=True) as fabric:
+        seen = watch_bulk(monkeypatch, fabric[0])
+        window, payload = Window(now_ns(), None, rate), memoryview(bytes(size))
+        sends = [fabric[0].send(1, tag, payload, window) for tag in range(6)]
+        assert len(seen) == 1, "the others would leave more than a moment too early"
+        received = [fabric[1].recv(0, tag, size) for tag in range(6)]
+        settle(fabric, *sends, *received)
+        assert {ticket.status for ticket in sends + received} == {DONE}
+        for before, after in itertools.pairwise(sends):
+            assert after.left_ns - before.left_ns >= takes_ns
+            assert after.started_ns >= before.left_ns - AHEAD_NS
+        break_line(fabric, 0, Lane.BULK)
+        line = line_of(fabric[0], 1, Lane.BULK)
+        pump(fabric, lambda: line.tcp is not None)
+        assert pacing_rate(line) == 2**64 - 1, "the kernel keeps out of it"
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_threads_of_the_library_go_ahead_where_that_is_wanted(prompt: bool) -> None:
+    def classes() -> dict[str, int]:
+        return {task: os.sched_getscheduler(int(task)) for task in os.listdir("/proc/self/task")}
+
+    before = classes()
+    with pair(prompt=prompt):
+        theirs = {name for task, name in classes().items() if task not in before}
+    expected = os.SCHED_RR if prompt and may_be_prompt() else os.SCHED_OTHER
+    assert (os.SCHED_RR in theirs) == (expected == os.SCHED_RR)
+
+
+def may_be_prompt() -> bool:
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(make_prompt()))
+    asking.start()
+    asking.join()
+    return answers[0]
 
 
 def test_what_is_sent_again_keeps_others_of_its_pace_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

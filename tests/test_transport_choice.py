@@ -6,7 +6,7 @@ import socket
 import threading
 
 import pytest
-from ranks import attempt, launch, lines
+from ranks import attempt, launch, lines, run_ranks
 
 from detcoll import registry
 from detcoll.errors import TransportUnavailable, UsageError
@@ -101,6 +101,29 @@ def test_a_refused_address_is_no_reason_to_fall_back(monkeypatch) -> None:
     for answer in attempt(2, lambda comm: None, topology=lines(1, 1)):
         assert isinstance(answer, UsageError), answer
         assert "rank 1 could not open slotted: slotted would open 192.0.2.7" in str(answer)
+
+
+@pytest.mark.parametrize(
+    ("rate", "one_way_ns", "expected"),
+    [(1.25e9, 50_000, (False, True)), (5e9, 50_000, (True, False)), (5e9, 5_000_000, (False, False))],
+)
+def test_lines_that_are_faster_than_hosts_are_paced_by_them_where_they_are_short(
+    rate: float, one_way_ns: int, expected: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, seen = SlottedTransport.open, []
+
+    def watched(self, rank, size, rendezvous, clock, options):
+        seen.append(options)
+        return opened(self, rank, size, rendezvous, clock, options | {"warm_up_bytes": 0})
+
+    monkeypatch.setattr(SlottedTransport, "open", watched)
+    topology = lines(1, 1, rate_bytes_per_s=rate, one_way_ns=one_way_ns)
+    run_ranks(2, lambda comm: None, topology=topology)
+    assert [(options["host_paced"], options["prompt"]) for options in seen] == [expected] * 2
+    assert [options["acknowledge_delay_ns"] < 1_000_000 for options in seen] == [not expected[1]] * 2
+    if expected[0]:
+        bursts_s = [options["warm_up_bytes"] / options["warm_up_bytes_per_s"] for options in seen]
+        assert max(bursts_s) <= 0.004, "what is not paced fits a policer's bucket"
 
 
 def test_what_one_rank_lacks_all_ranks_lack(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from math import prod
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +19,8 @@ from detcoll.plan import ChunkSize, Collective, Slotting, algorithms_for, build_
 from detcoll.plan.bounds import floor_ns
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, sites_of
-from detcoll.testing.values import plain_bits, require, require_edges
-from detcoll.types import BFLOAT16, FLOAT16, ReduceOp
+from detcoll.testing.values import plain_bits, require, require_edges, require_types, varied
+from detcoll.types import BFLOAT16, DTYPES, FLOAT16, ReduceOp
 
 ALL_REDUCE = algorithms_for("all_reduce")
 
@@ -35,6 +36,8 @@ WORLDS = {
     "slotted3": ("slotted", (3,), None),
     "slotted2+2": ("slotted", (2, 2), lines(2, 2)),
     "slotted1+3": ("slotted", (1, 3), lines(1, 3)),
+    "slotted1+1, faster than hosts": ("slotted", (1, 1), lines(1, 1, rate_bytes_per_s=5e9, one_way_ns=50_000)),
+    "slotted1+3, faster than hosts": ("slotted", (1, 3), lines(1, 3, rate_bytes_per_s=5e9, one_way_ns=50_000)),
     "slotted1+1+1": ("slotted", (1, 1, 1), lines(1, 1, 1)),
     "slotted2+3+2": ("slotted", (2, 3, 2), lines(2, 3, 2)),
     "gloo3": ("gloo", (3,), None),
@@ -95,8 +98,36 @@ def test_edge_values_give_what_the_oracle_gives(world) -> None:
     run_ranks(sum(map(len, groups)), program, transport=transport, topology=topology)
 
 
-def test_edge_values_by_mpi(mpiexec) -> None:
-    ended = launch(4, "calls.py", "edge_values", launcher=[*mpiexec, "-n", "4"])
+@pytest.mark.parametrize(
+    "world", ["shm2+2", "shm1+3", "slotted3", "slotted1+3", "slotted1+1+1", "gloo3", "gloo2+2"], indirect=True
+)
+def test_every_type_has_its_operations_on_every_path(world) -> None:
+    transport, groups, topology = world
+
+    def program(comm):
+        require_types(lambda array, op: comm.all_reduce(array, op=op), comm.rank, groups, ordered=transport != "gloo")
+        for dtype in DTYPES.values():
+            for shape in ((0,), (), (3, 167)):
+                given = [varied(dtype, prod(shape), rank).reshape(shape) for rank in range(comm.size)]
+                mine = given[comm.rank].copy()
+                comm.broadcast(mine, root=comm.size - 1)
+                assert mine.tobytes() == given[-1].tobytes(), (dtype, shape)
+
+    run_ranks(sum(map(len, groups)), program, transport=transport, topology=topology)
+
+
+def test_a_rank_alone_refuses_what_its_type_does_not_have() -> None:
+    for transport in ("shm", "slotted", "gloo") if find_spec("torch") else ("shm", "slotted"):
+        run_ranks(
+            1,
+            lambda comm: require_types(lambda array, op: comm.all_reduce(array, op=op), 0, [[0]], ordered=True),
+            transport=transport,
+        )
+
+
+@pytest.mark.parametrize("program", ["edge_values", "every_type"])
+def test_values_by_mpi(mpiexec, program: str) -> None:
+    ended = launch(4, "calls.py", program, launcher=[*mpiexec, "-n", "4"])
     assert ended.code == 0, ended.err
     assert ended.said == {rank: [["mpi-native", []]] for rank in range(4)}
 
@@ -118,8 +149,8 @@ def halves(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(halves(), st.sampled_from(ALL_REDUCE))
-def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, algorithm: str) -> None:
+@given(halves(), st.sampled_from(ALL_REDUCE), st.integers(0, 2))
+def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, algorithm: str, in_place: int) -> None:
     ranks, arrays = drawn
     dtype, count = arrays[0].dtype, arrays[0].size
     topology = sites_of(ranks)
@@ -128,7 +159,7 @@ def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, al
     out = np.empty(count, dtype)
     fold_groups(ReduceOp.AVG, arrays, groups, out, rooms)
     require(ReduceOp.AVG, arrays, groups, out, ordered=True)
-    parts = all_parts(Collective("all_reduce", count, 2, 4), topology, algorithm, ChunkSize(16, 2))
+    parts = all_parts(Collective("all_reduce", count, 2, 4), topology, algorithm, ChunkSize(16, 2, in_place=in_place))
     result = simulate(parts, topology, build_calendar(topology, Slotting.SHARE), data=arrays, op=ReduceOp.AVG)
     for array in result.arrays:
         np.testing.assert_array_equal(plain_bits(array), plain_bits(out))
@@ -199,6 +230,20 @@ def test_what_needs_no_integers_is_left_alone() -> None:
             assert shown is array
 
 
+def test_bool_goes_as_bytes_and_sums_of_complex_numbers_as_floats() -> None:
+    flags, pairs = np.array([True, False]), np.array([1 + 2j, 3 - 4j], np.complex64)
+    for op in (ReduceOp.MIN, ReduceOp.MAX, ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR):
+        with comparable(op, flags) as shown:
+            assert (shown.dtype, shown.tolist()) == (np.uint8, [1, 0])
+            assert np.shares_memory(shown, flags)
+    for op in (ReduceOp.SUM, ReduceOp.AVG):
+        with comparable(op, pairs) as shown:
+            assert (shown.dtype, shown.tolist()) == (np.float32, [1, 2, 3, -4])
+            assert np.shares_memory(shown, pairs)
+    with comparable(ReduceOp.PROD, pairs) as shown:
+        assert shown is pairs
+
+
 def test_widened_averages_stay_in_range() -> None:
     array = np.full(3, ml_dtypes.finfo(BFLOAT16).max)
     total = sum(widened(ReduceOp.AVG, array, 5) for _ in range(5))
@@ -208,7 +253,7 @@ def test_widened_averages_stay_in_range() -> None:
 
 
 def test_an_unknown_collective_is_refused_wherever_one_is_looked_up() -> None:
-    words = "kind='gossip' is not a collective known here; expected one of all_reduce, broadcast, barrier"
+    words = "kind='gossip' is not a collective known here; expected one of all_gather, all_reduce, all_to_all, barrier"
     with pytest.raises(UsageError, match=words):
         Collective("gossip", 1, 4, 4)
     with pytest.raises(UsageError, match=words):

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from detcoll.bench.consumption import Meter
 from detcoll.bench.start import CallTimes, Starter, combine
-from detcoll.bench.verification import given, summed
+from detcoll.bench.verification import Contents, reduction_of
 from detcoll.errors import UsageError
 from detcoll.measure.kernel import NetworkCounts, network_counts
 from detcoll.measure.results import Row
 from detcoll.measure.statistics import tails
-from detcoll.plan import promised_ranks
+from detcoll.plan import Collective, Symbols, declaration_of
+from detcoll.plan.collectives.declaration import Content
 from detcoll.signature import DECLARED, signature_of
 from detcoll.types import parse_dtype
 
@@ -109,30 +110,47 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
 
 
 class _Case:
-    """One collective at one size: its array, what goes in and what must come out."""
+    """One collective at one size: its arrays, what goes in and what must come out.
+
+    ``nbytes`` is that of the largest array of a rank, rounded up to equal blocks where the kind has blocks.
+    """
 
     def __init__(self, comm: Any, collective: str, nbytes: int, sweep: Sweep) -> None:
-        kind = parse_dtype(sweep.dtype)
-        elements = nbytes // kind.itemsize
-        self.collective, self.nbytes, self.dtype = collective, nbytes, sweep.dtype
-        self.signature = signature_of(collective)
-        self._comm = comm
-        self._array: NDArray[Any] = comm.empty(elements, kind) if sweep.empty else np.zeros(elements, kind)
-        self._input = given(kind, comm.rank, comm.size)
-        self._expected = summed(kind, promised_ranks(collective, comm.topology, comm.rank, ROOT), comm.size)
+        dtype, size = parse_dtype(sweep.dtype), comm.size
+        self.collective, self.dtype = collective, sweep.dtype
+        self.signature, self._comm = signature_of(collective), comm
+        declared, elements = declaration_of(collective), nbytes // dtype.itemsize
+        if self.signature.has_counts:
+            elements = -(-elements // size) * size
+        self.nbytes = elements * dtype.itemsize
+        what = Collective(collective, elements, dtype.itemsize, dtype.itemsize, ROOT)
+        gives, gets = declared.elems(what, size, comm.rank)
+        if declared.has_one_array:
+            gives = elements
+
+        def contents(state: Content) -> Contents:
+            symbols = Symbols()
+            return Contents.stated(dtype, size, symbols, state(symbols, what, comm.topology, comm.rank))
+
+        self._input, self._expected = contents(declared.before), contents(declared.after)
+        make = comm.empty if sweep.empty else np.zeros
+        self._array: NDArray[Any] = make(gives, dtype)
+        self._out: NDArray[Any] = make(gets, dtype) if self.signature.has_out else self._array[:gets]
 
     def prepare(self) -> None:
         self._input.write(self._array)
 
     def call(self) -> None:
-        arguments: dict[str, Any] = {"op": "sum"} if self.signature.has_op else {}
+        arguments: dict[str, Any] = {"op": reduction_of(self._array.dtype).value} if self.signature.has_op else {}
         if self.signature.has_root:
             arguments["root"] = ROOT
+        if self.signature.has_out:
+            arguments["out"] = self._out
         arrays = (self._array,) if self.signature.has_array else ()
         getattr(self._comm, self.collective)(*arrays, **arguments)
 
     def verify(self) -> None:
-        self._expected.require(self._array, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
+        self._expected.require(self._out, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
 
 
 @dataclass(frozen=True, slots=True)

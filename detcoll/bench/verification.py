@@ -2,6 +2,9 @@
 
 Element j of rank r is ``j mod m + r mod 2``. The modulus m is as large as the element type allows, so that a chunk
 that landed in the wrong place, twice or not at all shows, while every sum stays exact whatever the order of summation.
+A complex number has that as real part, and its opposite as imaginary part.
+
+Of bool, element j of rank r is a coin that was tossed for j + r, and the sum is the exclusive or, a sum modulo 2.
 """
 
 from __future__ import annotations
@@ -14,15 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import TransportError
-from detcoll.types import BFLOAT16, is_integer
+from detcoll.plan import Run, Symbols
+from detcoll.types import BFLOAT16, ReduceOp, is_complex, is_integer
 
 LARGEST_MODULUS = 8191
 BLOCK_ELEMS = 2**18
 """Few enough to stay in the processor's cache."""
 
+_COINS: NDArray[np.bool_] = np.random.default_rng(1).integers(0, 2, LARGEST_MODULUS).astype(bool)
+
+
+def reduction_of(dtype: np.dtype[Any]) -> ReduceOp:
+    """Return the operation that sums."""
+    return ReduceOp.BXOR if dtype.kind == "b" else ReduceOp.SUM
+
 
 def exact_limit(dtype: np.dtype[Any]) -> int:
     """Return the largest whole number up to which ``dtype`` holds every one."""
+    if dtype.kind == "b":
+        return 1
     if is_integer(dtype):
         return int(np.iinfo(dtype).max)
     return 2**8 if dtype == BFLOAT16 else 2 ** (int(np.finfo(dtype).nmant) + 1)
@@ -61,15 +74,59 @@ class Repeated:
             yield part, self.block[: part.size]
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an array holds: runs of elements of one rank, or of a sum over ranks, as a declaration states them.
+
+    Of each run ``runs`` has the ranks, the number of its first element, and its length.
+    """
+
+    dtype: np.dtype[Any]
+    size: int
+    runs: tuple[tuple[tuple[int, ...], int, int], ...]
+
+    @classmethod
+    def stated(cls, dtype: np.dtype[Any], size: int, symbols: Symbols, runs: Sequence[Run]) -> Contents:
+        """Return the contents that a declaration states."""
+        found = ((tuple(symbols.ranks_in(run.expression)), run.element, run.length) for run in runs)
+        return cls(dtype, size, tuple(found))
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Give ``array`` the values."""
+        for part, values in self._parts(array):
+            values.write(part)
+
+    def require(self, array: NDArray[Any], what: str) -> None:
+        """Compare bit for bit; see `Repeated.require`."""
+        for number, (part, values) in enumerate(self._parts(array)):
+            values.require(part, what if len(self.runs) == 1 else f"{what}, block {number}")
+
+    def _parts(self, array: NDArray[Any]) -> Iterator[tuple[NDArray[Any], Repeated]]:
+        begin = 0
+        for ranks, first, length in self.runs:
+            yield array[begin : begin + length], summed(self.dtype, ranks, self.size, first)
+            begin += length
+
+
 def given(dtype: np.dtype[Any], rank: int, size: int) -> Repeated:
     """Return the values of ``rank``."""
-    return Repeated((_pattern(dtype, size) + rank % 2).astype(dtype))
+    return summed(dtype, [rank], size)
 
 
-def summed(dtype: np.dtype[Any], ranks: Sequence[int], size: int) -> Repeated:
-    """Return the sum of the values of ``ranks``, of ``size`` in all."""
+def summed(dtype: np.dtype[Any], ranks: Sequence[int], size: int, first: int = 0) -> Repeated:
+    """Return the sum of the values of ``ranks``, of ``size`` in all, from element number ``first`` on.
+
+    See `reduction_of` for types that have no sum.
+    """
+    if dtype.kind == "b":
+        tossed = np.logical_xor.reduce([np.roll(_COINS, -(rank + first) % LARGEST_MODULUS) for rank in ranks])
+        return Repeated(np.tile(tossed, BLOCK_ELEMS // LARGEST_MODULUS))
     odd = sum(rank % 2 for rank in ranks)
-    return Repeated((_pattern(dtype, size) * len(ranks) + odd).astype(dtype))
+    numbers = np.roll(_pattern(dtype, size), -(first % modulus(dtype, size))) * len(ranks) + odd
+    block = numbers.astype(dtype)
+    if is_complex(dtype):
+        block.imag = -numbers
+    return Repeated(block)
 
 
 def fill(array: NDArray[Any], rank: int, size: int) -> None:
@@ -78,7 +135,7 @@ def fill(array: NDArray[Any], rank: int, size: int) -> None:
 
 
 def expected_all_reduce(elements: int, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
-    """Return what an all-reduce with ``sum`` leaves on every rank."""
+    """Return what an all-reduce with `reduction_of` leaves on every rank."""
     return _whole(summed(dtype, range(size), size), elements)
 
 
@@ -99,10 +156,11 @@ def require_equal(seen: NDArray[Any], expected: NDArray[Any], what: str) -> None
 
 
 def _require_equal(seen: NDArray[Any], expected: NDArray[Any], what: str, first: int) -> None:
-    bits = f"u{seen.itemsize}"
-    if np.array_equal(seen.view(bits), expected.view(bits)):
+    width = min(seen.itemsize, 8)
+    differs = seen.view(f"u{width}") != expected.view(f"u{width}")
+    if not differs.any():
         return
-    wrong = int(np.flatnonzero(seen.view(bits) != expected.view(bits))[0])
+    wrong = int(np.flatnonzero(differs)[0]) // (seen.itemsize // width)
     raise TransportError(f"{what}: element {first + wrong} is {seen[wrong]}, expected {expected[wrong]}")
 
 

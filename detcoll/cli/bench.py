@@ -49,7 +49,7 @@ class SweepOptions:
     """Sizes, such as 256KiB,64MiB."""
 
     dtype: str = "float32"
-    """Element type."""
+    """Element type, such as float32, bfloat16, int64, complex64 or bool; bool, which has no sum, is reduced by bxor."""
 
     transport: str | None = None
     """One or several separated by commas, one after another; auto unless given, slotted with --lab."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,16 @@ from pathlib import Path
 import msgspec
 from cyclopts import Parameter
 
-from detcoll.cli.lines import ANY_LINES, LineOptions
+from detcoll.cli.lines import ANY_LINES, LineOptions, OthersOptions
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
 from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
+from detcoll.emulation.lab.conditions import CrossTrafficKind
 from detcoll.errors import UsageError
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
 from detcoll.outputs import require_writable, write_file
-from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
+from detcoll.quantities import format_rate, parse_duration_ns, parse_size_bytes, parse_timeout_s
 from detcoll.topology import Topology
 
 _CROSS_TCP = 0.05
@@ -30,7 +32,7 @@ _PAST_THE_RELAY = (
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class ConditionOptions:
+class ConditionOptions(OthersOptions):
     """What happens on the lines beyond rate, delay and queue."""
 
     loss: float = 0.0
@@ -55,7 +57,7 @@ class ConditionOptions:
     """What others offer each line's best-effort class, as a share of its rate, 0 to 2."""
 
     cross_tcp: float = _CROSS_TCP
-    """How much of that real TCP flows offer; bursts that the router makes up are the rest."""
+    """How much of bursts is offered by real TCP flows; the router makes up the rest."""
 
     failure: list[str] | None = None
     """When links are down, such as "5 s to 7 s" or "site0 and site1: 5 s to 7 s", from the lab's opening; may be
@@ -97,6 +99,11 @@ class ConditionOptions:
         UsageError
             If a value cannot be used.
         """
+        kind = self.kind(has_traffic=self.cross_traffic > 0)
+        if self.cross_tcp != _CROSS_TCP and kind is CrossTrafficKind.TCP:
+            raise UsageError(
+                f"cross_tcp={self.cross_tcp} is a part of bursts; expected without --cross-traffic-kind tcp"
+            )
         return Conditions(
             queue_bytes=queue_bytes,
             loss=self.loss,
@@ -105,6 +112,7 @@ class ConditionOptions:
             service=None if self.service is None else Service.parse(self.service),
             burst_bytes=None if self.burst is None else parse_size_bytes(self.burst, "burst"),
             cross_traffic=self.cross_traffic,
+            cross_traffic_kind=kind,
             cross_tcp_share=self.cross_tcp,
             failures=tuple(Failure.parse(text, lines) for text in self.failure or ()),
             probe_gap_ns=probe_gap_ns,
@@ -192,7 +200,15 @@ def _run_through_relay(ranks: _Ranks, lines: Topology, queue_bytes: int) -> int:
 
 
 def _run_in_lab(ranks: _Ranks, network: Lab, launcher: Launcher) -> int:
+    began_ns = time.monotonic_ns()
     code = run_ranks(network, ranks.command, launcher=launcher, deadline_s=ranks.deadline_s, prefix=ranks.prefix)
+    is_tcp = network.conditions.cross_traffic_kind is CrossTrafficKind.TCP
+    if ranks.statistics is None and not is_tcp:
+        return code
+    seen = network.statistics()
+    if is_tcp:
+        got = format_rate(round(seen.flows_bytes_per_s([(began_ns, time.monotonic_ns())]) or 0.0, -4))
+        print(f"detcoll: others' TCP flows got {got} of payload through, all sites", file=sys.stderr, flush=True)
     if ranks.statistics is not None:
-        write_file(ranks.statistics, msgspec.json.encode(network.statistics()))
+        write_file(ranks.statistics, msgspec.json.encode(seen))
     return code

@@ -6,12 +6,13 @@ All of them are None unless given, so that a command can tell which were; the te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cyclopts import Parameter
 
 from detcoll.cli.quantity import Quantity
+from detcoll.emulation.lab.conditions import CrossTrafficKind
 from detcoll.errors import UsageError
 from detcoll.measure.networks import Network, parse_networks, reserve
 from detcoll.measure.results import LeftOut
@@ -94,7 +95,35 @@ class LineOptions(SiteOptions):
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions:
+class OthersOptions:
+    """What others send over emulated lines."""
+
+    cross_traffic_kind: str | None = None
+    """What others' traffic is: bursts, which mind nobody (the default), or tcp, real TCP flows of the kernel's default
+    control that offer what --cross-traffic says, and from 1 on as much as TCP lets them."""
+
+    def kind(self, *, has_traffic: bool) -> CrossTrafficKind:
+        """Return the kind of others' traffic.
+
+        Raises
+        ------
+        UsageError
+            If it is not known, or others send nothing.
+        """
+        if self.cross_traffic_kind is None:
+            return CrossTrafficKind.BURSTS
+        kind = CrossTrafficKind.parse(self.cross_traffic_kind)
+        if not has_traffic:
+            raise UsageError(
+                f"cross_traffic_kind={self.cross_traffic_kind!r} is of what others send; expected with --cross-traffic "
+                "above 0"
+            )
+        return kind
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(OthersOptions):
     """What emulated lines promise, and what others do on them: every combination is run, one after the other."""
 
     service: str | None = None
@@ -111,10 +140,12 @@ class NetworkOptions:
 
     def networks(self) -> tuple[Network, ...]:
         """Return what the lines are in turn."""
-        return parse_networks(
+        networks = parse_networks(
             comma_separated("best-effort" if self.service is None else self.service),
             comma_separated("0" if self.cross_traffic is None else self.cross_traffic),
         )
+        kind = self.kind(has_traffic=any(network.cross_traffic for network in networks))
+        return tuple(replace(network, cross_traffic_kind=kind) for network in networks)
 
     def reserve(self, lines: Topology) -> Topology:
         """Return the lines with the rates that the deterministic service reserves."""

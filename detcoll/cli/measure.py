@@ -71,7 +71,7 @@ class ComparedOptions:
     """What the slotted transport is compared with."""
 
     against: str | None = None
-    """Transports to compare with, separated by commas, or none; "gloo,mpi" unless given, with --relay none."""
+    """Transports to compare with, separated by commas, or none; "tcp,gloo,mpi" unless given, with --relay none."""
 
     without: str = "none"
     """What to switch off in slotted runs of their own in the deterministic service, each on its own, to show what it
@@ -79,7 +79,7 @@ class ComparedOptions:
 
     def transports(self, *, relay: bool) -> tuple[tuple[str, ...], tuple[LeftOut, ...]]:
         """Return the transports to compare with, and those that cannot be used here."""
-        default = "" if relay else "gloo,mpi"
+        default = "" if relay else "tcp,gloo,mpi"
         return present(comma_separated(default if self.against is None else self.against), "against")
 
 

@@ -60,8 +60,8 @@ class PlannedOptions(SiteOptions):
 class CollectiveOptions:
     """The collective to plan."""
 
-    collective: Literal["all_reduce", "broadcast", "barrier"] = "all_reduce"
-    """What to plan."""
+    collective: str = "all_reduce"
+    """What to plan: a collective such as all_reduce or all_to_all."""
 
     bytes: Quantity = "64MiB"
     """Its size."""
@@ -122,11 +122,11 @@ def plan(
     """
     require_writable(json, "json")
     require_writable(svg, "svg")
-    asked = _collective(what)
     base_time_ns = _base_time_ns(base_time, reservation)
     mode = None if slotting is None else Slotting.parse(slotting)
     found = _found(lines)
     topology = found.reserved if isinstance(found, Scenario) else found
+    asked = _collective(what, topology.size)
     check_slotting(mode, topology)
     require_few_sites(topology)
     work = {"parameters": parameters, "precision": precision, **iteration.values()}
@@ -211,11 +211,14 @@ def _reservation(
     return reserve(lines, default_calendar(lines, mode), base_time_ns)
 
 
-def _collective(options: CollectiveOptions) -> Collective:
+def _collective(options: CollectiveOptions, size: int) -> Collective:
     kind, nbytes, name = options.collective, parse_size_bytes(options.bytes, "bytes"), options.dtype
     dtype = parse_dtype(name)
     if nbytes % dtype.itemsize or nbytes == 0:
         raise UsageError(f"bytes={nbytes} must be a positive multiple of the {dtype.itemsize} bytes of {name}")
-    if not signature_of(kind).has_array:
+    signature, count = signature_of(kind), nbytes // dtype.itemsize
+    if not signature.has_array:
         return Collective(kind, 1, 1, 1)
-    return Collective(kind, nbytes // dtype.itemsize, dtype.itemsize, accumulation_dtype(dtype).itemsize)
+    if signature.has_counts:  # equal blocks
+        count = -(-count // size) * size
+    return Collective(kind, count, dtype.itemsize, accumulation_dtype(dtype).itemsize)

@@ -5,7 +5,8 @@ shared memory if all ranks are on one host, else MPI if MPI started the ranks, e
 windows. If the automatic choice is not available on some rank, all ranks fall back to MPI and a warning gives the
 reason. An address that may not be used (`UsageError`) never causes a fall-back.
 
-With the slotted transport across lines, ranks of one site on one host use shared memory among themselves.
+Across lines, a transport without collectives of its own that reaches other hosts (slotted, tcp) leaves ranks of one
+site on one host to shared memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from detcoll.clock import MonotonicClock
 from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.job.settings import AUTO, Facts, Settings
 from detcoll.plan.calendar import Slotting, build_calendar
-from detcoll.plan.layout import partners
+from detcoll.plan.layout import is_fast, partners
 from detcoll.runtime import Routes
 from detcoll.runtime.routes import acquaintances
 from detcoll.topology import Topology
@@ -38,6 +39,12 @@ WIDE_ACKNOWLEDGE_DELAY_NS = 5_000_000
 """Delay of acknowledgements across lines, where scratch covers two cycles more than a round trip. An acknowledgement
 wakes two hosts: with 5 ms instead of 2 ms, an all-reduce of 4 MiB over two sites of two ranks takes 5 % less CPU time.
 """
+FAST_ACKNOWLEDGE_DELAY_NS = 500_000
+"""The same on lines faster than hosts, where a call ends when what was sent in place of its array is acknowledged."""
+LONGEST_HOST_PACED_NS = 500_000
+"""Round trip up to which hosts pace lines that are faster than they are. TCP has little under way there, so what the
+kernel does not pace comes in small bursts."""
+LARGEST_BURST_NS = 2_000_000
 _MPI_LAUNCHERS = ("mpich", "openmpi")
 
 
@@ -130,9 +137,9 @@ class _Opener:
         try:
             main = self._open_one(transport)
             opened.append(main)
-            local = self._local_peers(name)
+            local = self._local_peers_of(transport, self.rank)
             near: Endpoint | None = None
-            if any(self._local_peers_of(name, rank) for rank in range(len(self.facts))):
+            if any(self._local_peers_of(transport, rank) for rank in range(len(self.facts))):
                 near = self._open_one(registry.load(LOCAL))
                 opened.append(near)
                 self._connect(LOCAL, near, local, local)
@@ -159,12 +166,9 @@ class _Opener:
         if transport.capabilities.scope is Scope.HOST and len({fact.host for fact in self.facts}) > 1:
             raise TransportUnavailable(f"transport {transport.name!r} needs all ranks on one host; they are on several")
 
-    def _local_peers(self, name: str) -> frozenset[int]:
-        return self._local_peers_of(name, self.rank)
-
-    def _local_peers_of(self, name: str, rank: int) -> frozenset[int]:
+    def _local_peers_of(self, transport: Transport, rank: int) -> frozenset[int]:
         """Return the ranks that ``rank`` reaches through shared memory instead of the wide transport."""
-        if name != WIDE or not self.topology.is_wide:
+        if transport.capabilities.native or transport.capabilities.scope is Scope.HOST or not self.topology.is_wide:
             return frozenset()
         site = self.topology.sites[self.topology.site_of(rank)]
         host = self.facts[rank].host
@@ -231,6 +235,9 @@ def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> d
     beyond twice the bytes in flight. TCP paces by itself at 1.2 windows a round trip. With a calendar for more than two
     sites, a flow has a line to itself in its windows and needs a larger window than at its share. Then the flows of a
     rank warm up one after another, each at half the line's rate, so that two may meet at a receiver.
+
+    Where the line is faster than hosts no moment is lost if ZeroMQ's threads take turns with others, and time is won:
+    each wake-up then moves more bytes.
     """
     if not topology.is_wide:
         return {}
@@ -244,11 +251,29 @@ def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> d
     pace_groups = _pace_groups(topology, rank)
     nbytes = min(round(rate * WARM_UP_ROUND_TRIPS * round_trip_ns / 1e9), LARGEST_WARM_UP_BYTES)
     peers = partners(topology, rank)
+    fast = is_fast(topology, calendar) and slotting in (None, Slotting.SHARE)
+    delay_ns = FAST_ACKNOWLEDGE_DELAY_NS if fast else WIDE_ACKNOWLEDGE_DELAY_NS
+    host_paced = fast and round_trip_ns <= LONGEST_HOST_PACED_NS
+    if host_paced:
+        nbytes = min(nbytes, round(rate * LARGEST_BURST_NS / 1e9))
     return {
         "warm_up_peers": peers, "warm_up_bytes": nbytes, "warm_up_bytes_per_s": rate, "warm_up_in_turn": in_turn,
-        "in_flight_bytes": round(most * round_trip_ns / 1e9), "acknowledge_delay_ns": WIDE_ACKNOWLEDGE_DELAY_NS,
-        "pace_groups": pace_groups,
+        "in_flight_bytes": round(most * round_trip_ns / 1e9), "acknowledge_delay_ns": delay_ns,
+        "pace_groups": pace_groups, "shared_peers": _shared_peers(topology, rank), "host_paced": host_paced,
+        "prompt": not fast,
     }  # fmt: skip
+
+
+def _shared_peers(topology: Topology, rank: int) -> dict[int, int]:
+    """Return the ranks that this one reaches over lines which nobody reserved, with the round trip in ns."""
+    here = topology.site_of(rank)
+    there = [index for index in range(len(topology.sites)) if topology.reserved_bytes_per_s(here, index) is None]
+    return {
+        peer: topology.one_way_ns(here, index) + topology.one_way_ns(index, here)
+        for index in there
+        if index != here
+        for peer in topology.sites[index].ranks
+    }
 
 
 def _pace_groups(topology: Topology, rank: int) -> dict[int, int]:

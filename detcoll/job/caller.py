@@ -13,8 +13,11 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from detcoll.buffers import Bound
+from detcoll.descriptor import digest_of
 from detcoll.errors import Closed, DetcollError, TransportError, UsageError
 from detcoll.job.job import Job
 from detcoll.plan import Calendar, Collective, Planner
@@ -25,6 +28,43 @@ from detcoll.runtime.operation import Span
 from detcoll.signature import signature_of
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp, accumulation_dtype
+
+
+@dataclass(slots=True)  # not frozen, which would cost a small call more than a microsecond
+class Request:
+    """A call with its arguments checked.
+
+    ``output`` : where the result goes; of a collective on one array, that array.  ``source`` : the input, None for a
+    collective on one array.  ``arrays`` : how many arrays the caller coalesced.  ``counts``, ``out_counts`` : elements
+    of blocks that differ in size, see `detcoll.plan.Collective`.  ``result`` : what `Work.wait` returns.
+    """
+
+    kind: str
+    output: Bound
+    op: ReduceOp = ReduceOp.SUM
+    root: int = 0
+    source: Bound | None = None
+    arrays: int = 1
+    counts: tuple[int, ...] = ()
+    out_counts: tuple[int, ...] = ()
+    elems: int = -1
+    result: Any = None
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The caller's memory; none for a kind that has no array."""
+        if not signature_of(self.kind).has_array:
+            return ()
+        return self.output.spans if self.source is None else self.output.spans + self.source.spans
+
+    @property
+    def collective(self) -> Collective:
+        """What a plan depends on."""
+        dtype = self.output.dtype
+        return Collective(
+            self.kind, self.output.array.size if self.elems < 0 else self.elems, dtype.itemsize,
+            accumulation_dtype(dtype).itemsize, self.root, self.counts, self.out_counts,
+        )  # fmt: skip
 
 
 class Caller:
@@ -78,54 +118,54 @@ class Caller:
             raise Closed(f"the group {self.group.title} was closed")
         failure = self.job.failure(self.group)
         if failure is not None:
-            is_told = self.job.was_told(self.group) if self.native is None else self.native.failure is not None
+            is_native = self.native is not None and self.native.failure is not None
+            is_told = is_native or self.job.was_told(self.group)
             if not is_told and not self._was_told:
                 self._was_told = True
                 raise failure
             raise Closed(f"the group has ended: {failure}") from failure
 
-    def call(
-        self, kind: str, bound: Bound, op: ReduceOp, root: int, arrays: int, *, timeout_s: float, name: str, wait: bool
-    ) -> Work | None:
+    def call(self, request: Request, *, timeout_s: float, name: str, wait: bool) -> Work | None:
         """Start a collective and return its work; None if ``wait`` is set and the collective has already ended."""
         self.check_usable()
         called_ns, timeout_ns = time.monotonic_ns(), round(timeout_s * 1e9)
-        native, has_array = self.native, signature_of(kind).has_array
+        native, kind, bound = self.native, request.kind, request.output
         with self._order:
             sequence = next(self._sequence)
-            if native is not None and native.supports(kind, bound.array.dtype, op):
-                if has_array and self.job.has_loop:
-                    self.job.ahead.wait(bound.spans, on_loop=False)
+            if native is not None and native.supports(kind, bound.array.dtype, request.op):
+                spans = request.spans if self.job.has_loop else None
+                if spans:
+                    self.job.ahead.wait(spans, on_loop=False)
                 call = NativeCall(
-                    sequence, kind, bound.array, op, root, timeout_ns, called_ns, arrays,
+                    sequence, kind, bound.array, request.op, request.root, timeout_ns, called_ns, request.arrays,
                     bound.load if bound.staged else None, bound.store if bound.staged else None, name,
                 )  # fmt: skip
                 if wait and native.run_at_once(call):
                     return None
-                work = Work(f"{kind} number {sequence}")
+                work = Work(f"{kind} number {sequence}", request.result)
                 native.run(call, work)
-                self.job.ahead.note(bound.spans if has_array else (), work, on_loop=False)
+                self.job.ahead.note(request.spans if spans is None else spans, work, on_loop=False)
                 return work
-            spans = bound.spans if has_array else ()
-            return self._submit(sequence, kind, bound, op, root, arrays, timeout_ns, called_ns, name, spans)
+            return self._submit(sequence, request, timeout_ns, called_ns, name)
 
-    def _submit(
-        self, sequence: int, kind: str, bound: Bound, op: ReduceOp, root: int, arrays: int, timeout_ns: int,
-        called_ns: int, name: str, spans: Sequence[Span],
-    ) -> Work:  # fmt: skip
+    def _submit(self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str) -> Work:
+        kind, collective, output = request.kind, request.collective, request.output
+        is_pairwise = bool(collective.out_counts)
         descriptor = Descriptor(
-            sequence, kind, op.value, bound.dtype.name, bound.array.size, root, arrays, self._group_text, name
-        )
-        collective = Collective(
-            kind, bound.array.size, bound.dtype.itemsize, accumulation_dtype(bound.dtype).itemsize, root
-        )
-        work = Work(f"{kind} number {sequence}")
+            sequence, kind, request.op.value, output.dtype.name, 0 if is_pairwise else collective.count,
+            collective.root, request.arrays, self._group_text, name,
+            "" if is_pairwise else digest_of(collective.counts),
+        )  # fmt: skip
+        work = Work(f"{kind} number {sequence}", request.result)
+        spans = request.spans
         ahead = None if self.job.native is None else self.job.ahead
         try:
             plan = self.planner.plan(collective)
+            loads = request.source or output
             memory = Memory(
-                bound.array, op, work, descriptor.encode(), bound.load if bound.staged else None,
-                bound.store if bound.staged else None,
+                output.array, request.op, work, b"" if is_pairwise else descriptor.encode(),
+                loads.load if loads.staged else None, output.store if output.staged else None,
+                None if request.source is None else request.source.array,
             )  # fmt: skip
             if ahead is not None:
                 ahead.wait(spans, on_loop=True)
@@ -140,12 +180,16 @@ class Caller:
             ahead.note(spans, work, on_loop=True)
         return work
 
-    def refuse(self, error: UsageError) -> None:
+    def refuse(self, kind: str, error: UsageError) -> None:
         """Count a call with invalid arguments, and fail the call of that number on all ranks of the group.
 
-        Native collectives cannot report a refused call; with them the call is not counted at all.
+        A native collective cannot report a refused call; one of a kind that has any is not counted at all.
         """
-        if self.native is not None or not self.usable or self.job.failure(self.group) is not None:
+        if (
+            (self.native is not None and self.native.has(kind))
+            or not self.usable
+            or self.job.failure(self.group) is not None
+        ):
             return
         with self._order:
             self._tell_refusal(next(self._sequence), error)

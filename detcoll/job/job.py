@@ -27,9 +27,9 @@ from detcoll.job.rest import Rest
 from detcoll.job.settings import Facts, Settings
 from detcoll.machine import Slots
 from detcoll.plan import Calendar, Collective, Planner, Slotting
+from detcoll.plan.costs import Costs
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LARGEST_FRAME_BYTES
-from detcoll.plan.predict import Costs
 from detcoll.plan.promise import calendar_facts
 from detcoll.rendezvous import Session
 from detcoll.runtime import Engine, Group, Loop, Timekeeper
@@ -101,6 +101,10 @@ class Job:
 
     def _native_failed(self, error: Exception, is_ours: bool) -> None:
         self._note_failure(str(error))
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(Closed):
+                loop.post(lambda now_ns: loop.engine.failures.heard(self.world, error, now_ns))
         if is_ours:
             self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
 
@@ -137,7 +141,10 @@ class Job:
         """Return the state of this rank as plain data for its flight record."""
         groups = snapshot(self._loop.engine) if self._loop is not None else []
         if self.native is not None:
-            groups = [self.native.standing(self.world), *(group for group in groups if group["id"] != "world")]
+            world = self.native.standing(self.world)
+            for group in groups:  # its calls of the progress thread, such as send and recv
+                world["calls"] += group["calls"] if group["id"] == "world" else []
+            groups = [world, *(group for group in groups if group["id"] != "world")]
         return {
             "rank": self.session.rank, "size": self.session.size, "transport": self.assembled.transport.name,
             "site": self.topology.site_of(self.session.rank), "groups": groups, "events": self.recorder.rows(),
@@ -357,8 +364,8 @@ class Job:
         if failure is None:
             failure = self.rest.failure(WORLD_ID)
         else:
-            membership = self._loop.engine.groups.get(WORLD_ID) if self._loop is not None else None
-            if membership is None or membership.told:
+            is_native = self.native is not None and self.native.failure is not None
+            if is_native or self.was_told(self.world):
                 return None
         return failure if isinstance(failure, PlanMismatch) else None
 

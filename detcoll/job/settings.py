@@ -57,7 +57,8 @@ class Settings(msgspec.Struct, frozen=True):
 
     ``transport`` : a name or ``"auto"``.  ``timeout_s`` : for opening the job, and for collectives without progress.
     ``reproducible`` : keep the documented fold order on every transport.  ``slotting`` : None for the default of the
-    transport and topology.  ``ports`` : range of ports to bind, first and last.  ``dscp`` : code point of packets that
+    transport and topology.  ``ports`` : range of ports to bind, first and last.  ``congestion`` : TCP congestion
+    control, ``"auto"`` for what suits the path, empty for the kernel's default.  ``dscp`` : code point of packets that
     cross lines.  ``trace`` : folder for trace files.  ``compare`` : whether ranks compare their calls under Gloo.
     ``proxy`` : host:port of a SOCKS5 proxy through which the slotted transport reaches other sites; empty for none.
     ``tolerance_s`` : how long a connection may be silent or down before its peer counts as lost.  ``record`` : where
@@ -145,7 +146,7 @@ def read_settings(
         slotting=slotting,
         insecure=insecure,
         ports=_ports(environ.get("DETCOLL_PORTS")),
-        congestion=environ.get("DETCOLL_CONGESTION", "cubic"),
+        congestion=environ.get("DETCOLL_CONGESTION", AUTO),
         dscp=_dscp(environ.get("DETCOLL_DSCP"), where),
         trace=environ.get("DETCOLL_TRACE") or None,
         compare=parse_flag(environ.get("DETCOLL_COMPARE", ""), "DETCOLL_COMPARE", default=True),

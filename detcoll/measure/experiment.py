@@ -33,7 +33,7 @@ from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
 from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, SINGLE_CLUSTER, WIDE_AREA, LeftOut, Measurement, Run
 from detcoll.measure.runner import Runner
-from detcoll.registry import SLOTTED
+from detcoll.registry import SLOTTED, title_of
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
 from detcoll.workloads.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
@@ -106,7 +106,7 @@ class Experiment:
         return (
             Setting("single cluster", CLUSTER_TRANSPORT, SINGLE_CLUSTER),
             *(
-                Setting(name, name, WIDE_AREA, network)
+                Setting(title_of(name), name, WIDE_AREA, network)
                 for network in self.networks
                 for name in (SLOTTED, *self.against)
             ),

@@ -37,6 +37,8 @@ class LineUse:
     and probes count too. ``peak_queue_bytes`` is the longest queue of that class at an uplink, and ``delay_p99_s`` the
     greatest 99th percentile of a direction. ``router_late_s`` is how late the router handed a unit over at most, and
     ``router_cpu_share`` the part of a core that it took: what lies near one says that the machine decided.
+    ``others_bytes_per_s`` is what others' TCP flows got through, payload, all sites together, at the times for which
+    the co-tenant's round trips count; None where there are none.
     """
 
     wire_bytes: int = 0
@@ -52,6 +54,7 @@ class LineUse:
     burst_dropped_bytes: int = 0
     router_late_s: float = 0.0
     router_cpu_share: float = 0.0
+    others_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,19 @@ def use_of(records: Sequence[LineRecord], spans_ns: Sequence[Spans | None]) -> L
         burst_dropped_bytes=sum(bursts.dropped_bytes for one in seen for bursts in one.bursts),
         router_late_s=max(one.late_peak_ns for one in seen) / 1e9,
         router_cpu_share=sum(one.cpu_s for one in seen) / elapsed_s,
+        others_bytes_per_s=_others_bytes_per_s(seen, spans_ns),
     )
+
+
+def _others_bytes_per_s(seen: Sequence[Statistics], spans_ns: Sequence[Spans | None]) -> float | None:
+    """Return what others' TCP flows got through in the mean of all rounds."""
+    rates = [
+        one.flows_bytes_per_s(((one.flows_at_ns[0], one.flows_at_ns[-1]),) if spans is None else spans)
+        for one, spans in zip(seen, spans_ns, strict=True)
+        if one.flows_at_ns
+    ]
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _greatest_s(values_ns: Sequence[int | None]) -> float | None:

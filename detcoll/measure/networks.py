@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from detcoll.emulation.lab import Conditions, Service
-from detcoll.emulation.lab.conditions import default_reservation
+from detcoll.emulation.lab.conditions import CrossTrafficKind, default_reservation
 from detcoll.errors import UsageError
 from detcoll.quantities import parse_rate_bytes_per_s
 from detcoll.topology import Topology
@@ -21,15 +21,17 @@ PROBE_GAP_NS = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A class of service, and what others offer each uplink as a share of its rate."""
+    """A class of service, and what others offer each uplink as a share of its rate, of which kind."""
 
     service: Service = Service.BEST_EFFORT
     cross_traffic: float = 0.0
+    cross_traffic_kind: CrossTrafficKind = CrossTrafficKind.BURSTS
 
     @property
     def label(self) -> str:
         """What tells it from others."""
-        return f"{self.service.value}, cross traffic {self.cross_traffic:g}"
+        kind = " over TCP" if self.cross_traffic and self.cross_traffic_kind is CrossTrafficKind.TCP else ""
+        return f"{self.service.value}, cross traffic {self.cross_traffic:g}{kind}"
 
     def topology(self, lines: Topology) -> Topology:
         """Return the lines as this network grants them."""
@@ -37,7 +39,10 @@ class Network:
 
     def conditions(self, given: Conditions) -> Conditions:
         """Return the lab's conditions on this network, with a co-tenant's probe."""
-        return replace(given, service=self.service, cross_traffic=self.cross_traffic, probe_gap_ns=PROBE_GAP_NS)
+        return replace(
+            given, service=self.service, cross_traffic=self.cross_traffic, cross_traffic_kind=self.cross_traffic_kind,
+            probe_gap_ns=PROBE_GAP_NS,
+        )  # fmt: skip
 
 
 QUIET = Network()

@@ -11,7 +11,8 @@ from rich.text import Text
 from detcoll.measure.lines import LineUse
 from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Measurement, Row, Run
 from detcoll.measure.statistics import Summary
-from detcoll.quantities import format_bytes, format_duration
+from detcoll.quantities import format_bytes, format_duration, format_rate
+from detcoll.registry import title_of
 
 NONE = "-"
 LARGEST_ARITHMETIC_RATIO = 1.01
@@ -68,6 +69,8 @@ def bench_table(result: BenchResult) -> RenderableType:
             NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes),
         )
     notes = [left_out_line(one) for one in result.left_out]
+    named = dict.fromkeys(row.transport for row in result.rows)
+    notes += [Text(f"{name}: {title_of(name)}") for name in named if title_of(name) != name]
     if result.emulation == RELAY:
         notes.append(Text("through the relay: rate and delay alone, no queues, no drops, nothing audited"))
     if has_networks:
@@ -122,6 +125,8 @@ def line_note(name: str, use: LineUse) -> Text:
     if co_tenant is not None:
         others = f"a co-tenant's round trip {_time(co_tenant.median_s)}, p99 {_time(co_tenant.p99_s)}"
     queue = f"peak queue {format_bytes(use.peak_queue_bytes or 0)}, router {use.router_cpu_share:.0%} of a core"
+    if use.others_bytes_per_s is not None:
+        others += f"; others' TCP flows got {format_rate(round(use.others_bytes_per_s, -4))}"
     return Text(f"{name}: dropped segments: {dropped}; {queue}; {others}")
 
 

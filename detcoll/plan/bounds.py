@@ -6,6 +6,7 @@ Each kind declares its own, with the proof, in its file of `detcoll.plan.collect
 from __future__ import annotations
 
 from detcoll.plan.collectives import declaration_of
+from detcoll.plan.ir import Collective
 from detcoll.topology import Topology
 
 
@@ -17,5 +18,12 @@ def floor_ns(topology: Topology, kind: str, nbytes: int, root: int = 0) -> float
     UsageError
         If no collective has the name ``kind``.
     """
-    declared = declaration_of(kind)
-    return declared.floor_ns(topology, nbytes, root) if topology.is_wide else None
+    return floor_of(topology, Collective(kind, nbytes, 1, 1, root))
+
+
+def floor_of(topology: Topology, collective: Collective) -> float | None:
+    """Return the same for a collective, whose blocks may differ in size.
+
+    Of an all-to-all whose blocks differ, a rank knows only its own sizes: then this is an estimate, for equal blocks.
+    """
+    return declaration_of(collective.kind).floor_ns(topology, collective) if topology.is_wide else None

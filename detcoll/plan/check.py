@@ -19,12 +19,14 @@ depend on them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 from detcoll.errors import PlanError
 from detcoll.plan.calendar import Calendar, check_calendar
+from detcoll.plan.collectives import declaration_of
 from detcoll.plan.execution import Execution, describe, run
-from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind, Plan
+from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Collective, Kind, Plan
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, uses_window
 from detcoll.topology import Topology
 
@@ -70,13 +72,20 @@ def _by_rank(plans: Sequence[Plan], topology: Topology) -> list[Plan]:
         raise PlanError(f"parts are of ranks {[plan.rank for plan in ordered]}; expected one each of {topology.size}")
     first = ordered[0]
     for plan in ordered:
-        same = (plan.collective, plan.algorithm, plan.size) == (first.collective, first.algorithm, topology.size)
-        if not same:
+        own, others = (_shared_part(each.collective) for each in (plan, first))
+        if (own, plan.algorithm, plan.size) != (others, first.algorithm, topology.size):
             raise PlanError(
                 f"rank {plan.rank} has {plan.algorithm} of {plan.collective} for {plan.size} ranks; rank 0 has "
                 f"{first.algorithm} of {first.collective} for {first.size}, the topology {topology.size}"
             )
     return ordered
+
+
+def _shared_part(collective: Collective) -> Collective:
+    """Return what must be equal on all ranks."""
+    if collective.counts and declaration_of(collective.kind).is_pairwise:
+        return replace(collective, count=0, counts=(), out_counts=())
+    return collective
 
 
 def _check_rows(plan: Plan, topology: Topology) -> None:
@@ -100,13 +109,16 @@ def _check_rows(plan: Plan, topology: Topology) -> None:
             raise PlanError(f"{where}: wide={int(row['wide'])}, but that is not where its peer is")
         if row["kind"] == Kind.SEND and row["buffer"] == Buffer.LENT:
             raise PlanError(f"{where} sends what was lent")
+        if row["kind"] == Kind.RECV and row["buffer"] == Buffer.IN:
+            raise PlanError(f"{where} writes the input")
         if row["buffer"] != Buffer.LENT and bool(row["accumulated"]) != (row["buffer"] == Buffer.ACCUMULATOR):
             raise PlanError(f"{where}: accumulated={int(row['accumulated'])}, but its buffer has the other type")
 
 
 def _check_span(plan: Plan, where: str, buffer: int, offset: int, length: int) -> None:
     sizes = {
-        Buffer.USER: plan.collective.count,
+        Buffer.OUT: plan.out_elems,
+        Buffer.IN: plan.in_elems,
         Buffer.PARTIAL: plan.partial_elems,
         Buffer.ACCUMULATOR: plan.accumulator_elems,
     }
@@ -120,7 +132,7 @@ def _check_span(plan: Plan, where: str, buffer: int, offset: int, length: int) -
 def _check_fold(plan: Plan, step: int, where: str) -> None:
     row = plan.steps[step]
     inputs = plan.inputs_of(step)
-    if not inputs or row["buffer"] == Buffer.LENT:
+    if not inputs or row["buffer"] in (Buffer.LENT, Buffer.IN):
         raise PlanError(f"{where} needs inputs and a buffer to write")
     for buffer, offset in inputs:
         if buffer != Buffer.LENT:
@@ -138,10 +150,15 @@ def _check_fold(plan: Plan, step: int, where: str) -> None:
 def _check_memory(plan: Plan) -> None:
     """Check that steps which share memory are ordered, and that what is lent is read once, in time."""
     before = _ancestors(plan)
+    collective = plan.collective
+    common = declaration_of(collective.kind).in_place(collective, plan.size, plan.rank)
     accesses: dict[int, list[tuple[int, int, int, bool]]] = {}
     readers: dict[int, list[int]] = {step: [] for step in range(len(plan.steps)) if _lends(plan, step)}
     for step in range(len(plan.steps)):
-        for buffer, begin, end, writes in _touches(plan, step):
+        touched = list(_touches(plan, step))
+        if common is not None:  # the caller may pass input and output in one array, where they lie like this
+            touched = _in_one_array(touched, *common)
+        for buffer, begin, end, writes in touched:
             if buffer == Buffer.LENT:
                 readers[begin].append(step)
             else:
@@ -157,6 +174,22 @@ def _check_memory(plan: Plan) -> None:
                 f"{describe(plan, one)} and step {other} touch the same elements of {Buffer(buffer).name}, one writes, "
                 "and neither comes after the other"
             )
+
+
+def _in_one_array(
+    touched: list[tuple[int, int, int, bool]], in_at: int, out_at: int
+) -> list[tuple[int, int, int, bool]]:
+    """Return what a step touches if input and output begin at these places of one array."""
+    at = {int(Buffer.IN): in_at, int(Buffer.OUT): out_at}
+    moved = [
+        (int(Buffer.OUT), begin + at[buffer], end + at[buffer], writes)
+        if buffer in at
+        else (buffer, begin, end, writes)
+        for buffer, begin, end, writes in touched
+    ]
+    if len(moved) == 2 and moved[0][:3] == moved[1][:3]:  # a copy onto itself writes nothing new
+        return [moved[1]]
+    return moved
 
 
 def _lends(plan: Plan, step: int) -> bool:

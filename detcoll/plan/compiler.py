@@ -6,10 +6,13 @@ again. The files of `detcoll.plan.collectives` hold them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from detcoll.errors import PlanError
 from detcoll.plan.collectives import Part, declaration_of
+from detcoll.plan.collectives.blocks import Piece, pieces
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Collective, Plan
-from detcoll.plan.layout import PHASE_TAGS, ChunkSize, chunks
+from detcoll.plan.layout import PHASE_TAGS, Chunk, ChunkSize, chunks
 from detcoll.topology import Topology
 
 
@@ -23,12 +26,23 @@ def compile_plan(collective: Collective, topology: Topology, rank: int, algorith
     PlanError
         If there are more chunks than tags for them.
     """
-    how = declaration_of(collective.kind).algorithm(algorithm)
+    declared = declaration_of(collective.kind)
+    how = declared.algorithm(algorithm)
     part = Part(topology, rank, topology.site_of(rank), chunk_size)
-    cut = chunks(topology, collective.count, chunk_size) if topology.size > 1 else []
-    if len(cut) * PHASE_TAGS > LARGEST_PLAN_TAG:
-        raise PlanError(f"{collective} needs more tags than a plan has; use larger chunks than {chunk_size.elems}")
+    cut: Sequence[Chunk | Piece]
+    if how.blocks is not None:
+        cut = pieces(part, collective, how.blocks)
+    else:
+        cut = chunks(topology, collective.count, chunk_size) if topology.size > 1 else []
+    most = max((chunk.number for chunk in cut), default=-1) + 1
+    if most * PHASE_TAGS > LARGEST_PLAN_TAG:
+        raise PlanError(
+            f"{collective.kind} of {collective.count} elements needs {most} messages of one rank to another; "
+            f"a plan has tags for {LARGEST_PLAN_TAG // PHASE_TAGS}. Split the call"
+        )
     for chunk in cut:
         how.add_chunk(part, chunk, collective)
+    in_elems, out_elems = declared.elems(collective, topology.size, rank)
     scratch = min(part.places, chunk_size.depth) * chunk_size.elems
-    return part.builder.build(collective, algorithm, rank, topology.size, scratch, scratch if how.accumulates else 0)
+    accumulator = scratch if how.accumulates else 0
+    return part.builder.build(collective, algorithm, rank, topology.size, out_elems, in_elems, scratch, accumulator)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import PlanError
-from detcoll.plan.collectives import declaration_of
+from detcoll.plan.collectives import Run, declaration_of
 from detcoll.plan.ir import Buffer, Kind, Plan
 from detcoll.plan.symbols import UNWRITTEN, Symbols
 from detcoll.topology import Topology
@@ -30,6 +30,17 @@ class Values:
     def unwritten(cls, length: int) -> Values:
         """Return ``length`` elements that nothing wrote."""
         return cls(np.full(length, UNWRITTEN, dtype=np.int64), np.full(length, UNWRITTEN, dtype=np.int64))
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Values:
+        """Return the elements of ``runs``, one run after another."""
+        made = cls.unwritten(sum(run.length for run in runs))
+        begin = 0
+        for run in runs:
+            made.expressions[begin : begin + run.length] = run.expression
+            made.elements[begin : begin + run.length] = np.arange(run.element, run.element + run.length)
+            begin += run.length
+        return made
 
     def part(self, offset: int, length: int) -> Values:
         """Return a copy of ``length`` elements at ``offset``."""
@@ -61,12 +72,11 @@ class Execution:
         self._sent: dict[tuple[int, int], Values] = {}
         for plan in plans:
             declared = declaration_of(plan.collective.kind)
-            user = Values.unwritten(plan.collective.count)
-            user.expressions[:] = declared.before(self.symbols, plan.collective, topology, plan.rank)
-            user.elements[:] = np.arange(plan.collective.count)
+            given = Values.of(declared.before(self.symbols, plan.collective, topology, plan.rank))
             self._buffers.append(
                 {
-                    Buffer.USER: user,
+                    Buffer.IN: given,
+                    Buffer.OUT: given if declared.has_one_array else Values.unwritten(plan.out_elems),
                     Buffer.PARTIAL: Values.unwritten(plan.partial_elems),
                     Buffer.ACCUMULATOR: Values.unwritten(plan.accumulator_elems),
                 }
@@ -122,14 +132,20 @@ class Execution:
         """
         for rank, plan in enumerate(self.plans):
             declared = declaration_of(plan.collective.kind)
-            promised = declared.after(self.symbols, plan.collective, self.topology, rank)
-            user = self._buffers[rank][Buffer.USER]
-            wrong = (user.expressions != promised) | (user.elements != np.arange(plan.collective.count))
+            promised = Values.of(declared.after(self.symbols, plan.collective, self.topology, rank))
+            there = self._buffers[rank][Buffer.OUT]
+            if len(promised.elements) != len(there.elements):
+                raise PlanError(
+                    f"rank {rank} ends with {len(there.elements)} elements; promised {len(promised.elements)}"
+                )
+            wrong = (there.expressions != promised.expressions) | (there.elements != promised.elements)
             if wrong.any():
                 element = int(np.argmax(wrong))
                 raise PlanError(
-                    f"rank {rank} ends with {self.symbols.show(int(user.expressions[element]))} of element "
-                    f"{int(user.elements[element])} in element {element}; promised is {self.symbols.show(promised)}"
+                    f"rank {rank} ends with {self.symbols.show(int(there.expressions[element]))} of element "
+                    f"{int(there.elements[element])} in element {element}; promised is "
+                    f"{self.symbols.show(int(promised.expressions[element]))} of element "
+                    f"{int(promised.elements[element])}"
                 )
 
     def _written(self, values: Values, place: int) -> None:

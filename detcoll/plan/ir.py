@@ -11,9 +11,9 @@ Steps are rows of a structured array, what they come after and what they read ar
 of a million steps stay cheap, and the digest is a hash of their bytes. Lengths and offsets count elements, so one plan
 serves every element type of one width.
 
-Buffers: USER is the caller's array. PARTIAL is scratch in the array's own type, ACCUMULATOR scratch in the type that
-folds use (float32 for 16-bit floats). Scratch is a ring of chunk-sized places that steps reuse in turn, so memory does
-not grow with the array.
+Buffers: IN is the caller's input, OUT its output; a collective that works in place has OUT alone. PARTIAL is scratch in
+the array's own type, ACCUMULATOR scratch in the type that folds use (float32 for 16-bit floats). Scratch is a ring of
+chunk-sized places that steps reuse in turn, so memory does not grow with the array.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -43,10 +43,11 @@ class Kind(IntEnum):
 class Buffer(IntEnum):
     """Where elements live."""
 
-    USER = 0
+    OUT = 0
     PARTIAL = 1
     ACCUMULATOR = 2
     LENT = 3
+    IN = 4
 
 
 class Phase(IntEnum):
@@ -90,7 +91,10 @@ LARGEST_PLAN_TAG = 2**20 - 1
 class Collective:
     """What is to be done, in terms that a plan depends on.
 
-    ``count`` elements of ``itemsize`` bytes that fold in ``accumulator_itemsize`` bytes; ``root`` for a broadcast.
+    ``count`` : elements of the largest array that a rank has.  ``itemsize`` : bytes of one, which folds in
+    ``accumulator_itemsize`` bytes.  ``root`` : where the kind has one.
+    ``counts`` : by rank, the elements of its block where blocks differ; of an all-to-all, what this rank sends to each.
+    ``out_counts`` : of an all-to-all whose blocks differ, what this rank gets from each.
 
     Raises
     ------
@@ -103,6 +107,8 @@ class Collective:
     itemsize: int
     accumulator_itemsize: int
     root: int = 0
+    counts: tuple[int, ...] = ()
+    out_counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no reader of a plan knows."""
@@ -110,8 +116,19 @@ class Collective:
 
     @property
     def nbytes(self) -> int:
-        """Size V of the array in bytes."""
+        """Size V of the largest array in bytes."""
         return self.count * self.itemsize
+
+    def evened(self, size: int) -> Collective:
+        """Return the same with equal blocks where this rank knows only its own sizes, for what needs those of all."""
+        if not self.out_counts:
+            return self
+        most = max(sum(self.counts), sum(self.out_counts))
+        return replace(self, count=-(-most // size) * size, counts=(), out_counts=())
+
+    def blocks(self, size: int) -> tuple[int, ...]:
+        """Return the elements of each rank's block."""
+        return self.counts or (self.count // size,) * size
 
 
 class Step(NamedTuple):
@@ -156,7 +173,10 @@ def shared(values: NDArray[Any]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One rank's part. ``scratch_elems`` is how many elements PARTIAL and ACCUMULATOR must hold."""
+    """One rank's part.
+
+    ``in_elems``, ``out_elems``, ``partial_elems``, ``accumulator_elems`` : how many elements the buffers hold.
+    """
 
     collective: Collective
     algorithm: str
@@ -165,6 +185,8 @@ class Plan:
     steps: NDArray[Any]
     after: NDArray[np.int32]
     inputs: NDArray[Any]
+    out_elems: int
+    in_elems: int = 0
     partial_elems: int = 0
     accumulator_elems: int = 0
 
@@ -172,7 +194,8 @@ class Plan:
     def digest(self) -> str:
         """Hexadecimal hash of everything in this part."""
         hashed = hashlib.blake2b(digest_size=16)
-        head = (self.collective, self.algorithm, self.rank, self.size, self.partial_elems, self.accumulator_elems)
+        elems = (self.out_elems, self.in_elems, self.partial_elems, self.accumulator_elems)
+        head = (self.collective, self.algorithm, self.rank, self.size, *elems)
         hashed.update(repr(head).encode())
         for part in (self.steps, self.after, self.inputs):
             hashed.update(np.ascontiguousarray(part).tobytes())
@@ -197,7 +220,8 @@ class Plan:
     @cached_property
     def retained(self) -> list[bool]:
         """For each step whether a transport may still keep its scratch when the caller's array is finished."""
-        from_scratch = (self.steps["kind"] == Kind.SEND) & (self.steps["buffer"] != Buffer.USER)
+        buffer = self.steps["buffer"]
+        from_scratch = (self.steps["kind"] == Kind.SEND) & (buffer != Buffer.OUT) & (buffer != Buffer.IN)
         kept: list[bool] = from_scratch.tolist()
         return kept
 
@@ -266,6 +290,8 @@ class Plan:
             "algorithm": self.algorithm,
             "rank": self.rank,
             "size": self.size,
+            "out_elems": self.out_elems,
+            "in_elems": self.in_elems,
             "partial_elems": self.partial_elems,
             "accumulator_elems": self.accumulator_elems,
             "steps": [
@@ -328,14 +354,14 @@ class PlanBuilder:
         return self.count - 1
 
     def build(
-        self, collective: Collective, algorithm: str, rank: int, size: int, partial_elems: int = 0,
-        accumulator_elems: int = 0,
+        self, collective: Collective, algorithm: str, rank: int, size: int, out_elems: int, in_elems: int = 0,
+        partial_elems: int = 0, accumulator_elems: int = 0,
     ) -> Plan:  # fmt: skip
         """Return the finished plan."""
         return Plan(
             collective, algorithm, rank, size,
             _structured(self.rows, STEP), np.array(self.after, dtype=np.int32), _structured(self.inputs, INPUT),
-            partial_elems, accumulator_elems,
+            out_elems, in_elems, partial_elems, accumulator_elems,
         )  # fmt: skip
 
 

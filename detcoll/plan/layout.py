@@ -54,6 +54,16 @@ LOCAL_CHUNK_BYTES = 262_144
 """Where there are no lines, at least; chunks of larger arrays grow like those of flows that share lines."""
 SMALLEST_CHUNK_BYTES = 4_096
 LARGEST_CHUNK_BYTES = 1_048_576
+
+FAST_BYTES_PER_S = 1.25e9
+"""From here on hosts cost more time than the line: chunks may be as many times larger as a line is faster, up to
+`LARGEST_FAST_CHUNK_BYTES`."""
+LARGEST_FAST_CHUNK_BYTES = 8 * LARGEST_CHUNK_BYTES
+
+IN_PLACE_BYTES = 8 * 2**20
+"""What may wait to be folded in place of what was sent there: as much as stays in a transport's memory, see
+`detcoll.runtime.credit`. Further receives are not posted yet, which keeps nothing from arriving."""
+
 LARGEST_SCRATCH_BYTES = 33_554_432
 
 CHUNKS_A_FLOW_HELD = 8
@@ -87,11 +97,15 @@ class ChunkSize:
     """``elems`` a chunk, and how many chunks a rank keeps in scratch at once (``depth``).
 
     ``whole`` : the array is one segment, owned by the last rank of each site.
+    ``in_place`` : if not 0, a rank that is alone in its site sends from the caller's array instead of a copy, where the
+    algorithm can. What it gets is then folded only when what it sent there was acknowledged, and this is for how many
+    chunks it waits at once.
     """
 
     elems: int
     depth: int
     whole: bool = False
+    in_place: int = 0
 
 
 def choose_chunk(
@@ -118,7 +132,8 @@ def choose_chunk(
             chunk_bytes = max(chunk_bytes, flow_bytes // (CHUNKS_A_RELAYED_FLOW if relayed else CHUNKS_A_FLOW))
         turns_ns = TURNS_HELD * _turn_ns(calendar) if relayed and calendar.has_windows else 2 * cycle_ns
         in_flight_bytes = int(_owner_bytes_per_s(topology, calendar) * (round_trip_ns + turns_ns) / 1e9)
-    chunk_bytes = min(max(int(chunk_bytes * scale), SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+    largest_bytes = _largest_bytes(topology, calendar, collective.nbytes // segments)
+    chunk_bytes = min(max(int(chunk_bytes * scale), SMALLEST_CHUNK_BYTES), largest_bytes)
     smallest_for_tags = collective.count * PHASE_TAGS // (LARGEST_PLAN_TAG // 2) + segments
     elems = max(chunk_bytes // collective.itemsize, smallest_for_tags, 1)
     segment_elems = -(-collective.count // segments)
@@ -134,7 +149,26 @@ def choose_chunk(
     owned = -(-segment_elems // elems)
     if shares and depth < owned <= 2 * depth:  # the last ones would wait for results that queue behind all sums
         depth = min(owned, LARGEST_SCRATCH_BYTES // place_bytes)
+    if is_fast(topology, calendar):
+        return ChunkSize(elems, max(depth, 4), whole, max(IN_PLACE_BYTES // (elems * collective.itemsize), 1))
     return ChunkSize(elems, max(depth, 4), whole)
+
+
+def _fastest_bytes_per_s(topology: Topology) -> float:
+    return max(site.uplink_bytes_per_s or 0.0 for site in topology.sites)
+
+
+def is_fast(topology: Topology, calendar: Calendar) -> bool:
+    """Tell whether flows share a line that is faster than hosts, between two sites."""
+    return len(topology.sites) == 2 and not calendar.has_windows and _fastest_bytes_per_s(topology) > FAST_BYTES_PER_S
+
+
+def _largest_bytes(topology: Topology, calendar: Calendar, flow_bytes: int) -> int:
+    """Return the largest chunk: more on fast lines, as long as a flow has `CHUNKS_A_FLOW` of them."""
+    if not is_fast(topology, calendar):
+        return LARGEST_CHUNK_BYTES
+    grown_bytes = int(LARGEST_CHUNK_BYTES * _fastest_bytes_per_s(topology) / FAST_BYTES_PER_S)
+    return max(LARGEST_CHUNK_BYTES, min(grown_bytes, LARGEST_FAST_CHUNK_BYTES, flow_bytes // CHUNKS_A_FLOW))
 
 
 def _host_bytes(topology: Topology, segments: int, host_share: float) -> int:
@@ -144,7 +178,7 @@ def _host_bytes(topology: Topology, segments: int, host_share: float) -> int:
     """
     count = len(topology.sites)
     steps = 4 * max(len(site.ranks) for site in topology.sites) + 5
-    fastest = max(site.uplink_bytes_per_s or 0.0 for site in topology.sites)
+    fastest = _fastest_bytes_per_s(topology)
     return int(steps * STEP_NS / host_share / 1e9 * fastest * count / (2 * (count - 1)) / segments)
 
 

@@ -8,16 +8,18 @@ goes first.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 
-from detcoll.plan.bounds import floor_ns
+from detcoll.plan.bounds import floor_of
 from detcoll.plan.calendar import Calendar
-from detcoll.plan.collectives import declaration_of
+from detcoll.plan.collectives import Algorithm, declaration_of
 from detcoll.plan.compiler import compile_plan
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Collective, Plan
-from detcoll.plan.layout import ChunkSize, choose_chunk, uses_window
-from detcoll.plan.predict import Costs, predict_ns
+from detcoll.plan.layout import LARGEST_SCRATCH_BYTES, ChunkSize, choose_chunk, uses_window
+from detcoll.plan.predict import predict_ns
 from detcoll.topology import Topology
 
 LARGEST_KEPT_STEPS = 2_000_000
@@ -27,6 +29,9 @@ LARGEST_KEPT_CHOICES = 4_096
 WORTH_A_CHANGE = 0.99
 """An algorithm with more one-way delays must be predicted to take less than this part of one with fewer, and so must
 another chunk than the rule's."""
+
+NOMINAL_BYTES = 16 * 2**20
+"""The size of an array for whose chunks a rule is asked where no rank knows all sizes."""
 
 SCALES = (Fraction(1, 2), Fraction(2))
 """Of the chunk that a rule gives, those that are predicted too."""
@@ -40,6 +45,9 @@ def predicted_chunk(
     Tried are the one that `choose_chunk` has a rule for and its `SCALES`, which must be better by more than a
     prediction is wrong. Where windows say what a chunk is, or nothing crosses a line, the rule decides.
     """
+    how = declaration_of(collective.kind).algorithm(algorithm)
+    if how.blocks is not None:
+        return _chunk_of_blocks(collective, topology, calendar, how)
     taken = choose_chunk(topology, calendar, collective)
     if calendar.has_windows or not uses_window(calendar, collective.nbytes) or not any(calendar.rates):
         return taken
@@ -52,13 +60,37 @@ def predicted_chunk(
     return taken
 
 
+def _chunk_of_blocks(collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm) -> ChunkSize:
+    """Return the chunk that the rule gives, the same on all ranks, with scratch for what owners hold.
+
+    Where no block is as long as a chunk, the same scratch has more places: an owner may have many short blocks.
+    """
+    size, is_stated = topology.size, bool(collective.out_counts)
+    if is_stated:  # a rank knows only its own sizes
+        count = longest = NOMINAL_BYTES // collective.itemsize
+        collective = replace(collective, count=count, counts=(), out_counts=())
+    else:
+        has_counts = declaration_of(collective.kind).has_counts
+        longest = max(collective.blocks(size)) if has_counts else collective.count
+    chunk_size = choose_chunk(topology, calendar, collective)
+    most = max(LARGEST_SCRATCH_BYTES // (chunk_size.elems * collective.itemsize), chunk_size.depth)
+    if how.awaits:
+        chunk_size = replace(chunk_size, depth=min(2 * chunk_size.depth, most))
+    if is_stated:  # a block for every rank may be short
+        chunk_size = replace(chunk_size, depth=min(max(chunk_size.depth, size), most))
+    elems = min(chunk_size.elems, max(longest, 1))
+    return replace(chunk_size, elems=elems, depth=chunk_size.depth * chunk_size.elems // elems)
+
+
 def choose_algorithm(
     collective: Collective, topology: Topology, calendar: Calendar, costs: Costs | None = None,
     chunk_size: ChunkSize | None = None,
 ) -> str:  # fmt: skip
     """Return the algorithm with the smallest prediction; of nearly equal ones, that with the fewest delays."""
     algorithms = declaration_of(collective.kind).algorithms
-    if len(topology.sites) <= 2:  # between two, no other has fewer delays or puts fewer bytes on a line
+    if (
+        len(algorithms) == 1 or len(topology.sites) <= 2
+    ):  # between two, no other has fewer delays or puts fewer bytes on a line
         return algorithms[0].name
     chunk_size = chunk_size or choose_chunk(topology, calendar, collective)
     taken, least_ns = "", 0.0
@@ -124,8 +156,8 @@ class Planner:
         return self._predict(collective, algorithm or self._choose(collective), phase_ns)
 
     def floor_ns(self, collective: Collective) -> float | None:
-        """Return the physical floor, or None where there is no line; see `detcoll.plan.bounds.floor_ns`."""
-        return floor_ns(self.topology, collective.kind, collective.nbytes, collective.root)
+        """Return the physical floor, or None where there is no line; see `detcoll.plan.bounds.floor_of`."""
+        return floor_of(self.topology, collective)
 
     def _choose_now(self, collective: Collective) -> str:
         return choose_algorithm(collective, self.topology, self.calendar, self.costs)

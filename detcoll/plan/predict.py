@@ -2,8 +2,8 @@
 
 All ranks call at time zero; the answer is when the slowest has its result. Letters as in
 `detcoll.plan.collectives.all_reduce`, q(c) a chunk's time on the line, s what a step costs the host, m(n) = n / copy
-rate, l the local latency, n the chunks that a rank owns. Kinds declare how they open, what their hosts have to do, and
-their algorithms' hops.
+rate, l the local latency, n the chunks that a rank owns. Kinds declare what their hosts have to do, and their
+algorithms' hops; of those that move blocks, both follow from what moves (see `_OfBlocks`).
 
 Local reduce    A rank sends its part to the R-1 other owners and folds what it gets. The first chunk is there after
                 f = max((R-1)(s + m(c)), s + m(c) + l) + (R-1) s + s + R m(c). Every other one follows D later, which
@@ -11,18 +11,18 @@ Local reduce    A rank sends its part to the R-1 other owners and folds what it 
 A wide hop      Chunks ready from a to z end on the line at e = max(E(a, all), E(z, one)), with E from
                 `detcoll.plan.lines`: no line is faster than its bytes, and the last chunk cannot leave before it is
                 ready. They arrive a one-way delay and a wake-up later.
-exchange, star  One hop.
+exchange        One hop.
 direct          Two hops over the same flows. With halves of T each on the line, the second ends at
                 max(2 T, T + L + q) + L: either the line is never idle, or the last sum arrives and only then the last
                 result leaves. This is max(E(a, both), E(z', one)) with z' = E(a, first) + L.
-ring, relay     As many hops as sites to pass, each begun when the one before delivered; where sums and results use
+ring            As many hops as sites to pass, each begun when the one before delivered; where sums and results use
                 one line, E counts both.
 Scratch         A rank keeps ``depth`` chunks until acknowledged, so the last cannot start before
                 floor((n-1) / depth) round trips.
 Local gather    max((R-1)(s + m(c)), s + m(c) + l) + (R-1)(s + m(c)), after the last fold. In all of this R-1 is the
                 number of segments where that is smaller.
 One site        The same without the wide area, or what all steps of the busiest rank cost.
-Acknowledged    What is sent from the caller's array (ring, star, relay) must be acknowledged, a delay after it arrived.
+Acknowledged    What is sent from the caller's array (ring) must be acknowledged, a delay after it arrived.
 Call            All of it begins when the hosts of a call across sites have woken up, `Costs.call_ns`, and ends when
                 ranks that share a core have done what is left, one after another, `Costs.return_ns`.
 Host            Nothing ends before the busiest rank has done all its steps.
@@ -33,72 +33,23 @@ With windows the answer depends on where in the cycle the call falls; without a 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from detcoll.plan.alignment import LATE_NS
 from detcoll.plan.calendar import Calendar, Slotting
-from detcoll.plan.collectives import Homes, Hop, Load, Opening, declaration_of
+from detcoll.plan.collectives import Homes, Hop, Load, declaration_of
+from detcoll.plan.collectives.legs import Messages, legs_of
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Collective
-from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS, ChunkSize, segments, uses_window
-from detcoll.plan.lines import Flows, Indices, Lines
+from detcoll.plan.layout import ChunkSize, segments, uses_window
+from detcoll.plan.lines import Floats, Flows, Indices, Lines
+from detcoll.plan.stages import Crossing, Stages
 from detcoll.topology import Topology
 
 PHASES = 16
-
-CALL_WORK_NS = 1_000_000
-"""Processor time of a call at one rank of a Python host before its first step, ZeroMQ's thread included."""
-
-RETURN_WORK_NS = 1_000_000
-"""The same from the last byte's arrival on. Ranks that share a core all have it then, and wait for each other: on four
-ranks of two cores 1.7 ms passed until the last had its result, and the steps alone need 0.8."""
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What a host and its local network cost.
-
-    The defaults are those of a Python host on one machine: a step some 30 us, memory at 5 GB/s, a local message 60 us,
-    a wake-up from a wait 100 us. ``frame_bytes`` is what a transport adds to a wide message. ``late_ns`` is what a
-    window loses because its owner wakes up late: in the mean over the windows of a host with twice as many busy ranks
-    as cores, most of which begin on time and one in ten more than a millisecond late. ``aligned_late_ns`` is the same
-    where windows lead to one site each. ``call_ns`` is what passes in a call across sites before the first step begins,
-    ``return_ns`` what ranks that all own a part keep each other waiting for at its end, which simulated hosts do not.
-    """
-
-    step_ns: int = STEP_NS
-    copy_bytes_per_s: float = 5e9
-    local_latency_ns: int = 60_000
-    wake_ns: int = 100_000
-    late_ns: int = 300_000
-    aligned_late_ns: int = LATE_NS
-    call_ns: int = 0
-    return_ns: int = 0
-    frame_bytes: int = LARGEST_FRAME_BYTES
-
-    def copy_ns(self, nbytes: float) -> float:
-        """Return how long the host takes to read or write ``nbytes``."""
-        return nbytes / self.copy_bytes_per_s * 1e9
-
-    @classmethod
-    def on_host(cls, ranks: int, cores: int) -> Costs:
-        """Return what a Python host costs whose ``ranks`` share ``cores``, in a call that all of them begin at once.
-
-        With more ranks than cores each gets its share of a core: all that needs a processor takes so much longer. A
-        call across sites begins with some `CALL_WORK_NS` of it, for waking threads, greeting and posting.
-        """
-        crowd = max(ranks / cores, 1.0)
-        usual = cls()
-        return cls(
-            step_ns=round(usual.step_ns * crowd),
-            copy_bytes_per_s=usual.copy_bytes_per_s / crowd,
-            local_latency_ns=round(usual.local_latency_ns * crowd),
-            wake_ns=round(usual.wake_ns * crowd),
-            call_ns=round(CALL_WORK_NS * crowd),
-            return_ns=round(RETURN_WORK_NS * (crowd - 1)),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +91,15 @@ def predict_ns(
     phase_ns : int, optional
         Where in the cycle of the calendar the call falls; by default the mean over phases.
     """
+    collective = collective.evened(topology.size)
     if topology.size == 1 or collective.count == 0:
         return 0
-    return _Prediction(collective, topology, calendar, algorithm, chunk_size, costs or Costs()).mean_ns(phase_ns)
+    has_blocks = declaration_of(collective.kind).algorithm(algorithm).blocks is not None
+    terms = _OfBlocks if has_blocks else _OfChunks
+    return terms(collective, topology, calendar, algorithm, chunk_size, costs or Costs()).mean_ns(phase_ns)
 
 
-class _Prediction:
+class _Prediction(ABC):
     """The terms of one prediction that do not depend on the phase."""
 
     def __init__(
@@ -156,13 +110,9 @@ class _Prediction:
         self.declared = declaration_of(collective.kind)
         self.algorithm = self.declared.algorithm(algorithm)
         self.chunk_size, self.costs = chunk_size, costs
-        self.cut = _cut(topology, collective.count, chunk_size)
         self.sites = len(topology.sites)
-        self.ranks_at = np.array([len(site.ranks) for site in topology.sites])
-        self.chunk_bytes = min(int(self.cut.elems.max()), chunk_size.elems) * collective.itemsize
         self.root_site = topology.site_of(collective.root)
-        self.most_ranks = int(self.ranks_at.max())
-        self.local_step_ns = costs.step_ns + costs.copy_ns(self.chunk_bytes)
+        self.most_ranks = max(len(site.ranks) for site in topology.sites)
 
     def mean_ns(self, phase_ns: int | None) -> int:
         """Return the prediction for a phase, or the mean over phases where they matter."""
@@ -176,19 +126,36 @@ class _Prediction:
     def _paced(self) -> bool:
         return uses_window(self.calendar, self.collective.nbytes)
 
-    def _finish_ns(self, phase_ns: int) -> float:
-        scatters = self.declared.opening is Opening.SCATTER
-        first_ns = self._scatter_ns() if scatters else self._fill_ns()
-        if self.sites == 1:
-            last_ns = self._busiest_ns()
-            if scatters:  # what the root sends last has to arrive
-                last_ns = last_ns + self.costs.local_latency_ns + self.local_step_ns
-            return max(first_ns + self._gather_ns(), last_ns)
+    def _lines(self, phase_ns: int) -> Lines:
         aligned = self.calendar.mode is Slotting.CALENDAR
         late_ns = self.costs.aligned_late_ns if aligned else self.costs.late_ns
-        lines = Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns, late_ns=late_ns)
+        return Lines(self.topology, self.calendar, express=not self._paced, phase_ns=phase_ns, late_ns=late_ns)
+
+    @abstractmethod
+    def _finish_ns(self, phase_ns: int) -> float:
+        """Return when the slowest rank has its result."""
+
+
+class _OfChunks(_Prediction):
+    """Of a kind that cuts one array into chunks."""
+
+    def __init__(
+        self, collective: Collective, topology: Topology, calendar: Calendar, algorithm: str, chunk_size: ChunkSize,
+        costs: Costs,
+    ) -> None:  # fmt: skip
+        super().__init__(collective, topology, calendar, algorithm, chunk_size, costs)
+        self.cut = _cut(topology, collective.count, chunk_size)
+        self.chunk_bytes = min(int(self.cut.elems.max()), chunk_size.elems) * collective.itemsize
+        self.local_step_ns = costs.step_ns + costs.copy_ns(self.chunk_bytes)
+
+    def _finish_ns(self, phase_ns: int) -> float:
+        first_ns = self._fill_ns()
+        if self.sites == 1:
+            return max(first_ns + self._gather_ns(), self._busiest_ns())
+        lines = self._lines(phase_ns)
         first_ns += self.costs.call_ns
-        stages = _Stages(self, lines, first_ns, first_ns + self._supply_ns(lines))
+        first = np.full(self.topology.size, first_ns)
+        stages = Stages(self.crossings, lines, self.costs, self.chunk_bytes, first, first + self._supply_ns(lines))
         busiest_ns = self.costs.call_ns + self._busiest_ns()
         return_ns = 0 if self.chunk_size.whole else self.costs.return_ns
         return max(stages.done_ns() + self._gather_ns(), stages.acknowledged_ns, busiest_ns) + return_ns
@@ -196,9 +163,9 @@ class _Prediction:
     def _supply_ns(self, lines: Lines) -> float:
         """Return how long after the first chunk the last one is ready: what the host and scratch allow."""
         turns = int(self.cut.chunks.max()) - 1
-        if self.declared.opening is Opening.SCATTER:
-            return turns * len(self.cut.elems) * self.local_step_ns
         rounds = int(self._chunks_owned().max() - 1) // self.chunk_size.depth
+        if self.chunk_size.in_place and self.most_ranks == 1:  # nothing lies in scratch
+            rounds = 0
         held_ns = float((lines.delay_ns + lines.delay_ns.T).max()) + self.costs.wake_ns
         turn_ns = self._busiest_ns(opening=True) / max(turns + 1, 1)
         return max(turns * turn_ns, rounds * held_ns)
@@ -209,11 +176,6 @@ class _Prediction:
         if self.most_ranks == 1:
             return fold_ns
         return self._across_site_ns() + (self.most_ranks - 1) * self.costs.step_ns + fold_ns
-
-    def _scatter_ns(self) -> float:
-        """Return when the owners of the root's site have their first chunk."""
-        foreign = int((self.cut.owners[:, self.root_site] != self.collective.root).sum())
-        return foreign * self.local_step_ns + self.costs.local_latency_ns + self.local_step_ns if foreign else 0.0
 
     def _gather_ns(self) -> float:
         """Return how long the last chunk takes from its owner to the rest of the largest site."""
@@ -246,20 +208,22 @@ class _Prediction:
     @cached_property
     def _load(self) -> Load:
         itemsize, size = self.collective.itemsize, self.topology.size
-        owned, peers, at_root = np.zeros(size), np.zeros(size), np.zeros(size)
+        owned, peers = np.zeros(size), np.zeros(size)
         for index, site in enumerate(self.topology.sites):
             np.add.at(owned, self.cut.owners[:, index], self.cut.elems * float(itemsize))
             peers[list(site.ranks)] = len(site.ranks) - 1
-            at_root[list(site.ranks)] = index == self.root_site
         return Load(
             self.sites, float(self.cut.chunks.sum()), float(self.cut.elems.sum()) * itemsize,
-            self._chunks_owned().astype(np.float64), owned, peers, at_root,
+            self._chunks_owned().astype(np.float64), owned, peers,
         )  # fmt: skip
 
     @cached_property
-    def hops(self) -> list[tuple[Hop, Flows]]:
-        """The hops of the wide stage, and the flows between owners that carry their chunks."""
-        return [(hop, self._flows(hop)) for hop in self.algorithm.hops(self.sites, self.root_site)]
+    def crossings(self) -> list[Crossing]:
+        """The hops of the wide stage, with the flows between owners that carry their chunks."""
+        return [
+            Crossing(self._flows(hop), hop.folds, hop.from_user, hop.behind)
+            for hop in self.algorithm.hops(self.sites, self.root_site)
+        ]
 
     def _flows(self, hop: Hop) -> Flows:
         """Return the flows between owners that carry the chunks of ``hop``."""
@@ -279,48 +243,94 @@ class _Prediction:
         return Flows(pairs // size, pairs % size, (nbytes + messages * frame_bytes) * scale, messages)
 
 
-class _Stages:
-    """The wide stage: hops over lines, from when owners have chunks to when every owner has its result."""
+class _OfBlocks(_Prediction):
+    """Of a kind that moves blocks.
 
-    def __init__(self, given: _Prediction, lines: Lines, first_ns: float, last_ns: float) -> None:
-        self.given, self.lines = given, lines
-        self.first = np.full(given.topology.size, first_ns)
-        self.last = np.full(given.topology.size, last_ns)
-        self.begun = self.first
-        self.acknowledged_ns = 0.0
-        self.fold_ns = given.costs.step_ns + given.costs.copy_ns(given.chunk_bytes)
+    Letters as in the module. A piece is at its owner when its rank has sent it and the owner has taken it; a rank that
+    owns its pieces has them at once, and copies them to scratch where they are the last. Where pieces are folded, an
+    owner takes R-1 others' first. The opening of all pieces takes what it costs the busiest host. What comes from the
+    line goes to the rest of the site as in a local gather, or to the one rank that gets it.
+    """
 
-    def done_ns(self) -> float:
-        """Return when the last owner has its last chunk."""
-        end_ns, folds = 0.0, False
-        for hop, flows in self.given.hops:
-            before = None if hop.behind is None else self.given.hops[hop.behind][1]
-            end_ns = max(end_ns, self._hop(flows, before, hop.from_user))
-            folds = hop.folds
-            if folds:  # received and folded, before it goes on
-                self.first, self.last = self.first + 2 * self.fold_ns, self.last + 2 * self.fold_ns
-        return end_ns + self.fold_ns * (2 if folds else 1)
+    def __init__(
+        self, collective: Collective, topology: Topology, calendar: Calendar, algorithm: str, chunk_size: ChunkSize,
+        costs: Costs,
+    ) -> None:  # fmt: skip
+        super().__init__(collective, topology, calendar, algorithm, chunk_size, costs)
+        how = self.algorithm
+        assert how.blocks is not None
+        self.legs = legs_of(collective, topology, how.blocks, chunk_size, at_home=how.at_home)
+        self.chunk_bytes = self.legs.longest * collective.itemsize
+        self.step_ns = costs.step_ns + costs.copy_ns(self.chunk_bytes)
 
-    def _hop(self, flows: Flows, before: Flows | None, from_user: bool) -> float:
-        """Send ``flows`` behind what ``before`` put on the same lines; return when the last one has arrived."""
-        one, over_ns = flows.only_one(), self.lines.delays_ns(flows) + self.given.costs.wake_ns
-        one_ns = self.lines.end_ns(one, self.first[flows.src])
-        end_ns = np.maximum(
-            self.lines.end_ns(flows, self.first[flows.src]), self.lines.end_ns(one, self.last[flows.src])
-        )
-        if before is not None:
-            end_ns = np.maximum(end_ns, self.lines.end_ns(flows.with_more(before), self.begun[flows.src]))
-        used = flows.messages > 0
-        if from_user:
-            back = Flows(flows.dst, flows.src, flows.nbytes, flows.messages)
-            acknowledged = end_ns + self.lines.delays_ns(flows) + self.lines.delays_ns(back)
-            self.acknowledged_ns = max(self.acknowledged_ns, float(acknowledged[used].max(initial=0.0)))
-        first, last = np.zeros_like(self.first), np.zeros_like(self.last)
-        np.maximum.at(first, flows.dst[used], (one_ns + over_ns)[used])
-        np.maximum.at(last, flows.dst[used], (end_ns + over_ns)[used])
-        heard = last > 0
-        self.first, self.last = np.where(heard, first, self.first), np.where(heard, last, self.last)
-        return float(last.max())
+    def _finish_ns(self, phase_ns: int) -> float:
+        first, last = self._opened()
+        is_wide = any(hop.chunks for hop in self.legs.hops)
+        call_ns, return_ns = (self.costs.call_ns, self.costs.return_ns) if is_wide else (0, 0)
+        busiest_ns = call_ns + float(self._host_ns().max())
+        if not is_wide:
+            return max(float(last.max()) + self._closing_ns(), busiest_ns)
+        crossings = [
+            Crossing(self._flows(hop), self.legs.folds and number == 0, behind=0 if number else None)
+            for number, hop in enumerate(self.legs.hops)
+        ]
+        stages = Stages(crossings, self._lines(phase_ns), self.costs, self.chunk_bytes, first + call_ns, last + call_ns)
+        done_ns = max(stages.done_ns(), float(last.max()) + call_ns)
+        return max(done_ns + self._closing_ns(), busiest_ns) + (0 if self.chunk_size.whole else return_ns)
+
+    def _opened(self) -> tuple[Floats, Floats]:
+        """Return when each rank has the first and the last of what it sends over the line."""
+        size, costs = self.topology.size, self.costs
+        first = np.full(size, costs.step_ns + self.step_ns)
+        sources, targets, _, chunks = self.legs.opening.arrays()
+        if len(sources):
+            given = np.bincount(sources, minlength=size)  # a rank sends to so many owners in turn
+            ready = np.zeros(size)
+            np.maximum.at(ready, targets, given[sources] * self.step_ns)
+            first = np.where(ready > 0, ready + costs.local_latency_ns + self.step_ns, first)
+        if self.legs.folds and self.most_ranks > 1:
+            first += (self.most_ranks - 1) * self.step_ns + self.step_ns
+        opening = self._host_ns(opening=True)
+        rounds = np.zeros(size)
+        if len(sources):
+            np.maximum.at(rounds, targets, chunks)
+        return first, np.maximum(first, first + opening * (1 - 1 / np.maximum(rounds, 1)))
+
+    def _closing_ns(self) -> float:
+        """Return how long the last piece takes from its owner to where it belongs."""
+        sources = self.legs.closing.arrays()[0]
+        if not len(sources):
+            return 0.0
+        others = min(self.most_ranks - 1, int(np.bincount(sources).max()))
+        return others * self.step_ns + self.costs.local_latency_ns + self.step_ns
+
+    def _host_ns(self, *, opening: bool = False) -> Floats:
+        """Return what all steps of each rank cost its host, or those of the opening."""
+        size, itemsize = self.topology.size, self.collective.itemsize
+        steps, moved = np.zeros(size), np.zeros(size)
+
+        def count(ranks: Indices, chunks: Floats, elems: Floats) -> None:
+            np.add.at(steps, ranks, chunks)
+            np.add.at(moved, ranks, elems * itemsize)
+
+        local = [self.legs.opening] if opening else [self.legs.opening, self.legs.closing]
+        for messages in local:
+            sources, targets, elems, chunks = messages.arrays()
+            count(sources, chunks, elems)
+            lends = self.legs.folds and messages is self.legs.opening
+            count(targets, chunks, 0 * elems if lends else elems)
+        sources, _, elems, chunks = self.legs.copies.arrays()
+        count(sources, chunks, elems)
+        for hop in [] if opening else self.legs.hops:
+            sources, targets, elems, chunks = hop.arrays()
+            count(sources, chunks, 0 * elems)
+            count(targets, chunks * (2 if self.legs.folds else 1), elems)
+        return steps * self.costs.step_ns + moved / self.costs.copy_bytes_per_s * 1e9
+
+    def _flows(self, hop: Messages) -> Flows:
+        sources, targets, elems, chunks = hop.arrays()
+        nbytes = elems * self.collective.itemsize + chunks * self.costs.frame_bytes
+        return Flows(sources, targets, nbytes, chunks)
 
 
 def _cut(topology: Topology, count: int, size: ChunkSize) -> _Cut:

@@ -5,7 +5,7 @@ They are interned, so that equal ones have one number:
 - a leaf is what a rank contributed
 - an open fold, in ACCUMULATOR, is not rounded yet: a further fold continues it as its first input, which makes one
   fold of both
-- a closed fold, in USER or PARTIAL, is rounded; a fold of it is another level
+- a closed fold, in OUT or PARTIAL, is rounded; a fold of it is another level
 - a final fold is closed, and an average has divided there; nothing may be folded with it, only copies made
 """
 

@@ -12,7 +12,7 @@ from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text, time_unit
 from detcoll.measure.results import Row
 from detcoll.quantities import format_bytes
-from detcoll.registry import SLOTTED
+from detcoll.registry import SLOTTED, title_of
 from detcoll.report.cells import (
     NOTHING,
     TO,
@@ -52,9 +52,8 @@ def row_tiles(result: ReportedResult) -> list[Element]:
     known = [row for row in result.rows if row.fraction_of_bound is not None]
     for transport, rows in groupby(sorted(known, key=lambda row: row.transport), key=lambda row: row.transport):
         best = max(rows, key=lambda row: row.fraction_of_bound or 0.0)
-        tiles.append(
-            tile(percent(best.fraction_of_bound or 0.0), f"of the floor: {transport}, {format_bytes(best.bytes)}")
-        )
+        what = f"of the floor: {title_of(transport)}, {format_bytes(best.bytes)}"
+        tiles.append(tile(percent(best.fraction_of_bound or 0.0), what))
     return tiles
 
 
@@ -66,7 +65,8 @@ def row_sections(result: ReportedResult) -> list[Element]:
 
 def _row_label(row: Row, has_networks: bool) -> str:
     others = f"others {percent(row.cross_traffic, 0)}"
-    return f"{row.transport}, {row.service}, {others}" if has_networks else row.transport
+    name = title_of(row.transport)
+    return f"{name}, {row.service}, {others}" if has_networks else name
 
 
 def _has_networks(rows: Sequence[Row]) -> bool:

@@ -16,13 +16,17 @@ from typing import Any
 from detcoll.errors import UsageError
 from detcoll.runtime.recorder import RECORD_SCHEMA
 
+LARGEST_MESSAGES = 3
+"""So many pending sends and receives of a rank are told one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stand:
     """State of one rank in one group.
 
     ``group`` : title of the group.  ``id`` : distinguishes groups with the same ranks and name.  ``latest`` : number of
-    the latest call, or -1.  ``doing`` : the oldest pending call and its state.  ``waits_for`` : ranks of the job.
+    the latest call, or -1.  ``doing`` : the oldest pending call and messages, and their state.  ``waits_for`` : ranks
+    of the job.
     """
 
     group: str
@@ -60,9 +64,13 @@ def stands(records: Sequence[dict[str, Any]]) -> list[Stand]:
     for record in records:
         for group in record["groups"]:
             calls = group["calls"]
-            first = calls[0] if calls else None
-            doing = "no pending call" if first is None else f"{first['what']}: {first['state']}"
-            waits = tuple(sorted({rank for call in calls[:1] for rank in call["waits_for"]}))
+            numbered = [call for call in calls if call["sequence"] >= 0]
+            messages = [call for call in calls if call["sequence"] < 0]
+            shown = numbered[:1] + messages[:LARGEST_MESSAGES]
+            doing = "; ".join(f"{call['what']}: {call['state']}" for call in shown) or "no pending call"
+            if len(messages) > LARGEST_MESSAGES:
+                doing += f"; {len(messages) - LARGEST_MESSAGES} more messages"
+            waits = tuple(sorted({rank for call in shown for rank in call["waits_for"]}))
             title = _title(group)
             rank, failure = int(record["rank"]), group["failure"] or ""
             found.append(Stand(title, group["id"], rank, group["latest"], doing, waits, failure))

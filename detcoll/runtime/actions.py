@@ -36,3 +36,5 @@ class Act(IntEnum):
     """reason: write the flight record, since a group has failed."""
     LIFT = 13
     """tag, ranks: stop discarding messages that these ranks send for the call of this tag."""
+    MAIL = 14
+    """verb of `detcoll.runtime.messages`, and its fields: something about send and recv."""

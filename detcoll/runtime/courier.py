@@ -28,13 +28,15 @@ from detcoll.runtime.endings import Endings
 from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
 from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
+from detcoll.runtime.postman import COPIES, Postman
 from detcoll.runtime.routes import Routes
+from detcoll.runtime.transfer import Posting, Transfer
 from detcoll.trace import Call, Trace
 from detcoll.transport import Ticket, TicketStatus, Window
 
 log = logging.getLogger("detcoll")
 
-STEP, HELLO, CONTROL, SENT_RECORD = range(4)
+STEP, HELLO, CONTROL, SENT_RECORD, MAIL = range(5)
 """What a ticket is about, the first entry of its context."""
 
 
@@ -67,9 +69,12 @@ class Courier:
         self._engine, self._routes, self._trace, self._ended = engine, routes, trace, ended
         self._endpoint_of, self._pool = routes.endpoint_of, ScratchPool()
         self.endings, self.peers_may_leave = Endings(), False
+        self._postman = Postman(
+            engine, self._post_recv, self._post_send, self._settle, self._note_send, self._lose, MAIL
+        )  # fmt: skip
         self._carry: tuple[Callable[..., object], ...] = (
             self._open, self._recv, self._send, self._hello, self._await_hello, self._copy, self._finish,
-            self._close_call, self._listen, self._tell, announce, self._discard, record, self._lift,
+            self._close_call, self._listen, self._tell, announce, self._discard, record, self._lift, self._postman.act,
         )  # fmt: skip
 
     # Actions.
@@ -91,11 +96,13 @@ class Courier:
     def conclude(self, *, records: bool) -> None:
         """End for their callers the calls that the engine has ended, and do nothing else that it says.
 
+        What such a call copies within this rank it copies first.
+
         ``records`` : write the flight record where it says so.
         """
         wanted = (Act.FINISH, Act.RECORD) if records else (Act.FINISH,)
         for action in self._engine.actions:
-            if action[0] in wanted:
+            if action[0] in wanted or (action[0] is Act.MAIL and action[1] in COPIES):
                 try:
                     self._carry[action[0]](*action[1:])
                 except Exception:  # others still wait for their calls to end
@@ -144,8 +151,8 @@ class Courier:
     def _hello(self, operation: Operation, peer: int) -> None:
         if operation.over:
             return
-        tag = operation.prefix | HELLO_TAG
-        self._post_send(peer, tag, memoryview(operation.memory.hello), (SENT_RECORD, operation.memory.hello))
+        hello = operation.memory.hello or operation.described_to(peer).encode()
+        self._post_send(peer, operation.prefix | HELLO_TAG, memoryview(hello), (SENT_RECORD, hello))
 
     def _await_hello(self, operation: Operation, peer: int) -> None:
         if operation.over:
@@ -168,6 +175,8 @@ class Courier:
         except PeerLost as error:
             if context[0] == STEP:
                 self._settle(context[1], context[2])
+            elif context[0] == MAIL and isinstance(context[2], Transfer):
+                self._settle(context[2], context[3])
             self._engine.failures.suspect(peer, error, time.monotonic_ns())
 
     def _post_send(
@@ -193,8 +202,8 @@ class Courier:
     def _copy(self, operation: Operation, step: int) -> None:
         operation.memory.keep(step)
 
-    def _finish(self, operation: Operation, error: Exception | None) -> None:
-        memory: Memory = operation.memory
+    def _finish(self, operation: Operation | Transfer, error: Exception | None) -> None:
+        memory = operation.memory
         if error is not None:
             try:
                 memory.drop()
@@ -209,16 +218,19 @@ class Courier:
             error = TransportError(f"{operation.title}: the result could not be stored: {problem!r}")
             error.__cause__ = problem
         else:
-            self._note_end(operation)
+            if isinstance(operation, Operation):
+                self._note_end(operation)
+            elif not operation.is_send:
+                memory.work.came(operation.group.ranks.index(operation.source), operation.tag)
         finally:
             self._report(operation, error)
 
-    def _report(self, operation: Operation, error: Exception | None) -> None:
+    def _report(self, operation: Operation | Transfer, error: Exception | None) -> None:
         """Let the caller hear that its call has ended."""
         self._ended()
         operation.memory.work.finish(error)
 
-    def _settle(self, operation: Operation, step: int) -> None:
+    def _settle(self, operation: Operation | Transfer, step: int) -> None:
         """Take note that nothing is written any more for a receive of a call that has failed."""
         operation.settled.add(step)
         error = self.endings.ended(operation, step)
@@ -240,6 +252,8 @@ class Courier:
             self._take_other(ticket)
         elif context[0] == STEP:
             self._take_step(ticket, context[1], context[2], context[3], missed)
+        elif context[0] == MAIL:
+            self._postman.take(ticket, missed)
         elif context[0] == HELLO:
             self._take_hello(ticket, context[1])
         elif context[0] == CONTROL:
@@ -264,8 +278,7 @@ class Courier:
                     operation.memory.lent[step] = ticket
                 self._engine.received(operation, step, now_ns)
                 return
-            if ticket.peer in self._routes.wide:
-                self._note_send(operation, ticket, wide, ticket.nbytes)
+            self._note_send(operation, ticket, wide, ticket.nbytes)
             self._engine.sent(operation, step, now_ns)
         elif ticket.status is TicketStatus.MISSED and wide is not None:
             queued, window = wide
@@ -313,8 +326,11 @@ class Courier:
     # Notes.
 
     def _note_send(
-        self, operation: Operation, ticket: Ticket, wide: tuple[Queued[Wide] | None, Window | None], nbytes: int
-    ) -> None:
+        self, operation: Operation | Transfer | Posting, ticket: Ticket,
+        wide: tuple[Queued[Wide] | None, Window | None], nbytes: int,
+    ) -> None:  # fmt: skip
+        if ticket.peer not in self._routes.wide:
+            return
         queued, window = wide
         begins_ns, ends_ns = 0, 0
         if window is not None:

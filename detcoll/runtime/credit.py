@@ -55,6 +55,18 @@ class Credit:
         if nbytes:
             self._unasked_bytes[peer] -= nbytes
 
+    def take_unasked(self, peer: int, nbytes: int) -> bool:
+        """Count a message that a peer may not have asked for, and return True; False if there is no room for it."""
+        held_bytes = self.unasked_bytes(peer)
+        if held_bytes + nbytes > LARGEST_UNASKED_BYTES:
+            return False
+        self._unasked_bytes[peer] = held_bytes + nbytes
+        return True
+
+    def return_unasked(self, peer: int, nbytes: int) -> None:
+        """Stop counting bytes of such messages."""
+        self._unasked_bytes[peer] = self.unasked_bytes(peer) - nbytes
+
     def lend(self, operation: Operation, step: int) -> bool:
         """Count the lent bytes of a RECV that cannot be folded yet; True if the caller must copy and release them."""
         peer, nbytes = operation.peer(step), operation.columns.nbytes[step]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from detcoll.plan.ir import Buffer, Kind
 from detcoll.runtime.operation import Operation
+from detcoll.runtime.transfer import Transfer
 
 LONGEST_NS = 1_000_000_000
 """Longest delay of the report of a failure."""
@@ -27,23 +27,19 @@ class Endings:
     """Holds failed calls until their receives into the caller's array have ended."""
 
     def __init__(self) -> None:
-        self._held: dict[Operation, _Held] = {}
+        self._held: dict[Operation | Transfer, _Held] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def hold(self, operation: Operation, error: Exception, now_ns: int) -> bool:
+    def hold(self, operation: Operation | Transfer, error: Exception, now_ns: int) -> bool:
         """Hold a failed call and return True, or return False if no receive into its array is pending."""
-        kinds, buffers = operation.columns.kind, operation.columns.buffer
-        receives = {
-            step for step in operation.machine.under_way if kinds[step] == Kind.RECV and buffers[step] == Buffer.USER
-        }
-        receives -= operation.settled.union(operation.held)
+        receives = operation.open_receives
         if receives:
             self._held[operation] = _Held(receives, error, now_ns + LONGEST_NS)
         return bool(receives)
 
-    def ended(self, operation: Operation, step: int) -> Exception | None:
+    def ended(self, operation: Operation | Transfer, step: int) -> Exception | None:
         """Process the end of a receive; return the error of its call if it was the last one."""
         held = self._held.get(operation)
         if held is None:
@@ -54,7 +50,7 @@ class Endings:
         del self._held[operation]
         return held.error
 
-    def overdue(self, now_ns: int | None = None) -> list[tuple[Operation, Exception]]:
+    def overdue(self, now_ns: int | None = None) -> list[tuple[Operation | Transfer, Exception]]:
         """Remove and return the calls held for `LONGEST_NS`, or all if ``now_ns`` is None, each with its error."""
         due = [
             (operation, held.error) for operation, held in self._held.items()

@@ -15,6 +15,8 @@ A call's life::
 - Groups are served in turns, one piece of work each; inside a group, calls and steps keep their order.
 - What ends calls and groups early, and what others say of that, goes to `Engine.failures`
   (`detcoll.runtime.failures`).
+- send and recv, which never wait for collectives of other memory, go to `Engine.messages`
+  (`detcoll.runtime.messages`).
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from detcoll.runtime import blame
 from detcoll.runtime.actions import Act
 from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
-from detcoll.runtime.group import NUMBER_BITS, Group
+from detcoll.runtime.group import Group
 from detcoll.runtime.membership import Membership
+from detcoll.runtime.messages import Messages
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
+from detcoll.runtime.transfer import NEVER_NS, Posting, Transfer
 from detcoll.transport import Window
 
 LARGEST_ACTIVE = 16
@@ -53,7 +57,7 @@ SEND, RECV, FOLD, LENT = Kind.SEND, Kind.RECV, Kind.FOLD, Buffer.LENT
 GIVE, POST, COPY = Act.SEND, Act.RECV, Act.COPY
 """What every step is compared with: to look a member up in its class takes ten times as long."""
 
-Wide = tuple[Operation, int]
+Wide = tuple[Operation | Transfer | Posting, int]
 
 
 class Engine:
@@ -98,6 +102,10 @@ class Engine:
         self.failures = Failures(rank, self.groups, self.actions, slots, self.credit, self.recorder)
         self._heard_ns = self.failures.heard_ns
         self._order = 0
+        self.messages = Messages(
+            rank, site_of, wide, self.groups, self.actions, self.failures, slots, express, self.credit, self.recorder,
+            self._listen, self._predecessor,
+        )  # fmt: skip
 
     # Groups and calls.
 
@@ -132,17 +140,15 @@ class Engine:
         membership = self.groups.pop(group.id, None)
         if membership is None:
             return
-        for operation in [*membership.active, *membership.waiting]:
-            self.failures.drop(operation, Closed(f"{operation.title}: the group was closed"))
-        membership.clear()
-        self.actions.append((Act.DISCARD, group.prefix, 64 - NUMBER_BITS))
+        self.failures.leave(membership)
 
-    def submit(self, operation: Operation, now_ns: int) -> None:
+    def submit(self, operation: Operation | Transfer, now_ns: int) -> None:
         """Take in a call; it starts as soon as its group and its memory allow."""
         membership = self.groups.get(operation.group.id)
-        of = operation.descriptor
-        called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name)
-        self.recorder.note(now_ns, "call", operation.group.number, operation.sequence, detail=called)
+        if isinstance(operation, Operation):
+            of = operation.descriptor
+            called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name)
+            self.recorder.note(now_ns, "call", operation.group.number, operation.sequence, detail=called)
         if membership is None:
             closed = Closed(f"{operation.title}: the group was closed")
             self.actions.append((Act.FINISH, operation, closed))
@@ -153,19 +159,24 @@ class Engine:
             return
         operation.order = self._order
         self._order += 1
+        if isinstance(operation, Transfer):
+            self.messages.submit(membership, operation, now_ns)
+            return
         membership.latest = max(membership.latest, operation.sequence)
         membership.waiting.append(operation)
         self._may_start = True
 
     def start_ready(self, now_ns: int) -> None:
         """Start calls that wait for nothing but this."""
+        if self.messages.blocked:
+            self.messages.start_ready(now_ns)
         if not self._may_start:
             return
         self._may_start = False
         for membership in self.groups.values():
             while membership.waiting and len(membership.active) < LARGEST_ACTIVE:
                 operation = membership.waiting[0]
-                if operation.spans and self._must_follow(operation):
+                if operation.spans and self._predecessor(operation) is not None:
                     break
                 membership.waiting.popleft()
                 self._start(membership, operation, now_ns)
@@ -180,25 +191,32 @@ class Engine:
     @property
     def can_start(self) -> bool:
         """Whether `start_ready` might start something."""
+        if self.messages.blocked and self.messages.can_start:
+            return True
         return self._may_start and any(
             membership.waiting
             and len(membership.active) < LARGEST_ACTIVE
-            and not self._must_follow(membership.waiting[0])
+            and self._predecessor(membership.waiting[0]) is None
             for membership in self.groups.values()
         )
 
-    def _must_follow(self, operation: Operation) -> bool:
-        """Tell whether an earlier call works on the same memory and has not ended."""
+    def _predecessor(self, operation: Operation | Transfer) -> Operation | Transfer | None:
+        """Return an earlier call that works on the same memory and has not ended, or None."""
         for membership in self.groups.values():
             for other in membership.active:
-                if not other.reported and other.order < operation.order and operation.overlaps(other):
-                    return True
+                if not other.reported and other.order < operation.order and other.overlaps(operation):
+                    return other
             for other in membership.waiting:
                 if other.order >= operation.order:
                     break
-                if operation.overlaps(other):
-                    return True
-        return False
+                if other.overlaps(operation):
+                    return other
+            for transfer in membership.mail.pending:
+                if transfer.order >= operation.order:
+                    break
+                if transfer.holds(operation):
+                    return transfer
+        return None
 
     def _start(self, membership: Membership, operation: Operation, now_ns: int) -> None:
         self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)
@@ -221,8 +239,7 @@ class Engine:
 
         Acquaintances hear it too: ranks that called different collectives may have plans that share no message.
         """
-        ranks = operation.group.ranks
-        operation.strangers = {ranks[peer] for peer in operation.plan.peers} | membership.acquaintances
+        operation.strangers = operation.partners | membership.acquaintances
         membership.contacts |= operation.strangers
         self._listen(operation.strangers)
         for peer in operation.strangers - self.wide:
@@ -255,7 +272,7 @@ class Engine:
                     self._ready.append(membership)
                 heapq.heappush(membership.work, (operation.order, step, operation))
 
-    def next_work(self) -> Wide | None:
+    def next_work(self) -> tuple[Operation, int] | None:
         """Return a fold or a send to be done now, or None; groups take turns."""
         while self._ready:
             membership = self._ready.popleft()
@@ -310,6 +327,9 @@ class Engine:
     def missed(self, sends: Sequence[tuple[Queued[Wide], Window, int]]) -> None:
         """Put sends back that did not end in their window; the third item is the bytes already sent."""
         left = [send for send in sends if not send[0].item[0].over]
+        for queued, _, _ in left:
+            if not isinstance(queued.item[0], Operation):
+                self.messages.missed(queued)
         if left:
             self.slots.missed(left)
 
@@ -359,8 +379,14 @@ class Engine:
 
     def give_the_line(self, now_ns: int) -> None:
         """Send what goes into this rank's current or next windows, and what other sites are to hear of calls."""
-        for queued, window in self.slots.due(now_ns):
+        given = deque(self.slots.due(now_ns))
+        while given:
+            queued, window = given.popleft()
             operation, step = queued.item
+            if not isinstance(operation, Operation):
+                if self.messages.give(queued, window, now_ns):
+                    given.extend(self.slots.due(now_ns))
+                continue
             self.recorder.note(now_ns, "window", operation.group.number, operation.sequence, step, queued.peer)
             self.actions.append((GIVE, operation, step, queued, window))
             operation.greets_ns = now_ns
@@ -389,7 +415,7 @@ class Engine:
             return
         self._heard_ns[peer] = now_ns
         try:
-            operation.descriptor.compare(self.rank, peer, record)
+            operation.described_to(peer).compare(self.rank, peer, record)
         except PlanMismatch as error:
             self.failures.end_group(self.groups[operation.group.id], error, now_ns)
             return
@@ -446,5 +472,10 @@ class Engine:
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:
             times.append(line_ns)
-        times += [first.limit_ns for membership in self.groups.values() if (first := membership.first) is not None]
+        for membership in self.groups.values():
+            if membership.mail.look_ns != NEVER_NS:
+                times.append(membership.mail.look_ns)
+            first = membership.first
+            if first is not None:
+                times.append(first.limit_ns)
         return min(times, default=None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from detcoll.errors import PeerLost
+from detcoll.errors import Closed, DeadlineMissed, PeerLost
 from detcoll.machine import Slots
 from detcoll.runtime import blame
 from detcoll.runtime.actions import Act
@@ -26,6 +26,7 @@ from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, SEQUENCES, Group
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
+from detcoll.runtime.transfer import Posting, Transfer
 
 LARGEST_REFUSALS = 1024
 
@@ -57,7 +58,7 @@ class Failures:
 
     def __init__(
         self, rank: int, groups: dict[int, Membership], actions: list[tuple[Any, ...]],
-        slots: Slots[tuple[Operation, int]], credit: Credit, recorder: Recorder,
+        slots: Slots[tuple[Operation | Transfer | Posting, int]], credit: Credit, recorder: Recorder,
     ) -> None:  # fmt: skip
         self._rank, self._groups, self._actions = rank, groups, actions
         self._slots, self._credit, self._recorder = slots, credit, recorder
@@ -95,6 +96,12 @@ class Failures:
         if membership is not None:
             self.end_group(membership, error, now_ns)
 
+    def heard(self, group: Group, error: Exception, now_ns: int) -> None:
+        """End a group with an error that its members hear of without this engine."""
+        membership = self._groups.get(group.id)
+        if membership is not None:
+            self.end_group(membership, error, now_ns, is_known=True)
+
     def suspect(self, peer: int, error: PeerLost, now_ns: int) -> None:
         """Note that an endpoint lost a peer. It counts as lost after `EXPLANATION_NS` without a cause."""
         if peer not in self.lost:
@@ -106,6 +113,10 @@ class Failures:
             if now_ns >= until_ns:
                 self.rank_lost(peer, text, now_ns)
         for membership in list(self._groups.values()):
+            mail = membership.mail
+            transfer = mail.late(now_ns) if now_ns >= mail.look_ns else None
+            if transfer is not None:
+                self.end_group(membership, self._overdue(transfer), now_ns)
             first = membership.first
             while first is not None and now_ns >= first.limit_ns:
                 peers, missed = blame.look_into(self._rank, first, self.heard_ns, now_ns)
@@ -115,6 +126,12 @@ class Failures:
                 if missed is not None:
                     self.end_group(membership, missed, now_ns)
                 first = membership.first
+
+    def _overdue(self, transfer: Transfer) -> DeadlineMissed:
+        return DeadlineMissed(
+            f"rank {self._rank}: {transfer.title} was not finished after {transfer.timeout_ns / 1e9:g} s "
+            f"without progress; {transfer.awaits}"
+        )
 
     # What others tell.
 
@@ -205,9 +222,8 @@ class Failures:
         if not is_known:
             self._spread(membership, cause, by)  # before callers wake up here, who may end the job
         self._actions.append((Act.RECORD, str(error)))
-        calls = [*membership.active, *membership.waiting]
+        calls = self._forget(membership)
         membership.told = any(not operation.reported for operation in calls)
-        membership.clear()
         # First, so that nothing is written into arrays any more once their owners hear of the end.
         self._actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
         for operation in calls:
@@ -221,10 +237,26 @@ class Failures:
         self.drop(operation, error)
         blame.promote(membership, now_ns)
 
-    def drop(self, operation: Operation, error: Exception) -> None:
+    def leave(self, membership: Membership) -> None:
+        """End the calls of a group that is left, and drop what still arrives for it."""
+        for operation in self._forget(membership):
+            self.drop(operation, Closed(f"{operation.title}: the group was closed"))
+        self._actions.append((Act.DISCARD, membership.group.prefix, 64 - NUMBER_BITS))
+
+    def _forget(self, membership: Membership) -> list[Operation | Transfer]:
+        """Take all calls out of a group and return them."""
+        for peer, pair in membership.mail.pairs.items():
+            self._credit.return_unasked(peer, pair.unasked_bytes)
+        calls: list[Operation | Transfer] = [*membership.active, *membership.waiting, *membership.mail.clear()]
+        membership.clear()
+        self._slots.withdraw(lambda item: isinstance(item[0], Posting) and item[0].over)
+        return calls
+
+    def drop(self, operation: Operation | Transfer, error: Exception) -> None:
         """Give up what a call holds, and let its caller hear of the error."""
         operation.over = True
-        self._credit.drop(operation)
+        if isinstance(operation, Operation):
+            self._credit.drop(operation)
         self._slots.withdraw(lambda item: item[0] is operation)
         if not operation.reported:
             operation.reported = True

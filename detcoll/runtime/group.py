@@ -2,13 +2,16 @@
 
 The id of a group is a hash that every member computes for itself. Messages carry a tag of 64 bits::
 
-    63       32 31        20 19          0
-    |  number  |  sequence  |  plan tag  |
+    63       32 31 30         20 19          0
+    |  number  | 0 | sequence   |  plan tag  |    collectives
+    |  number  | 1 | message      |  chunk   |    send and recv, 18 and 13 bits
 
 ``number`` is the lower half of the group's id, ``sequence`` counts the group's calls modulo `SEQUENCES`, and the plan
-tag distinguishes the messages of one call. Descriptors of calls contain the whole id, so a collision of two numbers
-does not go unnoticed; a rank that would be in both groups refuses to make the second. Number 0 is reserved for control
-messages of the job, and the number with all bits set for clock synchronisation.
+tag distinguishes the messages of one call. ``message`` is 1 plus the key of what one rank sends to one other; two
+messages that wait there have different keys. Message 0 is for the notes of send and recv. Descriptors of calls contain
+the whole id, so a collision of two numbers does not go unnoticed; a rank that would be in both groups refuses to make
+the second. Number 0 is reserved for control messages of the job, and the number with all bits set for clock
+synchronisation.
 """
 
 from __future__ import annotations
@@ -20,9 +23,13 @@ from dataclasses import dataclass, field
 
 from detcoll.runtime.routes import acquaintances
 
-PLAN_BITS, SEQUENCE_BITS, NUMBER_BITS = 20, 12, 32
+PLAN_BITS, SEQUENCE_BITS, NUMBER_BITS = 20, 11, 32
 SEQUENCES = 1 << SEQUENCE_BITS
 """Number of calls of a group that tags distinguish; far more than can be pending at a time."""
+
+_MESSAGE_BIT, _MESSAGE_BITS, CHUNK_BITS = 1 << 31, 18, 13
+MESSAGES = (1 << _MESSAGE_BITS) - 1
+"""Number of messages from one rank to another that tags distinguish; more than can wait at a time."""
 
 WORLD_ID = 1
 JOB_NUMBER, TIME_NUMBER = 0, (1 << NUMBER_BITS) - 1
@@ -84,12 +91,21 @@ class Group:
 
     def call_prefix(self, sequence: int) -> int:
         """Return the common prefix of all tags of call ``sequence``, with the lowest `PLAN_BITS` bits zero."""
-        return (self.number << SEQUENCE_BITS | sequence % SEQUENCES) << PLAN_BITS
+        return self.prefix | sequence % SEQUENCES << PLAN_BITS
+
+    def message_tag(self, key: int, chunk: int) -> int:
+        """Return the tag of a chunk of the message with this key, from 0, that one rank sends to another."""
+        return self.note_tag | (key % MESSAGES + 1) << CHUNK_BITS | chunk & (1 << CHUNK_BITS) - 1
+
+    @property
+    def note_tag(self) -> int:
+        """The tag of what two ranks tell each other about their messages."""
+        return self.prefix | _MESSAGE_BIT
 
     @property
     def prefix(self) -> int:
-        """The common prefix of all tags of this group, with the lowest ``PLAN_BITS + SEQUENCE_BITS`` bits zero."""
-        return self.number << (SEQUENCE_BITS + PLAN_BITS)
+        """The common prefix of all tags of this group, with all bits but the highest `NUMBER_BITS` zero."""
+        return self.number << (64 - NUMBER_BITS)
 
 
 def world(site_of: Sequence[int]) -> Group:

@@ -31,6 +31,7 @@ from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.routes import Routes
 from detcoll.runtime.timekeeping import Timekeeper
+from detcoll.runtime.transfer import Transfer
 from detcoll.trace import Trace
 from detcoll.transport import Window
 
@@ -109,7 +110,7 @@ class Loop:
 
     # What callers use, from any thread.
 
-    def submit(self, operation: Operation) -> None:
+    def submit(self, operation: Operation | Transfer) -> None:
         """Hand a call over; its work ends when the call does. Waits while too many calls have not ended.
 
         Raises

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from detcoll.runtime.control import Cause
 from detcoll.runtime.group import Group
 from detcoll.runtime.operation import Operation
+from detcoll.runtime.transfer import Mail
 
 
 @dataclass(eq=False, slots=True)
@@ -16,7 +17,7 @@ class Membership:
 
     ``contacts`` : members to which this rank sends causes.  ``latest`` : sequence of the latest call made here, or -1.
     ``refused`` : calls that a rank refused, by sequence.  ``dropped`` : calls whose messages the endpoints discard.
-    ``told`` : whether the failure was raised to a caller.
+    ``told`` : whether the failure was raised to a caller.  ``mail`` : sends and receives.
     """
 
     group: Group
@@ -31,11 +32,12 @@ class Membership:
     failure: Exception | None = None
     cause: Cause | None = None
     told: bool = False
+    mail: Mail = field(default_factory=Mail)
 
     @property
     def idle(self) -> bool:
         """Whether no call is waiting or active."""
-        return not self.waiting and not self.active
+        return not self.waiting and not self.active and not self.mail.pending
 
     @property
     def first(self) -> Operation | None:

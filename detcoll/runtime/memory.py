@@ -38,7 +38,9 @@ class ScratchPool:
 class Memory:
     """What the loop keeps of one operation.
 
-    ``array`` : (count,), the caller's memory or its staging copy; written in place.
+    ``array`` : the caller's output or its staging copy, which is written; of a collective on one array, that array.
+    ``source`` : the caller's input or its staging copy, which is only read; None for a collective on one array.
+    ``hello`` : the record that ranks compare; empty if each rank is told another.
     ``load``, ``store`` : copy between a staging array and the caller's memory; None where there is none.
     """
 
@@ -48,6 +50,7 @@ class Memory:
     hello: bytes
     load: Callable[[], None] | None = None
     store: Callable[[], None] | None = None
+    source: NDArray[Any] | None = None
     lent: dict[int, Ticket] = field(default_factory=dict)
     copies: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     """What was lent and had to be copied, by RECV step."""
@@ -56,7 +59,9 @@ class Memory:
 
     def open(self, plan: Plan, pool: ScratchPool) -> None:
         """Lay out scratch for the plan."""
-        self._buffers[Buffer.USER] = self.array
+        self._buffers[Buffer.OUT] = self.array
+        if self.source is not None:
+            self._buffers[Buffer.IN] = self.source
         for buffer, elems, dtype in (
             (Buffer.PARTIAL, plan.partial_elems, self.array.dtype),
             (Buffer.ACCUMULATOR, plan.accumulator_elems, self.accumulator_dtype),

@@ -100,6 +100,10 @@ class NativeRunner:
         """The error that ended the collectives, or None."""
         return self._failure
 
+    def has(self, kind: str) -> bool:
+        """Return whether the transport has a native collective of this kind for any type."""
+        return kind in self._capabilities.native
+
     def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp) -> bool:
         """Return whether the transport has a native collective of this kind, type and operator."""
         key = kind, dtype, op

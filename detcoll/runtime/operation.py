@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from detcoll.descriptor import Descriptor
 from detcoll.machine import Machine
-from detcoll.plan.ir import Columns, Plan
+from detcoll.plan.ir import Buffer, Columns, Kind, Plan
 from detcoll.runtime.group import Group
 
 if TYPE_CHECKING:
     from detcoll.runtime.blame import Inquiry
+    from detcoll.runtime.transfer import Transfer
 
 Span = tuple[int, int]
 """A range of addresses: the first, and the one after the last."""
@@ -85,10 +88,36 @@ class Operation:
         title = self.group.title
         return f"{self.descriptor.kind} number {self.sequence}{named}" + (f" of group {title}" if title else "")
 
+    @property
+    def partners(self) -> set[int]:
+        """The ranks of the job that compare this call with this rank's: those that it exchanges messages with.
+
+        Where each rank states its own sizes, these are all members, since one may wait for what another does not send.
+        """
+        ranks = self.group.ranks
+        if self.plan.collective.out_counts:
+            return set(ranks) - {ranks[self.plan.rank]}
+        return {ranks[peer] for peer in self.plan.peers}
+
+    def described_to(self, peer: int) -> Descriptor:
+        """Return the descriptor as it is told to ``peer``, a rank of the job."""
+        collective = self.plan.collective
+        if not collective.out_counts:
+            return self.descriptor
+        place = self.group.ranks.index(peer)
+        return msgspec.structs.replace(self.descriptor, pair=(collective.counts[place], collective.out_counts[place]))
+
     def peer(self, step: int) -> int:
         """Return the peer of a SEND or RECV step, as a rank of the job."""
         return self.group.ranks[self.columns.peer[step]]
 
-    def overlaps(self, other: Operation) -> bool:
+    @property
+    def open_receives(self) -> set[int]:
+        """RECV steps that may still write into the caller's array."""
+        kinds, buffers = self.columns.kind, self.columns.buffer
+        receives = {step for step in self.machine.under_way if kinds[step] == Kind.RECV and buffers[step] == Buffer.OUT}
+        return receives - self.settled.union(self.held)
+
+    def overlaps(self, other: Operation | Transfer) -> bool:
         """Return whether two calls share memory."""
         return overlap(self.spans, other.spans)

@@ -30,8 +30,8 @@ class Recorder:
     """Keeps the last `LARGEST_RECORD` events as tuples of `COLUMNS`; each costs well below a microsecond.
 
     Events: ``join``, ``call`` (detail: the call), ``refuse``, ``start``, ``greeted`` (a peer confirmed the call),
-    ``step``, ``window`` (a send got a window), ``end``, ``fail`` (detail: the reason), ``lost`` (a rank, and the
-    reason).
+    ``step``, ``window`` (a send got a window), ``message`` (detail: a send or recv), ``match`` (a recv has found its
+    message), ``end``, ``fail`` (detail: the reason), ``lost`` (a rank, and the reason).
     """
 
     def __init__(self) -> None:

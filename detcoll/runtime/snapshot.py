@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from detcoll.runtime.engine import Engine
 from detcoll.runtime.group import WORLD_ID
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
+from detcoll.runtime.transfer import ANY, Transfer
 
 LARGEST_CALLS = 64
-"""Of each group, this many queued calls are listed."""
+"""Of each group, this many queued calls are listed, and this many messages."""
 
 
 def snapshot(engine: Engine) -> list[dict[str, Any]]:
     """Return the state of this rank in each group. Thread-safe, but not an atomic snapshot in another thread."""
     while True:
         try:
-            return [_of_group(membership) for membership in list(engine.groups.values())]
+            return [_of_group(membership, engine.rank) for membership in list(engine.groups.values())]
         except RuntimeError:  # the progress thread changed a collection meanwhile
             continue
 
 
-def _of_group(membership: Membership) -> dict[str, Any]:
+def _of_group(membership: Membership, rank: int) -> dict[str, Any]:
     group = membership.group
     waiting = list(membership.waiting)[:LARGEST_CALLS]
     active = [operation for operation in membership.active if not operation.reported]
+    messages = list(islice(membership.mail.unended(), LARGEST_CALLS))
+    calls = [_of_call(operation) for operation in active] + [_of_waiting(operation) for operation in waiting]
     return {
         "id": "world" if group.id == WORLD_ID else f"{group.id:016x}",
         "number": group.number,
@@ -33,7 +37,7 @@ def _of_group(membership: Membership) -> dict[str, Any]:
         "ranks": list(group.ranks),
         "latest": membership.latest,
         "failure": None if membership.failure is None else str(membership.failure),
-        "calls": [_of_call(operation) for operation in active] + [_of_waiting(operation) for operation in waiting],
+        "calls": calls + [_of_message(transfer, group.members - {rank}) for transfer in messages],
     }
 
 
@@ -58,6 +62,12 @@ def _of_call(operation: Operation) -> dict[str, Any]:
 def _of_waiting(operation: Operation) -> dict[str, Any]:
     what = f"call {operation.sequence}, {operation.descriptor.brief}"
     return {"sequence": operation.sequence, "what": what, "state": "waits to be started", "waits_for": []}
+
+
+def _of_message(transfer: Transfer, members: frozenset[int]) -> dict[str, Any]:
+    """Return the state of a send or recv; these are not numbered.  ``members`` : the other ranks of its group."""
+    waits = sorted(members) if transfer.partner == ANY else [transfer.partner]
+    return {"sequence": -1, "what": transfer.what, "state": transfer.awaits, "waits_for": waits}
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The handle of a collective that its caller waits on."""
+"""The handle of a call that its caller waits on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from detcoll.errors import DeadlineMissed
 from detcoll.priority import short_turns
@@ -18,17 +19,29 @@ Callback = Callable[["Work"], object]
 
 
 class Work:
-    """Handle of an asynchronous collective.
+    """Handle of an asynchronous collective, `send` or `recv`.
 
-    The array passed to the collective belongs to detcoll until the collective has ended. All methods are thread-safe.
+    The array passed to the call belongs to detcoll until the call has ended. All methods are thread-safe.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, value: Any = None) -> None:
+        self._name, self._value = name, value
         self._finished = threading.Event()
         self._error: Exception | None = None
         self._lock = threading.Lock()
         self._callbacks: list[Callback] = []
+        self._source: int | None = None
+        self._tag: int | None = None
+
+    @property
+    def source(self) -> int | None:
+        """Of a `recv` that has ended: the rank of the group that the message came from. Otherwise None."""
+        return self._source
+
+    @property
+    def tag(self) -> int | None:
+        """Of a `recv` that has ended: the tag of the message. Otherwise None."""
+        return self._tag
 
     def __repr__(self) -> str:
         """Return the name of the collective and its state."""
@@ -40,7 +53,7 @@ class Work:
         """Return whether the collective has ended, successfully or not; if so, `wait` does not block."""
         return self._finished.is_set()
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None) -> Any:
         """Block until the result is in the caller's array.
 
         If an exception such as KeyboardInterrupt interrupts the wait, the collective goes on; call `wait` again.
@@ -49,6 +62,12 @@ class Work:
         ----------
         timeout : float, optional
             Longest time to wait, in seconds; by default unlimited. The collective's own timeout applies in any case.
+
+        Returns
+        -------
+        array, int or None
+            The output of a collective that has one, such as `Communicator.all_gather`; of a `recv`, its `source`.
+            Else None.
 
         Raises
         ------
@@ -64,10 +83,11 @@ class Work:
             raise DeadlineMissed(f"{self._name} is not finished after {timeout} s")
         if self._error is not None:
             raise self._error
+        return self._value if self._source is None else self._source
 
-    def result(self, timeout: float | None = None) -> None:
+    def result(self, timeout: float | None = None) -> Any:
         """Call `wait`; named as in `concurrent.futures.Future`."""
-        self.wait(timeout)
+        return self.wait(timeout)
 
     def exception(self, timeout: float | None = None) -> Exception | None:
         """Block until the collective has ended; return the error that ended it, or None on success.
@@ -98,9 +118,9 @@ class Work:
                 return
         _callers.call(callback, self)
 
-    def as_future(self) -> concurrent.futures.Future[None]:
-        """Return a future that completes with the collective; it cannot be cancelled."""
-        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+    def as_future(self) -> concurrent.futures.Future[Any]:
+        """Return a future that completes with the call, with the result of `wait`; it cannot be cancelled."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
 
         def end(work: Work) -> None:
@@ -108,10 +128,14 @@ class Work:
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(None)
+                future.set_result(work.wait())
 
         self.add_done_callback(end)
         return future
+
+    def came(self, source: int, tag: int) -> None:
+        """Keep where the message of a `recv` came from; before `finish`."""
+        self._source, self._tag = source, tag
 
     def finish(self, error: Exception | None = None) -> None:
         """Mark the collective as ended, with ``error`` if it failed; only the first call has an effect."""

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from detcoll.errors import UsageError
 from detcoll.fold import fold_step
 from detcoll.machine import Queued
+from detcoll.plan.collectives import declaration_of
+from detcoll.plan.costs import Costs
 from detcoll.plan.ir import Buffer, Kind, Plan, shared
-from detcoll.plan.predict import Costs
-from detcoll.runtime.engine import Engine
+from detcoll.runtime.engine import Engine, Wide
 from detcoll.runtime.operation import Operation
 from detcoll.transport import Window
 from detcoll.types import ReduceOp, accumulation_dtype
@@ -26,22 +27,23 @@ class Memory:
 
     plan: Plan
     op: ReduceOp
-    user: NDArray[Any]
+    given: NDArray[Any]
     lent: dict[int, NDArray[Any]] = field(default_factory=dict)
     buffers: dict[int, NDArray[Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Allocate scratch; raise UsageError if the array does not match the plan."""
-        wide = accumulation_dtype(self.user.dtype)
-        given = (self.user.shape, self.user.dtype.itemsize, wide.itemsize)
-        collective = self.plan.collective
-        wanted = ((collective.count,), collective.itemsize, collective.accumulator_itemsize)
+        """Allocate output and scratch; raise UsageError if the array does not match the plan."""
+        dtype, plan, collective = self.given.dtype, self.plan, self.plan.collective
+        wide, has_one = accumulation_dtype(dtype), declaration_of(collective.kind).has_one_array
+        given = (self.given.shape, dtype.itemsize, wide.itemsize)
+        elems = plan.out_elems if has_one else plan.in_elems
+        wanted = ((elems,), collective.itemsize, collective.accumulator_itemsize)
         if given != wanted:
-            raise UsageError(f"data of rank {self.plan.rank}: shape and item sizes are {given}; expected {wanted}")
-        self.user = self.user.copy()
+            raise UsageError(f"data of rank {plan.rank}: shape and item sizes are {given}; expected {wanted}")
         self.buffers = {
-            Buffer.USER: self.user,
-            Buffer.PARTIAL: np.zeros(self.plan.partial_elems, self.user.dtype),
+            Buffer.IN: self.given,
+            Buffer.OUT: self.given.copy() if has_one else np.zeros(plan.out_elems, dtype),
+            Buffer.PARTIAL: np.zeros(plan.partial_elems, dtype),
             Buffer.ACCUMULATOR: np.zeros(self.plan.accumulator_elems, wide),
         }
 
@@ -109,5 +111,5 @@ class Host:
     line_free_ns: dict[int, int] = field(default_factory=dict)
     arrived: dict[tuple[int, int], NDArray[Any] | None] = field(default_factory=dict)
     posted: dict[tuple[int, int], int] = field(default_factory=dict)
-    timed: list[tuple[Queued[tuple[Operation, int]], Window]] = field(default_factory=list)
+    timed: list[tuple[Queued[Wide], Window]] = field(default_factory=list)
     connection_free_ns: dict[int, int] = field(default_factory=dict)

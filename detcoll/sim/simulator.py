@@ -37,9 +37,10 @@ from detcoll.descriptor import Descriptor
 from detcoll.errors import PlanError, UsageError
 from detcoll.machine import Queued, Slots
 from detcoll.plan.calendar import Calendar, Slotting
-from detcoll.plan.ir import Kind, Plan, shared
+from detcoll.plan.costs import Costs
+from detcoll.plan.ir import Buffer, Kind, Plan, shared
 from detcoll.plan.layout import uses_window
-from detcoll.plan.predict import Costs
+from detcoll.runtime import engine as calls
 from detcoll.runtime.actions import Act
 from detcoll.runtime.engine import Engine
 from detcoll.runtime.group import world
@@ -61,7 +62,7 @@ GIVE, POST, FINISH, CLOSE = Act.SEND, Act.RECV, Act.FINISH, Act.CLOSE
 
 LONGEST_RUN_NS = 3_600_000_000_000
 
-Wide = Queued[tuple[Operation, int]]
+Wide = Queued[calls.Wide]
 Lateness = Callable[[int, int], int]
 Progress = Callable[[float], None]
 
@@ -101,8 +102,8 @@ def simulate(
         As the plans were compiled for.
     costs : Costs, optional
         The costs of a host.
-    data : sequence of arrays, (count,), optional
-        The contribution of each rank; not modified. Without it only time is modelled.
+    data : sequence of arrays, (n,), optional
+        The input of each rank, or its only array; not modified. Without it only time is modelled.
     op : ReduceOp
         The operator that folds data.
     phase_ns : int
@@ -168,7 +169,7 @@ def _hosts(plans: Sequence[Plan], topology: Topology, calendar: Calendar, costs:
     hosts = []
     for plan in plans:
         site = site_of[plan.rank]
-        slots: Slots[tuple[Operation, int]] = Slots(calendar, site, plan.rank, frame_bytes=costs.frame_bytes)
+        slots: Slots[calls.Wide] = Slots(calendar, site, plan.rank, frame_bytes=costs.frame_bytes)
         engine = Engine(plan.rank, site_of, wide[site], slots, None, recorder, lines_cost=True, greets=False)
         engine.join(group, 0)
         operation = Operation(group, call, plan, LONGEST_RUN_NS, 0)
@@ -234,7 +235,7 @@ class _Run:
     def report(self, phase_ns: int) -> Simulation:
         """Return the result, with times relative to ``phase_ns``."""
         up, down = (self.area.uplinks, self.area.downlinks) if self.area else ([], [])
-        arrays = tuple(host.memory.user for host in self.hosts if host.memory is not None)
+        arrays = tuple(host.memory.buffers[Buffer.OUT] for host in self.hosts if host.memory is not None)
         return Simulation(
             finish_ns=tuple(host.finish_ns - phase_ns for host in self.hosts),
             drained_ns=tuple(host.drained_ns - phase_ns for host in self.hosts),

@@ -99,6 +99,10 @@ class MessageContract(ABC):
         with self.fabric(2) as fabric:
             fabric.run(messages.unexpected, nbytes=nbytes)
 
+    def test_notes_past_unasked_messages(self) -> None:
+        with self.fabric(2) as fabric:
+            fabric.run(messages.notes_past_unasked)
+
     @pytest.mark.parametrize("early", [False, True], ids=["posted-late", "posted-early"])
     @pytest.mark.parametrize("lent", [False, True], ids=["into", "lent"])
     @pytest.mark.parametrize(("sent_bytes", "stated_bytes"), [(10, 20), (20, 10), (0, 5), (5, 0)])

@@ -28,6 +28,7 @@ from detcoll.discarding import Discarded, has_prefix
 from detcoll.errors import DetcollError, FrameError
 from detcoll.machine import Queued, Slots
 from detcoll.plan import Calendar, Collective, Kind, Planner, Slotting, build_calendar
+from detcoll.plan.headroom import Express
 from detcoll.plan.ir import Buffer
 from detcoll.runtime import Descriptor, Engine, Group, Memory, Operation, Work
 from detcoll.runtime.actions import Act
@@ -35,10 +36,14 @@ from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, 
 from detcoll.runtime.engine import HELLO_TAG, Wide
 from detcoll.runtime.group import WORLD_ID, group_id, world
 from detcoll.runtime.memory import ScratchPool
+from detcoll.runtime.messages import Verb
+from detcoll.runtime.postman import Parcel
+from detcoll.runtime.transfer import ANY, NOTE_BYTES, Posting, Transfer
+from detcoll.signature import signature_of
 from detcoll.testing.plans import sites_of
 from detcoll.topology import Topology
 from detcoll.transport import Ticket, TicketKind, TicketStatus, Window, byte_view
-from detcoll.types import ReduceOp, accumulation_dtype
+from detcoll.types import ReduceOp, accumulation_dtype, check_op
 
 SECOND_NS = 1_000_000_000
 LONGEST_RUN_NS = 3_600 * SECOND_NS
@@ -52,7 +57,7 @@ class Called:
     """A call that a rank made: its array, and what became of it and when."""
 
     rank: int
-    operation: Operation | None
+    operation: Operation | Transfer | None
     array: NDArray[Any]
     error: Exception | None = None
     ended_ns: int = -1
@@ -107,7 +112,7 @@ class Host:
     posted: dict[tuple[int, int], deque[Receive]] = field(default_factory=dict)
     arrived: dict[tuple[int, int], deque[Letter]] = field(default_factory=dict)
     discarded: Discarded = field(default_factory=Discarded)
-    calls: dict[Operation, Called] = field(default_factory=dict)
+    calls: dict[Operation | Transfer, Called] = field(default_factory=dict)
     sequences: Counter[int] = field(default_factory=Counter)
     announced: list[Cause] = field(default_factory=list)
     events: int = 0
@@ -139,15 +144,18 @@ class Fleet:
         What each rank sends at most; without it only delays count.
     rendezvous : bool
         Whether what is announced reaches all ranks.
+    slotting : Slotting
+        How engines share their lines. The network here keeps no windows and no pace: it sends what it is given.
     """
 
     def __init__(
         self, ranks_of_sites: int | Sequence[int], *, delay_ns: int | Delay = 1_000_000,
         credit_bytes: int | None = None, rate_bytes_per_s: float | None = None, rendezvous: bool = False,
+        slotting: Slotting = Slotting.OFF,
     ) -> None:  # fmt: skip
         counts = [ranks_of_sites] if isinstance(ranks_of_sites, int) else list(ranks_of_sites)
         self.topology: Topology = sites_of(counts)
-        self.calendar: Calendar = build_calendar(self.topology, Slotting.OFF)
+        self.calendar: Calendar = build_calendar(self.topology, slotting)
         self.now_ns = 0
         self.credit_bytes, self.rate_bytes_per_s, self.rendezvous = credit_bytes, rate_bytes_per_s, rendezvous
         self._delay: Delay = delay_ns if callable(delay_ns) else lambda source, dst: delay_ns
@@ -165,7 +173,8 @@ class Fleet:
         for rank in range(size):
             wide = frozenset(other for other in range(size) if sites[other] != sites[rank])
             slots: Slots[Wide] = Slots(self.calendar, sites[rank], rank)
-            engine = Engine(rank, sites, wide, slots)
+            express = None if slotting is Slotting.OFF else Express.of(self.topology, rank)
+            engine = Engine(rank, sites, wide, slots, express)
             engine.join(self.world)
             self.hosts.append(Host(engine))
             self.at(0, rank, lambda: None)
@@ -198,6 +207,8 @@ class Fleet:
         host.sequences[group.id] += 1
         parsed, called = ReduceOp.parse(op), Called(rank, None, array)
         dtype = array.dtype
+        if signature_of(kind).has_op:
+            check_op(parsed, dtype)
         text = "" if group.id == WORLD_ID else f"{group.id:016x}"
         descriptor = Descriptor(sequence, kind, parsed.value, dtype.name, array.size, root, 1, text, name)
         collective = Collective(kind, array.size, dtype.itemsize, accumulation_dtype(dtype).itemsize, root)
@@ -210,6 +221,30 @@ class Fleet:
         called.operation = operation
         host.calls[operation] = called
         self.at(self.now_ns if at_ns is None else at_ns, rank, lambda: host.engine.submit(operation, self.now_ns))
+        return called
+
+    def send(self, rank: int, dst: int, array: NDArray[Any], tag: int = 0, **given: Any) -> Called:
+        """Let a rank send; see `call` for what may be given."""
+        return self._message(rank, dst, array, tag, is_send=True, **given)
+
+    def recv(self, rank: int, src: int | None, array: NDArray[Any], tag: int = 0, **given: Any) -> Called:
+        """Let a rank receive from a rank or from any."""
+        return self._message(rank, ANY if src is None else src, array, tag, is_send=False, **given)
+
+    def _message(
+        self, rank: int, peer: int, array: NDArray[Any], tag: int, *, is_send: bool, group: Group | None = None,
+        timeout_s: float = 600.0, at_ns: int | None = None, spans: bool = False, name: str = "",
+        chunk_bytes: int = 65_536, ahead_bytes: int = 262_144, load: Callable[[], None] | None = None,
+    ) -> Called:  # fmt: skip
+        address = array.__array_interface__["data"][0]
+        transfer = Transfer(
+            group or self.world, is_send, peer, tag, array.dtype.name, array.size, array.nbytes,
+            round(timeout_s * SECOND_NS), self.now_ns, chunk_bytes, ahead_bytes,
+            [(address, address + array.nbytes)] if spans else (), name, Parcel(array, Work("message"), load),
+        )  # fmt: skip
+        host, called = self.hosts[rank], Called(rank, transfer, array)
+        host.calls[transfer] = called
+        self.at(self.now_ns if at_ns is None else at_ns, rank, lambda: host.engine.submit(transfer, self.now_ns))
         return called
 
     def refuse(self, rank: int, error: Exception, *, group: Group | None = None) -> None:
@@ -372,7 +407,67 @@ class Fleet:
     def _copy(self, host: Host, operation: Operation, step: int) -> None:
         operation.memory.keep(step)
 
-    def _finish(self, host: Host, operation: Operation, error: Exception | None) -> None:
+    def _mail(self, host: Host, verb: Verb, *fields: Any) -> None:
+        getattr(self, f"_mail_{verb.name.lower()}")(host, *fields)
+
+    def _mail_listen(self, host: Host, group: Group, peer: int) -> None:
+        def done(ticket: Ticket) -> None:
+            record = bytes(ticket.view or b"")
+            ticket.release()
+            self._mail_listen(host, group, peer)
+            host.engine.messages.noted(group.id, peer, record, self.now_ns)
+
+        self._post(host, peer, group.note_tag, Receive(NOTE_BYTES, None, done))
+
+    def _mail_note(self, host: Host, posting: Posting, queued: Queued[Wide] | None, window: Window | None) -> None:
+        if not posting.over:
+            send = posting.send
+            record = posting.note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
+            self._put(Letter(host.engine.rank, posting.peer, posting.group.note_tag, record))
+            if queued is not None:
+                host.engine.messages.told(posting)
+
+    def _mail_open(self, host: Host, transfer: Transfer) -> None:
+        if transfer.memory.load is not None:
+            transfer.memory.load()
+
+    def _mail_keep(self, host: Host, transfer: Transfer) -> None:
+        transfer.memory.keep()
+
+    def _mail_send(
+        self, host: Host, transfer: Transfer, chunk: int, queued: Queued[Wide] | None, window: Window | None
+    ) -> None:
+        if transfer.over:
+            return
+
+        def sent() -> None:
+            host.engine.messages.moved(transfer, chunk, self.now_ns)
+
+        tag = transfer.group.message_tag(transfer.key, chunk)
+        data = bytes(transfer.memory.view(*transfer.span(chunk)))
+        self._put(Letter(host.engine.rank, transfer.peer, tag, data, sent))
+
+    def _mail_recv(self, host: Host, transfer: Transfer, chunk: int) -> None:
+        if transfer.over:
+            return
+        begin, end = transfer.span(chunk)
+
+        def done(ticket: Ticket) -> None:
+            if ticket.error is not None:
+                host.engine.messages.failed(transfer, chunk, ticket.error, self.now_ns)
+            else:
+                host.engine.messages.moved(transfer, chunk, self.now_ns)
+
+        tag = transfer.group.message_tag(transfer.key, chunk)
+        self._post(host, transfer.source, tag, Receive(end - begin, transfer.memory.view(begin, end), done))
+
+    def _mail_move(self, host: Host, send: Transfer, recv: Transfer) -> None:
+        recv.memory.take(send.memory)
+
+    def _mail_put(self, host: Host, recv: Transfer, payload: bytes) -> None:
+        recv.memory.view(0, recv.nbytes)[:] = payload
+
+    def _finish(self, host: Host, operation: Operation | Transfer, error: Exception | None) -> None:
         if error is not None:
             operation.memory.drop()
         called = host.calls.pop(operation)

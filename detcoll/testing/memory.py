@@ -15,16 +15,14 @@ import os
 import threading
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
-from detcoll.discarding import Discarded, has_prefix
-from detcoll.errors import Closed, ConnectError, FrameError, PeerLost, TransportUnavailable, UsageError
+from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
+from detcoll.mailbox import Mailbox
 from detcoll.transport import (
-    LARGEST_TAG,
-    TAG_BITS,
     Capabilities,
     Clock,
     Endpoint,
@@ -54,12 +52,11 @@ class _Hub:
 
 @dataclass(eq=False, slots=True)
 class _Message:
-    """One message: ``data`` is the sender's own memory while ``held`` is False, a copy afterwards."""
+    """One message, in its sender's own memory."""
 
     source: MemoryEndpoint
     ticket: Ticket
     data: memoryview
-    held: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -71,16 +68,13 @@ class _Timed:
     ends_ns: int | None = None
 
 
-class _Lender:
+class _Spoiler:
     """Owns the memory of one lent view, and spoils it when the view is released."""
 
     __slots__ = ("_memory",)
 
-    def __init__(self, data: memoryview) -> None:
-        self._memory = bytearray(data)
-
-    def lend(self) -> memoryview:
-        return memoryview(self._memory).toreadonly()
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
 
     def take_back(self, ticket: Ticket) -> None:
         self._memory[:] = _GARBAGE * len(self._memory)
@@ -124,29 +118,24 @@ class MemoryTransport(Transport):
 
 
 class MemoryEndpoint(Endpoint):
-    """One rank's mailboxes; see `MemoryTransport`.
+    """One rank's mailbox, and messages that find no room in it; see `MemoryTransport`.
 
-    It has many fields since it is a whole transport in one class: what was posted, came early, waits, and ended.
+    All methods take the lock that the endpoints of a job share, since each delivers to the mailboxes of others.
     """
 
     def __init__(self, rank: int, hub: _Hub, clock: Clock, capacity_bytes: int, capabilities: Capabilities) -> None:
         self._rank = rank
         self._hub = hub
         self._clock = clock
-        self._capacity_bytes = capacity_bytes
-        self._capabilities = capabilities
+        self._is_timed = capabilities.timed
         self._wakeup = threading.Condition(hub.lock)
-        self._eventfd: int | None = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._peers: set[int] = set()
-        self._gone: set[int] = set()
-        self._ended: list[Ticket] = []
-        self._posted: defaultdict[tuple[int, int], deque[tuple[Ticket, memoryview | None]]] = defaultdict(deque)
-        self._arrived: defaultdict[tuple[int, int], deque[_Message]] = defaultdict(deque)
-        self._held_bytes: defaultdict[int, int] = defaultdict(int)
-        self._sends: dict[Ticket, _Message] = {}
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._mail = Mailbox(
+            rank, largest_message_bytes=capabilities.largest_message_bytes, held_bytes=capacity_bytes, lend=_Spoiler
+        )
+        self._outside: defaultdict[int, deque[_Message]] = defaultdict(deque)
         self._timed: defaultdict[tuple[int, int], deque[_Timed]] = defaultdict(deque)
-        self._discarded = Discarded()
-        self._counters = {"messages_sent": 0, "bytes_sent": 0, "windows_missed": 0}
+        self._windows_missed = 0
         with hub.lock:
             hub.endpoints[rank] = self
 
@@ -158,25 +147,19 @@ class MemoryEndpoint(Endpoint):
     def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
         """Join the ranks in ``addresses``, all of which are open by now, whether needed or not."""
         with self._hub.lock:
-            self._check_open()
+            self._mail.check_open()
             missing = sorted(set(addresses) - set(self._hub.endpoints))
             if missing:
                 raise ConnectError(f"ranks {missing} are not open")
-            self._peers |= set(addresses) - {self._rank}
+            self._mail.peers |= set(addresses) - {self._rank}
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Send ``view``; the ticket ends when the receiver holds a copy."""
         view = view.cast("B")
         with self._hub.lock:
-            self._check_open()
-            self._check_arguments("dst", dst, tag, view.nbytes)
-            if dst in self._gone:
-                raise PeerLost(f"rank {dst} is gone")
-            self._discarded.lift(tag)
-            ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
+            ticket = self._mail.send(dst, tag, view.nbytes, self._clock.now_ns())
             message = _Message(self, ticket, view)
-            self._sends[ticket] = message
-            if not self._capabilities.timed:
+            if not self._is_timed:
                 window = None
             if window is None and not self._timed.get((dst, tag)):
                 self._deliver(message)
@@ -188,33 +171,19 @@ class MemoryEndpoint(Endpoint):
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         """Receive exactly ``nbytes``, at once if the message is here."""
         with self._hub.lock:
-            self._check_open()
-            self._check_arguments("src", src, tag, nbytes)
-            if into is not None and (into.readonly or into.nbytes != nbytes):
-                raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable bytes")
-            self._discarded.lift(tag)
-            ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
-            into = None if into is None else into.cast("B")
-            waiting = self._arrived.get((src, tag))
-            if waiting:
-                self._match(ticket, into, waiting.popleft())
-                _drop_if_empty(self._arrived, (src, tag))
-                self._hold_more(src)
-            elif src in self._gone:
-                raise PeerLost(f"rank {src} is gone")
-            else:
-                self._posted[src, tag].append((ticket, into))
+            ticket = self._mail.recv(src, tag, nbytes, into, self._clock.now_ns())
+            self._let_in(src)
+            self._tell()
             return ticket
 
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
         """Return tickets that ended; see `Endpoint.poll`."""
         with self._hub.lock:
             while True:
-                self._check_open()
+                self._mail.check_open()
                 next_ns = self._advance()
-                if self._ended:
-                    ended, self._ended = self._ended, []
-                    return ended
+                if self._mail.has_ended:
+                    return self._mail.take_ended()
                 now_ns = self._clock.now_ns()
                 if now_ns >= deadline_ns:
                     return []
@@ -224,61 +193,40 @@ class MemoryEndpoint(Endpoint):
     def cancel(self, ticket: Ticket) -> bool:
         """End a pending ticket as CANCELLED; `poll` does not return it again."""
         with self._hub.lock:
-            self._check_open()
-            if ticket.status is not TicketStatus.PENDING:
-                return False
-            found = self._withdraw(ticket) if ticket.kind is TicketKind.SEND else self._unpost(ticket)
-            if found:
-                self._finish(ticket, TicketStatus.CANCELLED, tell=False)
-            return found
+            self._mail.check_open()
+            is_send = ticket.kind is TicketKind.SEND
+            if ticket.status is TicketStatus.PENDING and is_send:
+                self._withdraw(lambda message: message.ticket is ticket)
+            return self._mail.cancel(ticket, self._clock.now_ns())
 
     def discard(self, tag: int, bits: int) -> None:
         """Drop what belongs to a prefix of tags; see `Endpoint.discard`."""
         with self._hub.lock:
-            self._check_open()
-            if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= TAG_BITS):
-                raise UsageError(f"tag={tag}, bits={bits} must be from 0 to {LARGEST_TAG} and from 0 to {TAG_BITS}")
-            self._discarded.add(tag, bits)
-            for key in [key for key in self._posted if has_prefix(key[1], tag, bits)]:
-                for ticket, _ in self._posted.pop(key):
-                    self._finish(ticket, TicketStatus.CANCELLED)
-            dropped = [key for key in self._arrived if has_prefix(key[1], tag, bits)]
-            for key in dropped:
-                for message in self._arrived.pop(key):
-                    self._let_go(message)
-            for source in {source for source, _ in dropped}:
-                self._hold_more(source)
+            self._mail.discard(tag, bits, self._clock.now_ns())
+            for source in list(self._outside):
+                self._let_in(source)
+            self._tell()
 
     def abort(self) -> None:
         """Leave at once; others see PeerLost."""
         with self._hub.lock:
-            if self._eventfd is None:
+            if not self._mail.is_open:
                 return
-            for ticket in list(self._sends):
-                self._withdraw(ticket)
-                self._finish(ticket, TicketStatus.CANCELLED, tell=False)
-            for queue in self._posted.values():
-                for ticket, _ in queue:
-                    self._finish(ticket, TicketStatus.CANCELLED, tell=False)
-            for messages in self._arrived.values():
-                for message in messages:
-                    if not message.held:
-                        message.source._fail(message.ticket, PeerLost(f"rank {self._rank} is gone"))
-            for queues in (self._posted, self._arrived, self._timed):
-                queues.clear()
+            self._withdraw(lambda message: True)
+            self._mail.close(self._clock.now_ns())
+            self._outside.clear()
             os.close(self._eventfd)
-            self._eventfd = None
             self._wakeup.notify_all()
-            for peer in self._peers:
+            for peer in self._mail.peers:
                 self._hub.endpoints[peer]._lose(self._rank)
 
     def close(self, deadline_ns: int) -> None:
         """Wait until all sends have ended, then leave."""
         with self._hub.lock:
-            while self._eventfd is not None and self._sends:
+            while self._mail.is_open and self._mail.has_sends:
                 next_ns = self._advance()
                 now_ns = self._clock.now_ns()
-                if not self._sends or now_ns >= deadline_ns:
+                if not self._mail.has_sends or now_ns >= deadline_ns:
                     break
                 wake_ns = deadline_ns if next_ns is None else min(deadline_ns, next_ns)
                 self._wakeup.wait(max(0, wake_ns - now_ns) / 1e9)
@@ -286,103 +234,52 @@ class MemoryEndpoint(Endpoint):
 
     def fileno(self) -> int | None:
         """Return an eventfd that is readable while tickets wait to be polled; None where sends are timed."""
-        return None if self._capabilities.timed else self._eventfd
+        return None if self._is_timed or not self._mail.is_open else self._eventfd
 
     def arm(self, deadline_ns: int) -> bool:
         """Empty the descriptor; True if there is nothing to collect."""
         with self._hub.lock:
-            self._check_open()
-            assert self._eventfd is not None
+            self._mail.check_open()
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._eventfd)
-            if self._ended:
-                os.eventfd_write(self._eventfd, 1)
-            return not self._ended
+            self._tell()
+            return not self._mail.has_ended
 
     def counters(self) -> Mapping[str, int]:
-        """Return messages and bytes sent, and windows missed."""
-        return dict(self._counters)
+        """Return messages and bytes sent and received, and windows missed."""
+        return {**self._mail.counters, "windows_missed": self._windows_missed}
 
-    def _check_open(self) -> None:
-        if self._eventfd is None:
-            raise Closed(f"the endpoint of rank {self._rank} is closed")
-
-    def _check_arguments(self, name: str, peer: int, tag: int, nbytes: int) -> None:
-        if peer not in self._peers:
-            raise UsageError(f"{name}={peer} is not connected; expected one of {sorted(self._peers)}")
-        if not 0 <= tag <= LARGEST_TAG:
-            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
-        if not 0 <= nbytes <= self._capabilities.largest_message_bytes:
-            raise UsageError(f"a message of {nbytes} bytes exceeds {self._capabilities.largest_message_bytes}")
-
-    def _finish(self, ticket: Ticket, status: TicketStatus, tell: bool = True) -> None:
-        """End one of this endpoint's own tickets."""
-        ticket.status = status
-        ticket.ended_ns = self._clock.now_ns()
-        self._sends.pop(ticket, None)
-        if tell:
-            self._ended.append(ticket)
-        if tell and self._eventfd is not None:
+    def _tell(self) -> None:
+        """Wake up who waits for tickets of this endpoint, if some have ended."""
+        if self._mail.has_ended and self._mail.is_open:
             os.eventfd_write(self._eventfd, 1)
-        self._wakeup.notify_all()
+            self._wakeup.notify_all()
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
-        ticket.error = error
-        self._finish(ticket, TicketStatus.FAILED)
+    def _end(self, ticket: Ticket, status: TicketStatus) -> None:
+        self._mail.end(ticket, status, self._clock.now_ns())
+        self._tell()
 
     def _deliver(self, message: _Message) -> None:
-        """Hand a message of this endpoint to its receiver."""
-        ticket = message.ticket
-        receiver = self._hub.endpoints[ticket.peer]
-        ticket.started_ns = self._clock.now_ns()
-        if receiver._discarded.covers(ticket.tag):
-            self._sent(message)
-            return
-        posted = receiver._posted.get((self._rank, ticket.tag))
-        if posted:
-            receiver._match(*posted.popleft(), message)
-            _drop_if_empty(receiver._posted, (self._rank, ticket.tag))
-            return
-        receiver._arrived[self._rank, ticket.tag].append(message)
-        receiver._hold_more(self._rank)
+        """Put a message of this endpoint into its receiver's mailbox, or let it wait outside."""
+        message.ticket.started_ns = self._clock.now_ns()
+        receiver = self._hub.endpoints[message.ticket.peer]
+        receiver._outside[self._rank].append(message)
+        receiver._let_in(self._rank)
+        receiver._tell()
 
-    def _hold_more(self, source: int) -> None:
-        """Copy what ``source`` still lends, as far as there is room."""
-        for (src, _), messages in self._arrived.items():
-            for message in messages if src == source else ():
-                nbytes = message.data.nbytes
-                if message.held or self._held_bytes[source] + nbytes > self._capacity_bytes:
-                    continue
-                self._held_bytes[source] += nbytes
-                message.data, message.held = memoryview(bytes(message.data)), True
-                message.source._sent(message)
-
-    def _sent(self, message: _Message) -> None:
-        self._counters["messages_sent"] += 1
-        self._counters["bytes_sent"] += message.data.nbytes
-        self._finish(message.ticket, TicketStatus.DONE)
-
-    def _match(self, ticket: Ticket, into: memoryview | None, message: _Message) -> None:
-        """End the receive ``ticket`` with ``message``."""
-        data = message.data
-        if data.nbytes != ticket.nbytes:
-            text = f"{data.nbytes} bytes came from rank {ticket.peer} with tag {ticket.tag}; expected {ticket.nbytes}"
-            self._fail(ticket, FrameError(text))
-        else:
-            if into is None:
-                ticket.lender = _Lender(data)
-                ticket.view = ticket.lender.lend()
-            else:
-                into[:] = data
-            self._finish(ticket, TicketStatus.DONE)
-        self._let_go(message)
-
-    def _let_go(self, message: _Message) -> None:
-        """Give back the room that a message took here, or the memory that its sender still lends."""
-        if message.held:
-            self._held_bytes[message.source._rank] -= message.data.nbytes
-        else:
-            message.source._sent(message)
+    def _let_in(self, source: int) -> None:
+        """Take in what waits outside, as far as there is room for it; messages of one tag keep their order."""
+        stay: set[int] = set()
+        for message in list(self._outside.get(source, ())):
+            tag, now_ns = message.ticket.tag, self._clock.now_ns()
+            if tag in stay or not self._mail.admits(source, tag, message.data.nbytes):
+                stay.add(tag)
+                continue
+            self._outside[source].remove(message)
+            self._mail.deliver(source, tag, message.data, now_ns)
+            message.source._end(message.ticket, TicketStatus.DONE)
+        if not self._outside.get(source, True):
+            del self._outside[source]
 
     def _advance(self) -> int | None:
         """Start and end timed sends that are due; return when the next one is."""
@@ -390,7 +287,8 @@ class MemoryEndpoint(Endpoint):
         due = []
         for key, queue in list(self._timed.items()):
             due.append(self._advance_queue(queue, now_ns))
-            _drop_if_empty(self._timed, key)
+            if not queue:
+                del self._timed[key]
         return min((at_ns for at_ns in due if at_ns is not None), default=None)
 
     def _advance_queue(self, queue: deque[_Timed], now_ns: int) -> int | None:
@@ -402,8 +300,8 @@ class MemoryEndpoint(Endpoint):
                 start_ns = max(now_ns, window.not_before_ns)
                 if window.not_after_ns is not None and start_ns + duration_ns > window.not_after_ns:
                     queue.popleft()
-                    self._counters["windows_missed"] += 1
-                    self._finish(head.message.ticket, TicketStatus.MISSED)
+                    self._windows_missed += 1
+                    self._end(head.message.ticket, TicketStatus.MISSED)
                     continue
                 if now_ns < start_ns:
                     return start_ns
@@ -414,46 +312,18 @@ class MemoryEndpoint(Endpoint):
             self._deliver(head.message)
         return None
 
-    def _withdraw(self, ticket: Ticket) -> bool:
-        """Take back a send whose message no one holds yet."""
-        message = self._sends.get(ticket)
-        if message is None:
-            return False
-        queue = self._timed.get((ticket.peer, ticket.tag), deque())
-        for waiting in list(queue):
-            if waiting.message is message:
-                queue.remove(waiting)
-                return True
-        arrived = self._hub.endpoints[ticket.peer]._arrived.get((self._rank, ticket.tag), deque())
-        if message in arrived:
-            arrived.remove(message)
-            return True
-        return False
-
-    def _unpost(self, ticket: Ticket) -> bool:
-        """Take back a posted receive."""
-        queue = self._posted.get((ticket.peer, ticket.tag), deque())
-        for entry in list(queue):
-            if entry[0] is ticket:
-                queue.remove(entry)
-                return True
-        return False
+    def _withdraw(self, is_meant: Callable[[_Message], bool]) -> None:
+        """Take back messages of this endpoint that no mailbox holds yet."""
+        for key, queue in list(self._timed.items()):
+            self._timed[key] = deque(waiting for waiting in queue if not is_meant(waiting.message))
+        for peer in self._mail.peers:
+            outside = self._hub.endpoints[peer]._outside
+            if self._rank in outside:
+                outside[self._rank] = deque(message for message in outside[self._rank] if not is_meant(message))
 
     def _lose(self, peer: int) -> None:
         """Fail all that waits for ``peer``, which is gone."""
-        if self._eventfd is None:
-            return
-        self._gone.add(peer)
-        error = PeerLost(f"rank {peer} is gone")
-        for (source, _), posted in self._posted.items():
-            while source == peer and posted:
-                self._fail(posted.popleft()[0], error)
-        for ticket in [ticket for ticket in self._sends if ticket.peer == peer]:
-            self._withdraw(ticket)
-            self._fail(ticket, error)
-
-
-def _drop_if_empty(queues: dict[tuple[int, int], Any], key: tuple[int, int]) -> None:
-    """Forget a queue that ran empty, since tags need not come again."""
-    if not queues[key]:
-        del queues[key]
+        if self._mail.is_open:
+            self._withdraw(lambda message: message.ticket.peer == peer)
+            self._mail.lose(peer, PeerLost(f"rank {peer} is gone"), self._clock.now_ns())
+            self._tell()

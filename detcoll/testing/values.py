@@ -2,24 +2,95 @@
 
 `edge_values` gives what each rank contributes: numbers near the largest, NaN on one rank, zeros of both signs, numbers
 close to zero. `require` holds a result against the oracle, `detcoll.fold.reference`, and an average also against the
-true mean, so that a mistake which both share is seen.
+true mean, so that a mistake which both share is seen. `varied` and `whole_numbers` give ordinary values of any type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
+from math import prod
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from detcoll.errors import UsageError
 from detcoll.fold import reference
-from detcoll.types import DTYPES, ReduceOp, is_half, is_integer
+from detcoll.types import (
+    DTYPES,
+    ReduceOp,
+    accumulation_dtype,
+    is_complex,
+    is_float,
+    is_half,
+    is_integer,
+    operators_of,
+    real_dtype,
+)
 
-FLOATS = tuple(name for name, dtype in DTYPES.items() if not is_integer(dtype))
+FLOATS = tuple(name for name, dtype in DTYPES.items() if is_float(dtype))
 EDGE_OPS = (ReduceOp.AVG, ReduceOp.MIN, ReduceOp.MAX)
 EDGE_COUNTS = (1, 37, 100_003)
+TYPE_SHAPES: tuple[tuple[int, ...], ...] = ((0,), (), (3, 167))
+
+
+def varied(dtype: np.dtype[Any], count: int, *seed: int) -> NDArray[Any]:
+    """Return ``count`` random values of any type; in sums and products of floats of them, order and rounding show."""
+    draw = np.random.default_rng([*seed, count])
+    if is_integer(dtype):
+        limits = np.iinfo(dtype)
+        return draw.integers(limits.min, limits.max, count, dtype, endpoint=True)
+    values = draw.standard_normal(2 * count) * 10
+    if is_complex(dtype):
+        return values.view(np.complex128).astype(dtype)
+    return np.asarray(values[:count] > 0 if dtype.kind == "b" else values[:count].astype(dtype))
+
+
+def whole_numbers(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return what ``rank`` gives: small whole numbers, with which ``op`` is exact in any order and element type.
+
+    They name the rank and the position they come from, so that a wrong chunk names itself.
+    """
+    positions = np.arange(count)
+    if is_complex(dtype):
+        turns = np.array([1, 1j, -1, -1j])[(positions + rank) % 4]
+        return np.asarray(turns * (1 + (positions + rank) % 5 // 4 if op is ReduceOp.PROD else positions % 7)).astype(
+            dtype
+        )
+    if op is ReduceOp.PROD:
+        return np.asarray(1 + (positions + rank) % 5 // 4).astype(dtype)
+    values = (positions * 3 + rank * 5) % 11
+    return np.asarray(values % 2 if dtype.kind == "b" else values).astype(dtype)
+
+
+def reduced_whole_numbers(size: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return what ``size`` ranks must get from `whole_numbers`, worked out in the widest types."""
+    parts = np.stack([exact(whole_numbers(rank, count, op, dtype)) for rank in range(size)])
+    fold: dict[ReduceOp, np.ufunc] = {
+        ReduceOp.SUM: np.add,
+        ReduceOp.AVG: np.add,
+        ReduceOp.MIN: np.minimum,
+        ReduceOp.MAX: np.maximum,
+        ReduceOp.PROD: np.multiply,
+        ReduceOp.BAND: np.bitwise_and,
+        ReduceOp.BOR: np.bitwise_or,
+        ReduceOp.BXOR: np.bitwise_xor,
+    }
+    result = fold[op].reduce(parts, axis=0)
+    if op is not ReduceOp.AVG:
+        return np.asarray(result.astype(dtype))
+    real = real_dtype(accumulation_dtype(dtype))
+    means = result.view(np.float64).astype(real) / real.type(size)
+    return np.asarray(means.view(dtype) if is_complex(dtype) else means.astype(dtype))
+
+
+def exact(array: NDArray[Any]) -> NDArray[Any]:
+    """Return small whole numbers of any type in the widest type of their kind, in which results compare."""
+    widest = {"b": "uint8", "i": "int64", "u": "int64", "c": "complex128"}
+    return array.astype(widest.get(array.dtype.kind, "float64"))
 
 
 def edge_values(op: ReduceOp, dtype: np.dtype[Any], size: int, count: int) -> list[NDArray[Any]]:
@@ -92,6 +163,36 @@ def require_edges(
                 mine = given[rank].copy()
                 all_reduce(mine, op)
                 require(op, given, groups, mine, ordered=ordered)
+
+
+def require_types(
+    all_reduce: Callable[[NDArray[Any], ReduceOp], object], rank: int, groups: Sequence[Sequence[int]], *,
+    ordered: bool, shapes: Sequence[tuple[int, ...]] = TYPE_SHAPES,
+) -> None:  # fmt: skip
+    """Have every type reduced in place by every operation that it has; the others must be refused, on every rank.
+
+    Raises
+    ------
+    AssertionError
+        At the first result that is wrong; bits are compared where the fold order is ``ordered``, else exact values.
+    """
+    size = sum(map(len, groups))
+    for dtype, op, shape in product(DTYPES.values(), ReduceOp, shapes):
+        count, what = prod(shape), f"{op.value} of {dtype} of shape {shape}, rank {rank}"
+        if op not in operators_of(dtype):
+            mine = np.ones(shape, dtype)
+            with pytest.raises(UsageError):
+                all_reduce(mine, op)
+            assert (mine == 1).all(), what
+            continue
+        given = [varied(dtype, count, at) if ordered else whole_numbers(at, count, op, dtype) for at in range(size)]
+        mine = given[rank].reshape(shape).copy()
+        all_reduce(mine, op)
+        if ordered:
+            assert mine.tobytes() == reference(op, given, groups, dtype).tobytes(), what
+        else:
+            expected = reduced_whole_numbers(size, count, op, dtype)
+            np.testing.assert_array_equal(exact(mine.reshape(-1)), exact(expected), what)
 
 
 def plain_bits(array: NDArray[Any]) -> NDArray[Any]:

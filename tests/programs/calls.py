@@ -22,7 +22,7 @@ import numpy as np
 import detcoll
 from detcoll.errors import DetcollError, TransportUnavailable
 from detcoll.launch.launchers import read_environment
-from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges
+from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges, require_types
 
 
 def say(something: object) -> None:
@@ -63,6 +63,18 @@ def edge_values() -> None:
                 )  # fmt: skip
             except AssertionError:
                 wrong.append(f"{op.value} of {name}")
+    say([comm.algorithm("all_reduce", 8), wrong])
+    detcoll.finalize()
+
+
+def every_type() -> None:
+    """Reduce every type by every operation, natively by MPI, and tell the algorithm and what went wrong."""
+    comm = detcoll.init("mpi", timeout=20)
+    wrong = []
+    try:
+        require_types(lambda array, op: comm.all_reduce(array, op=op), comm.rank, [range(comm.size)], ordered=False)
+    except AssertionError as error:
+        wrong.append(str(error))
     say([comm.algorithm("all_reduce", 8), wrong])
     detcoll.finalize()
 

@@ -14,7 +14,8 @@ import numpy as np
 
 import detcoll
 from detcoll.fold import reference
-from detcoll.types import DTYPES, ReduceOp, is_integer
+from detcoll.testing.values import varied
+from detcoll.types import DTYPES, ReduceOp, operators_of
 
 count, seed = int(sys.argv[1]), int(sys.argv[2])
 largest = int(sys.argv[3]) if len(sys.argv) > 3 else 20_000
@@ -33,11 +34,10 @@ def finish(work, mine, expected, name):
 
 for number in range(count):
     dtype = list(DTYPES.values())[draw.integers(len(DTYPES))]
-    op = list(ReduceOp)[draw.integers(len(ReduceOp))]
-    if op is ReduceOp.AVG and is_integer(dtype):
-        op = ReduceOp.SUM
+    known = [op for op in ReduceOp if op in operators_of(dtype)]
+    op = known[draw.integers(len(known))]
     elems = int(draw.integers(0, 4)) if number % 5 == 0 else int(largest ** draw.random())
-    contributions = [(draw.standard_normal(elems) * 3).astype(dtype) for _ in range(comm.size)]
+    contributions = [varied(dtype, elems, number, rank) for rank in range(comm.size)]
     expected = reference(op, contributions, groups, dtype)
     mine = contributions[comm.rank].copy()
     work = comm.all_reduce(mine, op=op, async_op=True)

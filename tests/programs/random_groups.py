@@ -16,7 +16,8 @@ import numpy as np
 import detcoll
 from detcoll.communicator import Communicator
 from detcoll.fold import reference
-from detcoll.types import DTYPES, ReduceOp, is_integer
+from detcoll.testing.values import varied
+from detcoll.types import DTYPES, ReduceOp, operators_of
 
 count, seed = int(sys.argv[1]), int(sys.argv[2])
 largest = int(sys.argv[3]) if len(sys.argv) > 3 else 20_000
@@ -32,11 +33,10 @@ def serve(group: Communicator, at: int, calls: int) -> None:
     pending: list[tuple] = []
     for number in range(calls):
         dtype = list(DTYPES.values())[draw.integers(len(DTYPES))]
-        op = list(ReduceOp)[draw.integers(len(ReduceOp))]
-        if op is ReduceOp.AVG and is_integer(dtype):
-            op = ReduceOp.SUM
+        known = [op for op in ReduceOp if op in operators_of(dtype)]
+        op = known[draw.integers(len(known))]
         elems = int(draw.integers(0, 4)) if number % 5 == 0 else int(largest ** draw.random())
-        given = [(draw.standard_normal(elems) * 3).astype(dtype) for _ in range(group.size)]
+        given = [varied(dtype, elems, number, rank) for rank in range(group.size)]
         mine, root = given[group.rank].copy(), int(draw.integers(group.size))
         if draw.random() < 0.7:
             expected = reference(op, given, sites, dtype)

@@ -14,7 +14,7 @@ from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.extrema import comparable
 from detcoll.fold import fold, fold_step, widened
 from detcoll.transport import Capabilities, Endpoint, NativeCollectives
-from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
+from detcoll.types import ReduceOp, check_op, is_half, parse_dtype
 from detcoll_gloo.agreement import Agreement
 from detcoll_gloo.group import Group
 
@@ -42,6 +42,9 @@ class GlooCollectives(Endpoint, NativeCollectives):
             ReduceOp.MIN: ops.MIN,
             ReduceOp.MAX: ops.MAX,
             ReduceOp.PROD: ops.PRODUCT,
+            ReduceOp.BAND: ops.BAND,
+            ReduceOp.BOR: ops.BOR,
+            ReduceOp.BXOR: ops.BXOR,
         }
 
     @property
@@ -52,15 +55,17 @@ class GlooCollectives(Endpoint, NativeCollectives):
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place; averages are divided once at the end.
 
-        Gloo's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
+        Gloo's minimum and maximum lose NaN, so floats go through them as integers; bool goes as uint8, a sum of complex
+        numbers as one of floats. See `detcoll.extrema`.
         """
         self._check_usable()
         dtype = parse_dtype(array.dtype)
         if dtype.name not in self._capabilities.native_dtypes:
             known = ", ".join(sorted(self._capabilities.native_dtypes))
             raise UsageError(f"Gloo does not reduce {dtype}; expected one of {known}")
-        if op is ReduceOp.AVG and is_integer(dtype):
-            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        check_op(op, dtype)
+        if (dtype.name, op) in self._capabilities.native_lacks:
+            raise UsageError(f"Gloo has no op={op.value!r} of {dtype}; a plan does")
         with self._in_step():
             self._agree("all_reduce", op, array, 0, arrays, name, deadline_ns)
             if op in _WIDENED and is_half(dtype):

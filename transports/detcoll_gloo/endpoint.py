@@ -6,7 +6,7 @@ import atexit
 from collections.abc import Collection, Mapping, Sequence
 
 from detcoll.errors import Closed, UsageError
-from detcoll.transport import LARGEST_TAG, TAG_BITS, Capabilities, Clock, Ticket, TicketKind, TicketStatus, Window
+from detcoll.transport import Capabilities, Clock, Ticket, TicketStatus, Window
 from detcoll_gloo.collectives import GlooCollectives
 from detcoll_gloo.group import Group
 from detcoll_gloo.mail import Mail
@@ -38,8 +38,7 @@ class GlooEndpoint(GlooCollectives):
     ) -> None:
         super().__init__(group, capabilities, compare)
         self._address = address
-        self._mail: Mail | None = Mail(group, clock, unexpected_bytes)
-        self._peers: set[int] = set()
+        self._mail: Mail | None = Mail(group, clock, capabilities.largest_message_bytes, unexpected_bytes)
         self._counted: Mapping[str, int] = self._mail.counters
         _open.add(self)
 
@@ -58,31 +57,21 @@ class GlooEndpoint(GlooCollectives):
         ConnectError
             If not all of them are joined at the deadline; names them.
         """
-        self._check_open()
+        mail = self._check_open()
         missing = sorted(set(range(self._group.size)) - set(addresses))
         if missing:
             raise UsageError(f"addresses lacks ranks {missing}; Gloo joins all {self._group.size} ranks of a job")
         if self._group.size > 1:
             self._group.join(addresses[0], deadline_ns)
-        self._peers = set(range(self._group.size)) - {self._group.rank}
+        mail.peers.update(set(range(self._group.size)) - {self._group.rank})
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Queue ``view`` behind what goes to ``dst`` already; windows are not kept."""
-        mail = self._check_open()
-        self._check_arguments("dst", dst, tag, view.nbytes)
-        ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
-        mail.post_send(ticket, view)
-        return ticket
+        return self._check_open().send(dst, tag, view)
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         """Receive exactly ``nbytes``, straight into ``into`` where it is posted before they come."""
-        mail = self._check_open()
-        self._check_arguments("src", src, tag, nbytes)
-        if into is not None and (into.readonly or into.nbytes != nbytes):
-            raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable bytes")
-        ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
-        mail.post_recv(ticket, into)
-        return ticket
+        return self._check_open().recv(src, tag, nbytes, into)
 
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
         """Return tickets that ended; see `Endpoint.poll`."""
@@ -95,10 +84,7 @@ class GlooEndpoint(GlooCollectives):
 
     def discard(self, tag: int, bits: int) -> None:
         """Drop what belongs to a prefix of tags; see `Endpoint.discard`."""
-        mail = self._check_open()
-        if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= TAG_BITS):
-            raise UsageError(f"tag={tag}, bits={bits} must be from 0 to {LARGEST_TAG} and from 0 to {TAG_BITS}")
-        mail.discard(tag, bits)
+        self._check_open().discard(tag, bits)
 
     def abort(self) -> None:
         """Close all connections at once; others see that this rank is gone."""
@@ -134,14 +120,6 @@ class GlooEndpoint(GlooCollectives):
         if self._mail is None:
             raise Closed("the Gloo endpoint is closed")
         return self._mail
-
-    def _check_arguments(self, name: str, peer: int, tag: int, nbytes: int) -> None:
-        if peer not in self._peers:
-            raise UsageError(f"{name}={peer} is not connected; expected one of {sorted(self._peers)}")
-        if not 0 <= tag <= LARGEST_TAG:
-            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
-        if not 0 <= nbytes <= self._capabilities.largest_message_bytes:
-            raise UsageError(f"a message has {nbytes} bytes; expected 0 to {self._capabilities.largest_message_bytes}")
 
 
 @atexit.register

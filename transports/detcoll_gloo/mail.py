@@ -1,4 +1,4 @@
-"""Messages over Gloo: what was posted, what has arrived, and a thread for each direction of each pair.
+"""Messages over Gloo: a mailbox, and a thread for each direction of each pair.
 
 A message is a frame (kind, tag, size and, if it is small, the payload), followed by the payload if it is larger. The
 messages of a pair travel in order. Who closes sends ``BYE`` to those to whom it has sent messages, and goes when they
@@ -9,19 +9,17 @@ One lock guards all of it. Threads never hold it while they wait for Gloo.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from detcoll.discarding import Discarded, has_prefix
-from detcoll.errors import FrameError, PeerLost, TransportError
-from detcoll.transport import Clock, Ticket, TicketStatus
+from detcoll.errors import PeerLost, TransportError
+from detcoll.mailbox import Arrival, Mailbox
+from detcoll.transport import Clock, Ticket, TicketKind, TicketStatus
 from detcoll_gloo.group import FOREVER, Group
 
 _HEADER = struct.Struct("<B7xQQ")
@@ -30,25 +28,6 @@ INLINE_BYTES = FRAME_BYTES - _HEADER.size
 JOIN_TIMEOUT_S = 10.0
 _FRAME_TAG, _PAYLOAD_TAG = 0, 1
 _DATA, _BYE, _SEEN = range(3)
-
-
-@dataclass(eq=False, slots=True)
-class _Posted:
-    """A receive that waits for its message; where it ``is_dropped``, it ends once that is no longer being written."""
-
-    ticket: Ticket
-    into: memoryview | None
-    is_dropped: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class _Arrival:
-    """A message for which no receive was posted when it came; ``posted`` is one that came while it still arrives."""
-
-    memory: NDArray[np.uint8]
-    is_complete: bool = False
-    is_dropped: bool = False
-    posted: _Posted | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -62,19 +41,16 @@ class _Outgoing:
 
 
 class _Line:
-    """The queue of messages to one peer; ``under_way`` is the one that its thread is sending."""
+    """The queue of messages to one peer; ``seen`` once it has answered the goodbye."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self.queue: deque[_Outgoing] = deque()
-        self.under_way: _Outgoing | None = None
         self.filled = threading.Condition(lock)
         self.seen = False
 
 
 class Mail:
-    """All messages of one rank.
-
-    It has many fields since Gloo needs its own queue for each stage of a message: wanted, posted, held, lent, sent.
+    """All messages of one rank: the mailbox, and a thread for each direction of each pair that fills and empties it.
 
     Parameters
     ----------
@@ -82,123 +58,94 @@ class Mail:
         The joined group.
     clock : Clock
         Of the endpoint.
+    largest_message_bytes : int
+        Of the transport's capabilities.
     unexpected_bytes : int
         How much of one peer's mail is held before its receive is posted.
     """
 
-    def __init__(self, group: Group, clock: Clock, unexpected_bytes: int) -> None:
+    def __init__(self, group: Group, clock: Clock, largest_message_bytes: int, unexpected_bytes: int) -> None:
         self._group = group
         self._clock = clock
-        self._unexpected_bytes = unexpected_bytes
+        self._box = Mailbox(
+            group.rank, largest_message_bytes=largest_message_bytes, held_bytes=unexpected_bytes
+        )  # fmt: skip
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._posted: defaultdict[tuple[int, int], deque[_Posted]] = defaultdict(deque)
-        self._arrived: defaultdict[tuple[int, int], deque[_Arrival]] = defaultdict(deque)
-        self._receiving: set[_Posted] = set()
-        self._blocked: dict[int, int | None] = {}  # the tag of a peer's message for which there is no room; None: drop
-        self._discarded = Discarded()
-        self._held_bytes: defaultdict[int, int] = defaultdict(int)
+        self._outside: dict[int, tuple[int, int]] = {}  # tag and size of a peer's message that finds no room
+        self._let_in: dict[int, Arrival] = {}
         self._lines: dict[int, _Line] = {}
-        self._lost: dict[int, TransportError] = {}
-        self._ended: list[Ticket] = []
+        self._lost: set[int] = set()
         self._threads: list[threading.Thread] = []
-        self._is_closing = False
-        self.counters = dict.fromkeys(("messages_sent", "bytes_sent", "messages_received", "bytes_received"), 0)
+        self._is_closing = self._is_told = False
+
+    @property
+    def peers(self) -> set[int]:
+        """The ranks that messages may be exchanged with."""
+        return self._box.peers
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Messages and bytes sent and received."""
+        return self._box.counters
 
     def fileno(self) -> int:
         """Return an eventfd that is readable while tickets wait to be collected."""
         return self._eventfd
 
-    def post_send(self, ticket: Ticket, view: memoryview) -> None:
-        """Queue a message.
-
-        Raises
-        ------
-        PeerLost
-            If the peer is gone.
-        """
+    def send(self, dst: int, tag: int, view: memoryview) -> Ticket:
+        """Queue a message; see `Mailbox.send`."""
         with self._lock:
-            self._check_peer(ticket.peer)
+            ticket = self._box.send(dst, tag, view.nbytes, self._clock.now_ns())
             self._start()
-            self._discarded.lift(ticket.tag)
-            self._queue(ticket.peer, _Outgoing(_DATA, ticket.tag, view, ticket))
+            self._queue(dst, _Outgoing(_DATA, tag, view, ticket))
+            return ticket
 
-    def post_recv(self, ticket: Ticket, into: memoryview | None) -> None:
-        """Match a receive with a message that is here, or let it wait for one.
-
-        Raises
-        ------
-        PeerLost
-            If the peer is gone, and no message of it is left.
-        """
-        key = ticket.peer, ticket.tag
-        posted = _Posted(ticket, into)
+    def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None) -> Ticket:
+        """Take a message that is here, or wait for one; see `Mailbox.recv`."""
         with self._lock:
+            ticket = self._box.recv(src, tag, nbytes, into, self._clock.now_ns())
             self._start()
-            self._discarded.lift(ticket.tag)
-            arrival = next((item for item in self._arrived.get(key, ()) if item.posted is None), None)
-            if arrival is None:
-                self._check_peer(ticket.peer)
-                self._posted[key].append(posted)
-                self._room.notify_all()
-            elif arrival.is_complete:
-                self._remove(self._arrived, key, arrival)
-                self._hand_over(posted, arrival)
-            else:
-                arrival.posted = posted
+            self._look_outside(src)
+            self._tell()
+            return ticket
 
     def collect(self, deadline_ns: int) -> list[Ticket]:
         """Return the tickets that ended, waiting until there is one or the deadline passes."""
         with self._lock:
-            while not self._ended:
+            while not self._box.has_ended:
                 remaining_ns = deadline_ns - self._clock.now_ns()
                 if remaining_ns <= 0:
                     break
                 self._news.wait(remaining_ns / 1e9)
-            ended, self._ended = self._ended, []
-            return ended
+            self._is_told = False
+            return self._box.take_ended()
 
     def arm(self) -> bool:
         """Empty the descriptor; True if there is nothing to collect."""
         with self._lock:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._eventfd)
-            except BlockingIOError:
-                return not self._ended
-            if self._ended:
-                os.eventfd_write(self._eventfd, 1)
-            return not self._ended
+            self._is_told = False
+            self._tell()
+            return not self._box.has_ended
 
     def cancel(self, ticket: Ticket) -> bool:
         """Take back what is not yet being moved."""
         with self._lock:
-            key = ticket.peer, ticket.tag
-            found = self._take_back_recv(key, ticket) or self._take_back_send(ticket)
-            if found:
-                self._end(ticket, TicketStatus.CANCELLED)
-            return found
+            is_send = ticket.kind is TicketKind.SEND
+            return (not is_send or self._take_back(ticket)) and self._box.cancel(ticket, self._clock.now_ns())
 
     def discard(self, tag: int, bits: int) -> None:
         """Drop what belongs to a prefix of tags, now and later."""
         with self._lock:
+            self._box.discard(tag, bits, self._clock.now_ns())
             self._start()
-            self._discarded.add(tag, bits)
-            for key in [key for key in self._posted if has_prefix(key[1], tag, bits)]:
-                for posted in self._posted.pop(key):
-                    self._end(posted.ticket, TicketStatus.CANCELLED, tell=True)
-            for key in [key for key in self._arrived if has_prefix(key[1], tag, bits)]:
-                for arrival in self._arrived.pop(key):
-                    self._drop_arrival(key[0], arrival)
-            for posted in [item for item in self._receiving if has_prefix(item.ticket.tag, tag, bits)]:
-                posted.is_dropped = True
-                if posted.into is None and posted.ticket.status is TicketStatus.PENDING:
-                    self._end(posted.ticket, TicketStatus.CANCELLED, tell=True)
-            for peer, blocked in self._blocked.items():
-                if blocked is not None and has_prefix(blocked, tag, bits):
-                    self._blocked[peer] = None
-            self._room.notify_all()
+            for peer in list(self._outside):
+                self._look_outside(peer)
+            self._tell()
 
     def close(self, deadline_ns: int) -> None:
         """Wait until what was sent has been seen by its receivers, then end all threads."""
@@ -224,8 +171,7 @@ class Mail:
         for thread in self._threads:
             thread.join(JOIN_TIMEOUT_S)
         with self._lock:
-            for peer in range(self._group.size):
-                self._drop(peer, TicketStatus.CANCELLED, None)
+            self._box.close(self._clock.now_ns())
         os.close(self._eventfd)
 
     def _start(self) -> None:
@@ -249,50 +195,14 @@ class Mail:
         line.queue.append(outgoing)
         line.filled.notify_all()
 
-    def _check_peer(self, peer: int) -> None:
-        if peer in self._lost:
-            raise PeerLost(f"rank {peer} is gone") from self._lost[peer]
-
-    def _drop_arrival(self, peer: int, arrival: _Arrival) -> None:
-        """Give back the room of a message that was held, once it is no longer being written."""
-        if arrival.posted is not None:
-            self._end(arrival.posted.ticket, TicketStatus.CANCELLED, tell=True)
-            arrival.posted = None
-        arrival.is_dropped = True
-        if arrival.is_complete:
-            self._held_bytes[peer] -= arrival.memory.size
-
-    def _end(
-        self, ticket: Ticket, status: TicketStatus, error: Exception | None = None, *, tell: bool = False
-    ) -> None:  # fmt: skip
-        ticket.error, ticket.ended_ns = error, self._clock.now_ns()
-        ticket.status = status  # last, since the caller's thread may look at it any time
-        if tell or status is not TicketStatus.CANCELLED:
-            self._ended.append(ticket)
+    def _tell(self) -> None:
+        """Wake up who waits for tickets, if some have ended and nobody was told yet."""
+        if self._box.has_ended and not (self._is_told or self._is_closing):
+            self._is_told = True
             os.eventfd_write(self._eventfd, 1)
-        self._news.notify_all()
+            self._news.notify_all()
 
-    @staticmethod
-    def _remove(queues: dict[tuple[int, int], deque[Any]], key: tuple[int, int], item: object) -> None:
-        queues[key].remove(item)
-        if not queues[key]:
-            del queues[key]
-
-    def _take_back_recv(self, key: tuple[int, int], ticket: Ticket) -> bool:
-        for posted in self._posted.get(key, ()):
-            if posted.ticket is ticket:
-                self._remove(self._posted, key, posted)
-                return True
-        for arrival in self._arrived.get(key, ()):
-            if arrival.posted is not None and arrival.posted.ticket is ticket:
-                following = self._posted.get(key)
-                arrival.posted = following[0] if following else None
-                if arrival.posted is not None:
-                    self._remove(self._posted, key, arrival.posted)
-                return True
-        return False
-
-    def _take_back_send(self, ticket: Ticket) -> bool:
+    def _take_back(self, ticket: Ticket) -> bool:
         line = self._lines.get(ticket.peer)
         for outgoing in line.queue if line is not None else ():
             if outgoing.ticket is ticket:
@@ -314,7 +224,7 @@ class Mail:
                 self._group.start_send(self._group.bytes_tensor(memoryview(frame)), peer, _FRAME_TAG).wait(FOREVER)
                 if view.nbytes > INLINE_BYTES:
                     self._group.start_send(self._group.bytes_tensor(view), peer, _PAYLOAD_TAG).wait(FOREVER)
-                self._sent(line, outgoing)
+                self._sent(outgoing)
         except RuntimeError as error:
             self._lose(peer, self._group.error(error, peer))
 
@@ -324,18 +234,16 @@ class Mail:
                 line.filled.wait()
             if self._is_closing:
                 return None
-            line.under_way = line.queue.popleft()
-            if line.under_way.ticket is not None:
-                line.under_way.ticket.started_ns = self._clock.now_ns()
-            return line.under_way
-
-    def _sent(self, line: _Line, outgoing: _Outgoing) -> None:
-        with self._lock:
-            line.under_way = None
+            outgoing = line.queue.popleft()
             if outgoing.ticket is not None:
-                self.counters["messages_sent"] += 1
-                self.counters["bytes_sent"] += outgoing.ticket.nbytes
-                self._end(outgoing.ticket, TicketStatus.DONE)
+                outgoing.ticket.started_ns = self._clock.now_ns()
+            return outgoing
+
+    def _sent(self, outgoing: _Outgoing) -> None:
+        with self._lock:
+            if outgoing.ticket is not None and outgoing.ticket.status is TicketStatus.PENDING:
+                self._box.end(outgoing.ticket, TicketStatus.DONE, self._clock.now_ns())
+                self._tell()
 
     def _read(self, peer: int) -> None:
         """Receive what ``peer`` sends, until it goes."""
@@ -364,105 +272,43 @@ class Mail:
 
     def _receive(self, peer: int, tag: int, nbytes: int, inline: memoryview) -> None:
         """Receive one message to where it belongs."""
-        key = peer, tag
-        place = self._find_place(key, nbytes)
-        if place is None:
+        arrival = self._admit(peer, tag, nbytes)
+        if arrival is None or not nbytes:
             return
-        posted, memory, arrival = place
         if nbytes <= INLINE_BYTES:
-            memory[:] = np.frombuffer(inline[:nbytes], np.uint8)
+            arrival.memory[:] = inline[:nbytes]
         else:
-            self._group.start_recv(self._group.tensor(memory), peer, _PAYLOAD_TAG).wait(FOREVER)
+            self._group.start_recv(self._group.bytes_tensor(arrival.memory), peer, _PAYLOAD_TAG).wait(FOREVER)
         with self._lock:
-            if posted is not None:
-                self._receiving.discard(posted)
-                self._settle(posted, memory)
-            if arrival is None:
-                return
-            arrival.is_complete = True
-            if arrival.is_dropped:
-                self._drop_arrival(peer, arrival)
-                self._room.notify_all()
-            elif arrival.posted is not None:
-                self._remove(self._arrived, key, arrival)
-                self._hand_over(arrival.posted, arrival)
+            self._box.advance(arrival, nbytes, self._clock.now_ns())
+            self._tell()
 
-    def _find_place(
-        self, key: tuple[int, int], nbytes: int
-    ) -> tuple[_Posted | None, NDArray[np.uint8], _Arrival | None] | None:
-        """Return where a message goes: to a posted receive, or to be held once there is room; None at the end.
-
-        What is discarded goes to memory that neither a receive nor a held message has.
-        """
-        peer, tag = key
+    def _admit(self, peer: int, tag: int, nbytes: int) -> Arrival | None:
+        """Return where a message goes, once there is room for it; None at the end."""
         with self._lock:
-            while True:
-                if self._is_closing:
-                    return None
-                if self._blocked.pop(peer, tag) is None or self._discarded.covers(tag):
-                    return None, np.empty(nbytes, np.uint8), None
-                queue = self._posted.get(key)
-                if queue:
-                    posted = queue[0]
-                    self._remove(self._posted, key, posted)
-                    self._receiving.add(posted)
-                    if posted.into is not None and posted.ticket.nbytes == nbytes:
-                        return posted, np.frombuffer(posted.into, np.uint8), None
-                    return posted, np.empty(nbytes, np.uint8), None
-                if self._held_bytes[peer] + nbytes <= self._unexpected_bytes:
-                    self._held_bytes[peer] += nbytes
-                    arrival = _Arrival(np.empty(nbytes, np.uint8))
-                    self._arrived[key].append(arrival)
-                    return None, arrival.memory, arrival
-                self._blocked[peer] = tag
+            self._outside[peer] = tag, nbytes
+            self._look_outside(peer)
+            while peer not in self._let_in and not self._is_closing:
                 self._room.wait()
+            self._tell()
+            return self._let_in.pop(peer, None)
 
-    def _hand_over(self, posted: _Posted, arrival: _Arrival) -> None:
-        """End a receive with a message that was held."""
-        self._held_bytes[posted.ticket.peer] -= arrival.memory.size
-        self._room.notify_all()
-        if posted.into is not None and posted.into.nbytes == arrival.memory.size:
-            np.frombuffer(posted.into, np.uint8)[:] = arrival.memory
-        self._settle(posted, arrival.memory)
-
-    def _settle(self, posted: _Posted, memory: NDArray[np.uint8]) -> None:
-        """End a receive whose message is in ``memory``, or in ``into`` already."""
-        ticket = posted.ticket
-        if ticket.status is not TicketStatus.PENDING:
-            return
-        if posted.is_dropped:
-            self._end(ticket, TicketStatus.CANCELLED, tell=True)
-            return
-        if memory.size != ticket.nbytes:
-            text = f"{memory.size} bytes came from rank {ticket.peer} with tag {ticket.tag}; expected {ticket.nbytes}"
-            self._end(ticket, TicketStatus.FAILED, FrameError(text))
-            return
-        if posted.into is None:
-            data: Any = memory.data
-            ticket.view = memoryview(data).toreadonly()
-        self.counters["messages_received"] += 1
-        self.counters["bytes_received"] += memory.size
-        self._end(ticket, TicketStatus.DONE)
+    def _look_outside(self, peer: int) -> None:
+        """Begin a peer's message that found no room, if there is room now: whoever makes it decides what it is for."""
+        tag, nbytes = self._outside.get(peer, (0, 0))
+        if peer in self._outside and self._box.admits(peer, tag, nbytes, in_order=True):
+            del self._outside[peer]
+            self._let_in[peer] = self._box.begin(peer, tag, nbytes, self._clock.now_ns())
+            self._room.notify_all()
 
     def _lose(self, peer: int, error: TransportError) -> None:
         with self._lock:
-            if not self._is_closing and peer not in self._lost:
-                self._lost[peer] = error
-                self._drop(peer, TicketStatus.FAILED, PeerLost(f"rank {peer} is gone: {error}"))
-                self._news.notify_all()
-
-    def _drop(self, peer: int, status: TicketStatus, error: Exception | None) -> None:
-        """End all that waits for ``peer``."""
-        waiting = [posted.ticket for key, queue in self._posted.items() if key[0] == peer for posted in queue]
-        for key, queue in self._arrived.items():
-            waiting += [item.posted.ticket for item in queue if item.posted is not None and key[0] == peer]
-        waiting += [posted.ticket for posted in self._receiving if posted.ticket.peer == peer]
-        line = self._lines.get(peer)
-        if line is not None:
-            waiting += [item.ticket for item in (line.under_way, *line.queue) if item is not None and item.ticket]
-            line.queue = deque(item for item in line.queue if item.ticket is None)
-        for key in [key for key in self._posted if key[0] == peer]:
-            del self._posted[key]
-        for ticket in waiting:
-            if ticket.status is TicketStatus.PENDING:
-                self._end(ticket, status, error)
+            if self._is_closing or peer in self._lost:
+                return
+            self._lost.add(peer)
+            self._box.lose(peer, PeerLost(f"rank {peer} is gone: {error}"), self._clock.now_ns())
+            line = self._lines.get(peer)
+            if line is not None:
+                line.queue = deque(item for item in line.queue if item.ticket is None)
+            self._tell()
+            self._news.notify_all()

@@ -10,12 +10,14 @@ from typing import Any
 
 from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
-from detcoll.types import ReduceOp
+from detcoll.types import DTYPES, ReduceOp
 from detcoll_gloo.endpoint import GlooEndpoint
 from detcoll_gloo.group import Group, make_devices, open_store
 from detcoll_gloo.mail import FRAME_BYTES
 
 INSTALL = "pip install detcoll[gloo]"
+
+_DTYPES = frozenset(DTYPES) - {"int16", "uint16", "uint32", "uint64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,9 @@ class GlooTransport(Transport):
     capabilities = Capabilities(
         scope=Scope.ANYWHERE,
         native=frozenset({"all_reduce", "broadcast", "barrier"}),
-        native_dtypes=frozenset({"float16", "bfloat16", "float32", "float64", "int8", "uint8", "int32", "int64"}),
+        native_dtypes=_DTYPES,
         native_ops=frozenset(ReduceOp),
+        native_lacks=frozenset({("complex64", ReduceOp.PROD), ("complex128", ReduceOp.PROD)}),
         frame_bytes=FRAME_BYTES,
     )
 

@@ -21,7 +21,7 @@ from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, Usage
 from detcoll.extrema import comparable
 from detcoll.fold import fold, fold_step, widened
 from detcoll.transport import Clock, Endpoint, NativeCollectives
-from detcoll.types import ReduceOp, is_half, is_integer, parse_dtype
+from detcoll.types import ReduceOp, check_op, is_half, parse_dtype
 from detcoll_mpi.agreement import Agreement
 from detcoll_mpi.blocking import BlockingCaller, stuck_requests
 from detcoll_mpi.giving_up import ANSWER_NS, GaveUp, GivingUp
@@ -64,6 +64,9 @@ class MpiCollectives(Endpoint, NativeCollectives):
             ReduceOp.MIN: mpi.MIN,
             ReduceOp.MAX: mpi.MAX,
             ReduceOp.PROD: mpi.PROD,
+            ReduceOp.BAND: mpi.BAND,
+            ReduceOp.BOR: mpi.BOR,
+            ReduceOp.BXOR: mpi.BXOR,
         }
 
     @property
@@ -74,19 +77,19 @@ class MpiCollectives(Endpoint, NativeCollectives):
     def all_reduce(self, array: NDArray[Any], op: ReduceOp, deadline_ns: int, arrays: int = 1, name: str = "") -> None:
         """Reduce ``array`` over all ranks, in place; 16-bit floats in float32, averages divided once at the end.
 
-        MPI's minimum and maximum lose NaN, so floats go through them as integers; see `detcoll.extrema`.
+        MPI's minimum and maximum lose NaN, so floats go through them as integers; bool goes as uint8, a sum of complex
+        numbers as one of floats. See `detcoll.extrema`.
         """
         self._check_usable()
         dtype = parse_dtype(array.dtype)
-        if op is ReduceOp.AVG and is_integer(dtype):
-            raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+        check_op(op, dtype)
         with _InStep(self, array):
             self._compare("all_reduce", op, array, 0, arrays, name)
             if is_half(dtype):
                 self._all_reduce_half(array, op, deadline_ns)
                 return
             with comparable(op, array) as given:
-                for part in _parts(given, LARGEST_PART_BYTES // dtype.itemsize):
+                for part in _parts(given, LARGEST_PART_BYTES // given.itemsize):
                     self._all_reduce_part(part, op, deadline_ns)
                 self._agree("all_reduce", deadline_ns)
             if op is ReduceOp.AVG and array.size:

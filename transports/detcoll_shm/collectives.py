@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, UsageError
 from detcoll.fold import fold_groups
-from detcoll.types import ReduceOp, is_integer, parse_dtype
+from detcoll.signature import signature_of
+from detcoll.types import ReduceOp, check_op, parse_dtype
 from detcoll_shm.call_layout import CallLayout, Cut, Cutter
 from detcoll_shm.lockstep import NEVER, Lockstep
 from detcoll_shm.reading import Reader
@@ -136,8 +137,8 @@ class Collectives:
         layout = self._layouts.get(key)
         if layout is None:
             dtype = parse_dtype(array.dtype)
-            if op is ReduceOp.AVG and is_integer(dtype):
-                raise UsageError(f"op=avg of {dtype} is not defined; expected a float type")
+            if signature_of(kind).has_op:
+                check_op(op, dtype)
             if not 0 <= root <= len(self._lockstep.peers):
                 raise UsageError(f"root={root} must be a rank from 0 to {len(self._lockstep.peers)}")
             descriptor = Descriptor(0, kind, op.value, dtype.name, array.size, root, arrays)

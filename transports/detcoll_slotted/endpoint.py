@@ -22,7 +22,7 @@ from detcoll_slotted.line import Trunk
 from detcoll_slotted.matching import Mailbox
 from detcoll_slotted.options import Options
 from detcoll_slotted.outcomes import Outcomes
-from detcoll_slotted.pacing import shared_groups
+from detcoll_slotted.pacing import pace_groups
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import Roads
@@ -47,7 +47,7 @@ class SlottedEndpoint(Endpoint):
         self._addresses: dict[int, str] = {}
         self._peers: dict[int, Peer] = {}
         self._monitored: dict[int, Trunk] = {}
-        self._groups = shared_groups(options.pace_groups, rank)
+        self._groups = pace_groups(options.pace_groups, rank, host_paced=options.host_paced)
         self._outcomes = Outcomes(clock)
         self._mailbox = Mailbox()
         self._post = Post(rank, token, clock)
@@ -59,7 +59,7 @@ class SlottedEndpoint(Endpoint):
         self._joining = Joining(rank, options, self._post, clock, self._wait_and_look)
         self._urgency = Urgency()
         self._closed: Exception | None = None
-        with prompt_threads():
+        with prompt_threads() if options.prompt else contextlib.nullcontext():
             self._roads = Roads(host, token, options)
         with contextlib.ExitStack() as opened:
             opened.callback(self._roads.close, 0)
@@ -106,6 +106,8 @@ class SlottedEndpoint(Endpoint):
         credit = max(self._options.credit_bytes, 2 * in_flight)
         peer = Peer(rank, lines, Outbound(credit, is_open=False), Inbound(credit // 8), group=self._groups.get(rank))
         self._peers[rank] = peer
+        for line in peer.own_lines:
+            line.is_paced = not self._options.host_paced
         self._joining.begin(peer, deadline_ns)
         self._intake.due_ns = 0
         for trunk in self._roads.trunks:
@@ -213,23 +215,27 @@ class SlottedEndpoint(Endpoint):
                 self._departures.turn(now_ns)
 
     def counters(self) -> Mapping[str, int]:
-        """Return retransmitted TCP segments, sends that missed their windows, and what was resent or refused."""
+        """Return what TCP retransmitted, sends that missed their windows, and what was resent, refused or changed."""
         return self._intake.counted | {
             "refused_connections": self._roads.gate.refused_connections,
             "resent_bytes": self._post.resent_bytes,
             "missed_sends": self._departures.missed_sends,
+            "congestion_switches": self._roads.congestion_switches,
             "retransmits": sum(line.retransmits() for peer in list(self._peers.values()) for line in peer.own_lines),
         }
 
     def connections(self) -> list[dict[str, object]]:
-        """Return which TCP connections carry what, for holding a capture of the line against the calendar."""
+        """Return which TCP connections carry what under which congestion control, to hold a capture against."""
         rows = []
         for peer in self._peers.values():
             for line in peer.own_lines:
                 if line.tcp is not None:
                     local, remote = line.tcp.names
                     lane = line.lanes[0].name.lower()
-                    rows.append({"dst": peer.rank, "lane": lane, "local": local, "remote": remote})
+                    congestion = line.tcp.congestion()
+                    rows.append(
+                        {"dst": peer.rank, "lane": lane, "local": local, "remote": remote, "congestion": congestion}
+                    )
         return rows
 
     def abort(self) -> None:
@@ -336,6 +342,7 @@ class SlottedEndpoint(Endpoint):
             now_ns = self._clock.now_ns()
         self._departures.turn(now_ns)
         self._step_back(now_ns)
+        self._roads.look(now_ns)
         for descriptor in ready:
             if descriptor in self._monitored:
                 self._watch(self._monitored[descriptor], now_ns)

@@ -113,6 +113,8 @@ class Inbound:
     received: list[int] = field(default_factory=lambda: [0, 0])
     consumed_bytes: int = 0
     told_bytes: int = 0
+    untold_bytes: int = 0
+    """What has come since the sender was told last."""
     owes_acknowledgement: bool = False
     untold_since_ns: int = 0
     """Since when there is something to tell; 0 while there is nothing."""
@@ -169,6 +171,7 @@ class Inbound:
     def told(self) -> None:
         """Take note that everything was told to the sender."""
         self.told_bytes = self.consumed_bytes
+        self.untold_bytes = 0
         self.owes_acknowledgement = False
         self.untold_since_ns = 0
 
@@ -176,6 +179,8 @@ class Inbound:
         """Return when the sender must be told something, 0 for at once, or None while there is nothing to tell."""
         if not self.untold_since_ns:
             return None
-        if self.owes_acknowledgement or self.consumed_bytes - self.told_bytes >= self.tell_every_bytes:
+        if self.owes_acknowledgement:
+            return 0
+        if max(self.consumed_bytes - self.told_bytes, self.untold_bytes) >= self.tell_every_bytes:
             return 0
         return self.untold_since_ns + delay_ns

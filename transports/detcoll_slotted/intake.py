@@ -84,6 +84,7 @@ class Intake:
             return
         # Each acknowledgement wakes up two hosts, so it waits a little for the next one.
         peer.inbound.tell(self._clock.now_ns(), soon=False)
+        peer.inbound.untold_bytes += len(payload)
         counts = header.lane is Lane.BULK
         if self._mailbox.discarded and self._mailbox.discarded.covers(header.tag):
             self.consumed(peer.rank, len(payload) if counts else 0)

@@ -8,14 +8,18 @@ such connections have a socket each.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from detcoll_slotted.congestion import SharedPath
 from detcoll_slotted.tcp import BUFFER_SHARE, Connection
 from detcoll_slotted.wire import Lane
+
+log = logging.getLogger("detcoll")
 
 UNPACED = 2**64 - 1
 """What the kernel takes for no limit."""
@@ -24,11 +28,16 @@ _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SU
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How the TCP connections of a line are set up; ``keep``: a duplicate of the descriptor is kept."""
+    """How the TCP connections of a line are set up.
+
+    ``keep`` : a duplicate of the descriptor is kept.  ``shared_round_trip_ns`` : of a path that nobody reserved, on
+    which the congestion control follows what the path shows; None where the control stays.
+    """
 
     congestion: str | None = None
     in_flight_bytes: int = 0
     keep: bool = False
+    shared_round_trip_ns: int | None = None
 
 
 class Line:
@@ -40,8 +49,15 @@ class Line:
         self.trunk, self.route, self.rank, self.address, self.lanes = trunk, route, rank, address, lanes
         self.connected = False
         self.was_connected = False
+        self.is_paced = True
+        """Whether the kernel is told the granted rate; else messages are handed over at it."""
         self._style = style
         self.rate_bytes_per_s = 0
+        self.switches = 0
+        """How often the congestion control was changed on live connections."""
+        shared_ns = style.shared_round_trip_ns
+        self._path = None if shared_ns is None else SharedPath(shared_ns)
+        self._granted_bytes_per_s = 0
         self._free_ns = 0
         self._tcp: Connection | None = None
         self._past_retransmits = 0
@@ -59,12 +75,40 @@ class Line:
         return False
 
     def pace(self, rate_bytes_per_s: float) -> None:
-        """Let the kernel send at most this many payload bytes per second on this connection."""
+        """Let the kernel send at most this many payload bytes per second on this connection, where it paces it."""
         rate = int(rate_bytes_per_s)
+        if self._path is not None:
+            if rate != UNPACED:
+                self._granted_bytes_per_s = rate
+            if self._granted_bytes_per_s and self._path.verdict.share < 1:
+                rate = int(self._granted_bytes_per_s * self._path.verdict.share)
         if rate != self.rate_bytes_per_s:
             self.rate_bytes_per_s = rate
-            if self._tcp is not None:
+            if self._tcp is not None and self._kernel_paces:
                 self._tcp.pace(rate)
+
+    def look(self, now_ns: int) -> None:
+        """Change the congestion control where the path shows that another one suits it."""
+        if self._path is None or self._tcp is None or (facts := self._tcp.facts()) is None:
+            return
+        before = self._path.verdict
+        after = self._path.look(facts, self._granted_bytes_per_s, now_ns)
+        if after == before:
+            return
+        if not self._tcp.choose(after.control):
+            self._path.refused()
+            log.info("the connection to rank %d does without %s, which is not to be had", self.rank, after.control)
+            return
+        self.switches += 1
+        log.info("the connection to rank %d changes from %s to %s", self.rank, before.control, after.control)
+        self.pace(self._granted_bytes_per_s)
+        if not self.is_paced and not self._kernel_paces:
+            self._tcp.pace(UNPACED)
+
+    @property
+    def _kernel_paces(self) -> bool:
+        """Whether the kernel is told the rate: one below the granted rate has to be kept to also where hosts pace."""
+        return self.is_paced or (self._path is not None and self._path.verdict.share < 1)
 
     def leaves_ns(self, now_ns: int, nbytes: int) -> int:
         """Return when ``nbytes`` handed over now will have left at the pace set, behind what was handed over before."""
@@ -79,8 +123,8 @@ class Line:
     def retransmits(self) -> int:
         """Return retransmitted segments of all connections so far, as far as the kernel told."""
         tcp = self._tcp  # counters are also read by a thread that does not own the socket
-        told = tcp.info() if tcp is not None else None
-        return self._past_retransmits + (told[1] if told else 0)
+        told = tcp.facts() if tcp is not None else None
+        return self._past_retransmits + (told.retransmits if told else 0)
 
     @property
     def tcp(self) -> Connection | None:
@@ -101,8 +145,12 @@ class Line:
         self._drop()
         self._tcp = Connection.adopt(descriptor, endpoint, keep=self._style.keep)
         if self._tcp is not None:
-            self._tcp.prepare(self._style.congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
-            if self.rate_bytes_per_s:
+            congestion = self._style.congestion
+            if self._path is not None:
+                self._path.begin()
+                congestion = self._path.verdict.control
+            self._tcp.prepare(congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
+            if self.rate_bytes_per_s and self._kernel_paces:
                 self._tcp.pace(self.rate_bytes_per_s)
 
     def _drop(self) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
+ADAPTIVE = "auto"
+"""The congestion control that suits the path: CUBIC, and where nobody reserved it what `congestion` says."""
+
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What can be set.
 
     ``credit_bytes`` : bulk payload that a receiver holds for each sender.  ``congestion`` : TCP congestion control,
-    empty for the kernel's default.  ``acknowledge_delay_ns`` : how long the acknowledgement of a message may wait for
-    company.  ``insecure`` : open an address off loopback without keys.  ``ports`` : range to bind in, as
+    `ADAPTIVE`, or empty for the kernel's default.  ``acknowledge_delay_ns`` : how long the acknowledgement of a message
+    may wait for company.  ``insecure`` : open an address off loopback without keys.  ``ports`` : range to bind in, as
     ``(first, last)``.
     ``dscp`` : differentiated services code point of both lanes.  ``warm_up_peers``, ``warm_up_bytes``,
     ``warm_up_bytes_per_s`` : to whom this rank sends how much while connecting, and how fast, so that TCP's window is
@@ -19,11 +22,14 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     through which ``proxied_peers`` are reached; empty for none.  ``in_flight_bytes`` : what a connection to those that
     are warmed up has under way at most; send buffers and credit are made to hold it.  ``pace_groups`` : for each peer a
     number that stands for its site; sends with a window to peers of one number share one rate.  ``tolerance_ns`` : how
-    long a peer may be out of reach, when it is first needed or later.
+    long a peer may be out of reach, when it is first needed or later.  ``shared_peers`` : peers over lines that nobody
+    reserved, with the round trip of the empty path in ns.  ``host_paced`` : messages with a window are handed over at
+    its rate, and the kernel paces nothing, see `detcoll_slotted.pacing`.  ``prompt`` : ZeroMQ's threads go ahead of
+    ordinary ones, where that is allowed.
     """
 
     credit_bytes: int = 16_777_216
-    congestion: str = "cubic"
+    congestion: str = ADAPTIVE
     acknowledge_delay_ns: int = 2_000_000
     insecure: bool = False
     ports: tuple[int, int] | None = None
@@ -35,6 +41,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     in_flight_bytes: int = 0
     pace_groups: dict[int, int] = {}
     tolerance_ns: int = 30_000_000_000
+    shared_peers: dict[int, int] = {}
+    host_paced: bool = False
+    prompt: bool = True
 
     @property
     def wide_peers(self) -> frozenset[int]:

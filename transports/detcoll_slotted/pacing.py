@@ -3,6 +3,10 @@
 The kernel paces each connection by itself. So that several do not add up to more than their common rate, one at a time
 is busy: what goes over another is handed over when all that was handed over before has left, or a moment earlier, so
 that the line does not idle in between.
+
+On lines faster than hosts the kernel's pacing, a timer for every 64 KB, costs more than a host has to spare. There the
+same arithmetic paces by itself (``host_paced``): a message is handed over when what went before is about to have left
+at the common rate. What leaves early fits a policer's bucket as long as a message takes no more than a millisecond.
 """
 
 from __future__ import annotations
@@ -59,6 +63,7 @@ class Uplink:
 class PaceGroup(Uplink):
     """Peers whose paced sends share one rate, and whose turn it is among those that wait."""
 
+    host_paced: bool = False
     waiting: deque[Peer] = field(default_factory=deque)
     """Peers with paced sends, the next one first."""
     resume_ns: int = 0
@@ -76,7 +81,7 @@ class PaceGroup(Uplink):
         """Return how long before everything handed over has left this line may be given more."""
         if line is not self.last:
             return SWITCH_AHEAD_NS
-        return ALONE_AHEAD_NS if len(self.waiting) == 1 else AHEAD_NS
+        return ALONE_AHEAD_NS if len(self.waiting) == 1 and not self.host_paced else AHEAD_NS
 
     def join_queue(self, peer: Peer) -> None:
         """Let a peer wait for its turn, unless it does."""
@@ -97,11 +102,11 @@ class PaceGroup(Uplink):
         return None
 
 
-def shared_groups(groups: Mapping[int, int], own_rank: int) -> dict[int, PaceGroup]:
-    """Return the group of each peer that shares its pace with another one."""
+def pace_groups(groups: Mapping[int, int], own_rank: int, *, host_paced: bool) -> dict[int, PaceGroup]:
+    """Return the group of each peer that shares its pace with another one, or of all where the host paces."""
     members: dict[int, list[int]] = {}
     for rank, number in groups.items():
         if rank != own_rank:
             members.setdefault(number, []).append(rank)
-    shared = [ranks for ranks in members.values() if len(ranks) > 1]
-    return {rank: group for ranks in shared for group in [PaceGroup()] for rank in ranks}
+    needed = [ranks for ranks in members.values() if len(ranks) > 1 or host_paced]
+    return {rank: group for ranks in needed for group in [PaceGroup(host_paced=host_paced)] for rank in ranks}

@@ -12,16 +12,18 @@ from collections.abc import Iterable
 
 import zmq
 
+from detcoll_slotted.congestion import LOSS_BASED
 from detcoll_slotted.gate import LARGEST_FRAME_BYTES, ZAP, Gate, show
 from detcoll_slotted.health import beat, guard
 from detcoll_slotted.line import Line, Style, Trunk
-from detcoll_slotted.options import Options
+from detcoll_slotted.options import ADAPTIVE, Options
 from detcoll_slotted.wire import Lane
 
 OWN_DESCRIPTORS = 24
 """What an endpoint without peers has open at most: ZeroMQ's threads, sockets and monitors, epoll and timer."""
 _WIDE_DESCRIPTORS, _NARROW_DESCRIPTORS = 6, 3
 """For each peer: two connections out, one duplicate, two in, and one for a moment; or one out, one in and that one."""
+_LOOK_EVERY_NS = 100_000_000
 
 
 class Roads:
@@ -32,6 +34,8 @@ class Roads:
         self._ipv6 = ipaddress.ip_address(host).version == 6
         self._context = zmq.Context()
         self._trunks: dict[tuple[Lane, int], Trunk] = {}
+        self._shared: list[Line] = []
+        self._look_ns = 0
         try:
             self._requests = self._context.socket(zmq.REP)
             self._requests.linger = 0
@@ -80,16 +84,32 @@ class Roads:
         options = self._options
         address = _numeric(address)
         in_flight = options.in_flight_bytes if rank in options.warm_up_peers else 0
-        congestion = options.congestion or None
+        is_adaptive = options.congestion == ADAPTIVE
+        congestion = LOSS_BASED if is_adaptive else options.congestion or None
         swift = self._trunk(Lane.EXPRESS, rank)
         if rank not in options.wide_peers:
             line = swift.connect(rank, address, tuple(Lane), Style(congestion, in_flight))
             return line, line
         bulk = self._trunk(Lane.BULK, rank)
-        return (
-            bulk.connect(rank, address, (Lane.BULK,), Style(congestion, in_flight, keep=True)),
-            swift.connect(rank, address, (Lane.EXPRESS,), Style(congestion)),
-        )
+        is_proxied = bool(options.proxy) and rank in options.proxied_peers
+        shared_ns = options.shared_peers.get(rank) if is_adaptive and not is_proxied else None
+        style = Style(congestion, in_flight, keep=True, shared_round_trip_ns=shared_ns)
+        heavy = bulk.connect(rank, address, (Lane.BULK,), style)
+        if shared_ns is not None:
+            self._shared.append(heavy)
+        return heavy, swift.connect(rank, address, (Lane.EXPRESS,), Style(congestion))
+
+    def look(self, now_ns: int) -> None:
+        """Look now and then at paths that nobody reserved, and change their congestion control where that is due."""
+        if self._shared and now_ns >= self._look_ns:
+            self._look_ns = now_ns + _LOOK_EVERY_NS
+            for line in self._shared:
+                line.look(now_ns)
+
+    @property
+    def congestion_switches(self) -> int:
+        """How often the congestion control of a live connection was changed."""
+        return sum(line.switches for line in self._shared)
 
     def _trunk(self, lane: Lane, rank: int) -> Trunk:
         proxy = self._options.proxy if rank in self._options.proxied_peers else ""

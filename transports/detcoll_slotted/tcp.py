@@ -6,8 +6,7 @@ to pace the connection (``SO_MAX_PACING_RATE``) and which congestion control to 
 others one is made for each question, and compared with the addresses noted at first, since ZeroMQ may have closed the
 connection meanwhile and the number may belong to another file.
 
-On a reserved, paced path loss does not happen, so a loss-based control never slows down, while BBR empties the pipe for
-200 ms every 10 s to probe the round trip. Hence CUBIC unless told otherwise.
+Which control suits which path, and when it changes, is said in `detcoll_slotted.congestion`.
 
 TCP has no more under way than its send buffer holds. The kernel lets them grow to the last number of ``tcp_wmem``, of
 which some two thirds are payload. Where more has to be under way the buffer is set, with room for what is acknowledged
@@ -25,6 +24,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from detcoll_slotted.congestion import PathFacts
+
 SO_MAX_PACING_RATE = 47
 SO_SNDBUFFORCE = 32
 BUFFER_SHARE = 2.0
@@ -32,8 +33,10 @@ BUFFER_SHARE = 2.0
 64 MiB at 1 Gbit/s over 80 ms take 623 ms instead of 608."""
 _LARGEST_BUFFER_BYTES = 2**30 - 1
 _SIOCOUTQNSD = 0x894B
-_TCP_INFO_BYTES = 104
-_RTT_AT, _RETRANSMITS_AT = 68, 100  # struct tcp_info of linux/tcp.h
+# struct tcp_info of linux/tcp.h, up to Linux 4.10's tcpi_sndbuf_limited; times in us
+_TCP_INFO_BYTES = 192
+_RTT_AT, _RETRANSMITS_AT, _ACKNOWLEDGED_AT, _UNSENT_AT, _BUSY_AT = 68, 100, 120, 144, 168
+_LARGEST_NAME_BYTES = 16  # TCP_CA_NAME_MAX
 
 _Names = tuple[str, str]
 
@@ -83,10 +86,7 @@ class Connection:
             if tcp is None:
                 return
             if congestion:
-                with contextlib.suppress(
-                    OSError
-                ):  # not offered by this kernel: its default stays, and counters show it
-                    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+                _choose(tcp, congestion)  # where this kernel does not offer it, its default stays
             if buffer_bytes and buffer_bytes > _grows_to_bytes():
                 _set_send_buffer(tcp, buffer_bytes)
 
@@ -97,8 +97,20 @@ class Connection:
         with self._borrowed() as tcp:
             return _unsent_bytes(tcp) if tcp is not None else 0
 
-    def info(self) -> tuple[int, int] | None:
-        """Return smoothed round trip in ns and retransmitted segments, or None where the kernel does not tell."""
+    def choose(self, congestion: str) -> bool:
+        """Change the congestion control; False where this system does not offer it or the connection is gone."""
+        with self._borrowed() as tcp:
+            return tcp is not None and _choose(tcp, congestion)
+
+    def congestion(self) -> str:
+        """Return the name of the congestion control; empty where the connection is gone."""
+        with contextlib.suppress(OSError):
+            name = self.option(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _LARGEST_NAME_BYTES)
+            return name.rstrip(b"\0").decode()
+        return ""
+
+    def facts(self) -> PathFacts | None:
+        """Return what TCP has counted, or None where the kernel does not tell."""
         with self._borrowed() as tcp, contextlib.suppress(OSError):
             if tcp is not None:
                 told = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
@@ -106,7 +118,13 @@ class Connection:
                     round_trip_us, retransmits = (
                         struct.unpack_from("I", told, at)[0] for at in (_RTT_AT, _RETRANSMITS_AT)
                     )
-                    return round_trip_us * 1000, retransmits
+                    unsent_bytes, least_us = struct.unpack_from("2I", told, _UNSENT_AT)
+                    busy_us, by_receiver_us, by_buffer_us = struct.unpack_from("3Q", told, _BUSY_AT)
+                    return PathFacts(
+                        struct.unpack_from("Q", told, _ACKNOWLEDGED_AT)[0],
+                        (busy_us - by_receiver_us - by_buffer_us) * 1000,
+                        retransmits, round_trip_us * 1000, least_us * 1000, unsent_bytes,
+                    )  # fmt: skip
         return None
 
     def option(self, level: int, name: int, nbytes: int) -> bytes:
@@ -138,6 +156,14 @@ class Connection:
             return
         with tcp:
             yield tcp if _names(tcp) == self.names else None
+
+
+def _choose(tcp: socket.socket, congestion: str) -> bool:
+    try:
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
+    except OSError:  # not offered by this kernel, not permitted to this user, or the connection broke
+        return False
+    return True
 
 
 def _unsent_bytes(tcp: socket.socket) -> int:

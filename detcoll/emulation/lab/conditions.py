@@ -57,6 +57,31 @@ class Service(Enum):
             ) from None
 
 
+class CrossTrafficKind(Enum):
+    """What others' traffic is made of.
+
+    BURSTS mind nobody: the router makes them up, and real TCP flows are a small part beside them. TCP flows give way.
+    """
+
+    BURSTS = "bursts"
+    TCP = "tcp"
+
+    @classmethod
+    def parse(cls, text: str) -> CrossTrafficKind:
+        """Return the kind that ``text`` names.
+
+        Raises
+        ------
+        UsageError
+            If there is no such kind.
+        """
+        try:
+            return cls(text)
+        except ValueError:
+            kinds = " or ".join(one.value for one in cls)
+            raise UsageError(f"cross_traffic_kind={text!r} is not known; expected {kinds}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A time in which a link, or with None every link, loses all that is on its way; counted from the lab's opening."""
@@ -105,7 +130,8 @@ class Conditions:
     ``service`` : which class the ranks are in; None where DSCP decides.
     ``burst_bytes`` : of the policer; None for what the reserved rate carries in 5 ms, and at least 128 KiB.
     ``cross_traffic`` : what others offer each uplink's best-effort class, as a share of its rate, 0 to 2.
-    ``cross_tcp_share`` : how much of that real TCP flows offer; bursts that the router makes up offer the rest.
+    ``cross_traffic_kind`` : bursts, or real TCP flows alone, which from a share of 1 on send as much as TCP lets them.
+    ``cross_tcp_share`` : how much of the kind ``bursts`` real TCP flows offer; what the router makes up is the rest.
     ``failures`` : when links are down.
     ``probe_gap_ns`` : mean time between a co-tenant's small packets on each link, 0 for none.
     """
@@ -117,6 +143,7 @@ class Conditions:
     service: Service | None = None
     burst_bytes: int | None = None
     cross_traffic: float = 0.0
+    cross_traffic_kind: CrossTrafficKind = CrossTrafficKind.BURSTS
     cross_tcp_share: float = 0.05
     failures: tuple[Failure, ...] = ()
     probe_gap_ns: int = 0
@@ -149,6 +176,11 @@ class Conditions:
             link.reserved_bytes_per_s is None for _, link in topology.links
         ):
             raise UsageError("service='deterministic' needs a rate reserved between all sites; set reserved")
+
+    @property
+    def tcp_share(self) -> float:
+        """What others' TCP flows offer each uplink, as a share of its rate."""
+        return self.cross_traffic * (1.0 if self.cross_traffic_kind is CrossTrafficKind.TCP else self.cross_tcp_share)
 
     def burst_for(self, reserved_bytes_per_s: float) -> int:
         """Return the burst that the policer of a reserved rate lets pass."""

@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from detcoll.emulation.helper import ASK_STATISTICS, Helper
-from detcoll.emulation.lab.conditions import Conditions
-from detcoll.emulation.lab.flows import FlowsConfig
+from detcoll.emulation.lab.conditions import Conditions, CrossTrafficKind
+from detcoll.emulation.lab.flows import FlowCounts, FlowsConfig
 from detcoll.emulation.lab.line import TENANT_HOST
 from detcoll.emulation.lab.namespaces import Namespace, end_processes, new_namespace, run_inside
 from detcoll.emulation.lab.router import RouterConfig
-from detcoll.emulation.lab.statistics import Statistics
+from detcoll.emulation.lab.statistics import FlowStatistics, Statistics
 from detcoll.emulation.lab.tun import open_tun, why_unavailable
 from detcoll.errors import Closed, DetcollError, TransportUnavailable, UsageError
 from detcoll.topology import Topology
@@ -39,6 +39,8 @@ _LARGEST_GSO_BYTES = 65_536
 _SMALLEST_GSO_BYTES = 6_000
 # How long one unit may hold a line: at 1 Gbit/s that is 31 kB, and the router takes a quarter of a core per Gbit/s.
 _UNIT_NS = 500_000
+# Of the few TCP flows beside bursts, so that what is measured beside these does not depend on the kernel's default.
+_BESIDE_BURSTS = "cubic"
 
 
 class Lab:
@@ -91,6 +93,8 @@ class Lab:
         self.topology, self.conditions = topology, conditions
         self._children: list[subprocess.Popen[Any]] = []
         self._final: Statistics | None = None
+        self._flows: Helper | None = None
+        self._flows_counted = FlowCounts()
         self._lock = threading.Lock()
         self._closed = False
         with ExitStack() as stack, ExitStack() as devices:
@@ -128,12 +132,17 @@ class Lab:
 
     def _flows_config(self) -> FlowsConfig:
         """Return what others' TCP flows offer; no addresses where there are none. Descriptors are not known yet."""
-        share = self.conditions.cross_traffic * self.conditions.cross_tcp_share * self.topology.payload_share
+        share = self.conditions.tcp_share * self.topology.payload_share
         if share <= 0:
             return FlowsConfig((), (), ())
+        is_tcp = self.conditions.cross_traffic_kind is CrossTrafficKind.TCP
         sites = range(len(self.topology.sites))
         rates = tuple(share * (site.uplink_bytes_per_s or 0.0) for site in self.topology.sites)
-        return FlowsConfig(tuple(f"10.77.{site}.{TENANT_HOST}" for site in sites), (), rates)
+        return FlowsConfig(
+            tuple(f"10.77.{site}.{TENANT_HOST}" for site in sites), (), rates,
+            is_greedy=is_tcp and self.conditions.cross_traffic >= 1,
+            congestion="" if is_tcp else _BESIDE_BURSTS,
+        )  # fmt: skip
 
     def _start_router(self, stack: ExitStack, config: RouterConfig) -> None:
         descriptors = [*config.tuns, *config.tenant_tuns, *config.namespaces]
@@ -145,8 +154,16 @@ class Lab:
         """Start the process of others' TCP flows."""
         networks = tuple(namespace.network for namespace in self._tenants)
         flows = Helper("the process of others' TCP flows", "detcoll.emulation.lab.flows", networks)
-        stack.callback(flows.close)
+        stack.callback(self._stop_flows, flows)
         flows.configure(replace(config, namespaces=networks), bool)
+        self._flows = flows
+
+    def _stop_flows(self, flows: Helper) -> None:
+        """Let others' TCP flows end, and keep what they counted."""
+        if self._flows is not None:
+            self._flows_counted = flows.quit(FlowCounts) or FlowCounts()
+            self._flows = None
+        flows.close()
 
     def _stop_router(self) -> None:
         """Let the router finish its log and end, or kill it."""
@@ -225,19 +242,20 @@ class Lab:
             return run_inside(self._namespaces[site], work)
 
     def statistics(self) -> Statistics:
-        """Return what the router counted so far, or until the lab was closed.
+        """Return what the router and others' TCP flows counted so far, or until the lab was closed.
 
         Raises
         ------
         DetcollError
-            If the router has died.
+            If the router or the process of the flows has died.
         """
         with self._lock:
             if self._closed:
                 if self._final is None:
                     raise Closed("the lab is closed and its router died before")
-                return self._final
-            return self._router.ask(ASK_STATISTICS, Statistics)
+                return _joined(self._final, self._flows_counted)
+            counted = FlowCounts() if self._flows is None else self._flows.ask(ASK_STATISTICS, FlowCounts)
+            return _joined(self._router.ask(ASK_STATISTICS, Statistics), counted)
 
     def close(self) -> None:
         """End every process in the sites (SIGTERM, then SIGKILL), the router and the sites. Idempotent."""
@@ -257,6 +275,13 @@ class Lab:
         if isinstance(site, bool) or not isinstance(site, int) or not 0 <= site < len(self.topology.sites):
             raise UsageError(f"site={site!r} must be a number from 0 to {len(self.topology.sites) - 1}")
         return site
+
+
+def _joined(router: Statistics, flows: FlowCounts) -> Statistics:
+    """Return what both counted."""
+    pairs = zip(flows.offered_bytes, flows.arrived_bytes, strict=True)
+    by_site = tuple(FlowStatistics(site, offered, arrived) for site, (offered, arrived) in enumerate(pairs))
+    return replace(router, flows=by_site, flows_at_ns=flows.looked_ns)
 
 
 def _check(topology: Topology) -> None:

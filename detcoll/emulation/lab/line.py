@@ -353,7 +353,7 @@ def _marked(service: Service | None) -> tuple[bool, ...]:
 
 def _bursts(topology: Topology, conditions: Conditions, opened_ns: int) -> list[Bursts]:
     """Return what others offer each uplink beside their TCP flows; nothing where nobody does."""
-    share = conditions.cross_traffic * (1 - conditions.cross_tcp_share)
+    share = conditions.cross_traffic - conditions.tcp_share
     if share <= 0:
         return []
     return [

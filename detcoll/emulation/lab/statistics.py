@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from detcoll.emulation.lab.conditions import Service
 
@@ -57,15 +60,30 @@ class ProbeStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class FlowStatistics:
+    """What others' TCP flows from site ``source`` offered, and what of it arrived; payload.
+
+    ``offered_bytes`` is what the kernel took, which is ahead of what arrived by what is under way and in its buffers.
+    ``arrived_bytes`` has a number for each of ``Statistics.flows_at_ns``, counted from the lab's opening on.
+    """
+
+    source: int
+    offered_bytes: int
+    arrived_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
-    """All that the router counted since the lab opened.
+    """All that the router counted since the lab opened, and others' TCP flows with it.
 
     ``directions`` has an entry for each class that an ordered pair of sites has. ``uplink_peak_bytes`` and
     ``downlink_peak_bytes`` are the longest best-effort queue of each site, in wire bytes, with the unit that was added
     last; ``reserved_uplink_peak_bytes`` and ``reserved_downlink_peak_bytes`` those of the deterministic class.
     ``late_mean_ns`` and ``late_peak_ns`` tell how long after its time a unit was handed over, and ``cpu_s`` what the
     router's process used in ``elapsed_s``. ``unroutable`` units were for no site of the lab, ``refused`` ones were not
-    taken by the destination's kernel. ``bursts`` are by uplink.
+    taken by the destination's kernel. ``bursts`` and ``flows`` are by uplink; of flows there are none where nobody
+    sends over TCP. ``flows_at_ns`` are the monotonic times at which those were looked at, about every 0.1 s and in
+    long runs more seldom, the last being that of the question.
     """
 
     directions: tuple[DirectionStatistics, ...]
@@ -81,6 +99,8 @@ class Statistics:
     late_peak_ns: int
     cpu_s: float
     elapsed_s: float
+    flows: tuple[FlowStatistics, ...] = ()
+    flows_at_ns: tuple[int, ...] = ()
 
     def direction(self, source: int, destination: int, service: Service = Service.BEST_EFFORT) -> DirectionStatistics:
         """Return what went from site ``source`` to site ``destination`` in a class."""
@@ -88,6 +108,21 @@ class Statistics:
             if (entry.source, entry.destination, entry.service) == (source, destination, service):
                 return entry
         raise KeyError(f"no {service.value} direction from site {source} to site {destination}")
+
+    def flows_bytes_per_s(self, spans_ns: Sequence[tuple[int, int]]) -> float | None:
+        """Return what others' TCP flows got through in the mean of these times, all sites together; payload.
+
+        None where there are no flows, or nobody looked in these times.
+        """
+        if not self.flows or len(self.flows_at_ns) < 2:
+            return None
+        arrived = np.sum([flow.arrived_bytes for flow in self.flows], axis=0)
+        first_ns, last_ns = self.flows_at_ns[0], self.flows_at_ns[-1]
+        within = [(max(begin, first_ns), min(end, last_ns)) for begin, end in spans_ns]
+        ends = np.array([span for span in within if span[1] > span[0]], dtype=np.int64).reshape(-1, 2)
+        took_ns = int((ends[:, 1] - ends[:, 0]).sum())
+        at_ends = np.interp(ends - first_ns, np.array(self.flows_at_ns) - first_ns, arrived)
+        return float((at_ends[:, 1] - at_ends[:, 0]).sum()) / took_ns * 1e9 if took_ns else None
 
     @property
     def dropped_segments(self) -> int:

@@ -1,14 +1,14 @@
-"""The kinds of collectives, each declared once: one file a kind.
+"""The kinds of collectives, each declared once: one file a kind, with the name of the kind.
 
-To add a kind, declare it in a file of its own and list it here; it also needs a method of `Communicator` and a line in
-`detcoll/__init__.py`.
+To add a kind, declare it in a file of its own here. It also needs a method of `detcoll.collectives.Collectives` and a
+function in `detcoll/__init__.py`. Every file of this package that holds a declaration of its own name is found.
 """
 
 from __future__ import annotations
 
-from detcoll.plan.collectives.all_reduce import ALL_REDUCE
-from detcoll.plan.collectives.barrier import BARRIER
-from detcoll.plan.collectives.broadcast import BROADCAST
+import importlib
+import pkgutil
+
 from detcoll.plan.collectives.declaration import (
     Algorithm,
     Declaration,
@@ -16,7 +16,7 @@ from detcoll.plan.collectives.declaration import (
     Homes,
     Hop,
     Load,
-    Opening,
+    Run,
     algorithms_for,
     declaration_of,
     promised_ranks,
@@ -31,12 +31,14 @@ __all__ = [
     "Homes",
     "Hop",
     "Load",
-    "Opening",
     "Part",
+    "Run",
     "algorithms_for",
     "declaration_of",
     "promised_ranks",
 ]
 
-for kind in (ALL_REDUCE, BROADCAST, BARRIER):
-    declare(kind)
+for found in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    for value in vars(importlib.import_module(f"{__name__}.{found}")).values():
+        if isinstance(value, Declaration) and value.name == found:
+            declare(value)

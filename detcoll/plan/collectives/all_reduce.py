@@ -24,10 +24,20 @@ in the accumulation type, so that 16-bit floats are rounded once per level and n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from detcoll.plan.collectives.declaration import Algorithm, Declaration, Floats, Homes, Hop, Load, Opening
+from detcoll.plan.collectives.declaration import (
+    Algorithm,
+    Declaration,
+    Floats,
+    Homes,
+    Hop,
+    Load,
+    Run,
+    all_pairs,
+    longest_delay_ns,
+)
 from detcoll.plan.collectives.part import (
     Part,
     local_contribute,
@@ -46,7 +56,12 @@ Wide = Callable[[Part, Chunk, tuple[int, int], int], int]
 """Adds the wide stage of a chunk that lies in a scratch place (number, offset) after a step; returns the last one."""
 
 
-def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: int) -> int:
+def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: int) -> list[Run]:
+    """Return the fold of all ranks' arrays."""
+    return [Run(fold_of_all(symbols, topology), 0, collective.count)]
+
+
+def fold_of_all(symbols: Symbols, topology: Topology) -> int:
     """Return the fold of all ranks: in rank order inside a site, sites in site order; the last fold is final."""
     if topology.size == 1:
         return symbols.leaf(0)
@@ -56,13 +71,7 @@ def promise(symbols: Symbols, collective: Collective, topology: Topology, rank: 
     return symbols.fold([symbols.fold(site) for site in level], final=True)
 
 
-def longest_delay_ns(topology: Topology) -> int:
-    """Return the longest one-way delay between two sites."""
-    sites = range(len(topology.sites))
-    return max(topology.one_way_ns(i, j) for i in sites for j in sites if i != j)
-
-
-def floor_ns(topology: Topology, nbytes: int, root: int) -> float:
+def floor_ns(topology: Topology, collective: Collective) -> float:
     """Return the least time that an all-reduce takes.
 
     For S sites with uplinks B_i (bytes/s on the wire), payload share g and V bytes:
@@ -76,7 +85,7 @@ def floor_ns(topology: Topology, nbytes: int, root: int) -> float:
 
         T >= max(V / min B_i, 2(S-1) V / sum B_i) / g + L
     """
-    count = len(topology.sites)
+    count, nbytes = len(topology.sites), collective.nbytes
     uplinks = [site.uplink_bytes_per_s or 0.0 for site in topology.sites]
     seconds = max(nbytes / min(uplinks), 2 * (count - 1) * nbytes / sum(uplinks)) / topology.payload_share
     return seconds * 1e9 + longest_delay_ns(topology)
@@ -100,7 +109,7 @@ def _add_chunk(part: Part, chunk: Chunk, collective: Collective, *, wide: Wide) 
         local_contribute(part, chunk, owner)
         return
     if len(part.topology.sites) == 1:
-        done = local_fold(part, chunk, (Buffer.USER, chunk.offset), [], final=True)
+        done = local_fold(part, chunk, (Buffer.OUT, chunk.offset), [], final=True)
     else:
         place, offset, free_after = part.next_place()
         folded = local_fold(part, chunk, (Buffer.PARTIAL, offset), free_after, final=False)
@@ -108,9 +117,14 @@ def _add_chunk(part: Part, chunk: Chunk, collective: Collective, *, wide: Wide) 
     local_gather(part, chunk, [done])
 
 
-def _wide_fold(part: Part, chunk: Chunk, place_offset: int, folded: int, target: tuple[Buffer, int]) -> int:
-    """Receive the other sites' sums and fold all of them, in site order, into ``target``."""
-    before = recent(part.wide_folds, part.chunk_size.depth)
+def _wide_fold(
+    part: Part, chunk: Chunk, own: tuple[Buffer, int], after: Sequence[int], target: tuple[Buffer, int], ahead: int
+) -> int:
+    """Receive the other sites' sums and fold all of them, in site order, into ``target``, after some steps.
+
+    ``ahead`` : for how many chunks this rank waits at once.
+    """
+    before = recent(part.wide_folds, ahead)
     lent = {
         site: part.builder.recv(
             Phase.WIDE_REDUCE, owner, tag_of(chunk, 2), (Buffer.LENT, 0), chunk.length, before, wide=True
@@ -119,23 +133,35 @@ def _wide_fold(part: Part, chunk: Chunk, place_offset: int, folded: int, target:
         if site != part.site
     }
     inputs = [
-        (Buffer.LENT, lent[site], ranks) if site in lent else (Buffer.PARTIAL, place_offset, ranks)
+        (Buffer.LENT, lent[site], ranks) if site in lent else (*own, ranks)
         for site, ranks in enumerate(part.ranks_of_sites)
     ]
-    done = part.builder.fold(Phase.WIDE_REDUCE, inputs, target, chunk.length, [folded, *lent.values()], final=True)
+    done = part.builder.fold(Phase.WIDE_REDUCE, inputs, target, chunk.length, [*after, *lent.values()], final=True)
     part.wide_folds.append(done)
     return done
 
 
-def _exchange(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
-    number, offset = place
-    sent = [
-        part.builder.send(
-            Phase.WIDE_REDUCE, owner, tag_of(chunk, 2), (Buffer.PARTIAL, offset), chunk.length, [folded], wide=True
-        )
+def _add_exchanged(part: Part, chunk: Chunk, collective: Collective) -> None:
+    if part.chunk_size.in_place and not part.peers:
+        user = (Buffer.OUT, chunk.offset)
+        sent = _exchange_sends(part, chunk, user, [])
+        _wide_fold(part, chunk, user, sent, user, part.chunk_size.in_place)
+    else:
+        _add_chunk(part, chunk, collective, wide=_exchange)
+
+
+def _exchange_sends(part: Part, chunk: Chunk, source: tuple[Buffer, int], after: Sequence[int]) -> list[int]:
+    return [
+        part.builder.send(Phase.WIDE_REDUCE, owner, tag_of(chunk, 2), source, chunk.length, after, wide=True)
         for owner in other_owners(part.site, chunk.owners)
     ]
-    done = _wide_fold(part, chunk, offset, folded, (Buffer.USER, chunk.offset))
+
+
+def _exchange(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
+    number, offset = place
+    own = (Buffer.PARTIAL, offset)
+    sent = _exchange_sends(part, chunk, own, [folded])
+    done = _wide_fold(part, chunk, own, [folded], (Buffer.OUT, chunk.offset), part.chunk_size.depth)
     part.last_use[number] = [*sent, done]
     return done
 
@@ -145,14 +171,14 @@ def _direct(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> in
     home = chunk.home
     if part.site == home:
         own = (Buffer.PARTIAL, offset)
-        summed = _wide_fold(part, chunk, offset, folded, own)
+        summed = _wide_fold(part, chunk, own, [folded], own, part.chunk_size.depth)
         # Sent from scratch, so that the caller's array is finished without waiting for acknowledgements.
         sends = [
             part.builder.send(Phase.WIDE_GATHER, owner, tag_of(chunk, 3), own, chunk.length, [summed], wide=True)
             for owner in other_owners(part.site, chunk.owners)
         ]
         copied = [(*own, part.topology.size)]
-        done = part.builder.fold(Phase.WIDE_GATHER, copied, (Buffer.USER, chunk.offset), chunk.length, [summed])
+        done = part.builder.fold(Phase.WIDE_GATHER, copied, (Buffer.OUT, chunk.offset), chunk.length, [summed])
         part.last_use[number] = [*sends, done]
         return done
     sent = part.builder.send(
@@ -161,7 +187,7 @@ def _direct(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> in
     )  # fmt: skip
     part.last_use[number] = [sent]
     return part.builder.recv(
-        Phase.WIDE_GATHER, chunk.owners[home], tag_of(chunk, 3), (Buffer.USER, chunk.offset), chunk.length, [folded],
+        Phase.WIDE_GATHER, chunk.owners[home], tag_of(chunk, 3), (Buffer.OUT, chunk.offset), chunk.length, [folded],
         wide=True,
     )  # fmt: skip
 
@@ -178,7 +204,7 @@ def _ring(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
             Phase.WIDE_REDUCE, chunk.owners[site - 1], tag_of(chunk, 2), (Buffer.LENT, 0), chunk.length,
             recent(part.wide_folds, part.chunk_size.depth), wide=True, accumulated=site > 1,
         )  # fmt: skip
-        target = (Buffer.USER, chunk.offset) if site == last else (Buffer.ACCUMULATOR, offset)
+        target = (Buffer.OUT, chunk.offset) if site == last else (Buffer.ACCUMULATOR, offset)
         summed = part.builder.fold(
             Phase.WIDE_REDUCE, [(Buffer.LENT, lent, sum(ranks[:site])), (*own, ranks[site])], target, chunk.length,
             [folded, lent], final=site == last,
@@ -192,7 +218,7 @@ def _ring(part: Part, chunk: Chunk, place: tuple[int, int], folded: int) -> int:
         part.last_use[number] = [sent]
     before = (site - 1) % len(chunk.owners)
     done = part.builder.recv(
-        Phase.WIDE_GATHER, chunk.owners[before], tag_of(chunk, 3), (Buffer.USER, chunk.offset), chunk.length, [folded],
+        Phase.WIDE_GATHER, chunk.owners[before], tag_of(chunk, 3), (Buffer.OUT, chunk.offset), chunk.length, [folded],
         wide=True,
     )  # fmt: skip
     if site != last - 1:
@@ -212,21 +238,17 @@ def _ring_send(
 def _ring_pass_on(part: Part, chunk: Chunk, done: int) -> None:
     following = (part.site + 1) % len(chunk.owners)
     part.builder.send(
-        Phase.WIDE_GATHER, chunk.owners[following], tag_of(chunk, 3), (Buffer.USER, chunk.offset), chunk.length, [done],
+        Phase.WIDE_GATHER, chunk.owners[following], tag_of(chunk, 3), (Buffer.OUT, chunk.offset), chunk.length, [done],
         wide=True,
     )  # fmt: skip
 
 
-def _all_pairs(sites: int) -> tuple[tuple[int, int], ...]:
-    return tuple((here, there) for here in range(sites) for there in range(sites) if here != there)
-
-
 def _exchange_hops(sites: int, root_site: int) -> tuple[Hop, ...]:
-    return (Hop(_all_pairs(sites), folds=True),)
+    return (Hop(all_pairs(sites), folds=True),)
 
 
 def _direct_hops(sites: int, root_site: int) -> tuple[Hop, ...]:
-    pairs = _all_pairs(sites)
+    pairs = all_pairs(sites)
     return Hop(pairs, Homes.DESTINATION, folds=True), Hop(pairs, Homes.SOURCE, behind=0)
 
 
@@ -258,11 +280,10 @@ ALL_REDUCE = Declaration(
     name="all_reduce",
     has_op=True,
     algorithms=(
-        Algorithm("exchange", partial(_add_chunk, wide=_exchange), _exchange_hops, _exchange_work),
+        Algorithm("exchange", _add_exchanged, _exchange_hops, _exchange_work),
         Algorithm("direct", partial(_add_chunk, wide=_direct), _direct_hops, _direct_work),
         Algorithm("ring", partial(_add_chunk, wide=_ring), _ring_hops, _ring_work, accumulates=True),
     ),
-    opening=Opening.REDUCE,
     after=promise,
     floor_ns=floor_ns,
     work=work,

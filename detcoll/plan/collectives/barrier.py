@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from detcoll.plan.collectives.all_reduce import ALL_REDUCE, longest_delay_ns
+from detcoll.plan.collectives.all_reduce import ALL_REDUCE
+from detcoll.plan.collectives.declaration import longest_delay_ns
+from detcoll.plan.ir import Collective
 from detcoll.topology import Topology
 
 
-def floor_ns(topology: Topology, nbytes: int, root: int) -> float:
+def floor_ns(topology: Topology, collective: Collective) -> float:
     """Return the least time that a barrier takes: the sites at the ends of the longest delay hear of each other."""
     return float(longest_delay_ns(topology))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from detcoll.plan.ir import Buffer, Phase, PlanBuilder
 from detcoll.plan.layout import PHASE_TAGS, Chunk, ChunkSize
@@ -19,6 +20,26 @@ LOCAL_WINDOW = 8
 LOCAL_AHEAD = 2
 """Chunks that a rank gives an owner besides those that it has scratch for: what comes too early is copied twice,
 and of 1 GiB over a slow line it was 256 MiB."""
+
+
+class Portion(Protocol):
+    """What moves at once: a chunk of an array or a piece of a block."""
+
+    @property
+    def number(self) -> int:
+        """Tells it from all others between the same two ranks."""
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the output, in elements."""
+
+    @property
+    def length(self) -> int:
+        """How many elements it has."""
+
+
+Span = tuple[Buffer, int]
+"""A buffer and an offset in it."""
 
 
 @dataclass(slots=True)
@@ -57,7 +78,7 @@ class Part:
         return place, place * self.chunk_size.elems, self.last_use.pop(place, [])
 
 
-def tag_of(chunk: Chunk, phase: int) -> int:
+def tag_of(chunk: Portion, phase: int) -> int:
     """Return the tag of a chunk's messages in one of its `PHASE_TAGS` phases."""
     return chunk.number * PHASE_TAGS + phase
 
@@ -74,7 +95,7 @@ def other_owners(site: int, owners: tuple[int, ...]) -> tuple[int, ...]:
 
 def local_contribute(part: Part, chunk: Chunk, owner: int) -> None:
     """Send this rank's elements to the owner in its site, and take the result."""
-    span = (Buffer.USER, chunk.offset)
+    span = (Buffer.OUT, chunk.offset)
     results = part.local_results.setdefault(owner, [])
     # A local network is faster than the line: an owner would have to hold whatever it cannot pass on yet.
     after = [*recent(part.local_sends, LOCAL_WINDOW), *recent(results, part.chunk_size.depth + LOCAL_AHEAD)]
@@ -83,8 +104,11 @@ def local_contribute(part: Part, chunk: Chunk, owner: int) -> None:
     results.append(part.builder.recv(Phase.LOCAL_GATHER, owner, tag_of(chunk, 1), span, chunk.length, [sent]))
 
 
-def local_fold(part: Part, chunk: Chunk, target: tuple[Buffer, int], after: Sequence[int], *, final: bool) -> int:
-    """Receive the site's contributions and fold them with this rank's own, in rank order; return the fold."""
+def local_fold(
+    part: Part, chunk: Portion, target: Span, after: Sequence[int], *, final: bool, own: Span | None = None
+) -> int:
+    """Receive the site's contributions and fold them with this rank's ``own``, in rank order; return the fold."""
+    buffer, offset = own or (Buffer.OUT, chunk.offset)
     lent = {
         peer: part.builder.recv(
             Phase.LOCAL_REDUCE, peer, tag_of(chunk, 0), (Buffer.LENT, 0), chunk.length,
@@ -93,7 +117,7 @@ def local_fold(part: Part, chunk: Chunk, target: tuple[Buffer, int], after: Sequ
         for peer in part.peers
     }  # fmt: skip
     inputs = [
-        (Buffer.LENT, lent[rank], 1) if rank in lent else (Buffer.USER, chunk.offset, 1)
+        (Buffer.LENT, lent[rank], 1) if rank in lent else (buffer, offset, 1)
         for rank in part.topology.sites[part.site].ranks
     ]
     folded = part.builder.fold(Phase.LOCAL_REDUCE, inputs, target, chunk.length, [*after, *lent.values()], final=final)
@@ -101,10 +125,11 @@ def local_fold(part: Part, chunk: Chunk, target: tuple[Buffer, int], after: Sequ
     return folded
 
 
-def local_gather(part: Part, chunk: Chunk, after: Sequence[int], *, but: int = -1) -> None:
-    """Hand the finished chunk in the user's array to the rest of this site, except to rank ``but``."""
+def local_gather(
+    part: Part, chunk: Portion, after: Sequence[int], *, but: int = -1, source: Span | None = None
+) -> None:
+    """Hand the finished chunk in the user's array, or in ``source``, to the rest of this site, except to ``but``."""
+    span = source or (Buffer.OUT, chunk.offset)
     for peer in part.peers:
         if peer != but:
-            part.builder.send(
-                Phase.LOCAL_GATHER, peer, tag_of(chunk, 1), (Buffer.USER, chunk.offset), chunk.length, after
-            )
+            part.builder.send(Phase.LOCAL_GATHER, peer, tag_of(chunk, 1), span, chunk.length, after)

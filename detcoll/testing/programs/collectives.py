@@ -1,24 +1,21 @@
 """Programs about the collectives that a transport does itself.
 
-Values are small whole numbers, exact in every element type, so that the result does not depend on the fold order.
-They name the rank and the position they come from, so that a wrong chunk names itself.
+Values are mostly `detcoll.testing.values.whole_numbers`, so that the result does not depend on the fold order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, TransportError, UsageError
 from detcoll.fold import reference
 from detcoll.testing.fabric import Here
-from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges
-from detcoll.transport import NativeCollectives
-from detcoll.types import DTYPES, ReduceOp, is_integer
+from detcoll.testing.values import EDGE_OPS, FLOATS, exact, reduced_whole_numbers, require_edges, varied, whole_numbers
+from detcoll.transport import Capabilities, NativeCollectives
+from detcoll.types import DTYPES, ReduceOp, operators_of
 
 AHEAD_NS = 50 * 10**6
 
@@ -29,49 +26,26 @@ def native_of(here: Here) -> NativeCollectives:
     return here.endpoint
 
 
-def _contribution(rank: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
-    positions = np.arange(count)
-    if op is ReduceOp.PROD:
-        return np.asarray(1 + (positions + rank) % 5 // 4).astype(dtype)
-    return np.asarray((positions * 3 + rank * 5) % 11).astype(dtype)
-
-
-def _expected(size: int, count: int, op: ReduceOp, dtype: np.dtype[Any]) -> NDArray[Any]:
-    parts = np.stack([_contribution(rank, count, op, dtype).astype(np.float64) for rank in range(size)])
-    fold = {
-        ReduceOp.SUM: parts.sum(axis=0),
-        ReduceOp.MIN: parts.min(axis=0),
-        ReduceOp.MAX: parts.max(axis=0),
-        ReduceOp.PROD: parts.prod(axis=0),
-    }
-    if op is not ReduceOp.AVG:
-        return np.asarray(fold[op].astype(dtype))
-    wide = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-    return np.asarray((parts.sum(axis=0).astype(wide) / wide.type(size)).astype(dtype))
-
-
-def supported(dtype_names: frozenset[str], ops: frozenset[ReduceOp]) -> list[tuple[str, ReduceOp]]:
-    """Return the pairs of type and operation that make sense: there is no average of integers."""
+def supported(dtype_names: frozenset[str], capabilities: Capabilities) -> list[tuple[str, ReduceOp]]:
+    """Return the pairs of type and operation that an endpoint reduces."""
     return [
-        (name, op)
-        for name in sorted(dtype_names)
-        for op in sorted(ops, key=lambda op: op.value)
-        if not (op is ReduceOp.AVG and is_integer(DTYPES[name]))
-    ]
+        (name, op) for name in sorted(dtype_names) for op in ReduceOp
+        if capabilities.supports("all_reduce", DTYPES[name], op)
+    ]  # fmt: skip
 
 
 def all_reduce(here: Here, counts: list[int], dtype_names: list[str] | None = None) -> None:
     """Every operation on every type gives the exact result, in place and on every rank."""
     native = native_of(here)
     names = here.capabilities.native_dtypes if dtype_names is None else frozenset(dtype_names)
-    for name, op in supported(names & here.capabilities.native_dtypes, here.capabilities.native_ops):
+    for name, op in supported(names, here.capabilities):
         dtype = DTYPES[name]
         for count in counts:
-            array = _contribution(here.rank, count, op, dtype)
+            array = whole_numbers(here.rank, count, op, dtype)
             native.all_reduce(array, op, here.deadline_ns())
             np.testing.assert_array_equal(
-                array.astype(np.float64),
-                _expected(here.size, count, op, dtype).astype(np.float64),
+                exact(array),
+                exact(reduced_whole_numbers(here.size, count, op, dtype)),
                 f"{op.value} of {count} {name} on rank {here.rank} of {here.size}",
             )
 
@@ -80,10 +54,10 @@ def ordered(here: Here, groups: list[list[int]], counts: list[int]) -> None:
     """Values whose sum depends on the order of folding give the promised bits."""
     native = native_of(here)
     native.arrange(groups)
-    for name, op in supported(here.capabilities.native_dtypes, here.capabilities.native_ops):
+    for name, op in supported(here.capabilities.native_dtypes, here.capabilities):
         dtype = DTYPES[name]
         for count in counts:
-            given = [_uneven(rank, count, dtype) for rank in range(here.size)]
+            given = [varied(dtype, count, rank) for rank in range(here.size)]
             array = given[here.rank].copy()
             native.all_reduce(array, op, here.deadline_ns())
             expected = reference(op, given, groups, dtype)
@@ -107,11 +81,6 @@ def edge_values(here: Here, groups: list[list[int]] | None = None) -> None:
     )
 
 
-def _uneven(rank: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    values = np.random.default_rng([rank, count]).standard_normal(count) * 10
-    return np.asarray(np.abs(values).astype(dtype) if is_integer(dtype) else values.astype(dtype))
-
-
 def all_reduce_part(here: Here, count: int = 1000) -> None:
     """Elements beside a slice that is reduced are not touched."""
     array = np.full(count + 20, -1.0, np.float32)
@@ -127,8 +96,8 @@ def broadcast(here: Here, counts: list[int]) -> None:
     for name in sorted(here.capabilities.native_dtypes):
         for root in range(here.size):
             for count in counts:
-                array = _contribution(here.rank + 1, count, ReduceOp.SUM, DTYPES[name])
-                expected = _contribution(root + 1, count, ReduceOp.SUM, DTYPES[name])
+                array = whole_numbers(here.rank + 1, count, ReduceOp.MAX, DTYPES[name])
+                expected = whole_numbers(root + 1, count, ReduceOp.MAX, DTYPES[name])
                 native_of(here).broadcast(array, root, here.deadline_ns())
                 assert array.tobytes() == expected.tobytes(), f"{count} {name} from {root} on rank {here.rank}"
 
@@ -188,16 +157,17 @@ def unsupported(here: Here) -> None:
     native = native_of(here)
     for dtype in DTYPES.values():
         for op in ReduceOp:
-            array = np.full(3, here.rank, dtype)
+            array = np.full(3, here.rank % 2, dtype)
             if here.capabilities.supports("all_reduce", dtype, op):
                 native.all_reduce(array, op, here.deadline_ns())
             else:
                 with pytest.raises(UsageError):
                     native.all_reduce(array, op, here.deadline_ns())
-        array = np.full(3, here.rank + 1, dtype)
+                assert (array == here.rank % 2).all()
+        array = np.full(3, here.rank == here.size - 1, dtype)
         assert here.capabilities.supports("broadcast", dtype, ReduceOp.SUM)
         native.broadcast(array, here.size - 1, here.deadline_ns())
-        assert (array == here.size).all()
+        assert (array == 1).all()
     assert not here.capabilities.supports("no such kind", np.dtype(np.float32), ReduceOp.SUM)
     native.barrier(here.deadline_ns())
 
@@ -210,7 +180,10 @@ def bad_arguments(here: Here) -> None:
     with pytest.raises(UsageError):
         native.broadcast(np.ones(3, np.float32), -1, here.deadline_ns())
     with pytest.raises(UsageError):
-        native.all_reduce(np.ones(3, np.complex64), ReduceOp.SUM, here.deadline_ns())
-    with pytest.raises(UsageError):
-        native.all_reduce(np.ones(3, np.int32), ReduceOp.AVG, here.deadline_ns())
+        native.all_reduce(np.ones(3, np.longdouble), ReduceOp.SUM, here.deadline_ns())
+    for dtype in DTYPES.values():
+        for op in set(ReduceOp) - operators_of(dtype):
+            for count in (0, 3):
+                with pytest.raises(UsageError):
+                    native.all_reduce(np.ones(count, dtype), op, here.deadline_ns())
     native.barrier(here.deadline_ns())

@@ -113,6 +113,28 @@ def unexpected(here: Here, nbytes: int) -> None:
             assert here.take(0, tag, nbytes) == pattern(tag, nbytes)
 
 
+def notes_past_unasked(here: Here, count: int = 1024, nbytes: int = 4096, large_bytes: int = 3 * 2**20) -> None:
+    """Rank 1 hears notes, each by a receive posted anew, past many messages and a large one that it asks for later.
+
+    So do ranks tell each other about messages that have found no receive yet.
+    """
+    if here.rank == 0:
+        sent = []
+        for index in range(count):
+            sent.append(here.send(1, 100 + index, pattern(index, nbytes)))
+            sent.append(here.send(1, 7, pattern(index, 128)))
+        sent.append(here.send(1, 8, pattern(3, large_bytes)))
+        assert here.take(1, 9, 10) == pattern(9, 10)
+        here.finish(*sent)
+    elif here.rank == 1:
+        for index in range(count):
+            assert here.take(0, 7, 128) == pattern(index, 128)
+        here.finish(here.send(0, 9, pattern(9, 10)))
+        assert here.take(0, 8, large_bytes) == pattern(3, large_bytes)
+        for index in reversed(range(count)):
+            assert here.take(0, 100 + index, nbytes) == pattern(index, nbytes)
+
+
 def wrong_size(here: Here, sent_bytes: int, stated_bytes: int, lent: bool, early: bool) -> None:
     """Check that a receive of another size than arrives fails with FrameError, posted before the send or after."""
     if here.rank == 0:

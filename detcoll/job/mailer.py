@@ -1,0 +1,45 @@
+"""Calls of send and recv of one group: from checked arguments to a transfer of the progress thread.
+
+They are not numbered, since ranks need not make them in one order. The progress thread does them also where a transport
+has native collectives; it is started by the first one.
+"""
+
+from __future__ import annotations
+
+import time
+
+from detcoll.buffers import Bound
+from detcoll.job.caller import Caller
+from detcoll.plan.cut import cut
+from detcoll.runtime import Work
+from detcoll.runtime.postman import Parcel
+from detcoll.runtime.transfer import ANY, Transfer
+
+
+def transfer(
+    caller: Caller, bound: Bound, *, is_send: bool, peer: int | None, tag: int, timeout_s: float, name: str,
+) -> Work:  # fmt: skip
+    """Start a send to or a receive from ``peer``, a rank of the group (None: any), and return its work."""
+    caller.check_usable()
+    job, group = caller.job, caller.group
+    rank = ANY if peer is None else group.ranks[peer]
+    way = "send to" if is_send else "recv from"
+    work = Work(f"{way} {'any source' if peer is None else f'rank {rank}'}, tag {tag}")
+    parcel = Parcel(
+        bound.array, work, bound.load if bound.staged and is_send else None,
+        bound.store if bound.staged and not is_send else None,
+    )  # fmt: skip
+    call = Transfer(
+        group, is_send, rank, tag, bound.dtype.name, bound.array.size, bound.array.nbytes, round(timeout_s * 1e9),
+        time.monotonic_ns(), spans=bound.spans, name=name, memory=parcel,
+    )  # fmt: skip
+    if is_send:
+        pieces = cut(job.topology.granted, job.calendar, job.session.rank, rank)
+        call.chunk_bytes, call.ahead_bytes = pieces.chunk_bytes, pieces.ahead_bytes
+    loop = job.loop
+    if job.native is not None:
+        job.ahead.wait(call.spans, on_loop=True)
+    loop.submit(call)
+    if job.native is not None:
+        job.ahead.note(call.spans, work, on_loop=True)
+    return work

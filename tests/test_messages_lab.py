@@ -1,0 +1,33 @@
+"""Messages over the lab's line keep to what is reserved for their rank, together with collectives."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import PROGRAMS
+
+from detcoll.emulation.lab import Lab, audit, read_log, read_traces, run_ranks, why_unavailable
+from detcoll.topology import Topology
+
+UNAVAILABLE = why_unavailable()
+pytestmark = [
+    pytest.mark.lab, pytest.mark.timeout(90), pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("slotting", ["share", "turns"])
+def test_messages_and_collectives_share_what_is_reserved(tmp_path: Path, slotting: str) -> None:
+    topology, log = Topology.uniform(2, 2, 12.5e6, 5_000_000), tmp_path / "arrivals.npy"
+    environ = {"DETCOLL_SLOTTING": slotting, "DETCOLL_TRACE": str(tmp_path)}
+    with Lab(topology, log_path=log) as lab:
+        code = run_ranks(lab, [sys.executable, str(PROGRAMS / "messages.py"), "across"], env=environ, deadline_s=60)
+        late_ns = lab.statistics().late_peak_ns
+    assert code == 0
+    traces = read_traces([tmp_path / f"rank{rank}.json" for rank in range(4)])
+    seen = audit(read_log(log), traces, topology, late_ns)
+    assert seen.mode == slotting
+    assert seen.bulk_bytes > 4 * 2_000_000
+    assert seen.is_slotted, seen
+    assert seen.queues_within_windows, seen

@@ -1,0 +1,48 @@
+"""A rank's sockets."""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import struct
+from errno import EINPROGRESS
+from os import strerror
+
+from detcoll.mailbox import Mailbox
+from detcoll.stream import StreamEndpoint
+from detcoll.transport import Clock
+
+_HELLO = struct.Struct("<16sI")
+"""The job's token, and the rank that connects."""
+
+
+class TcpEndpoint(StreamEndpoint):
+    """Connects to the ports of other ranks; who shows the job's token is one of them."""
+
+    def __init__(self, rank: int, token: bytes, listener: socket.socket, clock: Clock, mail: Mailbox) -> None:
+        super().__init__(mail, clock, rank, listener, _HELLO.pack(token, rank))
+        self._token = token
+
+    @property
+    def address(self) -> str:
+        """Host and port where this rank listens."""
+        return "{}:{}".format(*self.listener.getsockname()[:2])
+
+    def reach(self, address: str) -> socket.socket:
+        """Begin to connect, which a firewall may keep from ending for minutes."""
+        host, _, port = address.rpartition(":")
+        made = socket.socket(self.listener.family)
+        made.setblocking(False)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a small message waits for the one before
+        code = made.connect_ex((host, int(port)))
+        if code not in (0, EINPROGRESS):
+            made.close()
+            raise OSError(code, strerror(code))
+        return made
+
+    def recognise(self, hello: bytes) -> int:
+        """Return the rank; the comparison takes the same time for any token, so a stranger cannot guess by bytes."""
+        token, rank = _HELLO.unpack(hello)
+        if not hmac.compare_digest(token, self._token):
+            raise ConnectionError("a stranger")
+        return int(rank)
