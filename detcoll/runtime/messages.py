@@ -7,10 +7,10 @@
 
 - Matching: a receive takes the first announced message of its source (or of any) and its tag; messages of one source
   keep their order. It does not wait for memory, so calls match in the order in which they were made.
-- A message of at most `EAGER_BYTES` is copied and sent right behind its announcement, and its caller goes on; one of
-  at most `INLINE_BYTES` is a part of it. Those that have
-  not found a receive are bounded by `LARGEST_EAGER`, and their bytes by `detcoll.runtime.credit`; beyond that, messages
-  are only announced. Announcements are bounded by these, and by the calls that have not ended (`loop.LARGEST_QUEUE`).
+- A message of at most `EAGER_BYTES` is copied and sent right behind its announcement, and its caller goes on. One of
+  at most `INLINE_BYTES` travels inside the announcement. The number of those that have found no receive is bounded by
+  `LARGEST_EAGER`, and their bytes by `detcoll.runtime.credit`; beyond that, messages are only announced.
+  Announcements are bounded by these, and by the calls that have not ended (`loop.LARGEST_QUEUE`).
 - Data moves once a receive has granted it and no earlier call works on the memory of either end. A sender has at most
   `Transfer.ahead_bytes` under way, which leave in windows like those of collectives.
 - A message to this rank itself goes from memory to memory.
