@@ -71,7 +71,7 @@ def init(
     Parameters
     ----------
     transport : str
-        ``auto``, or a name such as ``slotted``, ``shm``, ``mpi``, ``gloo``. DETCOLL_TRANSPORT takes precedence.
+        ``auto``, or a name: ``slotted``, ``shm``, ``mpi``, ``gloo``, ``tcp``. DETCOLL_TRANSPORT takes precedence.
     topology : Topology or path, optional
         Sites, their lines and delays; by default one site. DETCOLL_TOPOLOGY takes precedence.
     timeout : float, optional

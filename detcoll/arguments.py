@@ -244,7 +244,7 @@ def _counts(label: str, counts: Sequence[int] | None, size: int) -> tuple[int, .
     given = list(counts) if isinstance(counts, Iterable) else []
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in given)
     if len(given) != size or not whole:
-        raise UsageError(f"{label}={counts!r} must be {size} whole numbers, none negative: one for each rank")
+        raise UsageError(f"{label}={counts!r} must be a whole number, not negative, for each of {size} ranks")
     return tuple(int(n) for n in given)
 
 

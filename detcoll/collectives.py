@@ -570,8 +570,9 @@ class Collectives:
         Parameters
         ----------
         value : object
-            None, bool, int, float, str, bytes, datetime, UUID, Decimal, or a list, tuple or dict of those, as msgspec
-            encodes it; a tuple arrives as a list. Nothing is pickled. Ignored on ranks other than the root.
+            None, bool, int of 64 bits, float, str, bytes, datetime with a time zone, or a list or dict of those. What
+            else msgspec encodes arrives as one of them: a tuple or set as a list, a datetime without a time zone, UUID
+            or Decimal as a str. Nothing is pickled. Ignored on ranks other than the root.
         root : int
             A rank of the group, the same on all ranks.
         timeout, name

@@ -314,8 +314,7 @@ class StreamEndpoint(MailboxEndpoint):
 
     def _end(self, line: MessageStream, error: Exception) -> None:
         """Close a connection, and take note of what that says of the peer."""
-        del self._open[line.socket.fileno()]
-        line.socket.close()
+        self._shut(line)
         peer = line.peer
         if peer < 0:
             self.refused_connections += 1
@@ -333,8 +332,14 @@ class StreamEndpoint(MailboxEndpoint):
         self.mail.lose(peer, PeerLost(f"rank {peer} is gone: {error}"), self.clock.now_ns())
         for line in (self._outgoing.get(peer), self._incoming.get(peer)):
             if line is not None and line.socket.fileno() in self._open:
-                del self._open[line.socket.fileno()]
-                line.socket.close()
+                self._shut(line)
+
+    def _shut(self, line: MessageStream) -> None:
+        """Close a connection. A forked child may hold the socket too, and epoll would then go on to report it."""
+        del self._open[line.socket.fileno()]
+        with contextlib.suppress(OSError):  # it could not be registered
+            self._epoll.unregister(line.socket)
+        line.socket.close()
 
 
 def _name(address: object) -> str:

@@ -20,7 +20,7 @@ from detcoll.plan.collectives import declaration_of
 from detcoll.plan.compiler import compile_plan
 from detcoll.signature import DECLARED
 from detcoll.sim import simulate
-from detcoll.testing.plans import packed, unpacked
+from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
 from detcoll.topology import Link, Site, Topology
 from detcoll.types import accumulation_dtype
 
@@ -66,7 +66,7 @@ def call_of(kind: str, size: int, seed: int, largest: int) -> Call:
     return replace(call, rows=call.rows[:1], tails=call.tails[:1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sites(), st.sampled_from(sorted(DECLARED)), st.integers(0, 2**31), st.integers(4, 40), st.integers(2, 5))
 def test_every_plan_of_every_kind_proves_itself(
     ranks: list[list[int]], kind: str, seed: int, elems: int, depth: int
@@ -80,7 +80,7 @@ def test_every_plan_of_every_kind_proves_itself(
         check(parts, topology, build_calendar(topology, list(Slotting)[seed % len(Slotting)]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(sites(), st.sampled_from(sorted(set(DECLARED) - {"barrier"})), st.integers(0, 2**31), st.integers(16, 400))
 def test_simulated_data_has_the_promised_bits(ranks: list[list[int]], kind: str, seed: int, elems: int) -> None:
     topology = placed(ranks)
@@ -209,3 +209,31 @@ def test_a_step_that_breaks_the_form_in_place_is_seen() -> None:
     received["offset"], copied["offset"] = copied["offset"], received["offset"]
     with pytest.raises(PlanError, match="touch the same elements of OUT"):
         check([packed(parts[0], rows), parts[1]], topology)
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter"])
+@pytest.mark.parametrize("ranks", [(5, 6, 7), (3, 4, 5, 7)])
+def test_pieces_of_two_blocks_share_no_tag_where_many_sites_cut_a_block_at_other_places(
+    kind: str, ranks: tuple[int, ...]
+) -> None:
+    topology = sites_of(ranks)
+    counts = (2_000, 3) + (0,) * (topology.size - 2)
+    check(all_parts(Collective(kind, sum(counts), 4, 4, 0, counts), topology, "direct", ChunkSize(10**6, 4)), topology)
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "gather", "scatter", "all_to_all"])
+def test_a_site_of_hundreds_of_ranks_has_tags_enough(kind: str) -> None:
+    size = 320
+    part = compile_plan(Collective(kind, size, 4, 4, 0), sites_of([size]), size - 1, "direct", ChunkSize(65_536, 4))
+    assert len(part.steps) > 0
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "reduce"])
+def test_inside_one_site_all_ranks_share_the_work_of_a_root(kind: str) -> None:
+    topology, count = sites_of([8]), 8 << 17
+    planners = [Planner(topology, rank, build_calendar(topology)) for rank in range(8)]
+    moved = []
+    for planner in planners:
+        steps = planner.plan(Collective(kind, count, 4, 4, 3)).steps
+        moved.append(int(steps["length"][steps["kind"] != Kind.FOLD].sum()))
+    assert max(moved) <= 3 * count

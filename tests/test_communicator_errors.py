@@ -303,7 +303,7 @@ def test_who_knows_nothing_better_names_its_peers() -> None:
     assert all(isinstance(answer, DeadlineMissed) for answer in answers)
     for answer in answers:
         assert re.search(
-            r"not finished after 2 s without progress; it waits for rank [01] \(\d messages\)$", str(answer)
+            r"not finished after 2 s without progress; it waits for rank [01] \(\d messages?\)$", str(answer)
         )
 
 

@@ -25,7 +25,7 @@ from detcoll.testing import mpi_launcher
 from detcoll.topology import Topology
 from detcoll.types import DTYPES
 
-DRAWS = int(os.environ.get("TEST_DRAWS", "40"))
+DRAWS = int(os.environ.get("TEST_DRAWS", "24"))
 SEED = int(os.environ.get("TEST_SEED", "20"))
 
 PLACES: dict[str, tuple[str, Topology | None, int]] = {

@@ -179,8 +179,6 @@ class TestLine:
             took_s = (last.flows_at_ns[-1] - last.flows_at_ns[0]) / 1e9
             if share < 1:
                 assert flow.offered_bytes <= share * 2.5e6 * took_s + 2 * 2 * 65_536
-            else:
-                assert way.uplink_dropped_segments > 0  # as much as TCP lets them fills the queue
         assert last.bursts == ()
         rate = last.flows_bytes_per_s([(last.flows_at_ns[0], last.flows_at_ns[-1])])
         assert rate is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -349,18 +350,23 @@ def test_what_is_refused_ends_nothing(text: str) -> None:
 )
 def test_messages_that_do_not_fit_raise_on_both_sides(world: str, elems: int, dtype: type) -> None:
     sent = 3 if elems < 10 else 100_001
+    size, transport, topology = WORLDS[world]
+    all_know = threading.Barrier(3, timeout=30)
 
     def program(comm):
-        if comm.rank == 0:
-            waits = comm.recv(np.ones(1), 1, async_op=True)
-            comm.send(np.ones(sent, np.float32), 1, 6, async_op=True)
-            waits.wait()
-        elif comm.rank == 1:
-            comm.recv(np.ones(elems, dtype), 0, 6)
-        elif comm.rank == 2:
-            comm.recv(np.ones(1), 0)
+        try:
+            if comm.rank == 0:
+                waits = comm.recv(np.ones(1), 1, async_op=True)
+                comm.send(np.ones(sent, np.float32), 1, 6, async_op=True)
+                waits.wait()
+            elif comm.rank == 1:
+                comm.recv(np.ones(elems, dtype), 0, 6)
+            elif comm.rank == 2:
+                comm.recv(np.ones(1), 0)
+        except PlanMismatch:
+            all_know.wait()  # who leaves with an error aborts the job, which others might hear first
+            raise
 
-    size, transport, topology = WORLDS[world]
     for answer in attempt(size, program, transport=transport, topology=topology)[:3]:
         assert isinstance(answer, PlanMismatch), answer
         assert f"rank 0 called send to rank 1 of {sent} float32, tag 6" in str(answer)
@@ -458,6 +464,32 @@ def test_a_killed_peer_ends_its_messages(transport: str) -> None:
     for (said,) in ended.said.values():
         assert len(said) == 3
         assert all(text.startswith("PeerLost") and "rank 2" in text for text in said), said
+
+
+def test_a_receive_that_ends_as_the_progress_thread_fails_has_its_message() -> None:
+    ended = []
+
+    def program(comm):
+        if comm.rank == 0:
+            comm.send(np.arange(8, dtype=np.uint8), 1, tag=1)
+            comm.send(np.ones(1, np.uint8), 1, tag=2)
+            return
+        x = np.zeros(8, np.uint8)
+        comm.recv(np.zeros(1, np.uint8), 0, tag=2)
+        is_called = threading.Event()
+
+        def fail(now_ns: int) -> None:
+            is_called.wait(TIMEOUT_S)
+            raise RuntimeError("broken")
+
+        comm._caller.job.loop.post(fail)
+        work = comm.recv(x, 0, tag=1, async_op=True)
+        is_called.set()
+        ended.append((work.exception(TIMEOUT_S), x))
+
+    attempt(2, program, transport="memory")
+    [(error, x)] = ended
+    assert isinstance(error, TransportError) or x.tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted"])

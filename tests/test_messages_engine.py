@@ -14,11 +14,11 @@ from detcoll.errors import Closed, DeadlineMissed, FrameError, PeerLost, PlanMis
 from detcoll.machine import Queued, Slots
 from detcoll.plan import Slotting
 from detcoll.plan.layout import LARGEST_FRAME_BYTES
-from detcoll.runtime import credit
+from detcoll.runtime import credit, group, transfer
 from detcoll.runtime.group import CHUNK_BITS, MESSAGES, SEQUENCES, Group
 from detcoll.runtime.messages import CHUNKS_QUEUED, EAGER_BYTES, LARGEST_EAGER
 from detcoll.runtime.snapshot import snapshot
-from detcoll.runtime.transfer import INLINE_BYTES, LARGEST_TAG, NOTE_BYTES, Note, NoteKind
+from detcoll.runtime.transfer import INLINE_BYTES, LARGEST_KEYS, LARGEST_TAG, NOTE_BYTES, Note, NoteKind, Transfer
 from detcoll.testing.fleet import SECOND_NS, Called, Fleet
 
 MS = 1_000_000
@@ -60,20 +60,32 @@ def test_keys_of_messages_are_apart_from_each_other_and_from_calls(number, other
 
 
 @given(
-    kind=st.sampled_from(NoteKind), number=st.integers(0, 2**63), tag=st.integers(0, LARGEST_TAG),
+    kind=st.sampled_from([NoteKind.ANNOUNCE, NoteKind.GRANT]), number=st.integers(0, 2**63),
+    tag=st.integers(0, LARGEST_TAG), key=st.integers(0, MESSAGES - 1),
     dtype=st.sampled_from(["bfloat16", "complex128", ""]), count=st.integers(0, 2**63), eager=st.booleans(),
     name=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=16),
 )  # fmt: skip
-def test_notes_are_read_as_they_were_written(kind, number, tag, dtype, count, eager, name) -> None:
+def test_notes_are_read_as_they_were_written(kind, number, tag, key, dtype, count, eager, name) -> None:
     inline = eager and not name
     payload = bytes(range(count % (INLINE_BYTES + 1))) if inline else b""
-    note = Note(kind, number, tag, dtype, count, 8 * count % 2**63, 77, eager, name, inline, payload)
+    nbytes = len(payload) if inline else 8 * count % 2**63
+    note = Note(kind, number, tag, dtype, count, nbytes, 77, eager, name, inline, payload, key)
     record = note.pack(memoryview(payload))
     assert len(record) == NOTE_BYTES
     assert Note.unpack(record) == note
 
 
-@pytest.mark.parametrize("record", [b"", b"\xff" * NOTE_BYTES, bytes(40)])
+@given(keys=st.lists(st.integers(0, MESSAGES - 1), max_size=LARGEST_KEYS))
+def test_a_note_holds_the_keys_of_what_was_taken(keys: list[int]) -> None:
+    note = Note(NoteKind.TAKEN, count=40, nbytes=70_000, keys=tuple(keys))
+    assert len(note.pack()) == NOTE_BYTES
+    assert Note.unpack(note.pack()) == note
+
+
+CUT_SHORT = Note(NoteKind.ANNOUNCE, count=8, nbytes=8, dtype="uint8", is_eager=True, is_inline=True).pack(b"1234567")
+
+
+@pytest.mark.parametrize("record", [b"", b"\xff" * NOTE_BYTES, bytes(40), CUT_SHORT])
 def test_what_is_no_note_is_told(record: bytes) -> None:
     with pytest.raises(FrameError, match="invalid note"):
         Note.unpack(record)
@@ -260,6 +272,30 @@ def test_a_call_that_waits_for_memory_keeps_its_place() -> None:
     check(sent[0], first)
 
 
+def test_calls_that_wait_for_memory_cost_a_turn_nothing_until_it_is_free(monkeypatch) -> None:
+    fleet = Fleet(3)
+    memory = [room(LARGE) for _ in range(50)]
+    got, passed_on = [], []
+    for tag, array in enumerate(memory):
+        got.append(fleet.recv(1, 0, array, tag, spans=True))
+        passed_on.append(fleet.send(1, 2, array, tag, spans=True))
+    fleet.run(SECOND_NS)
+    looks = []
+    holds = Transfer.holds
+    monkeypatch.setattr(Transfer, "holds", lambda one, other: looks.append(other) or holds(one, other))
+    for _ in range(100):
+        fleet.engine(1).start_ready(fleet.now_ns)
+    assert not fleet.engine(1).can_start
+    assert not looks
+    sent = [fleet.send(0, 1, numbers(LARGE, tag), tag) for tag in reversed(range(50))]
+    last = [fleet.recv(2, 1, room(LARGE), tag) for tag in range(50)]
+    fleet.run()
+    for calls in zip(reversed(sent), got, passed_on, last, strict=True):
+        for call in calls[1:]:
+            check(calls[0], call)
+    assert len(looks) <= 50 * 100
+
+
 def test_groups_do_not_mix_messages() -> None:
     fleet = Fleet(3)
     pair, back = fleet.group([0, 2]), fleet.group([2, 0])
@@ -291,6 +327,39 @@ def test_messages_that_nobody_takes_are_bounded_and_arrive_at_last() -> None:
     again = [fleet.send(0, 1, numbers(1024), 7) for _ in range(LARGEST_EAGER // 2)]
     fleet.run(fleet.now_ns + SECOND_NS)
     assert all(call.ended for call in again), "the sender was not told what was taken"
+
+
+@pytest.mark.parametrize("waits", [100, LARGE])
+@pytest.mark.parametrize("late", [100, LARGE])
+def test_a_message_that_waits_for_long_is_not_taken_for_a_later_one(monkeypatch, waits: int, late: int) -> None:
+    monkeypatch.setattr(transfer, "MESSAGES", 40)
+    monkeypatch.setattr(group, "MESSAGES", 40)
+    fleet = Fleet(2)
+    kept = fleet.send(0, 1, numbers(waits, 1), 7)
+    pairs = []
+    for at_ns in range(10 * MS, 600 * MS, 10 * MS):
+        sent = fleet.send(0, 1, numbers(late, at_ns), 8, at_ns=at_ns)
+        pairs.append((sent, fleet.recv(1, 0, room(late), 8, at_ns=at_ns)))
+    got = fleet.recv(1, 0, room(waits), 7, at_ns=SECOND_NS)
+    fleet.run()
+    for sent, received in [*pairs, (kept, got)]:
+        check(sent, received)
+    assert fleet.idle
+
+
+def test_the_sender_of_a_message_is_told_when_its_bytes_can_go() -> None:
+    fleet = Fleet(2)
+    memory = room(1024)
+    holds = fleet.recv(1, 0, memory, 1, spans=True)
+    got = [fleet.recv(1, 0, memory, 2, spans=True) for _ in range(64)]
+    sent = [fleet.send(0, 1, numbers(1024, seed), 2) for seed in range(64)]
+    fleet.run(SECOND_NS)
+    assert fleet.engine(0).credit.unasked_bytes(1) == 64 * EAGER_BYTES
+    first = fleet.send(0, 1, numbers(1024), 1)
+    fleet.run()
+    assert holds.ended
+    assert all(call.ended for call in [first, *got, *sent])
+    assert fleet.engine(0).credit.unasked_bytes(1) < 32 * EAGER_BYTES
 
 
 def test_unasked_bytes_of_calls_leave_less_to_messages(monkeypatch) -> None:
@@ -361,6 +430,32 @@ def test_a_note_does_not_overtake_one_that_waits_for_a_window() -> None:
     assert engine.slots.waiting, "its window is open already"
     engine.express._left_bytes = 10_000.0
     second = fleet.send(1, 3, numbers(1, 2))
+    got = [fleet.recv(3, 1, room(1)) for _ in range(2)]
+    fleet.run()
+    check(first, got[0])
+    check(second, got[1])
+
+
+def test_an_announcement_that_missed_its_window_keeps_its_place(monkeypatch) -> None:
+    fleet = Fleet([2, 2], slotting=Slotting.TURNS)
+    engine = fleet.engine(1)
+    engine.express.rate_bytes_per_s = engine.express._left_bytes = 0.0
+    give, given = Slots.due, []
+
+    def due(slots: Slots[Any], now_ns: int) -> list[tuple[Queued[Any], Any]]:
+        """Let the first note miss its window, which is known when the second one was given to the next window."""
+        taken = give(slots, now_ns)
+        if slots is not engine.slots or not taken or len(given) > 1:
+            return taken
+        given.extend(taken)
+        if len(given) == 1:
+            return []
+        engine.missed([(*given[0], 0)])
+        return taken
+
+    monkeypatch.setattr(Slots, "due", due)
+    first = fleet.send(1, 3, numbers(1, 1))
+    second = fleet.send(1, 3, numbers(1, 2), at_ns=SECOND_NS)
     got = [fleet.recv(3, 1, room(1)) for _ in range(2)]
     fleet.run()
     check(first, got[0])

@@ -292,3 +292,16 @@ def test_ranks_that_share_cores_take_longer_for_all_that_needs_one() -> None:
         assert getattr(crowded, name) == 3 * getattr(alone, name), name
     assert crowded.copy_ns(5e9) == pytest.approx(3 * alone.copy_ns(5e9))
     assert (crowded.late_ns, crowded.frame_bytes) == (alone.late_ns, alone.frame_bytes)
+
+
+def test_small_blocks_of_many_ranks_wait_for_no_acknowledgement() -> None:
+    topology = sites_of([8, 8], 6.25e6, 20_000_000)
+    calendar, size = build_calendar(topology), topology.size
+    for kind in ("all_to_all", "scatter", "gather", "all_gather"):
+        collective = Collective(kind, 64 * size, 4, 4)
+        parts = [Planner(topology, rank, calendar).plan(collective) for rank in range(size)]
+        assert max(simulate(parts, topology, calendar).finish_ns) < 2 * 20_000_000, kind
+    counts = (64,) * size
+    stated = Collective("all_to_all", 64 * size, 4, 4, 0, counts, counts)
+    parts = [Planner(topology, rank, calendar).plan(stated) for rank in range(size)]
+    assert max(simulate(parts, topology, calendar).finish_ns) < 2 * 20_000_000

@@ -251,6 +251,20 @@ class TestLine:
         second = adopted.connect(Kernel())
         assert (second.control, second.paced, line.switches) == (MODEL_BASED, 3_000_000, 1)
 
+    def test_where_the_host_paces_the_kernel_keeps_it_to_its_share_as_long_as_it_must(self, adopted: Adopted) -> None:
+        kernel, line = adopted.connect(Kernel()), adopted.line
+        line.is_paced = False
+        line.pace(12_000_000)
+        assert kernel.paced == 0
+        adopted.starve(kernel)
+        assert (kernel.control, kernel.paced) == (MODEL_BASED, 3_000_000)
+        assert adopted.connect(Kernel()).paced == 3_000_000
+        kernel = adopted.connect(kernel)
+        for second in range(5, 20):
+            kernel.facts_now = PathFacts(second * 3_000_000, second * S, 4, EMPTY_NS, EMPTY_NS, 1)
+            line.look(second * S)
+        assert (kernel.control, kernel.paced) == (LOSS_BASED, UNPACED)
+
     def test_where_the_other_control_is_not_offered_nothing_changes(self, adopted: Adopted) -> None:
         kernel, line = adopted.connect(Kernel(offered=(LOSS_BASED,))), adopted.line
         line.pace(12_000_000)

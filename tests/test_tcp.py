@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -162,6 +163,20 @@ def test_a_paused_peer_that_is_reset_keeps_nobody_busy() -> None:
         lost = fabric[1].recv(0, 2, 1)
         settle_one(fabric[1], lost)
         assert isinstance(lost.error, PeerLost)
+
+
+def test_a_child_that_holds_the_sockets_of_a_lost_peer_keeps_nobody_busy() -> None:
+    with two() as fabric, contextlib.ExitStack() as copies:
+        exchange(fabric, 1)
+        for line in fabric[0]._open.values():  # as in a child of fork
+            copies.enter_context(line.socket.dup())
+        ticket = fabric[0].recv(1, 2, 10)
+        fabric[1].abort()
+        settle_one(fabric[0], ticket)
+        assert isinstance(ticket.error, PeerLost)
+        with select.epoll() as waiter:
+            waiter.register(fabric[0].fileno(), select.EPOLLIN)
+            assert waiter.poll(0.1) == []
 
 
 def test_peers_are_connected_when_they_are_needed() -> None:

@@ -22,5 +22,8 @@ def floor_ns(topology: Topology, kind: str, nbytes: int, root: int = 0) -> float
 
 
 def floor_of(topology: Topology, collective: Collective) -> float | None:
-    """Return the same for a collective, whose blocks may differ in size."""
+    """Return the same for a collective, whose blocks may differ in size.
+
+    Of an all-to-all whose blocks differ, a rank knows only its own sizes: then this is an estimate, for equal blocks.
+    """
     return declaration_of(collective.kind).floor_ns(topology, collective) if topology.is_wide else None

@@ -34,8 +34,12 @@ def compile_plan(collective: Collective, topology: Topology, rank: int, algorith
         cut = pieces(part, collective, how.blocks)
     else:
         cut = chunks(topology, collective.count, chunk_size) if topology.size > 1 else []
-    if cut and (max(chunk.number for chunk in cut) + 1) * PHASE_TAGS > LARGEST_PLAN_TAG:
-        raise PlanError(f"{collective} needs more tags than a plan has; use larger chunks than {chunk_size.elems}")
+    most = max((chunk.number for chunk in cut), default=-1) + 1
+    if most * PHASE_TAGS > LARGEST_PLAN_TAG:
+        raise PlanError(
+            f"{collective.kind} of {collective.count} elements needs {most} messages of one rank to another; "
+            f"a plan has tags for {LARGEST_PLAN_TAG // PHASE_TAGS}. Split the call"
+        )
     for chunk in cut:
         how.add_chunk(part, chunk, collective)
     in_elems, out_elems = declared.elems(collective, topology.size, rank)

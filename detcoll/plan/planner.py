@@ -61,15 +61,25 @@ def predicted_chunk(
 
 
 def _chunk_of_blocks(collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm) -> ChunkSize:
-    """Return the chunk that the rule gives, the same on all ranks, with scratch for what owners hold."""
-    if collective.out_counts:  # a rank knows only its own sizes
-        count = NOMINAL_BYTES // collective.itemsize
+    """Return the chunk that the rule gives, the same on all ranks, with scratch for what owners hold.
+
+    Where no block is as long as a chunk, the same scratch has more places: an owner may have many short blocks.
+    """
+    size, is_stated = topology.size, bool(collective.out_counts)
+    if is_stated:  # a rank knows only its own sizes
+        count = longest = NOMINAL_BYTES // collective.itemsize
         collective = replace(collective, count=count, counts=(), out_counts=())
+    else:
+        has_counts = declaration_of(collective.kind).has_counts
+        longest = max(collective.blocks(size)) if has_counts else collective.count
     chunk_size = choose_chunk(topology, calendar, collective)
-    if not how.awaits:
-        return chunk_size
     most = max(LARGEST_SCRATCH_BYTES // (chunk_size.elems * collective.itemsize), chunk_size.depth)
-    return replace(chunk_size, depth=min(2 * chunk_size.depth, most))
+    if how.awaits:
+        chunk_size = replace(chunk_size, depth=min(2 * chunk_size.depth, most))
+    if is_stated:  # a block for every rank may be short
+        chunk_size = replace(chunk_size, depth=min(max(chunk_size.depth, size), most))
+    elems = min(chunk_size.elems, max(longest, 1))
+    return replace(chunk_size, elems=elems, depth=chunk_size.depth * chunk_size.elems // elems)
 
 
 def choose_algorithm(

@@ -28,7 +28,7 @@ from detcoll.runtime.endings import Endings
 from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
 from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
-from detcoll.runtime.postman import Postman
+from detcoll.runtime.postman import COPIES, Postman
 from detcoll.runtime.routes import Routes
 from detcoll.runtime.transfer import Posting, Transfer
 from detcoll.trace import Call, Trace
@@ -96,11 +96,13 @@ class Courier:
     def conclude(self, *, records: bool) -> None:
         """End for their callers the calls that the engine has ended, and do nothing else that it says.
 
+        What such a call copies within this rank it copies first.
+
         ``records`` : write the flight record where it says so.
         """
         wanted = (Act.FINISH, Act.RECORD) if records else (Act.FINISH,)
         for action in self._engine.actions:
-            if action[0] in wanted:
+            if action[0] in wanted or (action[0] is Act.MAIL and action[1] in COPIES):
                 try:
                     self._carry[action[0]](*action[1:])
                 except Exception:  # others still wait for their calls to end

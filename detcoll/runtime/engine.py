@@ -104,7 +104,7 @@ class Engine:
         self._order = 0
         self.messages = Messages(
             rank, site_of, wide, self.groups, self.actions, self.failures, slots, express, self.credit, self.recorder,
-            self._listen, self._must_follow,
+            self._listen, self._predecessor,
         )  # fmt: skip
 
     # Groups and calls.
@@ -168,14 +168,15 @@ class Engine:
 
     def start_ready(self, now_ns: int) -> None:
         """Start calls that wait for nothing but this."""
-        self.messages.start_ready(now_ns)
+        if self.messages.blocked:
+            self.messages.start_ready(now_ns)
         if not self._may_start:
             return
         self._may_start = False
         for membership in self.groups.values():
             while membership.waiting and len(membership.active) < LARGEST_ACTIVE:
                 operation = membership.waiting[0]
-                if operation.spans and self._must_follow(operation):
+                if operation.spans and self._predecessor(operation) is not None:
                     break
                 membership.waiting.popleft()
                 self._start(membership, operation, now_ns)
@@ -190,33 +191,32 @@ class Engine:
     @property
     def can_start(self) -> bool:
         """Whether `start_ready` might start something."""
-        return self.messages.can_start or (
-            self._may_start
-            and any(
-                membership.waiting
-                and len(membership.active) < LARGEST_ACTIVE
-                and not self._must_follow(membership.waiting[0])
-                for membership in self.groups.values()
-            )
+        if self.messages.blocked and self.messages.can_start:
+            return True
+        return self._may_start and any(
+            membership.waiting
+            and len(membership.active) < LARGEST_ACTIVE
+            and self._predecessor(membership.waiting[0]) is None
+            for membership in self.groups.values()
         )
 
-    def _must_follow(self, operation: Operation | Transfer) -> bool:
-        """Tell whether an earlier call works on the same memory and has not ended."""
+    def _predecessor(self, operation: Operation | Transfer) -> Operation | Transfer | None:
+        """Return an earlier call that works on the same memory and has not ended, or None."""
         for membership in self.groups.values():
             for other in membership.active:
                 if not other.reported and other.order < operation.order and other.overlaps(operation):
-                    return True
+                    return other
             for other in membership.waiting:
                 if other.order >= operation.order:
                     break
                 if other.overlaps(operation):
-                    return True
+                    return other
             for transfer in membership.mail.pending:
                 if transfer.order >= operation.order:
                     break
                 if transfer.holds(operation):
-                    return True
-        return False
+                    return transfer
+        return None
 
     def _start(self, membership: Membership, operation: Operation, now_ns: int) -> None:
         self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)
@@ -468,10 +468,14 @@ class Engine:
     def next_ns(self, now_ns: int) -> int | None:
         """Return when this or `Failures.look_after` has something to do even if nothing happens, or None."""
         times = [until_ns for _, until_ns in self.failures.suspects.values()]
-        times += [group.mail.look_ns for group in self.groups.values() if group.mail.look_ns != NEVER_NS]
         times += [operation.greets_ns for operation, _ in self._greetings]
         line_ns = self.slots.next_ns(now_ns)
         if line_ns is not None:
             times.append(line_ns)
-        times += [first.limit_ns for membership in self.groups.values() if (first := membership.first) is not None]
+        for membership in self.groups.values():
+            if membership.mail.look_ns != NEVER_NS:
+                times.append(membership.mail.look_ns)
+            first = membership.first
+            if first is not None:
+                times.append(first.limit_ns)
         return min(times, default=None)

@@ -113,7 +113,8 @@ class Failures:
             if now_ns >= until_ns:
                 self.rank_lost(peer, text, now_ns)
         for membership in list(self._groups.values()):
-            transfer = membership.mail.late(now_ns)
+            mail = membership.mail
+            transfer = mail.late(now_ns) if now_ns >= mail.look_ns else None
             if transfer is not None:
                 self.end_group(membership, self._overdue(transfer), now_ns)
             first = membership.first

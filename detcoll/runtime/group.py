@@ -7,10 +7,11 @@ The id of a group is a hash that every member computes for itself. Messages carr
     |  number  | 1 | message      |  chunk   |    send and recv, 18 and 13 bits
 
 ``number`` is the lower half of the group's id, ``sequence`` counts the group's calls modulo `SEQUENCES`, and the plan
-tag distinguishes the messages of one call. ``message`` counts what one rank sends to one other, modulo `MESSAGES`, from
-1 on; message 0 is for the notes of send and recv. Descriptors of calls contain the whole id, so a collision of two
-numbers does not go unnoticed; a rank that would be in both groups refuses to make the second. Number 0 is reserved for
-control messages of the job, and the number with all bits set for clock synchronisation.
+tag distinguishes the messages of one call. ``message`` is 1 plus the key of what one rank sends to one other; two
+messages that wait there have different keys. Message 0 is for the notes of send and recv. Descriptors of calls contain
+the whole id, so a collision of two numbers does not go unnoticed; a rank that would be in both groups refuses to make
+the second. Number 0 is reserved for control messages of the job, and the number with all bits set for clock
+synchronisation.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SEQUENCES = 1 << SEQUENCE_BITS
 
 _MESSAGE_BIT, _MESSAGE_BITS, CHUNK_BITS = 1 << 31, 18, 13
 MESSAGES = (1 << _MESSAGE_BITS) - 1
-"""Number of messages from one rank to another that tags distinguish; more than can be pending at a time."""
+"""Number of messages from one rank to another that tags distinguish; more than can wait at a time."""
 
 WORLD_ID = 1
 JOB_NUMBER, TIME_NUMBER = 0, (1 << NUMBER_BITS) - 1
@@ -92,9 +93,9 @@ class Group:
         """Return the common prefix of all tags of call ``sequence``, with the lowest `PLAN_BITS` bits zero."""
         return self.prefix | sequence % SEQUENCES << PLAN_BITS
 
-    def message_tag(self, number: int, chunk: int) -> int:
-        """Return the tag of a chunk of the ``number``-th message, from 0, that one rank sends to another."""
-        return self.note_tag | (number % MESSAGES + 1) << CHUNK_BITS | chunk & (1 << CHUNK_BITS) - 1
+    def message_tag(self, key: int, chunk: int) -> int:
+        """Return the tag of a chunk of the message with this key, from 0, that one rank sends to another."""
+        return self.note_tag | (key % MESSAGES + 1) << CHUNK_BITS | chunk & (1 << CHUNK_BITS) - 1
 
     @property
     def note_tag(self) -> int:

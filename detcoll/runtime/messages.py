@@ -7,10 +7,10 @@
 
 - Matching: a receive takes the first announced message of its source (or of any) and its tag; messages of one source
   keep their order. It does not wait for memory, so calls match in the order in which they were made.
-- A message of at most `EAGER_BYTES` is copied and sent right behind its announcement, and its caller goes on; one of
-  at most `INLINE_BYTES` is a part of it. Those that have
-  not found a receive are bounded by `LARGEST_EAGER`, and their bytes by `detcoll.runtime.credit`; beyond that, messages
-  are only announced. Announcements are bounded by these, and by the calls that have not ended (`loop.LARGEST_QUEUE`).
+- A message of at most `EAGER_BYTES` is copied and sent right behind its announcement, and its caller goes on. One of
+  at most `INLINE_BYTES` travels inside the announcement. The number of those that have found no receive is bounded by
+  `LARGEST_EAGER`, and their bytes by `detcoll.runtime.credit`; beyond that, messages are only announced.
+  Announcements are bounded by these, and by the calls that have not ended (`loop.LARGEST_QUEUE`).
 - Data moves once a receive has granted it and no earlier call works on the memory of either end. A sender has at most
   `Transfer.ahead_bytes` under way, which leave in windows like those of collectives.
 - A message to this rank itself goes from memory to memory.
@@ -33,8 +33,20 @@ from detcoll.runtime.actions import Act
 from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
 from detcoll.runtime.membership import Membership
+from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
-from detcoll.runtime.transfer import ANY, INLINE_BYTES, NOTE_BYTES, Arrived, Note, NoteKind, Pair, Posting, Transfer
+from detcoll.runtime.transfer import (
+    ANY,
+    INLINE_BYTES,
+    LARGEST_KEYS,
+    NOTE_BYTES,
+    Arrived,
+    Note,
+    NoteKind,
+    Pair,
+    Posting,
+    Transfer,
+)
 from detcoll.transport import Window
 
 EAGER_BYTES = 4_096
@@ -93,20 +105,20 @@ class Messages:
         As of the engine.
     listen : callable
         Lets the engine listen to ranks for control messages.
-    must_follow : callable
-        Tells whether an earlier call works on the same memory and has not ended.
+    predecessor : callable
+        Returns an earlier call that works on the same memory and has not ended, or None.
     """
 
     def __init__(
         self, rank: int, site_of: Sequence[int], wide: frozenset[int], groups: dict[int, Membership],
         actions: list[tuple[Any, ...]], failures: Failures, slots: Slots[tuple[Any, int]], express: Express | None,
         credit: Credit, recorder: Recorder, listen: Callable[[Iterable[int]], None],
-        must_follow: Callable[[Transfer], bool],
+        predecessor: Callable[[Transfer], Operation | Transfer | None],
     ) -> None:  # fmt: skip
         self._rank, self._site_of, self._wide, self._groups, self._actions = rank, site_of, wide, groups, actions
         self._failures, self._slots, self._express, self._credit = failures, slots, express, credit
-        self._recorder, self._listen, self._must_follow = recorder, listen, must_follow
-        self._blocked: list[Transfer] = []
+        self._recorder, self._listen, self._predecessor = recorder, listen, predecessor
+        self.blocked: list[tuple[Transfer, Operation | Transfer]] = []
 
     # Calls.
 
@@ -115,8 +127,9 @@ class Messages:
         self._recorder.note(now_ns, "message", transfer.group.number, peer=transfer.peer, detail=transfer.what)
         membership.mail.pending[transfer] = None
         self._reach(membership, transfer)
-        if transfer.spans and self._must_follow(transfer):
-            self._blocked.append(transfer)
+        earlier = self._predecessor(transfer) if transfer.spans else None
+        if earlier is not None:
+            self.blocked.append((transfer, earlier))
         else:
             self._begin(membership, transfer, now_ns)
         if transfer.is_send:
@@ -130,24 +143,24 @@ class Messages:
 
     def start_ready(self, now_ns: int) -> None:
         """Begin the calls that waited for memory which no earlier call works on any more."""
-        if not self._blocked:
-            return
         left = []
-        for transfer in self._blocked:
+        for transfer, earlier in self.blocked:
             if transfer.over:
                 continue
-            if self._must_follow(transfer):
-                left.append(transfer)
+            # Each turn comes here, so calls are looked through only when the one that was waited for has ended.
+            another = self._predecessor(transfer) if earlier.reported else earlier
+            if another is not None:
+                left.append((transfer, another))
                 continue
             membership = self._groups[transfer.group.id]
             self._begin(membership, transfer, now_ns)
             self._advance(membership, transfer, now_ns)
-        self._blocked = left
+        self.blocked = left
 
     @property
     def can_start(self) -> bool:
-        """Whether `start_ready` would begin something."""
-        return any(transfer.over or not self._must_follow(transfer) for transfer in self._blocked)
+        """Whether `start_ready` might begin something."""
+        return any(transfer.over or earlier.reported for transfer, earlier in self.blocked)
 
     def _begin(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         transfer.is_free = True
@@ -175,9 +188,12 @@ class Messages:
         is_own = peer == self._rank
         is_small = send.nbytes <= EAGER_BYTES and send.is_free and pair.unasked < LARGEST_EAGER
         send.is_eager = is_small and self._credit.take_unasked(peer, send.nbytes)
+        is_inline = send.is_eager and 0 < send.nbytes <= INLINE_BYTES and not (send.name or is_own)
+        if _has_key(send.nbytes, is_inline) and not is_own:
+            send.key = pair.take_key()
         note = Note(
             NoteKind.ANNOUNCE, send.number, send.tag, send.dtype, send.count, send.nbytes, send.chunk_bytes,
-            send.is_eager, send.name, send.is_eager and 0 < send.nbytes <= INLINE_BYTES and not (send.name or is_own),
+            send.is_eager, send.name, is_inline, key=max(send.key, 0),
         )  # fmt: skip
         if send.is_eager:
             pair.unasked += 1
@@ -211,9 +227,14 @@ class Messages:
         membership.contacts.add(peer)
         pair = membership.mail.pairs[peer]
         if note.kind is NoteKind.ANNOUNCE:
-            self._arrive(membership, Arrived(peer, note), now_ns)
+            # One that missed its window may have been overtaken by another that was given to the next one already.
+            pair.ahead[note.number] = note
+            while membership.failure is None and pair.heard in pair.ahead:
+                pair.heard += 1
+                self._arrive(membership, Arrived(peer, pair.ahead.pop(pair.heard - 1)), now_ns)
         elif note.kind is NoteKind.TAKEN:
             self._returned(pair, peer, note.count, note.nbytes)
+            pair.keys.difference_update(note.keys)
         else:
             send = pair.awaiting.pop(note.number, None)
             if send is not None:
@@ -230,17 +251,17 @@ class Messages:
 
     def _match(self, membership: Membership, recv: Transfer, letter: Arrived, now_ns: int) -> None:
         note, source = letter.note, letter.source
-        recv.is_matched, recv.source, recv.number = True, source, note.number
+        recv.is_matched, recv.source, recv.number, recv.key = True, source, note.number, note.key
         recv.is_eager, recv.chunk_bytes, recv.mate = note.is_eager, max(note.chunk_bytes, 1), letter.sender
         recv.payload = note.payload if note.is_inline else None
         self._recorder.note(now_ns, "match", recv.group.number, peer=source)
         if (note.dtype, note.count, note.name) != (recv.dtype, recv.count, recv.name):
             self._failures.end_group(membership, self._misfit(recv, letter), now_ns)
             return
-        if note.is_eager:
-            self._took(membership, source, recv.nbytes, now_ns)
-        elif letter.sender is not None:
+        if letter.sender is not None:
             letter.sender.is_matched, letter.sender.mate = True, recv
+            if note.is_eager:
+                self._returned(membership.mail.pairs[source], source, 1, recv.nbytes)
         if recv.is_free:
             membership.mail.progressed(recv, now_ns)
             self._advance(membership, recv, now_ns)
@@ -254,17 +275,18 @@ class Messages:
             f"{note.count} {note.dtype}, tag {note.tag}{named}; rank {self._rank} called {recv.what}"
         )
 
-    def _took(self, membership: Membership, source: int, nbytes: int, now_ns: int) -> None:
-        """Take note that an eager message has found its receive; tell its sender now and then."""
-        pair = membership.mail.pairs[source]
-        if source == self._rank:
-            self._returned(pair, source, 1, nbytes)
-            return
+    def _took(self, membership: Membership, recv: Transfer, now_ns: int) -> None:
+        """Take note that an eager message goes to its receive; tell its sender now and then."""
+        source, pair = recv.source, membership.mail.pairs[recv.source]
         pair.owed += 1
-        pair.owed_bytes += nbytes
-        if pair.owed >= _TELL_COUNT or pair.owed_bytes >= _TELL_BYTES:
-            self._tell(membership, source, Note(NoteKind.TAKEN, count=pair.owed, nbytes=pair.owed_bytes), now_ns)
+        pair.owed_bytes += recv.nbytes
+        if _has_key(recv.nbytes, recv.payload is not None):
+            pair.owed_keys.append(recv.key)
+        if pair.owed >= _TELL_COUNT or pair.owed_bytes >= _TELL_BYTES or len(pair.owed_keys) == LARGEST_KEYS:
+            taken = Note(NoteKind.TAKEN, count=pair.owed, nbytes=pair.owed_bytes, keys=tuple(pair.owed_keys))
+            self._tell(membership, source, taken, now_ns)
             pair.owed = pair.owed_bytes = 0
+            pair.owed_keys.clear()
 
     def _returned(self, pair: Pair, peer: int, count: int, nbytes: int) -> None:
         pair.unasked -= count
@@ -281,13 +303,16 @@ class Messages:
             self._move(membership, transfer, transfer.mate, now_ns)
         elif transfer.is_send:
             self._flow(membership, transfer, now_ns)
-        elif transfer.payload is not None:
-            self._do(Verb.PUT, transfer, transfer.payload)
-            self._end(membership, transfer, now_ns)
         else:
-            if not transfer.is_eager:
+            if transfer.is_eager:
+                self._took(membership, transfer, now_ns)
+            else:
                 self._tell(membership, transfer.source, Note(NoteKind.GRANT, transfer.number), now_ns)
-            self._post(membership, transfer, now_ns)
+            if transfer.payload is not None:
+                self._do(Verb.PUT, transfer, transfer.payload)
+                self._end(membership, transfer, now_ns)
+            else:
+                self._post(membership, transfer, now_ns)
 
     def _move(self, membership: Membership, one: Transfer, other: Transfer, now_ns: int) -> None:
         send, recv = (one, other) if one.is_send else (other, one)
@@ -393,6 +418,8 @@ class Messages:
 
     def _end(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         membership.mail.pending.pop(transfer, None)
+        if transfer.is_send and not transfer.is_eager:  # of an eager one, the receiver says when
+            membership.mail.pairs[transfer.peer].keys.discard(transfer.key)
         self._finish(transfer, now_ns)
 
     # Actions.
@@ -409,3 +436,8 @@ class Messages:
 
     def _do(self, verb: Verb, *fields: Any) -> None:
         self._actions.append((Act.MAIL, verb, *fields))
+
+
+def _has_key(nbytes: int, is_inline: bool) -> bool:
+    """Tell whether a message has chunks of its own, whose tags contain its key."""
+    return nbytes > 0 and not is_inline

@@ -25,6 +25,9 @@ log = logging.getLogger("detcoll")
 NOTE, TOLD, CHUNK = "note", "told", "chunk"
 """What a ticket of the postman is about, the second entry of its context."""
 
+COPIES = frozenset({Verb.OPEN, Verb.KEEP, Verb.MOVE, Verb.PUT})
+"""What needs no endpoint."""
+
 Wished = tuple[Queued[Wide] | None, Window | None]
 
 
@@ -124,7 +127,7 @@ class Postman:
         begin, end = transfer.span(chunk)
         if queued is not None:
             begin += queued.sent_bytes
-        tag = transfer.group.message_tag(transfer.number, chunk)
+        tag = transfer.group.message_tag(transfer.key, chunk)
         view = transfer.memory.view(begin, end)
         self._post_send(transfer.peer, tag, view, (self._kind, CHUNK, transfer, chunk, (queued, window)), window)
 
@@ -133,7 +136,7 @@ class Postman:
             self._settle(transfer, chunk)
             return
         begin, end = transfer.span(chunk)
-        tag = transfer.group.message_tag(transfer.number, chunk)
+        tag = transfer.group.message_tag(transfer.key, chunk)
         context = (self._kind, CHUNK, transfer, chunk, None)
         self._post_recv(transfer.source, tag, end - begin, context, transfer.memory.view(begin, end))
 

@@ -3,9 +3,9 @@
 A note is a record of `NOTE_BYTES`. Notes of one rank to another keep their order, so the announcements of messages
 arrive in the order in which they were sent::
 
-    ANNOUNCE  sender to receiver: number, tag, type, count; an eager message follows at once, or is in the note
+    ANNOUNCE  sender to receiver: number, key, tag, type, count; an eager message follows at once, or is in the note
     GRANT     receiver to sender: a receive waits for this message, send it
-    TAKEN     receiver to sender: so many eager messages of so many bytes in all have found their receive
+    TAKEN     receiver to sender: so many eager messages of so many bytes in all have found their receive; their keys
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Any
 
 from detcoll.errors import FrameError
-from detcoll.runtime.group import Group
+from detcoll.runtime.group import MESSAGES, Group
 from detcoll.runtime.operation import Operation, Span, overlap
 
 ANY = -1
@@ -27,7 +27,9 @@ ANY = -1
 LARGEST_TAG = 2**31 - 1
 
 NOTE_BYTES = 128
-_NOTE = struct.Struct("<BBBxIQQQQ12s")
+_NOTE = struct.Struct("<BBBxIIQQQQ12s")
+LARGEST_KEYS = (NOTE_BYTES - _NOTE.size) // 4
+"""Keys that a note has room for."""
 INLINE_BYTES = 64
 """A message of up to this size that has no name is a part of its announcement."""
 
@@ -46,11 +48,11 @@ class NoteKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A note about messages. ``number`` : counts the messages of the sender to the receiver.
+    """A note about messages. ``number`` : counts the messages of the sender to the receiver.  ``key`` : its tags' own.
 
     ``tag``, ``dtype``, ``count``, ``name`` : of an announced message.  ``chunk_bytes`` : how it is cut.  ``is_eager`` :
-    it is not waiting for a GRANT.  ``is_inline`` : it is ``payload``, in place of a name.  ``count`` and ``nbytes`` of
-    TAKEN: how many messages, and their bytes.
+    it is not waiting for a GRANT.  ``is_inline`` : it is ``payload``, in place of a name.  ``count``, ``nbytes``
+    and ``keys`` of TAKEN: how many messages, their bytes, and the keys of those that had one.
     """
 
     kind: NoteKind
@@ -64,13 +66,15 @@ class Note:
     name: str = ""
     is_inline: bool = False
     payload: bytes = b""
+    key: int = 0
+    keys: tuple[int, ...] = ()
 
     def pack(self, payload: bytes | memoryview = b"") -> bytes:
         """Encode the note as a record of `NOTE_BYTES`.  ``payload`` : the message, if it is a part of the note."""
         flags = self.is_eager * _EAGER | self.is_inline * _INLINE
-        tail = payload if self.is_inline else self.name.encode()
+        tail = payload if self.is_inline else self.name.encode() or struct.pack(f"<{len(self.keys)}I", *self.keys)
         head = _NOTE.pack(
-            self.kind, flags, len(tail), self.tag, self.number, self.count, self.nbytes, self.chunk_bytes,
+            self.kind, flags, len(tail), self.tag, self.key, self.number, self.count, self.nbytes, self.chunk_bytes,
             self.dtype.encode(),
         )  # fmt: skip
         return (head + tail).ljust(NOTE_BYTES, b"\0")
@@ -85,13 +89,18 @@ class Note:
             If it holds no valid note.
         """
         try:
-            kind, flags, length, tag, number, count, nbytes, chunk_bytes, dtype = _NOTE.unpack_from(record)
+            kind, flags, length, tag, key, number, count, nbytes, chunk_bytes, dtype = _NOTE.unpack_from(record)
             tail, is_inline = record[_NOTE.size : _NOTE.size + length], bool(flags & _INLINE)
+            keys: tuple[int, ...] = ()
+            if kind == NoteKind.TAKEN:
+                tail, keys = b"", struct.unpack(f"<{length // 4}I", tail)
+            if is_inline and len(tail) != nbytes:
+                raise ValueError(f"it holds {len(tail)} of {nbytes} bytes")
             name, payload = ("", tail) if is_inline else (tail.decode(), b"")
             of = dtype.rstrip(b"\0").decode()
             return cls(
                 NoteKind(kind), number, tag, of, count, nbytes, chunk_bytes, bool(flags & _EAGER), name, is_inline,
-                payload,
+                payload, key, keys,
             )  # fmt: skip
         except (struct.error, ValueError) as error:
             raise FrameError(f"invalid note about a message: {error}") from error
@@ -125,6 +134,8 @@ class Transfer:
     """Calls of collectives are numbered, transfers are not."""
     number: int = -1
     """Number of the message among those of its sender to its receiver, once it is known."""
+    key: int = -1
+    """Stands for the message in the tags of its chunks; of a receive once it has found its message."""
     source: int = -1
     """Of a receive that has found its message: the rank of the job that it comes from."""
     is_matched: bool = False
@@ -232,20 +243,39 @@ class Posting:
 class Pair:
     """What is under way between this rank and one other, in one group.
 
-    ``sent`` : how many messages were announced to it.  ``awaiting`` : by number, sends that it has not granted.
-    ``unasked``, ``unasked_bytes`` : eager messages to it that have not found their receive there, as far as it has
-    told.  ``owed``, ``owed_bytes`` : eager messages of it that have found theirs here, and that it was not told of.
-    ``notes`` : how many notes to it had to wait for the line and are not acknowledged, so that further ones must wait
-    behind them.
+    ``sent`` : how many messages were announced to it.  ``heard`` : how many of it were taken in, in their order.
+    ``ahead`` : by number, announcements that came before an earlier one.  ``awaiting`` : by number, sends that it has
+    not granted.  ``unasked``, ``unasked_bytes`` : eager messages to it that have not found their receive there, as far
+    as it has told.  ``owed``, ``owed_bytes``, ``owed_keys`` : eager messages of it that went to their receive here, and
+    that it was not told of.  ``keys`` : those of messages to it that may be under way or wait there.  ``next_key`` :
+    the first to be tried.  ``notes`` : how many notes to it had to wait for the line and are not acknowledged, so that
+    further ones must wait behind them.
     """
 
     sent: int = 0
+    heard: int = 0
+    ahead: dict[int, Note] = field(default_factory=dict)
     awaiting: dict[int, Transfer] = field(default_factory=dict)
     unasked: int = 0
     unasked_bytes: int = 0
     owed: int = 0
     owed_bytes: int = 0
+    owed_keys: list[int] = field(default_factory=list)
+    keys: set[int] = field(default_factory=set)
+    next_key: int = 0
     notes: int = 0
+
+    def take_key(self) -> int:
+        """Return a key that no message to the peer has, however long one of them has waited there.
+
+        There are more keys than messages can wait, and each is used again as late as can be.
+        """
+        while self.next_key in self.keys:
+            self.next_key = (self.next_key + 1) % MESSAGES
+        key = self.next_key
+        self.keys.add(key)
+        self.next_key = (key + 1) % MESSAGES
+        return key
 
 
 @dataclass(eq=False, slots=True)
@@ -300,9 +330,7 @@ class Mail:
             self.look_ns = min(self.look_ns, transfer.limit_ns)
 
     def late(self, now_ns: int) -> Transfer | None:
-        """Return a transfer whose time is over, or None."""
-        if now_ns < self.look_ns:
-            return None
+        """Return a transfer whose time is over, or None; worth a call from `look_ns` on."""
         first = min(self.unended(), key=lambda transfer: transfer.limit_ns, default=None)
         self.look_ns = NEVER_NS if first is None else first.limit_ns
         return first if first is not None and first.limit_ns <= now_ns else None

@@ -186,7 +186,7 @@ class _Run:
     ) -> None:
         self.calendar, self.costs = calendar, costs
         self.area = WideArea(topology) if topology.is_wide else None
-        self.paced = uses_window(calendar, plans[0].collective.nbytes)
+        self.paced = any(uses_window(calendar, plan.collective.nbytes) for plan in plans)
         self.now_ns = phase_ns
         self.lateness: Lateness = _punctual
         self.fluid = False

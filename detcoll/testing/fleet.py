@@ -443,7 +443,7 @@ class Fleet:
         def sent() -> None:
             host.engine.messages.moved(transfer, chunk, self.now_ns)
 
-        tag = transfer.group.message_tag(transfer.number, chunk)
+        tag = transfer.group.message_tag(transfer.key, chunk)
         data = bytes(transfer.memory.view(*transfer.span(chunk)))
         self._put(Letter(host.engine.rank, transfer.peer, tag, data, sent))
 
@@ -458,7 +458,7 @@ class Fleet:
             else:
                 host.engine.messages.moved(transfer, chunk, self.now_ns)
 
-        tag = transfer.group.message_tag(transfer.number, chunk)
+        tag = transfer.group.message_tag(transfer.key, chunk)
         self._post(host, transfer.source, tag, Receive(end - begin, transfer.memory.view(begin, end), done))
 
     def _mail_move(self, host: Host, send: Transfer, recv: Transfer) -> None:

@@ -142,26 +142,32 @@ class _Tunnel:
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            if not self.is_silent:
-                self._open()
+            is_open = self.is_silent or self._open()
             with selectors.DefaultSelector() as selector:
                 for end in self._ends:
                     selector.register(end, selectors.EVENT_READ)
-                while all(self._carry(key.fileobj) for key, _ in selector.select()):
+                while is_open and all(self._carry(key.fileobj) for key, _ in selector.select()):
                     pass
         for end in self._ends:
             end.close()
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
+        """Connect to where the client asks for; False if it left before."""
         client = self._ends[0]
-        receive(client, receive(client, 2)[1])
+        greeting = receive(client, 2)
+        if len(greeting) < 2:
+            return False
+        receive(client, greeting[1])
         client.sendall(b"\x05\x00")
         asked = receive(client, 10)
+        if len(asked) < 10:
+            return False
         target = socket.create_connection((socket.inet_ntoa(asked[4:8]), int.from_bytes(asked[8:10], "big")))
         self._ends.append(target)
         for end in self._ends:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.sendall(b"\x05\x00\x00\x01" + bytes(6))
+        return True
 
     def _carry(self, end: object) -> bool:
         assert isinstance(end, socket.socket)

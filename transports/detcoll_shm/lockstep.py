@@ -4,15 +4,18 @@ A rank that waits looks again for a while, offering the processor to others betw
 doorbell. Where there are more ranks than processors it looks only a few times, since whoever it waits for needs one.
 Every wait ends at the deadline of the collective, when another rank has given up (`detcoll_shm.verdict`), or when one
 that is waited for has gone.
+
+A store must be seen before the loads that follow it. Taking a lock is the fence. It is a new lock each time, since an
+interrupt between taking and giving it back would leave it locked, and the thread would wait for itself for ever.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock, get_native_id
 
 import msgspec
 
@@ -107,7 +110,6 @@ class Lockstep:
         self._words = stage.words
         self._words[PROCESS], self._words[BELL] = os.getpid(), hooks.bell_fd
         self._peers = tuple((peer, peer.stage.words) for peer in peers)
-        self._fence = threading.Lock()
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
         self._digest = self._began_ns = self._deadline_ns = 0
         self._relayed: Reason | None = None
@@ -117,7 +119,7 @@ class Lockstep:
         """Show that this rank is in its next collective, what it called, and where its array is."""
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
-        self._words[THREAD] = threading.get_native_id()
+        self._words[THREAD] = get_native_id()
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
         at = PLACE + PLACE_WORDS * (sequence & 1)
@@ -169,7 +171,7 @@ class Lockstep:
     def publish(self, word: int, value: int) -> None:
         """Write one of this rank's words, and wake those who sleep."""
         self._words[word] = value
-        with self._fence:
+        with Lock():  # a fence
             pass
         for peer, words in self._peers:
             if words[ASLEEP]:
@@ -268,7 +270,7 @@ class Lockstep:
         """Sleep until ``is_over``, and return None, or what ``trouble`` finds while it is not."""
         own = self._words
         own[ASLEEP] = 1
-        with self._fence:
+        with Lock():  # a fence
             pass
         try:
             while not is_over():
@@ -289,7 +291,7 @@ class Lockstep:
         self.stage.write_reason(reason.encode())
         own[CALLED + half] = self._digest
         own[DIGEST + half] = TRYING
-        with self._fence:
+        with Lock():  # a fence
             pass
         done = is_done()
         self.publish(DIGEST + half, self._digest if done else GIVEN_UP)

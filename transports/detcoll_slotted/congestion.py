@@ -24,8 +24,7 @@ since each is waited for, but they leave nothing unsent: so something must wait 
 **Others' share.** Beside others that give way as it does, a flow gets so little only where there are fifteen of them
 for each rank of its site. Then BBR would take more than its part: its share does not depend on how many others there
 are (Ware and others, "Modeling BBR's Interactions with Loss-Based Congestion Control", IMC 2019). So in BBR a
-connection is paced at a quarter of what its calendar grants at most, and all ranks of a site together at a quarter of
-the line. With a sixth, calls beside 100 % took 6 % longer than in BBR without a limit, with a quarter they did not.
+connection is paced at a quarter of what its calendar grants at most.
 
 **The way back.** A connection that begins beside 90 % loses much at first, and CUBIC then starves for some ten seconds
 as it would beside 100 %. BBR tells the two apart: beside 90 % it lost nothing in ten calls, beside 100 % hundreds of

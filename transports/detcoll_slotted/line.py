@@ -50,7 +50,7 @@ class Line:
         self.connected = False
         self.was_connected = False
         self.is_paced = True
-        """Whether the kernel is told the rate."""
+        """Whether the kernel is told the granted rate; else messages are handed over at it."""
         self._style = style
         self.rate_bytes_per_s = 0
         self.switches = 0
@@ -75,7 +75,7 @@ class Line:
         return False
 
     def pace(self, rate_bytes_per_s: float) -> None:
-        """Let the kernel send at most this many payload bytes per second on this connection, if it paces it."""
+        """Let the kernel send at most this many payload bytes per second on this connection, where it paces it."""
         rate = int(rate_bytes_per_s)
         if self._path is not None:
             if rate != UNPACED:
@@ -84,7 +84,7 @@ class Line:
                 rate = int(self._granted_bytes_per_s * self._path.verdict.share)
         if rate != self.rate_bytes_per_s:
             self.rate_bytes_per_s = rate
-            if self._tcp is not None and self.is_paced:
+            if self._tcp is not None and self._kernel_paces:
                 self._tcp.pace(rate)
 
     def look(self, now_ns: int) -> None:
@@ -102,6 +102,13 @@ class Line:
         self.switches += 1
         log.info("the connection to rank %d changes from %s to %s", self.rank, before.control, after.control)
         self.pace(self._granted_bytes_per_s)
+        if not self.is_paced and not self._kernel_paces:
+            self._tcp.pace(UNPACED)
+
+    @property
+    def _kernel_paces(self) -> bool:
+        """Whether the kernel is told the rate: one below the granted rate has to be kept to also where hosts pace."""
+        return self.is_paced or (self._path is not None and self._path.verdict.share < 1)
 
     def leaves_ns(self, now_ns: int, nbytes: int) -> int:
         """Return when ``nbytes`` handed over now will have left at the pace set, behind what was handed over before."""
@@ -143,7 +150,7 @@ class Line:
                 self._path.begin()
                 congestion = self._path.verdict.control
             self._tcp.prepare(congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
-            if self.rate_bytes_per_s and self.is_paced:
+            if self.rate_bytes_per_s and self._kernel_paces:
                 self._tcp.pace(self.rate_bytes_per_s)
 
     def _drop(self) -> None:

@@ -30,20 +30,21 @@ def blocks(collective: Collective, topology: Topology, rank: int) -> list[Block]
     """Return the blocks that the ranks of a rank's site send or get; where sizes differ, only its own."""
     if collective.counts:
         return _stated(collective, topology.size, rank)
-    size, length, site = topology.size, collective.count // topology.size, topology.site_of(rank)
+    size, length, home = topology.size, collective.count // topology.size, topology.site_of(rank)
     if not length:
         return []
+    site_of = {member: index for index, each in enumerate(topology.sites) for member in each.ranks}
     places = {member: place for each in topology.sites for place, member in enumerate(each.ranks)}
     ranks_at = [len(each.ranks) for each in topology.sites]
+    members = topology.sites[home].ranks
     made = []
     for shift in range(size):  # so that not all send to the same rank first
-        for source in range(size):
+        for source in sorted({*members, *((target - shift) % size for target in members)}):
             target = (source + shift) % size
-            here, there = topology.site_of(source), topology.site_of(target)
-            if site in (here, there):
-                begin = (places[source] * ranks_at[there] + places[target]) * length
-                total = ranks_at[here] * ranks_at[there] * length
-                made.append(Block(shift, source, target, target * length, source * length, length, begin, total))
+            here, there = site_of[source], site_of[target]
+            begin = (places[source] * ranks_at[there] + places[target]) * length
+            total = ranks_at[here] * ranks_at[there] * length
+            made.append(Block(shift, source, target, target * length, source * length, length, begin, total))
     return made
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import accumulate, pairwise
 
 from detcoll.plan.collectives.part import Part
@@ -58,7 +59,7 @@ class Piece:
 
     ``offset`` : in the output.  ``in_offset`` : in the input.  ``owners`` : by site, `NOBODY` where it does not go.
     ``turn`` : how many pieces of the same owners come before it.
-    ``late`` : its owner in the source's site sends no more pieces after it than there is scratch for.
+    ``late`` : there is scratch for it and for all that its owner in the source's site sends or passes on after it.
     """
 
     number: int
@@ -108,63 +109,82 @@ def pieces(part: Part, collective: Collective, blocks: Blocks) -> list[Piece]:
     numbers = _numbers(part.topology, stated, part.chunk_size)
     made = [piece for block in stated for piece in _cut(part.topology, block, part.chunk_size, numbers[block.slot])]
     made.sort(key=lambda piece: piece.turn)
-    following: dict[int, int] = {}
+    site_of = {rank: index for index, site in enumerate(part.topology.sites) for rank in site.ranks}
+    places: dict[int, int] = {}
     for index in reversed(range(len(made))):
         piece = made[index]
-        owner = NOBODY if piece.source == ALL else piece.owners[part.topology.site_of(piece.source)]
-        following[owner] = following.get(owner, 0) + 1
-        if following[owner] <= part.chunk_size.depth:
+        target_site = site_of.get(piece.target, ALL)
+        if piece.source == ALL or site_of[piece.source] == target_site:
+            continue  # folds lie in scratch anyway, and what stays in a site needs none
+        leaves = piece.owners[site_of[piece.source]]
+        places[leaves] = places.get(leaves, 0) + 1
+        if piece.target != ALL and (enters := piece.owners[target_site]) != piece.target:
+            places[enters] = places.get(enters, 0) + 1
+        if places[leaves] <= part.chunk_size.depth:
             made[index] = replace(piece, late=True)
     return made
 
 
 def _numbers(topology: Topology, blocks: Sequence[Block], chunk_size: ChunkSize) -> dict[int, int]:
-    """Return the number of the first piece of a block in each slot; slots follow one another."""
+    """Return the number of the first piece of a block in each slot; slots follow one another.
+
+    Owners cut a block at most where one of the sites has a cut, which is the same place for equal parts of the whole.
+    """
     longest: dict[int, int] = {}
     for block in blocks:
         longest[block.slot] = max(longest.get(block.slot, 0), block.length)
-    cuts = 2 * max(len(site.ranks) for site in topology.sites)
+    cuts = 0
+    if len(topology.sites) > 1 or any(ALL in (block.source, block.target) for block in blocks):
+        sizes = {len(site.ranks) for site in topology.sites}
+        cuts = len({Fraction(index, ranks) for ranks in sizes for index in range(1, ranks)})
     needed = [-(-longest[slot] // chunk_size.elems) + cuts for slot in sorted(longest)]
     return dict(zip(sorted(longest), positions(needed), strict=True))
 
 
-def segments_of(topology: Topology, block: Block) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Return where the parts of a block with the same owners begin and end in it, and their owners by site."""
+def segments_of(topology: Topology, block: Block, *, whole: bool = False) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return where the parts of a block with the same owners begin and end in it, and their owners by site.
+
+    ``whole`` : the array is small, so that inside one site its root serves all others by itself.
+    """
+    if not block.length:
+        return []
     sites = range(len(topology.sites))
-    ends = [topology.site_of(rank) for rank in (block.source, block.target) if rank != ALL]
-    reached = list(sites) if ALL in (block.source, block.target) else sorted(set(ends))
-    if block.direct or len(reached) == 1:
-        ranks = {topology.site_of(rank): rank for rank in (block.source, block.target) if rank != ALL}
-        return [(0, block.length, tuple(ranks.get(site, NOBODY) for site in sites))] if block.length else []
+    ranks = {topology.site_of(rank): rank for rank in (block.source, block.target) if rank != ALL}
+    is_shared = ALL in (block.source, block.target)
+    reached = list(sites) if is_shared else sorted(ranks)
+    if block.direct or (len(reached) == 1 and (whole or not is_shared)):
+        return [(0, block.length, tuple(ranks.get(site, NOBODY) for site in sites))]
     cuts = {site: _cuts(block, len(topology.sites[site].ranks)) for site in reached}
-    inside = {cut for found in cuts.values() for cut in found if 0 < cut < block.length}
+    inside = {cut for _, found in cuts.values() for cut in found if 0 < cut < block.length}
     parts = []
     for begin, end in pairwise(sorted({0, block.length} | inside)):
         owners = [NOBODY] * len(topology.sites)
         for site in reached:
-            owners[site] = topology.sites[site].ranks[bisect_right(cuts[site], begin)]
+            before, found = cuts[site]
+            owners[site] = topology.sites[site].ranks[before + bisect_right(found, begin)]
         parts.append((begin, end, tuple(owners)))
     return parts
 
 
-def _cuts(block: Block, ranks: int) -> list[int]:
-    """Return where a site of so many ranks cuts the sequence, counted from where the block begins.
+def _cuts(block: Block, ranks: int) -> tuple[int, list[int]]:
+    """Return how many cuts of the sequence by a site of so many ranks come no later than the block, and those inside.
 
-    A cut near an end of the block is moved to that end, since otherwise a few elements would travel alone.
+    They count from where the block begins. A cut near an end of the block is moved to that end, since otherwise a few
+    elements would travel alone.
     """
+    before = min(((block.begin + 1) * ranks - 1) // block.total, ranks - 1)
+    up_to = min(((block.begin + block.length) * ranks - 1) // block.total, ranks - 1)
     made = []
-    for index in range(1, ranks):
+    for index in range(before + 1, up_to + 1):
         cut = block.total * index // ranks - block.begin
-        if 0 < cut < block.length:
-            cut -= cut % CUT_ELEMS
-            cut = block.length if block.length - cut < CUT_ELEMS else cut
-        made.append(cut)
-    return made
+        cut -= cut % CUT_ELEMS
+        made.append(block.length if block.length - cut < CUT_ELEMS else cut)
+    return before, made
 
 
 def _cut(topology: Topology, block: Block, chunk_size: ChunkSize, first: int) -> Iterator[Piece]:
     count = first
-    for begin, end, owners in segments_of(topology, block):
+    for begin, end, owners in segments_of(topology, block, whole=chunk_size.whole):
         for turn, offset in enumerate(range(begin, end, chunk_size.elems)):
             length = min(chunk_size.elems, end - offset)
             yield Piece(

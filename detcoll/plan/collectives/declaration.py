@@ -4,8 +4,9 @@ A declaration holds all that is particular to the kind. The planner, the checker
 and ask no kind for its name. A file of this package makes one, and `detcoll.plan.collectives` makes it known.
 
 The wide stage of an algorithm is stated as `Hop`s, one after another. From them follow how many one-way delays pass
-(`Algorithm.delays`), how much an uplink carries (`Algorithm.uplink_share`), and when the stage ends
-(`detcoll.plan.predict`).
+(`Algorithm.delays`). Of algorithms that cut one array, so do how much an uplink carries (`Algorithm.uplink_share`) and
+when the stage ends (`detcoll.plan.predict`). Of those that move blocks, both follow from what moves
+(`detcoll.plan.collectives.legs`).
 """
 
 from __future__ import annotations

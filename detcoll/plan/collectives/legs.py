@@ -71,7 +71,7 @@ def legs_of(
     legs = Legs(folds=any(block.source == ALL for block in stated))
     legs.hops = [Messages(), Messages()] if at_home and len(topology.sites) > 2 else [Messages()]
     for block in stated:
-        for begin, end, owners in segments_of(topology, block):
+        for begin, end, owners in segments_of(topology, block, whole=chunk_size.whole):
             elems = end - begin
             chunks = -(-elems // chunk_size.elems)
             legs.longest = max(legs.longest, min(elems, chunk_size.elems))

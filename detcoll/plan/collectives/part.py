@@ -27,7 +27,7 @@ class Portion(Protocol):
 
     @property
     def number(self) -> int:
-        """Tells it from all others of the collective."""
+        """Tells it from all others between the same two ranks."""
 
     @property
     def offset(self) -> int:

@@ -61,10 +61,10 @@ def spread(part: Part, piece: Piece, *, in_place: bool = False, home: int | None
         given = kept
         if part.site == root_site:
             came = part.builder.recv(Phase.LOCAL_REDUCE, root, tag_of(piece, TO_OWNER), kept, piece.length)
-        elif home in (None, part.site):
+        elif home is None or home == part.site:
             came = _recv_across(part, piece, piece.owners[root_site], kept, [])
         else:
-            came = _recv_across(part, piece, piece.owners[home or 0], kept, [], RESULT)
+            came = _recv_across(part, piece, piece.owners[home], kept, [], RESULT)
         have = [came]
     others = [site for site in range(len(piece.owners)) if site != part.site]
     if part.site == home:
