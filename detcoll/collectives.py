@@ -78,8 +78,8 @@ class Collectives:
         ------
         UsageError
             If an argument is not valid; no data has moved. Other members raise it as well, unless they have done their
-            part already, as one that only sends may have. With shared memory, MPI and Gloo, members of the world that
-            called `all_reduce`, `broadcast` or `barrier` wait for a valid call instead.
+            part already, as one that only sends may have. The next call works. Where a member is in the transport's
+            own collective already (shared memory, MPI, Gloo), it cannot leave that alone, so the group ends instead.
         PlanMismatch
             If members called differently. One whose part fits those of all that it exchanges data with may return; it
             has a right result, and raises this in its next call.
@@ -590,7 +590,7 @@ class Collectives:
             return _encoded(value) if rank_of("root", root, self._size) == self._own_rank else b""
 
         # Not a broadcast: its root could be done, and begin the second call, while another rank refuses the first.
-        text = self._checked("all_gather", check, timeout, name)
+        text = self._checked(check, timeout, name)
         lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name)
         is_root = self._own_rank == root
         held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(lengths[root]), np.uint8)
@@ -612,7 +612,7 @@ class Collectives:
         UsageError, PlanMismatch, PeerLost, DeadlineMissed, Closed
             As for `broadcast_object`.
         """
-        text = self._checked("all_gather", lambda: _encoded(value), timeout, name)
+        text = self._checked(lambda: _encoded(value), timeout, name)
         lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name).tolist()
         held = self.all_gather(np.frombuffer(text, np.uint8), counts=lengths, timeout=timeout, name=name).tobytes()
         ends = [sum(lengths[: rank + 1]) for rank in range(self._size)]
@@ -626,7 +626,7 @@ class Collectives:
     def _own_rank(self) -> int:
         return self._caller.rank
 
-    def _checked(self, kind: str, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
+    def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
         """Check arguments; on a UsageError fail the call on the other ranks too."""
         try:
             if name != "":
@@ -635,13 +635,13 @@ class Collectives:
                 timeout_of(timeout)
             return check()
         except UsageError as error:
-            self._caller.refuse(kind, error)
+            self._caller.refuse(error)
             raise
 
     def _run(
         self, kind: str, check: Callable[[], Request], async_op: bool, timeout: float | None, name: str
     ) -> Any:  # fmt: skip
-        request = self._checked(kind, check, timeout, name)
+        request = self._checked(check, timeout, name)
         seconds = self._timeout if timeout is None else timeout
         work = self._caller.call(request, timeout_s=seconds, name=name, wait=not async_op)
         if async_op:

@@ -51,8 +51,9 @@ class Communicator(Collectives, Messages):
     may use different groups without coordination. Calls whose arrays share memory are executed in the order in which
     this rank made them, also across groups.
 
-    Scope of errors: UsageError ends the call, on all members unless it is a native collective of the transport.
-    PlanMismatch and DeadlineMissed end the group. PeerLost ends every group with the lost rank. Other groups go on.
+    Scope of errors: UsageError ends the call, on all members, or the group if members are in the transport's own
+    collective. PlanMismatch and DeadlineMissed end the group. PeerLost ends every group with the lost rank. Other
+    groups go on.
     """
 
     def __init__(

@@ -100,11 +100,21 @@ def brief(
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """A call as ranks compare it where a transport does it whole: its record, and a digest from 0 to 2**62 - 1."""
+    """A call as ranks compare it where a transport does it whole: its record, and a digest from 0 to 2**62 - 1.
+
+    With the number of a call the digest is greater by that.
+    """
 
     descriptor: Descriptor
     record: bytes
     digest: int
+
+    def numbered(self, sequence: int) -> Announcement:
+        """Return the announcement of the same call with its number in the group; -1 where it has none."""
+        if sequence <= 0:
+            return self
+        descriptor = msgspec.structs.replace(self.descriptor, sequence=sequence)
+        return Announcement(descriptor, descriptor.encode(), self.digest + sequence)
 
     def compare(self, rank: int, records: Sequence[bytes], ranks: Sequence[int] | None = None) -> None:
         """Hold it against the records of all ranks of a group.
@@ -126,7 +136,7 @@ def announce(
     kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int, name: str = "",
     counts: tuple[int, ...] = (),
 ) -> Announcement:  # fmt: skip
-    """Return the announcement of a call; calls are not numbered, since a transport sees them in order."""
+    """Return the announcement of a call without its number, which differs from call to call."""
     descriptor = Descriptor(0, kind, op, dtype.name, count, root, arrays, name=name, counts=digest_of(counts))
     record = descriptor.encode()
     return Announcement(

@@ -358,7 +358,8 @@ class NativeCall(msgspec.Struct, frozen=True):
     ``count`` : elements of the whole collective, the same on all ranks: of ``array`` where there is no ``source``, of
     the input of a reduction, of all blocks together where each rank has one.  ``counts``, ``out_counts`` : elements of
     the ranks' blocks where they differ in size, see `detcoll.plan.Collective`.  ``root`` : a rank of the group.
-    ``arrays`` : how many arrays the caller coalesced into one.  ``name`` : what the caller calls it.
+    ``arrays`` : how many arrays the caller coalesced into one.  ``name`` : what the caller calls it.  ``sequence`` :
+    number of the call in its group, or -1 where calls are not numbered; calls of different numbers do not fit together.
     """
 
     kind: str
@@ -371,10 +372,11 @@ class NativeCall(msgspec.Struct, frozen=True):
     out_counts: tuple[int, ...] = ()
     arrays: int = 1
     name: str = ""
+    sequence: int = -1
 
     @property
     def announcement(self) -> Announcement:
-        """What ranks compare about the call."""
+        """What ranks compare about the call, but for its number; see `Announcement.numbered`."""
         return announce(
             self.kind, self.op.value, self.array.dtype, self.count, self.root, self.arrays, self.name, self.counts
         )
@@ -385,7 +387,7 @@ class NativeCollectives(ABC):
 
     `run` blocks until the collective is done or the deadline passes; only one thread at a time calls it. Those of
     different groups are called by different threads at a time, and none waits for another. Transports that compare
-    calls compare `NativeCall.announcement`. Ranks in calls are numbered within the group.
+    calls compare `NativeCall.announcement` and the number of the call. Ranks in calls are numbered within the group.
 
     During a collective, another thread may use the endpoint's send, recv, poll, arm, cancel and discard.
     `Endpoint.abort` may be called from any thread; it ends the collectives of all groups, which then raise.
@@ -456,6 +458,13 @@ class NativeCollectives(ABC):
 
         ``clean`` : no collective is under way or has failed, and all members call this. Otherwise what cannot be given
         back safely is kept until the process ends. The end of the endpoint ends its groups as well.
+        """
+
+    def stop(self) -> None:  # noqa: B027 - without it, a call under way ends at its deadline
+        """End the call of this group that is under way on another thread, which then raises, and take no later one.
+
+        The caller of `run` knows why. Messages and collectives of other groups go on unless the transport says
+        otherwise. Any thread may call it; it does not wait for the call.
         """
 
     @abstractmethod

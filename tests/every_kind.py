@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 from detcoll.communicator import Communicator
@@ -33,3 +35,43 @@ def every_kind(comm: Communicator) -> None:
     rows = comm.all_to_all(np.full(size * 2, float(rank)), counts=[2] * size, out_counts=[2] * size)
     assert (rows == np.repeat(np.arange(float(size)), 2)).all()
     comm.barrier()
+
+
+def from_three_threads(comm: Communicator, rounds: int) -> None:
+    """Make calls on three groups that overlap, each from a thread of its own, in no order between groups."""
+    groups = [comm.group(ranks, f"{ranks}") if comm.rank in ranks else None for ranks in ([0, 1, 2], [3, 2, 1], [1, 3])]
+    errors: list[BaseException] = []
+
+    def serve(group: Communicator) -> None:
+        try:
+            for number in range(rounds):
+                _several(group, number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=(group,)) for group in groups if group is not None]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _several(group: Communicator, number: int) -> None:
+    """Check a few calls that are under way at once."""
+    size, rank = group.size, group.rank
+    elems = 1 + 997 * (number % 7)
+    x, y = np.full(elems, rank + number), np.full(elems, rank)
+    out = np.empty((size, elems), int)
+    works = [group.all_reduce(x, async_op=True), group.all_gather(y, out, async_op=True)]
+    z = np.full(elems, rank)
+    works.append(group.broadcast(z, root=number % size, async_op=True))
+    whole = group.reduce_scatter(np.full((size, elems), rank))
+    for work in works:
+        work.wait()
+    total = size * (size - 1) // 2
+    assert (x == total + size * number).all()
+    assert (out == np.arange(size)[:, None]).all()
+    assert (z == number % size).all()
+    assert (whole == total).all()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from every_kind import every_kind
+from every_kind import every_kind, from_three_threads
 from ranks import attempt, grouped, launch, run_ranks
 
-from detcoll.errors import DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError
+from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError
 from detcoll_shm import ShmTransport
 from detcoll_shm.groups import ENTRY_WORDS
 from detcoll_shm.stage import TABLE
@@ -60,6 +61,48 @@ def test_a_native_call_that_waits_in_one_group_delays_none_of_another(transport:
         work = work or waiting.all_reduce(x, async_op=True)
         work.wait(20)
         assert (x == comm.size).all()
+
+    run_ranks(3, program, transport=transport)
+
+
+def test_three_groups_that_overlap_from_three_threads(transport: str) -> None:
+    run_ranks(4, lambda comm: from_three_threads(comm, 30), transport=transport)
+
+
+NATIVE_AND_PLANNED = {
+    "shm": (lambda c: c.all_reduce(np.ones(3), async_op=True), lambda c: c.all_gather(np.ones(3), async_op=True)),
+    "gloo": (lambda c: c.all_reduce(np.ones(3), async_op=True), lambda c: c.reduce_scatter(np.ones(8), async_op=True)),
+}
+
+
+def test_what_is_native_on_one_rank_and_planned_on_another_ends_on_all(transport: str) -> None:
+    """Also where the planned one is followed by what the others are in: calls of different numbers do not meet."""
+    native, planned = NATIVE_AND_PLANNED[transport]
+
+    def program(comm):
+        for odd in ({0}, {3}, {1, 2, 3}):
+            group = comm.group(range(4), f"{odd}")
+            works = []
+            with suppress(PlanMismatch, Closed):  # it may have ended before the last one is called
+                works.extend(call(group) for call in [planned, native, native][comm.rank not in odd :])
+            for work in works:
+                with pytest.raises(PlanMismatch):
+                    work.wait(20)
+            with pytest.raises(Closed, match="called different collectives"):
+                group.barrier()
+        comm.barrier()
+        with pytest.raises(PlanMismatch, match="which its transport does"):
+            (planned if comm.rank == 1 else native)(comm).wait(20)
+
+    run_ranks(4, program, transport=transport)
+
+
+def test_what_one_rank_refuses_ends_soon_on_those_that_are_in_it(transport: str) -> None:
+    def program(comm):
+        for group in (comm.group([2, 1, 0], "part"), comm):
+            group.barrier()
+            with pytest.raises(UsageError, match="op='median'" if comm.rank == 1 else "^rank 1 refused the call: op"):
+                group.all_reduce(np.ones(4), op="median" if comm.rank == 1 else "sum")
 
     run_ranks(3, program, transport=transport)
 

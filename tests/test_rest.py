@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-from detcoll.errors import Closed, PeerLost, PlanMismatch
-from detcoll.job.job import Job
+from detcoll.errors import PeerLost, PlanMismatch
 from detcoll.job.rest import Rest
 from detcoll.rendezvous import Aborted, Lost
 from detcoll.runtime.control import WHOLE_GROUP
-from detcoll.runtime.group import world
 
 
 def rest_of(*events: Aborted | Lost) -> tuple[Rest, list[Any], Any]:
@@ -53,43 +48,3 @@ def test_what_another_thread_heard_first_is_told_as_well() -> None:
     assert rest.failure(7) is None
     rest.tell(failures, 0)
     assert told == [(7, 4, "no")]
-
-
-def test_an_explanation_is_found_though_another_thread_took_the_wake_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detcoll.job.rest.EXPLANATION_NS", 10**14)
-    told = os.eventfd(0, os.EFD_CLOEXEC)
-    heard: list[list[Lost]] = [[], [Lost(3, "it ended")]]
-    session: Any = SimpleNamespace(events=lambda: heard.pop(0) if heard else [], fileno=lambda: told)
-    rest = Rest(session)
-    try:
-        assert str(rest.explanation(7)) == "rank 3 is lost: it ended"
-    finally:
-        os.close(told)
-
-
-def test_an_explanation_is_not_waited_for_once_the_session_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of the descriptor may then belong to another file."""
-    monkeypatch.setattr("detcoll.job.rest.EXPLANATION_NS", 200_000_000)
-    told = os.eventfd(1, os.EFD_CLOEXEC)
-    looks: list[int] = []
-
-    def fileno() -> int:
-        if len(looks) > 1:
-            raise Closed("the rendezvous is closed")
-        return told
-
-    session: Any = SimpleNamespace(events=lambda: looks.append(1) or [], fileno=fileno)
-    try:
-        assert Rest(session).explanation(7) is None
-    finally:
-        os.close(told)
-    assert len(looks) == 2
-
-
-def test_the_engine_is_told_at_once_what_a_native_collective_was_told() -> None:
-    rest, told, failures = rest_of(Lost(0, "silence"))
-    loop = SimpleNamespace(engine=SimpleNamespace(failures=failures), post=lambda action: action(0))
-    job: Any = SimpleNamespace(rest=rest, _loop=loop)
-    rest._session.fileno = lambda: 0  # type: ignore[method-assign]
-    assert str(Job._explain_native(job, world([0]))) == "rank 0 is lost: silence"
-    assert told == [(0, "rank 0 is lost: silence", True)]

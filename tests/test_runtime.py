@@ -229,8 +229,8 @@ def native():
 
     def call(kind: str, root: int = 0, wait: bool = False, seconds: float = 20.0) -> Work:
         work = Work(kind)
-        native_call = Submission(root, NativeCall(kind, np.zeros(1), 1, root=root), int(seconds * 1e9), 0)
-        if wait and runner.run_at_once(native_call):
+        native_call = Submission(NativeCall(kind, np.zeros(1), 1, root=root, sequence=root), int(seconds * 1e9), 0)
+        if wait and runner.run_at_once(*native_call):
             work.finish()
         else:
             runner.run(native_call, work)

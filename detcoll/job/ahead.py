@@ -21,7 +21,8 @@ class Ahead:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._calls: list[tuple[Sequence[Span], Work, object]] = []
+        self.calls: list[tuple[Sequence[Span], Work, object]] = []
+        """Those that were noted, some of which may have ended; where there are none, nothing has to be waited for."""
         self._most = _FEW
 
     def note(self, spans: Sequence[Span], work: Work, executor: object) -> None:
@@ -29,18 +30,18 @@ class Ahead:
         if not spans:
             return
         with self._lock:
-            if len(self._calls) >= self._most:
-                self._calls = [call for call in self._calls if not call[1].done()]
-                self._most = max(_FEW, 2 * len(self._calls))
-            self._calls.append((spans, work, executor))
+            if len(self.calls) >= self._most:
+                self.calls = [call for call in self.calls if not call[1].done()]
+                self._most = max(_FEW, 2 * len(self.calls))
+            self.calls.append((spans, work, executor))
 
     def of(self, spans: Sequence[Span], executor: object) -> list[Work]:
         """Return the unfinished calls on this memory that were submitted to another executor."""
-        if not self._calls:
+        if not self.calls:
             return []
         with self._lock:
             return [
-                work for others, work, other in self._calls
+                work for others, work, other in self.calls
                 if other is not executor and not work.done() and overlap(spans, others)
             ]  # fmt: skip
 

@@ -8,7 +8,6 @@ compare, so all ranks make the same one.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
 import time
@@ -93,6 +92,7 @@ class Caller:
         self.rank = group.ranks.index(job.session.rank)
         self.native: NativeRunner | None = job.natives.of(group)
         """Runs the transport's native collectives for this group, or None."""
+        self._membership = job.membership(group)
         self.planner = Planner(topology, self.rank, calendar, job.costs)
         job.keep_planner(group, self.planner)
         self._sequence = itertools.count()
@@ -122,11 +122,12 @@ class Caller:
         self.job.check_usable()
         if self._is_closed:
             raise Closed(f"the group {self.group.title} was closed")
+        native, membership = self.native, self._membership
+        if native is not None and native.failure is None and membership is not None and membership.failure is None:
+            return  # as below, for less
         failure = self.job.failure(self.group)
         if failure is not None:
-            is_native = self.native is not None and self.native.failure is not None
-            is_told = is_native or self.job.was_told(self.group)
-            if not is_told and not self._was_told:
+            if not self._was_told and not self.job.was_told(self.group):
                 self._was_told = True
                 raise failure
             raise Closed(f"the group has ended: {failure}") from failure
@@ -136,20 +137,34 @@ class Caller:
         self.check_usable()
         called_ns, timeout_ns = time.monotonic_ns(), round(timeout_s * 1e9)
         with self._order:
-            sequence = next(self._sequence)
             native = self.native
-            if native is None or not self._is_native(native, request):
-                return self._submit(sequence, request, timeout_ns, called_ns, name)
-            spans = request.spans if self.job.has_loop else None
-            if spans:
-                self.job.ahead.wait(spans, native)
-            submission = self._native_call(sequence, request, timeout_ns, called_ns, name)
-            if wait and native.run_at_once(submission):
-                return None
-            work = Work(f"{request.kind} number {sequence}", request.result)
-            native.run(submission, work)
-            self.job.ahead.note(request.spans if spans is None else spans, work, native)
-            return work
+            if native is not None and self._is_native(native, request):
+                return self._do_native(native, request, timeout_ns, called_ns, name, wait)
+            return self._submit(next(self._sequence), request, timeout_ns, called_ns, name)
+
+    def _do_native(
+        self, native: NativeRunner, request: Request, timeout_ns: int, called_ns: int, name: str, wait: bool
+    ) -> Work | None:  # fmt: skip
+        if self.job.ahead.calls:  # before the call has a number, which others would wait for
+            self.job.ahead.wait(request.spans, native)
+        sequence, output, source = next(self._sequence), request.output, request.source
+        array, loads = output.array, source or output
+        call = NativeCall(
+            request.kind, array, array.size if request.elems < 0 else request.elems, request.op, request.root,
+            None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
+            sequence,
+        )  # fmt: skip
+        load, store = loads.load if loads.staged else None, output.store if output.staged else None
+        if wait and native.run_at_once(call, timeout_ns, called_ns, load, store):
+            return None
+        work = Work(f"{request.kind} number {sequence}", request.result)
+        try:
+            native.run(Submission(call, timeout_ns, called_ns, load, store), work)
+        except BaseException as error:
+            self._tell_refusal(request.kind, sequence, error)
+            raise
+        self.job.ahead.note(request.spans, work, native)
+        return work
 
     def _is_native(self, native: NativeRunner, request: Request) -> bool:
         """Tell whether the transport does this call by itself; reads nothing that ranks do not compare."""
@@ -161,20 +176,6 @@ class Caller:
         return native.supports(
             request.kind, request.output.array.dtype, request.op, nbytes, uneven=bool(request.counts)
         )
-
-    def _native_call(
-        self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str
-    ) -> Submission:  # fmt: skip
-        output, source = request.output, request.source
-        call = NativeCall(
-            request.kind, output.array, request.count, request.op, request.root,
-            None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
-        )  # fmt: skip
-        loads = source or output
-        return Submission(
-            sequence, call, timeout_ns, called_ns, loads.load if loads.staged else None,
-            output.store if output.staged else None,
-        )  # fmt: skip
 
     def _submit(self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str) -> Work:
         kind, collective, output = request.kind, request.collective, request.output
@@ -198,31 +199,24 @@ class Caller:
             if ahead is not None:
                 ahead.wait(spans, None)
             self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory))
-        except DetcollError as error:
-            self._tell_refusal(sequence, error)
-            raise
-        except BaseException as error:  # such as KeyboardInterrupt; the call has a number, so others would wait for it
-            self._tell_refusal(sequence, TransportError(f"{error!r} while it called {kind} number {sequence}"))
+        except BaseException as error:
+            self._tell_refusal(kind, sequence, error)
             raise
         if ahead is not None:
             ahead.note(spans, work, None)
         return work
 
-    def refuse(self, kind: str, error: UsageError) -> None:
+    def _tell_refusal(self, kind: str, sequence: int, error: BaseException) -> None:
+        """Report a call that has a number and was not handed over; others would wait for it."""
+        if not isinstance(error, DetcollError):  # such as KeyboardInterrupt
+            error = TransportError(f"{error!r} while it called {kind} number {sequence}")
+        self.job.refuse(self.group, sequence, error)
+
+    def refuse(self, error: UsageError) -> None:
         """Count a call with invalid arguments, and fail the call of that number on all ranks of the group.
 
-        A native collective cannot report a refused call; one of a kind that has any is not counted at all.
+        Ranks that are in that call in the transport already cannot leave it alone, so then the group ends.
         """
-        if (
-            (self.native is not None and self.native.has(kind))
-            or not self.usable
-            or self.job.failure(self.group) is not None
-        ):
-            return
-        with self._order:
-            self._tell_refusal(next(self._sequence), error)
-
-    def _tell_refusal(self, sequence: int, error: Exception) -> None:
-        engine, group = self.job.loop.engine, self.group
-        with contextlib.suppress(Closed):  # the loop has ended, and its cause has been reported already
-            self.job.loop.post(lambda now_ns: engine.failures.refuse(group, sequence, error, now_ns))
+        if self.usable and self.job.failure(self.group) is None:
+            with self._order:
+                self.job.refuse(self.group, next(self._sequence), error)

@@ -38,6 +38,7 @@ from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.engine import Wide
 from detcoll.runtime.failures import EXPLANATION_NS
 from detcoll.runtime.group import WORLD_ID, world
+from detcoll.runtime.membership import Membership
 from detcoll.runtime.recorder import Recorder
 from detcoll.runtime.snapshot import merged, snapshot
 from detcoll.topology import Topology
@@ -83,11 +84,11 @@ class Job:
         self.ahead = Ahead()
         self.natives = Natives(
             assembled.native, assembled.transport.capabilities, session.rank, self.trace, self.recorder,
-            self._native_failed, self._explain_native,
+            self._native_failed, self.refuse, self._explain_native,
         )  # fmt: skip
         self.natives.open_world(self.world)
         try:
-            if not self.natives:
+            if not self.natives or session.size > 1:
                 self.loop  # noqa: B018 - start the thread at once, because it has to answer peers
         except BaseException:
             if self._loop is not None:
@@ -96,28 +97,21 @@ class Job:
             raise
 
     def _native_failed(self, group: Group, error: Exception, is_ours: bool) -> None:
+        """Let the engine know that native collectives of a group have ended, and tell the members if they do not."""
         self._note_failure(str(error))
-        if group.id != WORLD_ID:
-            if is_ours:
-                with contextlib.suppress(Closed):  # the job has ended, and so have all groups
-                    self.loop.post(lambda now_ns: self.loop.engine.failures.fail_group(group, error, now_ns))
-            return
-        loop = self._loop
-        if loop is not None:
-            with contextlib.suppress(Closed):
-                loop.post(lambda now_ns: loop.engine.failures.heard(self.world, error, now_ns))
-        if is_ours:
-            self.rest.announce(Cause.of(WORLD_ID, WHOLE_GROUP, error, self.session.rank))
+        failures = self.loop.engine.failures
+        with contextlib.suppress(Closed):  # the job has ended, and so have all groups
+            end = failures.fail_group if is_ours else failures.heard
+            self.loop.post(lambda now_ns: end(group, error, now_ns))
+
+    def refuse(self, group: Group, sequence: int, error: Exception) -> None:
+        """Tell the members of a group that this rank does not do a call."""
+        with contextlib.suppress(Closed):
+            self.loop.post(lambda now_ns: self.loop.engine.failures.refuse(group, sequence, error, now_ns))
 
     def _explain_native(self, group: Group) -> DetcollError | None:
-        if group.id != WORLD_ID:  # its members tell each other, and the progress thread hears it
-            return awaited(lambda: self.loop.failure or self.loop.group_failure(group), EXPLANATION_NS)
-        told = self.rest.explanation(WORLD_ID)
-        loop = self._loop
-        if loop is not None:  # what was heard here did not wake it up
-            with contextlib.suppress(Closed):
-                loop.post(lambda now_ns: self.rest.tell(loop.engine.failures, now_ns))
-        return told
+        """Wait for the reason of the loss of a member, which the progress thread hears from others."""
+        return awaited(lambda: self.failure(group), EXPLANATION_NS)
 
     @property
     def loop(self) -> Loop:
@@ -127,7 +121,14 @@ class Job:
                 loop = self._loop = self._make_loop()
                 loop.start()
                 loop.ask(lambda now_ns: loop.engine.join(self.world, now_ns))
+                self._attach(loop, self.world)
             return self._loop
+
+    def _attach(self, loop: Loop, group: Group) -> None:
+        """Let the engine know of the native calls of a group, and those of what others refuse."""
+        runner = self.natives.of(group)
+        if runner is not None:
+            runner.refused = loop.ask(lambda now_ns: loop.engine.attach(group, runner))
 
     def _make_loop(self) -> Loop:
         rank, routes = self.session.rank, self.assembled.routes
@@ -138,7 +139,7 @@ class Job:
         )  # fmt: skip
         express = Express.of(self.topology, rank) if self.calendar.mode is not Slotting.OFF else None
         engine = Engine(rank, routes.site_of, routes.wide, slots, express, self.recorder)
-        return Loop(engine, routes, self._timekeeper, self.rest, self.trace, self._note_failure)
+        return Loop(engine, routes, self._timekeeper, self.rest, self.trace, self._note_failure, self.natives.stop)
 
     def describe(self) -> dict[str, Any]:
         """Return the state of this rank as plain data for its flight record."""
@@ -216,7 +217,9 @@ class Job:
             raise UsageError(problems[0])
         try:
             self.natives.open(group, self.session, deadline_ns)
+            self._attach(self.loop, group)
         except BaseException:
+            self.natives.close(group, clean=False)
             with contextlib.suppress(Closed):
                 self.loop.post(lambda now_ns: engine.leave(group))
             raise
@@ -266,15 +269,17 @@ class Job:
             loop.post(lambda now_ns: loop.engine.leave(group))
         return is_clean
 
-    @property
-    def has_loop(self) -> bool:
-        """Whether the progress thread was started."""
-        return self._loop is not None
-
     def was_told(self, group: Group) -> bool:
         """Return whether the failure of a group was raised to a caller, or the group is not open."""
-        membership = self._loop.engine.groups.get(group.id) if self._loop is not None else None
+        runner = self.natives.of(group)
+        if runner is not None and runner.was_told:
+            return True
+        membership = self.membership(group)
         return membership is None or membership.told
+
+    def membership(self, group: Group) -> Membership | None:
+        """Return the state of a group in the engine, or None if it is not open or there is no progress thread."""
+        return self._loop.engine.groups.get(group.id) if self._loop is not None else None
 
     def failure(self, group: Group) -> Exception | None:
         """Return the error that ended a group, or None."""
@@ -385,8 +390,7 @@ class Job:
         if failure is None:
             failure = self.rest.failure(WORLD_ID)
         else:
-            is_native = self.natives.failure(self.world) is not None
-            if is_native or self.was_told(self.world):
+            if self.was_told(self.world):
                 return None
         return failure if isinstance(failure, PlanMismatch) else None
 

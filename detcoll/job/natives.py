@@ -25,6 +25,7 @@ LONGEST_MAKING_NS = 30 * 10**9
 """How long members try to make the native collectives of a group; all of them are known to be there."""
 
 Ended = Callable[[Group, Exception, bool], None]
+Refused = Callable[[Group, int, Exception], None]
 Explain = Callable[[Group], DetcollError | None]
 
 
@@ -52,16 +53,19 @@ class Natives:
         Records events.
     on_failure : callable
         Called with a group, the error that ended its native collectives, and whether this rank has to tell the others.
+    on_refusal : callable
+        Called with a group, the number of a call that this rank does not do, and why.
     explain : callable
         Returns the reason that other ranks gave for the loss of a member of a group, or None.
     """
 
     def __init__(
         self, collectives: NativeCollectives | None, capabilities: Capabilities, rank: int, trace: Trace,
-        recorder: Recorder, on_failure: Ended, explain: Explain,
+        recorder: Recorder, on_failure: Ended, on_refusal: Refused, explain: Explain,
     ) -> None:  # fmt: skip
         self._collectives, self._capabilities, self._rank = collectives, capabilities, rank
-        self._trace, self._recorder, self._on_failure, self._explain = trace, recorder, on_failure, explain
+        self._trace, self._recorder, self._explain = trace, recorder, explain
+        self._on_failure, self._on_refusal = on_failure, on_refusal
         self._runners: dict[int, NativeRunner] = {}
         self._of_groups: dict[int, NativeCollectives] = {}
 
@@ -120,6 +124,14 @@ class Natives:
         if made is not None:
             made.leave(clean=False)
 
+    def stop(self, group: Group, error: Exception) -> None:
+        """End the native collectives of a group that has failed otherwise, also one under way on another thread."""
+        runner = self._runners.get(group.id)
+        if runner is not None and runner.fail(error):
+            collectives = self._of_groups.get(group.id, self._collectives)
+            if collectives is not None:
+                collectives.stop()
+
     def close(self, group: Group, *, clean: bool) -> None:
         """Give the native collectives of a group back; ``clean`` if all members have come to this point."""
         runner, made = self._runners.pop(group.id, None), self._of_groups.pop(group.id, None)
@@ -142,7 +154,7 @@ class Natives:
         self._runners[group.id] = NativeRunner(
             collectives, self._capabilities, group, self._rank, self._trace,
             lambda error, is_ours: self._on_failure(group, error, is_ours), lambda: self._explain(group),
-            self._recorder,
+            self._recorder, lambda sequence, error: self._on_refusal(group, sequence, error),
         )  # fmt: skip
 
 

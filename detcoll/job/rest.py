@@ -6,21 +6,16 @@ An event that ends a single call is passed on once.
 
 from __future__ import annotations
 
-import contextlib
-import select
 import threading
-import time
 from collections import deque
 
-from detcoll.errors import Closed, DetcollError, PeerLost
+from detcoll.errors import DetcollError, PeerLost
 from detcoll.rendezvous import Aborted, Event, Lost, Session
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
-from detcoll.runtime.failures import EXPLANATION_NS, Failures
+from detcoll.runtime.failures import Failures
 
 _AT = "@"
 """Separates, in the kind of an abort, the error's name from the sequence of the refused call."""
-
-_LOOK_EVERY_NS = 20_000_000
 
 
 class Rest:
@@ -67,20 +62,6 @@ class Rest:
             if isinstance(event, Lost):
                 return PeerLost(_loss(event))
         return None
-
-    def explanation(self, group: int) -> DetcollError | None:
-        """Wait up to `EXPLANATION_NS` for the reason of a peer's loss, which only the rendezvous reports.
-
-        The progress thread may hear the reason first and take the wake-up, so this looks again by itself. Another
-        thread may close the session meanwhile, so the descriptor is asked for again each time.
-        """
-        end_ns = time.monotonic_ns() + EXPLANATION_NS
-        with contextlib.suppress(Closed):  # nothing more will be heard
-            while (failure := self.failure(group)) is None and (left_ns := end_ns - time.monotonic_ns()) > 0:
-                poll = select.poll()
-                poll.register(self.fileno(), select.POLLIN)
-                poll.poll(min(left_ns, _LOOK_EVERY_NS) / 1e6)
-        return failure
 
     def _listen(self) -> None:
         with self._lock:

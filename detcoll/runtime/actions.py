@@ -38,3 +38,5 @@ class Act(IntEnum):
     """tag, ranks: stop discarding messages that these ranks send for the call of this tag."""
     MAIL = 14
     """verb of `detcoll.runtime.messages`, and its fields: something about send and recv."""
+    STOP = 15
+    """group, error: end its native collectives, since the group has failed."""

@@ -1,4 +1,4 @@
-"""Control messages between ranks: causes of failures, and questions and answers about late calls.
+"""Control messages between ranks: causes of failures, questions and answers about late calls, what was called.
 
 Every message is a record of `CONTROL_BYTES` with tag `CONTROL_TAG`, sent directly between two ranks that exchange data.
 So causes do not depend on rank 0, which may be the lost rank.
@@ -86,7 +86,18 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     latest: int = -1
 
 
-Message = Cause | Ask | Answer
+class Planned(msgspec.Struct, frozen=True, tag="planned"):
+    """Says that the sender's call of this number goes through a plan, and waits to hear what the receiver called.
+
+    ``called`` : its descriptor, for people.
+    """
+
+    group: int
+    sequence: int
+    called: str
+
+
+Message = Cause | Ask | Answer | Planned
 
 
 def pack(message: Message) -> bytes:

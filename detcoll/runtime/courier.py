@@ -26,6 +26,7 @@ from detcoll.runtime.actions import Act
 from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, pack, unpack
 from detcoll.runtime.endings import Endings
 from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
+from detcoll.runtime.group import Group
 from detcoll.runtime.memory import Memory, ScratchPool
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.postman import COPIES, Postman
@@ -60,11 +61,14 @@ class Courier:
         Called with the reason when a group has failed.
     ended : callable
         Called when a call ends, before its caller hears of it.
+    stop_natives : callable
+        Ends the native collectives of a group, because of an error.
     """
 
     def __init__(
         self, engine: Engine, routes: Routes, trace: Trace, announce: Callable[[Cause], None],
         record: Callable[[str], object], ended: Callable[[], object],
+        stop_natives: Callable[[Group, Exception], None] = lambda group, error: None,
     ) -> None:  # fmt: skip
         self._engine, self._routes, self._trace, self._ended = engine, routes, trace, ended
         self._endpoint_of, self._pool = routes.endpoint_of, ScratchPool()
@@ -75,6 +79,7 @@ class Courier:
         self._carry: tuple[Callable[..., object], ...] = (
             self._open, self._recv, self._send, self._hello, self._await_hello, self._copy, self._finish,
             self._close_call, self._listen, self._tell, announce, self._discard, record, self._lift, self._postman.act,
+            stop_natives,
         )  # fmt: skip
 
     # Actions.
@@ -98,9 +103,9 @@ class Courier:
 
         What such a call copies within this rank it copies first.
 
-        ``records`` : write the flight record where it says so.
+        ``records`` : write the flight record where it says so, and end native collectives.
         """
-        wanted = (Act.FINISH, Act.RECORD) if records else (Act.FINISH,)
+        wanted = (Act.FINISH, Act.RECORD, Act.STOP) if records else (Act.FINISH,)
         for action in self._engine.actions:
             if action[0] in wanted or (action[0] is Act.MAIL and action[1] in COPIES):
                 try:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from detcoll.descriptor import HELLO_BYTES
@@ -32,12 +32,13 @@ from detcoll.machine import Queued, Slots
 from detcoll.plan.headroom import Express
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Kind
 from detcoll.plan.layout import uses_window
-from detcoll.runtime import blame
+from detcoll.runtime import blame, mixed
 from detcoll.runtime.actions import Act
+from detcoll.runtime.control import Cause
 from detcoll.runtime.credit import Credit
 from detcoll.runtime.failures import Failures
 from detcoll.runtime.group import Group
-from detcoll.runtime.membership import Membership
+from detcoll.runtime.membership import Membership, NativeCalls
 from detcoll.runtime.messages import Messages
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.recorder import Recorder
@@ -135,6 +136,12 @@ class Engine:
         self.recorder.note(now_ns, "join", group.number, detail=group.title)
         return membership
 
+    def attach(self, group: Group, natives: NativeCalls) -> Mapping[int, Cause]:
+        """Take note that a transport does calls of a group by itself; return those that others refuse, as they come."""
+        membership = self.groups[group.id]
+        membership.natives = natives
+        return membership.refused
+
     def leave(self, group: Group) -> None:
         """Remove a group. Its calls that have not finished end as Closed."""
         membership = self.groups.pop(group.id, None)
@@ -162,7 +169,7 @@ class Engine:
         if isinstance(operation, Transfer):
             self.messages.submit(membership, operation, now_ns)
             return
-        membership.latest = max(membership.latest, operation.sequence)
+        membership.made(operation.sequence)
         membership.waiting.append(operation)
         self._may_start = True
 
@@ -240,6 +247,8 @@ class Engine:
         Acquaintances hear it too: ranks that called different collectives may have plans that share no message.
         """
         operation.strangers = operation.partners | membership.acquaintances
+        if membership.natives is not None:
+            mixed.begin(operation, now_ns)
         membership.contacts |= operation.strangers
         self._listen(operation.strangers)
         for peer in operation.strangers - self.wide:
@@ -478,4 +487,6 @@ class Engine:
             first = membership.first
             if first is not None:
                 times.append(first.limit_ns)
+            if membership.natives is not None and (due_ns := mixed.next_ns(membership)) is not None:
+                times.append(due_ns)
         return min(times, default=None)

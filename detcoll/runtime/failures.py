@@ -18,9 +18,9 @@ from typing import Any
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost
 from detcoll.machine import Slots
-from detcoll.runtime import blame
+from detcoll.runtime import blame, mixed
 from detcoll.runtime.actions import Act
-from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Answer, Ask, Cause, Message
+from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Answer, Ask, Cause, Message, Planned
 from detcoll.runtime.credit import Credit
 from detcoll.runtime.group import NUMBER_BITS, PLAN_BITS, SEQUENCES, Group
 from detcoll.runtime.membership import Membership
@@ -74,9 +74,9 @@ class Failures:
         A call that was submitted, and whose caller was interrupted just then, goes on.
         """
         membership = self._groups.get(group.id)
-        if membership is None or membership.latest >= sequence:
+        if membership is None or membership.has_made(sequence):
             return
-        membership.latest = sequence
+        membership.made(sequence)
         self._recorder.note(now_ns, "refuse", group.number, sequence)
         if membership.refused.pop(sequence, None) is None and membership.failure is None:
             self._discard_call(membership, sequence)
@@ -126,6 +126,16 @@ class Failures:
                 if missed is not None:
                     self.end_group(membership, missed, now_ns)
                 first = membership.first
+            if membership.natives is not None:
+                self._look_beside(membership, now_ns)
+
+    def _look_beside(self, membership: Membership, now_ns: int) -> None:
+        """Look into a group some of whose calls are native."""
+        for peer, planned in mixed.to_tell(membership, now_ns):
+            self._actions.append((Act.TELL, peer, planned))
+        doubt = mixed.confirmed(membership, now_ns) if membership.doubts else None
+        if doubt is not None:
+            self.end_group(membership, doubt.error, now_ns, doubt.cause)
 
     def _overdue(self, transfer: Transfer) -> DeadlineMissed:
         return DeadlineMissed(
@@ -143,6 +153,8 @@ class Failures:
                 self.told(message, now_ns, peer)
             case Ask():
                 self._asked(peer, message, now_ns)
+            case Planned():
+                self._planned(peer, message, now_ns)
             case Answer():
                 membership = self._groups.get(message.group)
                 if membership is not None and membership.first is not None:
@@ -156,6 +168,15 @@ class Failures:
             return
         told = blame.answer(membership, self._groups.values(), ask, now_ns)
         self._actions.append((Act.TELL, peer, told))
+
+    def _planned(self, peer: int, planned: Planned, now_ns: int) -> None:
+        membership = self._groups.get(planned.group)
+        if membership is None:
+            return
+        if membership.cause is not None:
+            self._actions.append((Act.TELL, peer, membership.cause))
+            return
+        mixed.told(membership, self._rank, peer, planned, now_ns)
 
     def told(self, cause: Cause, now_ns: int, by: int = -1) -> None:
         """Take in why something ended, from a peer (``by``) or from the rendezvous."""
@@ -176,7 +197,7 @@ class Failures:
         """End a call that another rank refused, now or when it is made here."""
         operation = next((op for op in membership.active if op.sequence == cause.sequence), None)
         waits = any(op.sequence == cause.sequence for op in membership.waiting)
-        if operation is None and not waits and cause.sequence <= membership.latest:
+        if operation is None and not waits and membership.has_made(cause.sequence):
             return  # it has ended here, well or by the same cause
         self._spread(membership, cause, by)
         if operation is not None:
@@ -186,7 +207,8 @@ class Failures:
             return
         if len(membership.refused) >= LARGEST_REFUSALS:
             membership.refused.pop(next(iter(membership.refused)))
-        membership.refused[cause.sequence] = cause
+        membership.refused[cause.sequence] = cause  # before the look at native calls, which look here when they begin
+        mixed.refused(membership, cause, now_ns)
 
     def rank_lost(self, rank: int, text: str, now_ns: int, *, is_known: bool = False) -> None:
         """End every group that a lost rank is in.
@@ -222,6 +244,8 @@ class Failures:
         if not is_known:
             self._spread(membership, cause, by)  # before callers wake up here, who may end the job
         self._actions.append((Act.RECORD, str(error)))
+        if membership.natives is not None:
+            self._actions.append((Act.STOP, membership.group, error))
         calls = self._forget(membership)
         membership.told = any(not operation.reported for operation in calls)
         # First, so that nothing is written into arrays any more once their owners hear of the end.

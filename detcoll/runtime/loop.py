@@ -80,17 +80,22 @@ class Loop:
         Where calls and sends are noted.
     on_failure : callable
         Called with the reason when a group has failed.
+    stop_natives : callable
+        Ends the native collectives of a group, because of an error.
     """
 
     def __init__(
         self, engine: Engine, routes: Routes, timekeeper: Timekeeper, rest: Rest, trace: Trace,
         on_failure: Callable[[str], object] = lambda reason: None,
+        stop_natives: Callable[[Group, Exception], None] = lambda group, error: None,
     ) -> None:  # fmt: skip
         self.engine, self.timekeeper, self._rest = engine, timekeeper, rest
         self._lock = threading.Lock()
         self._posted: deque[Callable[[int], None]] = deque()
         self._room = threading.Semaphore(LARGEST_QUEUE)
-        self._courier = Courier(engine, routes, trace, rest.announce, on_failure, self._room.release)
+        self._courier = Courier(
+            engine, routes, trace, rest.announce, on_failure, self._room.release, stop_natives
+        )  # fmt: skip
         self._failure: Exception | None = None
         self._closing = self._stopping = self._asleep = False
         self._awaited_idle: list[tuple[Membership, threading.Event]] = []

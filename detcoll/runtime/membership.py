@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from detcoll.runtime.control import Cause
 from detcoll.runtime.group import Group
 from detcoll.runtime.operation import Operation
 from detcoll.runtime.transfer import Mail
+
+LARGEST_KEPT_NUMBERS = 256
+
+
+class NativeCalls(Protocol):
+    """The calls of a group that a transport does by itself, as the engine sees them."""
+
+    @property
+    def latest(self) -> int:
+        """The number of the latest call that was begun, or -1."""
+
+    def called(self, sequence: int) -> str:
+        """Return what was called with this number, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """What will end the group if the call of this number turns out to be native; see `detcoll.runtime.mixed`."""
+
+    sequence: int
+    until_ns: int
+    error: Exception
+    cause: Cause | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -17,7 +41,9 @@ class Membership:
 
     ``contacts`` : members to which this rank sends causes.  ``latest`` : sequence of the latest call made here, or -1.
     ``refused`` : calls that a rank refused, by sequence.  ``dropped`` : calls whose messages the endpoints discard.
-    ``told`` : whether the failure was raised to a caller.  ``mail`` : sends and receives.
+    ``told`` : whether the failure was raised to a caller.  ``mail`` : sends and receives.  ``natives`` : the calls that
+    a transport does, None if all are planned.  ``numbers`` : of the latest calls that were planned or refused here,
+    kept where others are native.  ``doubts`` : what may end the group because of its native calls.
     """
 
     group: Group
@@ -33,6 +59,26 @@ class Membership:
     cause: Cause | None = None
     told: bool = False
     mail: Mail = field(default_factory=Mail)
+    natives: NativeCalls | None = None
+    numbers: deque[int] = field(default_factory=lambda: deque(maxlen=LARGEST_KEPT_NUMBERS))
+    doubts: list[Doubt] = field(default_factory=list)
+
+    def made(self, sequence: int) -> None:
+        """Take note that a call of this number was planned or refused here."""
+        self.latest = max(self.latest, sequence)
+        if self.natives is not None:
+            self.numbers.append(sequence)
+
+    def has_made(self, sequence: int) -> bool:
+        """Whether a call of this number was planned or refused here."""
+        if self.natives is None:
+            return sequence <= self.latest
+        numbers = self.numbers
+        return sequence in numbers or (len(numbers) == LARGEST_KEPT_NUMBERS and sequence < numbers[0])
+
+    def is_native(self, sequence: int) -> bool:
+        """Whether a call of this number was native here, as far as the engine knows all calls."""
+        return self.natives is not None and self.natives.latest >= sequence and not self.has_made(sequence)
 
     @property
     def idle(self) -> bool:
@@ -49,5 +95,5 @@ class Membership:
 
     def clear(self) -> None:
         """Forget all calls."""
-        self.active, self.work = [], []
+        self.active, self.work, self.doubts = [], [], []
         self.waiting.clear()

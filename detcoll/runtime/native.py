@@ -11,8 +11,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from detcoll.descriptor import brief
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError, UsageError
 from detcoll.priority import shorten_turns
+from detcoll.runtime.control import Cause
 from detcoll.runtime.group import WORLD_ID, Group
 from detcoll.runtime.recorder import Called, Recorder
 from detcoll.runtime.work import Work
@@ -31,14 +32,13 @@ LARGEST_QUEUE = 4096
 LARGEST_KEPT_ANSWERS = 1024
 
 
-class Submission(msgspec.Struct, frozen=True):
+class Submission(NamedTuple):
     """A native call that was submitted.
 
     ``timeout_ns`` : counts from when the call runs.  ``load``, ``store`` : fill its input and empty its output, where
     the caller's memory is elsewhere.
     """
 
-    sequence: int
     call: NativeCall
     timeout_ns: int
     called_ns: int
@@ -69,6 +69,8 @@ class NativeRunner:
         Returns the reason that other ranks gave for the loss of a peer, or None; the endpoint does not know it.
     recorder : Recorder, optional
         Records events.
+    on_refusal : callable, optional
+        Called with the number of a call that this rank does not do, and why, before anything moved.
     """
 
     def __init__(
@@ -81,35 +83,33 @@ class NativeRunner:
         on_failure: Callable[[Exception, bool], None],
         explain: Callable[[], DetcollError | None] = lambda: None,
         recorder: Recorder | None = None,
+        on_refusal: Callable[[int, Exception], None] = lambda sequence, error: None,
     ) -> None:
         self._collectives, self._capabilities, self._rank, self._trace = collectives, capabilities, rank, trace
         self._group = group
         self._on_failure, self._explain, self._recorder = on_failure, explain, recorder or Recorder()
+        self._on_refusal = on_refusal
+        self.refused: Mapping[int, Cause] = {}
+        """By number, the calls that other ranks refused; the engine adds to it."""
+        self.was_told = False
+        """Whether the failure was raised to a caller."""
         self._supported: dict[tuple[str, np.dtype[Any], ReduceOp, int, bool], bool] = {}
-        self._current: Submission | None = None
+        self._current: NativeCall | None = None
         self._latest = -1
         self._turn = threading.Lock()
         self._queue: queue.Queue[tuple[Submission, Work] | None] = queue.Queue(LARGEST_QUEUE)
         self._queued = 0
         self._count = threading.Lock()
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """The error that ended the collectives, or None."""
         self._closing = False
         self._thread: threading.Thread | None = None
         """Started with the first call that is queued."""
 
     @property
-    def failure(self) -> Exception | None:
-        """The error that ended the collectives, or None."""
-        return self._failure
-
-    @property
     def algorithm(self) -> str:
         """The name of the transport's algorithm."""
         return self._collectives.algorithm
-
-    def has(self, kind: str) -> bool:
-        """Return whether the transport has a native collective of this kind for any type."""
-        return kind in self._capabilities.native
 
     def supports(self, kind: str, dtype: np.dtype[Any], op: ReduceOp, nbytes: int = 0, *, uneven: bool = False) -> bool:
         """Return whether the transport has a native collective for a call; see `Capabilities.supports`."""
@@ -149,8 +149,13 @@ class NativeRunner:
                 raise DeadlineMissed(text) from None
             raise
 
-    def run_at_once(self, submission: Submission) -> bool:
+    def run_at_once(
+        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[], None] | None = None,
+        store: Callable[[], None] | None = None,
+    ) -> bool:  # fmt: skip
         """Run a call on this thread and return True, or return False if other calls of the group are pending.
+
+        What is given is what a `Submission` has.
 
         Raises
         ------
@@ -163,9 +168,9 @@ class NativeRunner:
         try:
             if self._queued:
                 return False
-            error = self._do(submission)
+            error = self._do(call, timeout_ns, called_ns, load, store)
         except BaseException as interrupt:  # ranks may be out of step, so no later call can be trusted to match
-            what = f"rank {self._rank} was interrupted in {_title(submission)}"
+            what = f"rank {self._rank} was interrupted in {_title(call)}"
             self._give_up(TransportError(f"{what}: {type(interrupt).__name__}"))
             raise
         finally:
@@ -175,13 +180,28 @@ class NativeRunner:
         return True
 
     def _check_usable(self) -> None:
-        if self._failure is not None or self._closing:
-            reason = "the job is closed" if self._failure is None else f"the group has ended: {self._failure}"
-            raise Closed(reason) from self._failure
+        if self.failure is not None or self._closing:
+            reason = "the job is closed" if self.failure is None else f"the group has ended: {self.failure}"
+            raise Closed(reason) from self.failure
 
-    def fail(self, error: Exception) -> None:
-        """Refuse further calls because of ``error``."""
-        self._failure = self._failure or error
+    @property
+    def latest(self) -> int:
+        """The number of the latest call that was begun, or -1."""
+        return self._latest
+
+    def called(self, sequence: int) -> str:
+        """Return what was called with this number, for people."""
+        call = self._current
+        if call is None or call.sequence != sequence:
+            return f"another collective as number {sequence}"
+        return msgspec.json.encode(call.announcement.numbered(sequence).descriptor).decode()
+
+    def fail(self, error: Exception) -> bool:
+        """Refuse further calls because of ``error``; return whether a call is under way that does not know it."""
+        if self.failure is not None:
+            return False
+        self.failure = error
+        return self._current is not None
 
     def drain(self, deadline_ns: int) -> bool:
         """Close, and wait for queued calls; at the deadline fail the collectives and return False."""
@@ -216,51 +236,56 @@ class NativeRunner:
                 continue
             submission, work = entry
             with self._turn:
-                error = self._do(submission)
+                error = self._do(*submission)
             with self._count:
                 self._queued -= 1
             work.finish(error)
 
-    def _do(self, submission: Submission) -> Exception | None:
+    def _do(
+        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[], None] | None,
+        store: Callable[[], None] | None,
+    ) -> Exception | None:  # fmt: skip
         """Run a call; return the error that ended it, or None on success."""
-        if self._failure is not None:
-            return self._failure
         error: Exception
-        sequence, call, number = submission.sequence, submission.call, self._group.number
-        self._latest = max(self._latest, sequence)
-        self._recorder.note(submission.called_ns, "call", number, sequence, detail=_called(call))
-        self._current = submission
+        sequence, number = call.sequence, self._group.number
+        # Before the looks at what others have ended, which look at these two afterwards: one sees the other.
+        self._current, self._latest = call, sequence
+        if self.failure is not None:
+            self._current, self.was_told = None, True
+            return self.failure
+        if self.refused and (cause := self.refused.get(sequence)) is not None:
+            return self._refuse(sequence, cause.error())
+        self._recorder.note(called_ns, "call", number, sequence, detail=_called(call))
         try:
-            if submission.load is not None:
-                submission.load()
-            self._collectives.run(call, time.monotonic_ns() + submission.timeout_ns)
-            if submission.store is not None:
-                submission.store()
+            if load is not None:
+                load()
+            self._collectives.run(call, time.monotonic_ns() + timeout_ns)
+            if store is not None:
+                store()
         except UsageError as problem:  # nothing has moved
-            self._current = None
-            return problem
+            return self._refuse(sequence, problem)
         except DetcollError as problem:
             error = problem
         except Exception as problem:
-            error = TransportError(f"{_title(submission)} failed: {problem!r}")
+            error = TransportError(f"{_title(call)} failed: {problem!r}")
             error.__cause__ = problem
         else:
             self._current = None
             self._recorder.note(time.monotonic_ns(), "end", number, sequence)
             if self._trace.recording:
                 what = Call(call.kind, call.count * call.array.itemsize, self._collectives.algorithm, group=number)
-                self._trace.note_collective(sequence, what, submission.called_ns, time.monotonic_ns())
+                self._trace.note_collective(sequence, what, called_ns, time.monotonic_ns())
             return None
         return self._give_up(error)
 
     def standing(self) -> dict[str, Any]:
         """Return the state of this rank in the group as plain data for its flight record."""
-        submission, failure, group = self._current, self._failure, self._group
+        call, failure, group = self._current, self.failure, self._group
         calls = []
-        if submission is not None:
-            what = f"call {submission.sequence}, {brief(*_called(submission.call))}"
+        if call is not None:
+            what = f"call {call.sequence}, {brief(*_called(call))}"
             calls.append({
-                "sequence": submission.sequence, "what": what, "state": "is in the transport's own collective",
+                "sequence": call.sequence, "what": what, "state": "is in the transport's own collective",
                 "waits_for": [],
             })  # fmt: skip
         return {
@@ -269,18 +294,26 @@ class NativeRunner:
             "calls": calls,
         }  # fmt: skip
 
+    def _refuse(self, sequence: int, error: Exception) -> Exception:
+        """Report a call that is not carried out, and return the error to raise."""
+        self._current = None
+        self._on_refusal(sequence, error)
+        return error
+
     def _give_up(self, error: Exception) -> Exception:
         """Record the failure, report it unless other ranks did, and return the error to raise."""
-        if self._failure is not None:  # failed or aborted meanwhile, and this error is a consequence
-            return self._failure
+        self.was_told = True
+        if self.failure is not None:  # failed or aborted meanwhile, and this error is a consequence
+            return self.failure
         told = self._explain() if isinstance(error, PeerLost) else None
-        self._failure = told or error
-        self._on_failure(self._failure, told is None)
-        return self._failure
+        if self.failure is None:
+            self.failure = told or error
+            self._on_failure(self.failure, told is None)
+        return self.failure
 
 
-def _title(submission: Submission) -> str:
-    return f"{submission.call.kind} number {submission.sequence}"
+def _title(call: NativeCall) -> str:
+    return f"{call.kind} number {call.sequence}"
 
 
 def _called(call: NativeCall) -> Called:

@@ -53,6 +53,8 @@ class Operation:
     live_ns: int = 0
     limit_ns: int = 0
     greets_ns: int = 0
+    tells_ns: int = 0
+    """When ranks that have not confirmed this call are told of it next, where calls may be native."""
     strangers: set[int] = field(default_factory=set)
     """Ranks that have not confirmed this call yet; messages from them are held back."""
     held: list[int] = field(default_factory=list)

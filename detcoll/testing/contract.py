@@ -374,6 +374,16 @@ class CollectiveContract(MessageContract):
         with self.fabric(3) as fabric:
             fabric.run(blocks.a_group_ends_alone)
 
+    def test_a_group_is_stopped(self) -> None:
+        self._require_groups()
+        with self.fabric(2) as fabric:
+            fabric.run(blocks.a_group_is_stopped)
+
+    def test_calls_of_different_numbers(self) -> None:
+        self._require("all_reduce")
+        with self.fabric(2) as fabric:
+            fabric.run(blocks.numbers_differ)
+
     def test_collectives_beside_messages(self) -> None:
         for name in ("all_reduce", "broadcast", "barrier"):
             self._require(name)

@@ -105,7 +105,7 @@ class Lender:
 
 @dataclass(eq=False, slots=True)
 class Host:
-    """A rank of a fleet: its engine, what arrived for it, and whether it is frozen."""
+    """A rank of a fleet: its engine, what arrived for it, whose natives it was to stop, and whether it is frozen."""
 
     engine: Engine
     pool: ScratchPool = field(default_factory=ScratchPool)
@@ -115,6 +115,7 @@ class Host:
     calls: dict[Operation | Transfer, Called] = field(default_factory=dict)
     sequences: Counter[int] = field(default_factory=Counter)
     announced: list[Cause] = field(default_factory=list)
+    stopped: list[tuple[Group, Exception]] = field(default_factory=list)
     events: int = 0
     stops_at: int | None = None
     frozen: bool = False
@@ -403,6 +404,9 @@ class Fleet:
 
         tag = operation.prefix | HELLO_TAG
         self._post(host, peer, tag, Receive(len(operation.memory.hello), None, done))
+
+    def _stop(self, host: Host, group: Group, error: Exception) -> None:
+        host.stopped.append((group, error))
 
     def _copy(self, host: Host, operation: Operation, step: int) -> None:
         operation.memory.keep(step)

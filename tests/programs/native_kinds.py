@@ -1,4 +1,4 @@
-"""Every kind of collective in the world and in two groups, and a call that waits in one group beside another's."""
+"""Every kind of collective in the world and in groups, also one that waits, and three from three threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import detcoll
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from every_kind import every_kind
+from every_kind import every_kind, from_three_threads
 
 comm = detcoll.init()
 every_kind(comm)
@@ -26,6 +26,7 @@ assert work is None or not work.done()
 comm.barrier()
 (work or waiting.all_reduce(x, async_op=True)).wait(20)
 assert (x == comm.size).all()
+from_three_threads(comm, 20)
 names = {group.algorithm(kind, 12 * 4) for group in (comm, part) for kind in ("all_reduce", "gather", "reduce_scatter")}
 part.close()
 if comm.rank == 0:

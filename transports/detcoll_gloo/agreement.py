@@ -48,7 +48,7 @@ class Agreement:
         DeadlineMissed, PeerLost
             If a rank did not come before the deadline, which is named, or is lost. All connections are closed then.
         """
-        announced = call.announcement
+        announced = call.announcement.numbered(call.sequence)
         mine = np.frombuffer(bytearray(announced.record), np.uint8)
         records = [np.zeros_like(mine) if rank != self._group.rank else mine for rank in range(self._group.size)]
         try:

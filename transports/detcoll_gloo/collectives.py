@@ -47,7 +47,7 @@ class GlooCollectives(NativeCollectives):
         self._group = group
         self._capabilities = capabilities
         self._compares = compare
-        self._is_broken = self._has_left = False
+        self._is_broken = self._has_left = self._is_stopped = False
         self._agreement = Agreement(group) if compare and group.size > 1 else None
         self._groups: weakref.WeakSet[GlooCollectives] = weakref.WeakSet()
         ops = group.torch.distributed.ReduceOp
@@ -82,10 +82,17 @@ class GlooCollectives(NativeCollectives):
             self._group.end()
             self._group.forget()
 
+    def stop(self) -> None:
+        """Take no more calls, and close the connections of the group, which ends one under way."""
+        self._is_stopped = True
+        self._group.end()
+
     def run(self, call: NativeCall, deadline_ns: int) -> None:
         """Carry out one collective."""
         if self._has_left:
             raise Closed("the Gloo endpoint is closed")
+        if self._is_stopped:
+            raise Closed("this group of Gloo was stopped")
         if self._is_broken:
             raise Closed("an earlier collective of this Gloo endpoint did not end")
         self._check(call)

@@ -53,6 +53,10 @@ class GlooEndpoint(Endpoint, NativeCollectives):
         self._check_open()
         self._collectives.run(call, deadline_ns)
 
+    def stop(self) -> None:
+        """End the collectives of all ranks, and with them all messages, whose connections they share."""
+        self._collectives.stop()
+
     def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> GlooCollectives:
         """Return the collectives of some ranks, on connections of their own."""
         self._check_open()

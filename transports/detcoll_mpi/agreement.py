@@ -35,11 +35,13 @@ class Agreement:
         self._mpi, self._comm, self._ranks = mpi, comm, ranks
         self._mine, self._greatest = np.zeros(2, np.int64), np.zeros(2, np.int64)
         self._announced: Announcement | None = None
+        self._sequence = -1
 
     def start(self, call: NativeCall) -> Any:
         """Begin to compare a call with the others' and return MPI's request."""
-        self._announced = call.announcement
-        self._mine[:] = self._announced.digest, -self._announced.digest
+        self._announced, self._sequence = call.announcement, call.sequence
+        digest = self._announced.digest + call.sequence
+        self._mine[:] = digest, -digest
         return self._comm.Iallreduce(self._mine, self._greatest, self._mpi.MAX)
 
     @property
@@ -50,6 +52,7 @@ class Agreement:
     def exchange(self) -> tuple[Any, NDArray[np.uint8]]:
         """Begin to exchange what was called; gives MPI's request and where the records will be: (ranks, bytes)."""
         assert self._announced is not None
+        self._announced = self._announced.numbered(self._sequence)
         mine = np.frombuffer(self._announced.record, np.uint8)
         records = np.empty((self._comm.Get_size(), HELLO_BYTES), np.uint8)
         return self._comm.Iallgather(mine, records), records

@@ -117,9 +117,14 @@ class MpiCollectives(NativeCollectives):
             return
         lockstep.stop()
         mpi = lockstep.mpi
-        if clean and not lockstep.is_broken and not lockstep.compared.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG):
+        clean = clean and not (lockstep.is_broken or lockstep.is_stopped)
+        if clean and not lockstep.compared.Iprobe(mpi.ANY_SOURCE, mpi.ANY_TAG):
             lockstep.comm.Free()
             lockstep.compared.Free()
+
+    def stop(self) -> None:
+        """Take no more calls, and end the one under way on another thread."""
+        self.lockstep.is_stopped = True
 
     def run(self, call: NativeCall, deadline_ns: int) -> None:
         """Carry out one collective; all ranks are known to have called the same before its result is given out."""

@@ -66,6 +66,10 @@ class MpiEndpoint(Endpoint, NativeCollectives):
         """Carry out a collective of all ranks."""
         self._collectives.run(call, deadline_ns)
 
+    def stop(self) -> None:
+        """End the collectives of all ranks; those of groups and messages go on."""
+        self._collectives.stop()
+
     def group(self, ranks: Sequence[int], key: int, deadline_ns: int) -> MpiCollectives:
         """Return the collectives of some ranks, on communicators of their own."""
         return self._collectives.group(ranks, key, deadline_ns)

@@ -48,7 +48,7 @@ class Lockstep:
     def __init__(self, mpi: Any, comm: Any, compared: Any, ranks: Sequence[int], clock: Clock) -> None:
         self.mpi, self.comm, self.compared = mpi, comm, compared
         self.size, self.rank = len(ranks), int(comm.Get_rank())
-        self.is_open, self.is_broken = True, False
+        self.is_open, self.is_broken, self.is_stopped = True, False, False
         self.memory: list[Any] = []
         """What MPI may read or write in the call under way."""
         self._ranks, self._clock = tuple(ranks), clock
@@ -64,6 +64,8 @@ class Lockstep:
         progress.is_active = True
         if not self.is_open:
             raise Closed("the MPI endpoint is closed")
+        if self.is_stopped:
+            raise Closed("the collectives of this group by MPI were stopped")
         if self.is_broken:
             raise Closed("an earlier collective of this MPI endpoint did not end")
 
@@ -144,6 +146,8 @@ class Lockstep:
         """Raise if there is nothing to wait for any more."""
         if not self.is_open:
             raise Closed(f"the MPI endpoint was closed while {name} was under way")
+        if self.is_stopped:
+            raise Closed(f"the collectives of this group by MPI were stopped while {name} was under way")
         self._giving_up.hear(self._number)
 
     def _missed(self, name: str) -> DeadlineMissed:

@@ -85,6 +85,9 @@ class CallLayout:
         return replace(self, descriptor=descriptor, digest=digest_of(descriptor))
 
 
+LARGEST_DIGEST = 2**63 - 1
+
+
 def digest_of(descriptor: Descriptor) -> int:
     """Return a number that differs for calls that differ."""
     return int.from_bytes(hashlib.blake2b(descriptor.encode(), digest_size=8).digest(), "little") >> 1

@@ -97,7 +97,7 @@ class Collectives:
         with self.turn:
             if self._ended:
                 raise Closed(self._ended) from self._cause
-            before = lockstep.sequence
+            before, lockstep.number = lockstep.sequence, call.sequence
             try:
                 _HOW[call.kind](self, layout, array, deadline_ns)
             except BaseException as error:
@@ -105,7 +105,7 @@ class Collectives:
                 raise
 
     def refuse(self, reason: str) -> None:
-        """Take no later call; to be called with ``turn``."""
+        """Take no later call."""
         self._ended = self._ended or reason
 
     def _end(self, error: BaseException, layout: CallLayout, before: int) -> None:

@@ -97,7 +97,7 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         """Pidfds of other ranks' processes."""
         self._ended: list[Ticket] = []
         self._open = True
-        self._aborting = self._left = False
+        self._aborting = self._left = self._is_stopped = False
         self._using = threading.Lock()
         """Held by whoever sends, receives or polls, so that nothing is given back meanwhile."""
         self._asleep = False
@@ -272,6 +272,13 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         """Carry out a collective, reductions in the promised order."""
         (self._collectives or self._begin_collectives()).run(call, deadline_ns)
 
+    def stop(self) -> None:
+        """Take no more collectives of all ranks, and end one under way on another thread."""
+        with self._making:
+            self._is_stopped, natives = True, self._natives
+        if natives is not None:
+            natives.stop()
+
     def cancel(self, ticket: Ticket) -> bool:
         """End a pending ticket of which no byte has moved; `poll` does not return it."""
         with self._using:
@@ -397,6 +404,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         """Make what collectives need, when the first is called."""
         with self._making:
             self._check_open()
+            if self._is_stopped:
+                raise Closed("the group of all ranks has ended")
             if self._collectives is not None:
                 return self._collectives
             others = [rank for rank in range(self._size) if rank != self._rank]

@@ -139,6 +139,13 @@ class GroupCollectives(NativeCollectives):
         """Carry out a collective, reductions in the promised order."""
         (self._collectives or self._begin()).run(call, deadline_ns)
 
+    def stop(self) -> None:
+        """Take no more calls, and end one under way on another thread."""
+        with self._making:
+            self._make, natives = None, self._natives
+        if natives is not None:
+            natives.stop()
+
     def wake(self) -> None:
         """Let a collective under way on another thread see that the endpoint was closed."""
         with self._making:

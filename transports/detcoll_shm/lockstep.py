@@ -21,6 +21,7 @@ import msgspec
 
 from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, TransportError
+from detcoll_shm.call_layout import LARGEST_DIGEST
 from detcoll_shm.processor import awaited_processor, current_processor, leave
 from detcoll_shm.regions import NOWHERE, Place
 from detcoll_shm.stage import (
@@ -93,7 +94,8 @@ class Lockstep:
 
     It has many fields since all of them are read in every collective, where a further lookup shows in the latency.
 
-    ``rank`` : this rank's number in the group.  ``name`` : its rank in the job.
+    ``rank`` : this rank's number in the group.  ``name`` : its rank in the job.  ``sequence`` : number of the
+    collective under way, from 1.  ``number`` : what its caller counts it as, which ranks compare too, or -1.
     ``last_word`` : with which word and value the collective under way ends, where that is not its ARRIVED.
     """
 
@@ -103,6 +105,7 @@ class Lockstep:
     ) -> None:  # fmt: skip
         self.rank, self.name, self.stage, self.peers = rank, name, stage, tuple(peers)
         self.sequence = 0
+        self.number = -1
         self.last_word: tuple[int, int] | None = None
         self._hooks, self._counts = hooks, counts
         self._wait_ns = wait_ns
@@ -117,6 +120,7 @@ class Lockstep:
 
     def arrive(self, descriptor: Descriptor, digest: int, deadline_ns: int, place: Place = NOWHERE) -> None:
         """Show that this rank is in its next collective, what it called, and where its array is."""
+        digest = digest + self.number & LARGEST_DIGEST
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
         self._words[THREAD] = get_native_id()
@@ -211,7 +215,8 @@ class Lockstep:
         interrupted.
         """
         own, has_arrived = self._words, self.sequence != before
-        reason = Reason.of(error, self.name, f"{kind} number {before}") if self._relayed is None else self._relayed
+        number = self.number if self.number >= 0 else before
+        reason = Reason.of(error, self.name, f"{kind} number {number}") if self._relayed is None else self._relayed
         if not own[ENDED]:
             goes_on = True
             if has_arrived and own[DIGEST + (self.sequence & 1)] != GIVEN_UP:
@@ -336,7 +341,11 @@ class Lockstep:
     @property
     def _call(self) -> str:
         named = f" ({self._descriptor.name})" if self._descriptor.name else ""
-        return f"{self._descriptor.kind} number {self.sequence - 1}{named}"
+        return f"{self._descriptor.kind} number {self._number}{named}"
+
+    @property
+    def _number(self) -> int:
+        return self.number if self.number >= 0 else self.sequence - 1
 
     def _late(self, word: int, value: int) -> DeadlineMissed:
         lack = _LACKS.get(word, "has not folded its part" if word == FOLDED else "has not given its part")
@@ -373,7 +382,7 @@ class Lockstep:
     def _differ(self, peer: PeerStage) -> None:
         """Exchange descriptors in full with ``peer``, whose digest differs, and raise."""
         sequence = self.sequence
-        mine = msgspec.structs.replace(self._descriptor, sequence=sequence - 1)
+        mine = msgspec.structs.replace(self._descriptor, sequence=self._number)
         self.stage.write_text(mine.encode())
         self.publish(TOLD, sequence)
         words = peer.stage.words

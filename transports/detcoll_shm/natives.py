@@ -107,7 +107,10 @@ class Natives:
         self._bells = {peer.rank: RemoteBell(_opener(peer)) for peer in peers}
         shown = [PeerStage(peer.rank, peer.name, peer.stage, self._bells[peer.rank].ring) for peer in peers]
         stages = {peer.rank: peer.stage for peer in peers} | {rank: own}
-        hooks = EndpointHooks(watch.bell.writer, watch.hear, is_open, watch.why_lost)
+        self._is_stopped = False
+        hooks = EndpointHooks(
+            watch.bell.writer, watch.hear, lambda: is_open() and not self._is_stopped, watch.why_lost
+        )  # fmt: skip
         lockstep = Lockstep(rank, name, own, shown, hooks, settings.wait_ns, counts)
         in_order = [stages[other] for other in sorted(stages)]
         cutter = Cutter(rank, in_order, settings.groups, settings.chunk_bytes, settings.direct_bytes)
@@ -119,6 +122,12 @@ class Natives:
     def wake(self) -> None:
         """Let a collective under way on another thread see that the endpoint was closed."""
         self._watch.bell.wake()
+
+    def stop(self) -> None:
+        """Take no more calls, and let one under way on another thread see it."""
+        self._is_stopped = True
+        self.collectives.refuse("the group has ended")
+        self.wake()
 
     def close(self) -> None:
         """Give everything back, once a collective under way on another thread has ended."""

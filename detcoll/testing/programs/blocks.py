@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch
+from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, TransportError
 from detcoll.signature import signature_of
 from detcoll.testing.fabric import Here
 from detcoll.testing.natives import Natives
@@ -191,6 +191,40 @@ def a_group_ends_alone(here: Here) -> None:
     for call in calls:
         with pytest.raises(Closed):
             call()
+    for collectives in (going, endpoint):
+        Natives(collectives).barrier(here.deadline_ns())
+    here.meet()
+
+
+def numbers_differ(here: Here) -> None:
+    """Check that equal calls of different numbers do not meet."""
+    array = np.full(10, float(here.rank))
+    with pytest.raises(PlanMismatch, match='"sequence":8'):
+        _collectives(here).run(NativeCall("all_reduce", array, 10, sequence=7 + here.rank % 2), here.deadline_ns())
+    here.meet()
+
+
+def a_group_is_stopped(here: Here) -> None:
+    """Check that a call that waits for others ends when its group is stopped, and that other groups go on."""
+    endpoint = _collectives(here)
+    ending, going = (endpoint.group(range(here.size), key, here.deadline_ns()) for key in (1, 2))
+    Natives(ending).barrier(here.deadline_ns())
+    if here.rank == 0:
+        errors: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                Natives(ending).barrier(here.deadline_ns())
+            except TransportError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=wait, name="rank 0 waits")
+        thread.start()
+        ending.stop()
+        thread.join()
+        assert len(errors) == 1
+        with pytest.raises(Closed):
+            Natives(ending).barrier(here.deadline_ns())
     for collectives in (going, endpoint):
         Natives(collectives).barrier(here.deadline_ns())
     here.meet()
