@@ -97,7 +97,7 @@ class Caller:
         job.keep_planner(group, self.planner)
         self._sequence = itertools.count()
         self._order = threading.Lock()
-        self._is_closed = self._was_told = False
+        self._is_closed = False
         self._group_text = "" if group.id == WORLD_ID else f"{group.id:016x}"
 
     @property
@@ -127,8 +127,8 @@ class Caller:
             return  # as below, for less
         failure = self.job.failure(self.group)
         if failure is not None:
-            if not self._was_told and not self.job.was_told(self.group):
-                self._was_told = True
+            if not self.job.was_told(self.group):
+                self.job.note_told(self.group)
                 raise failure
             raise Closed(f"the group has ended: {failure}") from failure
 

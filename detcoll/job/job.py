@@ -277,6 +277,12 @@ class Job:
         membership = self.membership(group)
         return membership is None or membership.told
 
+    def note_told(self, group: Group) -> None:
+        """Take note that the failure of a group is raised to a caller."""
+        membership = self.membership(group)
+        if membership is not None:
+            membership.told = True
+
     def membership(self, group: Group) -> Membership | None:
         """Return the state of a group in the engine, or None if it is not open or there is no progress thread."""
         return self._loop.engine.groups.get(group.id) if self._loop is not None else None

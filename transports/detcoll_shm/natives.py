@@ -8,6 +8,7 @@ one side alone and read as one word (states of peers, `_Peer.error`), and needs 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -107,9 +108,9 @@ class Natives:
         self._bells = {peer.rank: RemoteBell(_opener(peer)) for peer in peers}
         shown = [PeerStage(peer.rank, peer.name, peer.stage, self._bells[peer.rank].ring) for peer in peers]
         stages = {peer.rank: peer.stage for peer in peers} | {rank: own}
-        self._is_stopped = False
+        self._stopped = stopped = threading.Event()  # so that the hook does not hold all this in a cycle
         hooks = EndpointHooks(
-            watch.bell.writer, watch.hear, lambda: is_open() and not self._is_stopped, watch.why_lost
+            watch.bell.writer, watch.hear, lambda: is_open() and not stopped.is_set(), watch.why_lost
         )  # fmt: skip
         lockstep = Lockstep(rank, name, own, shown, hooks, settings.wait_ns, counts)
         in_order = [stages[other] for other in sorted(stages)]
@@ -125,7 +126,7 @@ class Natives:
 
     def stop(self) -> None:
         """Take no more calls, and let one under way on another thread see it."""
-        self._is_stopped = True
+        self._stopped.set()
         self.collectives.refuse("the group has ended")
         self.wake()
 
