@@ -222,7 +222,7 @@ def test_unexpected_is_bounded() -> None:
 
 
 @needs_torch
-@pytest.mark.parametrize("line", [90, 105, 120, 135, 150])
+@pytest.mark.parametrize("line", [120, 130, 140, 150, 160])
 def test_interrupted_early(line: int) -> None:
     with ThreadFabric(GlooTransport(), 2) as fabric:
         fabric.run(interrupted_early, line=line)
