@@ -83,7 +83,7 @@ def test_every_kind_with_every_type(place: str) -> None:
 
 @pytest.mark.parametrize("transport", ["slotted", "shm", "mpi", "gloo"])
 def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
-    """Groups from threads of one job; MPI and Gloo need processes."""
+    """Groups from threads of one job, of MPI and Gloo by their own collectives; these two need processes."""
     launcher = None
     if transport == "mpi":
         found = mpi_launcher()
@@ -93,8 +93,9 @@ def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
     if transport == "gloo" and find_spec("torch") is None:
         pytest.skip("torch is not installed")
     ended = launch(
-        4, "random_kinds.py", max(80, DRAWS), SEED, 2000, topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path,
-        launcher=launcher, environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
+        4, "random_kinds.py", max(80, DRAWS), SEED, 2000, *["whole"] * (transport in ("mpi", "gloo")),
+        topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path, launcher=launcher,
+        environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert ended.out.split()[0] == transport

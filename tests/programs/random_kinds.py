@@ -3,7 +3,8 @@
 The groups: the world, one inside each site, one across, and one overlapping pair (ranks 0 and 3 of four). Every thread
 serves one group. At the end the job must have left no thread, no descriptor, no shared memory, and little memory.
 
-Usage: random_kinds.py COUNT SEED [LARGEST]; COUNT calls in all. Prints the transport and the calls of rank 0.
+Usage: random_kinds.py COUNT SEED [LARGEST [whole]]; COUNT calls in all. With ``whole``, of whole numbers alone, and in
+any order of folds, so that transports use all their own collectives. Prints the transport and the calls of rank 0.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from kinds import drawn
 
 import detcoll
 from detcoll.communicator import Communicator
+from detcoll.types import DTYPES, is_integer
 
 LARGEST_GROWTH_BYTES = 200 << 20
 
 count, seed = int(sys.argv[1]), int(sys.argv[2])
 largest = int(sys.argv[3]) if len(sys.argv) > 3 else 20_000
+is_whole = sys.argv[4:] == ["whole"]
+whole = [dtype for dtype in DTYPES.values() if is_integer(dtype)]
 before = set(os.listdir("/proc/self/fd"))
-comm = detcoll.init(timeout=60, reproducible=True)
+comm = detcoll.init(timeout=60, reproducible=not is_whole)
 assert comm.size == 4
 problems: list[BaseException] = []
 
@@ -38,7 +42,8 @@ def serve(group: Communicator, at: int, calls: int) -> None:
     draw = np.random.default_rng([seed, at, *group.ranks])
     pending = []
     for number in range(calls):
-        call = drawn(draw, group.size, largest)
+        fixed = {"dtype": whole[draw.integers(len(whole))]} if is_whole else {}
+        call = drawn(draw, group.size, largest, **fixed)
         try:
             pending.append((call, call.start(group)))
             while pending and (draw.random() < 0.6 or number == calls - 1):
