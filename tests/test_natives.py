@@ -65,6 +65,17 @@ def test_a_native_call_that_waits_in_one_group_delays_none_of_another(transport:
     run_ranks(3, program, transport=transport)
 
 
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather"])
+def test_a_fixed_fold_order_excludes_natives_that_have_another(transport: str, kind: str) -> None:
+    def program(comm):
+        return [group.algorithm(kind, 12 * comm.size) for group in (comm, comm.group([1, 0], "turned"))]
+
+    is_native = transport == "shm" and kind == "all_reduce"
+    for names in run_ranks(2, program, transport=transport, reproducible=True):
+        assert [name == "shared-memory" for name in names] == [is_native] * 2
+        assert "gloo-native" not in names
+
+
 def test_three_groups_that_overlap_from_three_threads(transport: str) -> None:
     run_ranks(4, lambda comm: from_three_threads(comm, 30), transport=transport)
 
