@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from detcoll.plan.calendar import Calendar, Slotting, flows_between
+from detcoll.plan.calendar import Calendar, Slotting, at_once
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Collective
 from detcoll.topology import Topology
 
@@ -216,9 +216,8 @@ def _owner_bytes_per_s(topology: Topology, calendar: Calendar) -> float:
     count = len(topology.sites)
 
     def flows(i: int, j: int) -> float:
-        if calendar.mode is Slotting.TURNS and calendar.sites[i].windows:
-            return 1.0
-        return flows_between(topology, i, j) / len(topology.sites[i].ranks)
+        number = at_once(calendar, topology, i, j)
+        return 1.0 if calendar.sites[i].windows else number / len(topology.sites[i].ranks)
 
     together = max if calendar.mode is Slotting.CALENDAR and calendar.has_windows else sum
     return max(
