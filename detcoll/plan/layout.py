@@ -197,11 +197,14 @@ def _turn_ns(calendar: Calendar) -> int:
 def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
     """Return the part of a window that a chunk fills, or of the slowest flow's cycle without any.
 
-    Windows that lead to one site each have many lengths, and the mean counts; else all have one.
+    Windows that lead to one site each have many lengths, and the mean counts, of what a rank of the largest site sends
+    in one; else all have one.
     """
+    most = max(len(site.ranks) for site in topology.sites) if calendar.leads else 0
     windows = [
         (window.end_ns - window.start_ns)
         * calendar.rate_bytes_per_s(site, window.destination if window.destination >= 0 else 1 - site)
+        * (len(topology.sites[site].ranks) / most if most else 1.0)
         for site, cycle in enumerate(calendar.sites)
         for window in cycle.windows
     ]
