@@ -176,7 +176,8 @@ class Caller:
             )  # fmt: skip
             if ahead is not None:
                 ahead.wait(spans, on_loop=True)
-            self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory))
+            writes = None if request.source is None else output.spans  # an input that is apart is only read
+            self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory, writes))
         except DetcollError as error:
             self._tell_refusal(sequence, error)
             raise
