@@ -250,6 +250,38 @@ def test_equal_calls_in_another_order_are_told_apart_by_name() -> None:
     run("slotted one site", 2, program)
 
 
+def test_lists_that_are_cut_differently_are_told_apart() -> None:
+    def program(comm):
+        first = 5 if comm.rank else 3
+        with pytest.raises(PlanMismatch, match="the arrays in their lists have different sizes"):
+            comm.all_reduce([np.ones(first, np.float32), np.ones(8 - first, np.float32)])
+
+    run("slotted one site", 2, program)
+
+
+def test_calls_that_only_read_the_same_memory_go_beside_each_other() -> None:
+    """The first waits for rank 2, which waits until the second has ended on the other two; a third writes there."""
+    is_done = threading.Event()
+
+    def program(comm):
+        pair = comm.group([0, 1]) if comm.rank < 2 else None
+        x = np.full(1000, comm.rank, np.float32)
+        if pair is None:
+            assert is_done.wait(20)
+            first, third = comm.all_gather(x, async_op=True), None
+        else:
+            first = comm.all_gather(x, async_op=True)
+            assert (pair.all_gather(x).reshape(2, -1) == [[0], [1]]).all()
+            third = pair.all_reduce(x, async_op=True)
+            is_done.set()
+        assert (first.wait().reshape(3, -1) == [[0], [1], [2]]).all()
+        if third is not None:
+            third.wait()
+            assert (x == 1).all()
+
+    run("slotted one site", 3, program)
+
+
 @everywhere
 def test_calls_on_the_same_memory_keep_their_order(place: str) -> None:
     def program(comm):

@@ -58,6 +58,13 @@ class Request:
         return self.output.spans if self.source is None else self.output.spans + self.source.spans
 
     @property
+    def cut(self) -> Sequence[int]:
+        """How a list of arrays is cut; empty for one array."""
+        if self.arrays < 2:
+            return ()
+        return max((bound.cut for bound in (self.output, self.source) if bound is not None), key=len)
+
+    @property
     def collective(self) -> Collective:
         """What a plan depends on."""
         dtype = self.output.dtype
@@ -154,7 +161,7 @@ class Caller:
         descriptor = Descriptor(
             sequence, kind, request.op.value, output.dtype.name, 0 if is_pairwise else collective.count,
             collective.root, request.arrays, self._group_text, name,
-            "" if is_pairwise else digest_of(collective.counts),
+            "" if is_pairwise else digest_of(collective.counts), cut=digest_of(request.cut),
         )  # fmt: skip
         work = Work(f"{kind} number {sequence}", request.result)
         spans = request.spans
@@ -169,7 +176,8 @@ class Caller:
             )  # fmt: skip
             if ahead is not None:
                 ahead.wait(spans, on_loop=True)
-            self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory))
+            writes = None if request.source is None else output.spans  # an input that is apart is only read
+            self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory, writes))
         except DetcollError as error:
             self._tell_refusal(sequence, error)
             raise
