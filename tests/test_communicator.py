@@ -55,14 +55,15 @@ def test_all_reduce_is_the_promised_fold(world) -> None:
     size, transport, topology = world
     edge = LOCAL_CHUNK_BYTES // 4
     counts = [0, 1, 3, 1000, 1025, edge - 1, edge, edge + 1, 3 * edge + 5]
+    given = {elems: contributions(size, elems, np.float32) for elems in counts}
+    dtype, groups = np.dtype(np.float32), groups_of(size, topology)
+    expected = {elems: reference(ReduceOp.SUM, given[elems], groups, dtype).tobytes() for elems in counts}
 
     def program(comm):
         for elems in counts:
-            given = contributions(size, elems, np.float32)
-            mine = given[comm.rank].copy()
+            mine = given[elems][comm.rank].copy()
             assert comm.all_reduce(mine) is None
-            expected = reference(ReduceOp.SUM, given, groups_of(size, topology), np.dtype(np.float32))
-            assert mine.tobytes() == expected.tobytes(), elems
+            assert mine.tobytes() == expected[elems], elems
 
     run_ranks(size, program, transport=transport, topology=topology)
 
@@ -71,9 +72,9 @@ def test_all_reduce_is_the_promised_fold(world) -> None:
 def test_every_type_and_operation(op: ReduceOp) -> None:
     topology = lines(2, 1)
     dtypes = [dtype for dtype in DTYPES.values() if op in operators_of(dtype)]
+    given = [[varied(dtype, 501, rank) for rank in range(3)] for dtype in dtypes]
 
     def program(comm):
-        given = [[varied(dtype, 501, rank) for rank in range(3)] for dtype in dtypes]
         mine = [arrays[comm.rank].copy() for arrays in given]
         works = [comm.all_reduce(array, op=op.value, async_op=True) for array in mine]
         for work, array, arrays, dtype in zip(works, mine, given, dtypes, strict=True):

@@ -303,7 +303,7 @@ PROCESSES = [
 @pytest.mark.parametrize(("transport", "size"), PROCESSES)
 def test_threads_and_groups_in_processes(request, transport: str, size: int) -> None:
     launcher = [*request.getfixturevalue("mpiexec"), "-n", str(size)] if transport == "mpi" else None
-    ended = launch(size, "messages.py", "together", transport, launcher=launcher, timeout_s=150)
+    ended = launch(size, "messages.py", "together", transport, 3, 100_000, launcher=launcher, timeout_s=150)
     assert ended.code == 0, ended.err
     assert ended.said == {rank: [transport] for rank in range(size)}
 
