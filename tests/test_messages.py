@@ -295,7 +295,7 @@ def test_more_messages_than_may_wait_arrive_at_last(world: str) -> None:
 
 PROCESSES = [
     ("shm", 3), ("slotted", 3), ("mpi", 3),
-    pytest.param("gloo", 3, marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")),
+    pytest.param("gloo", 2, marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")),
 ]  # fmt: skip
 
 
