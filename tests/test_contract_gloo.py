@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not
 
 class TestGloo(TransportContract):
     capabilities = GlooTransport.capabilities
+    clogged_bytes = 2**20
 
     def fabric(self, n: int) -> ThreadFabric:
         return ThreadFabric(GlooTransport(), n)

@@ -397,8 +397,9 @@ FREEZES = [*((shape, 100) for shape in SHAPES), *((shape, 40_000) for shape in (
 def test_a_rank_that_freezes_anywhere_is_named_by_all(shape: str, count: int, mute: bool) -> None:
     """All survivors name it within the timeout and a few seconds, whatever it had done before."""
     size = sum(SHAPES[shape])
+    stride = 1 if size <= 3 else size - 1  # with more ranks the events of one rank alone leave out some
     for frozen in range(size):
-        for event in range(400):
+        for event in range(frozen % stride, 400, stride):
             fleet = Fleet(SHAPES[shape], delay_ns=lambda source, dst: (5 + source + 3 * dst) * MS)
             fleet.freeze(frozen, event, mute=mute)
             latest: dict[int, Called] = {}

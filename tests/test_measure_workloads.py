@@ -298,9 +298,10 @@ def test_digits_refuse_more_ranks_than_samples(digits_file: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-@pytest.mark.parametrize("size", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_expected_sums_are_exact(dtype: str, size: int) -> None:
     kind = DTYPES[dtype]
+    size = 300 if size == 64 and kind.itemsize <= 2 else size  # more than the numbers up to which some are exact
     arrays = [np.zeros(600, kind) for _ in range(size)]
     for rank, array in enumerate(arrays):
         fill(array, rank, size)

@@ -59,7 +59,7 @@ def edge_values() -> None:
             try:
                 require_edges(
                     reduce, comm.rank, [range(comm.size)], ordered=False, dtype_names=[name], ops=[op],
-                    counts=(37, 300_001),
+                    counts=(37, 40_003),
                 )  # fmt: skip
             except AssertionError:
                 wrong.append(f"{op.value} of {name}")
