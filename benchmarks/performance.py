@@ -76,7 +76,7 @@ def _wide_cases(folder: Path, iterations: int) -> list[Case]:
     sites = "".join(f'[[site]]\nname = "{name}"\nranks = 1\nuplink = "250 Mbit/s"\n' for name in "abcd")
     links = "".join(f'[[link]]\nbetween = ["{a}", "{b}"]\none_way = "{ms} ms"\n' for a, b, ms in UNEQUAL)
     unequal.write_text(sites + links, encoding="utf-8")
-    count = ("--iterations", str(iterations))
+    count, few = ("--iterations", str(iterations)), ("--iterations", str(min(iterations, 3)), "--warmup", "1")
     sizes = ("--bytes", WIDE_SIZES, "--transport", "slotted,gloo,mpi")
     found = [
         Case("2 x 2 ranks, 1 Gbit/s, 20 ms", (*TWO_BY_TWO, *sizes, *count)),
@@ -88,7 +88,7 @@ def _wide_cases(folder: Path, iterations: int) -> list[Case]:
         found.append(Case(f"4 sites, unequal distances, {slotting}", ("--lab", "--topology", str(unequal), *given)))
     found += [
         Case(f"growth: {count_} sites", ("--lab", "--sites", str(count_), "--ranks-per-site", "1", "--rate",
-             "10 Mbit/s", "--round-trip", "20 ms", "--bytes", "4MiB", "--iterations", "3", "--warmup", "1"))
+             "10 Mbit/s", "--round-trip", "20 ms", "--bytes", "4MiB", *few))
         for count_ in (2, 4, 8)
     ]  # fmt: skip
     return found

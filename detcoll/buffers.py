@@ -82,6 +82,11 @@ class Bound:
             (part.address, part.address + part.size * part.dtype.itemsize) for part in self._parts if part.size
         )
 
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """The elements that each array of a list has in a block; the same on all ranks of a call that fits together."""
+        return tuple(part.size // self.blocks for part in self._parts)
+
     def load(self) -> None:
         """Copy the user's values into a staging array; nothing to do for a view."""
         if not self.staged:

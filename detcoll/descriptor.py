@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     ``counts`` : `digest_of` the sizes of the ranks' blocks, empty if they are equal.
     ``pair`` : where each rank states its own sizes, those for the rank that is told: the elements that this rank sends
     to it, and gets from it.
+    ``cut`` : of a list of arrays, `digest_of` their elements in a block; empty for one array.
     """
 
     sequence: int
@@ -41,6 +43,7 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str = ""
     counts: str = ""
     pair: tuple[int, ...] = ()
+    cut: str = ""
 
     @property
     def brief(self) -> str:
@@ -66,11 +69,19 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
         """
         expected = self if not self.pair else msgspec.structs.replace(self, pair=self.pair[::-1])
         if record != expected.encode():
-            text = record[2 : 2 + int.from_bytes(record[:2], "little")].decode(errors="replace")
+            text = record[2 : 2 + int.from_bytes(record[:2], "little")]
             raise PlanMismatch(
                 f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
-                f"rank {other} called {text}"
+                f"rank {other} called {text.decode(errors='replace')}{self._hint(text)}"
             )
+
+    def _hint(self, text: bytes) -> str:
+        """Say what differs where digests alone do, which tell nobody anything."""
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+            other = msgspec.json.decode(text, type=Descriptor)
+            if other.cut != self.cut and msgspec.structs.replace(other, cut=self.cut, pair=self.pair) == self:
+                return "; the arrays in their lists have different sizes"
+        return ""
 
 
 def shortened(name: str) -> str:
@@ -134,10 +145,12 @@ class Announcement:
 @lru_cache(LARGEST_KEPT_ANNOUNCEMENTS)
 def announce(
     kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int, name: str = "",
-    counts: tuple[int, ...] = (),
+    counts: tuple[int, ...] = (), cut: tuple[int, ...] = (),
 ) -> Announcement:  # fmt: skip
     """Return the announcement of a call without its number, which differs from call to call."""
-    descriptor = Descriptor(0, kind, op, dtype.name, count, root, arrays, name=name, counts=digest_of(counts))
+    descriptor = Descriptor(
+        0, kind, op, dtype.name, count, root, arrays, name=name, counts=digest_of(counts), cut=digest_of(cut)
+    )
     record = descriptor.encode()
     return Announcement(
         descriptor, record, int.from_bytes(hashlib.blake2b(record, digest_size=8).digest(), "big") >> 2

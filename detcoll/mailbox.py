@@ -17,8 +17,11 @@ How much of one peer's early mail is held is bounded by ``held_bytes``. What is 
 sender has to wait. A transport that can take a later message first asks for nothing more. One that reads messages in
 order passes ``in_order=True``: a message that a receive waits for may be behind the one that finds no room, and two
 ranks that wait for such messages would wait for ever. So while a receive from that peer waits, up to `BEHIND` times as
-much is held. detcoll's own engine sends 8 MiB, or one message, to a peer that has not asked for it, and never gets
-there.
+much is held.
+
+In a job of detcoll a receive of every peer always waits, one for control messages, so on an ordered transport
+``held_bytes`` alone bounds nothing. What does is the sender's engine: it sends 8 MiB, or one message, to a peer that
+has not asked for it (`detcoll.runtime.credit`), so no more than that is held.
 
 One thread at a time uses a mailbox. A transport with threads guards it with a lock, which it need not hold while it
 writes to `Arrival.rest`.
@@ -38,7 +41,7 @@ from detcoll.errors import Closed, FrameError, PeerLost, TransportError, UsageEr
 from detcoll.transport import LARGEST_TAG, TAG_BITS, Ticket, TicketKind, TicketStatus
 
 HELD_BYTES = 2**26
-"""How much of one peer's early mail a mailbox holds unless told otherwise."""
+"""How much of one peer's early mail a mailbox holds, unless told otherwise, while no receive of it waits."""
 BEHIND = 32
 """Times ``held_bytes`` are held while a receive waits for a message that is behind others."""
 
@@ -92,7 +95,7 @@ class Mailbox:
     largest_message_bytes : int
         Of the transport's capabilities; larger sends and receives raise UsageError.
     held_bytes : int
-        How much of one peer's early mail is held; see the module's text.
+        How much of one peer's early mail is held while no receive of it waits; see the module's text.
     lend : callable, optional
         Returns the `Lender` of a view that is about to be lent, for a transport that reuses its memory. By default
         memory is left to Python.

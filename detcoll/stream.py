@@ -7,11 +7,17 @@ the socket as it is, and what arrives is read straight to where `Mailbox.begin` 
 how a peer is reached, who a caller is, and the address. Each connection carries messages in one direction, from the
 rank that opened it: a socket that is closed while bytes wait to be read resets its connection, which would take back
 what was sent on it. So a pair of ranks has two.
+
+A connection begins with a hello, which the other end answers with one byte; messages wait for that answer. Where the
+connection ends without one, nothing is lost by calling again (`detcoll.greeting`), until the deadline of
+`Endpoint.connect`, or for `GREETING_NS` where a peer is called later.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import select
 import socket
 import struct
@@ -22,10 +28,18 @@ from typing import TypeVar
 
 from detcoll.endpoint import MailboxEndpoint
 from detcoll.errors import ConnectError, FrameError, PeerLost
+from detcoll.greeting import PAUSE_NS, Greetings
 from detcoll.mailbox import Arrival, Mailbox
 from detcoll.transport import Clock, Ticket, TicketStatus
 
+log = logging.getLogger("detcoll")
+
 HEADER = struct.Struct("<QQ")
+GREETING_NS = 30_000_000_000
+"""For how long a peer that is first needed after `Endpoint.connect` is called again, until it has answered."""
+
+_WELCOME = memoryview(b"\x01")
+_LACKING = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _TURN_READS = 64
 """How many pieces a turn reads from one socket, so that no sender keeps a caller busy past its deadline."""
 
@@ -54,13 +68,15 @@ class MessageStream:
         Of the endpoint.
     peer : int, optional
         The rank at the other end; may be set once it is known, before `read` is called.
+    hello : bytes, optional
+        What is said first; what is put waits until `welcome` is called. Without one, nothing waits.
     """
 
-    def __init__(self, sock: socket.socket, mail: Mailbox, clock: Clock, peer: int = -1) -> None:
-        sock.setblocking(False)
-        self.socket, self.peer, self.is_paused = sock, peer, False
+    def __init__(self, sock: socket.socket, mail: Mailbox, clock: Clock, peer: int = -1, hello: bytes = b"") -> None:
+        self.peer, self.is_paused = peer, False
         self._mail, self._clock = mail, clock
         self._queue: deque[tuple[Ticket | None, list[memoryview]]] = deque()
+        self.greet(sock, hello)
         self._head = bytearray()
         self._arrival: Arrival | None = None
 
@@ -69,12 +85,27 @@ class MessageStream:
         """What to ask epoll for: room to write while there is something to write, bytes unless there is no room."""
         # A paused connection that is reset stays ready whatever is asked for, which is told once and not in each turn.
         reads = select.EPOLLONESHOT if self.is_paused else select.EPOLLIN
-        return reads | select.EPOLLOUT if self._queue else reads
+        return reads | select.EPOLLOUT if self._hello or (self.is_welcome and self._queue) else reads
+
+    @property
+    def has_said_hello(self) -> bool:
+        """Whether the socket has taken all of the hello."""
+        return not self._hello
 
     @property
     def has_unwritten(self) -> bool:
-        """Whether something is to be written."""
+        """Whether messages are to be written."""
         return bool(self._queue)
+
+    def greet(self, sock: socket.socket, hello: bytes) -> None:
+        """Begin, or begin again on a new socket; nothing but the hello was written on the old one."""
+        sock.setblocking(False)
+        self.socket, self._hello, self.is_welcome = sock, memoryview(hello), not hello
+
+    def welcome(self) -> None:
+        """Take note that the hello was answered, and write what waited for that."""
+        self.is_welcome = True
+        self.write()
 
     def put(self, ticket: Ticket | None, *pieces: memoryview) -> None:
         """Queue pieces as they are; the ticket, if any, is DONE when the socket has taken them."""
@@ -94,7 +125,12 @@ class MessageStream:
 
     def write(self) -> None:
         """Write as much as the socket takes."""
-        while self._queue:
+        while self._hello:
+            try:
+                self._hello = self._hello[self.socket.send(self._hello) :]
+            except BlockingIOError:
+                return
+        while self.is_welcome and self._queue:
             ticket, views = self._queue[0]
             try:
                 written = self.socket.sendmsg(views)
@@ -157,8 +193,9 @@ class StreamEndpoint(MailboxEndpoint):
     """An endpoint that reaches its peers by stream sockets, each when it is first needed.
 
     A connection begins with a hello that says who has opened it. Strangers are sent away: who says another hello at
-    once, who says none when too many of them are open. The end of a connection, in whatever way, is the loss of the
-    peer. What it had sent before is still received.
+    once, who says none when too many of them are open, or when there is no descriptor for the next caller. A rank that
+    is sent away with them tries again; see the module. The end of a connection after that, in whatever way, is the loss
+    of the peer. What it had sent before is still received.
 
     Parameters
     ----------
@@ -184,6 +221,9 @@ class StreamEndpoint(MailboxEndpoint):
         self._addresses: dict[int, str] = {}
         self._outgoing: dict[int, MessageStream] = {}
         self._incoming: dict[int, MessageStream] = {}
+        self._greetings = Greetings()
+        self._listen_ns: int | None = None  # when to listen again; None while this endpoint listens
+        self._has_warned = False
         self._open: dict[int, MessageStream] = {}  # by descriptor, those of strangers too
         self._errors: dict[int, Exception] = {}
 
@@ -201,8 +241,9 @@ class StreamEndpoint(MailboxEndpoint):
         self.mail.peers |= self._addresses.keys()
         wanted = [rank for rank in self._addresses if needed is None or rank in needed]
         for rank in wanted:
-            self._say_hello(rank)
-        while missing := [rank for rank in wanted if rank in self._errors or self._outgoing[rank].has_unwritten]:
+            self._say_hello(rank, deadline_ns)
+        # An answer comes once the peer polls, which it may do only after this.
+        while missing := [rank for rank in wanted if rank in self._errors or not self._outgoing[rank].has_said_hello]:
             error = next((self._errors[rank] for rank in missing if rank in self._errors), None)
             if error is not None or self.clock.now_ns() >= deadline_ns:
                 ranks = ", ".join(map(str, missing))
@@ -214,7 +255,7 @@ class StreamEndpoint(MailboxEndpoint):
         self._say_hello(ticket.peer)
         if ticket.status is TicketStatus.PENDING:
             line = self._outgoing[ticket.peer]
-            is_first = not line.has_unwritten
+            is_first = line.is_welcome and not line.has_unwritten
             line.put_message(ticket, view)
             if is_first:
                 self._serve(line, select.EPOLLOUT)
@@ -232,12 +273,21 @@ class StreamEndpoint(MailboxEndpoint):
             self._say_hello(peer)
 
     def turn(self, wait_s: float) -> None:
-        """Serve the sockets that are ready."""
+        """Serve the sockets that are ready, and try again what is due."""
+        due_ns = self._due_ns()
+        wait_s = wait_s if due_ns is None else min(wait_s, self.left_s(due_ns))
         for descriptor, events in self._epoll.poll(min(wait_s, _LONGEST_WAIT_S)):
             if descriptor == self.listener.fileno():
                 self._accept()
             elif descriptor in self._open and not self._open[descriptor].is_paused:
                 self._serve(self._open[descriptor], events)
+        if due_ns is not None and self.clock.now_ns() >= due_ns:
+            self._try_again()
+
+    def arm(self, deadline_ns: int) -> bool:
+        """Tell whether nothing has ended yet, and nothing is to be tried again."""
+        due_ns = self._due_ns()
+        return super().arm(deadline_ns) and (due_ns is None or self.clock.now_ns() < due_ns)
 
     def leave(self) -> None:
         """Close all sockets; what the kernel has taken still leaves."""
@@ -256,37 +306,88 @@ class StreamEndpoint(MailboxEndpoint):
 
     def connections(self) -> list[dict[str, object]]:
         """Return the connections that this rank sends on."""
-        lines = [(peer, line.socket) for peer, line in self._outgoing.items() if peer not in self._errors]
+        lines = [(peer, line.socket) for peer, line in self._outgoing.items() if line.socket.fileno() in self._open]
         return [
             {"dst": peer, "lane": "bulk", "local": _name(made.getsockname()), "remote": self._addresses[peer]}
             for peer, made in lines
         ]
 
-    def _say_hello(self, peer: int) -> None:
+    def _say_hello(self, peer: int, until_ns: int = 0) -> None:
         """Open the connection to a peer, once; where that cannot be, the peer is lost."""
         if peer in self._outgoing or peer in self._errors:
             return
         try:
-            line = self._outgoing[peer] = self._watched(self.reach(self._addresses[peer]), peer)
+            made = self.reach(self._addresses[peer])
+            line = self._outgoing[peer] = MessageStream(made, self.mail, self.clock, peer, self.hello)
+            self._register(line)
         except OSError as error:
             self._lose(peer, error)
             return
-        line.put(None, memoryview(self.hello))
+        self._greetings.begin(peer, until_ns or self.clock.now_ns() + GREETING_NS)
         self._serve(line, select.EPOLLOUT)
 
-    def _watched(self, made: socket.socket, peer: int) -> MessageStream:
-        line = self._open[made.fileno()] = MessageStream(made, self.mail, self.clock, peer)
-        self._epoll.register(made, line.events)
-        return line
+    def _greet_again(self, peer: int) -> None:
+        """Open another connection to a peer that has closed one without an answer."""
+        line = self._outgoing[peer]
+        try:
+            line.greet(self.reach(self._addresses[peer]), self.hello)
+            self._register(line)
+        except OSError as error:
+            self._ended(line, error)
+            return
+        self._serve(line, select.EPOLLOUT)
+
+    def _due_ns(self) -> int | None:
+        """Return when something is to be tried again, or None."""
+        times = [self._greetings.next_ns(), self._listen_ns]
+        return min((at_ns for at_ns in times if at_ns is not None), default=None)
+
+    def _try_again(self) -> None:
+        """Listen again, and greet those again whose time has come."""
+        now_ns = self.clock.now_ns()
+        if self._listen_ns is not None and now_ns >= self._listen_ns:
+            self._listen_ns = None
+            self._epoll.modify(self.listener, select.EPOLLIN)
+        for peer in self._greetings.due(now_ns):
+            self._greet_again(peer)
+
+    def _register(self, line: MessageStream) -> None:
+        self._open[line.socket.fileno()] = line
+        self._epoll.register(line.socket, line.events)
 
     def _accept(self) -> None:
         """Let in who waits, and send those strangers away that have been silent longest."""
-        with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
-            for _ in range(_TURN_CALLERS):
-                self._serve(self._watched(self.listener.accept()[0], -1), select.EPOLLIN)
-        silent = [line for line in self._open.values() if line.peer < 0]
-        for line in silent[:-_SILENT_STRANGERS]:
+        for _ in range(_TURN_CALLERS):
+            try:
+                line = MessageStream(self.listener.accept()[0], self.mail, self.clock)
+                self._register(line)
+            except OSError as error:
+                if error.errno not in _LACKING:  # nobody waits
+                    break
+                silent = self._silent()
+                if not silent:
+                    self._listen_later(error)
+                    break
+                self._end(silent[0], error)
+            else:
+                self._serve(line, select.EPOLLIN)
+        for line in self._silent()[:-_SILENT_STRANGERS]:
             self._end(line, ConnectionError("it said no hello"))
+
+    def _silent(self) -> list[MessageStream]:
+        """Return the connections that have said no hello, the oldest first."""
+        return [line for line in self._open.values() if line.peer < 0]
+
+    def _listen_later(self, error: OSError) -> None:
+        """Leave callers waiting for a while: they cannot be accepted, and would keep this rank busy."""
+        self._epoll.modify(self.listener, 0)
+        self._listen_ns = self.clock.now_ns() + PAUSE_NS
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "rank %d cannot accept connections of other ranks (%s): they wait until it can; see ulimit -n",
+                self.rank, error.strerror,
+            )  # fmt: skip
 
     def _serve(self, line: MessageStream, events: int) -> None:
         """Move what goes without waiting."""
@@ -307,19 +408,27 @@ class StreamEndpoint(MailboxEndpoint):
             if rank in self._incoming:
                 raise ConnectionError(f"rank {rank} is connected already")
             line.peer, self._incoming[rank] = rank, line
+            line.put(None, _WELCOME)
+            line.write()
         if self._incoming.get(line.peer) is line:
             line.read()
-        else:
-            line.take(1)  # nothing comes but the end
+        elif line.take(1) is not None and not line.is_welcome:  # nothing else comes but the end
+            self._greetings.end(line.peer)
+            line.welcome()
 
     def _end(self, line: MessageStream, error: Exception) -> None:
         """Close a connection, and take note of what that says of the peer."""
         self._shut(line)
+        self._ended(line, error)
+
+    def _ended(self, line: MessageStream, error: Exception) -> None:
         peer = line.peer
         if peer < 0:
             self.refused_connections += 1
             return
         if self._outgoing.get(peer) is line:
+            if self._greetings.closed(peer, error, self.clock.now_ns()):
+                return
             self._accept()  # the peer may have connected and sent before it left
             if peer in self._incoming:
                 self._errors.setdefault(peer, error)
@@ -329,6 +438,7 @@ class StreamEndpoint(MailboxEndpoint):
 
     def _lose(self, peer: int, error: Exception) -> None:
         self._errors.setdefault(peer, error)
+        self._greetings.end(peer)
         self.mail.lose(peer, PeerLost(f"rank {peer} is gone: {error}"), self.clock.now_ns())
         for line in (self._outgoing.get(peer), self._incoming.get(peer)):
             if line is not None and line.socket.fileno() in self._open:

@@ -360,6 +360,7 @@ class NativeCall(msgspec.Struct, frozen=True):
     the ranks' blocks where they differ in size, see `detcoll.plan.Collective`.  ``root`` : a rank of the group.
     ``arrays`` : how many arrays the caller coalesced into one.  ``name`` : what the caller calls it.  ``sequence`` :
     number of the call in its group, or -1 where calls are not numbered; calls of different numbers do not fit together.
+    ``cut`` : the elements that each array of a list has in a block; empty for one array.
     """
 
     kind: str
@@ -373,12 +374,21 @@ class NativeCall(msgspec.Struct, frozen=True):
     arrays: int = 1
     name: str = ""
     sequence: int = -1
+    cut: Sequence[int] = ()
 
     @property
     def announcement(self) -> Announcement:
         """What ranks compare about the call, but for its number; see `Announcement.numbered`."""
         return announce(
-            self.kind, self.op.value, self.array.dtype, self.count, self.root, self.arrays, self.name, self.counts
+            self.kind,
+            self.op.value,
+            self.array.dtype,
+            self.count,
+            self.root,
+            self.arrays,
+            self.name,
+            self.counts,
+            tuple(self.cut),
         )
 
 

@@ -15,17 +15,19 @@ from detcoll.launch.mpiexec import find_mpiexec
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-LONG = frozenset({
-    "test_values.py", "test_bench_smoke.py", "test_measure_lab.py", "test_endings.py", "test_lab.py",
-    "test_examples.py", "test_communicator.py", "test_slotted.py", "test_relay.py", "test_regressions_waiting.py",
-    "test_messages.py",
-})  # fmt: skip
-"""Files that take long: begun last, they would keep one worker busy at the end."""
+LONG = (
+    "test_contract_shm.py", "test_communicator.py", "test_bench_smoke.py", "test_endings.py", "test_messages.py",
+    "test_regressions_waiting.py", "test_lab.py", "test_communicator_errors.py", "test_values.py",
+    "test_shm_collectives.py", "test_contract_gloo.py", "test_kinds.py", "test_examples.py", "test_cli_run.py",
+    "test_contract_mpi.py", "test_measure_lab.py", "test_slotted.py", "test_relay.py", "test_runtime.py",
+)  # fmt: skip
+"""Files that take long, the longest first: begun last, they would keep one worker busy at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest; the order inside a file stays."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -173,6 +173,16 @@ def test_ranks_share_the_windows_of_their_site_by_rate() -> None:
     assert ALIGNED.windows_to(0, 0, 2) == (SlotWindow(-1, 10 * MS, 20 * MS - 100_000, 2),)
 
 
+def test_each_rank_of_a_site_has_the_same_part_of_its_windows_however_many_peers_it_has() -> None:
+    topology = sites_of([1, 2, 3])
+    calendar = build_calendar(topology)
+    check_calendar(calendar, topology)
+    line = 1e8 * topology.payload_share * LAID_OUT
+    for source, ranks in enumerate((1, 2, 3)):
+        for destination in {0, 1, 2} - {source}:
+            assert calendar.rate_bytes_per_s(source, destination) == pytest.approx(line / ranks)
+
+
 def test_sends_wait_for_windows_of_their_destination_and_not_for_each_other() -> None:
     line: Slots[int] = Slots(ALIGNED, 0, 0)
     for number in range(12):
@@ -197,7 +207,9 @@ def test_a_window_may_run_over_the_end_of_the_cycle() -> None:
     assert (window.not_before_ns, window.not_after_ns) == (15 * MS, 24 * MS)
 
 
-@pytest.mark.parametrize("topology", [sites_of([1] * 4), sites_of([2] * 3), apart(3, [5 * MS, 11 * MS, 38 * MS])])
+@pytest.mark.parametrize(
+    "topology", [sites_of([1] * 4), sites_of([2] * 3), sites_of([1, 3, 2]), apart(3, [5 * MS, 11 * MS, 38 * MS])]
+)
 def test_everything_leaves_in_its_window_and_downlinks_hardly_queue(topology: Topology) -> None:
     collective = Collective("all_reduce", 2_000_000, 4, 4)
     peaks = {}

@@ -144,7 +144,6 @@ def test_ranks_see_a_terminal_where_there_is_one() -> None:
         ["run", "-n", "2", "echo", "hello"],
         ["run", "-n", "1", "--tag-output", "echo", "hello"],
         ["doctor"],
-        ["plan"],
         ["--version"],
     ],
 )
@@ -159,8 +158,9 @@ def test_an_output_that_cannot_be_written_is_one_line_and_a_closed_pipe_none(arg
 
     told = "detcoll: standard output cannot be written:"
     assert run("> /dev/full") == (1, [f"{told} No space left on device"])
-    assert run(">&-") == (1, [f"{told} Bad file descriptor"])
-    assert run(">&- 2>&-") == (1, [])
+    if arguments[0] != "doctor":  # which takes long, and writes as the others do
+        assert run(">&-") == (1, [f"{told} Bad file descriptor"])
+        assert run(">&- 2>&-") == (1, [])
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=60)

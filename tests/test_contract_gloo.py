@@ -14,6 +14,8 @@ pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not
 
 class TestGloo(TransportContract):
     capabilities = GlooTransport.capabilities
+    clogged_bytes = 2**20
+    worlds = (1, 2, 3, 4)
 
     def fabric(self, n: int) -> ThreadFabric:
         return ThreadFabric(GlooTransport(), n)

@@ -14,6 +14,7 @@ from detcoll.transport import TicketStatus
 
 class TestMemory(TransportContract):
     capabilities = MemoryTransport.capabilities
+    clogged_bytes = 2**20
 
     def fabric(self, n: int) -> ThreadFabric:
         return ThreadFabric(MemoryTransport(), n)

@@ -21,6 +21,7 @@ pytestmark = [
 class TestMpi(TransportContract):
     capabilities = MpiTransport.capabilities
     abort_unseen = "MPI tells survivors nothing"
+    worlds = (1, 2, 3, 4)
     crews: ClassVar[Worlds]
 
     @pytest.fixture(scope="class", autouse=True)

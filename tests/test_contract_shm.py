@@ -12,12 +12,13 @@ from detcoll.testing.fabric import Fabric, ThreadFabric
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll_shm import ShmTransport
 
-TINY = {"ring_bytes": 4096, "slots": 4, "fragment_bytes": 320, "spin_ns": 0, "wait_ns": 0, "chunk_bytes": 64}
+TINY = {"ring_bytes": 4096, "slots": 4, "fragment_bytes": 320, "spin_ns": 0, "wait_ns": 0, "chunk_bytes": 512}
 SMALL = {"ring_bytes": "64 KiB"}
 
 
 class TestShm(TransportContract):
     capabilities = ShmTransport.capabilities
+    clogged_bytes = 2**20
 
     def fabric(self, n: int) -> Fabric:
         return ThreadFabric(ShmTransport(), n)
@@ -41,6 +42,7 @@ class TestTinyRings(TransportContract):
 class TestProcesses(TransportContract):
     capabilities = ShmTransport.capabilities
     worlds = (1, 2, 3, 4)
+    clogged_bytes = 2**20
     crews: ClassVar[Worlds]
 
     @pytest.fixture(autouse=True, scope="class")

@@ -10,6 +10,7 @@ QUICK = {"tolerance_ns": 300_000_000}
 
 class TestSlotted(TransportContract):
     capabilities = SlottedTransport.capabilities
+    clogged_bytes = 2**20
 
     def fabric(self, n: int) -> ThreadFabric:
         return ThreadFabric(SlottedTransport(), n, QUICK)

@@ -1,9 +1,8 @@
 """Ranks that die, freeze, leave or are cut off in the middle of collectives of two groups: all name the same one.
 
 Each case ends a rank at an event that a seed chooses, so that over many seeds every phase of a call is met. By default
-there is one case for each way and two of the ranks, rank 0 among them; ``TEST_INSTANTS`` asks for so many of
-every rank. How long after the event the slowest rank was told is kept as the property ``took_s`` (``--junitxml``), and
-printed (``-s``).
+there is one case for each way, with rank 0 or the last one; ``TEST_INSTANTS`` asks for so many of every rank. How long
+after the event the slowest rank was told is kept as the property ``took_s`` (``--junitxml``), and printed (``-s``).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +134,20 @@ def run_apart(apart: list[str], case: Case, folder: Path, networks: tuple[int, .
     return {rank: said(rank, *streams) for rank, streams in enumerate(json.loads(out))}
 
 
-INSTANTS_OF_CASES = range(INSTANTS or 1)
-VICTIMS = range(SIZE) if INSTANTS else (0, 3)
+WAYS = (
+    ("slotted", "kill", 0), ("slotted", "freeze", 3), ("slotted", "leave", 0), ("shm", "kill", 3), ("shm", "freeze", 0),
+    ("shm", "leave", 3), ("tcp", "kill", 3),
+)  # fmt: skip
+CUT_OFF = (("slotted", "cut", 0), ("shm", "cut", 3))
+
+
+def cases(ways: Sequence[tuple[str, str, int]]) -> Any:
+    """Parametrise a test: by default one case for each way, else as many as asked for with every victim."""
+    victims = {way: range(SIZE) if INSTANTS else [way[2]] for way in ways}
+    each = [(*way[:2], victim, at) for way in ways for victim in victims[way] for at in range(INSTANTS or 1)]
+    return pytest.mark.parametrize(("transport", "how", "victim", "instant"), each)
+
+
 Report = Callable[[Case, Path, dict[int, dict[str, Any]]], None]
 
 
@@ -191,12 +202,7 @@ def check_victim(case: Case, one: dict[str, Any]) -> None:
     assert one["left"] == [], one
 
 
-@pytest.mark.parametrize("instant", INSTANTS_OF_CASES)
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize(
-    ("transport", "how"),
-    [(transport, how) for transport in ("slotted", "shm") for how in ("kill", "freeze", "leave")] + [("tcp", "kill")],
-)
+@cases(WAYS)
 def test_all_name_the_same_rank(
     tmp_path: Path, report: Report, transport: str, how: str, victim: int, instant: int
 ) -> None:
@@ -207,14 +213,12 @@ def test_all_name_the_same_rank(
     check_others(case, told)
 
 
-@pytest.mark.parametrize("instant", INSTANTS_OF_CASES)
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("transport", ["slotted", "shm"])
+@cases(CUT_OFF)
 def test_all_name_the_rank_that_is_cut_off(
-    tmp_path: Path, apart: list[str], report: Report, transport: str, victim: int, instant: int
+    tmp_path: Path, apart: list[str], report: Report, transport: str, how: str, victim: int, instant: int
 ) -> None:
     seed = random.Random(f"{transport} cut {victim} {instant}")
-    case = Case(transport, "cut", victim, seed.randrange(1, 400), *CUTS[transport][(victim + instant) % 2])
+    case = Case(transport, how, victim, seed.randrange(1, 400), *CUTS[transport][(victim + instant) % 2])
     told = run_apart(apart, case, tmp_path, tuple(range(SIZE)))
     report(case, tmp_path, told)
     check_others(case, told)

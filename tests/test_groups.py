@@ -186,11 +186,11 @@ def test_three_groups_from_three_threads(place: str) -> None:
 def test_random_calls_of_three_groups_from_three_threads(tmp_path, request, transport: str) -> None:
     launcher = [*request.getfixturevalue("mpiexec"), "-n", "4"] if transport == "mpi" else None
     ended = launch(
-        4, "random_groups.py", 150, 3, 20_000, topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path,
+        4, "random_groups.py", 90, 3, 10_000, topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path,
         launcher=launcher, environ={"DETCOLL_TRANSPORT": transport},
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    assert ended.out.split() == [transport, "150"]
+    assert ended.out.split() == [transport, "90"]
 
 
 @pytest.mark.parametrize("place", ["slotted", "shm"])
@@ -248,6 +248,38 @@ def test_equal_calls_in_another_order_are_told_apart_by_name() -> None:
             comm.all_reduce(np.ones(10, np.float32), name=first)
 
     run("slotted one site", 2, program)
+
+
+def test_lists_that_are_cut_differently_are_told_apart() -> None:
+    def program(comm):
+        first = 5 if comm.rank else 3
+        with pytest.raises(PlanMismatch, match="the arrays in their lists have different sizes"):
+            comm.all_reduce([np.ones(first, np.float32), np.ones(8 - first, np.float32)])
+
+    run("slotted one site", 2, program)
+
+
+def test_calls_that_only_read_the_same_memory_go_beside_each_other() -> None:
+    """The first waits for rank 2, which waits until the second has ended on the other two; a third writes there."""
+    is_done = threading.Event()
+
+    def program(comm):
+        pair = comm.group([0, 1]) if comm.rank < 2 else None
+        x = np.full(1000, comm.rank, np.float32)
+        if pair is None:
+            assert is_done.wait(20)
+            first, third = comm.all_gather(x, async_op=True), None
+        else:
+            first = comm.all_gather(x, async_op=True)
+            assert (pair.all_gather(x).reshape(2, -1) == [[0], [1]]).all()
+            third = pair.all_reduce(x, async_op=True)
+            is_done.set()
+        assert (first.wait().reshape(3, -1) == [[0], [1], [2]]).all()
+        if third is not None:
+            third.wait()
+            assert (x == 1).all()
+
+    run("slotted one site", 3, program)
 
 
 @everywhere

@@ -37,6 +37,7 @@ PLACES: dict[str, tuple[str, Topology | None, int]] = {
     "shm": ("shm", None, 4),
     "shm two groups": ("shm", grouped(1, 2), 3),
 }
+GLOO = pytest.param("gloo", marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed"))
 
 
 def serve(comm: Communicator, seed: list[int], calls: int, largest: int, **fixed: Any) -> None:
@@ -55,9 +56,9 @@ def serve(comm: Communicator, seed: list[int], calls: int, largest: int, **fixed
             raise
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [*PLACES, GLOO])
 def test_random_calls_of_the_world_and_of_groups(place: str) -> None:
-    transport, topology, size = PLACES[place]
+    transport, topology, size = PLACES.get(place, (place, lines(2, 2, rate_bytes_per_s=1e9), 4))
 
     def program(comm: Communicator) -> None:
         groups = [comm, comm.local, comm.across, comm.group([comm.rank], "alone")]
@@ -69,7 +70,7 @@ def test_random_calls_of_the_world_and_of_groups(place: str) -> None:
     run_ranks(size, program, transport=transport, topology=topology)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["slotted two sites", "tcp", "shm", "shm two groups"])
 def test_every_kind_with_every_type(place: str) -> None:
     transport, topology, size = PLACES[place]
 
@@ -81,19 +82,17 @@ def test_every_kind_with_every_type(place: str) -> None:
     run_ranks(size, program, transport=transport, topology=topology)
 
 
-@pytest.mark.parametrize("transport", ["slotted", "shm", "mpi", "gloo"])
+@pytest.mark.parametrize("transport", ["slotted", "shm", "mpi"])
 def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
-    """Groups from threads of one job, of MPI and Gloo by their own collectives; these two need processes."""
+    """Groups from threads of one job, of MPI by its own collectives, which needs processes."""
     launcher = None
     if transport == "mpi":
         found = mpi_launcher()
         if find_spec("mpi4py") is None or found is None:
             pytest.skip("mpi4py or mpiexec is not installed")
         launcher = [word.format(n=4) for word in found]
-    if transport == "gloo" and find_spec("torch") is None:
-        pytest.skip("torch is not installed")
     ended = launch(
-        4, "random_kinds.py", max(80, DRAWS), SEED, 2000, *["whole"] * (transport in ("mpi", "gloo")),
+        4, "random_kinds.py", max(80, DRAWS), SEED, 2000, *["whole"] * (transport == "mpi"),
         topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path, launcher=launcher,
         environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
     )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -298,9 +301,10 @@ def test_digits_refuse_more_ranks_than_samples(digits_file: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-@pytest.mark.parametrize("size", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_expected_sums_are_exact(dtype: str, size: int) -> None:
     kind = DTYPES[dtype]
+    size = 300 if size == 64 and kind.itemsize <= 2 else size  # more than the numbers up to which some are exact
     arrays = [np.zeros(600, kind) for _ in range(size)]
     for rank, array in enumerate(arrays):
         fill(array, rank, size)
@@ -354,6 +358,9 @@ def test_values_that_repeat_are_held_once_and_compared_to_the_end() -> None:
 
 
 def test_memory_of_a_call_counts_even_if_it_is_given_back() -> None:
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests left must not be given back in the middle
     meter = Meter()
     for nbytes in (2**24, 2**26, 2**20):
         meter.prepare()

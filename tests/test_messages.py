@@ -295,7 +295,7 @@ def test_more_messages_than_may_wait_arrive_at_last(world: str) -> None:
 
 PROCESSES = [
     ("shm", 3), ("slotted", 3), ("mpi", 3),
-    pytest.param("gloo", 3, marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")),
+    pytest.param("gloo", 2, marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")),
 ]  # fmt: skip
 
 
@@ -303,7 +303,7 @@ PROCESSES = [
 @pytest.mark.parametrize(("transport", "size"), PROCESSES)
 def test_threads_and_groups_in_processes(request, transport: str, size: int) -> None:
     launcher = [*request.getfixturevalue("mpiexec"), "-n", str(size)] if transport == "mpi" else None
-    ended = launch(size, "messages.py", "together", transport, launcher=launcher, timeout_s=150)
+    ended = launch(size, "messages.py", "together", transport, 3, 100_000, launcher=launcher, timeout_s=150)
     assert ended.code == 0, ended.err
     assert ended.said == {rank: [transport] for rank in range(size)}
 

@@ -411,12 +411,17 @@ def test_notes_keep_to_the_budget_of_small_messages_and_to_their_order(monkeypat
     queued: list[Queued[Any]] = []
     add = Slots.add
     monkeypatch.setattr(Slots, "add", lambda slots, send: (queued.append(send), add(slots, send)))
+    tags: list[int] = []
+    fleet.drops = lambda source, dst, tag: source == 0 and tags.append(tag) is not None
     sent = [fleet.send(0, 1, numbers(1, seed), 2) for seed in range(10)]
     got = [fleet.recv(1, 0, room(1), 2) for _ in range(10)]
     fleet.run()
     for one, other in zip(sent, got, strict=True):
         check(one, other)
     assert len(queued) == 7
+    # What waits for the line has a tag of its own: transports keep the order of a tag, so it would follow the others.
+    assert tags == [fleet.world.note_tag] * 3 + [tags[3]] * 7
+    assert tags[3] != fleet.world.note_tag
     assert engine.express._left_bytes == 0
 
 

@@ -17,12 +17,12 @@ pytestmark = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("slotting", ["share", "turns"])
-def test_messages_and_collectives_share_what_is_reserved(tmp_path: Path, slotting: str) -> None:
+@pytest.mark.parametrize(("slotting", "program"), [("share", "across"), ("turns", "across"), ("share", "flood")])
+def test_messages_and_collectives_share_what_is_reserved(tmp_path: Path, slotting: str, program: str) -> None:
     topology, log = Topology.uniform(2, 2, 12.5e6, 5_000_000), tmp_path / "arrivals.npy"
     environ = {"DETCOLL_SLOTTING": slotting, "DETCOLL_TRACE": str(tmp_path)}
     with Lab(topology, log_path=log) as lab:
-        code = run_ranks(lab, [sys.executable, str(PROGRAMS / "messages.py"), "across"], env=environ, deadline_s=60)
+        code = run_ranks(lab, [sys.executable, str(PROGRAMS / "messages.py"), program], env=environ, deadline_s=60)
         late_ns = lab.statistics().late_peak_ns
     assert code == 0
     traces = read_traces([tmp_path / f"rank{rank}.json" for rank in range(4)])

@@ -6,17 +6,25 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
 import pytest
 
 from detcoll.job.assembly import _across_lines
-from detcoll.testing import ThreadFabric
+from detcoll.testing import FakeClock, ThreadFabric
 from detcoll.topology import Topology
+from detcoll.transport import Ticket, TicketKind, Window
 from detcoll_slotted import SlottedEndpoint, SlottedTransport, congestion, roads
 from detcoll_slotted.congestion import LIMIT_SHARE, LOSS_BASED, MODEL_BASED, STARVED_SHARE, PathFacts, SharedPath
+from detcoll_slotted.departures import Departures
+from detcoll_slotted.flow import Inbound, Outbound
 from detcoll_slotted.line import UNPACED, Line, Style
+from detcoll_slotted.outcomes import Outcomes
+from detcoll_slotted.pacing import PaceGroup
+from detcoll_slotted.peer import Peer
+from detcoll_slotted.post import Post
 from detcoll_slotted.tcp import SO_MAX_PACING_RATE, Connection
 from detcoll_slotted.wire import Lane
 
@@ -199,8 +207,11 @@ class Kernel:
     def pace(self, rate_bytes_per_s: int) -> None:
         self.paced = rate_bytes_per_s
 
-    def prepare(self, congestion: str | None, buffer_bytes: int) -> None:
-        self.control = congestion or self.control
+    def prepare(self, congestion: str | None, buffer_bytes: int) -> bool:
+        return not congestion or self.choose(congestion)
+
+    def unsent_bytes(self) -> int:
+        return 0  # ZeroMQ's thread has not handed it over
 
     def close(self) -> None:
         pass
@@ -271,6 +282,52 @@ class TestLine:
         adopted.starve(kernel)
         line.pace(6_000_000)
         assert (kernel.control, kernel.paced, line.switches) == (LOSS_BASED, 6_000_000, 0)
+
+    def test_where_the_way_back_is_not_offered_it_keeps_to_its_share(self, adopted: Adopted) -> None:
+        kernel, line = adopted.connect(Kernel()), adopted.line
+        line.pace(12_000_000)
+        adopted.starve(kernel)
+        kernel.offered = (MODEL_BASED,)
+        for second in range(5, 20):
+            kernel.facts_now = PathFacts(second * 3_000_000, second * S, 4, EMPTY_NS, EMPTY_NS, 1)
+            line.look(second * S)
+        line.pace(8_000_000)
+        assert (kernel.control, kernel.paced, line.switches) == (MODEL_BASED, 2_000_000, 1)
+
+    def test_a_new_connection_that_cannot_run_it_has_its_whole_rate(self, adopted: Adopted) -> None:
+        first, line = adopted.connect(Kernel()), adopted.line
+        line.pace(12_000_000)
+        adopted.starve(first)
+        second = adopted.connect(Kernel(offered=(LOSS_BASED,)))
+        assert (second.control, second.paced) == (LOSS_BASED, 12_000_000)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_connections_of_one_pace_group_keep_to_one_share_together(adopted: Adopted, count: int) -> None:
+    """Two or four peers of one site, each of whose connections would take a quarter of the rate that they share."""
+    adopted.line.pace(12_000_000)
+    adopted.starve(adopted.connect(Kernel()))
+    assert adopted.line.rate_bytes_per_s == 12_000_000 * LIMIT_SHARE
+    clock, group, handed = FakeClock(), PaceGroup(), []
+    lines = [copy(adopted.line) for _ in range(count)]
+    peers = {
+        rank: Peer(rank, (line, line), Outbound(2**30), Inbound(2**30), group=group) for rank, line in enumerate(lines)
+    }
+
+    class Posted(Post):
+        def put(self, peer: Peer, lane: Lane, ticket: Ticket, view: memoryview) -> int:
+            handed.append(view.nbytes)
+            return clock.now_ns()
+
+    departures = Departures(peers, Posted(0, 0, clock), Outcomes(clock), clock)
+    window = Window(0, None, 12_000_000)
+    for tag in range(300):
+        rank = tag % count
+        ticket = Ticket(TicketKind.SEND, rank, tag, 60_000)
+        departures.queue(peers[rank], ticket, memoryview(bytes(60_000)), window)
+    for _ in range(2000):
+        departures.turn(clock.advance(MS // 2))
+    assert sum(handed) == pytest.approx(12_000_000 * LIMIT_SHARE, rel=0.1)
 
 
 def test_the_kernel_is_asked_and_told() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
+import resource
 import select
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,8 +22,11 @@ from ranks import lines, run_ranks
 
 from detcoll.communicator import Communicator
 from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
-from detcoll.stream import StreamEndpoint
-from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
+from detcoll.greeting import PAUSE_NS
+from detcoll.mailbox import HELD_BYTES
+from detcoll.runtime.credit import LARGEST_UNASKED_BYTES, LARGEST_UNTOLD_BYTES
+from detcoll.stream import GREETING_NS, StreamEndpoint
+from detcoll.testing import FakeClock, LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.transport import Ticket, TicketStatus
 from detcoll_tcp import TcpTransport
 
@@ -89,6 +97,89 @@ def test_silent_strangers_give_way() -> None:
         assert not select.select(strangers[6:], [], [], 0)[0]
         for stranger in strangers:
             stranger.close()
+
+
+def test_silent_strangers_keep_no_rank_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first connection of rank 1 goes through a proxy that keeps its hello until strangers have pushed it out."""
+    fabric = two()
+    fabric.needed = ()
+    with fabric, socket.create_server(("127.0.0.1", 0)) as proxy, contextlib.ExitStack() as opened:
+        reach = fabric[1].reach
+        addresses = itertools.chain([f"127.0.0.1:{proxy.getsockname()[1]}"], itertools.repeat(fabric[0].address))
+        monkeypatch.setattr(fabric[1], "reach", lambda address: reach(next(addresses)))
+        received, sent = fabric[0].recv(1, 1, 1), fabric[1].send(0, 1, memoryview(b"x"))
+        near = opened.enter_context(proxy.accept()[0])
+        far = opened.enter_context(call(fabric[0]))
+        for _ in range(65):
+            opened.enter_context(call(fabric[0]))
+        assert is_sent_away(fabric, far)
+        near.close()
+        settle(fabric, received, sent)
+        assert received.view == b"x"
+
+
+def test_a_rank_that_is_never_answered_is_given_up() -> None:
+    """Whoever listens there closes each connection: no hello is answered, and none is refused."""
+    clock = FakeClock()
+    endpoint = TcpTransport().open(0, 1, LocalMeeting(1).member(0), clock, {})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        endpoint.connect({0: endpoint.address, 1: address}, clock.now_ns() + PATIENCE_NS, ())
+        sent = endpoint.send(1, 1, memoryview(b"x"))
+        calls = 0
+        while sent.status is TicketStatus.PENDING:
+            assert calls < 1000
+            listener.accept()[0].close()
+            calls += 1
+            made = endpoint._outgoing[1].socket
+            assert select.select([made], [], [], 20)[0]
+            endpoint.poll(clock.now_ns())  # it has ended
+            endpoint.poll(clock.advance(PAUSE_NS))
+    assert isinstance(sent.error, PeerLost)
+    assert calls == pytest.approx(GREETING_NS / PAUSE_NS, abs=2)
+    endpoint.abort()
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 8, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(taken[0]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+def test_who_lacks_descriptors_waits_and_lets_callers_in_later(caplog: pytest.LogCaptureFixture) -> None:
+    fabric = two()
+    fabric.needed = ()
+    with fabric:
+        received, sent = fabric[0].recv(1, 1, 1), fabric[1].send(0, 1, memoryview(b"x"))
+        with no_descriptor_left():
+            for _ in range(3):
+                fabric[0].poll(0)
+            assert not select.select([fabric[0].fileno()], [], [], 0)[0], "it would keep this rank busy"
+        assert "rank 0 cannot accept connections of other ranks (Too many open files)" in caplog.text
+        settle(fabric, received, sent)
+        assert received.view == b"x"
+
+
+def test_strangers_give_their_descriptors_to_ranks() -> None:
+    fabric = two()
+    fabric.needed = ()
+    with fabric, call(fabric[0]) as stranger:
+        fabric[0].poll(0)
+        received, sent = fabric[0].recv(1, 1, 1), fabric[1].send(0, 1, memoryview(b"x"))
+        with no_descriptor_left():
+            settle(fabric, received, sent)
+        assert received.view == b"x"
+        assert is_sent_away(fabric, stranger)
 
 
 def test_a_second_connection_of_a_rank_is_refused() -> None:
@@ -247,6 +338,42 @@ def test_ports_are_kept_to() -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(UsageError, match="congestion"):
         TcpTransport().open(0, 1, LocalMeeting(1).member(0), MonotonicClock(), {"congestion": "bbr"})
+
+
+def test_what_the_engine_sends_unasked_bounds_what_is_held() -> None:
+    """Although a mailbox would hold far more while a receive waits, which one for control messages always does."""
+    is_measured, count, elems = threading.Event(), 3, 2**20
+    held: list[int] = []
+
+    def program(comm: Communicator) -> None:
+        groups = [comm.group([0, 1], name) for name in ("a", "b", "c")]
+        (mail,) = (endpoint.mail for endpoint in comm._job.assembled.endpoints)
+        arrays = [np.full(elems, 1.0 - comm.rank) for _ in range(count * len(groups))]
+        works = []
+        if comm.rank == 1:
+            last = np.zeros(1)
+            comm.recv(last, 0)  # what was sent before it on the same connection is here
+            assert mail.awaits(0)
+            held.append(mail.held_bytes(0))
+            is_measured.set()
+        for index, array in enumerate(arrays):
+            works.append(groups[index % len(groups)].broadcast(array, 0, async_op=True))
+        if comm.rank == 0:
+            engine = comm._job.loop.engine
+            is_sending = True
+            while is_sending:
+                is_sending = comm._job.loop.ask(
+                    lambda now_ns: engine.has_work or engine.credit.unasked_bytes(1) < LARGEST_UNASKED_BYTES // 2
+                )
+            comm.send(np.ones(1), 1)
+            assert is_measured.wait(PATIENCE_NS / 1e9)
+        for work in works:
+            work.wait()
+        assert all((array == 1).all() for array in arrays)
+
+    run_ranks(2, program, transport="tcp")
+    notes = 4096 * count * 3
+    assert LARGEST_UNASKED_BYTES // 2 < held[0] <= LARGEST_UNASKED_BYTES + LARGEST_UNTOLD_BYTES + notes < HELD_BYTES
 
 
 PROGRAM = """

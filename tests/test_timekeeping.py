@@ -29,7 +29,7 @@ def time_namespaces() -> None:
 def test_clocks_that_are_an_hour_apart(tmp_path) -> None:
     shift_s = 3600
     ended = launch(
-        4, "calls.py", "shifted", shift_s, topology=lines(2, 2), folder=tmp_path,
+        4, "shifted.py", "shifted", shift_s, 1, topology=lines(2, 2), folder=tmp_path,
         environ={"DETCOLL_TRACE": str(tmp_path), "DETCOLL_SLOTTING": "turns"},
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -59,7 +59,7 @@ def test_windows_of_sites_whose_clocks_are_apart_do_not_meet_at_a_receiver(tmp_p
     """On one host the true time is known: that of rank 0, from which the other clocks differ by whole seconds."""
     shift_s, topology = 7, lines(2, 2, 2)
     ended = launch(
-        6, "calls.py", "shifted_sites", shift_s, topology=topology, folder=tmp_path,
+        6, "shifted.py", "shifted_sites", shift_s, 2, topology=topology, folder=tmp_path,
         environ={"DETCOLL_TRACE": str(tmp_path), "DETCOLL_SLOTTING": "calendar"},
     )  # fmt: skip
     assert ended.code == 0, ended.err

@@ -63,6 +63,13 @@ class Request:
         return self.output.array.size if self.elems < 0 else self.elems
 
     @property
+    def cut(self) -> Sequence[int]:
+        """How a list of arrays is cut; empty for one array."""
+        if self.arrays < 2:
+            return ()
+        return max((bound.cut for bound in (self.output, self.source) if bound is not None), key=len)
+
+    @property
     def collective(self) -> Collective:
         """What a plan depends on."""
         dtype = self.output.dtype
@@ -152,7 +159,7 @@ class Caller:
         call = NativeCall(
             request.kind, array, array.size if request.elems < 0 else request.elems, request.op, request.root,
             None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
-            sequence,
+            sequence, request.cut if request.arrays > 1 else (),
         )  # fmt: skip
         load, store = loads.load if loads.staged else None, output.store if output.staged else None
         if wait and native.run_at_once(call, timeout_ns, called_ns, load, store):
@@ -183,7 +190,7 @@ class Caller:
         descriptor = Descriptor(
             sequence, kind, request.op.value, output.dtype.name, 0 if is_pairwise else collective.count,
             collective.root, request.arrays, self._group_text, name,
-            "" if is_pairwise else digest_of(collective.counts),
+            "" if is_pairwise else digest_of(collective.counts), cut=digest_of(request.cut),
         )  # fmt: skip
         work = Work(f"{kind} number {sequence}", request.result)
         spans = request.spans
@@ -198,7 +205,8 @@ class Caller:
             )  # fmt: skip
             if ahead is not None:
                 ahead.wait(spans, None)
-            self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory))
+            writes = None if request.source is None else output.spans  # an input that is apart is only read
+            self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory, writes))
         except BaseException as error:
             self._tell_refusal(kind, sequence, error)
             raise

@@ -95,7 +95,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """Facts about a rank, exchanged before endpoints are opened; ``job`` of rank 0 is the name of the job."""
+    """Facts about a rank, exchanged before endpoints are opened. ``job`` of rank 0 is the name of the job."""
 
     version: str
     transport: str

@@ -5,7 +5,8 @@ A calendar repeats for ever from time zero of the site's clock, so no collective
 - CALENDAR  a site's uplink leads to one destination at a time, and the R ranks of the site share that slot by rate.
             With two sites there is one destination and nobody else shares its downlink: the slot never closes, and no
             clock is needed. With more, windows are laid so that what arrives at a downlink comes from one site at a
-            time too (`detcoll.plan.alignment`), which needs a clock that all sites share.
+            time too (`detcoll.plan.alignment`), which needs a clock that all sites share. In a window a rank sends to
+            one peer at a time, so each has 1/R of the line, however many peers it has at the destination.
 - TURNS     two sites whose R ranks do not share the slot but own the uplink in turn, each in a window of ``slot_ns``
             less the guard, at the full rate. A site of one rank owns its line always and has no windows.
 - SHARE     no slots: every flow is paced at an equal share of the lines it crosses. Needs no clock.
@@ -98,7 +99,8 @@ class SiteCycle:
 class Calendar:
     """Windows and rates for all sites; the same on every rank.
 
-    ``rates`` : payload bytes per second of a flow from site i to site j, by i * sites + j; 0 where it is not limited.
+    ``rates`` : payload bytes per second from site i to site j, by i * sites + j, of one of those that may send at once
+    (`at_once`); 0 where it is not limited.
     """
 
     mode: Slotting
@@ -112,13 +114,18 @@ class Calendar:
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
 
     def rate_bytes_per_s(self, source: int, destination: int) -> float:
-        """Return the payload rate of one flow from site ``source`` to site ``destination``; 0: not limited."""
+        """Return the payload rate of one sender from site ``source`` to site ``destination``; 0: not limited."""
         return self.rates[source * len(self.sites) + destination]
 
     @property
     def has_windows(self) -> bool:
         """Whether any rank has to wait for its turn."""
         return any(cycle.windows for cycle in self.sites)
+
+    @property
+    def leads(self) -> bool:
+        """Whether windows lead to one site each."""
+        return any(window.destination >= 0 for cycle in self.sites for window in cycle.windows)
 
     def windows_of(self, site: int, rank: int) -> tuple[SlotWindow, ...]:
         """Return the windows of ``rank`` in the cycle of ``site``, in order of time."""
@@ -190,7 +197,7 @@ def laid_out(topology: Topology, flow_bytes_per_s: float) -> float:
 
 
 def _in_turns(topology: Topology, slot_ns: int | None, error_ns: int) -> Calendar:
-    there, back = _at_once(topology, 0, 1), _at_once(topology, 1, 0)
+    there, back = _in_a_turn(topology, 0, 1), _in_a_turn(topology, 1, 0)
     rates = (0.0, _line_rate(topology, 0, 1, there) / there, _line_rate(topology, 1, 0, back) / back, 0.0)
     slot_ns = _slot_ns(slot_ns, DEFAULT_SLOT_NS, min(rates[1], rates[2]), error_ns)
     return Calendar(
@@ -224,9 +231,8 @@ def _aligned_slot_ns(sites: int, error_ns: int) -> int:
 def _aligned(topology: Topology, slot_ns: int | None, error_ns: int, seconds: float) -> Calendar:
     """One destination at a time at each uplink, one source at a time at each downlink; equal bytes for all pairs."""
     sites = range(len(topology.sites))
-    lines = [
-        [_line_rate(topology, i, j, flows_between(topology, i, j)) if i != j else 0.0 for j in sites] for i in sites
-    ]
+    ranks = [len(site.ranks) for site in topology.sites]
+    lines = [[_line_rate(topology, i, j, ranks[i]) if i != j else 0.0 for j in sites] for i in sites]
     slowest = min(lines[i][j] for i in sites for j in sites if i != j)
     longest_ns = _slot_ns(slot_ns, _aligned_slot_ns(len(sites), error_ns), slowest, error_ns)
     carried_bytes = (longest_ns - error_ns) * slowest
@@ -238,12 +244,12 @@ def _aligned(topology: Topology, slot_ns: int | None, error_ns: int, seconds: fl
     windows: list[list[SlotWindow]] = [[] for _ in sites]
     for each in found.departures:
         windows[each.source].append(SlotWindow(-1, each.start_ns, each.start_ns + each.length_ns, each.destination))
-    rates = tuple(lines[i][j] / flows_between(topology, i, j) if i != j else 0.0 for i in sites for j in sites)
+    rates = tuple(lines[i][j] / ranks[i] for i in sites for j in sites)
     cycles = tuple(SiteCycle(found.cycle_ns, tuple(of_site)) for of_site in windows)
     return Calendar(Slotting.CALENDAR, cycles, rates, error_ns)
 
 
-def _at_once(topology: Topology, source: int, destination: int) -> int:
+def _in_a_turn(topology: Topology, source: int, destination: int) -> int:
     """Return how many flows of a site may send at once in mode TURNS: all of a lone rank's, else one."""
     return flows_between(topology, source, destination) if len(topology.sites[source].ranks) == 1 else 1
 
@@ -274,6 +280,17 @@ def flows_between(topology: Topology, source: int, destination: int) -> int:
     return here + there - math.gcd(here, there)
 
 
+def at_once(calendar: Calendar, topology: Topology, source: int, destination: int) -> int:
+    """Return how many may send from one site to another at once, each at the rate of the calendar.
+
+    Where windows lead to one site each these are the ranks of the source, since each sends to one peer at a time. In
+    mode TURNS it is the one whose turn it is, or all flows of a lone rank. Else all flows send at once.
+    """
+    if not calendar.sites[source].windows:
+        return flows_between(topology, source, destination)
+    return len(topology.sites[source].ranks) if calendar.leads else 1
+
+
 def check_calendar(calendar: Calendar, topology: Topology) -> None:
     """Prove that no uplink and no downlink carries more than it may at any time.
 
@@ -291,14 +308,9 @@ def check_calendar(calendar: Calendar, topology: Topology) -> None:
     for index, (site, cycle) in enumerate(zip(topology.sites, calendar.sites, strict=True)):
         _check_cycle(site.name, site.ranks, cycle, calendar.guard_ns)
         _check_rates(calendar, topology, index)
-    if _leads(calendar):
+    if calendar.leads:
         for index in range(len(topology.sites)):
             _check_arrivals(calendar, topology, index)
-
-
-def _leads(calendar: Calendar) -> bool:
-    """Tell whether windows lead to one site each."""
-    return any(window.destination >= 0 for cycle in calendar.sites for window in cycle.windows)
 
 
 def _check_cycle(name: str, ranks: tuple[int, ...], cycle: SiteCycle, guard_ns: int) -> None:
@@ -350,17 +362,11 @@ def _check_arrivals(calendar: Calendar, topology: Topology, receiver: int) -> No
 def _check_rates(calendar: Calendar, topology: Topology, index: int) -> None:
     site = topology.sites[index]
     others = [other for other in range(len(topology.sites)) if other != index]
-    leads = _leads(calendar)
-
-    def at_once(i: int, j: int) -> int:
-        alone = calendar.sites[i].windows and not leads
-        return 1 if alone else flows_between(topology, i, j)
-
     for label, rate, pairs in (
         ("uplink", site.uplink_bytes_per_s, [(index, other) for other in others]),
         ("downlink", site.downlink_bytes_per_s, [(other, index) for other in others]),
     ):
-        each = [calendar.rate_bytes_per_s(i, j) * at_once(i, j) for i, j in pairs]
-        used = (max(each, default=0.0) if leads else sum(each)) / topology.payload_share
+        each = [calendar.rate_bytes_per_s(i, j) * at_once(calendar, topology, i, j) for i, j in pairs]
+        used = (max(each, default=0.0) if calendar.leads else sum(each)) / topology.payload_share
         if rate is not None and used > rate * (1 + 1e-9):
             raise PlanError(f"site {site.name!r}: its {label} of {rate:.0f} bytes/s would carry {used:.0f}")

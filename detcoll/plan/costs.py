@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from detcoll.plan.alignment import LATE_NS
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS
 
-CALL_WORK_NS = 1_000_000
+CALL_WORK_NS = 800_000
 """Processor time of a call at one rank of a Python host before its first step, ZeroMQ's thread included."""
 
-RETURN_WORK_NS = 1_000_000
+RETURN_WORK_NS = 700_000
 """The same from the last byte's arrival on. Ranks that share a core all have it then, and wait for each other: on four
 ranks of two cores 1.7 ms passed until the last had its result, and the steps alone need 0.8."""
 
@@ -42,13 +42,15 @@ class Costs:
         return nbytes / self.copy_bytes_per_s * 1e9
 
     @classmethod
-    def on_host(cls, ranks: int, cores: int) -> Costs:
+    def on_host(cls, ranks: int, cores: int, slowness: float = 1.0) -> Costs:
         """Return what a Python host costs whose ``ranks`` share ``cores``, in a call that all of them begin at once.
 
         With more ranks than cores each gets its share of a core: all that needs a processor takes so much longer. A
         call across sites begins with some `CALL_WORK_NS` of it, for waking threads, greeting and posting.
+        ``slowness`` : how many times as long as usual a core of this host takes while all ranks are busy.
         """
-        crowd = max(ranks / cores, 1.0)
+        shared = max(ranks / cores, 1.0)
+        crowd = shared * slowness
         usual = cls()
         return cls(
             step_ns=round(usual.step_ns * crowd),
@@ -56,5 +58,5 @@ class Costs:
             local_latency_ns=round(usual.local_latency_ns * crowd),
             wake_ns=round(usual.wake_ns * crowd),
             call_ns=round(CALL_WORK_NS * crowd),
-            return_ns=round(RETURN_WORK_NS * (crowd - 1)),
+            return_ns=round(RETURN_WORK_NS * (shared - 1) * slowness),
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from detcoll.plan.calendar import Calendar, Slotting, flows_between
+from detcoll.plan.calendar import Calendar, Slotting, at_once
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Collective
 from detcoll.topology import Topology
 
@@ -197,11 +197,14 @@ def _turn_ns(calendar: Calendar) -> int:
 def _turn_bytes(topology: Topology, calendar: Calendar) -> int:
     """Return the part of a window that a chunk fills, or of the slowest flow's cycle without any.
 
-    Windows that lead to one site each have many lengths, and the mean counts; else all have one.
+    Windows that lead to one site each have many lengths, and the mean counts, of what a rank of the largest site sends
+    in one; else all have one.
     """
+    most = max(len(site.ranks) for site in topology.sites) if calendar.leads else 0
     windows = [
         (window.end_ns - window.start_ns)
         * calendar.rate_bytes_per_s(site, window.destination if window.destination >= 0 else 1 - site)
+        * (len(topology.sites[site].ranks) / most if most else 1.0)
         for site, cycle in enumerate(calendar.sites)
         for window in cycle.windows
     ]
@@ -216,9 +219,8 @@ def _owner_bytes_per_s(topology: Topology, calendar: Calendar) -> float:
     count = len(topology.sites)
 
     def flows(i: int, j: int) -> float:
-        if calendar.mode is Slotting.TURNS and calendar.sites[i].windows:
-            return 1.0
-        return flows_between(topology, i, j) / len(topology.sites[i].ranks)
+        number = at_once(calendar, topology, i, j)
+        return 1.0 if calendar.sites[i].windows else number / len(topology.sites[i].ranks)
 
     together = max if calendar.mode is Slotting.CALENDAR and calendar.has_windows else sum
     return max(

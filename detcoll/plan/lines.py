@@ -7,7 +7,8 @@ begins at a given time has put its bytes on the line:
 - calendar  T of time on the line, in windows that add up to W a cycle: what is left of the first cycle's windows is
             used first, then pass as many whole cycles as T has Ws, and the rest ends that far into its window. A
             message is cut where a window ends, as `detcoll.machine.Slots` does. Each window is shorter by what its
-            owner takes to wake up. Where windows lead to one site each, every flow has those of its own.
+            owner takes to wake up. What a rank sends in the same windows leaves one after another, and T is that of
+            all of it. Where windows lead to one site each, that is all that a rank sends to one site; else all of it.
 - off, express   all of a site's flows together at the line's rate, at both ends.
 """
 
@@ -102,9 +103,10 @@ class Lines:
         rates = self._rates[self.site_of[flows.src], self.site_of[flows.dst]]
         ends: Floats = begin_ns + flows.nbytes / rates * 1e9
         if self.calendar.mode is Slotting.CALENDAR:
+            nbytes = self._sent_together(flows)
             for site in np.unique(self.site_of[flows.src]):
                 if self.calendar.sites[site].windows:
-                    self._end_by_destination(int(site), flows, begin_ns, ends)
+                    self._end_by_destination(int(site), flows, nbytes, begin_ns, ends)
             return ends
         for rank in np.unique(flows.src):
             site = int(self.site_of[rank])
@@ -120,17 +122,23 @@ class Lines:
         ends: Floats = begin_ns + np.maximum(out[sources], into[destinations]) * 1e9
         return ends
 
-    def _end_by_destination(self, site: int, flows: Flows, begin_ns: Floats, ends: Floats) -> None:
-        """Put in ``ends`` when flows of ``site`` end, each in the windows that lead to its own destination."""
+    def _sent_together(self, flows: Flows) -> Floats:
+        """Return, for each flow, the bytes of all flows from its rank to its destination site."""
+        lanes = flows.src * len(self._up) + self.site_of[flows.dst]
+        nbytes: Floats = np.bincount(lanes, flows.nbytes)[lanes]
+        return nbytes
+
+    def _end_by_destination(self, site: int, flows: Flows, nbytes: Floats, begin_ns: Floats, ends: Floats) -> None:
+        """Put in ``ends`` when flows of ``site`` end, those to one destination one after another in its windows."""
         cycle = self.calendar.sites[site]
         mine = np.flatnonzero(self.site_of[flows.src] == site)
         # Ranks share the windows of their site, so most flows to one destination end alike: each kind is solved once.
         owners = flows.src[mine] if any(window.rank >= 0 for window in cycle.windows) else np.full(len(mine), -1)
-        keys = np.stack([owners, self.site_of[flows.dst[mine]], begin_ns[mine], flows.nbytes[mine]], axis=1)
+        keys = np.stack([owners, self.site_of[flows.dst[mine]], begin_ns[mine], nbytes[mine]], axis=1)
         kinds, where = np.unique(keys, axis=0, return_inverse=True)
         solved = np.empty(len(kinds))
-        for kind, (owner, destination, starts_ns, nbytes) in enumerate(kinds.tolist()):
-            takes_ns = nbytes / float(self._rates[site, int(destination)]) * 1e9
+        for kind, (owner, destination, starts_ns, sent) in enumerate(kinds.tolist()):
+            takes_ns = sent / float(self._rates[site, int(destination)]) * 1e9
             windows = self._windows_to(site, int(owner), int(destination))
             solved[kind] = last_end_ns(windows, cycle.cycle_ns, starts_ns + self.phase_ns, takes_ns) - self.phase_ns
         ends[mine] = solved[where.ravel()]

@@ -10,7 +10,8 @@ Local reduce    A rank sends its part to the R-1 other owners and folds what it 
                 is what the host spends on one chunk of each segment up to here. The last is there at f + (n-1) D.
 A wide hop      Chunks ready from a to z end on the line at e = max(E(a, all), E(z, one)), with E from
                 `detcoll.plan.lines`: no line is faster than its bytes, and the last chunk cannot leave before it is
-                ready. They arrive a one-way delay and a wake-up later.
+                ready: ready means copied to the kernel, m(c) after the fold. They arrive a one-way delay and a wake-up
+                later.
 exchange        One hop.
 direct          Two hops over the same flows. With halves of T each on the line, the second ends at
                 max(2 T, T + L + q) + L: either the line is never idle, or the last sum arrives and only then the last

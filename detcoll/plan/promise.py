@@ -24,7 +24,7 @@ def calendar_facts(calendar: Calendar, topology: Topology, rank: int) -> dict[st
     flows = [0] * len(rates)
     for peer in partners(topology, rank):
         flows[topology.site_of(peer)] += 1
-    if calendar.mode is Slotting.TURNS and windows:
+    if windows:  # one peer at a time
         flows = [1] * len(rates)
     shares = [count * rate for count, rate in zip(flows, rates, strict=True)]
     line = (topology.sites[site].uplink_bytes_per_s or 0.0) * topology.payload_share

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from detcoll.errors import UsageError
-from detcoll.plan.calendar import Calendar, SiteCycle, Slotting, flows_between
+from detcoll.plan.calendar import Calendar, SiteCycle, Slotting, at_once
 from detcoll.topology import TCP_IP_HEADER_BYTES, Topology
 
 IP_HEADER_BYTES = 20
@@ -135,14 +135,11 @@ def _reserve_flow(topology: Topology, calendar: Calendar, source: int, destinati
 
 def _open_flows_ns(topology: Topology, calendar: Calendar, source: int, destination: int) -> int:
     """Return for how long in a cycle flows between two sites may send, added up over all that may send at once."""
-    cycle = calendar.sites[source]
-    if not cycle.windows:
-        return cycle.cycle_ns * flows_between(topology, source, destination)
-    return sum(
-        (window.end_ns - window.start_ns) * (flows_between(topology, source, destination) if window.rank < 0 else 1)
-        for window in cycle.windows
-        if window.destination in (destination, -1)
+    cycle, number = calendar.sites[source], at_once(calendar, topology, source, destination)
+    open_ns = sum(
+        window.end_ns - window.start_ns for window in cycle.windows if window.destination in (destination, -1)
     )
+    return number * (open_ns if cycle.windows else cycle.cycle_ns)
 
 
 def _packets(payload_bytes: float, mtu_bytes: int) -> int:

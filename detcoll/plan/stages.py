@@ -46,6 +46,7 @@ class Stages:
         self.begun = self.first
         self.acknowledged_ns = 0.0
         self.fold_ns = costs.step_ns + costs.copy_ns(chunk_bytes)
+        self.handing_ns = costs.copy_ns(chunk_bytes)
 
     def done_ns(self) -> float:
         """Return when the last owner has its last chunk."""
@@ -61,10 +62,9 @@ class Stages:
     def _cross(self, flows: Flows, before: Flows | None, from_user: bool) -> float:
         """Send ``flows`` behind what ``before`` put on the same lines; return when the last one has arrived."""
         one, over_ns = flows.only_one(), self.lines.delays_ns(flows) + self.costs.wake_ns
-        one_ns = self.lines.end_ns(one, self.first[flows.src])
-        end_ns = np.maximum(
-            self.lines.end_ns(flows, self.first[flows.src]), self.lines.end_ns(one, self.last[flows.src])
-        )
+        first, last = self.first[flows.src] + self.handing_ns, self.last[flows.src] + self.handing_ns
+        one_ns = self.lines.end_ns(one, first)
+        end_ns = np.maximum(self.lines.end_ns(flows, first), self.lines.end_ns(one, last))
         if before is not None:
             end_ns = np.maximum(end_ns, self.lines.end_ns(flows.with_more(before), self.begun[flows.src]))
         used = flows.messages > 0

@@ -11,6 +11,10 @@ LARGEST_UNASKED_BYTES = 8 * 2**20
 """Limit of bytes sent, over all groups, to a peer that has not called the same collective yet. It is half of what the
 slotted transport lets a peer buffer, so that the messages of an earlier collective always get through."""
 
+LARGEST_UNTOLD_BYTES = 65_536
+"""Bytes of messages that a peer may have taken without having told so. They do not count against collectives: the rest
+of a few messages would else hold chunks of the next call back for a round trip."""
+
 LARGEST_LENT_BYTES = 8 * 2**20
 """Limit of received bytes of one peer that stay in the transport's memory until they can be folded. Beyond it they are
 copied, so that a stuck call does not use up the transport's credit for others."""
@@ -24,12 +28,13 @@ class Credit:
 
     def __init__(self) -> None:
         self._unasked_bytes: dict[int, int] = {}
+        self._message_bytes: dict[int, int] = {}
         self._lent_bytes: dict[int, int] = {}
         self._copied_bytes = 0
 
     def unasked_bytes(self, peer: int) -> int:
-        """Return the bytes sent to a peer in calls that it has not confirmed yet."""
-        return self._unasked_bytes.get(peer, 0)
+        """Return the bytes sent to a peer in calls that it has not confirmed yet, and in messages likewise."""
+        return self._unasked_bytes.get(peer, 0) + self._message_bytes.get(peer, 0)
 
     def lent_bytes(self, peer: int) -> int:
         """Return the bytes received from a peer that wait in the transport's memory to be folded."""
@@ -42,10 +47,11 @@ class Credit:
 
     def may_send_unasked(self, operation: Operation, peer: int, nbytes: int) -> bool:
         """Count a send to a peer that has not called yet, and return True; return False if the send has to wait."""
-        held_bytes = self.unasked_bytes(peer)
+        called_bytes = self._unasked_bytes.get(peer, 0)
+        held_bytes = called_bytes + max(self._message_bytes.get(peer, 0) - LARGEST_UNTOLD_BYTES, 0)
         if operation.unsent.get(peer) or (held_bytes and held_bytes + nbytes > LARGEST_UNASKED_BYTES):
             return False
-        self._unasked_bytes[peer] = held_bytes + nbytes
+        self._unasked_bytes[peer] = called_bytes + nbytes
         operation.unasked_bytes[peer] = operation.unasked_bytes.get(peer, 0) + nbytes
         return True
 
@@ -57,15 +63,14 @@ class Credit:
 
     def take_unasked(self, peer: int, nbytes: int) -> bool:
         """Count a message that a peer may not have asked for, and return True; False if there is no room for it."""
-        held_bytes = self.unasked_bytes(peer)
-        if held_bytes + nbytes > LARGEST_UNASKED_BYTES:
+        if self.unasked_bytes(peer) + nbytes > LARGEST_UNASKED_BYTES:
             return False
-        self._unasked_bytes[peer] = held_bytes + nbytes
+        self._message_bytes[peer] = self._message_bytes.get(peer, 0) + nbytes
         return True
 
     def return_unasked(self, peer: int, nbytes: int) -> None:
         """Stop counting bytes of such messages."""
-        self._unasked_bytes[peer] = self.unasked_bytes(peer) - nbytes
+        self._message_bytes[peer] = self._message_bytes.get(peer, 0) - nbytes
 
     def lend(self, operation: Operation, step: int) -> bool:
         """Count the lent bytes of a RECV that cannot be folded yet; True if the caller must copy and release them."""

@@ -8,7 +8,8 @@ are not actions: the driver takes them one by one from `next_work`, as it finds 
 A call's life::
 
     submit -> queue of its group -> OPEN, greet -> RECV, SEND, work ... -> result ready -> FINISH -> last step -> CLOSE
-                    (at most `LARGEST_ACTIVE` of a group, after calls of any group that work on the same memory)
+                    (at most `LARGEST_ACTIVE` of a group, after calls of any group that share memory with it which
+                     either of them writes)
 
 - Greeting: ranks compare descriptors before a result counts. What comes from a rank that has not said what it called is
   held, and it is sent a bounded number of bytes (`detcoll.runtime.credit`).
@@ -208,15 +209,15 @@ class Engine:
         )
 
     def _predecessor(self, operation: Operation | Transfer) -> Operation | Transfer | None:
-        """Return an earlier call that works on the same memory and has not ended, or None."""
+        """Return an earlier call that has not ended and shares memory with this one that either writes, or None."""
         for membership in self.groups.values():
             for other in membership.active:
-                if not other.reported and other.order < operation.order and other.overlaps(operation):
+                if not other.reported and other.order < operation.order and other.holds(operation):
                     return other
             for other in membership.waiting:
                 if other.order >= operation.order:
                     break
-                if other.overlaps(operation):
+                if other.holds(operation):
                     return other
             for transfer in membership.mail.pending:
                 if transfer.order >= operation.order:

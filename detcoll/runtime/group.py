@@ -8,10 +8,13 @@ The id of a group is a hash that every member computes for itself. Messages carr
 
 ``number`` is the lower half of the group's id, ``sequence`` counts the group's calls modulo `SEQUENCES`, and the plan
 tag distinguishes the messages of one call. ``message`` is 1 plus the key of what one rank sends to one other; two
-messages that wait there have different keys. Message 0 is for the notes of send and recv. Descriptors of calls contain
-the whole id, so a collision of two numbers does not go unnoticed; a rank that would be in both groups refuses to make
-the second. Number 0 is reserved for control messages of the job, and the number with all bits set for clock
-synchronisation.
+messages that wait there have different keys. Descriptors of calls contain the whole id, so a collision of two numbers
+does not go unnoticed; a rank that would be in both groups refuses to make the second. Number 0 is reserved for control
+messages of the job, and the number with all bits set for clock synchronisation.
+
+Message 0 is for the notes of send and recv: chunk 0 for those that leave at once, chunk 1 for those that wait for the
+line. Messages with one tag keep their order. So with one tag for both, a transport would let a note that waited for the
+line follow those that left at once, past the line's pace.
 """
 
 from __future__ import annotations
@@ -99,8 +102,13 @@ class Group:
 
     @property
     def note_tag(self) -> int:
-        """The tag of what two ranks tell each other about their messages."""
+        """The tag of what two ranks tell each other about their messages at once."""
         return self.prefix | _MESSAGE_BIT
+
+    @property
+    def paced_note_tag(self) -> int:
+        """The tag of notes that wait for the line."""
+        return self.note_tag | 1
 
     @property
     def prefix(self) -> int:

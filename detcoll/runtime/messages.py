@@ -30,7 +30,7 @@ from detcoll.machine import Queued, Slots
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import uses_window
 from detcoll.runtime.actions import Act
-from detcoll.runtime.credit import Credit
+from detcoll.runtime.credit import LARGEST_UNTOLD_BYTES, Credit
 from detcoll.runtime.failures import Failures
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
@@ -55,7 +55,7 @@ EAGER_BYTES = 4_096
 LARGEST_EAGER = 1_024
 """Messages sent unasked to one rank of a group that have found no receive there; further ones are only announced."""
 
-_TELL_COUNT, _TELL_BYTES = 32, 65_536
+_TELL_COUNT, _TELL_BYTES = 32, LARGEST_UNTOLD_BYTES
 """So many eager messages, or so many of their bytes, are taken before their sender is told."""
 
 CHUNKS_QUEUED = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -26,14 +26,30 @@ def overlap(one: Sequence[Span], other: Sequence[Span]) -> bool:
     return any(low < end and begin < high for low, high in one for begin, end in other)
 
 
+class UsesMemory(Protocol):
+    """A call, as far as its memory goes."""
+
+    spans: Sequence[Span]
+
+    @property
+    def written(self) -> Sequence[Span]:
+        """The part of ``spans`` that the call may write to."""
+
+
+def conflict(one: UsesMemory, other: UsesMemory) -> bool:
+    """Return whether two calls use the same memory, and at least one of them writes there."""
+    return overlap(one.written, other.spans) or overlap(one.spans, other.written)
+
+
 @dataclass(eq=False, slots=True)
 class Operation:
     """A call of a group. It has many fields because it holds the whole state of a call; the rules are in the engine.
 
     ``plan`` : this rank's part; its ranks are those of the group.  ``timeout_ns`` : longest time without progress.
-    ``spans`` : the caller's memory.  ``memory`` : belongs to the driver; the engine does not use it.
-    ``order`` : position among all calls of this rank.  ``live_ns`` : when this call, or a call that it waits for, last
-    made progress.  ``limit_ns`` : when the call counts as late.  ``over`` : it failed, and what arrives is dropped.
+    ``spans`` : the caller's memory.  ``writes`` : the part of it that the call may write to; None: all.
+    ``memory`` : belongs to the driver; the engine does not use it.  ``order`` : position among all calls of this rank.
+    ``live_ns`` : when this call, or a call that it waits for, last made progress.  ``limit_ns`` : when the call counts
+    as late.  ``over`` : it failed, and what arrives is dropped.
     """
 
     group: Group
@@ -43,6 +59,7 @@ class Operation:
     called_ns: int
     spans: Sequence[Span] = ()
     memory: Any = None
+    writes: Sequence[Span] | None = None
     order: int = -1
     machine: Machine = field(init=False)
     columns: Columns = field(init=False)
@@ -120,6 +137,11 @@ class Operation:
         receives = {step for step in self.machine.under_way if kinds[step] == Kind.RECV and buffers[step] == Buffer.OUT}
         return receives - self.settled.union(self.held)
 
-    def overlaps(self, other: Operation | Transfer) -> bool:
-        """Return whether two calls share memory."""
-        return overlap(self.spans, other.spans)
+    @property
+    def written(self) -> Sequence[Span]:
+        """The part of the caller's memory that the call may write to."""
+        return self.spans if self.writes is None else self.writes
+
+    def holds(self, later: Operation | Transfer) -> bool:
+        """Tell whether a later call must wait for this one."""
+        return conflict(self, later)

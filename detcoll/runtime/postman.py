@@ -96,7 +96,11 @@ class Postman:
         self._carry[verb](*fields)
 
     def _listen(self, group: Group, peer: int) -> None:
-        self._post_recv(peer, group.note_tag, NOTE_BYTES, (self._kind, NOTE, group))
+        for tag in (group.note_tag, group.paced_note_tag):
+            self._await_note(group, peer, tag)
+
+    def _await_note(self, group: Group, peer: int, tag: int) -> None:
+        self._post_recv(peer, tag, NOTE_BYTES, (self._kind, NOTE, group))
 
     def _tell(self, posting: Posting, queued: Queued[Wide] | None, window: Window | None) -> None:
         if posting.over:
@@ -104,7 +108,8 @@ class Postman:
         send = posting.send
         record = posting.note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
         context = (self._kind, TOLD, posting, record, (queued, window))
-        self._post_send(posting.peer, posting.group.note_tag, memoryview(record), context, window)
+        tag = posting.group.note_tag if queued is None else posting.group.paced_note_tag
+        self._post_send(posting.peer, tag, memoryview(record), context, window)
 
     def _open(self, transfer: Transfer) -> None:
         parcel: Parcel = transfer.memory
@@ -167,7 +172,7 @@ class Postman:
             ticket.release()
             membership = self._engine.groups.get(group.id)
             if membership is not None and membership.failure is None:
-                self._listen(group, ticket.peer)
+                self._await_note(group, ticket.peer, ticket.tag)
                 self._engine.messages.noted(group.id, ticket.peer, record, time.monotonic_ns())
 
     def _take_chunk(

@@ -19,7 +19,7 @@ from typing import Any
 
 from detcoll.errors import FrameError
 from detcoll.runtime.group import MESSAGES, Group
-from detcoll.runtime.operation import Operation, Span, overlap
+from detcoll.runtime.operation import Operation, Span, conflict
 
 ANY = -1
 """Instead of a rank: a receive takes a message of any source."""
@@ -201,11 +201,14 @@ class Transfer:
         """Chunks that may still be written into the caller's memory."""
         return set() if self.is_send else self.under_way.keys() - self.settled
 
+    @property
+    def written(self) -> Sequence[Span]:
+        """The part of the caller's memory that the call may write to."""
+        return () if self.is_send else self.spans
+
     def holds(self, later: Operation | Transfer) -> bool:
         """Tell whether a later call must wait for this one because both use the same memory, and one writes there."""
-        if self.reported or (self.is_send and isinstance(later, Transfer) and later.is_send):
-            return False
-        return overlap(self.spans, later.spans)
+        return not self.reported and conflict(self, later)
 
     def span(self, chunk: int) -> tuple[int, int]:
         """Return where a chunk begins and ends, in bytes."""

@@ -19,10 +19,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from detcoll.clock import MonotonicClock
 from detcoll.errors import ConnectError, TransportError
@@ -89,8 +91,14 @@ class Here:
 
 def pattern(seed: int, nbytes: int) -> bytes:
     """Return bytes that tell ``seed`` and their own position, so that a wrong message names itself."""
-    positions = np.arange(nbytes, dtype=np.uint32)
-    return ((positions * 7 + positions // 251 + seed * 31 + 1) % 256).astype(np.uint8).tobytes()
+    return (_of_positions(max(nbytes - 1, 0).bit_length())[:nbytes] + np.uint8((seed * 31 + 1) % 256)).tobytes()
+
+
+@cache
+def _of_positions(bits: int) -> NDArray[np.uint8]:
+    """Return what is the same in the first ``2**bits`` bytes of every pattern; it takes longer than to add a seed."""
+    positions = np.arange(2**bits, dtype=np.uint32)
+    return np.asarray(positions * 7 + positions // 251, np.uint8)
 
 
 class Fabric(ABC):

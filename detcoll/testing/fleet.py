@@ -415,19 +415,24 @@ class Fleet:
         getattr(self, f"_mail_{verb.name.lower()}")(host, *fields)
 
     def _mail_listen(self, host: Host, group: Group, peer: int) -> None:
+        for tag in (group.note_tag, group.paced_note_tag):
+            self._await_note(host, group, peer, tag)
+
+    def _await_note(self, host: Host, group: Group, peer: int, tag: int) -> None:
         def done(ticket: Ticket) -> None:
             record = bytes(ticket.view or b"")
             ticket.release()
-            self._mail_listen(host, group, peer)
+            self._await_note(host, group, peer, tag)
             host.engine.messages.noted(group.id, peer, record, self.now_ns)
 
-        self._post(host, peer, group.note_tag, Receive(NOTE_BYTES, None, done))
+        self._post(host, peer, tag, Receive(NOTE_BYTES, None, done))
 
     def _mail_note(self, host: Host, posting: Posting, queued: Queued[Wide] | None, window: Window | None) -> None:
         if not posting.over:
             send = posting.send
             record = posting.note.pack(b"" if send is None else send.memory.view(0, send.nbytes))
-            self._put(Letter(host.engine.rank, posting.peer, posting.group.note_tag, record))
+            tag = posting.group.note_tag if queued is None else posting.group.paced_note_tag
+            self._put(Letter(host.engine.rank, posting.peer, tag, record))
             if queued is not None:
                 host.engine.messages.told(posting)
 

@@ -123,6 +123,21 @@ def across(transport: str = "slotted") -> None:
     detcoll.finalize()
 
 
+def flood(transport: str = "slotted", count: str = "800", nbytes: str = "4096") -> None:
+    """Send many small messages to the other half of the ranks, which takes them as they come."""
+    comm = detcoll.init(transport, timeout=PATIENCE_S)
+    peer = (comm.rank + comm.size // 2) % comm.size
+    rooms = [np.zeros(int(nbytes), np.uint8) for _ in range(int(count))]
+    works = [comm.recv(room, peer, async_op=True) for room in rooms]
+    comm.barrier()
+    works += [comm.send(np.full(int(nbytes), at % 251, np.uint8), peer, async_op=True) for at in range(int(count))]
+    for work in works:
+        work.wait()
+    assert all((room == at % 251).all() for at, room in enumerate(rooms))
+    say(comm.counters().get("slot_misses", 0))
+    detcoll.finalize()
+
+
 def killed(transport: str) -> None:
     """The last rank dies while others wait for its messages; tell how these ended."""
     comm = detcoll.init(transport, timeout=PATIENCE_S)

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.descriptor import Descriptor
+from detcoll.descriptor import Descriptor, digest_of
 from detcoll.errors import Closed, UsageError
 from detcoll.fold import fold_groups
 from detcoll.signature import signature_of
@@ -87,7 +87,7 @@ class Collectives:
     def run(self, call: NativeCall, deadline_ns: int) -> None:
         """Carry out one collective."""
         array = call.array
-        key = (call.kind, call.op, array.dtype, array.size, call.root, call.arrays)
+        key = (call.kind, call.op, array.dtype, array.size, call.root, call.arrays, call.cut)
         layout = self._layouts.get(key) or self._lay_out(key, call)
         if call.name:
             layout = layout.named(call.name)
@@ -126,7 +126,9 @@ class Collectives:
             check_op(call.op, dtype)
         if not 0 <= call.root <= len(self._lockstep.peers):
             raise UsageError(f"root={call.root} must be a rank from 0 to {len(self._lockstep.peers)}")
-        descriptor = Descriptor(0, call.kind, call.op.value, dtype.name, call.array.size, call.root, call.arrays)
+        descriptor = Descriptor(
+            0, call.kind, call.op.value, dtype.name, call.array.size, call.root, call.arrays, cut=digest_of(call.cut)
+        )
         if len(self._layouts) >= LARGEST_KEPT_LAYOUTS:
             self._layouts.popitem(last=False)
         layout = self._layouts[key] = self._cutter.layout(descriptor, call.op, dtype)

@@ -24,7 +24,9 @@ since each is waited for, but they leave nothing unsent: so something must wait 
 **Others' share.** Beside others that give way as it does, a flow gets so little only where there are fifteen of them
 for each rank of its site. Then BBR would take more than its part: its share does not depend on how many others there
 are (Ware and others, "Modeling BBR's Interactions with Loss-Based Congestion Control", IMC 2019). So in BBR a
-connection is paced at a quarter of what its calendar grants at most.
+connection is paced at a quarter of what its calendar grants at most. Connections that share one granted rate take turns
+(`detcoll_slotted.pacing`), and what is handed to one in BBR counts as four times as long, so that all of them together
+keep to that quarter.
 
 **The way back.** A connection that begins beside 90 % loses much at first, and CUBIC then starves for some ten seconds
 as it would beside 100 %. BBR tells the two apart: beside 90 % it lost nothing in ten calls, beside 100 % hundreds of
@@ -120,9 +122,12 @@ class SharedPath:
         self._begin, self._last, self._hints, self._is_offered = None, None, 0, True
         self._looks = self._unsent_looks = 0
 
-    def refused(self) -> None:
-        """Take note that the other control cannot be had: the ordinary one stays on this connection."""
-        self._is_offered, self._verdict = False, _ORDINARY
+    def refused(self, runs: Verdict = _ORDINARY) -> None:
+        """Take note that the other control cannot be had: the one that ``runs`` stays on this connection, at its share.
+
+        That is the model-based one where the way back is refused, and going on at the whole rate would be unfair.
+        """
+        self._is_offered, self._verdict = False, runs
 
     def look(self, facts: PathFacts, granted_bytes_per_s: float, now_ns: int) -> Verdict:
         """Take the facts in, and return what counts from now on.

@@ -123,7 +123,7 @@ class Departures:
             line.pace(window.rate_bytes_per_s)
             ticket, nbytes, handed_ns = self._put_next(peer)
             begins_ns = max(free_ns, handed_ns + LEAD_NS)
-            group.hand(line, handed_ns, begins_ns + window.takes_ns(nbytes + FRAME_BYTES))
+            group.hand(line, handed_ns, begins_ns + int(window.takes_ns(nbytes + FRAME_BYTES) / line.share))
             ticket.left_ns = group.drained_ns
             group.go_on(peer, has_more=bool(peer.blocked))
         if group.waiting and group not in self._sharing:
@@ -137,10 +137,11 @@ class Departures:
             return
         now_ns = self._clock.now_ns()
         takes_ns = int(nbytes / rate_bytes_per_s * 1e9)
-        drained_ns = self._uplink.drained_at(now_ns, rate_bytes_per_s)
+        granted_bytes_per_s = rate_bytes_per_s / line.share
+        drained_ns = self._uplink.drained_at(now_ns, granted_bytes_per_s)
         self._uplink.hand(line, now_ns, max(drained_ns, now_ns + LEAD_NS) + takes_ns)
         if peer.group is not None:
-            free_ns = peer.group.free_ns(now_ns, rate_bytes_per_s)
+            free_ns = peer.group.free_ns(now_ns, granted_bytes_per_s)
             peer.group.hand(line, now_ns, max(free_ns, now_ns + LEAD_NS) + takes_ns)
 
     def withdraw(self, wanted: Callable[[Ticket], bool]) -> list[Ticket]:
@@ -221,7 +222,8 @@ class Departures:
         line.pace(window.rate_bytes_per_s)
         handed_ns = self._post.put(peer, peer.outbound.lane_for(ticket.tag, Lane.BULK), ticket, view[:part_bytes])
         # This thread may have been stopped for a while since ``now_ns`` was read.
-        drained_ns = max(drained_ns, handed_ns) + fitted.takes_ns(part_bytes + FRAME_BYTES)
+        # A line that may take a share only goes on after its window: at that rate nothing might fit into a short one.
+        drained_ns = max(drained_ns, handed_ns) + int(fitted.takes_ns(part_bytes + FRAME_BYTES) / line.share)
         self._uplink.hand(line, handed_ns, drained_ns)
         if peer.group is not None:
             peer.group.hand(line, handed_ns, drained_ns)

@@ -80,8 +80,8 @@ class Line:
         if self._path is not None:
             if rate != UNPACED:
                 self._granted_bytes_per_s = rate
-            if self._granted_bytes_per_s and self._path.verdict.share < 1:
-                rate = int(self._granted_bytes_per_s * self._path.verdict.share)
+            if self._granted_bytes_per_s and self.share < 1:
+                rate = int(self._granted_bytes_per_s * self.share)
         if rate != self.rate_bytes_per_s:
             self.rate_bytes_per_s = rate
             if self._tcp is not None and self._kernel_paces:
@@ -96,7 +96,7 @@ class Line:
         if after == before:
             return
         if not self._tcp.choose(after.control):
-            self._path.refused()
+            self._path.refused(before)
             log.info("the connection to rank %d does without %s, which is not to be had", self.rank, after.control)
             return
         self.switches += 1
@@ -106,9 +106,14 @@ class Line:
             self._tcp.pace(UNPACED)
 
     @property
+    def share(self) -> float:
+        """The part of its granted rate that it may take."""
+        return 1.0 if self._path is None else self._path.verdict.share
+
+    @property
     def _kernel_paces(self) -> bool:
         """Whether the kernel is told the rate: one below the granted rate has to be kept to also where hosts pace."""
-        return self.is_paced or (self._path is not None and self._path.verdict.share < 1)
+        return self.is_paced or self.share < 1
 
     def leaves_ns(self, now_ns: int, nbytes: int) -> int:
         """Return when ``nbytes`` handed over now will have left at the pace set, behind what was handed over before."""
@@ -149,7 +154,10 @@ class Line:
             if self._path is not None:
                 self._path.begin()
                 congestion = self._path.verdict.control
-            self._tcp.prepare(congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
+            is_chosen = self._tcp.prepare(congestion, round(self._style.in_flight_bytes * BUFFER_SHARE))
+            if self._path is not None and self.share < 1 and not is_chosen:
+                self._path.refused()
+                self.pace(self._granted_bytes_per_s or self.rate_bytes_per_s)
             if self.rate_bytes_per_s and self._kernel_paces:
                 self._tcp.pace(self.rate_bytes_per_s)
 

@@ -41,7 +41,7 @@ class Uplink:
     drained_ns: int = 0
 
     def drained_at(self, now_ns: int, rate_bytes_per_s: float) -> int:
-        """Return when everything handed over so far will have left, at this rate.
+        """Return when everything handed over so far will have left, at this granted rate.
 
         The kernel says what it has not sent; what ZeroMQ's thread was given a moment ago it may not know yet.
         """
@@ -55,8 +55,9 @@ class Uplink:
         self.last, self.handed_ns, self.drained_ns = line, now_ns, drained_ns
 
     def _known_ns(self, now_ns: int, rate_bytes_per_s: float) -> int:
-        unsent_bytes = self.last.unsent_bytes() if self.last is not None else 0
-        return now_ns + int(unsent_bytes / rate_bytes_per_s * 1e9)
+        if self.last is None:
+            return now_ns
+        return now_ns + int(self.last.unsent_bytes() / (rate_bytes_per_s * self.last.share) * 1e9)
 
 
 @dataclass(eq=False, slots=True)

@@ -80,15 +80,18 @@ class Connection:
             if tcp is not None:
                 tcp.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", rate_bytes_per_s))
 
-    def prepare(self, congestion: str | None, buffer_bytes: int) -> None:
-        """Choose the congestion control, and make the send buffer large enough where it does not grow by itself."""
+    def prepare(self, congestion: str | None, buffer_bytes: int) -> bool:
+        """Choose the congestion control, and make the send buffer large enough where it does not grow by itself.
+
+        Returns False where the kernel does not offer that control, and its default stays.
+        """
         with self._borrowed() as tcp:
             if tcp is None:
-                return
-            if congestion:
-                _choose(tcp, congestion)  # where this kernel does not offer it, its default stays
+                return True
+            is_chosen = not congestion or _choose(tcp, congestion)
             if buffer_bytes and buffer_bytes > _grows_to_bytes():
                 _set_send_buffer(tcp, buffer_bytes)
+            return is_chosen
 
     def unsent_bytes(self) -> int:
         """Return what the kernel was given and has not sent yet; 0 where the connection is gone."""

@@ -19,7 +19,11 @@ _BACKLOG = 1024
 
 
 class TcpTransport(Transport):
-    """Joins ranks by TCP. Option ``held_bytes`` is how much of a peer's mail is held before its receive is posted."""
+    """Joins ranks by TCP.
+
+    Option ``held_bytes`` is how much of a peer's mail is held before its receive is posted, and 32 times as much while
+    another receive of that peer waits, which may be behind it; see `detcoll.mailbox`.
+    """
 
     name = "tcp"
     capabilities = Capabilities(Scope.ANYWHERE, frame_bytes=HEADER.size)
