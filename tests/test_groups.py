@@ -250,13 +250,14 @@ def test_equal_calls_in_another_order_are_told_apart_by_name() -> None:
     run("slotted one site", 2, program)
 
 
-def test_lists_that_are_cut_differently_are_told_apart() -> None:
+@pytest.mark.parametrize("place", ["slotted one site", "shm"])
+def test_lists_that_are_cut_differently_are_told_apart(place: str) -> None:
     def program(comm):
         first = 5 if comm.rank else 3
         with pytest.raises(PlanMismatch, match="the arrays in their lists have different sizes"):
             comm.all_reduce([np.ones(first, np.float32), np.ones(8 - first, np.float32)])
 
-    run("slotted one site", 2, program)
+    run(place, 2, program)
 
 
 def test_calls_that_only_read_the_same_memory_go_beside_each_other() -> None:
