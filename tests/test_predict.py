@@ -20,7 +20,7 @@ from detcoll.plan import (
     declaration_of,
     predict_ns,
 )
-from detcoll.plan.costs import RETURN_WORK_NS
+from detcoll.plan.costs import BUSY_SLOWNESS, RETURN_WORK_NS
 from detcoll.plan.lines import Lines, last_end_ns
 from detcoll.plan.planner import predicted_chunk
 from detcoll.signature import DECLARED
@@ -307,10 +307,10 @@ def test_ranks_that_share_cores_take_longer_for_all_that_needs_one() -> None:
     assert Costs.on_host(1, 2) == Costs.on_host(2, 2)
     alone, crowded = Costs.on_host(2, 2), Costs.on_host(6, 2)
     assert alone == Costs(call_ns=alone.call_ns)
-    assert crowded.return_ns == 2 * RETURN_WORK_NS
+    assert crowded.return_ns == 2 * RETURN_WORK_NS * BUSY_SLOWNESS
     for name in ("step_ns", "local_latency_ns", "wake_ns", "call_ns"):
-        assert getattr(crowded, name) == 3 * getattr(alone, name), name
-    assert crowded.copy_ns(5e9) == pytest.approx(3 * alone.copy_ns(5e9))
+        assert getattr(crowded, name) == 3 * BUSY_SLOWNESS * getattr(alone, name), name
+    assert crowded.copy_ns(5e9) == pytest.approx(3 * BUSY_SLOWNESS * alone.copy_ns(5e9))
     assert (crowded.late_ns, crowded.frame_bytes) == (alone.late_ns, alone.frame_bytes)
 
 

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,10 @@ class Job:
 
     def __init__(
         self, session: Session, settings: Settings, topology: Topology, assembled: Assembled, calendar: Calendar,
-        facts: Sequence[Facts], timekeeper: Timekeeper, costs: Costs,
+        facts: Sequence[Facts], timekeeper: Timekeeper,
     ) -> None:  # fmt: skip
         self.session, self.settings, self.topology, self.assembled = session, settings, topology, assembled
-        self.calendar, self.costs, self.pid = calendar, costs, os.getpid()
+        self.calendar, self.costs, self.pid = calendar, _costs(facts), os.getpid()
         self.world = world([topology.site_of(rank) for rank in range(topology.size)])
         self.rest = Rest(session)
         here = topology.site_of(session.rank)
@@ -490,3 +491,12 @@ def _forget_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def _costs(facts: Sequence[Facts]) -> Costs:
+    """Return the costs of the slowest (most crowded) host, which sets the pace of a call; the same on all ranks."""
+    ranks_on = Counter(fact.host for fact in facts)
+    cores_of = {host: set[int]().union(*(fact.cores for fact in facts if fact.host == host)) for host in ranks_on}
+    return max(
+        (Costs.on_host(count, len(cores_of[host])) for host, count in ranks_on.items()), key=lambda costs: costs.call_ns
+    )

@@ -17,7 +17,6 @@ from detcoll.job.assembly import Assembled, assemble, deadline_after
 from detcoll.job.calendars import agree_on_calendar, aligns_arrivals
 from detcoll.job.job import Job
 from detcoll.job.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
-from detcoll.job.speed import costs_of, slowness
 from detcoll.launch.launchers import read_environment
 from detcoll.plan import Calendar, Slotting
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
@@ -63,8 +62,7 @@ def open_job(
         assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
         try:
             calendar, timekeeper = _calendar(settings, placed, facts, session, deadline_ns, assembled)
-            costs = costs_of(facts, _slownesses(placed, session, deadline_ns))
-            job = Job(session, settings, placed, assembled, calendar, facts, timekeeper, costs)
+            job = Job(session, settings, placed, assembled, calendar, facts, timekeeper)
         except BaseException:
             for endpoint in assembled.endpoints:
                 endpoint.abort()
@@ -140,17 +138,6 @@ def _align(
     answers = session.exchange("arrivals", told, deadline_ns)
     seen = [msgspec.json.decode(answers[leader], type=int | None) for leader in aligning.leaders]
     return None if None in seen else max(error_ns for error_ns in seen if error_ns is not None)
-
-
-def _slownesses(topology: Topology, session: Session, deadline_ns: int) -> list[float]:
-    """Return how slow the ranks find their hosts; asked only where calls cross lines, and predictions matter most.
-
-    They measure at the same time, since all have just ended the same exchange.
-    """
-    if len(topology.sites) == 1:
-        return [1.0] * topology.size
-    answers = session.exchange("slowness", msgspec.json.encode(slowness()), deadline_ns)
-    return [msgspec.json.decode(answer, type=float) for answer in answers]
 
 
 def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:

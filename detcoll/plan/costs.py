@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from detcoll.plan.alignment import LATE_NS
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS
 
-CALL_WORK_NS = 800_000
+BUSY_SLOWNESS = 1.75
+"""How many times as long a core takes while all cores are busy. Cores of virtual machines are often threads that share
+one: on two such cores a Python loop took 1.0 to 2.1 times as long when both ran it, changing within seconds."""
+
+CALL_WORK_NS = 900_000
 """Processor time of a call at one rank of a Python host before its first step, ZeroMQ's thread included."""
 
-RETURN_WORK_NS = 700_000
+RETURN_WORK_NS = 500_000
 """The same from the last byte's arrival on. Ranks that share a core all have it then, and wait for each other: on four
 ranks of two cores 1.7 ms passed until the last had its result, and the steps alone need 0.8."""
 
@@ -42,14 +46,15 @@ class Costs:
         return nbytes / self.copy_bytes_per_s * 1e9
 
     @classmethod
-    def on_host(cls, ranks: int, cores: int, slowness: float = 1.0) -> Costs:
+    def on_host(cls, ranks: int, cores: int) -> Costs:
         """Return what a Python host costs whose ``ranks`` share ``cores``, in a call that all of them begin at once.
 
-        With more ranks than cores each gets its share of a core: all that needs a processor takes so much longer. A
-        call across sites begins with some `CALL_WORK_NS` of it, for waking threads, greeting and posting.
-        ``slowness`` : how many times as long as usual a core of this host takes while all ranks are busy.
+        With more ranks than cores each gets its share of a core, and no core is idle: all that needs a processor takes
+        so much longer, and `BUSY_SLOWNESS` times that. A call across sites begins with some `CALL_WORK_NS` of it, for
+        waking threads, greeting and posting.
         """
         shared = max(ranks / cores, 1.0)
+        slowness = BUSY_SLOWNESS if shared > 1 else 1.0
         crowd = shared * slowness
         usual = cls()
         return cls(
