@@ -88,6 +88,8 @@ class Arrival:
 class Mailbox:
     """The tickets of one endpoint, and the messages that nobody has asked for yet.
 
+    It has more fields than most classes: what waits, on which side, and how much of it, stands side by side.
+
     Parameters
     ----------
     rank : int

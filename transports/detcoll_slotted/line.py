@@ -41,7 +41,10 @@ class Style:
 
 
 class Line:
-    """The connection to one peer, for one lane or both, and the TCP connection beneath it just now."""
+    """The connection to one peer, for one lane or both, and the TCP connection beneath it just now.
+
+    It has one field more than most classes may have: what traces tell of a connection is kept here too.
+    """
 
     def __init__(
         self, trunk: Trunk, route: bytes, rank: int, address: str, lanes: tuple[Lane, ...], style: Style
