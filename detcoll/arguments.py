@@ -243,8 +243,10 @@ def _counts(label: str, counts: Sequence[int] | None, size: int) -> tuple[int, .
         return ()
     given = list(counts) if isinstance(counts, Iterable) else []
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in given)
-    if len(given) != size or not whole:
+    if not whole or not isinstance(counts, Iterable):
         raise UsageError(f"{label}={counts!r} must be a whole number, not negative, for each of {size} ranks")
+    if len(given) != size:
+        raise UsageError(f"{label}={counts!r} has {len(given)} entries; expected one for each of {size} ranks")
     return tuple(int(n) for n in given)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,14 @@ HELLO_BYTES = 256
 """Size of the record that ranks compare about every collective."""
 
 LARGEST_KEPT_ANNOUNCEMENTS = 1024
+
+FIELDS = {
+    "sequence": "the number of the call", "kind": "the kind", "op": "the operation", "dtype": "the type",
+    "count": "the number of elements", "root": "the root", "arrays": "the number of arrays", "group": "the group",
+    "name": "the name", "counts": "the sizes of blocks", "pair": "what they send each other",
+    "cut": "the sizes of the arrays in their lists",
+}  # fmt: skip
+"""What errors call the fields of a descriptor."""
 
 
 class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -72,16 +79,17 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
             text = record[2 : 2 + int.from_bytes(record[:2], "little")]
             raise PlanMismatch(
                 f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
-                f"rank {other} called {text.decode(errors='replace')}{self._hint(text)}"
+                f"rank {other} called {text.decode(errors='replace')}{expected._differences(text)}"
             )
 
-    def _hint(self, text: bytes) -> str:
-        """Say what differs where digests alone do, which tell nobody anything."""
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+    def _differences(self, text: bytes) -> str:
+        """Say for people what differs; of sizes there are only digests, which tell nobody anything."""
+        try:
             other = msgspec.json.decode(text, type=Descriptor)
-            if other.cut != self.cut and msgspec.structs.replace(other, cut=self.cut, pair=self.pair) == self:
-                return "; the arrays in their lists have different sizes"
-        return ""
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return ""
+        found = [word for field, word in FIELDS.items() if getattr(self, field) != getattr(other, field)]
+        return f"; they differ in {' and '.join(found)}" if found else ""
 
 
 def shortened(name: str) -> str:
