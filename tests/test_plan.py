@@ -193,17 +193,25 @@ def test_small_arrays_are_not_cut() -> None:
     assert [chunk.length for chunk in chunks(topology, 100, ChunkSize(30, 1, whole=True))] == [30, 30, 30, 10]
 
 
-def test_a_chunk_is_the_one_predicted_to_be_fastest() -> None:
-    topology = Topology.uniform(2, 8, 1.25e9, 10_000_000)
-    calendar, costs = build_calendar(topology), Costs()
-    collective = Collective("all_reduce", 2**23, 4, 4)
+@pytest.mark.parametrize(
+    ("sites", "ranks", "cores", "count", "algorithm", "larger"),
+    [(4, 4, 16, 2**18, "direct", -1), (2, 8, 2, 2**21, "exchange", 1), (2, 2, 2, 2**20, "exchange", 0)],
+)
+def test_a_chunk_is_the_one_predicted_to_be_fastest_where_much_is_gained(
+    sites: int, ranks: int, cores: int, count: int, algorithm: str, larger: int
+) -> None:
+    topology = Topology.uniform(sites, ranks, 1.25e8, 10_000_000)
+    calendar = build_calendar(topology, Slotting.SHARE if sites > 2 else None)
+    costs = Costs.on_host(sites * ranks, cores)
+    collective = Collective("all_reduce", count, 4, 4)
     rule = choose_chunk(topology, calendar, collective)
-    taken = predicted_chunk(collective, topology, calendar, "exchange", costs)
-    assert taken.elems < rule.elems
-    needs_ns = predict_ns(collective, topology, calendar, "exchange", taken, costs)
-    assert needs_ns < 0.99 * predict_ns(collective, topology, calendar, "exchange", rule, costs)
-    plan = Planner(topology, 0, calendar, costs).plan(collective)
-    assert plan.rows[0].length == taken.elems
+    taken = predicted_chunk(collective, topology, calendar, algorithm, costs)
+    assert (taken.elems > rule.elems) - (taken.elems < rule.elems) == larger
+    if larger:
+        needs_ns = predict_ns(collective, topology, calendar, algorithm, taken, costs)
+        assert needs_ns < 0.95 * predict_ns(collective, topology, calendar, algorithm, rule, costs)
+        plan = Planner(topology, 0, calendar, costs).plan(collective, algorithm)
+        assert plan.rows[0].length == taken.elems
 
 
 def test_chunks_of_a_segment_take_turns_at_every_home() -> None:
