@@ -106,10 +106,19 @@ with contextlib.suppress(detcoll.DetcollError):
     detcoll.finalize(3.0)
 del threads
 gc.collect()
-names = []
-for number in os.listdir("/proc/self/fd"):
-    with contextlib.suppress(OSError):
-        names.append(os.readlink(f"/proc/self/fd/{number}"))
-left = [name for name in names if name.startswith(("socket:", "/memfd:", "/dev/shm", "anon_inode"))]
-left += [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+
+
+def left_behind() -> list[str]:
+    """Return the descriptors and threads that are still there."""
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+    found = [name for name in names if name.startswith(("socket:", "/memfd:", "/dev/shm", "anon_inode"))]
+    return found + [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+
+
+until_s = time.monotonic() + 5  # a thread of ZeroMQ that has been told to end closes its descriptor when it runs
+while (left := left_behind()) and time.monotonic() < until_s:
+    time.sleep(0.01)
 print(json.dumps({"rank": comm.rank, "told": told, "left": left}), flush=True)
