@@ -6,7 +6,6 @@ Each rank prints what it has to say as lines of JSON; see `ranks.Ended.said`.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from leaving import left_behind
 
 import detcoll
 from detcoll.errors import DetcollError, TransportUnavailable
@@ -164,17 +164,6 @@ def killed() -> None:
     with contextlib.suppress(detcoll.DetcollError):
         detcoll.finalize()
     say({"seen": seen, "in_time": took < 25, "left": left_behind()})
-
-
-def left_behind() -> list[str]:
-    """Return sockets, shared memory and threads that this process still has."""
-    gc.collect()  # an error that was caught keeps what its traceback knows
-    names = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            names.append(os.readlink(f"/proc/self/fd/{number}"))
-    held = [name for name in names if name.startswith(("socket:", "/memfd:", "/dev/shm", "anon_inode"))]
-    return held + [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
 
 
 def never_calls(timeout: str) -> None:

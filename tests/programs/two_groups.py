@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from leaving import left_behind
 
 import detcoll
 from detcoll.communicator import Communicator
@@ -105,19 +105,6 @@ for thread in threads:
 with contextlib.suppress(detcoll.DetcollError):
     detcoll.finalize(3.0)
 del threads
-gc.collect()
-
-
-def left_behind() -> list[str]:
-    """Return the descriptors and threads that are still there."""
-    names = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            names.append(os.readlink(f"/proc/self/fd/{number}"))
-    found = [name for name in names if name.startswith(("socket:", "/memfd:", "/dev/shm", "anon_inode"))]
-    return found + [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-
-
 until_s = time.monotonic() + 5  # a thread of ZeroMQ that has been told to end closes its descriptor when it runs
 while (left := left_behind()) and time.monotonic() < until_s:
     time.sleep(0.01)
