@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pwd
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,22 @@ def test_a_user_without_a_home_has_no_records(monkeypatch) -> None:
 def test_a_record_that_cannot_be_made_costs_nothing_else(tmp_path: Path) -> None:
     flight = Flight("job", 0, lambda: {"rank": object()}, str(tmp_path))
     assert flight.write("test") is None
+    flight.close()
+
+
+def test_records_written_at_once_stay_whole(tmp_path: Path) -> None:
+    sizes = itertools.cycle([10, 100_000, 1000])
+    flight = Flight("job", 0, lambda: {"state": "x" * next(sizes)}, str(tmp_path))
+
+    def write() -> None:
+        for _ in range(50):
+            path = flight.write("test")
+            assert path is not None
+            json.loads(path.read_text(encoding="utf-8"))
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(write) for _ in range(4)]:
+            future.result()
     flight.close()
 
 

@@ -65,6 +65,7 @@ class Flight:
         folder = _default_folder() if self._is_own else Path(setting or "")
         self._is_off = flag is False or folder is None
         self._folder = (folder or Path()) / name
+        self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._listener = self._listen()
         self._signal_before: Any = None
@@ -80,9 +81,10 @@ class Flight:
         path = self._folder / f"record{self._rank}.json"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".draft")
-            draft.write_text(json.dumps(self.told(reason)), encoding="utf-8")
-            draft.replace(path)
+            with self._writing:  # several groups may fail at once, and all write the same draft
+                draft = path.with_suffix(".draft")
+                draft.write_text(json.dumps(self.told(reason)), encoding="utf-8")
+                draft.replace(path)
         except Exception as error:  # must not hide the failure that the record is about
             log.debug("rank %d: no record was written: %r", self._rank, error)
             return None
