@@ -19,9 +19,11 @@ from detcoll.job.caller import Request
 from detcoll.plan import Collective, declaration_of
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime.operation import overlap
-from detcoll.types import ReduceOp, check_op
+from detcoll.types import DTYPES, ReduceOp, check_op, operators_of
 
 LARGEST_NAME_BYTES = 64
+
+_OPERATORS = {(op.value, dtype): op for dtype in DTYPES.values() for op in operators_of(dtype)}
 
 
 def timeout_of(seconds: object) -> float:
@@ -55,9 +57,11 @@ def operator_of(op: str | ReduceOp | None, dtype: np.dtype[Any]) -> ReduceOp:
     """
     if op is None:
         return ReduceOp.SUM
-    parsed = ReduceOp.parse(op)
-    check_op(parsed, dtype)
-    return parsed
+    known = _OPERATORS.get((op, dtype)) if isinstance(op, str) else None
+    if known is None:
+        known = ReduceOp.parse(op)
+        check_op(known, dtype)
+    return known
 
 
 def on_one_array(kind: str, x: Any, op: str | ReduceOp | None = None, root: int = 0) -> Request:

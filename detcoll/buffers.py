@@ -20,6 +20,7 @@ from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,8 +50,7 @@ class _Part:
     store: Callable[[NDArray[Any]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(msgspec.Struct, frozen=True):
     """What a collective works on: one flat host array over all that was bound.
 
     ``array`` : array, (n,), one of `DTYPES`, C-contiguous, host; read-only if bound so.
@@ -147,15 +147,10 @@ def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, 
     UsageError
         If ``x`` cannot be used; the message names what, its value, and what was expected. Nothing was copied.
     """
-    if (
-        type(x) is np.ndarray
-        and x.dtype in _TYPES
-        and x.flags.c_contiguous
-        and x.flags.writeable
-        and writable
-        and not copied
-    ):
-        return Bound(x.reshape(-1), "cpu", False, writable, ())  # the usual case, which small calls should not pay for
+    if type(x) is np.ndarray and x.dtype in _TYPES and writable and not copied:
+        flags = x.flags
+        if flags.c_contiguous and flags.writeable:
+            return Bound(x.ravel(), "cpu", False, True, ())  # the usual case, which small calls should not pay for
     if isinstance(x, list | tuple):
         if not x:
             raise UsageError(f"{name}={x!r} is empty; expected at least one array")

@@ -23,6 +23,8 @@ class ReduceOp(Enum):
     BOR = "bor"
     BXOR = "bxor"
 
+    __hash__ = object.__hash__  # in C; each call looks several things up by its operation
+
     @classmethod
     def parse(cls, value: str | ReduceOp) -> ReduceOp:
         """Return the operation that ``value`` names, in any case.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from detcoll import fold as fold_module
 from detcoll.errors import UsageError
-from detcoll.fold import fold, fold_step, reference
+from detcoll.fold import fold, fold_step, folder, reference
 from detcoll.testing.values import varied
 from detcoll.types import BFLOAT16, DTYPES, FLOAT16, ReduceOp, is_complex, is_integer, operators_of, real_dtype
 
@@ -458,4 +458,16 @@ def test_two_levels_by_fold_match_the_reference(dtype, op):
         sites.append(site)
     out = np.empty(300, dtype)
     fold_step(op, sites, [3, 1, 3], out, 7, final=True)
+    assert_same_bits(out, reference(op, arrays, groups, dtype))
+
+
+@pytest.mark.parametrize("groups", [[[0, 1]], [[0], [1]], [[1], [0]], [[0]], [[0, 1, 2]], [[0, 2], [1]]], ids=str)
+@pytest.mark.parametrize(("dtype", "op"), DEFINED, ids=str)
+def test_a_prepared_fold_matches_the_reference_silently(dtype, op, groups):
+    arrays = draw(dtype, sum(map(len, groups)), 300)
+    rooms = [np.empty(300, dtype) for _ in groups]
+    out = np.empty(300, dtype)
+    before = np.geterr()
+    folder(op, groups, dtype)(arrays, out, rooms)
+    assert np.geterr() == before
     assert_same_bits(out, reference(op, arrays, groups, dtype))

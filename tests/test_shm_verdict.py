@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PlanMismatch, TransportError
+from detcoll.fold import Folder, folder
 from detcoll.testing.fabric import Here, ThreadFabric
 from detcoll.testing.natives import Natives
 from detcoll.testing.worlds import ProcessFabric, Worlds
 from detcoll.types import ReduceOp
-from detcoll_shm import ShmEndpoint, ShmTransport, bell, collectives
+from detcoll_shm import ShmEndpoint, ShmTransport, bell, call_layout
 from detcoll_shm.lockstep import Lockstep
 from detcoll_shm.stage import ARRIVED, ASLEEP
 from detcoll_shm.verdict import Reason
@@ -234,20 +235,30 @@ def one_fails(here: Here, kind: str, error: BaseException, failing: set[int]) ->
         call(here, kind, here.deadline_ns())
 
 
+def folds_fail(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Let folds raise ``error`` in the threads whose identifiers are put into the set that is returned."""
+    failing: set[int] = set()
+
+    def failing_folder(*arguments: Any) -> Folder:
+        fold = folder(*arguments)
+
+        def fold_or_fail(*arrays: Any) -> None:
+            if threading.get_ident() in failing:
+                raise error
+            fold(*arrays)
+
+        return fold_or_fail
+
+    monkeypatch.setattr(call_layout, "folder", failing_folder)
+    return failing
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no"), SystemExit(1)], ids=repr)
 @pytest.mark.parametrize(("kind", "options"), CALLS[2:5], ids=IDS[2:5])
 def test_a_failure_in_the_middle_is_told_to_all(
     kind: str, options: dict[str, int], error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fold = collectives.fold_groups
-
-    def fold_or_fail(*arguments: Any) -> None:
-        if threading.get_ident() in failing:
-            raise error
-        fold(*arguments)
-
-    failing: set[int] = set()
-    monkeypatch.setattr(collectives, "fold_groups", fold_or_fail)
+    failing = folds_fail(error, monkeypatch)
     with ThreadFabric(ShmTransport(), 3, options) as fabric:
         fabric.run(one_fails, kind=kind, error=error, failing=failing)
 
@@ -286,15 +297,7 @@ def interrupted_late(here: Here, failing: set[int]) -> None:
 
 
 def test_what_all_ranks_have_called_goes_on_without_one_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing: set[int] = set()
-    fold = collectives.fold_groups
-
-    def fold_or_fail(*arguments: Any) -> None:
-        if threading.get_ident() in failing:
-            raise KeyboardInterrupt
-        fold(*arguments)
-
-    monkeypatch.setattr(collectives, "fold_groups", fold_or_fail)
+    failing = folds_fail(KeyboardInterrupt(), monkeypatch)
     with ThreadFabric(ShmTransport(), 3) as fabric:
         fabric.run(interrupted_late, failing=failing)
 

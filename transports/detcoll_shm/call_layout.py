@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.descriptor import Descriptor
+from detcoll.fold import Folder, folder
 from detcoll.types import ReduceOp
 from detcoll_shm.layout import LINE_BYTES
 from detcoll_shm.stage import Stage
@@ -58,13 +59,13 @@ class CallLayout:
     """One kind of call: equal for all calls with equal arguments.
 
     ``chunks`` : how many there are; 0 where every rank folds everything from what all others give whole.
-    ``whole`` : by half of the stage, the memory for this rank's array and those of all ranks.  ``rooms`` : for the sums
-    of groups, of a small array, a chunk or a step.  ``read_step_bytes`` : how much is read of another's array at once.
+    ``whole`` : by half of the stage, the memory for the arrays of all ranks.  ``fold`` : combines arrays of all ranks.
+    ``rooms`` : for the sums of groups, of a small array, a chunk or a step.  ``read_step_bytes`` : how much is read of
+    another's array at once.
     """
 
     descriptor: Descriptor
     digest: int
-    op: ReduceOp
     dtype: np.dtype[Any]
     chunk_bytes: int
     read_step_bytes: int
@@ -74,6 +75,7 @@ class CallLayout:
     last: tuple[Cut, ...]
     whole: tuple[tuple[NDArray[Any], ...], ...]
     rooms: tuple[NDArray[Any], ...]
+    fold: Folder
 
     def cut(self, number: int, half: int) -> Cut:
         """Return where chunk ``number`` of the call lies in a half of the stages."""
@@ -106,18 +108,18 @@ class Cutter:
     def layout(self, descriptor: Descriptor, op: ReduceOp, dtype: np.dtype[Any]) -> CallLayout:
         """Return the layout for calls that `descriptor` (of number 0) describes."""
         nbytes = descriptor.count * dtype.itemsize
-        digest = digest_of(descriptor)
+        digest, fold = digest_of(descriptor), folder(op, self.groups, dtype)
         step = self._step_bytes(nbytes, dtype.itemsize)
         if nbytes <= min(self.direct_bytes, step):
             whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
             rooms = self._rooms(descriptor.count, dtype)
-            return CallLayout(descriptor, digest, op, dtype, step, 0, nbytes, 0, (), (), whole, rooms)
+            return CallLayout(descriptor, digest, dtype, step, 0, nbytes, 0, (), (), whole, rooms, fold)
         chunks = -(-nbytes // step)
         full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
         last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
         read_step = self._read_step_bytes(nbytes, dtype.itemsize)
         rooms = self._rooms(max(step, read_step) // dtype.itemsize, dtype)
-        return CallLayout(descriptor, digest, op, dtype, step, read_step, nbytes, chunks, full, last, (), rooms)
+        return CallLayout(descriptor, digest, dtype, step, read_step, nbytes, chunks, full, last, (), rooms, fold)
 
     def edges(self, nbytes: int, itemsize: int) -> list[int]:
         """Return where shares of an array begin, by rank, and its end, in bytes."""

@@ -35,7 +35,6 @@ from numpy.typing import NDArray
 
 from detcoll.descriptor import Descriptor, digest_of
 from detcoll.errors import Closed, UsageError
-from detcoll.fold import fold_groups
 from detcoll.signature import signature_of
 from detcoll.transport import NativeCall
 from detcoll.types import check_op, parse_dtype
@@ -74,7 +73,6 @@ class Collectives:
         self._lockstep, self._cutter = lockstep, cutter
         self._regions, self._mapped = regions, mapped
         self._reader, self._read_bytes = reader, read_bytes
-        self._groups = cutter.groups
         self._layouts: OrderedDict[tuple[Any, ...], CallLayout] = OrderedDict()
         self._chunk = 0
         """Chunks that went through the stages since the start, the same on all ranks between calls."""
@@ -143,10 +141,11 @@ class Collectives:
 
     def _all_reduce_whole(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
         given = layout.whole[self._chunk & 1]
-        np.copyto(given[self._lockstep.rank], array)
-        self._lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
-        self._lockstep.await_all_here()
-        fold_groups(layout.op, given, self._groups, array, layout.rooms)
+        lockstep = self._lockstep
+        given[lockstep.rank][...] = array
+        lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
+        lockstep.await_all_here()
+        layout.fold(given, array, layout.rooms)
         self._chunk += 1
 
     def _all_reduce_in_chunks(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
@@ -209,7 +208,7 @@ class Collectives:
             inputs = [array[at : min(at + layout.chunk_bytes, end)].view(layout.dtype) for array in arrays]
             own = inputs[lockstep.rank]
             rooms = [room[: own.size] for room in layout.rooms]
-            fold_groups(layout.op, inputs, self._groups, own, rooms)
+            layout.fold(inputs, own, rooms)
             for rank, other in enumerate(inputs):
                 if rank != lockstep.rank:
                     np.copyto(other, own)
@@ -250,7 +249,7 @@ class Collectives:
                 self._reader.read(rank, place.offset + begin, given)
             inputs.append(given.view(layout.dtype))
         out = own.view(layout.dtype)
-        fold_groups(layout.op, inputs, self._groups, out, [room[: out.size] for room in layout.rooms])
+        layout.fold(inputs, out, [room[: out.size] for room in layout.rooms])
 
     def _give(self, layout: CallLayout, number: int, memory: NDArray[np.uint8]) -> None:
         at, chunk = number * layout.chunk_bytes, self._chunk + number
@@ -267,7 +266,7 @@ class Collectives:
         if begin < end:
             mine = own.view(layout.dtype)
             inputs = [mine if given is None else given for given in cut.inputs]
-            fold_groups(layout.op, inputs, self._groups, cut.out, cut.rooms)
+            layout.fold(inputs, cut.out, cut.rooms)
         self._lockstep.publish(FOLDED, chunk + 1)
         np.copyto(own, cut.out_bytes)
 

@@ -5,8 +5,8 @@ doorbell. Where there are more ranks than processors it looks only a few times, 
 Every wait ends at the deadline of the collective, when another rank has given up (`detcoll_shm.verdict`), or when one
 that is waited for has gone.
 
-A store must be seen before the loads that follow it. Taking a lock is the fence. It is a new lock each time, since an
-interrupt between taking and giving it back would leave it locked, and the thread would wait for itself for ever.
+A store must be seen before the loads that follow it. Taking a lock is the fence. It is a new lock each time, so that
+nobody has to give it back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock, get_native_id
+from threading import Lock, get_ident, get_native_id
 
 import msgspec
 
@@ -23,7 +23,7 @@ from detcoll.descriptor import Descriptor
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, TransportError
 from detcoll_shm.call_layout import LARGEST_DIGEST
 from detcoll_shm.processor import awaited_processor, current_processor, leave
-from detcoll_shm.regions import NOWHERE, Place
+from detcoll_shm.regions import Place
 from detcoll_shm.stage import (
     ARRIVED,
     ASLEEP,
@@ -114,20 +114,22 @@ class Lockstep:
         self._words[PROCESS], self._words[BELL] = os.getpid(), hooks.bell_fd
         self._peers = tuple((peer, peer.stage.words) for peer in peers)
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
-        self._digest = self._began_ns = self._deadline_ns = 0
+        self._digest = self._began_ns = self._deadline_ns = self._thread = 0
         self._relayed: Reason | None = None
         """Why another rank gave up, once that was found to end a collective of this rank."""
 
-    def arrive(self, descriptor: Descriptor, digest: int, deadline_ns: int, place: Place = NOWHERE) -> None:
-        """Show that this rank is in its next collective, what it called, and where its array is."""
+    def arrive(self, descriptor: Descriptor, digest: int, deadline_ns: int, place: Place | None = None) -> None:
+        """Show that this rank is in its next collective, what it called, and where its array is if others look."""
         digest = digest + self.number & LARGEST_DIGEST
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
-        self._words[THREAD] = get_native_id()
+        if self._thread != (thread := get_ident()):  # costs less than the system's number
+            self._thread, self._words[THREAD] = thread, get_native_id()
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
-        at = PLACE + PLACE_WORDS * (sequence & 1)
-        self._words[at], self._words[at + 1], self._words[at + 2] = place
+        if place is not None:
+            at = PLACE + PLACE_WORDS * (sequence & 1)
+            self._words[at], self._words[at + 1], self._words[at + 2] = place
         self.publish(ARRIVED, sequence)
 
     def await_all_here(self) -> None:
@@ -175,8 +177,7 @@ class Lockstep:
     def publish(self, word: int, value: int) -> None:
         """Write one of this rank's words, and wake those who sleep."""
         self._words[word] = value
-        with Lock():  # a fence
-            pass
+        Lock().acquire()  # a fence
         for peer, words in self._peers:
             if words[ASLEEP]:
                 self._counts.bells_rung += 1
@@ -275,8 +276,7 @@ class Lockstep:
         """Sleep until ``is_over``, and return None, or what ``trouble`` finds while it is not."""
         own = self._words
         own[ASLEEP] = 1
-        with Lock():  # a fence
-            pass
+        Lock().acquire()  # a fence
         try:
             while not is_over():
                 error = trouble()
@@ -296,8 +296,7 @@ class Lockstep:
         self.stage.write_reason(reason.encode())
         own[CALLED + half] = self._digest
         own[DIGEST + half] = TRYING
-        with Lock():  # a fence
-            pass
+        Lock().acquire()  # a fence
         done = is_done()
         self.publish(DIGEST + half, self._digest if done else GIVEN_UP)
         return done
