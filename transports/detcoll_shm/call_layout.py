@@ -110,7 +110,7 @@ class Cutter:
         nbytes = descriptor.count * dtype.itemsize
         digest, fold = digest_of(descriptor), folder(op, self.groups, dtype)
         step = self._step_bytes(nbytes, dtype.itemsize)
-        if nbytes <= min(self.direct_bytes, step):
+        if nbytes * (len(self.stages) - 1) <= self.direct_bytes and nbytes <= self.chunk_bytes:
             whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
             rooms = self._rooms(descriptor.count, dtype)
             return CallLayout(descriptor, digest, dtype, step, 0, nbytes, 0, (), (), whole, rooms, fold)
