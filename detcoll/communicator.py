@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -36,7 +37,7 @@ from detcoll.topology import Topology
 from detcoll.trace import Trace
 from detcoll.types import ReduceOp, accumulation_dtype, parse_dtype
 
-_FINALIZE_S = 10.0
+_FINALIZE_S, _EXIT_S = 10.0, 1.0
 
 
 class Communicator(Collectives, Messages):
@@ -451,7 +452,23 @@ def _slotting(calendar: Calendar) -> Slotting:
 
 
 def close_all() -> None:
-    """Finalize communicators that are still open when the interpreter exits."""
+    """Finalize communicators that are still open when the interpreter exits; after an exception abort them instead."""
+    error = _ending()
     for communicator in list(_open):
         with contextlib.suppress(DetcollError):
-            communicator.finalize(1.0)
+            if error is None or communicator._job.failure(communicator._group) is not None:
+                communicator.finalize(_EXIT_S)
+            else:  # the others wait for a rank that will not come, and should hear why
+                communicator.abort(f"its program ended: {type(error).__name__}: {error}")
+
+
+def _ending() -> BaseException | None:
+    """Return the exception that ends this program, or None.
+
+    The interpreter keeps the last one that nobody caught, and tools such as pytest put others there, which they caught:
+    only the former has left the outermost frame.
+    """
+    error: BaseException | None = getattr(sys, "last_value", None)
+    trace = None if error is None else error.__traceback__
+    is_last = trace is not None and trace.tb_frame.f_back is None and not hasattr(sys, "ps1")
+    return error if is_last else None

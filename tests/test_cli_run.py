@@ -184,7 +184,7 @@ def test_ranks_of_a_closed_output_have_none_either() -> None:
 def test_a_failing_rank_ends_the_run_with_its_code(last_words: str, code: int) -> None:
     done = detcoll("run", "-n", "3", "bash", "-c", f"[ $RANK = 1 ] && {last_words}; sleep 1000")
     assert done.returncode == code
-    assert "detcoll: rank 1 failed first" in done.stderr
+    assert "detcoll: first failure seen: rank 1" in done.stderr
 
 
 def test_timeout() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ranks import PROGRAMS, attempt, give_up_after, grouped, launch, lines, run_ranks
 
-from detcoll.communicator import Communicator
+from detcoll.communicator import Communicator, _ending
 from detcoll.errors import Closed, ConnectError, DeadlineMissed, PeerLost, PlanMismatch, TransportError, UsageError
 from detcoll.job.settings import Facts, agree
 from detcoll.runtime import loop
@@ -465,6 +465,25 @@ def test_an_exception_inside_with_ends_all() -> None:
     assert ended.said[1] == [["KeyError", "'lost the key'"]]
     for rank in (0, 2):
         assert ended.said[rank] == [["TransportError", "rank 1 gave up: KeyError: 'lost the key'"]]
+
+
+@pytest.mark.parametrize("transport", ["slotted", "shm"])
+def test_a_program_that_ends_by_an_exception_is_told_to_be_the_cause(transport: str) -> None:
+    """Without ``with``; those that are in `finalize` meanwhile do not say that others failed to come."""
+    ended = launch(3, "calls.py", "ends_by_an_exception", transport)
+    reason = "rank 1 gave up: its program ended: KeyError: 'lost the key'"
+    assert ended.said.pop(2) == [["TransportError", reason]]
+    assert all(said == [["TransportError", reason]] for said in ended.said.values())
+    assert not re.search("rank [0-9, ]+ (did not|never)|others did not", ended.err), ended.err
+
+
+def test_an_exception_that_was_caught_does_not_end_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tools leave it where the interpreter keeps the one that nobody caught."""
+    try:
+        raise KeyError("lost the key")
+    except KeyError as error:
+        monkeypatch.setattr(sys, "last_value", error, raising=False)
+    assert _ending() is None
 
 
 def test_a_forked_child_may_not_use_the_communicator() -> None:

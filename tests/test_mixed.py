@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from detcoll.errors import PlanMismatch, UsageError
+from detcoll.errors import DeadlineMissed, PlanMismatch, UsageError
 from detcoll.runtime import mixed
 from detcoll.testing.fleet import Called, Fleet
 
@@ -19,6 +19,7 @@ class Natives:
     """What a transport has begun on one rank."""
 
     latest: int = -1
+    unfinished: tuple[int, str] | None = None
 
     def called(self, sequence: int) -> str:
         return f"native {sequence}"
@@ -69,6 +70,28 @@ def test_who_is_late_is_no_mismatch() -> None:
     fleet.run(3 * 10**9)
     assert all(call.ended and call.error is None for call in calls)
     assert not any(host.stopped for host in fleet.hosts)
+
+
+@pytest.mark.parametrize("timeout_s", [1.0, 10.0])
+def test_who_is_still_in_an_earlier_native_call_is_not_said_to_be_missing(timeout_s: float) -> None:
+    """All ranks wait, so nobody is blamed; who gives up tells what it knows of the others."""
+    fleet, natives = fleet_of(2)
+    fleet.hosts[0].sequences[fleet.world.id] = 5
+    natives[0].latest = natives[1].latest = 4
+    natives[1].unfinished = 4, "is still in call 4, barrier"
+    call = fleet.call(0, "all_reduce", np.ones(10), timeout_s=timeout_s)
+    fleet.run(30 * 10**9)
+    assert isinstance(call.error, DeadlineMissed)
+    assert "rank 1 (1 message; it is still in call 4, barrier)" in str(call.error)
+
+
+def test_native_calls_count_among_those_that_a_rank_has_made() -> None:
+    fleet, natives = fleet_of(2)
+    fleet.hosts[0].sequences[fleet.world.id] = 5
+    natives[0].latest = natives[1].latest = 4
+    call = fleet.call(0, "all_reduce", np.ones(10), timeout_s=1.0)
+    fleet.run(30 * 10**9)
+    assert "which has not called it; the latest call that it made of this group is number 4" in str(call.error)
 
 
 def test_who_is_in_a_native_call_that_another_rank_refuses_ends_its_group() -> None:

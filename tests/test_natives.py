@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from contextlib import suppress
 
@@ -82,7 +83,10 @@ def test_three_groups_that_overlap_from_three_threads(transport: str) -> None:
 
 NATIVE_AND_PLANNED = {
     "shm": (lambda c: c.all_reduce(np.ones(3), async_op=True), lambda c: c.all_gather(np.ones(3), async_op=True)),
-    "gloo": (lambda c: c.all_reduce(np.ones(3), async_op=True), lambda c: c.reduce_scatter(np.ones(8), async_op=True)),
+    "gloo": (
+        lambda c: c.all_reduce(np.ones(3), async_op=True),
+        lambda c: c.reduce_scatter(np.ones(2 * c.size), async_op=True),
+    ),
 }
 
 
@@ -137,6 +141,31 @@ def test_what_ends_a_group_natively_ends_no_other(transport: str) -> None:
     said = run_ranks(3, program, transport=transport)
     assert "rank 1 called" in said[1]
     assert "rank 2 called" in said[2]
+
+
+def test_who_waits_in_an_earlier_native_call_is_not_blamed_for_a_planned_one(transport: str) -> None:
+    """Rank 2 calls nothing; rank 1 is in the transport, and has not come to the planned call yet."""
+    native, planned = NATIVE_AND_PLANNED[transport]
+    told = threading.Event()
+
+    def program(comm):
+        comm.barrier()
+        if comm.rank == 2:
+            assert told.wait(30)
+            return ""
+        work = native(comm)
+        if comm.rank == 0:
+            comm.timeout = 1.0
+            work = planned(comm)
+        try:
+            with pytest.raises(DetcollError) as caught:
+                work.wait(30)
+        finally:
+            told.set()
+        return str(caught.value)
+
+    for said in run_ranks(3, program, transport=transport)[:2]:
+        assert re.search("waits for rank 2, which has not called it; .* is number 0$", said)
 
 
 def test_a_member_that_is_late_natively_ends_its_group_for_all(transport: str) -> None:

@@ -66,13 +66,13 @@ def test_success_of_all_is_zero() -> None:
 def test_the_first_failure_gives_the_code_and_ends_the_others() -> None:
     code, said = run(FOREVER, "exit 7", FOREVER)
     assert code == 7
-    assert said == ["rank 1 failed first: it exited with code 7; ending the others"]
+    assert said == ["first failure seen: rank 1 exited with code 7; ending the others"]
 
 
 def test_a_signal_gives_128_and_its_number() -> None:
     code, said = run(FOREVER, "kill -SEGV $$")
     assert code == 128 + signal.SIGSEGV
-    assert "rank 1 failed first: it was ended by SIGSEGV" in said[0]
+    assert "first failure seen: rank 1 was ended by SIGSEGV" in said[0]
 
 
 def test_who_ignores_sigterm_is_killed_after_the_grace() -> None:
@@ -111,7 +111,7 @@ def test_a_program_that_cannot_be_run() -> None:
     said: list[str] = []
     process = start(["/nonexistent/program"], stderr=subprocess.DEVNULL)
     assert supervise([process], names=["the program"], announce=said.append) == 127
-    assert said == ["the program failed first: it exited with code 127"]
+    assert said == ["first failure seen: the program exited with code 127"]
 
 
 def test_one_that_ended_before_is_taken_into_account() -> None:
@@ -192,7 +192,7 @@ def test_after_a_failure_too_the_first_signal_is_forwarded_and_the_second_kills(
     crew = [start(["bash", "-c", script], cwd=str(tmp_path)) for script in scripts]
     assert supervise(crew, settle_s=3600, grace_s=3600, announce=announce) == 7
     assert said == [
-        "rank 1 failed first: it exited with code 7; ending the others", "SIGTERM received, forwarding it"
+        "first failure seen: rank 1 exited with code 7; ending the others", "SIGTERM received, forwarding it"
     ]  # fmt: skip
     assert not told or (tmp_path / "told").read_text() == told
     assert crew[0].returncode == (0 if told else -signal.SIGKILL)

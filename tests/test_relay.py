@@ -313,7 +313,7 @@ sys.exit(3) if os.environ["RANK"] == "2" else signal.pause()
 """
         done = self.run("lab", "--relay", "--ranks-per-site", "2", "--", sys.executable, "-c", code)
         assert done.returncode == 3
-        assert "rank 2 failed first" in done.stderr
+        assert "first failure seen: rank 2" in done.stderr
         await_gone([int(line) for line in done.stdout.split()])
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -110,8 +110,8 @@ def test_an_exchange_names_those_that_never_arrived(sessions: Callable[..., list
     met = sessions(4)
     for error in in_threads([lambda s=s: s.exchange("plans", b"", ahead(1)) for s in (met[0], met[3])]):
         assert isinstance(error, ConnectError)
-        assert str(error) == "exchange 'plans': rank 1, 2 never arrived"
-    with pytest.raises(ConnectError, match="rank 1, 2 never arrived"):  # who comes too late is told at once
+        assert str(error) == "exchange 'plans': rank 1, 2 did not arrive in time"
+    with pytest.raises(ConnectError, match="rank 1, 2 did not arrive in time"):  # who comes too late is told at once
         met[1].exchange("plans", b"", ahead())
 
 
@@ -119,8 +119,8 @@ def test_different_exchanges_are_told_apart(sessions: Callable[..., list[Session
     met = sessions(2)
     errors = in_threads([lambda s=s: s.exchange(f"of {s.rank}", b"", ahead(1 + s.rank)) for s in met])
     assert all(isinstance(error, ConnectError) for error in errors)
-    assert str(errors[0]) == "exchange 'of 0': rank 1 never arrived; rank 1 came to 'of 1' of all ranks"
-    assert str(errors[1]) == "exchange 'of 1': rank 0 never arrived"
+    assert str(errors[0]) == "exchange 'of 0': rank 1 did not arrive in time; rank 1 came to 'of 1' of all ranks"
+    assert str(errors[1]) == "exchange 'of 1': rank 0 did not arrive in time"
     assert exchange_all(met) == [[b"0", b"1"]] * 2
 
 

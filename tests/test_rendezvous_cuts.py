@@ -234,8 +234,8 @@ def test_one_name_of_different_ranks_does_not_meet_and_harms_nothing() -> None:
         lambda: met[1].exchange("x", b"", ahead(3), [1, 2]),
     ]
     errors = in_threads(calls)
-    assert str(errors[0]) == "exchange 'x': rank 1 never arrived; rank 1 came to 'x' of ranks 1, 2"
-    assert str(errors[1]) == "exchange 'x': rank 2 never arrived"
+    assert str(errors[0]) == "exchange 'x': rank 1 did not arrive in time; rank 1 came to 'x' of ranks 1, 2"
+    assert str(errors[1]) == "exchange 'x': rank 2 did not arrive in time"
     assert exchange_all(met) == [[b"0", b"1", b"2"]] * 3
     assert close_all(met) == [None] * 3
 

@@ -257,7 +257,7 @@ class TestMember:
         first = member.count("x", None)
         member.begin(first)
         member.take(wire.Missing(first, "absent", (0,), ""))
-        with pytest.raises(ConnectError, match="exchange 'x': rank 0 never arrived"):
+        with pytest.raises(ConnectError, match="exchange 'x': rank 0 did not arrive in time"):
             member.outcome(first)
         member.end(first)
         member.take(wire.Gathered(first, [b"", b""]))

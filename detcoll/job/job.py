@@ -450,7 +450,7 @@ class Job:
         try:
             self.session.exchange("finalize", b"", deadline_ns)
         except TransportError as error:
-            log.warning("rank %d: others did not finalize: %s", self.session.rank, error)
+            log.warning("rank %d: closes though not all ranks have come to finalize: %s", self.session.rank, error)
 
     def _complete_trace(self) -> None:
         """Add to the trace what is known only at the end."""

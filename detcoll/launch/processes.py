@@ -342,7 +342,7 @@ class _Crew:
             _, index, returncode = failed[0]
             self.code = exit_code(returncode)
             rest = "; ending the others" if self.running else ""
-            self.announce(f"{self.names[index]} failed first: it {describe_exit(returncode)}{rest}")
+            self.announce(f"first failure seen: {self.names[index]} {describe_exit(returncode)}{rest}")
             self._end_with(signal.SIGTERM, self.settle_ns)
 
     def _on_time(self, now_ns: int) -> None:

@@ -122,7 +122,7 @@ class Member:
             case "other":
                 raise ConnectError(f"exchange {key.name!r}: {answer.text}")
             case "absent":
-                raise ConnectError(f"exchange {key.name!r}: {absence(answer, 'never arrived')}")
+                raise ConnectError(f"exchange {key.name!r}: {absence(answer, 'did not arrive in time')}")
 
     def take(self, message: wire.FromHub) -> None:
         """Process a message of the hub."""
@@ -131,8 +131,9 @@ class Member:
                 self._events.append(Lost(rank, why))
             case wire.AbortedRank(rank, kind, text, group):
                 self._events.append(Aborted(rank, kind, text, group))
-                if not group:
-                    self._trouble.append(f"rank {rank} gave up ({kind}): {text}")
+                told = f"rank {rank} gave up ({kind}): {text}"
+                if not group and told not in self._trouble:
+                    self._trouble.append(told)
             case wire.Closing():
                 self.has_parted = True
                 self._trouble.append("rank 0 has left")

@@ -109,7 +109,8 @@ def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask
     """
     if membership is None:
         return Answer(ask.group, ask.sequence, State.AWAY)
-    latest = membership.latest
+    natives = membership.natives
+    latest = membership.latest if natives is None else max(membership.latest, natives.latest)
     calls = [op for op in membership.active if not op.reported and op.sequence <= ask.sequence]
     if calls:
         idle_ns = now_ns - max(operation.live_ns for operation in calls)
@@ -118,10 +119,14 @@ def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask
             if ask.timeout_ns < first.timeout_ns:
                 first.timeout_ns, first.is_hurried = ask.timeout_ns, True
             first.limit_ns = now_ns
-        return Answer(ask.group, ask.sequence, State.WAITING, max(idle_ns, 0), latest)
+        doing = f"is still in call {first.sequence}, {first.descriptor.brief}" if first.sequence < ask.sequence else ""
+        return Answer(ask.group, ask.sequence, State.WAITING, max(idle_ns, 0), latest, doing)
     if any(operation.sequence <= ask.sequence for operation in membership.waiting):
         lives = [operation.live_ns for other in others for operation in other.active]
         return Answer(ask.group, ask.sequence, State.WAITING, now_ns - max(lives, default=now_ns), latest)
+    unfinished = natives.unfinished if natives is not None and ask.sequence > membership.latest else None
+    if unfinished is not None and unfinished[0] < ask.sequence:  # nobody knows when it made progress last
+        return Answer(ask.group, ask.sequence, State.WAITING, ask.timeout_ns, latest, unfinished[1])
     return Answer(ask.group, ask.sequence, State.ENDED if ask.sequence <= latest else State.ABSENT, 0, latest)
 
 
@@ -143,7 +148,9 @@ def awaited(operation: Operation) -> dict[int, int]:
 
 
 def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
-    peers = ", ".join(f"rank {peer} ({_awaited(count)})" for peer, count in awaited(operation).items())
+    peers = ", ".join(
+        f"rank {peer} ({_awaited(count)}{_doing(operation, peer)})" for peer, count in awaited(operation).items()
+    )
     if to_blame:
         peers = ", ".join(f"rank {peer}, {_reproach(operation, peer)}" for peer in to_blame)
     whose = " (the timeout of a rank that waits for this one)" if operation.is_hurried else ""
@@ -157,6 +164,11 @@ def _awaited(count: int) -> str:
     if not count:
         return "has not confirmed that it made this call"
     return f"{count} message{'s' if count > 1 else ''}"
+
+
+def _doing(operation: Operation, peer: int) -> str:
+    told = operation.inquiry.answers.get(peer) if operation.inquiry is not None else None
+    return f"; it {told.doing}" if told is not None and told.doing else ""
 
 
 def _reproach(operation: Operation, peer: int) -> str:

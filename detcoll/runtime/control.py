@@ -77,6 +77,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """The answer to an `Ask`.
 
     ``idle_ns`` : if WAITING, the time since the last known progress.  ``latest`` : sequence of the rank's latest call.
+    ``doing`` : if WAITING in an earlier call, what the rank does there, for people.
     """
 
     group: int
@@ -84,6 +85,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     state: State
     idle_ns: int = 0
     latest: int = -1
+    doing: str = ""
 
 
 class Planned(msgspec.Struct, frozen=True, tag="planned"):

@@ -21,6 +21,10 @@ class NativeCalls(Protocol):
     def latest(self) -> int:
         """The number of the latest call that was begun, or -1."""
 
+    @property
+    def unfinished(self) -> tuple[int, str] | None:
+        """The number of the earliest call that has not ended and its state, for people; None if all have ended."""
+
     def called(self, sequence: int) -> str:
         """Return what was called with this number, for people."""
 

@@ -31,6 +31,8 @@ from detcoll.types import ReduceOp
 LARGEST_QUEUE = 4096
 LARGEST_KEPT_ANSWERS = 1024
 
+_WITHIN = "in the transport's own collective"
+
 
 class Submission(NamedTuple):
     """A native call that was submitted.
@@ -189,6 +191,14 @@ class NativeRunner:
         """The number of the latest call that was begun, or -1."""
         return self._latest
 
+    @property
+    def unfinished(self) -> tuple[int, str] | None:
+        """The number of the earliest call that has not ended and its state, for people; None if all have ended."""
+        call = self._current  # read once, since another thread may end it
+        if call is not None:
+            return call.sequence, f"is still in call {call.sequence}, {brief(*_called(call))}, {_WITHIN}"
+        return (self._latest + 1, "has calls queued for the transport's own collectives") if self._queued else None
+
     def called(self, sequence: int) -> str:
         """Return what was called with this number, for people."""
         call = self._current
@@ -285,7 +295,7 @@ class NativeRunner:
         if call is not None:
             what = f"call {call.sequence}, {brief(*_called(call))}"
             calls.append({
-                "sequence": call.sequence, "what": what, "state": "is in the transport's own collective",
+                "sequence": call.sequence, "what": what, "state": f"is {_WITHIN}",
                 "waits_for": [],
             })  # fmt: skip
         return {

@@ -214,6 +214,20 @@ def raises() -> None:
         say(describe(error))
 
 
+def ends_by_an_exception(transport: str) -> None:
+    """Rank 1 ends by an exception that nobody catches; rank 0 only finalizes, and rank 2 calls a collective."""
+    comm = detcoll.init(transport, timeout=20)
+    detcoll.barrier()
+    if comm.rank == 1:
+        raise KeyError("lost the key")
+    try:
+        if comm.rank == 2:
+            detcoll.all_reduce(np.ones(10, np.float32))
+        detcoll.finalize()
+    except detcoll.DetcollError as error:
+        say(describe(error))
+
+
 def forked() -> None:
     """A child made by fork may not use the communicator; the parent may go on."""
     comm = detcoll.init(timeout=20)
