@@ -7,26 +7,32 @@ from its end. When it has made no progress for its timeout, its rank starts an i
                one is absent, away or silent         -> blame it; the group ends and all members are told
                one has made progress meanwhile       -> wait on, for a timeout from that progress
                all are waiting themselves            -> wait HEARSAY_NS to be told; ask again; then blame them
+               one has queued the call behind one that makes no progress -> the same, without HEARSAY_NS
 
-A rank that is asked about a call in which it also waits, without progress for as long, starts its inquiry at once. So
-the question reaches the rank that waits for the culprit directly. That rank finds out within `ANSWER_NS` and tells the
-others, which wait until then because they only wait for waiting ranks. Only progress from before the question was sent
-counts, so that two ranks that wait for each other cannot keep each other waiting.
+A rank that is asked about a call in which it also waits takes over the timeout of the rank that asks, if it is shorter.
+If it has made no progress for as long, it starts its inquiry at once. So the question reaches the rank that waits for
+the culprit directly. That rank finds out within `ANSWER_NS` and tells the others, which wait until then because they
+only wait for waiting ranks. Only progress from before the question was sent counts, so that two ranks that wait for
+each other cannot keep each other waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from detcoll.errors import DeadlineMissed
 from detcoll.runtime.control import Answer, Ask, State
 from detcoll.runtime.membership import Membership
 from detcoll.runtime.operation import Operation
+from detcoll.runtime.transfer import Transfer
 
 ANSWER_NS = 2_000_000_000
 """A rank that was asked counts as silent if nothing arrives from it for this long. On a slow line its answer may take
 longer, queued behind earlier messages, but then those arrive meanwhile."""
+
+Predecessor = Callable[[Operation | Transfer], Operation | Transfer | None]
+"""Returns an earlier call that a call waits for because they use the same memory, or None."""
 
 HEARSAY_NS = 1_000_000_000
 """How long to wait for the verdict of another rank, beyond the time for which that rank waits for answers."""
@@ -90,22 +96,24 @@ def look_into(
     if silent_ns:
         operation.limit_ns = min(silent_ns.values())
         return [], None
-    waiting = [answer for answer in inquiry.answers.values() if answer is not None and answer.state is State.WAITING]
+    told = {peer: answer for peer, answer in inquiry.answers.items() if answer is not None}
+    waiting = [answer for answer in told.values() if answer.state in (State.WAITING, State.QUEUED)]
+    queued = [peer for peer, answer in told.items() if answer.state is State.QUEUED]
     live_ns = max((inquiry.asked_ns - answer.idle_ns for answer in waiting), default=operation.live_ns)
     if live_ns + operation.timeout_ns > now_ns:
         progressed(operation, live_ns)
     elif inquiry.is_last:
-        return [], DeadlineMissed(_late(rank, operation, []))
+        return [], DeadlineMissed(_late(rank, operation, queued))
     else:
         inquiry.hears = True
-        operation.limit_ns = max(inquiry.asked_ns + ANSWER_NS, now_ns) + HEARSAY_NS
+        operation.limit_ns = max(inquiry.asked_ns + ANSWER_NS, now_ns) + (0 if queued else HEARSAY_NS)
     return [], None
 
 
-def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask, now_ns: int) -> Answer:
+def answer(membership: Membership | None, predecessor: Predecessor, ask: Ask, now_ns: int) -> Answer:
     """Answer a question about a call; if the call is as late on this rank, let its inquiry start at once.
 
-    ``others`` : all groups of this rank, for a call that is queued behind a call of another group.
+    ``predecessor`` : tells behind which call a call is queued; that may be a message, or a call of another group.
     """
     if membership is None:
         return Answer(ask.group, ask.sequence, State.AWAY)
@@ -113,21 +121,39 @@ def answer(membership: Membership | None, others: Iterable[Membership], ask: Ask
     latest = membership.latest if natives is None else max(membership.latest, natives.latest)
     calls = [op for op in membership.active if not op.reported and op.sequence <= ask.sequence]
     if calls:
-        idle_ns = now_ns - max(operation.live_ns for operation in calls)
-        first = calls[0]
-        if idle_ns >= ask.timeout_ns and first.inquiry is None:
+        live_ns = max(operation.live_ns for operation in calls)
+        idle_ns, first = now_ns - live_ns, calls[0]
+        if first.inquiry is None:
             if ask.timeout_ns < first.timeout_ns:
                 first.timeout_ns, first.is_hurried = ask.timeout_ns, True
-            first.limit_ns = now_ns
+            first.limit_ns = min(first.limit_ns, max(now_ns, live_ns + ask.timeout_ns))
         doing = f"is still in call {first.sequence}, {first.descriptor.brief}" if first.sequence < ask.sequence else ""
         return Answer(ask.group, ask.sequence, State.WAITING, max(idle_ns, 0), latest, doing)
-    if any(operation.sequence <= ask.sequence for operation in membership.waiting):
-        lives = [operation.live_ns for other in others for operation in other.active]
-        return Answer(ask.group, ask.sequence, State.WAITING, now_ns - max(lives, default=now_ns), latest)
+    queued = next((operation for operation in membership.waiting if operation.sequence <= ask.sequence), None)
+    if queued is not None:
+        ahead = _first_of_queue(queued, predecessor)
+        if ahead is None:
+            return Answer(ask.group, ask.sequence, State.WAITING, 0, latest)
+        doing = f"has queued this call behind {ahead.title}, which uses the same memory{_waits(ahead)}"
+        return Answer(ask.group, ask.sequence, State.QUEUED, max(now_ns - ahead.live_ns, 0), latest, doing)
     unfinished = natives.unfinished if natives is not None and ask.sequence > membership.latest else None
     if unfinished is not None and unfinished[0] < ask.sequence:  # nobody knows when it made progress last
         return Answer(ask.group, ask.sequence, State.WAITING, ask.timeout_ns, latest, unfinished[1])
     return Answer(ask.group, ask.sequence, State.ENDED if ask.sequence <= latest else State.ABSENT, 0, latest)
+
+
+def _first_of_queue(queued: Operation, predecessor: Predecessor) -> Operation | Transfer | None:
+    """Return the call under way that a call is queued behind, maybe with others between, or None."""
+    ahead = before = predecessor(queued)
+    while before is not None:
+        ahead, before = before, predecessor(before)
+    return ahead
+
+
+def _waits(call: Operation | Transfer) -> str:
+    """Return for which ranks a collective waits; the title of a message says that by itself."""
+    ranks = [] if isinstance(call, Transfer) else list(awaited(call))
+    return f" and waits for {', '.join(f'rank {rank}' for rank in ranks)}" if ranks else ""
 
 
 def answered(operation: Operation, peer: int, told: Answer, now_ns: int) -> None:
@@ -176,6 +202,8 @@ def _reproach(operation: Operation, peer: int) -> str:
     if told is None:
         called = "has not confirmed that it made this call" if peer in operation.strangers else "has made this call"
         return f"which {called} and does not answer"
+    if told.state is State.QUEUED:
+        return f"which {told.doing}"
     if told.state is State.AWAY:
         return "which is not in the group: it has closed it, or not opened it yet"
     if told.latest < 0:

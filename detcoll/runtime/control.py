@@ -61,6 +61,8 @@ class State(Enum):
     """The rank is not in the group: it has closed it, or has not opened it yet."""
     WAITING = "waiting"
     """The rank is in this call or an earlier one of the group."""
+    QUEUED = "queued"
+    """The rank has made the call, which is queued behind another that uses the same memory."""
     ENDED = "ended"
     """The call has ended on the rank."""
 

@@ -101,7 +101,7 @@ class Engine:
         self._ready: deque[Membership] = deque()
         self._may_start = self._may_retire = False
         self.credit = Credit()
-        self.failures = Failures(rank, self.groups, self.actions, slots, self.credit, self.recorder)
+        self.failures = Failures(rank, self.groups, self.actions, slots, self.credit, self.recorder, self._predecessor)
         self._heard_ns = self.failures.heard_ns
         self._order = 0
         self.messages = Messages(
