@@ -286,6 +286,15 @@ def test_peers_are_connected_when_they_are_needed() -> None:
         assert isinstance(waiting.error, PeerLost)
 
 
+def test_the_kernel_keeps_idle_connections_in_the_memory_of_firewalls() -> None:
+    with two() as fabric:
+        made = fabric[1].reach(fabric[0].address)
+        with made:
+            assert made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 30
+            assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) < 30
+
+
 def test_a_lack_of_descriptors_loses_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     fabric = two()
     fabric.needed = ()

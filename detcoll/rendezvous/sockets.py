@@ -30,10 +30,6 @@ Where = tuple[str, int] | tuple[str, int, int, int]
 """A socket address of IPv4 (host, port) or IPv6 (host, port, flow, scope)."""
 
 
-class _Unknown(ConnectError):
-    """The host name cannot be resolved."""
-
-
 @dataclass(frozen=True, slots=True)
 class Reached:
     """A hub that answered: its numeric socket address, and the local address of the connection to it."""
@@ -90,7 +86,7 @@ class Address:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise _Unknown(f"cannot resolve the host of rendezvous {self}: {error}") from error
+            raise ConnectError(f"cannot resolve the host of rendezvous {self}: {error}") from error
         return [(family, _where(where)) for family, _, _, _, where in found]
 
 
@@ -198,21 +194,22 @@ def reach(address: Address, deadline_ns: int, *, is_known: bool = False) -> Reac
     nap_s, why = SHORTEST_NAP_S, "the deadline passed before the first attempt"
     while (left_s := left(deadline_ns)) > 0:
         try:
-            for family, where in address.resolve():
-                try:
-                    return _reach_once(family, where, min(left_s, _ATTEMPT_S))
-                except _Foreign as error:
-                    raise ConnectError(f"the service at {address} is not a detcoll rendezvous: {error}") from error
-                except OSError as error:
-                    why = error.strerror or str(error)
-                    if error.errno in (errno.EMFILE, errno.ENFILE):
-                        raise too_few_descriptors("the connection to rank 0", 1) from error
-                    if is_known and error.errno == errno.ECONNREFUSED:
-                        raise ConnectError(
-                            f"rank 0 is gone: it was at {address}, but nobody listens there any more"
-                        ) from error
-        except _Unknown as error:  # a name may not resolve until its host has started
-            why = str(error)
+            found = address.resolve()
+        except ConnectError as error:  # a name may not resolve until its host has started
+            found, why = [], str(error)
+        for family, where in found:
+            try:
+                return _reach_once(family, where, min(left_s, _ATTEMPT_S))
+            except _Foreign as error:
+                raise ConnectError(f"the service at {address} is not a detcoll rendezvous: {error}") from error
+            except OSError as error:
+                why = error.strerror or str(error)
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise too_few_descriptors("the connection to rank 0", 1) from error
+                if is_known and error.errno == errno.ECONNREFUSED:
+                    raise ConnectError(
+                        f"rank 0 is gone: it was at {address}, but nobody listens there any more"
+                    ) from error
         time.sleep(min(nap_s, left(deadline_ns)))
         nap_s = min(2 * nap_s, LONGEST_NAP_S)
     raise ConnectError(

@@ -15,6 +15,9 @@ from detcoll.transport import Clock
 _HELLO = struct.Struct("<16sI")
 """The job's token, and the rank that connects."""
 
+IDLE_S = 10
+"""How long a connection is idle before the kernel asks for the peer; firewalls forget after 30 s or more."""
+
 
 class TcpEndpoint(StreamEndpoint):
     """Connects to the ports of other ranks; who shows the job's token is one of them."""
@@ -34,6 +37,9 @@ class TcpEndpoint(StreamEndpoint):
         made = socket.socket(self.listener.family)
         made.setblocking(False)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a small message waits for the one before
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # else a firewall forgets an idle connection
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, IDLE_S)
         code = made.connect_ex((host, int(port)))
         if code not in (0, EINPROGRESS):
             made.close()
