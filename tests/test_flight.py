@@ -208,6 +208,20 @@ def test_a_hanging_job_tells_where_it_stands(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"record0.json", "record1.json"}
 
 
+def test_the_folder_of_all_records_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, ranks, reason in (("early", (0, 2), "rank 1 is lost"), ("late", (0,), "asked")):
+        for rank in ranks:
+            flight = Flight(name, rank, lambda rank=rank: {"rank": rank, "size": 3, "groups": []}, str(tmp_path))
+            assert flight.write(reason) is not None
+            flight.close()
+    assert main(["report", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    early, late = (next(line for line in lines if name in line and "rank" in line) for name in ("early", "late"))
+    assert re.search(r"[0-9:]{8} .* rank 0, 2 of 3 .* rank 1 is lost", early)
+    assert re.search(r"[0-9:]{8} .* rank 0 of 3 .* asked", late)
+    assert lines[-1].endswith(f"detcoll report {tmp_path / 'late'}")
+
+
 def test_a_signal_writes_a_record(tmp_path: Path) -> None:
     program = (
         "import detcoll, os, signal, sys, pathlib, threading\n"
