@@ -222,6 +222,29 @@ def test_the_folder_of_all_records_is_listed(tmp_path: Path, capsys: pytest.Capt
     assert lines[-1].endswith(f"detcoll report {tmp_path / 'late'}")
 
 
+def test_one_of_several_jobs_is_asked_for_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("detcoll.job.flight.socket_prefix", lambda: f"detcoll-test-{os.getpid()}-")
+    one = {"size": 2, "groups": [], "events": []}
+    flights = [Flight(name, rank, lambda rank=rank: one | {"rank": rank}, "off") for rank, name in enumerate("ab")]
+    asked = tmp_path / "asked.json"
+    try:
+        assert main(["doctor", "--job"]) == 0
+        assert "Ranks of 2 jobs run here: a, b. " in capsys.readouterr().out
+        assert main(["doctor", "--json", str(asked), "--job", "b"]) == 0
+        assert [record["job"] for record in json.loads(asked.read_text())] == ["b"]
+        told = capsys.readouterr().out
+        assert "job b" in told
+        assert "job a" not in told
+        assert main(["doctor", "--job", "c"]) == 1
+        assert "No rank of job c runs on this host as this user; there are ranks of a, b." in capsys.readouterr().out
+        assert main(["doctor", "b"]) == 2
+    finally:
+        for flight in flights:
+            flight.close()
+
+
 def test_a_signal_writes_a_record(tmp_path: Path) -> None:
     program = (
         "import detcoll, os, signal, sys, pathlib, threading\n"
