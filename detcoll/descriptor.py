@@ -57,6 +57,14 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
         """What was called, for people: the same for calls that fit together."""
         return brief(self.kind, self.op, self.dtype, self.count, self.root, self.arrays, self.name)
 
+    @property
+    def told(self) -> str:
+        """What was called, as mismatches tell it: also what this rank and the other one send each other."""
+        if not self.pair:
+            return self.brief
+        named = f" ({self.name})" if self.name else ""
+        return f"{self.kind} with {self.pair[0]} {self.dtype} for the other and {self.pair[1]} from it{named}"
+
     def encode(self) -> bytes:
         """Return the record that ranks compare: its length, its text, and padding."""
         text = msgspec.json.encode(self)
@@ -72,24 +80,27 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
         Raises
         ------
         PlanMismatch
-            If they differ; shows both in full.
+            If they differ; tells both and in what they differ.
         """
         expected = self if not self.pair else msgspec.structs.replace(self, pair=self.pair[::-1])
         if record != expected.encode():
-            text = record[2 : 2 + int.from_bytes(record[:2], "little")]
+            called, differences = expected._against(record[2 : 2 + int.from_bytes(record[:2], "little")])
             raise PlanMismatch(
-                f"ranks called different collectives: rank {rank} called {msgspec.json.encode(self).decode()}, "
-                f"rank {other} called {text.decode(errors='replace')}{expected._differences(text)}"
+                f"ranks called different collectives: rank {rank} called {self.told}, rank {other} called {called}"
+                f"{differences}"
             )
 
-    def _differences(self, text: bytes) -> str:
-        """Say for people what differs; of sizes there are only digests, which tell nobody anything."""
+    def _against(self, text: bytes) -> tuple[str, str]:
+        """Say for people what another rank called and what differs; of some sizes there are only digests."""
         try:
             other = msgspec.json.decode(text, type=Descriptor)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            return ""
+            called = other.told
+        except (msgspec.MsgspecError, UsageError, ValueError):
+            return "something that this rank cannot read", ""
         found = [word for field, word in FIELDS.items() if getattr(self, field) != getattr(other, field)]
-        return f"; they differ in {' and '.join(found)}" if found else ""
+        if self.sequence != other.sequence:
+            found[0] += f" (here {self.sequence}, there {other.sequence})"
+        return called, f"; they differ in {' and '.join(found)}" if found else ""
 
 
 def shortened(name: str) -> str:
@@ -143,7 +154,7 @@ class Announcement:
         Raises
         ------
         PlanMismatch
-            If one differs; shows it and this rank's in full.
+            If one differs; tells it and this rank's.
         """
         names = range(len(records)) if ranks is None else ranks
         for other, record in zip(names, records, strict=True):

@@ -177,23 +177,23 @@ def ones(elems: int, dtype: type = np.float32) -> np.ndarray:
 
 
 DIFFERENT: dict[str, Callable[[Communicator], object]] = {
-    '"count":101': lambda comm: comm.all_reduce(ones(101)),
-    '"count":90000': lambda comm: comm.all_reduce(ones(90_000)),
-    '"count":0': lambda comm: comm.all_reduce(ones(0)),
-    '"dtype":"int32"': lambda comm: comm.all_reduce(ones(100, np.int32)),
-    '"dtype":"float64"': lambda comm: comm.all_reduce(ones(100, np.float64)),
-    '"op":"max"': lambda comm: comm.all_reduce(ones(100), op="max"),
-    '"kind":"broadcast"': lambda comm: comm.broadcast(ones(100)),
-    '"kind":"barrier"': lambda comm: comm.barrier(),
-    '"arrays":2': lambda comm: comm.all_reduce([ones(50), ones(50)]),
-    '"name":"weights"': lambda comm: comm.all_reduce(ones(100), name="weights"),
+    "of 101 float32": lambda comm: comm.all_reduce(ones(101)),
+    "of 90000 float32": lambda comm: comm.all_reduce(ones(90_000)),
+    "of 0 float32": lambda comm: comm.all_reduce(ones(0)),
+    "of 100 int32": lambda comm: comm.all_reduce(ones(100, np.int32)),
+    "of 100 float64": lambda comm: comm.all_reduce(ones(100, np.float64)),
+    "float32, max": lambda comm: comm.all_reduce(ones(100), op="max"),
+    "broadcast of 100 float32, root 0": lambda comm: comm.broadcast(ones(100)),
+    "called barrier": lambda comm: comm.barrier(),
+    "of 100 float32 in 2 arrays, sum": lambda comm: comm.all_reduce([ones(50), ones(50)]),
+    "of 100 float32, sum (weights)": lambda comm: comm.all_reduce(ones(100), name="weights"),
 }
 
 
 @pytest.mark.parametrize(
     ("text", "transport", "topology"),
     [(text, *place) for place in COMPARED[:2] for text in DIFFERENT]
-    + [(text, *place) for place in COMPARED[2:-1] for text in ('"count":101', '"kind":"barrier"')]
+    + [(text, *place) for place in COMPARED[2:-1] for text in ("of 101 float32", "called barrier")]
     + [pytest.param(text, *COMPARED[-1].values, marks=COMPARED[-1].marks) for text in DIFFERENT],
 )
 def test_a_rank_that_calls_something_else(text: str, transport: str, topology: Topology | None) -> None:
@@ -207,7 +207,7 @@ def test_a_rank_that_calls_something_else(text: str, transport: str, topology: T
     for rank, answer in enumerate(attempt(4, program, transport=transport, topology=topology)):
         assert isinstance(answer, PlanMismatch), f"rank {rank}: {answer!r}"
         assert text in str(answer)
-        assert '"kind":"all_reduce","op":"sum","dtype":"float32","count":100' in str(answer)
+        assert "called all_reduce of 100 float32, sum" in str(answer)
 
 
 @pytest.mark.parametrize(("transport", "topology"), COMPARED)
@@ -217,8 +217,8 @@ def test_ranks_that_broadcast_from_different_roots(transport: str, topology: Top
 
     for rank, answer in enumerate(attempt(4, program, transport=transport, topology=topology)):
         assert isinstance(answer, PlanMismatch), f"rank {rank}: {answer!r}"
-        assert '"root":0' in str(answer)
-        assert '"root":1' in str(answer)
+        assert "root 0" in str(answer)
+        assert "root 1" in str(answer)
 
 
 def test_after_a_mismatch_the_communicator_is_closed() -> None:

@@ -208,6 +208,43 @@ def test_a_hanging_job_tells_where_it_stands(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"record0.json", "record1.json"}
 
 
+def test_the_folder_of_all_records_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, ranks, reason in (("early", (0, 2), "rank 1 is lost"), ("late", (0,), "asked")):
+        for rank in ranks:
+            flight = Flight(name, rank, lambda rank=rank: {"rank": rank, "size": 3, "groups": []}, str(tmp_path))
+            assert flight.write(reason) is not None
+            flight.close()
+    assert main(["report", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    early, late = (next(line for line in lines if name in line and "rank" in line) for name in ("early", "late"))
+    assert re.search(r"[0-9:]{8} .* rank 0, 2 of 3 .* rank 1 is lost", early)
+    assert re.search(r"[0-9:]{8} .* rank 0 of 3 .* asked", late)
+    assert lines[-1].endswith(f"detcoll report {tmp_path / 'late'}")
+
+
+def test_one_of_several_jobs_is_asked_for_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("detcoll.job.flight.socket_prefix", lambda: f"detcoll-test-{os.getpid()}-")
+    one = {"size": 2, "groups": [], "events": []}
+    flights = [Flight(name, rank, lambda rank=rank: one | {"rank": rank}, "off") for rank, name in enumerate("ab")]
+    asked = tmp_path / "asked.json"
+    try:
+        assert main(["doctor", "--job"]) == 0
+        assert "Ranks of 2 jobs run here: a, b. " in capsys.readouterr().out
+        assert main(["doctor", "--json", str(asked), "--job", "b"]) == 0
+        assert [record["job"] for record in json.loads(asked.read_text())] == ["b"]
+        told = capsys.readouterr().out
+        assert "job b" in told
+        assert "job a" not in told
+        assert main(["doctor", "--job", "c"]) == 1
+        assert "No rank of job c runs on this host as this user; there are ranks of a, b." in capsys.readouterr().out
+        assert main(["doctor", "b"]) == 2
+    finally:
+        for flight in flights:
+            flight.close()
+
+
 def test_a_signal_writes_a_record(tmp_path: Path) -> None:
     program = (
         "import detcoll, os, signal, sys, pathlib, threading\n"

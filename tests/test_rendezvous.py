@@ -120,7 +120,7 @@ def test_different_exchanges_are_told_apart(sessions: Callable[..., list[Session
     errors = in_threads([lambda s=s: s.exchange(f"of {s.rank}", b"", ahead(1 + s.rank)) for s in met])
     assert all(isinstance(error, ConnectError) for error in errors)
     assert str(errors[0]) == "exchange 'of 0': rank 1 did not arrive in time; rank 1 came to 'of 1' of all ranks"
-    assert str(errors[1]) == "exchange 'of 1': rank 0 did not arrive in time"
+    assert str(errors[1]) == "exchange 'of 1': rank 0 did not arrive in time; rank 0 came to 'of 0' of all ranks"
     assert exchange_all(met) == [[b"0", b"1"]] * 2
 
 

@@ -20,13 +20,17 @@ from detcoll.topology import Topology
 _STYLES = {Verdict.GOOD: "green", Verdict.CHANGE: "bold red", Verdict.NOTE: "yellow"}
 
 
-def doctor(*, topology: Path | None = None, json: Path | None = None, job: bool = False) -> int:
+def doctor(
+    name: str | None = None, /, *, topology: Path | None = None, json: Path | None = None, job: bool = False
+) -> int:
     """Look at this host's buffers, clocks, scheduling and transports, and say what to change.
 
     The exit code is 1 where something should be changed.
 
     Parameters
     ----------
+    name
+        With --job, the name of one job, where several run.
     topology
         The topology file whose lines this host is to serve; a line of 1 Gbit/s over 20 ms is assumed without.
     json
@@ -39,7 +43,9 @@ def doctor(*, topology: Path | None = None, json: Path | None = None, job: bool 
     if job:
         if topology is not None:
             raise UsageError("--topology means nothing with --job")
-        return _ask_job(json)
+        return _ask_job(json, name)
+    if name is not None:
+        raise UsageError(f"{name!r} means nothing without --job, which takes the name of a job")
     found = examine(None if topology is None else Topology.from_file(topology))
     if json is not None:
         write_file(json, msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
@@ -54,18 +60,27 @@ def doctor(*, topology: Path | None = None, json: Path | None = None, job: bool 
     return 1 if any(one.verdict is Verdict.CHANGE for one in found) else 0
 
 
-def _ask_job(json: Path | None) -> int:
-    """Ask the ranks on this host; the exit code is 1 where there is none."""
-    records = [record for record in map(ask, running()) if record is not None]
+def _ask_job(json: Path | None, wanted: str | None) -> int:
+    """Ask the ranks on this host, all or those of one job; the exit code is 1 where there is none."""
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for record in map(ask, running()):
+        if record is not None:
+            jobs.setdefault(record["job"], []).append(record)
+    names = ", ".join(sorted(jobs))
+    if wanted is not None:
+        jobs = {name: ranks for name, ranks in jobs.items() if name == wanted}
     if json is not None:
-        write_file(json, msgspec.json.encode(records))
-    if not records:
+        write_file(json, msgspec.json.encode([record for ranks in jobs.values() for record in ranks]))
+    if not names:
         print("No rank of detcoll runs on this host as this user.")
         return 1
-    jobs: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        jobs.setdefault(record["job"], []).append(record)
+    if not jobs:
+        print(f"No rank of job {wanted} runs on this host as this user; there are ranks of {names}.")
+        return 1
     console = output_console()
+    if len(jobs) > 1:
+        text = f"Ranks of {len(jobs)} jobs run here: {names}. For one of them: detcoll doctor --job NAME"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     for name, ranks in sorted(jobs.items()):
         console.print(f"job {name}", highlight=False, markup=False)
         console.print(standing_table(sorted(ranks, key=lambda record: int(record["rank"]))))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
+from rich.table import Table
+from rich.text import Text
 
 from detcoll.cli.doctor import standing_table
 from detcoll.cli.terminal import output_console
@@ -12,7 +15,7 @@ from detcoll.draw import chrome_trace
 from detcoll.errors import UsageError
 from detcoll.outputs import require_folder, require_writable, write_file
 from detcoll.report import ReportInputs, gather, write_report
-from detcoll.report.standing import findings, read_records
+from detcoll.report.standing import findings, read_records, recorded_jobs
 
 
 def report(
@@ -29,7 +32,8 @@ def report(
     files
         Files of measure --json and bench --json, traces of ranks (DETCOLL_TRACE), folders of these, and TOML files
         whose sites have a latitude and a longitude. Or one folder of flight records (record0.json and so on): then
-        nothing is drawn, and what the records say about a job that failed or hangs is printed.
+        nothing is drawn, and what the records say about a job that failed or hangs is printed. Of a folder with such
+        folders of several jobs, the jobs are listed.
     out
         Directory for report.html; "report" unless given, and not made where only --perfetto is asked for.
     svg
@@ -45,6 +49,9 @@ def report(
     require_writable(perfetto, "perfetto")
     if len(files) == 1 and files[0].is_dir() and any(files[0].glob("record*.json")):
         _print_records(files[0])
+        return 0
+    if len(files) == 1 and files[0].is_dir() and any(files[0].glob("*/record*.json")):
+        _print_jobs(files[0])
         return 0
     folder = Path("report") if out is None and (svg or perfetto is None) else out
     require_folder(folder, "out")
@@ -63,6 +70,20 @@ def _write_perfetto(path: Path, inputs: ReportInputs) -> None:
     trace = chrome_trace(inputs.traced[0].traces, inputs.site_names)
     write_file(path, msgspec.json.encode(trace))
     print(path)
+
+
+def _print_jobs(folder: Path) -> None:
+    """List the jobs that left records in this folder, and say how to see one."""
+    jobs = recorded_jobs(folder)
+    table = Table("job", "first record", "records of", "reason of the first")
+    for job in jobs:
+        time = datetime.fromtimestamp(job.at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        ranks = f"rank {', '.join(map(str, job.ranks))} of {job.size}"
+        table.add_row(Text(job.folder.name), time, ranks, Text(job.reason))
+    console = output_console()
+    console.print(table)
+    text = f"Each job has a folder of its own. Give one to see where its ranks stood: detcoll report {jobs[0].folder}"
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_records(folder: Path) -> None:

@@ -199,7 +199,8 @@ class Job:
             except UsageError as error:
                 problem = f"rank {self.session.rank}: {error}"
             deadline_ns = deadline_after(self.settings.timeout_s)
-            told = self.session.exchange(f"group {group.id:016x}", problem.encode(), deadline_ns, group.ranks)
+            what = f"group {group.in_full} ({group.id:016x})"  # what others read where some come to another one
+            told = self.session.exchange(what, problem.encode(), deadline_ns, group.ranks)
         except BaseException as error:
             if not problem:
                 with contextlib.suppress(Closed):

@@ -19,6 +19,7 @@ from detcoll.rendezvous import wire
 _KEPT_FAILURES = 4096
 _KEPT_STRAYS = 8
 _SHOWN_RANKS = 32
+_SHOWN_CHARS = 256
 
 
 @dataclass(eq=False, slots=True)
@@ -87,7 +88,7 @@ class Hub:
         for key in [key for key, exchange in self._exchanges.items() if now_ns >= exchange.answer_by_ns]:
             came = self._exchanges[key].payloads
             absent = tuple(rank for rank in self._members(key) if rank not in came)
-            failure = wire.Missing(key, "absent", absent, self._elsewhere(absent))
+            failure = wire.Missing(key, "absent", absent, self._elsewhere(key, absent))
             self._fail(key, failure)
             self._failed[key] = failure
             if len(self._failed) > _KEPT_FAILURES:
@@ -210,13 +211,17 @@ class Hub:
             who = f"a process that says it is rank {hello.rank} of {hello.size} was refused"
             self._strays[f"{who}: {refusal.text}"] = None
 
-    def _elsewhere(self, absent: Iterable[int]) -> str:
-        """Return which other exchanges the absent ranks are waiting in, as text."""
+    def _elsewhere(self, missed: wire.Key, absent: Iterable[int]) -> str:
+        """Return as text which other exchanges the absent ranks wait in, or have waited in with the same members."""
+        came = {key: frozenset(exchange.payloads) for key, exchange in self._exchanges.items()}
+        for key, failure in self._failed.items():
+            if key.ranks == missed.ranks:
+                came[key] = frozenset(self._members(key)).difference(failure.ranks)
         found = [
-            f"rank {rank} came to {key.name[:64]!r} of {_list(key.ranks)}"
+            f"rank {rank} came to {key.name[:_SHOWN_CHARS]!r} of {_list(key.ranks)}"
             for rank in absent
-            for key, exchange in self._exchanges.items()
-            if rank in exchange.payloads
+            for key, ranks in came.items()
+            if rank in ranks
         ]
         return "; ".join(found[:_KEPT_STRAYS])
 

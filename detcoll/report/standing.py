@@ -58,6 +58,37 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: int(record["rank"]))
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The folder of one job's records: when the first was written, for what, which ranks wrote, and how many there are.
+
+    ``at`` : in seconds since 1970.
+    """
+
+    folder: Path
+    at: float
+    ranks: tuple[int, ...]
+    size: int
+    reason: str
+
+
+def recorded_jobs(folder: Path) -> list[Recorded]:
+    """Return the jobs whose folders of records are in ``folder``, the latest first.
+
+    Raises
+    ------
+    UsageError
+        If a file cannot be read or is not a flight record.
+    """
+    found = []
+    for job in sorted({path.parent for path in folder.glob("*/record*.json")}):
+        records = read_records(job)
+        first = min(records, key=lambda record: float(record["at"]))
+        ranks = tuple(int(record["rank"]) for record in records)
+        found.append(Recorded(job, float(first["at"]), ranks, int(first["size"]), str(first["reason"])))
+    return sorted(found, key=lambda job: job.at, reverse=True)
+
+
 def stands(records: Sequence[dict[str, Any]]) -> list[Stand]:
     """Return the state of each rank in each of its groups, ordered by group and rank."""
     found = []

@@ -93,7 +93,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
 class Planned(msgspec.Struct, frozen=True, tag="planned"):
     """Says that the sender's call of this number goes through a plan, and waits to hear what the receiver called.
 
-    ``called`` : its descriptor, for people.
+    ``called`` : what it is, for people.
     """
 
     group: int

@@ -68,6 +68,12 @@ class Group:
         shown = ", ".join(map(str, self.ranks[:8])) + (", ..." if len(self.ranks) > 8 else "")
         return f"{self.name!r}" if self.name else f"of ranks {shown}"
 
+    @property
+    def in_full(self) -> str:
+        """What members must agree on, for messages: the ranks in their order, and the name."""
+        shown = ", ".join(map(str, self.ranks[:32])) + (", ..." if len(self.ranks) > 32 else "")
+        return f"with ranks in the order {shown}" + (f" and the name {self.name!r}" if self.name else "")
+
     def acquaintances(self, rank: int) -> frozenset[int]:
         """Return the ranks of the job with which ``rank`` compares every call of this group."""
         if len(self.ranks) < 2:

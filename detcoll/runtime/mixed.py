@@ -44,7 +44,7 @@ def to_tell(membership: Membership, now_ns: int) -> list[tuple[int, Planned]]:
         return []
     first.tells_ns = now_ns + REPEAT_NS
     return [
-        (peer, Planned(membership.group.id, first.sequence, msgspec.json.encode(first.described_to(peer)).decode()))
+        (peer, Planned(membership.group.id, first.sequence, first.described_to(peer).told))
         for peer in sorted(first.strangers)
     ]
 

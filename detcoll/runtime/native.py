@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from detcoll.descriptor import brief
@@ -204,7 +203,7 @@ class NativeRunner:
         call = self._current
         if call is None or call.sequence != sequence:
             return f"another collective as number {sequence}"
-        return msgspec.json.encode(call.announcement.numbered(sequence).descriptor).decode()
+        return brief(*_called(call))
 
     def fail(self, error: Exception) -> bool:
         """Refuse further calls because of ``error``; return whether a call is under way that does not know it."""
