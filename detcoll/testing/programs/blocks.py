@@ -118,7 +118,7 @@ def different_counts(here: Here, kind: str) -> None:
     counts = tuple(3 + rank for rank in range(size))
     counts = counts if here.rank else counts[::-1]
     case = Case(kind, np.dtype(np.float32), ReduceOp.SUM, 0, counts, in_place=False)
-    with pytest.raises(PlanMismatch, match='"counts"'):
+    with pytest.raises(PlanMismatch, match="sizes of blocks"):
         here.endpoint.run(case.call(here.rank), here.deadline_ns())  # type: ignore[attr-defined]
     here.meet()
 
@@ -199,7 +199,7 @@ def a_group_ends_alone(here: Here) -> None:
 def numbers_differ(here: Here) -> None:
     """Check that equal calls of different numbers do not meet."""
     array = np.full(10, float(here.rank))
-    with pytest.raises(PlanMismatch, match='"sequence":8'):
+    with pytest.raises(PlanMismatch, match="number of the call .*8"):
         _collectives(here).run(NativeCall("all_reduce", array, 10, sequence=7 + here.rank % 2), here.deadline_ns())
     here.meet()
 
