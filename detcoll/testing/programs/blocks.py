@@ -199,7 +199,7 @@ def a_group_ends_alone(here: Here) -> None:
 def numbers_differ(here: Here) -> None:
     """Check that equal calls of different numbers do not meet."""
     array = np.full(10, float(here.rank))
-    with pytest.raises(PlanMismatch, match="number of the call .*8"):
+    with pytest.raises(PlanMismatch, match=r"number of the call .*8"):
         _collectives(here).run(NativeCall("all_reduce", array, 10, sequence=7 + here.rank % 2), here.deadline_ns())
     here.meet()
 
