@@ -6,12 +6,16 @@ There is no barrier between calls. Libraries are called directly, not through de
 environment has), Gloo by torch, left out if it is not installed. All take turns on the same processes and arrays in
 each of ``--rounds``. A row tells the median over rounds of the time of a call, and how many times as fast as the best
 of the others shared memory is. Every result is checked.
+
+``copies`` (two ranks) is no library, but what arrays that lie anywhere cost at least: a rank reads half of the other's
+array (process_vm_readv, in steps that stay in cache), adds it to its own, and reads the other half of the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -27,12 +31,15 @@ from numpy.typing import NDArray
 import detcoll
 from detcoll.measure.host import host_facts
 from detcoll.quantities import format_bytes, parse_size_bytes
+from detcoll_shm.libc import Span, libc
 
 SCHEMA = "detcoll.one-host/1"
 SIZES = "8B,64KiB,256KiB,1MiB,4MiB,64MiB"
 LOOP_S = 0.2
 """A round of one library takes about as long, but at least `FEWEST` calls."""
 FEWEST = 5
+STEP_BYTES = 2**20
+COPIES = "copies"
 
 Reduce = Callable[[NDArray[np.float32]], Any]
 
@@ -44,12 +51,46 @@ def libraries(rank: int, size: int, file: str) -> dict[str, Reduce]:
         "shm": detcoll.all_reduce,
         MPI.Get_library_version().split()[0]: lambda array: world.Allreduce(MPI.IN_PLACE, array),
     }
+    if size == 2:
+        found[COPIES] = copies(rank)
     if find_spec("torch") is not None:
         import torch
 
         torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=size)
         found["Gloo"] = lambda array: torch.distributed.all_reduce(torch.from_numpy(array))
     return found
+
+
+def copies(rank: int) -> Reduce:
+    """Return what does nothing but the least that two ranks have to read and add."""
+    world, here, there = MPI.COMM_WORLD, Span(), Span()
+    pid, addresses = world.sendrecv(os.getpid(), 1 - rank), dict[int, int]()
+    room = np.empty(STEP_BYTES // 4, np.float32)
+
+    def read(into: NDArray[np.float32], address: int) -> None:
+        here.base, there.base, here.length = into.ctypes.data, address, into.nbytes
+        there.length = into.nbytes
+        if libc().process_vm_readv(pid, here, 1, there, 1, 0) != into.nbytes:
+            raise SystemExit("process_vm_readv is not allowed between these processes")
+
+    def reduce(array: NDArray[np.float32]) -> None:
+        own = array.ctypes.data
+        if own not in addresses:
+            addresses[own] = world.sendrecv(own, 1 - rank)
+        half = array.size // 2
+        begin, end = (0, half) if rank == 0 else (half, array.size)
+        world.Barrier()
+        for at in range(begin, end, room.size):
+            part = array[at : min(at + room.size, end)]
+            read(room[: part.size], addresses[own] + 4 * at)
+            np.add(part, room[: part.size], out=part)
+        world.Barrier()
+        begin, end = (half, array.size) if rank == 0 else (0, half)
+        for at in range(begin, end, room.size):
+            read(array[at : min(at + room.size, end)], addresses[own] + 4 * at)
+        world.Barrier()
+
+    return reduce
 
 
 def loop_s(reduce: Reduce, array: NDArray[np.float32], calls: int, size: int) -> float:
@@ -95,7 +136,7 @@ def main() -> None:
         reduces, rows = libraries(rank, size, file), []
         for nbytes in sizes:
             times = measure(reduces, nbytes, given.rounds, size)
-            best = min(took for name, took in times.items() if name != "shm")
+            best = min(took for name, took in times.items() if name not in ("shm", COPIES))
             rows.append({"bytes": nbytes, "ranks": size, "median_s": times, "ratio": best / times["shm"]})
             if rank == 0:
                 shown = "  ".join(f"{name} {took * 1e6:10.1f} us" for name, took in times.items())
