@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import threading
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,8 @@ from detcoll.trace import Trace
 from detcoll.types import ReduceOp, accumulation_dtype, parse_dtype
 
 _FINALIZE_S, _EXIT_S = 10.0, 1.0
+_OUTERMOST = frozenset({"<module>", "_run_module_as_main"})
+"""Where programs begin: a script, and ``python -m``."""
 
 
 class Communicator(Collectives, Messages):
@@ -364,12 +367,12 @@ class Communicator(Collectives, Messages):
         """Return the communicator itself."""
         return self
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close; after an exception abort instead, without waiting for other ranks."""
         if kind is None:
             self.close()
         else:
-            self.abort(f"{getattr(kind, '__name__', kind)}: {error}")
+            self.abort(_said(error) if isinstance(error, BaseException) else str(kind))
 
     def abort(self, reason: str) -> None:
         """Abort the group: all pending calls fail on all its ranks with ``reason`` in the error. Idempotent.
@@ -459,16 +462,23 @@ def close_all() -> None:
             if error is None or communicator._job.failure(communicator._group) is not None:
                 communicator.finalize(_EXIT_S)
             else:  # the others wait for a rank that will not come, and should hear why
-                communicator.abort(f"its program ended: {type(error).__name__}: {error}")
+                communicator.abort(f"its program ended: {_said(error)}")
+
+
+def _said(error: BaseException) -> str:
+    """Return type and text of an exception, also of one whose text cannot be had."""
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 def _ending() -> BaseException | None:
     """Return the exception that ends this program, or None.
 
     The interpreter keeps the last one that nobody caught, and tools such as pytest put others there, which they caught:
-    only the former has left the outermost frame.
+    only the former has left the frame in which programs begin.
     """
     error: BaseException | None = getattr(sys, "last_value", None)
     trace = None if error is None else error.__traceback__
-    is_last = trace is not None and trace.tb_frame.f_back is None and not hasattr(sys, "ps1")
-    return error if is_last else None
+    if trace is None or hasattr(sys, "ps1"):
+        return None
+    frame = trace.tb_frame  # a coroutine's outermost frame has nothing behind it either
+    return error if frame.f_back is None and frame.f_code.co_name in _OUTERMOST else None

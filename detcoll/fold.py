@@ -79,7 +79,7 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        context = contextvars.copy_context()
+        context = contextvars.Context()
         context.run(np.seterr, all="ignore")
         self.quietly = context.run
         self.first = np.empty(BLOCK_BYTES, np.uint8)

@@ -520,8 +520,8 @@ def test_a_rank_that_is_held_up_in_another_group_is_alive() -> None:
     ]
     fleet.run(20 * SECOND_NS)
     assert all(isinstance(call.error, DeadlineMissed) for call in calls)
-    queued = "rank 1, which has queued this call behind all_reduce number 0 of group 'b', which uses the same memory"
-    assert f"{queued} and waits for rank 0" in str(calls[0].error)
+    queued = "rank 1, which has queued this call behind all_reduce number 0 of group 'b', which waits for rank 0"
+    assert queued in str(calls[0].error)
 
 
 def test_a_call_that_is_queued_behind_another_group_is_told_with_the_rank_that_is_missing_there() -> None:
@@ -534,10 +534,61 @@ def test_a_call_that_is_queued_behind_another_group_is_told_with_the_rank_that_i
         for rank in range(3)
     ]
     fleet.run(20 * SECOND_NS)
-    queued = "rank 1, which has queued this call behind all_reduce number 0 of group 'part', which uses the same memory"
+    queued = "rank 1, which has queued this call behind all_reduce number 0 of group 'part', which waits for rank 2"
     assert all(isinstance(call.error, DeadlineMissed) for call in calls)
-    assert all(f"{queued} and waits for rank 2" in str(call.error) for call in calls)
+    assert all(queued in str(call.error) for call in calls)
     assert all(call.ended_ns < 5 * SECOND_NS for call in calls)
+
+
+def test_a_call_that_is_queued_behind_calls_that_progress_goes_on() -> None:
+    """Rank 2 comes late to each of eight calls of a group, the last of which uses the memory of another group."""
+    fleet = Fleet(3)
+    one, other = fleet.group([0, 1], "one"), fleet.group([1, 2], "other")
+    array = ones(1000)
+    for number in range(8):
+        mine = array if number == 7 else ones(1000)
+        fleet.call(1, "all_reduce", mine, group=other, timeout_s=4.0, spans=True)
+        fleet.call(2, "all_reduce", ones(1000), group=other, timeout_s=4.0, at_ns=number * 1_500 * MS)
+    arrays = (ones(1000), array)
+    calls = [
+        fleet.call(rank, "all_reduce", arrays[rank], group=one, timeout_s=4.0, spans=True) for rank in (0, 1)
+    ]  # fmt: skip
+    fleet.run(60 * SECOND_NS)
+    assert [call.error for call in calls] == [None, None]
+    assert all(call.ended_ns > 10 * SECOND_NS for call in calls)
+
+
+def test_a_call_that_is_queued_behind_a_message_that_progresses_goes_on() -> None:
+    """Between the two are calls of another group: one waits for the message, the next has the memory of the call."""
+    fleet = Fleet(3, rate_bytes_per_s=4e6)
+    one, other = fleet.group([0, 1], "one"), fleet.group([1, 2], "other")
+    large, array = ones(5_000_000), ones(1000)
+    fleet.recv(1, 2, large, timeout_s=600.0, spans=True)
+    fleet.send(2, 1, ones(5_000_000), timeout_s=600.0)
+    for rank, arrays in ((1, (large, array)), (2, (ones(5_000_000), ones(1000)))):
+        for each in arrays:
+            fleet.call(rank, "all_reduce", each, group=other, timeout_s=600.0, spans=True)
+    calls = [
+        fleet.call(rank, "all_reduce", array if rank else ones(1000), group=one, timeout_s=3.0, spans=True)
+        for rank in (0, 1)
+    ]
+    fleet.run(200 * SECOND_NS)
+    assert [call.error for call in calls] == [None, None]
+    assert all(call.ended_ns > 8 * SECOND_NS for call in calls)
+
+
+def test_what_a_call_is_queued_behind_fits_a_control_message() -> None:
+    fleet = Fleet(125)
+    part = fleet.group(range(1, 125))
+    array = ones(1000)
+    fleet.call(1, "all_reduce", array, group=part, timeout_s=600.0, spans=True)
+    calls = [
+        fleet.call(rank, "all_reduce", array if rank == 1 else ones(1000), timeout_s=2.0, spans=True)
+        for rank in range(125)
+    ]
+    fleet.run(10 * SECOND_NS)
+    assert all(isinstance(call.error, DeadlineMissed) for call in calls)
+    assert "rank 1, which has queued this call behind all_reduce number 0" in str(calls[0].error)
 
 
 def test_a_hasty_rank_learns_the_culprit_from_a_patient_one_between_them() -> None:
@@ -580,7 +631,13 @@ def test_a_rank_that_got_a_little_further_takes_over_the_timeout_of_the_one_that
     blame.progressed(operation, 5 * MS)
     membership = fleet.engine(0).groups[fleet.world.id]
     blame.answer(membership, lambda call: None, Ask(fleet.world.id, 0, SECOND_NS), SECOND_NS + 2 * MS)
-    assert (operation.timeout_ns, operation.limit_ns) == (SECOND_NS, SECOND_NS + 5 * MS)
+    assert operation.limit_ns == SECOND_NS + 5 * MS
+    blame.progressed(operation, SECOND_NS + 3 * MS)
+    assert operation.limit_ns == 601 * SECOND_NS + 3 * MS, "it is not late, so its own timeout holds"
+    blame.answer(membership, lambda call: None, Ask(fleet.world.id, 0, SECOND_NS), 2 * SECOND_NS)
+    assert operation.timeout_ns == 600 * SECOND_NS
+    blame.look_into(0, operation, {}, operation.limit_ns)
+    assert operation.timeout_ns == SECOND_NS
 
 
 def test_the_time_of_a_call_runs_from_when_the_one_before_it_ends() -> None:

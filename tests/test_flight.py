@@ -214,6 +214,8 @@ def test_the_folder_of_all_records_is_listed(tmp_path: Path, capsys: pytest.Capt
             flight = Flight(name, rank, lambda rank=rank: {"rank": rank, "size": 3, "groups": []}, str(tmp_path))
             assert flight.write(reason) is not None
             flight.close()
+    (tmp_path / "spoiled").mkdir()
+    (tmp_path / "spoiled" / "record0.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     early, late = (next(line for line in lines if name in line and "rank" in line) for name in ("early", "late"))

@@ -428,7 +428,7 @@ class Job:
             return
         self._finalized = True
         error = TransportError(f"rank {self.session.rank} aborted: {reason}")
-        cause = Cause(JOB_ID, WHOLE_GROUP, "TransportError", reason, self.session.rank)
+        cause = Cause.of(JOB_ID, WHOLE_GROUP, TransportError(reason), self.session.rank)
         loop = self._loop
         if loop is not None:  # first, so that earlier causes that it has to send go out before this one
             with contextlib.suppress(Closed):

@@ -216,7 +216,9 @@ class Hub:
         came = {key: frozenset(exchange.payloads) for key, exchange in self._exchanges.items()}
         for key, failure in self._failed.items():
             if key.ranks == missed.ranks:
-                came[key] = frozenset(self._members(key)).difference(failure.ranks)
+                before = frozenset(self._members(key)).difference(failure.ranks)
+                if before.issubset(absent):  # not the same exchange, tried again
+                    came[key] = before
         found = [
             f"rank {rank} came to {key.name[:_SHOWN_CHARS]!r} of {_list(key.ranks)}"
             for rank in absent

@@ -7,6 +7,7 @@ records show: ranks without a record are listed, and whom a rank waits for is ta
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 
 from detcoll.errors import UsageError
 from detcoll.runtime.recorder import RECORD_SCHEMA
+
+log = logging.getLogger("detcoll")
 
 LARGEST_MESSAGES = 3
 """So many pending sends and receives of a rank are told one by one."""
@@ -75,14 +78,17 @@ class Recorded:
 def recorded_jobs(folder: Path) -> list[Recorded]:
     """Return the jobs whose folders of records are in ``folder``, the latest first.
 
-    Raises
-    ------
-    UsageError
-        If a file cannot be read or is not a flight record.
+    Jobs with a file that is no flight record, or that were removed meanwhile, are left out.
     """
     found = []
     for job in sorted({path.parent for path in folder.glob("*/record*.json")}):
-        records = read_records(job)
+        try:
+            records = read_records(job)
+        except UsageError as error:
+            log.warning("left out: %s", error)
+            continue
+        if not records:
+            continue
         first = min(records, key=lambda record: float(record["at"]))
         ranks = tuple(int(record["rank"]) for record in records)
         found.append(Recorded(job, float(first["at"]), ranks, int(first["size"]), str(first["reason"])))

@@ -9,10 +9,10 @@ from its end. When it has made no progress for its timeout, its rank starts an i
                all are waiting themselves            -> wait HEARSAY_NS to be told; ask again; then blame them
                one has queued the call behind one that makes no progress -> the same, without HEARSAY_NS
 
-A rank that is asked about a call in which it also waits takes over the timeout of the rank that asks, if it is shorter.
-If it has made no progress for as long, it starts its inquiry at once. So the question reaches the rank that waits for
-the culprit directly. That rank finds out within `ANSWER_NS` and tells the others, which wait until then because they
-only wait for waiting ranks. Only progress from before the question was sent counts, so that two ranks that wait for
+A rank that is asked about a call in which it also waits starts its inquiry as soon as it has made no progress for the
+timeout of the rank that asks, and takes that timeout over. So the question reaches the rank that waits for the culprit
+directly. That rank finds out within `ANSWER_NS` and tells the others, which wait until then because they only wait for
+waiting ranks. Only progress from before the question was sent counts, so that two ranks that wait for
 each other cannot keep each other waiting.
 """
 
@@ -31,8 +31,12 @@ ANSWER_NS = 2_000_000_000
 """A rank that was asked counts as silent if nothing arrives from it for this long. On a slow line its answer may take
 longer, queued behind earlier messages, but then those arrive meanwhile."""
 
-Predecessor = Callable[[Operation | Transfer], Operation | Transfer | None]
-"""Returns an earlier call that a call waits for because they use the same memory, or None."""
+Blocker = Callable[[Operation], tuple[Operation | Transfer, int] | None]
+"""Returns the call under way for which a queued call waits in the end, and when that made progress last, or None."""
+
+LONGEST_TITLE = 300
+MOST_NAMED = 8
+"""How much an answer says of another call, in characters and ranks: it has to fit a control message."""
 
 HEARSAY_NS = 1_000_000_000
 """How long to wait for the verdict of another rank, beyond the time for which that rank waits for answers."""
@@ -59,7 +63,7 @@ class Inquiry:
 
 def progressed(operation: Operation, at_ns: int) -> None:
     """Restart the timeout of a call that has begun or made progress."""
-    operation.live_ns, operation.inquiry = at_ns, None
+    operation.live_ns, operation.inquiry, operation.hurry_ns = at_ns, None, 0
     operation.limit_ns = at_ns + operation.timeout_ns
 
 
@@ -78,6 +82,8 @@ def look_into(
     Both are empty if the call waits on. ``heard_ns`` : when the last message arrived from each rank.
     """
     inquiry = operation.inquiry
+    if inquiry is None and 0 < operation.hurry_ns < operation.timeout_ns:
+        operation.timeout_ns, operation.is_hurried = operation.hurry_ns, True
     if inquiry is None or inquiry.hears:
         peers = list(awaited(operation))
         operation.inquiry = Inquiry(now_ns, dict.fromkeys(peers), is_last=inquiry is not None)
@@ -110,10 +116,10 @@ def look_into(
     return [], None
 
 
-def answer(membership: Membership | None, predecessor: Predecessor, ask: Ask, now_ns: int) -> Answer:
+def answer(membership: Membership | None, blocker: Blocker, ask: Ask, now_ns: int) -> Answer:
     """Answer a question about a call; if the call is as late on this rank, let its inquiry start at once.
 
-    ``predecessor`` : tells behind which call a call is queued; that may be a message, or a call of another group.
+    ``blocker`` : tells for which call a queued call waits; that may be a message, or a call of another group.
     """
     if membership is None:
         return Answer(ask.group, ask.sequence, State.AWAY)
@@ -124,36 +130,35 @@ def answer(membership: Membership | None, predecessor: Predecessor, ask: Ask, no
         live_ns = max(operation.live_ns for operation in calls)
         idle_ns, first = now_ns - live_ns, calls[0]
         if first.inquiry is None:
-            if ask.timeout_ns < first.timeout_ns:
-                first.timeout_ns, first.is_hurried = ask.timeout_ns, True
-            first.limit_ns = min(first.limit_ns, max(now_ns, live_ns + ask.timeout_ns))
+            first.hurry_ns = min(first.hurry_ns or ask.timeout_ns, ask.timeout_ns)
+            first.limit_ns = min(first.limit_ns, max(now_ns, live_ns + first.hurry_ns))
         doing = f"is still in call {first.sequence}, {first.descriptor.brief}" if first.sequence < ask.sequence else ""
         return Answer(ask.group, ask.sequence, State.WAITING, max(idle_ns, 0), latest, doing)
     queued = next((operation for operation in membership.waiting if operation.sequence <= ask.sequence), None)
     if queued is not None:
-        ahead = _first_of_queue(queued, predecessor)
-        if ahead is None:
+        found = blocker(queued)
+        if found is None:
             return Answer(ask.group, ask.sequence, State.WAITING, 0, latest)
-        doing = f"has queued this call behind {ahead.title}, which uses the same memory{_waits(ahead)}"
-        return Answer(ask.group, ask.sequence, State.QUEUED, max(now_ns - ahead.live_ns, 0), latest, doing)
+        ahead, live_ns = found
+        doing = f"has queued this call behind {_brief(ahead)}{_waits(ahead)}"
+        return Answer(ask.group, ask.sequence, State.QUEUED, max(now_ns - live_ns, 0), latest, doing)
     unfinished = natives.unfinished if natives is not None and ask.sequence > membership.latest else None
     if unfinished is not None and unfinished[0] < ask.sequence:  # nobody knows when it made progress last
         return Answer(ask.group, ask.sequence, State.WAITING, ask.timeout_ns, latest, unfinished[1])
     return Answer(ask.group, ask.sequence, State.ENDED if ask.sequence <= latest else State.ABSENT, 0, latest)
 
 
-def _first_of_queue(queued: Operation, predecessor: Predecessor) -> Operation | Transfer | None:
-    """Return the call under way that a call is queued behind, maybe with others between, or None."""
-    ahead = before = predecessor(queued)
-    while before is not None:
-        ahead, before = before, predecessor(before)
-    return ahead
+def _brief(call: Operation | Transfer) -> str:
+    title = call.title
+    return title if len(title) <= LONGEST_TITLE else f"{title[:LONGEST_TITLE]}..."
 
 
 def _waits(call: Operation | Transfer) -> str:
     """Return for which ranks a collective waits; the title of a message says that by itself."""
     ranks = [] if isinstance(call, Transfer) else list(awaited(call))
-    return f" and waits for {', '.join(f'rank {rank}' for rank in ranks)}" if ranks else ""
+    named = ", ".join(f"rank {rank}" for rank in ranks[:MOST_NAMED])
+    others = f" and {len(ranks) - MOST_NAMED} others" if len(ranks) > MOST_NAMED else ""
+    return f", which waits for {named}{others}" if ranks else ""
 
 
 def answered(operation: Operation, peer: int, told: Answer, now_ns: int) -> None:

@@ -78,8 +78,8 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
     """The answer to an `Ask`.
 
-    ``idle_ns`` : if WAITING, the time since the last known progress.  ``latest`` : sequence of the rank's latest call.
-    ``doing`` : if WAITING in an earlier call, what the rank does there, for people.
+    ``idle_ns`` : if WAITING or QUEUED, the time since the last known progress.  ``latest`` : sequence of the rank's
+    latest call.  ``doing`` : if WAITING in an earlier call or QUEUED, what the rank does instead, for people.
     """
 
     group: int

@@ -101,7 +101,7 @@ class Engine:
         self._ready: deque[Membership] = deque()
         self._may_start = self._may_retire = False
         self.credit = Credit()
-        self.failures = Failures(rank, self.groups, self.actions, slots, self.credit, self.recorder, self._predecessor)
+        self.failures = Failures(rank, self.groups, self.actions, slots, self.credit, self.recorder, self._blocker)
         self._heard_ns = self.failures.heard_ns
         self._order = 0
         self.messages = Messages(
@@ -225,6 +225,30 @@ class Engine:
                 if transfer.holds(operation):
                     return transfer
         return None
+
+    def _blocker(self, queued: Operation) -> tuple[Operation | Transfer, int] | None:
+        """Return the call under way for which a queued call waits in the end, and when it made progress last, or None.
+
+        A call waits for earlier calls on its memory, and for all earlier calls of its group to start.
+        """
+        call: Operation | Transfer = queued
+        while (before := self._predecessor(call) or self._before_in_group(call)) is not None:
+            call = before
+        if isinstance(call, Transfer):
+            return call, max(call.live_ns, call.called_ns)
+        active = self.groups[call.group.id].active
+        lives = [other.live_ns for other in active if not other.reported and other.sequence <= call.sequence]
+        return (call, max(lives)) if call in active and lives else None
+
+    def _before_in_group(self, call: Operation | Transfer) -> Operation | None:
+        """Return an earlier collective of the group that has to start, or to end, before this one starts."""
+        membership = self.groups[call.group.id]
+        if isinstance(call, Transfer) or call not in membership.waiting:
+            return None
+        first = membership.waiting[0]
+        if first is not call:
+            return first
+        return membership.active[0] if len(membership.active) >= LARGEST_ACTIVE else None
 
     def _start(self, membership: Membership, operation: Operation, now_ns: int) -> None:
         self.recorder.note(now_ns, "start", operation.group.number, operation.sequence)

@@ -59,10 +59,10 @@ class Failures:
     def __init__(
         self, rank: int, groups: dict[int, Membership], actions: list[tuple[Any, ...]],
         slots: Slots[tuple[Operation | Transfer | Posting, int]], credit: Credit, recorder: Recorder,
-        predecessor: blame.Predecessor,
+        blocker: blame.Blocker,
     ) -> None:  # fmt: skip
         self._rank, self._groups, self._actions = rank, groups, actions
-        self._slots, self._credit, self._recorder, self._predecessor = slots, credit, recorder, predecessor
+        self._slots, self._credit, self._recorder, self._blocker = slots, credit, recorder, blocker
         self.lost: dict[int, PeerLost] = {}
         self.suspects: dict[int, tuple[str, int]] = {}
         self.heard_ns: dict[int, int] = {}
@@ -167,7 +167,7 @@ class Failures:
         if membership is not None and membership.cause is not None:
             self._actions.append((Act.TELL, peer, membership.cause))
             return
-        told = blame.answer(membership, self._predecessor, ask, now_ns)
+        told = blame.answer(membership, self._blocker, ask, now_ns)
         self._actions.append((Act.TELL, peer, told))
 
     def _planned(self, peer: int, planned: Planned, now_ns: int) -> None:

@@ -88,6 +88,8 @@ class Operation:
     """By rank, bytes sent to strangers."""
     inquiry: Inquiry | None = None
     """The inquiry about this call, if it is late."""
+    hurry_ns: int = 0
+    """The shortest timeout of a rank that asked about this call since it made progress, or 0."""
     is_hurried: bool = False
     """Whether ``timeout_ns`` is that of a rank that asked about this call; its own was longer."""
     reported: bool = False

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock, get_ident, get_native_id
+from threading import Lock, get_native_id, local
 
 import msgspec
 
@@ -86,6 +86,15 @@ class EndpointHooks:
     why_lost: Callable[[int], TransportError | None]
 
 
+class _Thread(local):
+    """The number of a thread, kept since the system takes its time to tell it."""
+
+    def __init__(self) -> None:
+        self.number = get_native_id()
+
+
+_thread = _Thread()
+
 PeerStages = Sequence[tuple[PeerStage, memoryview]]
 
 
@@ -114,7 +123,7 @@ class Lockstep:
         self._words[PROCESS], self._words[BELL] = os.getpid(), hooks.bell_fd
         self._peers = tuple((peer, peer.stage.words) for peer in peers)
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
-        self._digest = self._began_ns = self._deadline_ns = self._thread = 0
+        self._digest = self._began_ns = self._deadline_ns = 0
         self._relayed: Reason | None = None
         """Why another rank gave up, once that was found to end a collective of this rank."""
 
@@ -123,8 +132,7 @@ class Lockstep:
         digest = digest + self.number & LARGEST_DIGEST
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
-        if self._thread != (thread := get_ident()):  # costs less than the system's number
-            self._thread, self._words[THREAD] = thread, get_native_id()
+        self._words[THREAD] = _thread.number
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
         if place is not None:
