@@ -9,7 +9,7 @@ ADAPTIVE = "auto"
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What can be set.
+    """What can be set; it has many fields because each option is one.
 
     ``credit_bytes`` : bulk payload that a receiver holds for each sender.  ``congestion`` : TCP congestion control,
     `ADAPTIVE`, or empty for the kernel's default.  ``acknowledge_delay_ns`` : how long the acknowledgement of a message
