@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,7 @@ import pytest
 import zmq
 
 from detcoll.errors import PeerLost
-from detcoll.rendezvous import Aborted, Event, Lost, Session, meet
+from detcoll.rendezvous import Aborted, Event, Lost, Session, connection, meet
 from detcoll.rendezvous.channels import Dealer
 from detcoll.testing.cuts import CuttingRelay
 from detcoll.testing.meetings import (
@@ -59,6 +61,35 @@ def cuttable() -> Iterator[Callable[..., Cuttable]]:
     for one in made:
         close_all(one.met, seconds=2)
         one.relay.__exit__(None, None, None)
+
+
+def eventfds() -> int:
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sum("eventfd" in link for link in links)
+
+
+def test_threads_that_end_late_give_their_descriptors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = eventfds()
+    address, may_end = free_address(), threading.Event()
+    met = meet_all([world_at(rank, 2, address) for rank in range(2)])
+    late = [session._connection._thread for session in met]
+    close = Dealer.close
+
+    def close_late(dealer: Dealer) -> None:
+        may_end.wait()
+        close(dealer)
+
+    monkeypatch.setattr(connection, "_JOIN_S", 0.0)
+    monkeypatch.setattr(Dealer, "close", close_late)
+    met[1].drop()
+    may_end.set()
+    close_all(met[:1], seconds=2)
+    for thread in late:
+        thread.join()
+    assert eventfds() == before
 
 
 def test_a_reset_connection_is_made_again_and_nothing_is_lost_or_doubled(cuttable: Callable[..., Cuttable]) -> None:

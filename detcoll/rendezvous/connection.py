@@ -104,18 +104,13 @@ class Connection:
     def stop(self) -> None:
         """Stop the thread and release all resources. Idempotent."""
         with self.changed:
-            if self._is_stopped:
-                return
             self._is_stopping = True
-            os.eventfd_write(self._wake, 1)
+            if not self._is_stopped:
+                os.eventfd_write(self._wake, 1)
         if self._thread.ident is not None:
             self._thread.join(_JOIN_S)
-        with self.changed:
-            if not self._is_stopped and not self._thread.is_alive():
-                self._is_stopped = True
-                if self._thread.ident is None:
-                    self._release()
-                os.close(self._wake)
+        elif not self._is_stopped:
+            self._release()
 
     def forget(self) -> None:
         """Close the descriptors in a forked child, where the thread does not exist."""
@@ -152,6 +147,9 @@ class Connection:
         self._asker.close()
         self._life.close()
         self._path.dealer.close()
+        with self.changed:  # here, since the thread may take longer to end than `stop` waits
+            self._is_stopped = True
+            os.close(self._wake)
 
     def _turn(self) -> None:
         path = self._path

@@ -127,6 +127,7 @@ class Server:
         self._is_drained = True
         self._finish_ns: int | None = None
         self._is_closed = False
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="detcoll-rendezvous", daemon=True)
 
     def start(self) -> None:
@@ -135,14 +136,11 @@ class Server:
 
     def close(self, deadline_ns: int) -> None:
         """Serve until every rank has left or was told why the meeting failed, or the deadline passes. Idempotent."""
-        if self._is_closed:
-            return
-        self._finish_ns = deadline_ns
-        os.eventfd_write(self._wake, 1)  # closed below, not by the thread, which may have ended by now
+        with self._ending:
+            self._finish_ns = deadline_ns
+            if not self._is_closed:
+                os.eventfd_write(self._wake, 1)
         self._thread.join(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9) + 5.0)
-        if not self._thread.is_alive():
-            self._is_closed = True
-            os.close(self._wake)
 
     def forget(self) -> None:
         """Close the descriptors in a forked child, where the thread does not exist."""
@@ -168,6 +166,9 @@ class Server:
             if self._directory is not None:
                 self._directory.close()
             self._router.close(_LINGER_MS)
+            with self._ending:  # here, since the thread may take longer to end than `close` waits
+                self._is_closed = True
+                os.close(self._wake)
 
     def _is_over(self, now_ns: int) -> bool:
         return self._finish_ns is not None and (self._hub.is_over or now_ns >= self._finish_ns)
