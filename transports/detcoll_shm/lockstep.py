@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock, get_native_id, local
+from threading import Lock, get_native_id
 
 import msgspec
 
@@ -86,15 +86,6 @@ class EndpointHooks:
     why_lost: Callable[[int], TransportError | None]
 
 
-class _Thread(local):
-    """The number of a thread, kept since the system takes its time to tell it."""
-
-    def __init__(self) -> None:
-        self.number = get_native_id()
-
-
-_thread = _Thread()
-
 PeerStages = Sequence[tuple[PeerStage, memoryview]]
 
 
@@ -132,7 +123,7 @@ class Lockstep:
         digest = digest + self.number & LARGEST_DIGEST
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
-        self._words[THREAD] = _thread.number
+        self._words[THREAD] = get_native_id()
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
         if place is not None:
