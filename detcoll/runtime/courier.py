@@ -314,7 +314,7 @@ class Courier:
                 log.warning("rank %d: from rank %d: %s", self._engine.rank, ticket.peer, error)
         elif ticket.status is TicketStatus.FAILED:
             self._lose(ticket)
-            if not isinstance(ticket.error, PeerLost):  # one message that cannot be read ends nothing
+            if isinstance(ticket.error, FrameError):  # one message that cannot be read ends nothing
                 log.warning("rank %d: from rank %d: %s", self._engine.rank, ticket.peer, ticket.error)
                 self._listen(ticket.peer)
 
