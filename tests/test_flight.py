@@ -7,6 +7,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -222,6 +223,10 @@ def test_the_folder_of_all_records_is_listed(tmp_path: Path, capsys: pytest.Capt
     assert re.search(r"[0-9:]{8} .* rank 0, 2 of 3 .* rank 1 is lost", early)
     assert re.search(r"[0-9:]{8} .* rank 0 of 3 .* asked", late)
     assert lines[-1].endswith(f"detcoll report {tmp_path / 'late'}")
+    for name in ("early", "late"):
+        shutil.rmtree(tmp_path / name)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has no job whose flight records can be read" in capsys.readouterr().err
 
 
 def test_one_of_several_jobs_is_asked_for_by_its_name(

@@ -75,6 +75,8 @@ def _write_perfetto(path: Path, inputs: ReportInputs) -> None:
 def _print_jobs(folder: Path) -> None:
     """List the jobs that left records in this folder, and say how to see one."""
     jobs = recorded_jobs(folder)
+    if not jobs:
+        raise UsageError(f"{str(folder)!r} has no job whose flight records can be read")
     table = Table("job", "first record", "records of", "reason of the first")
     for job in jobs:
         time = datetime.fromtimestamp(job.at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
