@@ -55,13 +55,16 @@ def attempt(
     environ: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
     reproducible: bool | None = None,
     absent: Sequence[int] = (),
+    stay: bool = False,
 ) -> list[Any]:
     """Run ``function(communicator)`` on ``size`` ranks, each a thread; return its answers or what was raised.
 
     Sequences give each rank its own setting. Ranks that are ``absent`` never come; their answer is None. ``patience``
-    is the deadline of collectives in seconds, where that of assembling should be longer.
+    is the deadline of collectives in seconds, where that of assembling should be longer. Ranks that ``stay`` leave
+    after all have their answers, so that each fails for its own reason and none hears of it from another.
     """
     answers: list[Any] = [None] * size
+    answered = threading.Barrier(size - len(absent))
 
     def mine(setting: Any, rank: int) -> Any:
         return setting[rank] if isinstance(setting, list | tuple) else setting
@@ -73,7 +76,11 @@ def attempt(
             if patience is not None:
                 give_up_after(communicator, patience)
             with communicator:
-                answers[rank] = function(communicator)
+                try:
+                    answers[rank] = function(communicator)
+                finally:
+                    if stay:
+                        answered.wait(TIMEOUT_S)
         except BaseException as error:  # pytest's own is no Exception
             answers[rank] = error
 

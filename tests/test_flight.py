@@ -41,7 +41,7 @@ def test_a_mismatch_leaves_records_that_show_it(tmp_path: Path, capsys, transpor
         comm.barrier()
         comm.all_reduce(np.ones(100 + (comm.rank == 2), np.float32), name="gradients")
 
-    answers = attempt(3, program, transport=transport, environ={"DETCOLL_RECORD": str(tmp_path)})
+    answers = attempt(3, program, transport=transport, environ={"DETCOLL_RECORD": str(tmp_path)}, stay=True)
     assert all(isinstance(answer, PlanMismatch) for answer in answers)
     (folder,) = tmp_path.iterdir()
     records = read_records(folder)

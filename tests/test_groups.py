@@ -160,7 +160,7 @@ def test_members_that_give_the_ranks_in_different_order_see_both() -> None:
         comm.group([0, 1] if comm.rank == 0 else [1, 0], "pair")
 
     orders = ["0, 1", "1, 0"]
-    for rank, answer in enumerate(attempt(2, program, transport="slotted", timeout=1.5)):
+    for rank, answer in enumerate(attempt(2, program, transport="slotted", timeout=1.5, stay=True)):
         assert isinstance(answer, ConnectError)
         own, other = orders[rank], orders[1 - rank]
         assert f"exchange \"group with ranks in the order {own} and the name 'pair'" in str(answer)

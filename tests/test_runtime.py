@@ -85,7 +85,7 @@ def test_delays_change_no_bit(use, topology: str, seed: int) -> None:
 @pytest.mark.parametrize(("topology", "step"), [("1", 0), ("1", 5), ("wide 2+2", 2), ("wide 2+2", 9)])
 def test_a_message_that_never_arrives_is_missed_by_all(use, topology: str, step: int) -> None:
     transport = FaultyTransport(MemoryTransport(), Faults({(1, step): Drop()}))
-    answers = attempt(4, sums, transport=use(transport), topology=TOPOLOGIES[topology], patience=1.0)
+    answers = attempt(4, sums, transport=use(transport), topology=TOPOLOGIES[topology], patience=1.0, stay=True)
     assert all(isinstance(answer, DeadlineMissed) for answer in answers), answers
     assert all("not finished after 1 s without progress; it waits for rank" in str(answer) for answer in answers)
 
