@@ -10,14 +10,13 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from detcoll import errors
-from detcoll.communicator import Communicator, close_all, open_communicator
+from detcoll.communicator import Communicator, open_communicator
 from detcoll.errors import DetcollError, UsageError
 from detcoll.runtime import Work
 from detcoll.topology import Topology
@@ -300,6 +299,3 @@ def finalize(timeout: float = 10.0) -> None:
         current, _current = _current, None
     if current is not None:
         current.finalize(timeout)
-
-
-atexit.register(close_all)

@@ -7,6 +7,7 @@ the transport's native collectives or, with this rank's plan, to the progress th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
@@ -446,6 +447,9 @@ def open_communicator(
 ) -> Communicator:  # fmt: skip
     """Open a job and return the communicator of its world; see `detcoll.init`."""
     job = open_job(environ, transport, topology, timeout, reproducible)
+    # Hooks run in reverse order, so this one comes before those of the transport, which is imported by now.
+    atexit.unregister(close_all)
+    atexit.register(close_all)
     return Communicator(job, job.world, job.topology, job.calendar, job.settings.timeout_s)
 
 

@@ -27,12 +27,12 @@ from detcoll.topology import Topology
 
 PLANNED = [("shm", None), ("slotted", None), ("slotted", lines(2, 2)), ("shm", grouped(2, 2)), ("slotted", lines(1, 3))]
 
+NEEDS_TORCH = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
 COMPARED = [
     *PLANNED,
-    pytest.param(
-        "gloo", None, marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
-    ),
-]  # fmt: skip
+    pytest.param("gloo", None, marks=NEEDS_TORCH),
+]
 """Gloo does collectives itself, by other ways than plans or shared memory."""
 
 
@@ -435,8 +435,9 @@ def test_a_killed_rank_is_lost_to_all_others() -> None:
             assert said["left"] == []
 
 
-def test_ranks_may_end_without_finalize() -> None:
-    ended = launch(2, "calls.py", "no_finalize")
+@pytest.mark.parametrize("transport", ["shm", "slotted", "tcp", pytest.param("gloo", marks=NEEDS_TORCH)])
+def test_ranks_may_end_without_finalize(transport: str) -> None:
+    ended = launch(2, "calls.py", "no_finalize", transport)
     assert (ended.code, ended.said, ended.err) == (0, {0: [True], 1: [True]}, "")
 
 

@@ -182,9 +182,9 @@ def never_calls(timeout: str) -> None:
     detcoll.finalize()
 
 
-def no_finalize() -> None:
+def no_finalize(transport: str) -> None:
     """Rank 0 just returns after the last collective; so do the others."""
-    comm = detcoll.init(timeout=20)
+    comm = detcoll.init(transport, timeout=20)
     x = np.ones(10, np.float32)
     detcoll.all_reduce(x)
     say(float(x[0]) == comm.size)
