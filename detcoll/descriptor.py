@@ -103,6 +103,11 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
         return called, f"; they differ in {' and '.join(found)}" if found else ""
 
 
+def is_out_of_step(error: Exception) -> bool:
+    """Tell whether an error says that ranks are in calls of different numbers; only its text travels between ranks."""
+    return isinstance(error, PlanMismatch) and FIELDS["sequence"] in str(error)
+
+
 def shortened(name: str) -> str:
     """Return 41 plain characters, or fewer, that differ for different names, by all odds."""
     plain = "".join(letter for letter in name if letter.isalnum() and letter.isascii())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from every_kind import every_kind, from_three_threads
 from ranks import attempt, grouped, launch, run_ranks
 
+from detcoll.communicator import Communicator
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, PlanMismatch, UsageError
 from detcoll_shm import ShmTransport
 from detcoll_shm.groups import ENTRY_WORDS
@@ -118,6 +120,29 @@ def test_what_one_rank_refuses_ends_soon_on_those_that_are_in_it(transport: str)
             group.barrier()
             with pytest.raises(UsageError, match="op='median'" if comm.rank == 1 else "^rank 1 refused the call: op"):
                 group.all_reduce(np.ones(4), op="median" if comm.rank == 1 else "sum")
+
+    run_ranks(3, program, transport=transport)
+
+
+def test_what_one_rank_refuses_is_no_mismatch_though_it_goes_on_to_its_next_call(transport: str) -> None:
+    comms: dict[int, Communicator] = {}
+
+    def is_inside(rank: int) -> bool:
+        comm = comms.get(rank)
+        return comm is not None and comm._job.natives.of(comm._group).unfinished is not None
+
+    def program(comm):
+        comm.barrier()
+        comms[comm.rank] = comm
+        if comm.rank == 1:
+            until_s = time.monotonic() + 20
+            while not (is_inside(0) and is_inside(2)):
+                assert time.monotonic() < until_s, "the others do not come"
+            with pytest.raises(UsageError, match="op='median'"):
+                comm.all_reduce(np.ones(4), op="median")
+        with pytest.raises((UsageError, Closed), match="rank 1 refused the call: op='median'") as caught:
+            comm.all_reduce(np.ones(4))
+        assert comm.rank == 1 or caught.type is UsageError
 
     run_ranks(3, program, transport=transport)
 

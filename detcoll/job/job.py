@@ -110,8 +110,14 @@ class Job:
             self.loop.post(lambda now_ns: self.loop.engine.failures.refuse(group, sequence, error, now_ns))
 
     def _explain_native(self, group: Group) -> DetcollError | None:
-        """Wait for the reason of the loss of a member, which the progress thread hears from others."""
-        return awaited(lambda: self.failure(group), EXPLANATION_NS)
+        """Wait for the reason why a member is lost or in another call, which the progress thread hears from others."""
+
+        def find() -> Exception | None:
+            with contextlib.suppress(Closed):
+                self.loop.post(lambda now_ns: None)  # it looks seldom where it cannot wait for messages, as with MPI
+            return self.failure(group)
+
+        return awaited(find, EXPLANATION_NS)
 
     @property
     def loop(self) -> Loop:

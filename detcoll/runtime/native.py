@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detcoll.descriptor import brief
+from detcoll.descriptor import brief, is_out_of_step
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, PeerLost, TransportError, UsageError
 from detcoll.priority import shorten_turns
 from detcoll.runtime.control import Cause
@@ -67,7 +67,8 @@ class NativeRunner:
     on_failure : callable
         Called with the error that ended the collectives, and whether this rank detected it and has to tell the others.
     explain : callable, optional
-        Returns the reason that other ranks gave for the loss of a peer, or None; the endpoint does not know it.
+        Waits for the reason that other ranks give for the loss of a peer, or for a peer that is in another call, and
+        returns it or None; the endpoint does not know it.
     recorder : Recorder, optional
         Records events.
     on_refusal : callable, optional
@@ -314,7 +315,8 @@ class NativeRunner:
         self.was_told = True
         if self.failure is not None:  # failed or aborted meanwhile, and this error is a consequence
             return self.failure
-        told = self._explain() if isinstance(error, PeerLost) else None
+        # Ranks are out of step where one refused a call, which it tells the others by messages.
+        told = self._explain() if isinstance(error, PeerLost) or is_out_of_step(error) else None
         if self.failure is None:
             self.failure = told or error
             self._on_failure(self.failure, told is None)
