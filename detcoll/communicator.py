@@ -447,7 +447,8 @@ def open_communicator(
 ) -> Communicator:  # fmt: skip
     """Open a job and return the communicator of its world; see `detcoll.init`."""
     job = open_job(environ, transport, topology, timeout, reproducible)
-    # Hooks run in reverse order, so this one comes before those of the transport, which is imported by now.
+    # Exit hooks run in reverse order of registration. The transport is imported by now and may have registered one that
+    # closes its connections; ranks have to leave the job before that.
     atexit.unregister(close_all)
     atexit.register(close_all)
     return Communicator(job, job.world, job.topology, job.calendar, job.settings.timeout_s)

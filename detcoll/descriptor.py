@@ -104,7 +104,7 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def is_out_of_step(error: Exception) -> bool:
-    """Tell whether an error says that ranks are in calls of different numbers; only its text travels between ranks."""
+    """Tell by its text, which is all that ranks pass on, whether an error says that calls have different numbers."""
     return isinstance(error, PlanMismatch) and FIELDS["sequence"] in str(error)
 
 

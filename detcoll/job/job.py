@@ -110,11 +110,12 @@ class Job:
             self.loop.post(lambda now_ns: self.loop.engine.failures.refuse(group, sequence, error, now_ns))
 
     def _explain_native(self, group: Group) -> DetcollError | None:
-        """Wait for the reason why a member is lost or in another call, which the progress thread hears from others."""
+        """Wait until the progress thread hears from another rank why a member is lost or in another call."""
 
         def find() -> Exception | None:
             with contextlib.suppress(Closed):
-                self.loop.post(lambda now_ns: None)  # it looks seldom where it cannot wait for messages, as with MPI
+                # MPI has no descriptor to wait on, so an idle progress thread looks for messages only twice a second.
+                self.loop.post(lambda now_ns: None)
             return self.failure(group)
 
         return awaited(find, EXPLANATION_NS)

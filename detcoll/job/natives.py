@@ -56,7 +56,7 @@ class Natives:
     on_refusal : callable
         Called with a group, the number of a call that this rank does not do, and why.
     explain : callable
-        Returns the reason that other ranks gave for the loss of a member of a group, or None.
+        Waits for the reason why a member of a group is lost or in another call, and returns it, or None.
     """
 
     def __init__(

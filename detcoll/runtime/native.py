@@ -315,7 +315,7 @@ class NativeRunner:
         self.was_told = True
         if self.failure is not None:  # failed or aborted meanwhile, and this error is a consequence
             return self.failure
-        # Ranks are out of step where one refused a call, which it tells the others by messages.
+        # A rank that refused a call is one call ahead; its message that says so may still be on its way.
         told = self._explain() if isinstance(error, PeerLost) or is_out_of_step(error) else None
         if self.failure is None:
             self.failure = told or error
