@@ -35,6 +35,8 @@ session.close(ahead())
 """
 TOLERANCE_NS = 30 * 10**9
 
+_given: set[Address] = set()
+
 
 def ahead(seconds: float = 20.0) -> int:
     """Return a deadline."""
@@ -42,10 +44,18 @@ def ahead(seconds: float = 20.0) -> int:
 
 
 def free_address(host: str = "127.0.0.1") -> str:
-    """Return an address where nobody listens."""
+    """Return an address where nobody listens and that was not returned before in this process.
+
+    Each rank counts its meetings at an address. If one rank of a job had met at it before and another, behind a relay,
+    had not, their counts would differ and the job would not meet.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as probe:
-        return str(Address(host, probe.getsockname()[1]))
+    while True:
+        with socket.create_server((host, 0), family=family) as probe:
+            address = Address(host, probe.getsockname()[1])
+        if address not in _given:
+            _given.add(address)
+            return str(address)
 
 
 def world_at(rank: int, size: int, address: str | None, **changes: Any) -> World:
