@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 
 from detcoll.errors import DeadlineMissed, PlanMismatch, UsageError
 from detcoll.runtime import mixed
-from detcoll.testing.fleet import Called, Fleet
+from detcoll.runtime.control import WHOLE_GROUP, Cause, Message
+from detcoll.testing.fleet import Called, Fleet, Host
 
 SOON_NS = mixed.SILENCE_NS + mixed.DOUBT_NS + 50_000_000
 
@@ -25,9 +28,17 @@ class Natives:
         return f"native {sequence}"
 
 
-def fleet_of(ranks_of_sites: int | list[int]) -> tuple[Fleet, list[Natives]]:
+class StoppingFleet(Fleet):
+    """Ranks whose transport, as it stops with a group, loses what they have just told each other."""
+
+    def _tell(self, host: Host, peer: int, message: Message) -> None:
+        if not (isinstance(message, Cause) and message.sequence == WHOLE_GROUP):
+            super()._tell(host, peer, message)
+
+
+def fleet_of(ranks_of_sites: int | list[int], fleet: Fleet | None = None) -> tuple[Fleet, list[Natives]]:
     """Return engines that know of native calls, and those of each rank."""
-    fleet = Fleet(ranks_of_sites)
+    fleet = fleet or Fleet(ranks_of_sites)
     natives = [Natives() for _ in fleet.hosts]
     for rank, of in enumerate(natives):
         fleet.engine(rank).attach(fleet.world, of)
@@ -94,8 +105,9 @@ def test_native_calls_count_among_those_that_a_rank_has_made() -> None:
     assert "which has not called it; the latest call that it made of this group is number 4" in str(call.error)
 
 
-def test_who_is_in_a_native_call_that_another_rank_refuses_ends_its_group() -> None:
-    fleet, natives = fleet_of(3)
+@pytest.mark.parametrize("make", [Fleet, partial(StoppingFleet, rendezvous=True)], ids=["told", "announced"])
+def test_who_is_in_a_native_call_that_another_rank_refuses_ends_its_group(make: Callable[[int], Fleet]) -> None:
+    fleet, natives = fleet_of(3, make(3))
     natives[0].latest = 0
     fleet.refuse(1, UsageError("no such op"))
     fleet.run(SOON_NS)

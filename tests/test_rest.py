@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from detcoll.errors import PeerLost, PlanMismatch
 from detcoll.job.rest import Rest
 from detcoll.rendezvous import Aborted, Lost
-from detcoll.runtime.control import WHOLE_GROUP
+from detcoll.runtime.control import WHOLE_GROUP, Cause
 
 
 def rest_of(*events: Aborted | Lost) -> tuple[Rest, list[Any], Any]:
@@ -48,3 +50,16 @@ def test_what_another_thread_heard_first_is_told_as_well() -> None:
     assert rest.failure(7) is None
     rest.tell(failures, 0)
     assert told == [(7, 4, "no")]
+
+
+@pytest.mark.parametrize("sequence", [4, WHOLE_GROUP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_announces_what_another_rank_found_out_names_that_rank(rank: int, sequence: int) -> None:
+    cause, heard = Cause(7, sequence, "UsageError", "no", rank), []
+    said: Any = SimpleNamespace(rank=1, abort=lambda kind, text, group: heard.append(Aborted(1, kind, text, group)))
+    Rest(said).announce(cause)
+    causes: list[Cause] = []
+    rest, _, failures = rest_of(*heard)
+    failures.told = lambda cause, now_ns: causes.append(cause)
+    rest.tell(failures, 0)
+    assert causes == [cause]

@@ -14,8 +14,9 @@ from detcoll.rendezvous import Aborted, Event, Lost, Session
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.failures import Failures
 
-_AT = "@"
-"""Separates, in the kind of an abort, the error's name from the sequence of the refused call."""
+_AT, _BY = "@", "/"
+"""In the kind of an abort, before the sequence of a refused call, and before the rank that found the cause out if that
+is another one."""
 
 
 class Rest:
@@ -50,7 +51,8 @@ class Rest:
     def announce(self, cause: Cause) -> None:
         """Tell all other ranks that this rank ends a call, a group or the job, and why."""
         kind = cause.kind if cause.sequence == WHOLE_GROUP else f"{cause.kind}{_AT}{cause.sequence}"
-        self._session.abort(kind, cause.text, cause.group)
+        by = "" if cause.rank == self._session.rank else f"{_BY}{cause.rank}"
+        self._session.abort(kind + by, cause.text, cause.group)
 
     def failure(self, group: int) -> DetcollError | None:
         """Return the error for an abort of this group or the job, else for a lost rank, else None."""
@@ -71,8 +73,10 @@ class Rest:
 
 
 def _cause(event: Aborted) -> Cause:
-    kind, _, sequence = event.kind.partition(_AT)
-    return Cause(event.group, int(sequence) if sequence else WHOLE_GROUP, kind, event.text, event.rank)
+    named, _, by = event.kind.partition(_BY)
+    kind, _, sequence = named.partition(_AT)
+    number = int(sequence) if sequence else WHOLE_GROUP
+    return Cause(event.group, number, kind, event.text, int(by) if by else event.rank)
 
 
 def _loss(event: Lost) -> str:

@@ -136,6 +136,10 @@ class Failures:
             self._actions.append((Act.TELL, peer, planned))
         doubt = mixed.confirmed(membership, now_ns) if membership.doubts else None
         if doubt is not None:
+            if doubt.cause is not None and doubt.cause.rank != self._rank:
+                # A refusal by another rank, of which this rank found out that it ends the group. The transport that
+                # stops with the group may not deliver what members are told over it.
+                self._actions.append((Act.ANNOUNCE, doubt.cause))
             self.end_group(membership, doubt.error, now_ns, doubt.cause)
 
     def _overdue(self, transfer: Transfer) -> DeadlineMissed:
