@@ -15,6 +15,7 @@ import detcoll_mpi
 import detcoll_shm
 import detcoll_slotted
 import detcoll_tcp
+from detcoll.errors import UsageError
 from detcoll.job import settings
 
 
@@ -37,6 +38,24 @@ def test_a_misspelt_name_is_warned_of_once_and_the_nearest_is_named(caplog: pyte
 def test_opening_a_communicator_warns(caplog: pytest.LogCaptureFixture) -> None:
     run_ranks(2, lambda comm: None, transport="shm", environ={"DETCOLL_TOPLOGY": "x"})
     assert [record.message.rpartition(" ")[2] for record in caplog.records] == ["DETCOLL_TOPOLOGY?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("DETCOLL_CONGESTION", "nosuch", r"cannot be used here \(.+\); expected 'auto', or one .* offers: .*cubic"),
+        ("DETCOLL_TOLERANCE", "-1", "must not be negative"),
+        ("DETCOLL_TIMEOUT", "-0.5", "must not be negative"),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused(name: str, text: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}='{text}.*' {reason}"):
+        settings.read_settings({name: text}, 1, "auto", None, None, None)
+
+
+@pytest.mark.parametrize("name", ["", "auto", "reno"])
+def test_congestion_controls_of_this_system_are_taken(name: str) -> None:
+    assert settings.read_settings({"DETCOLL_CONGESTION": name}, 1, "auto", None, None, None).congestion == name
 
 
 def test_every_variable_that_is_read_is_known() -> None:

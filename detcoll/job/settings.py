@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +37,8 @@ LONGEST_CUT_S = 30.0
 DEFAULT_TIMEOUT_S = 600.0
 """Longer than it takes one rank to write a checkpoint while the others wait in a collective."""
 
+
+_OFFERED = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
 PREFIX = "DETCOLL_"
 VARIABLES = frozenset(
@@ -146,7 +149,7 @@ def read_settings(
         slotting=slotting,
         insecure=insecure,
         ports=_ports(environ.get("DETCOLL_PORTS")),
-        congestion=environ.get("DETCOLL_CONGESTION", AUTO),
+        congestion=_congestion(environ.get("DETCOLL_CONGESTION", AUTO)),
         dscp=_dscp(environ.get("DETCOLL_DSCP"), where),
         trace=environ.get("DETCOLL_TRACE") or None,
         compare=parse_flag(environ.get("DETCOLL_COMPARE", ""), "DETCOLL_COMPARE", default=True),
@@ -164,7 +167,8 @@ def read_tolerance_s(environ: Mapping[str, str], timeout_s: float) -> float:
 
 def _seconds(text: str, name: str) -> float:
     """Parse a duration in seconds; a number without a unit is in seconds."""
-    return parse_timeout_s(f"{text} s" if text.replace(".", "", 1).isdecimal() else text, name)
+    is_number = text.removeprefix("-").replace(".", "", 1).isdecimal()
+    return parse_timeout_s(f"{text} s" if is_number else text, name)
 
 
 def _timeout(asked: str | None, given: float | None) -> float:
@@ -295,6 +299,22 @@ def _ports(text: str | None) -> tuple[int, int] | None:
         return None
     ports = parse_ports(text)
     return ports[0], ports[-1]
+
+
+def _congestion(name: str) -> str:
+    """Return the congestion control to use; empty for the kernel's default."""
+    if name in ("", AUTO):
+        return name
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except OSError as error:
+            offered = ", ".join(_OFFERED.read_text(encoding="ascii").split()) if _OFFERED.exists() else "others"
+            raise UsageError(
+                f"DETCOLL_CONGESTION={name!r} cannot be used here ({error.strerror}); expected {AUTO!r}, or one that "
+                f"this system offers: {offered}"
+            ) from error
+    return name
 
 
 def _proxy(text: str | None, *, insecure: bool) -> str:
