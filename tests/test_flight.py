@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import pwd
 import re
@@ -120,6 +121,18 @@ def test_a_record_that_cannot_be_made_costs_nothing_else(tmp_path: Path) -> None
     flight = Flight("job", 0, lambda: {"rank": object()}, str(tmp_path))
     assert flight.write("test") is None
     flight.close()
+
+
+def test_a_record_that_somebody_asked_for_and_cannot_be_made_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    flight = Flight("job", 3, dict, str(tmp_path / "file"))
+    assert flight.write("test") is None
+    flight.close()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith(f"rank 3: no flight record was written to {tmp_path}/file/job/record3.json: ")
 
 
 def test_records_written_at_once_stay_whole(tmp_path: Path) -> None:
