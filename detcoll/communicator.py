@@ -396,7 +396,8 @@ class Communicator(Collectives, Messages):
         element = parse_dtype(dtype)
         signature_of(kind)
         if nbytes < 0 or nbytes % element.itemsize:
-            raise UsageError(f"nbytes={nbytes} must be a multiple of {element.itemsize}, the size of {element}")
+            expected = f"0 or a positive multiple of {element.itemsize}, the size of {element}"
+            raise UsageError(f"nbytes={nbytes} must be {expected}")
         count = nbytes // element.itemsize
         return Collective(kind, count, element.itemsize, accumulation_dtype(element).itemsize)
 

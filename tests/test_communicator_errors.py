@@ -60,6 +60,7 @@ BAD_CALLS: dict[str, Callable[[Communicator], object]] = {
     r"x\[1\]": lambda comm: comm.all_reduce([np.ones(3), np.ones(3, np.float32)]),
     "kind='shuffle' is not a collective known here": lambda comm: comm.predict("shuffle", 4),
     "nbytes=3 must be": lambda comm: comm.predict("all_reduce", 3),
+    "nbytes=-8 must be 0 or a positive": lambda comm: comm.predict("all_reduce", -8),
 }
 
 
