@@ -29,16 +29,16 @@ class Natives:
 
 
 class StoppingFleet(Fleet):
-    """Ranks whose transport, as it stops with a group, loses what they have just told each other."""
+    """Ranks over a transport that loses the messages which say that a group has ended, as one that is stopped may."""
 
     def _tell(self, host: Host, peer: int, message: Message) -> None:
         if not (isinstance(message, Cause) and message.sequence == WHOLE_GROUP):
             super()._tell(host, peer, message)
 
 
-def fleet_of(ranks_of_sites: int | list[int], fleet: Fleet | None = None) -> tuple[Fleet, list[Natives]]:
+def fleet_of(ranks_of_sites: int | list[int], make: Callable[..., Fleet] = Fleet) -> tuple[Fleet, list[Natives]]:
     """Return engines that know of native calls, and those of each rank."""
-    fleet = fleet or Fleet(ranks_of_sites)
+    fleet = make(ranks_of_sites)
     natives = [Natives() for _ in fleet.hosts]
     for rank, of in enumerate(natives):
         fleet.engine(rank).attach(fleet.world, of)
@@ -106,8 +106,8 @@ def test_native_calls_count_among_those_that_a_rank_has_made() -> None:
 
 
 @pytest.mark.parametrize("make", [Fleet, partial(StoppingFleet, rendezvous=True)], ids=["told", "announced"])
-def test_who_is_in_a_native_call_that_another_rank_refuses_ends_its_group(make: Callable[[int], Fleet]) -> None:
-    fleet, natives = fleet_of(3, make(3))
+def test_who_is_in_a_native_call_that_another_rank_refuses_ends_its_group(make: Callable[..., Fleet]) -> None:
+    fleet, natives = fleet_of(3, make)
     natives[0].latest = 0
     fleet.refuse(1, UsageError("no such op"))
     fleet.run(SOON_NS)

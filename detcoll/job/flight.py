@@ -86,7 +86,7 @@ class Flight:
                 draft.write_text(json.dumps(self.told(reason)), encoding="utf-8")
                 draft.replace(path)
         except Exception as error:  # must not hide the failure that the record is about
-            level = logging.DEBUG if self._is_own else logging.WARNING  # somebody asked for it
+            level = logging.DEBUG if self._is_own else logging.WARNING  # DETCOLL_RECORD names the folder
             log.log(level, "rank %d: no flight record was written to %s: %r", self._rank, path, error)
             return None
         if self._is_own:

@@ -15,8 +15,8 @@ from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
 from detcoll.runtime.failures import Failures
 
 _AT, _BY = "@", "/"
-"""In the kind of an abort, before the sequence of a refused call, and before the rank that found the cause out if that
-is another one."""
+"""The kind of an abort is the name of the error; then, for a single refused call, ``@`` and its sequence; then, if
+another rank than the sender found the cause, ``/`` and that rank."""
 
 
 class Rest:

@@ -137,8 +137,8 @@ class Failures:
         doubt = mixed.confirmed(membership, now_ns) if membership.doubts else None
         if doubt is not None:
             if doubt.cause is not None and doubt.cause.rank != self._rank:
-                # A refusal by another rank, of which this rank found out that it ends the group. The transport that
-                # stops with the group may not deliver what members are told over it.
+                # The refusal itself ended one call only; this rank knows that it ends the group. It uses the
+                # rendezvous too, because a transport that is stopped may lose the messages sent just before.
                 self._actions.append((Act.ANNOUNCE, doubt.cause))
             self.end_group(membership, doubt.error, now_ns, doubt.cause)
 

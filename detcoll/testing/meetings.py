@@ -46,8 +46,8 @@ def ahead(seconds: float = 20.0) -> int:
 def free_address(host: str = "127.0.0.1") -> str:
     """Return an address where nobody listens and that was not returned before in this process.
 
-    Each rank counts its meetings at an address. If one rank of a job had met at it before and another, behind a relay,
-    had not, their counts would differ and the job would not meet.
+    Ranks count their meetings at each address, and the counts of one job must agree. They would differ if an earlier
+    job used the address and a rank of the next one reached it through a relay, under another address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
