@@ -209,8 +209,10 @@ class Recorded(NativeCollectives):
         self.deadlines_ns: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.begun = threading.Event()
 
     def run(self, call, deadline_ns) -> None:
+        self.begun.set()
         if call.kind == "all_reduce":
             raise ValueError("no sums today")
         if call.kind == "barrier":
@@ -289,6 +291,7 @@ def test_draining_native_calls_waits_for_them_but_not_for_ever(native) -> None:
     runner, collectives, call, _ = native
     collectives.gate.clear()
     work = call("broadcast")
+    assert collectives.begun.wait(20)
     assert not runner.drain(deadline(0.01))
     assert isinstance(runner.failure, DeadlineMissed)
     with pytest.raises(Closed):
