@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from detcoll.errors import FrameError
 from detcoll.transport import Ticket, TicketKind
 from detcoll_slotted.flow import Inbound, Outbound
+from detcoll_slotted.joining import Joining
+from detcoll_slotted.options import Options
+from detcoll_slotted.peer import Peer
 from detcoll_slotted.timer import Timer
 from detcoll_slotted.wire import HEADER_BYTES, MAGIC, FrameKind, Header, Lane, decode
 
@@ -213,3 +217,18 @@ def test_the_timer_gives_its_descriptor_back() -> None:
     timer.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(timer.fd)
+
+
+@pytest.mark.parametrize("lanes", [[Lane.EXPRESS, Lane.BULK], [Lane.BULK, Lane.EXPRESS]])
+def test_a_rank_goes_on_polling_until_each_connection_of_the_other_has_come_in(lanes: list[Lane]) -> None:
+    lines = Mock(was_connected=True), Mock(was_connected=True)
+    peer = Peer(1, lines, Outbound(2**20), Inbound(2**17))
+    coming = iter(lanes)
+    waits = []
+
+    def wait(until_ns: int) -> None:
+        waits.append(until_ns)
+        peer.inbound.heard.add(next(coming))
+
+    Joining(0, Options(), Mock(), Mock(now_ns=lambda: 0), wait).join([peer], 5)
+    assert waits == [5, 5]

@@ -88,11 +88,6 @@ class FaultyProxy:
         host, port = self._listener.getsockname()
         return f"{host}:{port}"
 
-    @property
-    def connections(self) -> int:
-        """How many connections it has made."""
-        return len(self._tunnels)
-
     def forget(self) -> None:
         """Lead nothing any more of what comes over the connections that there are."""
         for tunnel in self._tunnels:

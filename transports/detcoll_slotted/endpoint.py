@@ -27,7 +27,7 @@ from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import Roads
 from detcoll_slotted.timer import Timer
-from detcoll_slotted.wire import FrameKind, Lane
+from detcoll_slotted.wire import FrameKind, Header, Lane
 
 EXPRESS_BYTES = 4_096
 LARGEST_MESSAGE_BYTES = 2**30
@@ -361,19 +361,19 @@ class SlottedEndpoint(Endpoint):
     def _take(self, frames: Sequence[zmq.Frame]) -> None:
         self._intake.take(frames, self._greeted, self._left)
 
-    def _greeted(self, rank: int, wants_answer: bool) -> None:
+    def _greeted(self, hello: Header) -> None:
         """Take a hello in, and connect back to whom this rank has not needed yet."""
-        if rank not in self._addresses:
+        if hello.source not in self._addresses:
             return
         try:
-            peer = self._peers.get(rank) or self._reach_later(rank)
+            peer = self._peers.get(hello.source) or self._reach_later(hello.source)
         except PeerLost:  # that rank will tell that it reached nobody
             return
         if peer.lost:
             return
-        peer.inbound.hello = peer.outbound.is_open = True
-        if wants_answer:
-            self._joining.greet(peer)
+        peer.outbound.is_open = True
+        if hello.total > 0:
+            self._joining.answer(peer)
 
     def _left(self, peer: Peer) -> None:
         self._lose(peer, PeerLost(f"rank {peer.rank} closed its endpoint"))

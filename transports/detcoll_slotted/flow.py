@@ -119,7 +119,8 @@ class Inbound:
     untold_since_ns: int = 0
     """Since when there is something to tell; 0 while there is nothing."""
     warm_bytes: int = 0
-    hello: bool = False
+    heard: set[Lane] = field(default_factory=set)
+    """The lanes over which something has come."""
     bye: bool = False
     begun: dict[int, tuple[memoryview, int]] = field(default_factory=dict)
     """Tags of messages of which a part has come: memory for the whole, and how much of it is there."""

@@ -43,9 +43,9 @@ class Intake:
         self._delay_ns = acknowledge_delay_ns
 
     def take(
-        self, frames: Sequence[zmq.Frame], greeted: Callable[[int, bool], None], left: Callable[[Peer], None]
+        self, frames: Sequence[zmq.Frame], greeted: Callable[[Header], None], left: Callable[[Peer], None]
     ) -> None:
-        """Take one message in; ``greeted`` hears who says hello and whether it wants an answer, ``left`` who goes."""
+        """Take one message in; ``greeted`` hears each hello, ``left`` who goes."""
         try:
             header = decode(frames[0].buffer)
         except FrameError:
@@ -55,12 +55,13 @@ class Intake:
             self.counted["foreign_frames"] += 1
             return
         if header.kind is FrameKind.HELLO:
-            greeted(header.source, header.total > 0)
+            greeted(header)
         peer = self._peers.get(header.source)
         if peer is None:
             self.counted["foreign_frames"] += 1
             return
         peer.heard_ns = self._clock.now_ns()
+        peer.inbound.heard.add(header.lane)
         for ticket in peer.outbound.acknowledged(header.acks, header.consumed):
             peer.acknowledged_ns = peer.heard_ns
             self._outcomes.end(ticket, TicketStatus.DONE)

@@ -3,6 +3,9 @@
 All ranks know all addresses, and connect to those that they need. Who is greeted by a rank that it is not connected to
 connects back. A hello says whether an answer is wanted, and is repeated until it has come: whatever else is to be said
 waits for that, since a rank that does not know the other one yet would not take it in.
+
+A hello goes over each connection, and a rank waits until something has come over all of them: who goes on may not poll
+for a while, and then nobody would let in a connection for which the other rank still waits.
 """
 
 from __future__ import annotations
@@ -38,7 +41,15 @@ class Joining:
 
     def greet(self, peer: Peer) -> None:
         """Say hello, and whether an answer is wanted."""
-        self._post.transmit(peer, Lane.EXPRESS, FrameKind.HELLO, place=(0 if peer.inbound.hello else 1, 0))
+        self._say_hello(peer, wants_answer=not peer.is_heard)
+
+    def answer(self, peer: Peer) -> None:
+        """Say hello to who wants to hear it."""
+        self._say_hello(peer, wants_answer=False)
+
+    def _say_hello(self, peer: Peer, *, wants_answer: bool) -> None:
+        for lane in peer.own_lanes:
+            self._post.transmit(peer, lane, FrameKind.HELLO, place=(int(wants_answer), 0))
 
     def turn(self, now_ns: int) -> list[tuple[Peer, PeerLost]]:
         """Greet those who are not joined yet; returns who was not reached in time, and what to say of it."""

@@ -10,6 +10,7 @@ from detcoll_slotted.flow import Inbound, Outbound
 from detcoll_slotted.gate import LARGEST_FRAME_BYTES
 from detcoll_slotted.line import Line
 from detcoll_slotted.pacing import PaceGroup
+from detcoll_slotted.wire import LANES, Lane
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +43,16 @@ class Peer:
         return self.lines if self.lines[0] is not self.lines[1] else self.lines[:1]
 
     @property
+    def own_lanes(self) -> tuple[Lane, ...]:
+        """One lane for each of its connections."""
+        return LANES if self.lines[0] is not self.lines[1] else (Lane.EXPRESS,)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether something has come over each of its connections."""
+        return self.inbound.heard.issuperset(self.own_lanes)
+
+    @property
     def is_joined(self) -> bool:
-        """Whether hellos have passed in both directions."""
-        return self.inbound.hello and all(line.was_connected for line in self.lines)
+        """Whether each connection, in both directions, carries messages."""
+        return self.is_heard and all(line.was_connected for line in self.lines)

@@ -14,7 +14,7 @@ lane      1      0 bulk, 1 express: which sequence ``sequence`` counts in
 (pad)     2
 source    4      rank of the sender
 tag       8      of a DATA message
-total     4      bytes of the whole payload of which this is a part, or all
+total     4      bytes of the whole payload of which this is a part, or all; of HELLO 1 where an answer is wanted
 offset    4      where in it this part begins
 token     8      random number of the job; a frame with another is not ours
 sequence  8      of this message in its lane, from 0; for ACK and BYE unused
@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from detcoll.errors import FrameError
 
-MAGIC = b"DTC\x03"
+MAGIC = b"DTC\x04"
 _LAYOUT = struct.Struct("<4sBBxxIQIIQQQQQ")
 HEADER_BYTES = _LAYOUT.size
 FRAME_BYTES = HEADER_BYTES + 2 + 9
