@@ -21,13 +21,14 @@ from types import SimpleNamespace
 import pytest
 import zmq
 
+import detcoll_slotted.line
 from detcoll.errors import ConnectError, PeerLost, TransportUnavailable, UsageError
 from detcoll.priority import make_prompt
 from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.testing.socks import FaultyProxy
 from detcoll.transport import Ticket, TicketStatus, Window
-from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, gate, tcp
+from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, gate, health, roads, tcp
 from detcoll_slotted.pacing import AHEAD_NS, ALONE_AHEAD_NS, SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import OWN_DESCRIPTORS
@@ -1100,6 +1101,52 @@ def test_a_path_that_forgets_an_idle_connection_is_renewed_before_it_is_needed()
         settle(fabric, sent, received)
         assert bytes(received.view) == pattern(2, 100_000)
         assert fabric[0].counters()["resent_bytes"] == 0
+
+
+OUTLIVES = """
+import sys, time
+from detcoll.testing.fabric import ThreadFabric
+from detcoll.testing.socks import FaultyProxy
+from detcoll_slotted import SlottedTransport
+
+with FaultyProxy() as proxy:
+    options = {"proxy": proxy.address, "proxied_peers": frozenset({0, 1}), "pace_groups": {0: 0, 1: 1}}
+    fabric = ThreadFabric(SlottedTransport(), 2, options).__enter__()
+    here, gone = fabric[0], fabric[1]
+    gone.abort()
+    peer = here._peers[1]
+    while not all(line.is_tried for line in peer.lines):
+        here.poll(time.monotonic_ns() + 1_000_000)
+    if "lost" in sys.argv:
+        here._lose(peer, ConnectionError("nothing came through"))
+    here.close(time.monotonic_ns()) if "close" in sys.argv else here.abort()
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("ways", [["close"], ["abort"], ["lost", "close"]])
+def test_who_outlives_a_peer_behind_a_proxy_ends_in_order(ways: list[str]) -> None:
+    ended = subprocess.run([sys.executable, "-c", OUTLIVES, *ways], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ended\n", "")
+
+
+def test_a_connection_behind_a_proxy_that_ended_is_closed_before_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def guard_and_wait(made: zmq.Socket[bytes], tolerance_ns: int) -> None:
+        health.guard(made, tolerance_ns)
+        made.reconnect_ivl_max = 0
+
+    stayed: list[object] = []
+    monkeypatch.setattr(roads, "guard", guard_and_wait)
+    monkeypatch.setattr(detcoll_slotted.line, "_FIRST_RETRY_BEHIND_PROXY_MS", 60_000)
+    monkeypatch.setattr(
+        roads, "ctypes", SimpleNamespace(pythonapi=SimpleNamespace(Py_IncRef=stayed.append), py_object=id)
+    )
+    with FaultyProxy() as proxy, through(proxy, 6_000 * MS, wide=True) as fabric:
+        fabric[1].abort()
+        pump(fabric, lambda: not any(line.connected for line in fabric[0]._peers[1].lines), ranks=(0,))
+    assert stayed == []
 
 
 def test_a_path_that_is_silent_altogether_loses_the_peer_and_says_what_is_known() -> None:

@@ -384,7 +384,9 @@ class SlottedEndpoint(Endpoint):
             peer = self._peers[line.rank]
             if not line.connected:
                 self._health.ended(peer, now_ns)
-            if line.connected and not peer.is_joined:
+                if peer.inbound.bye:
+                    trunk.disconnect(line)
+            if line.connected and not peer.is_joined and not peer.lost:
                 self._joining.greet(peer)
             if is_back and not peer.lost:
                 peer.inbound.tell(now_ns, soon=True)  # what was said last may have gone with the connection

@@ -24,6 +24,9 @@ log = logging.getLogger("detcoll")
 UNPACED = 2**64 - 1
 """What the kernel takes for no limit."""
 _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+_WATCHED_BEHIND_PROXY = _WATCHED | zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CLOSED
+_FIRST_RETRY_BEHIND_PROXY_MS = 200
+"""Time to end a socket after its connection ended, and longer than one lingers; see `Trunk.close`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,16 @@ class Line:
         self._free_ns = 0
         self._tcp: Connection | None = None
         self._past_retransmits = 0
+        self.is_tried = True
+        """Whether ZeroMQ tries to connect, or waits to try once more after it failed; told only behind a proxy."""
 
     def note(self, event: int, value: int, endpoint: str) -> bool:
         """Take in what the monitor says; True when a broken connection has come back."""
         if event == zmq.EVENT_CONNECTED:
+            self.is_tried = False
             self._adopt(value, endpoint)
+        elif event in (zmq.EVENT_CONNECT_DELAYED, zmq.EVENT_CLOSED):
+            self.is_tried = True
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             returned = self.was_connected
             self.connected = self.was_connected = True
@@ -186,7 +194,8 @@ class Trunk:
             self.socket.sndhwm = 0  # bounded by credit, which counts bytes
             if proxy:
                 self.socket.setsockopt_string(zmq.SOCKS_PROXY, proxy)
-            self.monitor = self.socket.get_monitor_socket(_WATCHED)
+                self.socket.reconnect_ivl = _FIRST_RETRY_BEHIND_PROXY_MS
+            self.monitor = self.socket.get_monitor_socket(_WATCHED_BEHIND_PROXY if proxy else _WATCHED)
         except BaseException:
             self.socket.close(linger=0)
             raise
@@ -201,11 +210,17 @@ class Trunk:
         return line
 
     def disconnect(self, line: Line) -> None:
-        """Drop what was sent to a peer and has not left, and connect to it no more."""
-        if self._lines.pop(self._proxy or line.address, None) is not None:
+        """Drop what was sent to a peer and has not left, and connect to it no more, if ZeroMQ can; see `close`."""
+        if self._may_end(line) and self._lines.pop(self._proxy or line.address, None) is not None:
             self.socket.linger = 0
             self.socket.disconnect(line.address)
             line.close()
+
+    def _may_end(self, line: Line) -> bool:
+        """Tell whether ZeroMQ survives the end of a connection, or of the attempts to make it."""
+        if self._proxy:
+            self.events()  # what became of it since they were read last
+        return not self._proxy or not line.is_tried
 
     def events(self) -> list[tuple[Line, bool]]:
         """Take in what the monitor says; returns lines of which it spoke, and whether they were broken and are back."""
@@ -220,12 +235,19 @@ class Trunk:
             if line is not None:
                 told[line] = line.note(event["event"], int(event["value"]), endpoint) or told.get(line, False)
 
-    def close(self, linger_ms: int) -> None:
-        """Close socket and monitor; what is queued for connected peers has ``linger_ms`` to leave."""
+    def close(self, linger_ms: int) -> bool:
+        """Close socket and monitor; what is queued for connected peers has ``linger_ms`` to leave.
+
+        False where the socket has to stay, with its context, until the process ends: ZeroMQ (4.3.5) aborts the process
+        if a socket ends while it waits to try again what a SOCKS proxy refused. It tries on, and reaches nobody.
+        """
         for line in [line for line in self._lines.values() if not line.connected]:
             self.disconnect(line)
+        may_end = all(self._may_end(line) for line in self._lines.values())
         for line in self._lines.values():
             line.close()
         self.socket.disable_monitor()
         self.monitor.close(linger=0)
-        self.socket.close(linger=linger_ms)
+        if may_end:
+            self.socket.close(linger=linger_ms)
+        return may_end

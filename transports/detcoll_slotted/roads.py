@@ -6,6 +6,7 @@ have one for both.
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import socket
 from collections.abc import Iterable
@@ -122,12 +123,14 @@ class Roads:
         return self._trunks[key]
 
     def close(self, linger_ms: int) -> None:
-        """Close everything; what is queued for connected peers has ``linger_ms`` to leave."""
-        for trunk in self.trunks:
-            trunk.close(linger_ms)
+        """Close everything that may be closed; what is queued for connected peers has ``linger_ms`` to leave."""
+        stay = [trunk.socket for trunk in self.trunks if not trunk.close(linger_ms)]
         self._inlet.close(linger=0)
         self._requests.close(linger=0)
-        self.destroy()
+        if not stay:
+            self.destroy()
+        for made in (self._context, *stay) if stay else ():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))  # nobody closes it, not even the end of the interpreter
 
     def destroy(self) -> None:
         """End ZeroMQ's threads, and whatever socket is still open, so that nothing is waited for."""
