@@ -46,7 +46,7 @@ class Style:
 class Line:
     """The connection to one peer, for one lane or both, and the TCP connection beneath it just now.
 
-    It has one field more than most classes may have: what traces tell of a connection is kept here too.
+    It has two fields more than most classes may have: what traces tell of a connection is kept here too.
     """
 
     def __init__(
