@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from detcoll.launch.leftovers import now_ns, remove_segments
@@ -14,6 +15,11 @@ from detcoll.launch.mpiexec import find_mpiexec
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# A busy machine is no failure of what is tested.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 LONG = (
     "test_contract_shm.py", "test_communicator.py", "test_bench_smoke.py", "test_endings.py", "test_messages.py",

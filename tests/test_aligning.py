@@ -208,7 +208,7 @@ def test_delays_that_differ_by_a_millisecond_from_the_topology(calendar: Calenda
     assert world.least_gap_ns(wide) > GUARD_NS - 50 * US
 
 
-@settings(max_examples=6, deadline=None, phases=[Phase.generate])
+@settings(max_examples=6, phases=[Phase.generate])
 @given(data=st.data(), count=st.integers(3, 5), drift_ppm=st.sampled_from([0, 10, 25, 45]))
 def test_arrivals_are_no_further_apart_than_guards_allow_for(data: st.DataObject, count: int, drift_ppm: float) -> None:
     world = World([1] * count, drift_ppm)

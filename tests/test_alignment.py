@@ -39,7 +39,7 @@ def check_guards(calendar: Calendar) -> None:
         assert len(cycle.windows) * calendar.guard_ns <= LARGEST_GUARD_SHARE * cycle.cycle_ns
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sites=st.integers(3, 12),
     one_way_ns=st.integers(0, 300 * MS),
@@ -57,7 +57,7 @@ def test_equal_distances_need_no_solver_and_no_slack(
     assert calendar.sites[0].cycle_ns == (sites - 1) * (longest_ns + error_ns)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(
     sites=st.integers(3, 5),
     delays_ns=st.lists(st.integers(2 * MS, 60 * MS), min_size=3, max_size=5, unique=True),

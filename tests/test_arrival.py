@@ -111,7 +111,7 @@ def test_of_three_sites_one_link_that_is_longer_both_ways_is_mended() -> None:
     assert sites.apart_ns() < 20 * US
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), count=st.integers(3, 8))
 def test_any_start_ends_at_what_least_squares_leaves(data: st.DataObject, count: int) -> None:
     wrong_ns = data.draw(st.lists(st.integers(-20 * MS, 20 * MS), min_size=count, max_size=count))

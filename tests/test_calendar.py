@@ -17,7 +17,7 @@ from detcoll.topology import Topology
 TOPOLOGY = sites_of([2, 3])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     ranks=st.lists(st.integers(1, 5), min_size=1, max_size=6),
     up=st.floats(1e4, 1e10),

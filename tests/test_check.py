@@ -34,7 +34,7 @@ TOPOLOGY = sites_of([2, 2])
 THREE = sites_of([2, 1, 2])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     ranks=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     count=st.integers(0, 200),

@@ -66,7 +66,7 @@ def call_of(kind: str, size: int, seed: int, largest: int) -> Call:
     return replace(call, rows=call.rows[:1], tails=call.tails[:1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(sites(), st.sampled_from(sorted(DECLARED)), st.integers(0, 2**31), st.integers(4, 40), st.integers(2, 5))
 def test_every_plan_of_every_kind_proves_itself(
     ranks: list[list[int]], kind: str, seed: int, elems: int, depth: int
@@ -80,7 +80,7 @@ def test_every_plan_of_every_kind_proves_itself(
         check(parts, topology, build_calendar(topology, list(Slotting)[seed % len(Slotting)]))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(sites(), st.sampled_from(sorted(set(DECLARED) - {"barrier"})), st.integers(0, 2**31), st.integers(16, 400))
 def test_simulated_data_has_the_promised_bits(ranks: list[list[int]], kind: str, seed: int, elems: int) -> None:
     topology = placed(ranks)

@@ -846,7 +846,7 @@ def test_whom_a_rank_listens_to_from_the_start() -> None:
 # Everything at once.
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_random_calls_of_overlapping_groups_end_with_the_promised_bits(data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([[4], [2, 2], [1, 3], [2, 1, 2]]), "sites")

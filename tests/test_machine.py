@@ -300,7 +300,7 @@ def test_shares_pace_without_a_window_and_off_does_not() -> None:
         assert [window for _, window in line.due(0)] == [expected, expected]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     rank=st.integers(0, 1),
     start_ns=st.integers(0, 40 * MS),

@@ -609,7 +609,7 @@ def test_the_flight_record_tells_who_waits_for_whom_and_which_tag() -> None:
     seed=st.integers(0, 2**32 - 1), sites=st.sampled_from([[1], [3], [2, 2], [1, 2, 1]]),
     count=st.integers(1, 40), credit_bytes=st.sampled_from([None, 200_000]),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_random_messages_all_arrive(seed: int, sites: Sequence[int], count: int, credit_bytes: int | None) -> None:
     """Everything is posted at once, in an order that differs by rank, beside all-reduces."""
     draw = np.random.default_rng(seed)

@@ -414,7 +414,7 @@ def test_costs_reach_the_prediction() -> None:
     assert slow > 2 * predict_ns(LARGE, topology, calendar, "exchange", chunk)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     count=st.integers(0, 5000),

@@ -97,7 +97,7 @@ def test_large_messages_within_three_percent(ranks: list[int], algorithm: str, m
         assert predicted == pytest.approx(simulated, rel=0.03), phase_ns
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     ranks=st.lists(st.integers(1, 3), min_size=2, max_size=4),
     rate=st.sampled_from([1e7, 1e8, 1e9]),
@@ -211,7 +211,7 @@ def test_direct_is_two_halves_and_two_delays(one_way_ns: int) -> None:
     assert predict_ns(collective, topology, calendar, "direct", chunk, NOTHING) == pytest.approx(expected, rel=1e-3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(begin=st.integers(0, 100 * MS), takes=st.integers(1, 200 * MS) | st.sampled_from([14 * MS, 28 * MS]))
 def test_last_end_is_what_walking_the_windows_gives(begin: int, takes: int) -> None:
     left, turn, end = takes, begin - begin % (40 * MS), 0

@@ -16,7 +16,7 @@ from detcoll.topology import Topology
 MS = 1_000_000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ranks=st.lists(st.integers(1, 4), min_size=2, max_size=5),
     uplink=st.sampled_from([1.25e7, 1.25e8, 1e11]),

@@ -108,7 +108,7 @@ def test_cubic_is_never_slower_than_reno() -> None:
         assert throughput_bytes_per_s("cubic", path(loss)) >= throughput_bytes_per_s("mathis", path(loss))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(control=st.sampled_from(sorted(CONTROLS)), loss=st.floats(1e-9, 0.3), more=st.floats(1.1, 3.0))
 def test_loss_and_distance_never_help(control: str, loss: float, more: float) -> None:
     here = throughput_bytes_per_s(control, path(loss))
@@ -156,7 +156,7 @@ def test_nothing_to_sum_is_nothing_to_wait_for() -> None:
     assert iteration_ns(WORK, BucketTimes(0, 0)) == S
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(first=st.integers(0, S), interval=st.integers(0, S), backward=st.floats(0, 1), overlap=st.floats(0, 1))
 def test_an_iteration_lies_between_its_parts_and_their_sum(
     first: int, interval: int, backward: float, overlap: float

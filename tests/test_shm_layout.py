@@ -161,7 +161,7 @@ def _largest_gap(in_use: dict[int, int], size: int) -> int:
     return max(end - start for start, end in zip(edges[::2], edges[1::2], strict=True))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_area_steps())
 def test_records_never_overlap(steps: list[tuple[str, int]]) -> None:
     size, at = 2048, 128

@@ -68,7 +68,7 @@ def summed(
     return result
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     algorithm=st.sampled_from(ALL_REDUCE),
@@ -89,7 +89,7 @@ def test_an_all_reduce_gives_the_promised_bits(
     summed(sites_of(ranks), algorithm, dtype, op, count, ChunkSize(elems, depth, whole), mode=mode)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     algorithm=st.sampled_from(BROADCAST),

@@ -150,7 +150,7 @@ def halves(draw):
     return ranks, arrays
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(halves(), st.sampled_from(ALL_REDUCE), st.integers(0, 2))
 def test_plans_and_groups_average_any_16_bit_floats_as_the_oracle_does(drawn, algorithm: str, in_place: int) -> None:
     ranks, arrays = drawn
