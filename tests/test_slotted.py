@@ -1149,6 +1149,26 @@ def test_a_connection_behind_a_proxy_that_ended_is_closed_before_it_is_tried_aga
     assert stayed == []
 
 
+def test_a_connection_behind_a_proxy_whose_end_nobody_has_read_is_not_tried_again_while_the_socket_lingers() -> None:
+    with FaultyProxy() as proxy, through(proxy, 6_000 * MS, wide=True) as fabric:
+        lines = fabric[0]._peers[1].lines
+        fabric[1].abort()
+        for line in lines:
+            assert line.trunk.monitor.poll(30_000)
+        assert all(line.connected for line in lines)
+        fabric[0].close(now_ns())
+        assert [line.trunk._lines for line in lines] == [{}, {}]
+
+
+def test_nothing_is_lent_behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detcoll_slotted.post.send_constant", lambda *_: pytest.fail("lent"))
+    with FaultyProxy() as proxy, through(proxy, 6_000 * MS, wide=True) as fabric:
+        payload = pattern(1, 500_000)
+        sent, received = fabric[0].send(1, 1, memoryview(payload)), fabric[1].recv(0, 1, 500_000)
+        settle(fabric, sent, received)
+        assert bytes(received.view) == payload
+
+
 def test_a_path_that_is_silent_altogether_loses_the_peer_and_says_what_is_known() -> None:
     with FaultyProxy() as proxy, through(proxy, 1_000 * MS, wide=True) as fabric:
         awaited, sent = fabric[0].recv(1, 1, 10), fabric[0].send(1, 1, memoryview(bytes(10)))

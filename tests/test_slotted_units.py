@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import time
@@ -219,16 +220,19 @@ def test_the_timer_gives_its_descriptor_back() -> None:
         os.fstat(timer.fd)
 
 
-@pytest.mark.parametrize("lanes", [[Lane.EXPRESS, Lane.BULK], [Lane.BULK, Lane.EXPRESS]])
-def test_a_rank_goes_on_polling_until_each_connection_of_the_other_has_come_in(lanes: list[Lane]) -> None:
+@pytest.mark.parametrize("coming", list(itertools.permutations(["hello", *Lane])))
+def test_a_rank_goes_on_polling_until_each_connection_of_the_other_has_come_in(coming: tuple[Lane | str, ...]) -> None:
     lines = Mock(was_connected=True), Mock(was_connected=True)
-    peer = Peer(1, lines, Outbound(2**20), Inbound(2**17))
-    coming = iter(lanes)
-    waits = []
+    peer = Peer(1, lines, Outbound(2**20, is_open=False), Inbound(2**17))
+    left = list(coming)
 
     def wait(until_ns: int) -> None:
-        waits.append(until_ns)
-        peer.inbound.heard.add(next(coming))
+        assert until_ns == 5
+        came = left.pop(0)
+        if isinstance(came, Lane):
+            peer.inbound.heard.add(came)
+        else:
+            peer.outbound.is_open = True
 
     Joining(0, Options(), Mock(), Mock(now_ns=lambda: 0), wait).join([peer], 5)
-    assert waits == [5, 5]
+    assert left == []

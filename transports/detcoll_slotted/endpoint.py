@@ -384,7 +384,7 @@ class SlottedEndpoint(Endpoint):
             peer = self._peers[line.rank]
             if not line.connected:
                 self._health.ended(peer, now_ns)
-                if peer.inbound.bye:
+                if peer.lost:
                     trunk.disconnect(line)
             if line.connected and not peer.is_joined and not peer.lost:
                 self._joining.greet(peer)

@@ -200,6 +200,11 @@ class Trunk:
             self.socket.close(linger=0)
             raise
 
+    @property
+    def is_proxied(self) -> bool:
+        """Whether its connections lead through a SOCKS proxy."""
+        return bool(self._proxy)
+
     def connect(self, rank: int, address: str, lanes: tuple[Lane, ...], style: Style) -> Line:
         """Begin to connect to a peer; what is sent meanwhile waits."""
         # Not two connections of a socket may ever have one route: ZeroMQ would abort the process.
@@ -218,9 +223,9 @@ class Trunk:
 
     def _may_end(self, line: Line) -> bool:
         """Tell whether ZeroMQ survives the end of a connection, or of the attempts to make it."""
-        if self._proxy:
+        if self.is_proxied:
             self.events()  # what became of it since they were read last
-        return not self._proxy or not line.is_tried
+        return not self.is_proxied or not line.is_tried
 
     def events(self) -> list[tuple[Line, bool]]:
         """Take in what the monitor says; returns lines of which it spoke, and whether they were broken and are back."""
@@ -239,8 +244,11 @@ class Trunk:
         """Close socket and monitor; what is queued for connected peers has ``linger_ms`` to leave.
 
         False where the socket has to stay, with its context, until the process ends: ZeroMQ (4.3.5) aborts the process
-        if a socket ends while it waits to try again what a SOCKS proxy refused. It tries on, and reaches nobody.
+        if a socket ends while it waits to try again what a SOCKS proxy refused. It tries on, and what was sent leaves
+        if that ever succeeds.
         """
+        if self.is_proxied:
+            self.events()  # what has ended meanwhile is not waited for, since it would be tried again
         for line in [line for line in self._lines.values() if not line.connected]:
             self.disconnect(line)
         may_end = all(self._may_end(line) for line in self._lines.values())

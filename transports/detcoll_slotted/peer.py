@@ -49,8 +49,8 @@ class Peer:
 
     @property
     def is_heard(self) -> bool:
-        """Whether something has come over each of its connections."""
-        return self.inbound.heard.issuperset(self.own_lanes)
+        """Whether its hello has come, and something over each of its connections."""
+        return self.outbound.is_open and self.inbound.heard.issuperset(self.own_lanes)
 
     @property
     def is_joined(self) -> bool:

@@ -34,10 +34,13 @@ class Roads:
         self._token, self._options = token, options
         self._ipv6 = ipaddress.ip_address(host).version == 6
         self._context = zmq.Context()
+        self._context_behind_proxy = zmq.Context() if options.proxy else self._context
         self._trunks: dict[tuple[Lane, int], Trunk] = {}
         self._shared: list[Line] = []
         self._look_ns = 0
         try:
+            if options.proxy:
+                self._context_behind_proxy.socket(zmq.PAIR).close()  # starts its threads, as prompt as the others
             self._requests = self._context.socket(zmq.REP)
             self._requests.linger = 0
             self._requests.bind(ZAP)
@@ -116,7 +119,8 @@ class Roads:
         proxy = self._options.proxy if rank in self._options.proxied_peers else ""
         key = lane, rank if proxy else -1
         if key not in self._trunks:
-            self._trunks[key] = trunk = Trunk(self._context, self._configure, proxy)
+            context = self._context_behind_proxy if proxy else self._context
+            self._trunks[key] = trunk = Trunk(context, self._configure, proxy)
             show(trunk.socket, self._token)
             if lane is Lane.EXPRESS:
                 beat(trunk.socket, self._options.tolerance_ns)
@@ -127,14 +131,17 @@ class Roads:
         stay = [trunk.socket for trunk in self.trunks if not trunk.close(linger_ms)]
         self._inlet.close(linger=0)
         self._requests.close(linger=0)
-        if not stay:
+        if stay:
+            for made in (self._context_behind_proxy, *stay):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))  # not even the end of the interpreter closes it
+            self._context.destroy(linger=0)
+        else:
             self.destroy()
-        for made in (self._context, *stay) if stay else ():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))  # nobody closes it, not even the end of the interpreter
 
     def destroy(self) -> None:
         """End ZeroMQ's threads, and whatever socket is still open, so that nothing is waited for."""
         self._context.destroy(linger=0)
+        self._context_behind_proxy.destroy(linger=0)
 
 
 def _numeric(address: str) -> str:
