@@ -4,8 +4,8 @@ All ranks know all addresses, and connect to those that they need. Who is greete
 connects back. A hello says whether an answer is wanted, and is repeated until it has come: whatever else is to be said
 waits for that, since a rank that does not know the other one yet would not take it in.
 
-A hello goes over each connection, and a rank waits until something has come over all of them: who goes on may not poll
-for a while, and then nobody would let in a connection for which the other rank still waits.
+A hello goes over each connection, and a rank waits until something has come over all of the peer's connections. A rank
+that has joined may not poll for a while, and only a rank that polls can accept other ranks' connections (`Gate.admit`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ UNPACED = 2**64 - 1
 _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
 _WATCHED_BEHIND_PROXY = _WATCHED | zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CLOSED
 _FIRST_RETRY_BEHIND_PROXY_MS = 200
-"""Time to end a socket after its connection ended, and longer than one lingers; see `Trunk.close`."""
+"""How long ZeroMQ waits after a connection ended: until then the socket can be closed, see `Trunk.close`. Longer than a
+socket lingers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Line:
         self._tcp: Connection | None = None
         self._past_retransmits = 0
         self.is_tried = True
-        """Whether ZeroMQ tries to connect, or waits to try once more after it failed; told only behind a proxy."""
+        """Whether ZeroMQ is connecting, or failed to and will retry. Monitors report it only behind a proxy."""
 
     def note(self, event: int, value: int, endpoint: str) -> bool:
         """Take in what the monitor says; True when a broken connection has come back."""
@@ -222,7 +223,7 @@ class Trunk:
             line.close()
 
     def _may_end(self, line: Line) -> bool:
-        """Tell whether ZeroMQ survives the end of a connection, or of the attempts to make it."""
+        """Tell whether this line can be ended without ZeroMQ aborting the process."""
         if self.is_proxied:
             self.events()  # what became of it since they were read last
         return not self.is_proxied or not line.is_tried
@@ -243,12 +244,12 @@ class Trunk:
     def close(self, linger_ms: int) -> bool:
         """Close socket and monitor; what is queued for connected peers has ``linger_ms`` to leave.
 
-        False where the socket has to stay, with its context, until the process ends: ZeroMQ (4.3.5) aborts the process
-        if a socket ends while it waits to try again what a SOCKS proxy refused. It tries on, and what was sent leaves
-        if that ever succeeds.
+        Returns False if the socket has to stay open, with its context, until the process ends: ZeroMQ 4.3.5 aborts the
+        process if a socket is closed after it failed to connect through a SOCKS proxy. Such a socket goes on retrying,
+        and sends what it holds if it connects.
         """
         if self.is_proxied:
-            self.events()  # what has ended meanwhile is not waited for, since it would be tried again
+            self.events()  # a line that ended is dropped now: ZeroMQ would retry while the socket lingers
         for line in [line for line in self._lines.values() if not line.connected]:
             self.disconnect(line)
         may_end = all(self._may_end(line) for line in self._lines.values())

@@ -47,7 +47,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def wide_peers(self) -> frozenset[int]:
-        """Peers across lines, which have a connection for each lane; two ranks must agree on it."""
+        """Peers across lines, which have a connection for each lane. Both ranks of a pair must say the same."""
         return self.warm_up_peers | self.pace_groups.keys()
 
     proxy: str = ""

@@ -46,7 +46,7 @@ class Post:
     def transmit_kept(self, peer: Peer, lane: Lane, kept: Kept, *, again: bool = False) -> None:
         """Send a kept message: lent the first time, where that pays."""
         # What is sent again may be acknowledged, and its memory given back, while it still waits behind the first.
-        # Behind a proxy ZeroMQ may still have it when this rank has given it up.
+        # Behind a proxy ZeroMQ may keep a message after this rank gave it up (`Trunk.close`).
         lend = not again and kept.view.nbytes >= _LEAST_LENT_BYTES and not peer.lines[lane].trunk.is_proxied
         self.transmit(peer, lane, FrameKind.DATA, kept.view, kept.ticket.tag, kept.sequence, kept.place, lend=lend)
 

@@ -14,7 +14,7 @@ lane      1      0 bulk, 1 express: which sequence ``sequence`` counts in
 (pad)     2
 source    4      rank of the sender
 tag       8      of a DATA message
-total     4      bytes of the whole payload of which this is a part, or all; of HELLO 1 where an answer is wanted
+total     4      bytes of the whole payload of which this is a part, or all; HELLO: 1 if it wants an answer
 offset    4      where in it this part begins
 token     8      random number of the job; a frame with another is not ours
 sequence  8      of this message in its lane, from 0; for ACK and BYE unused
