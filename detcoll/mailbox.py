@@ -11,7 +11,8 @@ A message that arrives passes through three calls, so that its bytes go straight
     count = sock.recv_into(arrival.rest)            # the receive's own memory if it is posted, else the mailbox's
     mail.advance(arrival, count, now_ns)            # ends the receive with the last byte
 
-`Mailbox.deliver` does all of it for a message that lies in memory already.
+`Mailbox.deliver` does all of it for a message that lies in memory already, and copies it. `Mailbox.keep` leaves such a
+message where it lies: a receive without ``into`` is lent that memory, and its owner hears when it is free again.
 
 How much of one peer's early mail is held is bounded by ``held_bytes``. What is not admitted stays where it is, so its
 sender has to wait. A transport that can take a later message first asks for nothing more. One that reads messages in
@@ -52,10 +53,10 @@ Key = tuple[int, int]
 
 
 class Lender(Protocol):
-    """What lends a view: it hears when the view is released."""
+    """Who owns the memory of a message: it hears when that is free again."""
 
-    def take_back(self, ticket: Ticket) -> None:
-        """Take the memory of a lent view back; ``ticket.view`` is None by then."""
+    def take_back(self, ticket: Ticket | None) -> None:
+        """Take the memory back: of a lent view, where ``ticket.view`` is None by then, or of what nobody was lent."""
 
 
 @dataclass(eq=False, slots=True)
@@ -64,15 +65,17 @@ class Arrival:
 
     ``memory`` : where its bytes belong, all of it.  ``filled_bytes`` : how many of them are there.  ``receive`` : who
     takes it, None while nobody does.  ``is_dropped`` : nobody will.  ``is_early`` : it counts as held for its source.
+    ``owner`` : whose memory it is, if it is to hear when that is free.
     """
 
     source: int
     tag: int
     memory: memoryview
     receive: Receive | None
-    is_early: bool
+    is_early: bool = False
     is_dropped: bool = False
     filled_bytes: int = 0
+    owner: Lender | None = None
 
     @property
     def rest(self) -> memoryview:
@@ -135,6 +138,11 @@ class Mailbox:
         """Whether sends are pending."""
         return bool(self._sends)
 
+    @property
+    def has_receives(self) -> bool:
+        """Whether a receive waits for a message that has not begun to arrive."""
+        return bool(self._waiting)
+
     def held_bytes(self, src: int) -> int:
         """Return the bytes of early mail that are held for a source."""
         return self._held.get(src, 0)
@@ -143,13 +151,19 @@ class Mailbox:
         """Tell whether a receive waits for a message of ``src`` that has not begun to arrive."""
         return src in self._waiting
 
+    def drops(self, tag: int) -> bool:
+        """Tell whether messages with a tag are dropped."""
+        return bool(self._discarded) and self._discarded.covers(tag)
+
     def check_open(self) -> None:
         """Raise Closed once `close` was called."""
         if not self.is_open:
             raise Closed(f"the endpoint of rank {self._rank} is closed")
 
-    def send(self, dst: int, tag: int, nbytes: int, now_ns: int) -> Ticket:
+    def send(self, dst: int, tag: int, nbytes: int, started_ns: int = 0) -> Ticket:
         """Return the ticket of a new send, which the transport ends with `end`.
+
+        ``started_ns`` : when it is passed to the network; 0 if the transport sets it later.
 
         Raises
         ------
@@ -160,9 +174,9 @@ class Mailbox:
         """
         self._check("dst", dst, tag, nbytes)
         if dst in self._unreachable:
-            raise PeerLost(f"rank {dst} is gone") from self._unreachable[dst]
+            raise _lost(dst, self._unreachable[dst])
         self._lift(tag)
-        ticket = Ticket(TicketKind.SEND, dst, tag, nbytes, started_ns=now_ns)
+        ticket = Ticket(TicketKind.SEND, dst, tag, nbytes, started_ns=started_ns)
         self._sends[ticket] = None
         return ticket
 
@@ -178,8 +192,8 @@ class Mailbox:
         """
         self._check("src", src, tag, nbytes)
         if into is not None:
-            if into.readonly or into.nbytes != nbytes:
-                raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable bytes")
+            if into.readonly or into.nbytes != nbytes or not into.c_contiguous:
+                raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable, contiguous bytes")
             into = into.cast("B")
         self._lift(tag)
         ticket, key = Ticket(TicketKind.RECV, src, tag, nbytes), (src, tag)
@@ -190,7 +204,7 @@ class Mailbox:
             if arrival.is_complete:
                 self._finish(arrival, now_ns)
         elif src in self._gone:
-            raise PeerLost(f"rank {src} is gone") from self._gone[src]
+            raise _lost(src, self._gone[src])
         else:
             self._posted.setdefault(key, deque()).append((ticket, into))
             self._waiting[src] = self._waiting.get(src, 0) + 1
@@ -202,7 +216,7 @@ class Mailbox:
         What is not admitted may be asked about again after `recv` and `discard`, and after a message of that source has
         been taken. ``in_order`` : no later message of that source can be taken first; see the module's text.
         """
-        if (src, tag) in self._posted or (self._discarded and self._discarded.covers(tag)):
+        if (src, tag) in self._posted or self.drops(tag):
             return True
         held_bytes = self._held.get(src, 0) + nbytes
         if held_bytes <= self._largest_held_bytes:
@@ -214,20 +228,12 @@ class Mailbox:
 
         Messages with one tag are begun in the order in which their source sent them. An empty message ends at once.
         """
-        key = src, tag
-        posted = self._posted.get(key)
-        if self._discarded and self._discarded.covers(tag):
-            arrival = Arrival(src, tag, _memory(nbytes), None, False, is_dropped=True)
-        elif posted is not None:
-            receive = _first_of(self._posted, key, posted)
-            self._no_longer_waits(src)
-            into = receive[1]
-            memory = into if into is not None and into.nbytes == nbytes else _memory(nbytes)
-            arrival = Arrival(src, tag, memory, receive, False)
-        else:
-            arrival = Arrival(src, tag, _memory(nbytes), None, True)
-            self._early.setdefault(key, deque()).append(arrival)
-            self._held[src] = self._held.get(src, 0) + nbytes
+        receive = self._take_posted(src, tag)
+        into = None if receive is None else receive[1]
+        memory = into if into is not None and into.nbytes == nbytes else _memory(nbytes)
+        arrival = Arrival(src, tag, memory, receive)
+        if receive is None:
+            self._drop_or_hold(arrival)
         self._arriving.add(arrival)
         if not nbytes:
             self.advance(arrival, 0, now_ns)
@@ -249,8 +255,22 @@ class Mailbox:
             arrival.memory[:] = data
             self.advance(arrival, data.nbytes, now_ns)
 
+    def keep(self, src: int, tag: int, data: memoryview, now_ns: int, owner: Lender | None = None) -> None:
+        """Take in a whole message, flat bytes, that stays where it lies; ``owner`` hears when its memory is free again.
+
+        That is when it was copied to the receive's own memory, when the view that was lent of it is released, or when
+        it is dropped. After `close` no owner hears anything.
+        """
+        arrival = Arrival(src, tag, data, self._take_posted(src, tag), filled_bytes=data.nbytes, owner=owner)
+        if arrival.receive is None:
+            self._drop_or_hold(arrival)
+        if not arrival.is_early:
+            self._finish(arrival, now_ns)
+
     def end(self, ticket: Ticket, status: TicketStatus, now_ns: int, error: Exception | None = None) -> None:
-        """End a ticket, so that `take_ended` returns it."""
+        """End a ticket, unless it has ended, so that `take_ended` returns it."""
+        if ticket.status is not TicketStatus.PENDING:
+            return
         is_send = ticket.kind is TicketKind.SEND
         if is_send:
             self._sends.pop(ticket, None)
@@ -368,27 +388,49 @@ class Mailbox:
             del self._posted[key]
         return True
 
+    def _take_posted(self, src: int, tag: int) -> Receive | None:
+        """Take the receive that a message is for, if one waits; a message that is dropped is for none."""
+        key = src, tag
+        posted = self._posted.get(key)
+        if posted is None:
+            return None
+        receive: Receive = _first_of(self._posted, key, posted)
+        self._no_longer_waits(src)
+        return receive
+
+    def _drop_or_hold(self, arrival: Arrival) -> None:
+        """Decide what becomes of a message that no receive waits for."""
+        if self.drops(arrival.tag):
+            arrival.is_dropped = True
+            return
+        src = arrival.source
+        arrival.is_early = True
+        self._early.setdefault((src, arrival.tag), deque()).append(arrival)
+        self._held[src] = self._held.get(src, 0) + arrival.memory.nbytes
+
     def _finish(self, arrival: Arrival, now_ns: int) -> None:
         """End the receive of a message all of which is here, and hold it no longer."""
         self._hold_no_longer(arrival)
-        if arrival.receive is None:
-            return
-        ticket, into = arrival.receive
+        receive, owner, memory = arrival.receive, arrival.owner, arrival.memory
         arrival.receive = None
-        if arrival.is_dropped:
-            self.end(ticket, TicketStatus.CANCELLED, now_ns)
-            return
-        memory = arrival.memory
-        if memory.nbytes != ticket.nbytes:
-            text = f"{memory.nbytes} bytes came from rank {ticket.peer} with tag {ticket.tag}; expected {ticket.nbytes}"
-            self.end(ticket, TicketStatus.FAILED, now_ns, FrameError(text))
-            return
-        if into is None:
-            ticket.view = memory.toreadonly()
-            ticket.lender = None if self._lend is None else self._lend(memory)
-        elif into is not memory:
-            into[:] = memory
-        self.end(ticket, TicketStatus.DONE, now_ns)
+        if receive is not None:
+            ticket, into = receive
+            if arrival.is_dropped:
+                self.end(ticket, TicketStatus.CANCELLED, now_ns)
+            elif memory.nbytes != ticket.nbytes:
+                came = f"{memory.nbytes} bytes came from rank {ticket.peer} with tag {ticket.tag}"
+                self.end(ticket, TicketStatus.FAILED, now_ns, FrameError(f"{came}; expected {ticket.nbytes}"))
+            elif into is None:
+                ticket.view = memory.toreadonly()
+                ticket.lender = owner if owner is not None or self._lend is None else self._lend(memory)
+                owner = None
+                self.end(ticket, TicketStatus.DONE, now_ns)
+            else:
+                if into is not memory:
+                    into[:] = memory
+                self.end(ticket, TicketStatus.DONE, now_ns)
+        if owner is not None:
+            owner.take_back(None)
 
     def _hold_no_longer(self, arrival: Arrival) -> None:
         if arrival.is_early:
@@ -411,6 +453,13 @@ class Mailbox:
                 if not self._early[key]:
                     del self._early[key]
             arrival.receive, arrival.is_dropped = None, True  # a thread may be about to take note of its last byte
+
+
+def _lost(peer: int, reason: Exception) -> PeerLost:
+    """Return the error for what is asked of a peer that is lost already."""
+    error = PeerLost(f"rank {peer} is lost: {reason}")
+    error.__cause__ = reason
+    return error
 
 
 def _memory(nbytes: int) -> memoryview:

@@ -19,6 +19,16 @@ def fill(mail: Mailbox, src: int, tag: int, data: bytes, now_ns: int = 5) -> Non
     mail.deliver(src, tag, memoryview(data), now_ns)
 
 
+class Owner:
+    """Counts how often its memory came back, and with which tickets."""
+
+    def __init__(self) -> None:
+        self.taken: list[Ticket | None] = []
+
+    def take_back(self, ticket: Ticket | None) -> None:
+        self.taken.append(ticket)
+
+
 def test_bytes_go_straight_to_the_receive() -> None:
     mail, memory = a_mailbox(), bytearray(8)
     ticket = mail.recv(1, 7, 8, memoryview(memory), 1)
@@ -140,7 +150,7 @@ def test_a_lost_peer_costs_its_own_tickets_and_keeps_what_had_arrived() -> None:
     assert other.status is sent_elsewhere.status is TicketStatus.PENDING
     assert mail.recv(1, 1, 4, None, 4).view == b"here"
     for start in (lambda: mail.recv(1, 2, 4, None, 4), lambda: mail.send(1, 2, 4, 4)):
-        with pytest.raises(PeerLost, match="rank 1 is gone"):
+        with pytest.raises(PeerLost, match="rank 1 is lost: gone"):
             start()
     assert mail.held_bytes(1) == 0
 
@@ -181,20 +191,77 @@ def test_closing_cancels_all_and_refuses_the_rest() -> None:
 
 
 def test_a_lender_hears_of_the_release() -> None:
-    taken = []
-
-    class Pool:
-        def take_back(self, ticket: Ticket) -> None:
-            taken.append(ticket)
-
-    pool = Pool()
-    mail = a_mailbox(lend=lambda memory: pool)
+    owner = Owner()
+    mail = a_mailbox(lend=lambda memory: owner)
     ticket = mail.recv(1, 1, 4, None, 1)
     fill(mail, 1, 1, b"lent")
     assert ticket.view.readonly
     ticket.release()
     ticket.release()
-    assert taken == [ticket]
+    assert owner.taken == [ticket]
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_what_is_kept_is_lent_where_it_lies_and_comes_back_once(is_early: bool) -> None:
+    mail, owner, memory = a_mailbox(), Owner(), bytearray(b"kept")
+    ticket = None if is_early else mail.recv(1, 1, 4, None, 1)
+    mail.keep(1, 1, memoryview(memory), 2, owner)
+    assert mail.held_bytes(1) == (4 if is_early else 0)
+    ticket = ticket or mail.recv(1, 1, 4, None, 3)
+    memory[:] = b"same"
+    assert ticket.view == b"same"
+    assert not owner.taken
+    ticket.release()
+    ticket.release()
+    assert owner.taken == [ticket]
+    assert mail.held_bytes(1) == 0
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+@pytest.mark.parametrize("nbytes", [4, 3])
+def test_what_is_kept_comes_back_when_it_was_copied_or_does_not_fit(is_early: bool, nbytes: int) -> None:
+    mail, owner, into = a_mailbox(), Owner(), bytearray(nbytes)
+    ticket = None if is_early else mail.recv(1, 1, nbytes, memoryview(into), 1)
+    mail.keep(1, 1, memoryview(b"kept"), 2, owner)
+    ticket = ticket or mail.recv(1, 1, nbytes, memoryview(into), 3)
+    assert owner.taken == [None]
+    assert ticket.status is (TicketStatus.DONE if nbytes == 4 else TicketStatus.FAILED)
+    assert into == (b"kept" if nbytes == 4 else bytes(nbytes))
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_what_is_kept_comes_back_when_its_tag_is_dropped(is_early: bool) -> None:
+    mail, owner = a_mailbox(), Owner()
+    if is_early:
+        mail.keep(1, 0x101, memoryview(b"kept"), 1, owner)
+        assert not owner.taken
+    mail.discard(0x100, 8, 2)
+    if not is_early:
+        mail.keep(1, 0x101, memoryview(b"kept"), 3, owner)
+    assert owner.taken == [None]
+    assert mail.held_bytes(1) == 0
+    assert mail.drops(0x1FF)
+    assert not mail.drops(0x200)
+
+
+def test_what_was_kept_of_a_lost_peer_may_still_be_received() -> None:
+    mail, owner = a_mailbox(), Owner()
+    mail.keep(1, 1, memoryview(b"kept"), 1, owner)
+    mail.lose(1, PeerLost("gone"), 2)
+    ticket = mail.recv(1, 1, 4, None, 3)
+    assert ticket.view == b"kept"
+    ticket.release()
+    assert owner.taken == [ticket]
+
+
+def test_a_ticket_ends_once() -> None:
+    mail = a_mailbox()
+    ticket = mail.send(1, 1, 4)
+    mail.end(ticket, TicketStatus.DONE, 1)
+    mail.end(ticket, TicketStatus.FAILED, 2, PeerLost("gone"))
+    assert mail.take_ended() == [ticket]
+    assert (ticket.status, ticket.error, ticket.ended_ns) == (TicketStatus.DONE, None, 1)
+    assert mail.counters["messages_sent"] == 1
 
 
 def test_a_message_beyond_the_largest_is_refused() -> None:

@@ -334,7 +334,7 @@ def test_little_credit_moves_everything_and_bounds_memory() -> None:
         sends = [fabric[0].send(1, index, memoryview(payload)) for index, payload in enumerate(data)]
         fabric[1].poll(now_ns() + 20 * MS)
         for index, payload in enumerate(data):
-            assert fabric[1]._mailbox.held_bytes() <= max(credit, len(payload))
+            assert fabric[1]._mail.held_bytes(0) <= max(credit, len(payload))
             ticket = fabric[1].recv(0, index, len(payload))
             settle(fabric, ticket)
             assert bytes(ticket.view) == payload
@@ -481,7 +481,7 @@ def test_a_send_without_credit_delays_only_its_own_peer() -> None:
 def test_what_is_consumed_last_is_told_at_the_next_poll() -> None:
     with pair(acknowledge_delay_ns=60_000 * MS) as fabric:
         fabric[0].send(1, 1, memoryview(bytes(9_000)))
-        pump(fabric, lambda: fabric[1]._mailbox.has_early((0, 1)))
+        pump(fabric, lambda: fabric[1]._mail.held_bytes(0) > 0)
         fabric[1].arm(now_ns() + 60_000 * MS)  # or its timer, which has gone off, makes it look
         assert fabric[1].recv(0, 1, 9_000, memoryview(bytearray(9_000))).status is DONE
         fabric[1].poll(0)
@@ -697,7 +697,7 @@ def test_discarded_receives_end_and_what_came_gives_its_credit_back() -> None:
         group = 5 << 20
         early = fabric[0].send(1, group | 1, memoryview(bytes(9_000)))
         held_up = fabric[0].send(1, 3, memoryview(bytes(9_000)))
-        pump(fabric, lambda: fabric[1]._mailbox.has_early((0, group | 1)))
+        pump(fabric, lambda: fabric[1]._mail.held_bytes(0) > 0)
         awaited, other = fabric[1].recv(0, group | 2, 10), fabric[1].recv(0, 6 << 20, 10)
         fabric[1].discard(group | 77, 20)
         assert awaited in fabric[1].poll(0)
@@ -716,7 +716,7 @@ def test_what_is_discarded_goes_on_being_dropped_until_its_tags_are_used_again()
         small = fabric[0].send(1, group | 9, memoryview(bytes(9)))
         settle(fabric, *late, small)
         assert {ticket.status for ticket in [*late, small]} == {DONE}
-        assert not fabric[1]._mailbox.held_bytes()
+        assert not fabric[1]._mail.held_bytes(0)
         received = fabric[1].recv(0, group | 1, 9_000)
         again = fabric[0].send(1, group | 1, memoryview(pattern(1, 9_000)))
         settle(fabric, received, again)

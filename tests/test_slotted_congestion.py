@@ -13,6 +13,7 @@ from itertools import count, pairwise
 import pytest
 
 from detcoll.job.assembly import _across_lines
+from detcoll.mailbox import Mailbox
 from detcoll.testing import FakeClock, ThreadFabric
 from detcoll.topology import Topology
 from detcoll.transport import Ticket, TicketKind, Window
@@ -21,7 +22,6 @@ from detcoll_slotted.congestion import LIMIT_SHARE, LOSS_BASED, MODEL_BASED, STA
 from detcoll_slotted.departures import Departures
 from detcoll_slotted.flow import Inbound, Outbound
 from detcoll_slotted.line import UNPACED, Line, Style
-from detcoll_slotted.outcomes import Outcomes
 from detcoll_slotted.pacing import PaceGroup
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import Post
@@ -319,7 +319,7 @@ def test_connections_of_one_pace_group_keep_to_one_share_together(adopted: Adopt
             handed.append(view.nbytes)
             return clock.now_ns()
 
-    departures = Departures(peers, Posted(0, 0, clock), Outcomes(clock), clock)
+    departures = Departures(peers, Posted(0, 0, clock), Mailbox(0), clock)
     window = Window(0, None, 12_000_000)
     for tag in range(300):
         rank = tag % count

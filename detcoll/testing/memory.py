@@ -76,7 +76,7 @@ class _Spoiler:
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
 
-    def take_back(self, ticket: Ticket) -> None:
+    def take_back(self, ticket: Ticket | None) -> None:
         self._memory[:] = _GARBAGE * len(self._memory)
 
 

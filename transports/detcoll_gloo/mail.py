@@ -241,7 +241,7 @@ class Mail:
 
     def _sent(self, outgoing: _Outgoing) -> None:
         with self._lock:
-            if outgoing.ticket is not None and outgoing.ticket.status is TicketStatus.PENDING:
+            if outgoing.ticket is not None:
                 self._box.end(outgoing.ticket, TicketStatus.DONE, self._clock.now_ns())
                 self._tell()
 

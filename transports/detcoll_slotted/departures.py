@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from detcoll.mailbox import Mailbox
 from detcoll.transport import Clock, Ticket, TicketStatus, Window
 from detcoll_slotted.gate import LARGEST_FRAME_BYTES
 from detcoll_slotted.line import UNPACED
-from detcoll_slotted.outcomes import Outcomes
 from detcoll_slotted.pacing import AHEAD_NS, SWITCH_AHEAD_NS, PaceGroup, Uplink
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import LEAD_NS, Post
@@ -28,9 +28,9 @@ _Timed = tuple[int, int, Ticket, memoryview, Window]
 class Departures:
     """Sends of one rank that have not left, and what decides when they do."""
 
-    def __init__(self, peers: Mapping[int, Peer], post: Post, outcomes: Outcomes, clock: Clock) -> None:
+    def __init__(self, peers: Mapping[int, Peer], post: Post, mail: Mailbox, clock: Clock) -> None:
         self.missed_sends = 0
-        self._peers, self._post, self._outcomes, self._clock = peers, post, outcomes, clock
+        self._peers, self._post, self._mail, self._clock = peers, post, mail, clock
         self._timed: list[_Timed] = []
         self._stalled: list[_Timed] = []
         self._sharing: list[PaceGroup] = []
@@ -208,7 +208,7 @@ class Departures:
         if not part_bytes and view.nbytes:
             heapq.heappop(self._timed)
             self.missed_sends += not ticket.sent_bytes
-            self._outcomes.end(ticket, TicketStatus.MISSED)
+            self._mail.end(ticket, TicketStatus.MISSED, now_ns)
             return True
         if drained_ns - now_ns > (AHEAD_NS if is_same else 0):
             # Not yet: if the line is slower than said, what lies in the queues leaves after the window.

@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 import zmq
 
 from detcoll.discarding import has_prefix
-from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
+from detcoll.errors import Closed, ConnectError, PeerLost, TransportError, UsageError
+from detcoll.mailbox import Mailbox
 from detcoll.priority import OWNER, PROGRESS, Urgency, prompt_threads
-from detcoll.transport import LARGEST_TAG, Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
+from detcoll.transport import Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
 from detcoll_slotted.departures import Departures
 from detcoll_slotted.descriptors import is_shortage, shortage
 from detcoll_slotted.flow import Inbound, Outbound
@@ -19,9 +20,7 @@ from detcoll_slotted.health import Health
 from detcoll_slotted.intake import Intake
 from detcoll_slotted.joining import Joining
 from detcoll_slotted.line import Trunk
-from detcoll_slotted.matching import Mailbox
 from detcoll_slotted.options import Options
-from detcoll_slotted.outcomes import Outcomes
 from detcoll_slotted.pacing import pace_groups
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import Post
@@ -48,17 +47,15 @@ class SlottedEndpoint(Endpoint):
         self._peers: dict[int, Peer] = {}
         self._monitored: dict[int, Trunk] = {}
         self._groups = pace_groups(options.pace_groups, rank, host_paced=options.host_paced)
-        self._outcomes = Outcomes(clock)
-        self._mailbox = Mailbox()
+        self._mail = Mailbox(rank, largest_message_bytes=LARGEST_MESSAGE_BYTES)
         self._post = Post(rank, token, clock)
-        self._departures = Departures(self._peers, self._post, self._outcomes, clock)
+        self._departures = Departures(self._peers, self._post, self._mail, clock)
         self._intake = Intake(
-            self._peers, self._mailbox, self._outcomes, self._post, self._departures, clock,
-            options.acknowledge_delay_ns,
+            self._peers, self._mail, self._post, self._departures, clock, options.acknowledge_delay_ns
         )  # fmt: skip
         self._joining = Joining(rank, options, self._post, clock, self._wait_and_look)
         self._urgency = Urgency()
-        self._closed: Exception | None = None
+        self._closed: TransportError | None = None
         with prompt_threads() if options.prompt else contextlib.nullcontext():
             self._roads = Roads(host, token, options)
         with contextlib.ExitStack() as opened:
@@ -86,6 +83,7 @@ class SlottedEndpoint(Endpoint):
         """
         self._check_open()
         self._addresses.update({rank: address for rank, address in addresses.items() if rank != self._rank})
+        self._mail.peers.update(self._addresses)
         ranks = [rank for rank in (addresses if needed is None else needed) if rank != self._rank]
         new = [rank for rank in ranks if rank not in self._peers]
         lacking = shortage(sum(map(self._roads.descriptors, new)))
@@ -119,15 +117,14 @@ class SlottedEndpoint(Endpoint):
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Queue ``view`` for ``dst``; without a window it leaves as soon as the peer's credit allows."""
-        peer = self._peer(dst, tag, view.nbytes)
+        self._need(dst)
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
-        ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes)
+        ticket, peer = self._mail.send(dst, tag, view.nbytes), self._peers[dst]
         total, sent = peer.outbound.begun.get(tag, (view.nbytes, 0))
         if sent + view.nbytes != total and tag not in self._departures.begun_tags(dst):
+            self._mail.cancel(ticket, self._clock.now_ns())
             left = total - sent
             raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
-        if self._mailbox.discarded:
-            self._mailbox.discarded.lift(tag)
         if window is not None and (window.not_after_ns is not None or window.not_before_ns > self._clock.now_ns()):
             self._departures.hold(ticket, view, window)
             self._intake.due_ns = 0
@@ -142,52 +139,36 @@ class SlottedEndpoint(Endpoint):
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         """Take ``nbytes`` from ``src``, from what has already arrived where it has."""
-        self._peer(src, tag, nbytes, may_be_lost=self._mailbox.has_early((src, tag)))
-        if into is not None:
-            if into.nbytes != nbytes or into.readonly or not into.c_contiguous:
-                raise UsageError(f"into must be contiguous, writable and of {nbytes} bytes, not {into.nbytes}")
-            into = into.cast("B")
-        if self._mailbox.discarded:
-            self._mailbox.discarded.lift(tag)
-        ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
-        arrived = self._mailbox.post(ticket, into)
-        if arrived is not None:
-            self._intake.deliver(ticket, into, *arrived)
-        return ticket
+        self._need(src)
+        return self._mail.recv(src, tag, nbytes, into, self._clock.now_ns())
 
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
         """Move what can be moved; wait until a ticket ends or the deadline passes."""
         self._check_open()
         self._progress()
-        if not self._outcomes and self._clock.now_ns() < deadline_ns:
+        if not self._mail.has_ended and self._clock.now_ns() < deadline_ns:
             self._wait(deadline_ns)
-        return self._outcomes.collect()
+        return self._mail.take_ended()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Cancel a receive that nothing matched, or a send of which nothing has left."""
         if ticket.status is not TicketStatus.PENDING or ticket.sent_bytes:
             return False
-        if ticket.kind is TicketKind.RECV:
-            found = self._mailbox.withdraw(ticket)
-        else:
+        if ticket.kind is TicketKind.SEND:
             self._intake.due_ns = 0  # the next of those that wait for a window may be due
-            found = self._departures.withdraw(lambda other: other is ticket) != []
-        if found:
-            self._outcomes.end(ticket, TicketStatus.CANCELLED)
-        return found
+            if not self._departures.withdraw(lambda other: other is ticket):
+                return False
+        return self._mail.cancel(ticket, self._clock.now_ns())
 
     def discard(self, tag: int, bits: int) -> None:
         """Drop what belongs to a prefix; sends of which nothing has left end as CANCELLED too."""
         self._check_open()
-        if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= LARGEST_TAG.bit_length()):
-            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}, and bits={bits} from 0 to 64")
-
-        tickets, held = self._mailbox.discard(tag, bits)
-        tickets += self._departures.withdraw(lambda ticket: has_prefix(ticket.tag, tag, bits) and not ticket.sent_bytes)
-        for ticket in tickets:
-            self._outcomes.end(ticket, TicketStatus.CANCELLED)
-        for rank, nbytes in held:
-            self._intake.consumed(rank, nbytes)
+        now_ns = self._clock.now_ns()
+        self._mail.discard(tag, bits, now_ns)
+        for ticket in self._departures.withdraw(
+            lambda ticket: has_prefix(ticket.tag, tag, bits) and not ticket.sent_bytes
+        ):
+            self._mail.end(ticket, TicketStatus.CANCELLED, now_ns)
         for peer in self._peers.values():
             peer.inbound.drop(tag, bits)
             peer.outbound.drop(tag, bits, self._departures.begun_tags(peer.rank))
@@ -200,7 +181,7 @@ class SlottedEndpoint(Endpoint):
     def arm(self, deadline_ns: int) -> bool:
         """Set the timer for what comes next by itself; what arrives makes the descriptor readable."""
         self._check_open()
-        if self._outcomes:
+        if self._mail.has_ended:
             return False
         self._timer.arm(min(deadline_ns, self._intake.due_ns or self._next_ns()))
         if self._departures.has_timed:  # to wake up ahead of ranks whose window it is not
@@ -261,7 +242,7 @@ class SlottedEndpoint(Endpoint):
             self._wait(deadline_ns)  # a goodbye loses the peer
         self._shut(_LINGER_MS, Closed(f"the endpoint of rank {self._rank} is closed"))
 
-    def _shut(self, linger_ms: int, reason: Exception) -> None:
+    def _shut(self, linger_ms: int, reason: TransportError) -> None:
         if self._closed is not None:
             return
         self._closed = reason
@@ -271,24 +252,17 @@ class SlottedEndpoint(Endpoint):
             self._fail(peer, peer.lost or reason)
         self._roads.close(linger_ms)
         self._timer.close()
-        self._mailbox.clear()
+        self._mail.close(self._clock.now_ns())
 
     def _check_open(self) -> None:
         if self._closed is not None:
             raise Closed(str(self._closed)) from self._closed
 
-    def _peer(self, rank: int, tag: int, nbytes: int, *, may_be_lost: bool = False) -> Peer:
+    def _need(self, rank: int) -> None:
+        """Begin to join a rank that is needed for the first time."""
         self._check_open()
-        if rank not in self._addresses:
-            raise UsageError(f"rank {rank} is not connected to rank {self._rank}; it has {sorted(self._addresses)}")
-        if not 0 <= tag <= LARGEST_TAG:
-            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
-        if not 0 <= nbytes <= LARGEST_MESSAGE_BYTES:
-            raise UsageError(f"nbytes={nbytes} of a message must be from 0 to {LARGEST_MESSAGE_BYTES}")
-        peer = self._peers.get(rank) or self._reach_later(rank)
-        if peer.lost and not may_be_lost:
-            raise PeerLost(f"rank {rank} is lost: {peer.lost}") from peer.lost
-        return peer
+        if rank not in self._peers and rank in self._addresses:
+            self._reach_later(rank)
 
     def _reach_later(self, rank: int) -> Peer:
         """Begin to join a rank that is needed for the first time."""
@@ -396,18 +370,16 @@ class SlottedEndpoint(Endpoint):
                     if lane is Lane.BULK and nbytes:
                         self._departures.note_resent(peer, nbytes)
 
-    def _lose(self, peer: Peer, reason: Exception) -> None:
+    def _lose(self, peer: Peer, reason: TransportError) -> None:
         """End everything that still needs this peer, and nothing else."""
         if not peer.inbound.bye:  # to one that says goodbye it is said back
             for line in peer.own_lines:
                 line.trunk.disconnect(line)
         self._fail(peer, reason)
 
-    def _fail(self, peer: Peer, reason: Exception) -> None:
+    def _fail(self, peer: Peer, reason: TransportError) -> None:
         """Fail the tickets with a peer. What was lent to ZeroMQ stays referred to by what is kept for it."""
         peer.lost = reason
         self._intake.due_ns = 0
-        pending = [kept.ticket for lane in Lane for kept in peer.outbound.kept[lane]]
-        pending += self._departures.withdraw(lambda ticket: ticket.peer == peer.rank)
-        for ticket in pending + self._mailbox.withdraw_all(peer.rank):
-            self._outcomes.end(ticket, TicketStatus.FAILED, reason)
+        self._departures.withdraw(lambda ticket: ticket.peer == peer.rank)
+        self._mail.lose(peer.rank, reason, self._clock.now_ns())

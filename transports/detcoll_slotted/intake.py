@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import zmq
 
 from detcoll.errors import FrameError
+from detcoll.mailbox import Mailbox
 from detcoll.transport import Clock, Ticket, TicketStatus
 from detcoll_slotted.departures import Departures
 from detcoll_slotted.flow import Inbound
-from detcoll_slotted.matching import Mailbox
-from detcoll_slotted.outcomes import Outcomes
 from detcoll_slotted.peer import Peer
 from detcoll_slotted.post import Post
 from detcoll_slotted.wire import FrameKind, Header, Lane, decode
@@ -20,26 +19,28 @@ from detcoll_slotted.wire import FrameKind, Header, Lane, decode
 
 @dataclass(eq=False, slots=True)
 class _Loan:
-    """What a lent view counts against the credit of its sender."""
+    """What a message counts against the credit of its sender while it is held."""
 
     intake: Intake
+    peer: Peer
+    nbytes: int
 
-    def take_back(self, ticket: Ticket) -> None:
+    def take_back(self, ticket: Ticket | None) -> None:
         """Count the bytes as consumed, so that the sender's credit comes back."""
-        self.intake.consumed(ticket.peer, ticket.nbytes)
+        self.intake.consumed(self.peer, self.nbytes)
 
 
 class Intake:
     """Takes frames of one endpoint; ``due_ns`` is when the endpoint must look again, 0 for at once."""
 
     def __init__(
-        self, peers: Mapping[int, Peer], mailbox: Mailbox, outcomes: Outcomes, post: Post, departures: Departures,
-        clock: Clock, acknowledge_delay_ns: int,
+        self, peers: Mapping[int, Peer], mail: Mailbox, post: Post, departures: Departures, clock: Clock,
+        acknowledge_delay_ns: int,
     ) -> None:  # fmt: skip
         self.due_ns = 0
         self.counted = {"duplicates": 0, "foreign_frames": 0}
-        self._peers, self._mailbox, self._outcomes = peers, mailbox, outcomes
-        self._post, self._departures, self._clock = post, departures, clock
+        self._peers, self._mail, self._post = peers, mail, post
+        self._departures, self._clock = departures, clock
         self._delay_ns = acknowledge_delay_ns
 
     def take(
@@ -64,7 +65,7 @@ class Intake:
         peer.inbound.heard.add(header.lane)
         for ticket in peer.outbound.acknowledged(header.acks, header.consumed):
             peer.acknowledged_ns = peer.heard_ns
-            self._outcomes.end(ticket, TicketStatus.DONE)
+            self._mail.end(ticket, TicketStatus.DONE, peer.heard_ns)
         self._departures.unblock(peer)
         if header.kind is FrameKind.BYE:
             peer.inbound.bye = True
@@ -78,58 +79,36 @@ class Intake:
         if len(frames) != 2:
             self.counted["foreign_frames"] += 1
             return
-        payload = memoryview(frames[1].buffer)
+        payload, now_ns = memoryview(frames[1].buffer), self._clock.now_ns()
         if not peer.inbound.accept(header.lane, header.sequence):
             self.counted["duplicates"] += 1
-            peer.inbound.tell(self._clock.now_ns(), soon=True)
+            peer.inbound.tell(now_ns, soon=True)
             return
         # Each acknowledgement wakes up two hosts, so it waits a little for the next one.
-        peer.inbound.tell(self._clock.now_ns(), soon=False)
+        peer.inbound.tell(now_ns, soon=False)
         peer.inbound.untold_bytes += len(payload)
-        counts = header.lane is Lane.BULK
-        if self._mailbox.discarded and self._mailbox.discarded.covers(header.tag):
-            self.consumed(peer.rank, len(payload) if counts else 0)
-            return
-        if header.total != len(payload):
+        loan = _Loan(self, peer, len(payload)) if header.lane is Lane.BULK else None
+        if header.total != len(payload) and not self._mail.drops(header.tag):
             whole = self._join(peer, header, payload)
             if whole is None:
                 return
-            payload, counts = whole, False
-        receive = self._mailbox.arrive((peer.rank, header.tag), payload, counts)
-        if receive is not None:
-            self.deliver(*receive, payload, counts)
+            payload, loan = whole, None
+        self._mail.keep(peer.rank, header.tag, payload, now_ns, loan)
 
     def _join(self, peer: Peer, header: Header, part: memoryview) -> memoryview | None:
         """Put a part in its place, in memory of its own that no credit covers: one message for each tag at most."""
         if header.lane is Lane.BULK:
-            self.consumed(peer.rank, len(part))
+            self.consumed(peer, len(part))
         try:
             return peer.inbound.join(header.tag, header.total, header.offset, part)
         except FrameError:
             self.counted["foreign_frames"] += 1
             return None
 
-    def deliver(self, ticket: Ticket, into: memoryview | None, payload: memoryview, counts: bool) -> None:
-        """End a receive with what arrived, which ``counts`` against its sender's credit while it is held."""
-        held = len(payload) if counts else 0
-        if len(payload) != ticket.nbytes:
-            self.consumed(ticket.peer, held)
-            told = f"rank {ticket.peer} sent {len(payload)} bytes with tag {ticket.tag}, expected {ticket.nbytes}"
-            self._outcomes.end(ticket, TicketStatus.FAILED, FrameError(told))
-            return
-        if into is None:
-            ticket.view = payload.toreadonly()
-            ticket.lender = _Loan(self) if held else None
-        else:
-            into[:] = payload
-            self.consumed(ticket.peer, held)
-        self._outcomes.end(ticket, TicketStatus.DONE)
-
-    def consumed(self, rank: int, nbytes: int) -> None:
+    def consumed(self, peer: Peer, nbytes: int) -> None:
         """Take note that bytes which count against a sender's credit are no longer held."""
-        inbound = self._peers[rank].inbound
-        inbound.consume(nbytes, self._clock.now_ns())
-        self.note_due(inbound)
+        peer.inbound.consume(nbytes, self._clock.now_ns())
+        self.note_due(peer.inbound)
 
     def note_due(self, inbound: Inbound) -> None:
         """Look at a peer again when it must be told something: at the next poll, where that may be the last."""
@@ -145,4 +124,4 @@ class Intake:
 
     def _is_at_rest(self) -> bool:
         """Tell whether this rank waits for nobody."""
-        return not self._mailbox.is_waiting and all(peer.outbound.idle or peer.lost for peer in self._peers.values())
+        return not self._mail.has_receives and all(peer.outbound.idle or peer.lost for peer in self._peers.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from detcoll.errors import TransportError
 from detcoll.transport import Ticket, Window
 from detcoll_slotted.flow import Inbound, Outbound
 from detcoll_slotted.gate import LARGEST_FRAME_BYTES
@@ -30,7 +31,7 @@ class Peer:
     """When something came from it."""
     acknowledged_ns: int = 0
     """When a message to it was acknowledged."""
-    lost: Exception | None = None
+    lost: TransportError | None = None
 
     @property
     def next_bytes(self) -> int:

@@ -39,6 +39,7 @@ def cancelled_receive(here: Here) -> None:
         assert here.endpoint.cancel(ticket)
         assert ticket.status is TicketStatus.CANCELLED
         assert not here.endpoint.cancel(ticket)
+    assert not {kept, into, lent}.intersection(here.endpoint.poll(here.clock.now_ns()))
     here.meet()
     assert here.take(0, 4, 1000) == pattern(0, 1000)
     assert memory == bytes(1000)
