@@ -65,7 +65,7 @@ class Arrival:
 
     ``memory`` : where its bytes belong, all of it.  ``filled_bytes`` : how many of them are there.  ``receive`` : who
     takes it, None while nobody does.  ``is_dropped`` : nobody will.  ``is_early`` : it counts as held for its source.
-    ``owner`` : whose memory it is, if it is to hear when that is free.
+    ``owner`` : whose memory it is, if it is to hear when that is free.  ``error`` : why its bytes cannot be had.
     """
 
     source: int
@@ -76,6 +76,7 @@ class Arrival:
     is_dropped: bool = False
     filled_bytes: int = 0
     owner: Lender | None = None
+    error: Exception | None = None
 
     @property
     def rest(self) -> memoryview:
@@ -101,14 +102,16 @@ class Mailbox:
         Of the transport's capabilities; larger sends and receives raise UsageError.
     held_bytes : int
         How much of one peer's early mail is held while no receive of it waits; see the module's text.
-    lend : callable, optional
-        Returns the `Lender` of a view that is about to be lent, for a transport that reuses its memory. By default
-        memory is left to Python.
+    memory : callable, optional
+        Returns writable memory of so many bytes and who is told when it is free again, or None, for a transport that
+        uses its memory more than once. It is asked for messages that do not go straight to a receive's own memory.
+        What is under way when a peer is lost or the mailbox is closed need not come back. By default memory is Python's
+        own.
     """
 
     def __init__(
         self, rank: int, *, largest_message_bytes: int = 2**30, held_bytes: int = HELD_BYTES,
-        lend: Callable[[memoryview], Lender] | None = None,
+        memory: Callable[[int], tuple[memoryview, Lender | None]] | None = None,
     ) -> None:  # fmt: skip
         self.peers: set[int] = set()
         """The ranks that messages may be exchanged with."""
@@ -116,7 +119,7 @@ class Mailbox:
         self.is_open = True
         self.largest_message_bytes = largest_message_bytes
         self._rank, self._largest_held_bytes = rank, held_bytes
-        self._lend = lend
+        self._memory = memory or _fresh_memory
         self._discarded = Discarded()
         self._posted: dict[Key, deque[Receive]] = {}
         self._waiting: dict[int, int] = {}
@@ -230,8 +233,8 @@ class Mailbox:
         """
         receive = self._take_posted(src, tag)
         into = None if receive is None else receive[1]
-        memory = into if into is not None and into.nbytes == nbytes else _memory(nbytes)
-        arrival = Arrival(src, tag, memory, receive)
+        memory, owner = (into, None) if into is not None and into.nbytes == nbytes else self._memory(nbytes)
+        arrival = Arrival(src, tag, memory, receive, owner=owner)
         if receive is None:
             self._drop_or_hold(arrival)
         self._arriving.add(arrival)
@@ -247,6 +250,11 @@ class Mailbox:
         self._arriving.discard(arrival)
         if arrival.receive is not None or arrival.is_dropped:
             self._finish(arrival, now_ns)
+
+    def fail(self, arrival: Arrival, error: Exception, now_ns: int) -> None:
+        """Take note that the rest of a message cannot be had: fails the receive that takes it, now or later."""
+        arrival.error = error
+        self.advance(arrival, arrival.memory.nbytes - arrival.filled_bytes, now_ns)
 
     def deliver(self, src: int, tag: int, data: memoryview, now_ns: int) -> None:
         """Take in a whole message, of which ``data`` is copied."""
@@ -417,13 +425,14 @@ class Mailbox:
             ticket, into = receive
             if arrival.is_dropped:
                 self.end(ticket, TicketStatus.CANCELLED, now_ns)
+            elif arrival.error is not None:
+                self.end(ticket, TicketStatus.FAILED, now_ns, arrival.error)
             elif memory.nbytes != ticket.nbytes:
                 came = f"{memory.nbytes} bytes came from rank {ticket.peer} with tag {ticket.tag}"
                 self.end(ticket, TicketStatus.FAILED, now_ns, FrameError(f"{came}; expected {ticket.nbytes}"))
             elif into is None:
                 ticket.view = memory.toreadonly()
-                ticket.lender = owner if owner is not None or self._lend is None else self._lend(memory)
-                owner = None
+                ticket.lender, owner = owner, None
                 self.end(ticket, TicketStatus.DONE, now_ns)
             else:
                 if into is not memory:
@@ -462,10 +471,10 @@ def _lost(peer: int, reason: Exception) -> PeerLost:
     return error
 
 
-def _memory(nbytes: int) -> memoryview:
-    """Return memory that is not cleared first."""
+def _fresh_memory(nbytes: int) -> tuple[memoryview, None]:
+    """Return memory that is not cleared first, and that nobody waits for."""
     data: Any = np.empty(nbytes, np.uint8).data
-    return memoryview(data)
+    return memoryview(data), None
 
 
 def _first_of(queues: dict[Key, deque[Any]], key: Key, queue: deque[Any]) -> Any:

@@ -164,6 +164,22 @@ def test_a_peer_that_takes_nothing_more_is_still_heard() -> None:
     assert waiting.view == b"last"
 
 
+def test_a_message_that_cannot_be_had_fails_the_receive_that_takes_it() -> None:
+    mail, memory = a_mailbox(), bytearray(4)
+    posted = mail.recv(1, 1, 4, memoryview(memory), 1)
+    arrivals = [mail.begin(1, tag, 4, 2) for tag in (1, 2, 3)]
+    mail.advance(arrivals[0], 2, 2)
+    mail.discard(3, 0, 2)
+    for arrival in arrivals:
+        mail.fail(arrival, PeerLost("refused"), 3)
+    fill(mail, 1, 2, b"next")
+    later, after = mail.recv(1, 2, 4, None, 4), mail.recv(1, 2, 4, None, 4)
+    assert mail.take_ended() == [posted, later, after]
+    assert [str(ticket.error) for ticket in (posted, later)] == ["refused"] * 2
+    assert after.view == b"next"
+    assert mail.held_bytes(1) == 0
+
+
 def test_cancelled_receives_take_no_message() -> None:
     mail = a_mailbox()
     tickets = [mail.recv(1, 7, 4, None, 1) for _ in range(3)]
@@ -191,11 +207,12 @@ def test_closing_cancels_all_and_refuses_the_rest() -> None:
 
 
 def test_a_lender_hears_of_the_release() -> None:
-    owner = Owner()
-    mail = a_mailbox(lend=lambda memory: owner)
+    owner, reused = Owner(), bytearray(9)
+    mail = a_mailbox(memory=lambda nbytes: (memoryview(reused)[:nbytes], owner))
     ticket = mail.recv(1, 1, 4, None, 1)
     fill(mail, 1, 1, b"lent")
     assert ticket.view.readonly
+    assert ticket.view.obj is reused
     ticket.release()
     ticket.release()
     assert owner.taken == [ticket]
@@ -242,6 +259,25 @@ def test_what_is_kept_comes_back_when_its_tag_is_dropped(is_early: bool) -> None
     assert mail.held_bytes(1) == 0
     assert mail.drops(0x1FF)
     assert not mail.drops(0x200)
+
+
+def test_memory_of_the_transport_comes_back_once_nobody_writes_to_it() -> None:
+    owner, into = Owner(), bytearray(4)
+    mail = a_mailbox(memory=lambda nbytes: (memoryview(bytearray(nbytes)), owner))
+    mail.recv(1, 1, 4, memoryview(into), 1)
+    fill(mail, 1, 1, b"into")
+    assert not owner.taken, "it went straight to the receive's own memory"
+    copied, dropped, failed = (mail.begin(1, tag, 4, 2) for tag in (2, 3, 4))
+    mail.recv(1, 2, 4, memoryview(into), 3)
+    mail.discard(3, 0, 3)
+    mail.recv(1, 4, 4, None, 3)
+    for index, arrival in enumerate((copied, dropped)):
+        mail.advance(arrival, 3, 4)
+        assert len(owner.taken) == index
+        mail.advance(arrival, 1, 5)
+        assert len(owner.taken) == index + 1
+    mail.fail(failed, PeerLost("refused"), 6)
+    assert owner.taken == [None] * 3
 
 
 def test_what_was_kept_of_a_lost_peer_may_still_be_received() -> None:

@@ -38,7 +38,8 @@ from detcoll.transport import TicketStatus
 from detcoll.types import ReduceOp
 from detcoll_mpi import MpiTransport
 from detcoll_mpi.blocking import BlockingCaller
-from detcoll_mpi.pool import LARGEST_IDLE_BYTES, Loan, Pool
+from detcoll_mpi.mail import HEADER, INLINE_BYTES, Mail
+from detcoll_mpi.pool import LARGEST_IDLE_BYTES, SMALLEST_BYTES, Pool
 from detcoll_mpi.progress import Progress
 
 LAUNCHER = mpi_launcher()
@@ -144,6 +145,33 @@ def few_numbers(here: Here, count: int = 9, nbytes: int = 50_000) -> None:
     here.finish(*posted)
     assert [bytes(ticket.view) == pattern(ticket.tag, nbytes) for ticket in posted] == [True] * len(posted)
     assert here.take(0, 99, 4) == b"done"
+
+
+def small_behind_large(here: Here, numbers: int) -> None:
+    """Messages with one tag keep their order, though small ones are here with their letters and large ones are not."""
+    here.endpoint._mail._numbers = numbers
+    large = INLINE_BYTES + 1
+    sizes = {1: [50_000, 5, 40_000, 0, 7, large], 2: [50_000, 3, 40_000, large]}
+    mail = [(tag, pattern(tag * 10 + index, nbytes)) for tag in sizes for index, nbytes in enumerate(sizes[tag])]
+    if here.rank == 0:
+        sent = [here.send(1, tag, data) for tag, data in mail]
+        here.finish(*sent, here.send(1, 99, b"all"))
+        return
+    assert here.take(0, 99, 3) == b"all"
+    for tag, data in mail:
+        assert here.take(0, tag, len(data)) == data
+
+
+def drop_announced(here: Here) -> None:
+    """A large message that stays with its sender is fetched once it is discarded, so that its send ends."""
+    if here.rank == 0:
+        dropped = here.send(1, 16, pattern(0, 10**6))
+        here.finish(here.send(1, 99, b"sent"), dropped)
+        here.finish(here.send(1, 17, b"kept"))
+        return
+    assert here.take(0, 99, 4) == b"sent"
+    here.endpoint.discard(16, 0)
+    assert here.take(0, 17, 4) == b"kept"
 
 
 def too_late(here: Here) -> None:
@@ -263,6 +291,19 @@ def test_old_mail_is_not_delivered_to_the_next_endpoint(worlds: Worlds) -> None:
 def test_numbers_that_begin_again(worlds: Worlds) -> None:
     with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
         fabric.run(few_numbers)
+
+
+@pytest.mark.parametrize("numbers", [1, 2, 100])
+@needs_mpi
+def test_small_messages_stay_behind_large_ones(worlds: Worlds, numbers: int) -> None:
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(small_behind_large, numbers=numbers)
+
+
+@needs_mpi
+def test_discarded_while_it_stays_with_its_sender(worlds: Worlds) -> None:
+    with ProcessFabric(worlds.of(2), TRANSPORT) as fabric:
+        fabric.run(drop_announced)
 
 
 @needs_mpi
@@ -400,15 +441,64 @@ def raise_inside(timeout: float = 0.0) -> None:
 
 def test_pool_keeps_a_bounded_amount() -> None:
     pool = Pool()
-    first = pool.take(1000)
-    assert first.size == 1024
-    Loan(pool, first).take_back(None)
-    assert pool.take(600) is first
+    first, loan = pool.take(10_000)
+    assert first.nbytes == 10_000
+    loan.take_back(None)
+    assert pool.take(9_000)[0].obj is first.obj
+    assert pool.take(SMALLEST_BYTES - 1)[1] is None
     largest = [pool.take(LARGEST_IDLE_BYTES // 2 - 5) for _ in range(3)]
-    for buffer in largest:
-        pool.give(buffer)
+    for _, loan in largest:
+        loan.take_back(None)
     again = [pool.take(LARGEST_IDLE_BYTES // 2) for _ in range(3)]
-    assert sum(any(buffer is old for old in largest) for buffer in again) == 2
+    assert sum(any(memory.obj is old.obj for old, _ in largest) for memory, _ in again) == 2
+
+
+class RefusingMpi:
+    """MPI that brings the letters it was given, and refuses all that is asked of it."""
+
+    ANY_SOURCE, BYTE, Exception = -1, "byte", OSError
+
+    def __init__(self, letters: list[bytes]) -> None:
+        self.letters = letters
+
+    def Status(self) -> SimpleNamespace:
+        return SimpleNamespace(source=1, count=0)
+
+    def Get_rank(self) -> int:
+        return 0
+
+    def Improbe(self, source: int, tag: int, state: SimpleNamespace) -> Any:
+        if not self.letters:
+            return None
+        letter = self.letters.pop(0)
+        state.count = len(letter)
+
+        def receive(message: list[Any]) -> SimpleNamespace:
+            message[0][:] = letter
+            return SimpleNamespace(Test=lambda: True)
+
+        return SimpleNamespace(Irecv=receive)
+
+    def Isend(self, message: list[Any], dst: int, tag: int) -> Any:
+        raise OSError("refused")
+
+    def Irecv(self, message: list[Any], src: int, tag: int) -> Any:
+        raise OSError("refused")
+
+
+def test_what_mpi_refuses_costs_that_message_only() -> None:
+    mpi = RefusingMpi([HEADER.pack(5, 9000, 1), HEADER.pack(6, 4, 0) + b"good"])
+    mail = Mail(mpi, mpi, SimpleNamespace(now_ns=lambda: 1), 10_000, 100)
+    mail.peers.add(1)
+    with pytest.raises(PeerLost, match="MPI lost rank 1: refused"):
+        mail.send(1, 5, memoryview(b"sent"))
+    assert not mail.is_sending
+    refused, good = mail.recv(1, 5, 9000, None), mail.recv(1, 6, 4, None)
+    mail.progress()
+    assert mail.collect() == [refused, good]
+    assert isinstance(refused.error, PeerLost)
+    assert good.view == b"good"
+    assert mail.end()
 
 
 def test_progress_is_made_while_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ class _Timed:
 
 
 class _Spoiler:
-    """Owns the memory of one lent view, and spoils it when the view is released."""
+    """Owns the memory of one message, and spoils it once that is free."""
 
     __slots__ = ("_memory",)
 
@@ -78,6 +78,11 @@ class _Spoiler:
 
     def take_back(self, ticket: Ticket | None) -> None:
         self._memory[:] = _GARBAGE * len(self._memory)
+
+
+def _spoiled_later(nbytes: int) -> tuple[memoryview, _Spoiler]:
+    memory = memoryview(bytearray(nbytes))
+    return memory, _Spoiler(memory)
 
 
 class MemoryTransport(Transport):
@@ -131,7 +136,10 @@ class MemoryEndpoint(Endpoint):
         self._wakeup = threading.Condition(hub.lock)
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._mail = Mailbox(
-            rank, largest_message_bytes=capabilities.largest_message_bytes, held_bytes=capacity_bytes, lend=_Spoiler
+            rank,
+            largest_message_bytes=capabilities.largest_message_bytes,
+            held_bytes=capacity_bytes,
+            memory=_spoiled_later,
         )
         self._outside: defaultdict[int, deque[_Message]] = defaultdict(deque)
         self._timed: defaultdict[tuple[int, int], deque[_Timed]] = defaultdict(deque)

@@ -5,20 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from detcoll.errors import Closed, UsageError
-from detcoll.transport import (
-    LARGEST_TAG,
-    TAG_BITS,
-    Capabilities,
-    Clock,
-    Endpoint,
-    NativeCall,
-    NativeCollectives,
-    Ticket,
-    TicketKind,
-    TicketStatus,
-    Window,
-)
+from detcoll.errors import UsageError
+from detcoll.transport import Capabilities, Clock, Endpoint, NativeCall, NativeCollectives, Ticket, Window
 from detcoll_mpi.collectives import MpiCollectives
 from detcoll_mpi.lockstep import Lockstep
 from detcoll_mpi.mail import Mail
@@ -48,14 +36,13 @@ class MpiEndpoint(Endpoint, NativeCollectives):
         abort_job: bool = False,
     ) -> None:
         self._post, dedicated, compared = comms
-        self._mpi, self._rank, self._size, self._clock, self._is_open = mpi, rank, size, clock, True
+        self._mpi, self._rank, self._size, self._clock = mpi, rank, size, clock
         progress.enter(mpi)
         lockstep = Lockstep(mpi, dedicated, compared, range(size), clock)
         self._collectives = MpiCollectives(lockstep, range(size), capabilities, clock)
-        self._largest_bytes = capabilities.largest_message_bytes
         self._abort_job = abort_job
-        self._peers: set[int] = set()
-        self._mail = Mail(mpi, self._post, clock, int(mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)))
+        numbers = int(mpi.COMM_WORLD.Get_attr(mpi.TAG_UB))
+        self._mail = Mail(mpi, self._post, clock, capabilities.largest_message_bytes, numbers)
 
     @property
     def algorithm(self) -> str:
@@ -91,25 +78,17 @@ class MpiEndpoint(Endpoint, NativeCollectives):
         beyond = sorted(rank for rank in addresses if not 0 <= rank < self._size)
         if beyond:
             raise UsageError(f"addresses names ranks {beyond}; expected ranks from 0 to {self._size - 1}")
-        self._peers |= set(addresses) - {self._rank}
+        self._mail.peers.update(set(addresses) - {self._rank})
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Send ``view``, without a copy of ours unless it is small; windows are not kept."""
-        self._check_open()
-        self._check_arguments("dst", dst, tag, view.nbytes)
-        ticket = Ticket(TicketKind.SEND, dst, tag, view.nbytes, started_ns=self._clock.now_ns())
-        self._mail.send(ticket, view)
-        return ticket
+        progress.is_active = True
+        return self._mail.send(dst, tag, view)
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         """Receive into ``into``, or into memory that is lent with the ticket."""
-        self._check_open()
-        self._check_arguments("src", src, tag, nbytes)
-        if into is not None and (into.readonly or into.nbytes != nbytes):
-            raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable bytes")
-        ticket = Ticket(TicketKind.RECV, src, tag, nbytes)
-        self._mail.receive(ticket, None if into is None else into.cast("B"))
-        return ticket
+        progress.is_active = True
+        return self._mail.recv(src, tag, nbytes, into)
 
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
         """Return tickets that ended; see `Endpoint.poll`."""
@@ -124,25 +103,22 @@ class MpiEndpoint(Endpoint, NativeCollectives):
     def cancel(self, ticket: Ticket) -> bool:
         """End a receive as CANCELLED whose message was not announced yet; MPI takes no more back."""
         self._check_open()
-        pending = ticket.status is TicketStatus.PENDING and ticket.kind is TicketKind.RECV
-        return pending and self._mail.cancel(ticket)
+        return self._mail.cancel(ticket)
 
     def discard(self, tag: int, bits: int) -> None:
         """Drop what belongs to a prefix of tags; see `Endpoint.discard`."""
-        self._check_open()
-        if not (0 <= tag <= LARGEST_TAG and 0 <= bits <= TAG_BITS):
-            raise UsageError(f"tag={tag}, bits={bits} must be from 0 to {LARGEST_TAG} and from 0 to {TAG_BITS}")
+        progress.is_active = True
         self._mail.discard(tag, bits)
 
     def abort(self) -> None:
         """Drop everything; with the option ``abort_job`` end the whole MPI job."""
-        if self._is_open and self._abort_job:
+        if self._mail.is_open and self._abort_job:
             self._mpi.COMM_WORLD.Abort(1)
         self._leave(clean=False)
 
     def close(self, deadline_ns: int) -> None:
         """Wait until all sends have ended, then give everything back."""
-        if not self._is_open:
+        if not self._mail.is_open:
             return
         backoff = Backoff(self._clock, deadline_ns)
         while self._mail.is_sending:
@@ -157,16 +133,7 @@ class MpiEndpoint(Endpoint, NativeCollectives):
 
     def _check_open(self) -> None:
         progress.is_active = True
-        if not self._is_open:
-            raise Closed("the MPI endpoint is closed")
-
-    def _check_arguments(self, name: str, peer: int, tag: int, nbytes: int) -> None:
-        if peer not in self._peers:
-            raise UsageError(f"{name}={peer} is not connected; expected one of {sorted(self._peers)}")
-        if not 0 <= tag <= LARGEST_TAG:
-            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
-        if not 0 <= nbytes <= self._largest_bytes:
-            raise UsageError(f"a message has {nbytes} bytes; expected 0 to {self._largest_bytes}")
+        self._mail.check_open()
 
     def _leave(self, clean: bool) -> None:
         """Drop what is under way and give the communicators back.
@@ -174,10 +141,9 @@ class MpiEndpoint(Endpoint, NativeCollectives):
         A communicator with mail that no one took is kept instead: MPI would use its number again, and hand the old
         mail to the next job.
         """
-        if not self._is_open:
+        if not self._mail.is_open:
             return
         clean = self._mail.end() and clean
-        self._is_open = False
         progress.leave()
         self._collectives.leave(clean=clean)
         if clean and not self._post.Iprobe(self._mpi.ANY_SOURCE, self._mpi.ANY_TAG):

@@ -1,13 +1,15 @@
-"""Messages over MPI, matched by source and by tags of 64 bits, of which MPI itself has fewer.
+"""Messages over MPI: a mailbox matches them, by tags of 64 bits, of which MPI itself has fewer.
 
 Every message begins with a letter on one reserved tag of MPI: its tag, its size, a number, and, if it is small, its
 bytes. What is larger follows under the number, which is a tag of MPI too, at the same time; the receiver asks MPI for
 it when a receive wants it, so it goes straight into the caller's memory, and a message that nobody wants stays with
-its sender. Letters are taken in the order in which they were sent, so matching is ours and exact.
+its sender. Letters are taken in the order in which they were sent, and messages with one tag are given to the mailbox
+in that order: a small one waits outside behind a larger one that nobody wants yet.
 
 Numbers are counted for each receiver and begin again when they are used up. MPI gives the first of two messages with
 the same number to the first that asks for it. So where a letter brings a number that an earlier message still bears,
-that one is fetched first, into memory of ours; the two are never mixed up.
+that one is fetched first, into the mailbox's memory; the two are never mixed up. It stands in front of those of its tag
+that wait outside: numbers go round in order, so what was sent before it was let in already.
 
 Letters are small enough to leave at once in every MPI library, so that a letter alone never waits for its receiver.
 """
@@ -19,10 +21,10 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
-from detcoll.discarding import Discarded, has_prefix
-from detcoll.errors import FrameError, PeerLost, TransportError
-from detcoll.transport import Clock, Ticket, TicketStatus
-from detcoll_mpi.pool import Loan, Pool
+from detcoll.errors import PeerLost, TransportError
+from detcoll.mailbox import Arrival, Key, Mailbox
+from detcoll.transport import Clock, Ticket, TicketKind, TicketStatus
+from detcoll_mpi.pool import Pool
 
 HEADER = struct.Struct("<QQI")
 """Tag, size in bytes, and the number under which the message follows; 0 where it is in the letter."""
@@ -57,25 +59,12 @@ class _Letter:
 
 
 @dataclass(eq=False, slots=True)
-class _Posted:
-    """A receive."""
+class _Announced:
+    """A message that waits outside the mailbox: the number under which it follows, or 0 and its bytes."""
 
-    ticket: Ticket
-    into: memoryview | None
-
-
-@dataclass(eq=False, slots=True)
-class _Arrival:
-    """A message that was announced: its bytes once they are here, or else the number under which they follow."""
-
-    src: int
-    tag: int
     nbytes: int
     number: int
-    data: memoryview | None = None
-    posted: _Posted | None = None
-    loan: Loan | None = None
-    is_dropped: bool = False
+    data: memoryview
 
 
 @dataclass(eq=False, slots=True)
@@ -83,14 +72,11 @@ class _Fetch:
     """A message under way from MPI into memory."""
 
     request: Any
-    arrival: _Arrival
-    memory: memoryview
+    arrival: Arrival
 
 
 class Mail:
-    """All messages of one rank.
-
-    It has many fields since MPI needs its own queue for each stage of a message: letters, bodies, held, lent, sent.
+    """All messages of one rank: its mailbox, and what MPI does to fill and empty it.
 
     Parameters
     ----------
@@ -100,39 +86,63 @@ class Mail:
         On which nothing else sends messages, in the job's order of ranks.
     clock : Clock
         Of the endpoint.
+    largest_message_bytes : int
+        Of the transport's capabilities.
     numbers : int
         How many tags MPI has for messages that follow their letter.
     """
 
-    def __init__(self, mpi: Any, comm: Any, clock: Clock, numbers: int) -> None:
+    def __init__(self, mpi: Any, comm: Any, clock: Clock, largest_message_bytes: int, numbers: int) -> None:
         self._mpi, self._comm, self._clock = mpi, comm, clock
         self._numbers = numbers
+        # Without room for early mail, the mailbox admits just what a receive waits for and what is dropped.
+        self._box = Mailbox(
+            comm.Get_rank(), largest_message_bytes=largest_message_bytes, held_bytes=0, memory=Pool().take
+        )
         self._last_number: defaultdict[int, int] = defaultdict(int)
-        self._pool = Pool()
         self._sending: dict[Ticket, _Sending] = {}
         self._letters: dict[int, deque[_Letter]] = {}
-        self._posted: defaultdict[tuple[int, int], deque[_Posted]] = defaultdict(deque)
-        self._arrived: defaultdict[tuple[int, int], deque[_Arrival]] = defaultdict(deque)
-        self._waiting: dict[tuple[int, int], _Arrival] = {}  # by source and number: those that MPI was not asked for
+        self._outside: dict[Key, deque[_Announced]] = {}
+        self._unasked: dict[tuple[int, int], int] = {}  # by source and number: tags of what MPI was not asked for
         self._fetching: list[_Fetch] = []
-        self._discarded = Discarded()
-        self._ended: list[Ticket] = []
         self._any, self._state = mpi.ANY_SOURCE, mpi.Status()
-        self.counters = dict.fromkeys(("messages_sent", "bytes_sent", "messages_received", "bytes_received"), 0)
 
-    def send(self, ticket: Ticket, view: memoryview) -> None:
-        """Send a message; the ticket ends when MPI has read all of it.
+    @property
+    def is_open(self) -> bool:
+        """Whether `end` was not called yet."""
+        return self._box.is_open
+
+    @property
+    def peers(self) -> set[int]:
+        """The ranks that messages may be exchanged with."""
+        return self._box.peers
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Messages and bytes sent and received."""
+        return self._box.counters
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether MPI has not read all of what was sent."""
+        return self._box.has_sends
+
+    def check_open(self) -> None:
+        """Raise Closed once `end` was called."""
+        self._box.check_open()
+
+    def send(self, dst: int, tag: int, view: memoryview) -> Ticket:
+        """Send a message; the ticket ends when MPI has read all of it. See `Mailbox.send`.
 
         Raises
         ------
         PeerLost
             If MPI refuses.
         """
-        if self._discarded:
-            self._discarded.lift(ticket.tag)
-        dst, nbytes, byte = ticket.peer, ticket.nbytes, self._mpi.BYTE
+        nbytes, byte = view.nbytes, self._mpi.BYTE
+        ticket = self._box.send(dst, tag, nbytes, self._clock.now_ns())
         number = 0 if nbytes <= INLINE_BYTES else self._next_number(dst)
-        letter = HEADER.pack(ticket.tag, nbytes, number)
+        letter = HEADER.pack(tag, nbytes, number)
         if not number:
             letter += view
         try:
@@ -140,20 +150,18 @@ class Mail:
             if number:
                 requests.append(self._comm.Isend([view, byte], dst, number))
         except self._mpi.Exception as error:
+            self._box.cancel(ticket, self._clock.now_ns())
             raise _lost(error, dst) from error
         sending = self._sending[ticket] = _Sending(ticket, requests, (letter, view))
         self._advance_send(sending)
+        return ticket
 
-    def receive(self, ticket: Ticket, into: memoryview | None) -> None:
-        """Match a receive with a message that was announced, or let it wait for one."""
-        if self._discarded:
-            self._discarded.lift(ticket.tag)
-        key = ticket.peer, ticket.tag
-        posted = _Posted(ticket, into)
-        if self._arrived.get(key):
-            self._match(posted, _pop(self._arrived, key))
-        else:
-            self._posted[key].append(posted)
+    def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None) -> Ticket:
+        """Take a message that was announced, or wait for one; see `Mailbox.recv`."""
+        ticket = self._box.recv(src, tag, nbytes, into, self._clock.now_ns())
+        if self._outside:
+            self._look_outside((src, tag))
+        return ticket
 
     def progress(self) -> None:
         """Take what came and end what is done.
@@ -176,50 +184,24 @@ class Mail:
 
     def collect(self) -> list[Ticket]:
         """Return the tickets that ended since the last call."""
-        ended, self._ended = self._ended, []
-        return ended
+        return self._box.take_ended()
 
     def cancel(self, ticket: Ticket) -> bool:
         """End a receive whose message was not announced yet; MPI takes neither sends nor the rest back."""
-        key = ticket.peer, ticket.tag
-        for posted in self._posted.get(key, ()):
-            if posted.ticket is ticket:
-                self._posted[key].remove(posted)
-                if not self._posted[key]:
-                    del self._posted[key]
-                self._end(ticket, TicketStatus.CANCELLED, tell=False)
-                return True
-        return False
+        return ticket.kind is TicketKind.RECV and self._box.cancel(ticket, self._clock.now_ns())
 
     def discard(self, tag: int, bits: int) -> None:
-        """Drop what belongs to a prefix of tags, now and later."""
-        self._discarded.add(tag, bits)
-        for key in [key for key in self._posted if has_prefix(key[1], tag, bits)]:
-            for posted in self._posted.pop(key):
-                self._end(posted.ticket, TicketStatus.CANCELLED)
-        for key in [key for key in self._arrived if has_prefix(key[1], tag, bits)]:
-            for arrival in self._arrived.pop(key):
-                self._drop(arrival)
-        for fetch in self._fetching:
-            if has_prefix(fetch.arrival.tag, tag, bits):
-                fetch.arrival.is_dropped = True
-                self._end_lent(fetch.arrival)
-
-    @property
-    def is_sending(self) -> bool:
-        """Whether MPI has not read all of what was sent."""
-        return bool(self._sending)
+        """Drop what belongs to a prefix of tags, now and later; see `Mailbox.discard`."""
+        self._box.discard(tag, bits, self._clock.now_ns())
+        for key in list(self._outside):
+            self._look_outside(key)
 
     def end(self) -> bool:
         """Drop everything; False if MPI may still have messages of this mail, so that its communicator must stay."""
-        clean = not (self._waiting or self._fetching or self._sending or self._letters)
-        tickets = [posted.ticket for queue in self._posted.values() for posted in queue]
-        tickets += [fetch.arrival.posted.ticket for fetch in self._fetching if fetch.arrival.posted is not None]
-        for ticket in [*tickets, *self._sending]:
-            if ticket.status is TicketStatus.PENDING:
-                self._end(ticket, TicketStatus.CANCELLED, tell=False)
+        clean = not (self._unasked or self._fetching or self._sending or self._letters)
+        self._box.close(self._clock.now_ns())
         _unfinished.extend([*self._sending.values(), *self._fetching, *self._letters.values()])
-        for everything in (self._posted, self._arrived, self._waiting, self._fetching, self._letters, self._sending):
+        for everything in (self._outside, self._unasked, self._fetching, self._letters, self._sending):
             everything.clear()
         return clean
 
@@ -230,18 +212,17 @@ class Mail:
 
     def _advance_send(self, sending: _Sending) -> None:
         """End a send if MPI is done with all of it."""
+        ticket = sending.ticket
         try:
             while sending.requests and sending.requests[0].Test():
                 del sending.requests[0]
         except self._mpi.Exception as error:
-            self._fail(sending.ticket, _lost(error, sending.ticket.peer))
+            self._box.end(ticket, TicketStatus.FAILED, self._clock.now_ns(), _lost(error, ticket.peer))
         else:
             if sending.requests:
                 return
-            self.counters["messages_sent"] += 1
-            self.counters["bytes_sent"] += sending.ticket.nbytes
-            self._end(sending.ticket, TicketStatus.DONE)
-        del self._sending[sending.ticket]
+            self._box.end(ticket, TicketStatus.DONE, self._clock.now_ns())
+        del self._sending[ticket]
 
     def _take_letters(self) -> None:
         """Read the letters that are here, those of one source in the order in which they were sent."""
@@ -269,84 +250,45 @@ class Mail:
             del self._letters[src]
 
     def _read(self, src: int, letter: bytearray) -> None:
-        """Give a message that is announced to the receive that waits for it, or keep it."""
+        """Put a message behind those of its tag that wait outside, and let it in if it may."""
         tag, nbytes, number = HEADER.unpack_from(letter)
-        arrival = _Arrival(src, tag, nbytes, number)
-        if not number:
-            arrival.data = memoryview(letter)[HEADER.size :]
-        else:
-            earlier = self._waiting.get((src, number))
+        if number:
+            earlier = self._unasked.get((src, number))
             if earlier is not None:
-                self._fetch(earlier)
-            self._waiting[src, number] = arrival
-        key = src, tag
-        if self._discarded and self._discarded.covers(tag):
-            self._drop(arrival)
-        elif self._posted.get(key):
-            self._match(_pop(self._posted, key), arrival)
+                self._let_in((src, earlier), self._outside[src, earlier].popleft())
+                self._look_outside((src, earlier))
+            self._unasked[src, number] = tag
+        key, message = (src, tag), _Announced(nbytes, number, memoryview(letter)[HEADER.size :])
+        if number or key in self._outside:
+            self._outside.setdefault(key, deque()).append(message)
+            self._look_outside(key)
         else:
-            self._arrived[key].append(arrival)
+            self._let_in(key, message)
 
-    def _match(self, posted: _Posted, arrival: _Arrival) -> None:
-        """Give a message to a receive, now or when it is here."""
-        if arrival.data is not None:
-            self._give(posted, arrival)
-        elif posted.ticket.nbytes != arrival.nbytes:
-            self._fail(posted.ticket, _wrong_size(posted.ticket, arrival))
-            self._drop(arrival)
-        else:
-            arrival.posted = posted
-            self._fetch(arrival)
-
-    def _give(self, posted: _Posted, arrival: _Arrival) -> None:
-        """End a receive with a message that is here, in memory of ours or in the caller's already."""
-        ticket, data = posted.ticket, arrival.data
-        assert data is not None
-        if ticket.nbytes != arrival.nbytes:
-            self._fail(ticket, _wrong_size(ticket, arrival))
-            self._release(arrival)
+    def _look_outside(self, key: Key) -> None:
+        """Let in what is wanted, dropped, or here already, in order."""
+        waiting = self._outside.get(key)
+        if waiting is None:
             return
-        if posted.into is None:
-            ticket.lender, ticket.view = arrival.loan, data.toreadonly()
-        else:
-            if data is not posted.into:
-                posted.into[:] = data
-            self._release(arrival)
-        self.counters["messages_received"] += 1
-        self.counters["bytes_received"] += ticket.nbytes
-        self._end(ticket, TicketStatus.DONE)
+        while waiting and (not waiting[0].number or self._box.admits(*key, waiting[0].nbytes)):
+            self._let_in(key, waiting.popleft())
+        if not waiting:
+            del self._outside[key]
 
-    def _drop(self, arrival: _Arrival) -> None:
-        """Forget a message; what follows its letter must be fetched all the same, or its sender would wait for ever."""
-        arrival.is_dropped = True
-        self._end_lent(arrival)
-        if arrival.data is not None:
-            self._release(arrival)
-        else:
-            self._fetch(arrival)
-
-    def _end_lent(self, arrival: _Arrival) -> None:
-        """End the receive of a message that is dropped, unless MPI is writing to the caller's memory."""
-        posted = arrival.posted
-        if posted is not None and (posted.into is None or arrival.loan is not None):
-            arrival.posted = None
-            self._end(posted.ticket, TicketStatus.CANCELLED)
-
-    def _fetch(self, arrival: _Arrival) -> None:
-        """Ask MPI for what follows a letter, unless it was asked already."""
-        if self._waiting.get((arrival.src, arrival.number)) is not arrival:
+    def _let_in(self, key: Key, message: _Announced) -> None:
+        """Give a message to the mailbox, and ask MPI for what follows its letter, to where it belongs."""
+        (src, tag), number = key, message.number
+        if not number:
+            self._box.keep(src, tag, message.data, self._clock.now_ns())
             return
-        del self._waiting[arrival.src, arrival.number]
-        memory = arrival.posted.into if arrival.posted is not None else None
-        if memory is None:
-            arrival.loan = Loan(self._pool, self._pool.take(arrival.nbytes))
-            memory = arrival.loan.memory(arrival.nbytes)
+        del self._unasked[src, number]
+        arrival = self._box.begin(src, tag, message.nbytes, self._clock.now_ns())
         try:
-            request = self._comm.Irecv([memory, self._mpi.BYTE], arrival.src, arrival.number)
+            request = self._comm.Irecv([arrival.memory, self._mpi.BYTE], src, number)
         except self._mpi.Exception as error:
-            self._miss(arrival, error)
+            self._box.fail(arrival, _lost(error, src), self._clock.now_ns())
             return
-        fetch = _Fetch(request, arrival, memory)
+        fetch = _Fetch(request, arrival)
         self._fetching.append(fetch)
         self._advance_fetch(fetch)
 
@@ -358,48 +300,10 @@ class Mail:
                 return
         except self._mpi.Exception as error:
             self._fetching.remove(fetch)
-            self._miss(arrival, error)
+            self._box.fail(arrival, _lost(error, arrival.source), self._clock.now_ns())
             return
         self._fetching.remove(fetch)
-        arrival.data = fetch.memory
-        if arrival.is_dropped:
-            self._release(arrival)
-            if arrival.posted is not None:
-                self._end(arrival.posted.ticket, TicketStatus.CANCELLED)
-        elif arrival.posted is not None:
-            self._give(arrival.posted, arrival)
-
-    def _miss(self, arrival: _Arrival, error: Exception) -> None:
-        """Fail the receive of a message that MPI cannot fetch."""
-        if arrival.posted is not None:
-            self._fail(arrival.posted.ticket, _lost(error, arrival.src))
-
-    def _release(self, arrival: _Arrival) -> None:
-        if arrival.loan is not None:
-            arrival.loan.give_back()
-
-    def _end(self, ticket: Ticket, status: TicketStatus, *, tell: bool = True) -> None:
-        ticket.status = status
-        ticket.ended_ns = self._clock.now_ns()
-        if tell:
-            self._ended.append(ticket)
-
-    def _fail(self, ticket: Ticket, error: TransportError) -> None:
-        ticket.error = error
-        self._end(ticket, TicketStatus.FAILED)
-
-
-def _pop(queues: dict[tuple[int, int], deque[Any]], key: tuple[int, int]) -> Any:
-    """Take the first of a queue, and forget the queue if it ran empty, since tags need not come again."""
-    first = queues[key].popleft()
-    if not queues[key]:
-        del queues[key]
-    return first
-
-
-def _wrong_size(ticket: Ticket, arrival: _Arrival) -> FrameError:
-    came = f"{arrival.nbytes} bytes came from rank {ticket.peer} with tag {ticket.tag}"
-    return FrameError(f"{came}; expected {ticket.nbytes}")
+        self._box.advance(arrival, arrival.memory.nbytes, self._clock.now_ns())
 
 
 def _lost(error: Exception, peer: int) -> PeerLost:

@@ -1,4 +1,8 @@
-"""Memory for what arrives without a place of its own, lent until it is released and then used again."""
+"""Memory for what arrives without a place of its own, used again once it is free.
+
+Fresh memory costs a fault for each page at its first use. With it, an all-reduce of 16 MiB by plan took a quarter
+longer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from numpy.typing import NDArray
 from detcoll.transport import Ticket
 
 LARGEST_IDLE_BYTES = 2**26
-SMALLEST_BYTES = 256
+SMALLEST_BYTES = 4096
+"""Less than a page is left to Python."""
 
 
 class Pool:
@@ -21,14 +26,17 @@ class Pool:
         self._idle: defaultdict[int, list[NDArray[np.uint8]]] = defaultdict(list)
         self._idle_bytes = 0
 
-    def take(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return a buffer of at least ``nbytes``."""
-        size = max(SMALLEST_BYTES, 1 << (nbytes - 1).bit_length())
+    def take(self, nbytes: int) -> tuple[memoryview, Loan | None]:
+        """Return writable memory of ``nbytes``, and what takes it back, None where that is not worth it."""
+        if nbytes < SMALLEST_BYTES:
+            return memoryview(bytearray(nbytes)), None
+        size = 1 << (nbytes - 1).bit_length()
         idle = self._idle[size]
-        if not idle:
-            return np.empty(size, np.uint8)
-        self._idle_bytes -= size
-        return idle.pop()
+        if idle:
+            self._idle_bytes -= size
+        buffer = idle.pop() if idle else np.empty(size, np.uint8)
+        data: Any = buffer.data
+        return memoryview(data)[:nbytes], Loan(self, buffer)
 
     def give(self, buffer: NDArray[np.uint8]) -> None:
         """Take a buffer back, to be used again unless much is idle already."""
@@ -38,23 +46,13 @@ class Pool:
 
 
 class Loan:
-    """A buffer lent with a ticket."""
+    """A buffer that a message lies in."""
 
     __slots__ = ("_buffer", "_pool")
 
     def __init__(self, pool: Pool, buffer: NDArray[np.uint8]) -> None:
-        self._pool = pool
-        self._buffer = buffer
+        self._pool, self._buffer = pool, buffer
 
-    def memory(self, nbytes: int) -> memoryview:
-        """Return the first ``nbytes``, writable."""
-        data: Any = self._buffer.data
-        return memoryview(data)[:nbytes]
-
-    def give_back(self) -> None:
+    def take_back(self, ticket: Ticket | None) -> None:
         """Give the buffer to the pool."""
         self._pool.give(self._buffer)
-
-    def take_back(self, ticket: Ticket) -> None:
-        """Give the buffer to the pool when its ticket is released."""
-        self.give_back()
