@@ -23,6 +23,7 @@ from detcoll.types import BFLOAT16, DTYPES, ReduceOp, is_complex, is_integer, op
 
 OBJECTS = ("broadcast_object", "all_gather_object")
 KINDS = (*DECLARED, *OBJECTS)
+WHOLE = [dtype for dtype in DTYPES.values() if is_integer(dtype)]
 GUARD = 16
 """Bytes before and after an array that nobody may write to."""
 
@@ -310,6 +311,11 @@ def drawn(draw: np.random.Generator, size: int, largest: int, **fixed: Any) -> C
     if counts is None and kind in ("all_reduce", "broadcast", "reduce", "all_gather", "gather"):
         rows = tuple(None if tail == () and draw.random() < 0.1 else n for n, tail in zip(rows, tails, strict=True))
     return Call(kind, dtype, op, root, rows, tails, counts, is_async, seed)
+
+
+def drawn_whole(draw: np.random.Generator, size: int, largest: int) -> Call:
+    """Draw a call of whole numbers, which are the same bits in any order of folds."""
+    return drawn(draw, size, largest, dtype=WHOLE[draw.integers(len(WHOLE))])
 
 
 def _index(draw: np.random.Generator, weights: tuple[int, ...]) -> int:

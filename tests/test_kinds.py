@@ -1,12 +1,15 @@
 """Every kind of collective over every transport: random calls held bit for bit against NumPy.
 
-``TEST_DRAWS`` asks for so many calls on every place instead of a few, ``TEST_SEED`` for another seed.
+``TEST_DRAWS`` asks for so many calls on every place instead of a few, ``TEST_SEED`` for another seed. Many calls are
+made in several jobs one after another, each of which has the time that a job of any test has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import pytest
 with contextlib.suppress(ImportError):
     import torch  # noqa: F401
 
-from kinds import KINDS, drawn
+from kinds import KINDS, Call, drawn, drawn_whole
 from ranks import grouped, launch, lines, run_ranks
 
 from detcoll.communicator import Communicator
@@ -27,6 +30,10 @@ from detcoll.types import DTYPES
 
 DRAWS = int(os.environ.get("TEST_DRAWS", "24"))
 SEED = int(os.environ.get("TEST_SEED", "20"))
+DRAWS_A_JOB = 100
+JOBS = [(SEED + at // DRAWS_A_JOB, min(DRAWS_A_JOB, DRAWS - at)) for at in range(0, DRAWS, DRAWS_A_JOB)]
+"""A seed and a number of calls for each job."""
+pytestmark = pytest.mark.timeout(120 + DRAWS)
 
 PLACES: dict[str, tuple[str, Topology | None, int]] = {
     "slotted": ("slotted", None, 3),
@@ -37,10 +44,12 @@ PLACES: dict[str, tuple[str, Topology | None, int]] = {
     "shm": ("shm", None, 4),
     "shm two groups": ("shm", grouped(1, 2), 3),
 }
-GLOO = pytest.param("gloo", marks=pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed"))
+NEEDS_TORCH = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 
 
-def serve(comm: Communicator, seed: list[int], calls: int, largest: int, **fixed: Any) -> None:
+def serve(
+    comm: Communicator, seed: list[int], calls: int, largest: int, drawn: Callable[..., Call] = drawn, **fixed: Any
+) -> None:
     """Make random calls, some at once."""
     draw = np.random.default_rng([*seed, *comm.ranks])
     pending = []
@@ -56,18 +65,31 @@ def serve(comm: Communicator, seed: list[int], calls: int, largest: int, **fixed
             raise
 
 
-@pytest.mark.parametrize("place", [*PLACES, GLOO])
+@pytest.mark.parametrize("place", PLACES)
 def test_random_calls_of_the_world_and_of_groups(place: str) -> None:
-    transport, topology, size = PLACES.get(place, (place, lines(2, 2, rate_bytes_per_s=1e9), 4))
+    on_the_world_and_on_groups(*PLACES[place], drawn)
 
-    def program(comm: Communicator) -> None:
+
+@NEEDS_TORCH
+@pytest.mark.parametrize("is_native", [False, True], ids=["planned", "native"])
+def test_random_calls_over_gloo(is_native: bool) -> None:
+    """Gloo's own collectives fold in an order of their own, so they get whole numbers."""
+    reproducible, draw = (None, drawn_whole) if is_native else (True, drawn)
+    on_the_world_and_on_groups("gloo", lines(2, 2, rate_bytes_per_s=1e9), 4, draw, reproducible=reproducible)
+
+
+def on_the_world_and_on_groups(
+    transport: str, topology: Topology | None, size: int, drawn: Callable[..., Call], **settings: Any
+) -> None:
+    def program(comm: Communicator, seed: int, calls: int) -> None:
         groups = [comm, comm.local, comm.across, comm.group([comm.rank], "alone")]
         if comm.rank in (0, comm.size - 1):
             groups.append(comm.group([comm.size - 1, 0], "pair"))
         for at, group in enumerate(groups):
-            serve(group, [SEED, at], DRAWS if at == 0 else DRAWS // 4, 3000)
+            serve(group, [seed, at], calls if at == 0 else calls // 4, 3000, drawn)
 
-    run_ranks(size, program, transport=transport, topology=topology)
+    for seed, calls in JOBS:
+        run_ranks(size, partial(program, seed=seed, calls=calls), transport=transport, topology=topology, **settings)
 
 
 @pytest.mark.parametrize("place", ["slotted two sites", "tcp", "shm", "shm two groups"])
@@ -91,13 +113,14 @@ def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
         if find_spec("mpi4py") is None or found is None:
             pytest.skip("mpi4py or mpiexec is not installed")
         launcher = [word.format(n=4) for word in found]
-    ended = launch(
-        4, "random_kinds.py", max(80, DRAWS), SEED, 2000, *["whole"] * (transport == "mpi"),
-        topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path, launcher=launcher,
-        environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-    assert ended.out.split()[0] == transport
+    for seed, calls in JOBS:
+        ended = launch(
+            4, "random_kinds.py", max(80, calls), seed, 2000, *["whole"] * (transport == "mpi"),
+            topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path, launcher=launcher,
+            environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        assert ended.out.split()[0] == transport
 
 
 @pytest.mark.parametrize("place", PLACES)

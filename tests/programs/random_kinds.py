@@ -19,18 +19,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from kinds import drawn
+from kinds import drawn, drawn_whole
 
 import detcoll
 from detcoll.communicator import Communicator
-from detcoll.types import DTYPES, is_integer
 
 LARGEST_GROWTH_BYTES = 200 << 20
 
 count, seed = int(sys.argv[1]), int(sys.argv[2])
 largest = int(sys.argv[3]) if len(sys.argv) > 3 else 20_000
 is_whole = sys.argv[4:] == ["whole"]
-whole = [dtype for dtype in DTYPES.values() if is_integer(dtype)]
 before = set(os.listdir("/proc/self/fd"))
 comm = detcoll.init(timeout=60, reproducible=not is_whole)
 assert comm.size == 4
@@ -42,8 +40,7 @@ def serve(group: Communicator, at: int, calls: int) -> None:
     draw = np.random.default_rng([seed, at, *group.ranks])
     pending = []
     for number in range(calls):
-        fixed = {"dtype": whole[draw.integers(len(whole))]} if is_whole else {}
-        call = drawn(draw, group.size, largest, **fixed)
+        call = (drawn_whole if is_whole else drawn)(draw, group.size, largest)
         try:
             pending.append((call, call.start(group)))
             while pending and (draw.random() < 0.6 or number == calls - 1):
