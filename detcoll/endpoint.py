@@ -52,8 +52,9 @@ class MailboxEndpoint(Endpoint):
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Queue ``view``; windows are not kept. See `Endpoint.send`."""
+        view = view.cast("B")
         ticket = self.mail.send(dst, tag, view.nbytes, self.clock.now_ns())
-        self.post(ticket, view.cast("B"))
+        self.post(ticket, view)
         return ticket
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:

@@ -52,8 +52,8 @@ Key = tuple[int, int]
 """Source and tag."""
 
 
-class Lender(Protocol):
-    """Who owns the memory of a message: it hears when that is free again."""
+class Owner(Protocol):
+    """Whose memory a message lies in: it hears when that is free again. It becomes `Ticket.lender` of a lent view."""
 
     def take_back(self, ticket: Ticket | None) -> None:
         """Take the memory back: of a lent view, where ``ticket.view`` is None by then, or of what nobody was lent."""
@@ -61,7 +61,7 @@ class Lender(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Arrival:
-    """A message between its header and its last byte.
+    """A message between its header and the end of its receive.
 
     ``memory`` : where its bytes belong, all of it.  ``filled_bytes`` : how many of them are there.  ``receive`` : who
     takes it, None while nobody does.  ``is_dropped`` : nobody will.  ``is_early`` : it counts as held for its source.
@@ -75,7 +75,7 @@ class Arrival:
     is_early: bool = False
     is_dropped: bool = False
     filled_bytes: int = 0
-    owner: Lender | None = None
+    owner: Owner | None = None
     error: Exception | None = None
 
     @property
@@ -111,7 +111,7 @@ class Mailbox:
 
     def __init__(
         self, rank: int, *, largest_message_bytes: int = 2**30, held_bytes: int = HELD_BYTES,
-        memory: Callable[[int], tuple[memoryview, Lender | None]] | None = None,
+        memory: Callable[[int], tuple[memoryview, Owner | None]] | None = None,
     ) -> None:  # fmt: skip
         self.peers: set[int] = set()
         """The ranks that messages may be exchanged with."""
@@ -163,6 +163,16 @@ class Mailbox:
         if not self.is_open:
             raise Closed(f"the endpoint of rank {self._rank} is closed")
 
+    def check(self, name: str, peer: int, tag: int, nbytes: int) -> None:
+        """Raise for what may not be asked for, as `send` and `recv` do; ``name`` is that of the argument ``peer``."""
+        self.check_open()
+        if peer not in self.peers:
+            raise UsageError(f"{name}={peer} is not connected; expected one of {sorted(self.peers)}")
+        if not 0 <= tag <= LARGEST_TAG:
+            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
+        if not 0 <= nbytes <= self.largest_message_bytes:
+            raise UsageError(f"a message of {nbytes} bytes is not from 0 to {self.largest_message_bytes}")
+
     def send(self, dst: int, tag: int, nbytes: int, started_ns: int = 0) -> Ticket:
         """Return the ticket of a new send, which the transport ends with `end`.
 
@@ -175,9 +185,9 @@ class Mailbox:
         PeerLost, Closed
             If the peer is lost or the mailbox is closed.
         """
-        self._check("dst", dst, tag, nbytes)
+        self.check("dst", dst, tag, nbytes)
         if dst in self._unreachable:
-            raise _lost(dst, self._unreachable[dst])
+            raise PeerLost(str(self._unreachable[dst])) from self._unreachable[dst]
         self._lift(tag)
         ticket = Ticket(TicketKind.SEND, dst, tag, nbytes, started_ns=started_ns)
         self._sends[ticket] = None
@@ -193,21 +203,21 @@ class Mailbox:
         PeerLost, Closed
             If the peer is lost and no message of it is left, or the mailbox is closed.
         """
-        self._check("src", src, tag, nbytes)
+        self.check("src", src, tag, nbytes)
         if into is not None:
             if into.readonly or into.nbytes != nbytes or not into.c_contiguous:
                 raise UsageError(f"into has {into.nbytes} bytes; expected {nbytes} writable, contiguous bytes")
             into = into.cast("B")
-        self._lift(tag)
         ticket, key = Ticket(TicketKind.RECV, src, tag, nbytes), (src, tag)
         early = self._early.get(key)
+        if early is None and src in self._gone:
+            raise PeerLost(str(self._gone[src])) from self._gone[src]
+        self._lift(tag)
         if early is not None:
             arrival = _first_of(self._early, key, early)
             arrival.receive = ticket, into
             if arrival.is_complete:
                 self._finish(arrival, now_ns)
-        elif src in self._gone:
-            raise _lost(src, self._gone[src])
         else:
             self._posted.setdefault(key, deque()).append((ticket, into))
             self._waiting[src] = self._waiting.get(src, 0) + 1
@@ -231,11 +241,11 @@ class Mailbox:
 
         Messages with one tag are begun in the order in which their source sent them. An empty message ends at once.
         """
-        receive = self._take_posted(src, tag)
-        into = None if receive is None else receive[1]
+        posted = self._posted.get((src, tag))
+        into = None if posted is None else posted[0][1]
         memory, owner = (into, None) if into is not None and into.nbytes == nbytes else self._memory(nbytes)
-        arrival = Arrival(src, tag, memory, receive, owner=owner)
-        if receive is None:
+        arrival = Arrival(src, tag, memory, self._take_posted(src, tag), owner=owner)
+        if arrival.receive is None:
             self._drop_or_hold(arrival)
         self._arriving.add(arrival)
         if not nbytes:
@@ -252,7 +262,10 @@ class Mailbox:
             self._finish(arrival, now_ns)
 
     def fail(self, arrival: Arrival, error: Exception, now_ns: int) -> None:
-        """Take note that the rest of a message cannot be had: fails the receive that takes it, now or later."""
+        """Take note that the rest of a message cannot be had: fails the receive that takes it, now or later.
+
+        Its memory is free again: nobody writes to it any more.
+        """
         arrival.error = error
         self.advance(arrival, arrival.memory.nbytes - arrival.filled_bytes, now_ns)
 
@@ -263,11 +276,11 @@ class Mailbox:
             arrival.memory[:] = data
             self.advance(arrival, data.nbytes, now_ns)
 
-    def keep(self, src: int, tag: int, data: memoryview, now_ns: int, owner: Lender | None = None) -> None:
+    def keep(self, src: int, tag: int, data: memoryview, now_ns: int, owner: Owner | None = None) -> None:
         """Take in a whole message, flat bytes, that stays where it lies; ``owner`` hears when its memory is free again.
 
         That is when it was copied to the receive's own memory, when the view that was lent of it is released, or when
-        it is dropped. After `close` no owner hears anything.
+        it is dropped. The owner of a message that is still held when the mailbox is closed hears nothing.
         """
         arrival = Arrival(src, tag, data, self._take_posted(src, tag), filled_bytes=data.nbytes, owner=owner)
         if arrival.receive is None:
@@ -364,15 +377,6 @@ class Mailbox:
         self._early.clear()
         self._held.clear()
 
-    def _check(self, name: str, peer: int, tag: int, nbytes: int) -> None:
-        self.check_open()
-        if peer not in self.peers:
-            raise UsageError(f"{name}={peer} is not connected; expected one of {sorted(self.peers)}")
-        if not 0 <= tag <= LARGEST_TAG:
-            raise UsageError(f"tag={tag} must be from 0 to {LARGEST_TAG}")
-        if not 0 <= nbytes <= self.largest_message_bytes:
-            raise UsageError(f"a message of {nbytes} bytes is not from 0 to {self.largest_message_bytes}")
-
     def _lift(self, tag: int) -> None:
         if self._discarded:
             self._discarded.lift(tag)
@@ -397,7 +401,10 @@ class Mailbox:
         return True
 
     def _take_posted(self, src: int, tag: int) -> Receive | None:
-        """Take the receive that a message is for, if one waits; a message that is dropped is for none."""
+        """Take the receive that a message is for, if one waits.
+
+        Then its tag is not dropped: `discard` ends the receives of such tags, and `recv` lifts what covers its own.
+        """
         key = src, tag
         posted = self._posted.get(key)
         if posted is None:
@@ -462,13 +469,6 @@ class Mailbox:
                 if not self._early[key]:
                     del self._early[key]
             arrival.receive, arrival.is_dropped = None, True  # a thread may be about to take note of its last byte
-
-
-def _lost(peer: int, reason: Exception) -> PeerLost:
-    """Return the error for what is asked of a peer that is lost already."""
-    error = PeerLost(f"rank {peer} is lost: {reason}")
-    error.__cause__ = reason
-    return error
 
 
 def _fresh_memory(nbytes: int) -> tuple[memoryview, None]:

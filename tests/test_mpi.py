@@ -492,6 +492,8 @@ def test_what_mpi_refuses_costs_that_message_only() -> None:
     mail.peers.add(1)
     with pytest.raises(PeerLost, match="MPI lost rank 1: refused"):
         mail.send(1, 5, memoryview(b"sent"))
+    with pytest.raises(TypeError):
+        mail.send(1, 5, memoryview(b"not in one piece")[::2])
     assert not mail.is_sending
     refused, good = mail.recv(1, 5, 9000, None), mail.recv(1, 6, 4, None)
     mail.progress()

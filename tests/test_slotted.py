@@ -158,9 +158,9 @@ def test_a_peer_whose_host_refuses_new_connections_is_lost_at_once() -> None:
         assert kept.status is FAILED
         assert isinstance(kept.error, PeerLost)
         assert str(awaited.error) == "rank 1: its connection ended and new ones are refused"
-        with pytest.raises(PeerLost, match="rank 1 is lost"):
+        with pytest.raises(PeerLost, match="rank 1: its connection ended"):
             fabric[0].send(1, 4, memoryview(b"x"))
-        with pytest.raises(PeerLost, match="rank 1 is lost"):
+        with pytest.raises(PeerLost, match="rank 1: its connection ended"):
             fabric[0].recv(1, 4, 1)
 
 
@@ -690,6 +690,32 @@ class _Unprivileged:
         if name == tcp.SO_SNDBUFFORCE:
             raise PermissionError
         self._made.setsockopt(level, name, value)
+
+
+def test_a_rank_that_waits_for_nobody_any_more_acknowledges_what_came() -> None:
+    with pair(acknowledge_delay_ns=60_000 * MS) as fabric:
+        awaited = fabric[1].recv(0, 7, 10)
+        sent = fabric[0].send(1, 1, memoryview(bytes(100)))
+        pump(fabric, lambda: fabric[1]._mail.held_bytes(0) > 0)
+        fabric[1].arm(now_ns() + 60_000 * MS)
+        assert fabric[1].cancel(awaited)
+        fabric[1].poll(0)
+        pump(fabric, lambda: sent.status is DONE, ranks=(0,))
+
+
+def test_what_is_refused_changes_nothing() -> None:
+    with pair() as fabric:
+        endpoint = fabric[0]
+        endpoint.connect({5: fabric[1].address}, now_ns() + MS, needed=[])
+        for refused in (lambda: endpoint.recv(5, -1, 4), lambda: endpoint.send(5, -1, memoryview(b"x"))):
+            with pytest.raises(UsageError, match="tag=-1"):
+                refused()
+        assert 5 not in endpoint._peers
+        endpoint.discard(8, 2)
+        endpoint._peers[1].outbound.begun[9] = 100_000, 50_000
+        with pytest.raises(UsageError, match="of the one before it 50000 are left"):
+            endpoint.send(1, 9, memoryview(bytes(10)))
+        assert endpoint._mail.drops(9)
 
 
 def test_discarded_receives_end_and_what_came_gives_its_credit_back() -> None:

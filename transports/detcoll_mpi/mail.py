@@ -21,6 +21,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
+from detcoll.discarding import has_prefix
 from detcoll.errors import PeerLost, TransportError
 from detcoll.mailbox import Arrival, Key, Mailbox
 from detcoll.transport import Clock, Ticket, TicketKind, TicketStatus
@@ -141,17 +142,19 @@ class Mail:
         """
         nbytes, byte = view.nbytes, self._mpi.BYTE
         ticket = self._box.send(dst, tag, nbytes, self._clock.now_ns())
-        number = 0 if nbytes <= INLINE_BYTES else self._next_number(dst)
-        letter = HEADER.pack(tag, nbytes, number)
-        if not number:
-            letter += view
         try:
+            number = 0 if nbytes <= INLINE_BYTES else self._next_number(dst)
+            letter = HEADER.pack(tag, nbytes, number)
+            if not number:
+                letter += view
             requests = [self._comm.Isend([letter, byte], dst, LETTER_TAG)]
             if number:
                 requests.append(self._comm.Isend([view, byte], dst, number))
-        except self._mpi.Exception as error:
+        except BaseException as error:
             self._box.cancel(ticket, self._clock.now_ns())
-            raise _lost(error, dst) from error
+            if isinstance(error, self._mpi.Exception):
+                raise _lost(error, dst) from error
+            raise
         sending = self._sending[ticket] = _Sending(ticket, requests, (letter, view))
         self._advance_send(sending)
         return ticket
@@ -193,7 +196,7 @@ class Mail:
     def discard(self, tag: int, bits: int) -> None:
         """Drop what belongs to a prefix of tags, now and later; see `Mailbox.discard`."""
         self._box.discard(tag, bits, self._clock.now_ns())
-        for key in list(self._outside):
+        for key in [key for key in self._outside if has_prefix(key[1], tag, bits)]:
             self._look_outside(key)
 
     def end(self) -> bool:
@@ -300,6 +303,7 @@ class Mail:
                 return
         except self._mpi.Exception as error:
             self._fetching.remove(fetch)
+            arrival.owner = None  # MPI may go on writing, so this memory is not used again
             self._box.fail(arrival, _lost(error, arrival.source), self._clock.now_ns())
             return
         self._fetching.remove(fetch)

@@ -1,7 +1,7 @@
 """Memory for what arrives without a place of its own, used again once it is free.
 
-Fresh memory costs a fault for each page at its first use. With it, an all-reduce of 16 MiB by plan took a quarter
-longer.
+Fresh memory costs a fault for each page at its first use: without the pool, an all-reduce of 16 MiB by plan took a
+quarter longer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class Pool:
         if nbytes < SMALLEST_BYTES:
             return memoryview(bytearray(nbytes)), None
         size = 1 << (nbytes - 1).bit_length()
-        idle = self._idle[size]
-        if idle:
+        if idle := self._idle[size]:
             self._idle_bytes -= size
-        buffer = idle.pop() if idle else np.empty(size, np.uint8)
+            buffer = idle.pop()
+        else:
+            buffer = np.empty(size, np.uint8)
         data: Any = buffer.data
         return memoryview(data)[:nbytes], Loan(self, buffer)
 

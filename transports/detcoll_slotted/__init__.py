@@ -6,11 +6,11 @@ connections, since small messages must not wait behind paced ones; others have o
 - the *bulk* lane carries what a plan moves; the kernel paces its TCP connection to the rate of the window
 - the *express* lane carries small messages and acknowledgements, which leave at once
 
-Rules without any I/O: `wire` is the format, `flow` an ordered pair of ranks (sequence, credit, retention), `matching`
-finds the receive for a message, `pacing` keeps peers of one site to one rate. What moves bytes: `roads` makes the
-sockets, `line` and `tcp` are the connections, `post` writes frames, `departures` decides when sends leave, `gate` lets
-connections and messages in, `intake` takes them. `joining` makes two ranks known to each other, on demand; `health`
-follows connections that ended, and says when a peer is lost. `endpoint` puts them together behind the SPI.
+Rules without any I/O: `wire` is the format, `flow` an ordered pair of ranks (sequence, credit, retention), `pacing`
+keeps peers of one site to one rate; `detcoll.mailbox` finds the receive for a message. What moves bytes: `roads` makes
+the sockets, `line` and `tcp` are the connections, `post` writes frames, `departures` decides when sends leave, `gate`
+lets connections and messages in, `intake` takes them. `joining` makes two ranks known to each other, on demand;
+`health` follows connections that ended, and says when a peer is lost. `endpoint` puts them together behind the SPI.
 """
 
 from __future__ import annotations

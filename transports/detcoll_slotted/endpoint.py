@@ -47,6 +47,7 @@ class SlottedEndpoint(Endpoint):
         self._peers: dict[int, Peer] = {}
         self._monitored: dict[int, Trunk] = {}
         self._groups = pace_groups(options.pace_groups, rank, host_paced=options.host_paced)
+        # What it holds early is bounded by the credit of each sender.
         self._mail = Mailbox(rank, largest_message_bytes=LARGEST_MESSAGE_BYTES)
         self._post = Post(rank, token, clock)
         self._departures = Departures(self._peers, self._post, self._mail, clock)
@@ -117,14 +118,15 @@ class SlottedEndpoint(Endpoint):
 
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Queue ``view`` for ``dst``; without a window it leaves as soon as the peer's credit allows."""
-        self._need(dst)
         view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
+        self._need("dst", dst, tag, view.nbytes)
+        peer = self._peers.get(dst)
+        if peer is not None and tag in peer.outbound.begun and tag not in self._departures.begun_tags(dst):
+            total, sent = peer.outbound.begun[tag]
+            if view.nbytes != total - sent:
+                told = f"the send with tag={tag} has {view.nbytes} bytes; of the one before it"
+                raise UsageError(f"{told} {total - sent} are left")
         ticket, peer = self._mail.send(dst, tag, view.nbytes), self._peers[dst]
-        total, sent = peer.outbound.begun.get(tag, (view.nbytes, 0))
-        if sent + view.nbytes != total and tag not in self._departures.begun_tags(dst):
-            self._mail.cancel(ticket, self._clock.now_ns())
-            left = total - sent
-            raise UsageError(f"the send with tag={tag} has {view.nbytes} bytes; of the one before it {left} are left")
         if window is not None and (window.not_after_ns is not None or window.not_before_ns > self._clock.now_ns()):
             self._departures.hold(ticket, view, window)
             self._intake.due_ns = 0
@@ -139,7 +141,7 @@ class SlottedEndpoint(Endpoint):
 
     def recv(self, src: int, tag: int, nbytes: int, into: memoryview | None = None) -> Ticket:
         """Take ``nbytes`` from ``src``, from what has already arrived where it has."""
-        self._need(src)
+        self._need("src", src, tag, nbytes)
         return self._mail.recv(src, tag, nbytes, into, self._clock.now_ns())
 
     def poll(self, deadline_ns: int) -> Sequence[Ticket]:
@@ -154,10 +156,9 @@ class SlottedEndpoint(Endpoint):
         """Cancel a receive that nothing matched, or a send of which nothing has left."""
         if ticket.status is not TicketStatus.PENDING or ticket.sent_bytes:
             return False
-        if ticket.kind is TicketKind.SEND:
-            self._intake.due_ns = 0  # the next of those that wait for a window may be due
-            if not self._departures.withdraw(lambda other: other is ticket):
-                return False
+        self._intake.due_ns = 0  # the next that waits for a window may be due, or a rank that waits for nobody now
+        if ticket.kind is TicketKind.SEND and not self._departures.withdraw(lambda other: other is ticket):
+            return False
         return self._mail.cancel(ticket, self._clock.now_ns())
 
     def discard(self, tag: int, bits: int) -> None:
@@ -258,10 +259,11 @@ class SlottedEndpoint(Endpoint):
         if self._closed is not None:
             raise Closed(str(self._closed)) from self._closed
 
-    def _need(self, rank: int) -> None:
+    def _need(self, name: str, rank: int, tag: int, nbytes: int) -> None:
         """Begin to join a rank that is needed for the first time."""
         self._check_open()
-        if rank not in self._peers and rank in self._addresses:
+        if rank not in self._peers:
+            self._mail.check(name, rank, tag, nbytes)
             self._reach_later(rank)
 
     def _reach_later(self, rank: int) -> Peer:
