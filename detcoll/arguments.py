@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from detcoll.job.caller import Request
 from detcoll.plan import Collective, declaration_of
 from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.runtime.operation import overlap
+from detcoll.signature import signature_of
 from detcoll.types import DTYPES, ReduceOp, check_op, operators_of
 
 LARGEST_NAME_BYTES = 64
@@ -50,12 +51,12 @@ def rank_of(label: str, rank: object, size: int) -> int:
     return int(rank)
 
 
-def operator_of(op: str | ReduceOp | None, dtype: np.dtype[Any]) -> ReduceOp:
+def operator_of(kind: str, op: str | ReduceOp | None, dtype: np.dtype[Any]) -> ReduceOp:
     """Return the operator that ``op`` names; raise UsageError if elements of ``dtype`` have no such operator.
 
     None is for kinds that do not reduce.
     """
-    if op is None:
+    if op is None and not signature_of(kind).has_op:
         return ReduceOp.SUM
     known = _OPERATORS.get((op, dtype)) if isinstance(op, str) else None
     if known is None:
@@ -67,14 +68,16 @@ def operator_of(op: str | ReduceOp | None, dtype: np.dtype[Any]) -> ReduceOp:
 def on_one_array(kind: str, x: Any, op: str | ReduceOp | None = None, root: int = 0) -> Request:
     """Return the request for a collective that works on ``x`` in place."""
     bound = bind(x)
-    return Request(kind, bound, operator_of(op, bound.dtype), root, arrays=_count_of(x))
+    return Request(kind, bound, operator_of(kind, op, bound.dtype), root, arrays=_count_of(x))
 
 
 def to_root(kind: str, x: Any, op: str | ReduceOp, root: int, rank: int) -> Request:
     """Return the request for a collective that writes ``x`` at the root, and only reads it elsewhere."""
     source = bind(x, writable=rank == root)
     output = bind(x) if rank == root else bind(np.empty(0, source.dtype))
-    return Request(kind, output, operator_of(op, source.dtype), root, source, _count_of(x), elems=source.array.size)
+    return Request(
+        kind, output, operator_of(kind, op, source.dtype), root, source, _count_of(x), elems=source.array.size
+    )
 
 
 def of_blocks(
@@ -130,7 +133,7 @@ def of_blocks(
     elif not (source.staged or output.staged) and _disturbs(source, output, collective, size, rank):
         source = bind(x, writable=False, name="x", blocks=blocks.in_blocks, copied=True)
     return Request(
-        kind, output, operator_of(op, output.dtype), root, source, _count_of(of), collective.counts,
+        kind, output, operator_of(kind, op, output.dtype), root, source, _count_of(of), collective.counts,
         collective.out_counts, collective.count, result,
     )  # fmt: skip
 
@@ -202,6 +205,14 @@ def _allocated(x: Any, blocks: _Blocks, out_elems: int) -> Any:
             _allocated(each, blocks, math.prod(shape_of(each)) // blocks.in_blocks * blocks.out_blocks) for each in x
         ]
     shape = blocks.out_shape(shape_of(x), out_elems)
+    try:
+        return _empty(shape, x)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"out=None: no array has shape {shape}; expected smaller blocks: {error}") from error
+
+
+def _empty(shape: tuple[int, ...], x: Any) -> Any:
+    """Return an array like ``x`` of another shape."""
     if isinstance(x, np.ndarray):
         return np.empty(shape, x.dtype)
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
@@ -245,9 +256,10 @@ def _disturbs(source: Bound, output: Bound, collective: Collective, size: int, r
 def _counts(label: str, counts: Sequence[int] | None, size: int) -> tuple[int, ...]:
     if counts is None:
         return ()
-    given = list(counts) if isinstance(counts, Iterable) else []
+    is_list = isinstance(counts, Iterable) and not isinstance(counts, Mapping | Set | Iterator)
+    given = list(counts) if is_list else []
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in given)
-    if not whole or not isinstance(counts, Iterable):
+    if not (is_list and whole):
         raise UsageError(f"{label}={counts!r} must be a whole number, not negative, for each of {size} ranks")
     if len(given) != size:
         raise UsageError(f"{label}={counts!r} has {len(given)} entries; expected one for each of {size} ranks")

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from detcoll.arguments import check_name, of_blocks, on_one_array, rank_of, timeout_of, to_root
-from detcoll.errors import UsageError
+from detcoll.errors import PlanMismatch, UsageError
 from detcoll.job.caller import Caller, Request
 from detcoll.runtime import Work
 from detcoll.types import ReduceOp
@@ -591,9 +591,10 @@ class Collectives:
 
         # Not a broadcast: its root could be done, and begin the second call, while another rank refuses the first.
         text = self._checked(check, timeout, name)
-        lengths = self.all_gather(np.array([len(text)], np.int64), timeout=timeout, name=name)
+        told = self.all_gather(np.array([[len(text), root]], np.int64), timeout=timeout, name=name)
+        self._check_one_root(told[:, 1].tolist())
         is_root = self._own_rank == root
-        held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(lengths[root]), np.uint8)
+        held = np.frombuffer(text, np.uint8).copy() if is_root else np.empty(int(told[root, 0]), np.uint8)
         self.broadcast(held, root, timeout=timeout, name=name)
         return msgspec.msgpack.decode(held.tobytes())
 
@@ -626,8 +627,17 @@ class Collectives:
     def _own_rank(self) -> int:
         return self._caller.rank
 
+    def _check_one_root(self, roots: Sequence[int]) -> None:
+        """End the group, on all ranks, if they gave `broadcast_object` different roots."""
+        other = next((rank for rank, root in enumerate(roots) if root != roots[0]), None)
+        if other is not None:
+            told = f"rank 0 called broadcast_object with root {roots[0]}, rank {other} with root {roots[other]}"
+            mismatch = PlanMismatch(f"ranks called different collectives: {told}")
+            self._caller.job.fail(self._caller.group, mismatch)
+            raise mismatch
+
     def _checked(self, check: Callable[[], Checked], timeout: float | None, name: str) -> Checked:
-        """Check arguments; on a UsageError fail the call on the other ranks too."""
+        """Check arguments; where that raises, fail the call on the other ranks too."""
         try:
             if name != "":
                 check_name(name)
@@ -636,6 +646,9 @@ class Collectives:
             return check()
         except UsageError as error:
             self._caller.refuse(error)
+            raise
+        except BaseException as error:  # no memory for the output, say: the others wait for this call all the same
+            self._caller.refuse(UsageError(f"{type(error).__name__}: {error}"))
             raise
 
     def _run(
@@ -650,7 +663,10 @@ class Collectives:
 
 
 def _encoded(value: Any) -> bytes:
+    """Return the bytes of an object, of which this rank has seen that they can be decoded."""
     try:
-        return msgspec.msgpack.encode(value)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        text = msgspec.msgpack.encode(value)
+        msgspec.msgpack.decode(text)
+        return text
+    except (TypeError, ValueError, OverflowError, RecursionError, BufferError, msgspec.MsgspecError) as error:
         raise UsageError(f"value of type {type(value).__name__} cannot be sent as an object: {error}") from error

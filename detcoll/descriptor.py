@@ -23,7 +23,7 @@ LARGEST_KEPT_ANNOUNCEMENTS = 1024
 FIELDS = {
     "sequence": "the number of the call", "kind": "the kind", "op": "the operation", "dtype": "the type",
     "count": "the number of elements", "root": "the root", "arrays": "the number of arrays", "group": "the group",
-    "name": "the name", "counts": "the sizes of blocks", "pair": "what they send each other",
+    "name": "the name", "counts": "the sizes of blocks (counts)", "pair": "what they send each other",
     "cut": "the sizes of the arrays in their lists",
 }  # fmt: skip
 """What errors call the fields of a descriptor."""

@@ -26,7 +26,7 @@ class ReduceOp(Enum):
     __hash__ = object.__hash__  # in C; each call looks several things up by its operation
 
     @classmethod
-    def parse(cls, value: str | ReduceOp) -> ReduceOp:
+    def parse(cls, value: object) -> ReduceOp:
         """Return the operation that ``value`` names, in any case.
 
         Raises
@@ -40,8 +40,8 @@ class ReduceOp(Enum):
         if known is not None:
             return known
         try:
-            return cls(value.lower())
-        except (ValueError, AttributeError):
+            return cls(str(value).lower())
+        except ValueError:
             names = ", ".join(op.value for op in cls)
             raise UsageError(f"op={value!r} is not a reduce operation; expected one of {names}") from None
 

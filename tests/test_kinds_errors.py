@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from ranks import lines, run_ranks
@@ -36,6 +37,7 @@ REDUCED: dict[str, Program] = {
     "x is read-only": lambda c: c.reduce(ones(3, writable=False), root=c.rank),
     "x is a NoneType": lambda c: c.reduce(None),
     r"timeout=-1 must be": lambda c: c.reduce(ones(3), timeout=-1),
+    "op=None": lambda c: c.reduce(ones(3), op=None),  # type: ignore[arg-type]
 }
 GATHERED: dict[str, Program] = {
     "x=None, but rank 3 has an input": lambda c: c.all_gather(None),
@@ -46,6 +48,11 @@ GATHERED: dict[str, Program] = {
     r"counts=\[3\] has 1 entries; expected one for each of 4 ranks": lambda c: c.all_gather(ones(3), counts=[3]),
     r"counts=\[3, 3, 3, -3\] must be": lambda c: c.all_gather(ones(3), counts=own(c, -3, 3)),
     r"counts=\[3, 3, 3, 3.0\] must be": lambda c: c.all_gather(ones(3), counts=own(c, 3.0, 3)),  # type: ignore[arg-type]
+    r"counts=\{0, 1, 2, 3\} must be": lambda c: c.all_gather(ones(3), counts={0, 1, 2, 3}),  # type: ignore[arg-type]
+    r"counts=dict_keys\(\[3\]\) must be": lambda c: c.all_gather(ones(3), counts={3: 1}.keys()),  # type: ignore[arg-type]
+    r"counts=\{3: 3\} must be": lambda c: c.all_gather(ones(3), counts={3: 3}),  # type: ignore[arg-type]
+    r"counts=<list_iterator.* must be": lambda c: c.all_gather(ones(3), counts=iter([3])),  # type: ignore[arg-type]
+    r"no array has shape \(.*\); expected smaller": lambda c: c.all_gather(ones(3), counts=own(c, 3, 2**70)),
     "counts='3333' must be": lambda c: c.all_gather(ones(3), counts="3333"),  # type: ignore[arg-type]
     r"x has 3 rows; expected 4, by counts=\(1, 1, 1, 4\)": lambda c: c.all_gather(ones(3), counts=own(c, 4, 1)),
     "counts= with a list of arrays": lambda c: c.all_gather([ones(3), ones(2)], counts=own(c, 3, 3)),
@@ -79,6 +86,8 @@ OBJECTS: dict[str, Program] = {
     r"root=array\(\[0, 0\]\) must be": lambda c: c.broadcast_object(1, root=np.zeros(2, int)),  # type: ignore[arg-type]
     "value of type object cannot be sent": lambda c: c.broadcast_object(object(), root=c.rank),
     "value of type int cannot be sent": lambda c: c.broadcast_object(2**70, root=c.rank),
+    "value of type memoryview cannot be sent": lambda c: c.broadcast_object(memoryview(b"abcd")[::2], root=c.rank),
+    "value of type Raw cannot be sent": lambda c: c.broadcast_object(msgspec.Raw(b"\xc1"), root=c.rank),
     "name=5 must be": lambda c: c.broadcast_object(1, name=5),  # type: ignore[arg-type]
 }
 ALL = frozenset(range(4))
@@ -126,6 +135,26 @@ def test_a_bad_call_is_refused_on_all_ranks_and_the_next_one_works(place: str) -
     run_ranks(4, program, transport=transport, topology=topology)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_whatever_a_check_raises_is_told_to_the_others(place: str) -> None:
+    class Broken(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            raise MemoryError("no memory is left")
+
+    transport, topology = PLACES[place]
+
+    def program(comm: Communicator) -> None:
+        if comm.rank == 3:
+            with pytest.raises(MemoryError):
+                comm.all_gather(ones(3), counts=Broken())
+        else:
+            with pytest.raises(UsageError, match=r"rank 3 refused the call.*MemoryError: no memory is left"):
+                comm.all_gather(ones(3))
+        assert comm.all_gather(ones(1)).tolist() == [1] * 4
+
+    run_ranks(4, program, transport=transport, topology=topology)
+
+
 def uneven(comm: Communicator, usual: int, sent: int, expected: int) -> object:
     """Exchange ``usual`` rows with everybody; but rank 0 sends ``sent`` to rank 3, which expects ``expected``."""
     sends, gets = [usual] * comm.size, [usual] * comm.size
@@ -148,6 +177,8 @@ DIFFERING: dict[str, Program] = {
     "objects": lambda c: c.broadcast_object(1, 1, name="b") if odd(c) else c.all_gather_object(1, name="a"),
     "roots of reduce": lambda c: c.reduce(ones(3), root=c.rank // 3),
     "roots of gather": lambda c: c.gather(ones(3), root=c.rank // 3),
+    "roots of objects": lambda c: c.broadcast_object(1, root=c.rank // 3),
+    "roots of objects, none of which has one": lambda c: c.broadcast_object(1, root=0 if c.rank else 3),
     "roots of scatter": lambda c: c.scatter(ones(12), c.rank // 3, ones(3)),
     "sizes of all_gather": lambda c: c.all_gather(ones(3 + odd(c))),
     "sizes of all_gather, none": lambda c: c.all_gather(ones(3 * odd(c))),

@@ -109,6 +109,12 @@ class Job:
         with contextlib.suppress(Closed):
             self.loop.post(lambda now_ns: self.loop.engine.failures.refuse(group, sequence, error, now_ns))
 
+    def fail(self, group: Group, error: Exception) -> None:
+        """End a group with an error that this rank found and is about to raise."""
+        with contextlib.suppress(Closed):
+            self.loop.ask(lambda now_ns: self.loop.engine.failures.fail_group(group, error, now_ns))
+        self.note_told(group)
+
     def _explain_native(self, group: Group) -> DetcollError | None:
         """Wait until the progress thread hears from another rank why a member is lost or in another call."""
 
