@@ -172,12 +172,11 @@ def hurry(rows: list[dict[str, Any]], step: int) -> bool:
 
 
 CHANGES = [drop, shift, shift_input, write_input, send_output, hurry]
-BLOCKS = [kind for kind in DECLARED if not declaration_of(kind).has_one_array]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("counts", [(), (0, 70, 5, 0, 1)])
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", DECLARED)
 def test_every_mistake_in_any_step_is_seen(kind: str, counts: tuple[int, ...], change: Change) -> None:
     if counts and (not declaration_of(kind).has_counts or declaration_of(kind).is_pairwise):
         pytest.skip("blocks of this kind do not differ like this")
