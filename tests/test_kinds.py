@@ -48,13 +48,13 @@ NEEDS_TORCH = pytest.mark.skipif(find_spec("torch") is None, reason="torch is no
 
 
 def serve(
-    comm: Communicator, seed: list[int], calls: int, largest: int, drawn: Callable[..., Call] = drawn, **fixed: Any
+    comm: Communicator, seed: list[int], calls: int, largest: int, make: Callable[..., Call] = drawn, **fixed: Any
 ) -> None:
     """Make random calls, some at once."""
     draw = np.random.default_rng([*seed, *comm.ranks])
     pending = []
     for number in range(calls):
-        call = drawn(draw, comm.size, largest, **fixed)
+        call = make(draw, comm.size, largest, **fixed)
         try:
             pending.append((call, call.start(comm)))
             while pending and (draw.random() < 0.5 or number == calls - 1):
@@ -74,19 +74,19 @@ def test_random_calls_of_the_world_and_of_groups(place: str) -> None:
 @pytest.mark.parametrize("is_native", [False, True], ids=["planned", "native"])
 def test_random_calls_over_gloo(is_native: bool) -> None:
     """Gloo's own collectives fold in an order of their own, so they get whole numbers."""
-    reproducible, draw = (None, drawn_whole) if is_native else (True, drawn)
-    on_the_world_and_on_groups("gloo", lines(2, 2, rate_bytes_per_s=1e9), 4, draw, reproducible=reproducible)
+    reproducible, make = (None, drawn_whole) if is_native else (True, drawn)
+    on_the_world_and_on_groups("gloo", lines(2, 2, rate_bytes_per_s=1e9), 4, make, reproducible=reproducible)
 
 
 def on_the_world_and_on_groups(
-    transport: str, topology: Topology | None, size: int, drawn: Callable[..., Call], **settings: Any
+    transport: str, topology: Topology | None, size: int, make: Callable[..., Call], **settings: Any
 ) -> None:
     def program(comm: Communicator, seed: int, calls: int) -> None:
         groups = [comm, comm.local, comm.across, comm.group([comm.rank], "alone")]
         if comm.rank in (0, comm.size - 1):
             groups.append(comm.group([comm.size - 1, 0], "pair"))
         for at, group in enumerate(groups):
-            serve(group, [seed, at], calls if at == 0 else calls // 4, 3000, drawn)
+            serve(group, [seed, at], calls if at == 0 else calls // 4, 3000, make)
 
     for seed, calls in JOBS:
         run_ranks(size, partial(program, seed=seed, calls=calls), transport=transport, topology=topology, **settings)
