@@ -7,6 +7,11 @@ can send. Every row tells the time of an all-reduce, the bytes of the array over
 for each 10**9 bytes that they reduce together. Transports take turns in each of ``--rounds``, on the same processes, so
 that a busy minute does not fall on one of them. Every result is checked. Needs Linux and root.
 
+A line keeps the packets of a connection in order; a veth pair by itself does not, since each packet is handled on the
+processor that happens to send it, and acknowledgements make another one send. TCP then takes packets for lost that only
+came late, sends them again and slows down. So each site hands all packets of a connection to one processor (receive
+packet steering), as network cards do; ``--order any`` leaves that out.
+
 Processor time is that of the ranks' processes; what the kernel does in interrupts may count for whoever runs just then.
 """
 
@@ -19,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -50,7 +55,14 @@ def address(site: int) -> str:
     return f"10.78.0.{site + 1}"
 
 
-def _bring_up(site: int, mtu_bytes: int) -> None:
+def processors_mask(processors: Collection[int]) -> str:
+    """Return a set of processors as the kernel writes it: hexadecimal, a comma after each 32 of them."""
+    mask = sum(1 << number for number in processors)
+    words = [mask >> 32 * at & 0xFFFFFFFF for at in range(max(mask.bit_length() - 1, 0) // 32 + 1)]
+    return ",".join(f"{word:08x}" for word in reversed(words))
+
+
+def _bring_up(site: int, mtu_bytes: int, *, keeps_order: bool) -> None:
     """Give the device of this thread's namespace its address."""
     import pyroute2
 
@@ -60,6 +72,17 @@ def _bring_up(site: int, mtu_bytes: int) -> None:
         netlink.addr("add", index=index, address=address(site), prefixlen=24)
         netlink.link("set", index=index, state="up")
         netlink.link("set", index=netlink.link_lookup(ifname="lo")[0], state="up")
+    if keeps_order:
+        _steer()
+
+
+def _steer() -> None:
+    """Let all packets of a connection be handled on one processor."""
+    steering = Path(f"/sys/class/net/{DEVICE}/queues/rx-0/rps_cpus")
+    try:
+        steering.write_text(processors_mask(os.sched_getaffinity(0)), encoding="ascii")
+    except OSError as error:
+        sys.exit(f"packets cannot be kept in order, since {steering} cannot be written ({error}); try --order any")
 
 
 def _join(other: Namespace) -> None:
@@ -71,7 +94,7 @@ def _join(other: Namespace) -> None:
 
 
 @contextmanager
-def joined_sites(mtu_bytes: int) -> Iterator[list[Namespace]]:
+def joined_sites(mtu_bytes: int, *, keeps_order: bool) -> Iterator[list[Namespace]]:
     """Make a namespace for each site and a veth pair between them; nothing of it is left afterwards."""
     with ExitStack() as stack:
         sites = []
@@ -82,7 +105,7 @@ def joined_sites(mtu_bytes: int) -> Iterator[list[Namespace]]:
         stack.callback(end_processes, [site.network for site in sites], _GRACE_NS)
         run_inside(sites[0], partial(_join, sites[1]))
         for number, site in enumerate(sites):
-            run_inside(site, partial(_bring_up, number, mtu_bytes))
+            run_inside(site, partial(_bring_up, number, mtu_bytes, keeps_order=keeps_order))
         yield sites
 
 
@@ -122,7 +145,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         sys.executable, "-m", "detcoll", "bench", "--topology", str(topology_path), "--transport", in_turn, "--bytes",
         given.bytes, "--iterations", str(given.iterations), "--warmup", str(given.warmup), "--json", str(rows_path),
     ]  # fmt: skip
-    with joined_sites(topology.mtu_bytes) as sites:
+    with joined_sites(topology.mtu_bytes, keeps_order=given.order == "kept") as sites:
         starts = [
             partial(_start, sites[topology.site_of(rank)], argv, own)
             for rank, own in enumerate(environments(topology, topology_path))
@@ -163,16 +186,18 @@ def summary(rows: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any
 def table(lines: Sequence[dict[str, Any]], baseline: str) -> str:
     """Return the lines as Markdown."""
     shown = [
-        f"| transport | bytes | median | rate | processor time | speed / {baseline} | processor time / {baseline} |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| transport | bytes | median | rate | processor time | speed / {baseline} | processor time / {baseline} | "
+        "segments sent again |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in lines:
-        ratios = "- | -"
+        ratios, again = "- | -", "-" if None in line["retransmits"] else f"{sum(line['retransmits']):,}"
         with suppress(KeyError):
             ratios = f"{line['speed']:.2f} | {line['processor']:.2f}"
         shown.append(
             f"| {line['transport']} | {line['bytes']:,} | {line['median_s'] * 1e3:.1f} ms | "
-            f"{line['bits_per_s'] / 1e9:.1f} Gbit/s | {line['cpu_s_per_gb']:.2f} s/GB | {ratios} |"
+            f"{line['bits_per_s'] / 1e9:.1f} Gbit/s | {line['cpu_s_per_gb']:.2f} s/GB | {ratios} | "
+            f"{again} |"
         )
     return "\n".join(shown)
 
@@ -183,6 +208,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks-per-site", type=int, default=1)
     parser.add_argument("--transports", default="slotted,gloo", help="separated by commas")
     parser.add_argument("--baseline", default="gloo", help="the transport that others are compared with")
+    parser.add_argument("--order", choices=["kept", "any"], default="kept", help="of a connection's packets")
     parser.add_argument("--bytes", default="64MiB,256MiB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=10, help="timed calls each size and round")
@@ -204,7 +230,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in host.items() if value is not None))
     if given.json is not None:
         topology = {"rate": format_rate(parse_rate_bytes_per_s(given.rate, "rate")), "one_way_ns": ONE_WAY_NS,
-                    "sites": SITES, "ranks_per_site": given.ranks_per_site}  # fmt: skip
+                    "sites": SITES, "ranks_per_site": given.ranks_per_site, "order": given.order}  # fmt: skip
         wrote = {"schema": SCHEMA, "host": host, "topology": topology, "lines": lines, "rows": rows}
         given.json.write_text(json.dumps(wrote, indent=1), encoding="utf-8")
 

@@ -176,5 +176,6 @@ def test_fast_lines_compare_transports_in_one_run(tmp_path: Path) -> None:
     assert (slotted["transport"], slotted["bytes"], slotted["calls"]) == ("slotted", 65_536, 2)
     assert slotted["bits_per_s"] == pytest.approx(8 * 65_536 / slotted["median_s"])
     assert (shm["speed"], shm["processor"]) == (1.0, 1.0)
+    assert wrote["topology"]["order"] == "kept"
     assert [row["transport"] for row in wrote["rows"]] == ["slotted", "shm"] * 2, "transports take turns"
     assert "| slotted | 65,536 |" in done.stdout
