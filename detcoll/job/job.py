@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 import traceback
@@ -32,6 +31,7 @@ from detcoll.plan.costs import Costs
 from detcoll.plan.headroom import Express
 from detcoll.plan.layout import LARGEST_FRAME_BYTES
 from detcoll.plan.promise import calendar_facts
+from detcoll.process import process_id
 from detcoll.rendezvous import Session
 from detcoll.runtime import Engine, Group, Loop, Timekeeper
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
@@ -66,7 +66,7 @@ class Job:
         facts: Sequence[Facts], timekeeper: Timekeeper,
     ) -> None:  # fmt: skip
         self.session, self.settings, self.topology, self.assembled = session, settings, topology, assembled
-        self.calendar, self.costs, self.pid = calendar, _costs(facts), os.getpid()
+        self.calendar, self.costs, self.pid = calendar, _costs(facts), process_id()
         self.world = world([topology.site_of(rank) for rank in range(topology.size)])
         self.rest = Rest(session)
         here = topology.site_of(session.rank)
@@ -176,7 +176,7 @@ class Job:
     @property
     def usable(self) -> bool:
         """Whether calls are accepted: this process opened the job and has not finalized or aborted it."""
-        return not self._finalized and os.getpid() == self.pid
+        return not self._finalized and process_id() == self.pid
 
     def check_usable(self) -> None:
         """Raise if no call may be made.
@@ -188,7 +188,7 @@ class Job:
         Closed
             After `finalize` or `abort`.
         """
-        if os.getpid() != self.pid:
+        if process_id() != self.pid:
             raise UsageError("this communicator was made before a fork; call detcoll.init() in the new process")
         if self._finalized:
             raise Closed("the communicator was finalized")

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock, get_native_id
+from threading import Lock, get_native_id, local
 
 import msgspec
 
@@ -89,6 +89,13 @@ class EndpointHooks:
 PeerStages = Sequence[tuple[PeerStage, memoryview]]
 
 
+class _Thread(local):
+    """The calling thread's id, for which the kernel is asked once a thread."""
+
+    def __init__(self) -> None:
+        self.id = get_native_id()
+
+
 class Lockstep:
     """All ranks, as one of them sees them.
 
@@ -115,6 +122,7 @@ class Lockstep:
         self._peers = tuple((peer, peer.stage.words) for peer in peers)
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
         self._digest = self._began_ns = self._deadline_ns = 0
+        self._thread = _Thread()
         self._relayed: Reason | None = None
         """Why another rank gave up, once that was found to end a collective of this rank."""
 
@@ -123,7 +131,7 @@ class Lockstep:
         digest = digest + self.number & LARGEST_DIGEST
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
         self._began_ns = time.monotonic_ns()
-        self._words[THREAD] = get_native_id()
+        self._words[THREAD] = self._thread.id
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
         if place is not None:
