@@ -100,12 +100,14 @@ class ChunkSize:
     ``in_place`` : if not 0, a rank that is alone in its site sends from the caller's array instead of a copy, where the
     algorithm can. What it gets is then folded only when what it sent there was acknowledged, and this is for how many
     chunks it waits at once.
+    ``homes`` : the sites that are homes of chunks, in turn; empty for all of them, see `detcoll.plan.homes`.
     """
 
     elems: int
     depth: int
     whole: bool = False
     in_place: int = 0
+    homes: tuple[int, ...] = ()
 
 
 def choose_chunk(
@@ -282,8 +284,9 @@ def chunks(topology: Topology, count: int, size: ChunkSize) -> list[Chunk]:
             for turn, offset in enumerate(range(begin, end, size.elems))
         )
     rows.sort(key=lambda row: row[:2])
+    homes = size.homes or range(len(topology.sites))
     return [
-        Chunk(number, (turn + index) % len(owners), offset, length, owners)
+        Chunk(number, homes[(turn + index) % len(homes)], offset, length, owners)
         for number, (turn, index, offset, length, owners) in enumerate(rows)
     ]
 

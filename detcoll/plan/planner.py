@@ -17,6 +17,7 @@ from detcoll.plan.calendar import Calendar
 from detcoll.plan.collectives import Algorithm, declaration_of
 from detcoll.plan.compiler import compile_plan
 from detcoll.plan.costs import Costs
+from detcoll.plan.homes import home_sites
 from detcoll.plan.ir import Collective, Plan
 from detcoll.plan.layout import LARGEST_SCRATCH_BYTES, ChunkSize, choose_chunk, uses_window
 from detcoll.plan.predict import predict_ns
@@ -50,16 +51,28 @@ def predicted_chunk(
     how = declaration_of(collective.kind).algorithm(algorithm)
     if how.blocks is not None:
         return _chunk_of_blocks(collective, topology, calendar, how)
-    taken = choose_chunk(topology, calendar, collective)
+    taken = _chunk_with_homes(collective, topology, calendar, how)
     if calendar.has_windows or not uses_window(calendar, collective.nbytes) or not any(calendar.rates):
         return taken
     least_ns = predict_ns(collective, topology, calendar, algorithm, taken, costs)
     for scale, worth in SCALES.items():
-        chunk_size = choose_chunk(topology, calendar, collective, scale)
+        chunk_size = _chunk_with_homes(collective, topology, calendar, how, scale)
         needs_ns = predict_ns(collective, topology, calendar, algorithm, chunk_size, costs)
         if needs_ns < least_ns * worth:
             taken, least_ns = chunk_size, needs_ns
     return taken
+
+
+def _chunk_with_homes(
+    collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm, scale: Fraction = Fraction(1)
+) -> ChunkSize:
+    """Return the chunk that the rule gives, and the sites that are homes for this algorithm."""
+    chunk_size = choose_chunk(topology, calendar, collective, scale)
+    if how.blocks is not None:  # pieces of blocks have homes of their own
+        return chunk_size
+    sites = len(topology.sites)
+    homes = home_sites(how.hops(sites, topology.site_of(collective.root)), calendar, sites)
+    return replace(chunk_size, homes=homes) if homes else chunk_size
 
 
 def _chunk_of_blocks(collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm) -> ChunkSize:
@@ -94,12 +107,12 @@ def choose_algorithm(
         len(algorithms) == 1 or len(topology.sites) <= 2
     ):  # between two, no other has fewer delays or puts fewer bytes on a line
         return algorithms[0].name
-    chunk_size = chunk_size or choose_chunk(topology, calendar, collective)
     taken, least_ns = "", 0.0
-    for algorithm in algorithms:
-        needs_ns = predict_ns(collective, topology, calendar, algorithm.name, chunk_size, costs)
+    for how in algorithms:
+        tried = chunk_size or _chunk_with_homes(collective, topology, calendar, how)
+        needs_ns = predict_ns(collective, topology, calendar, how.name, tried, costs)
         if not taken or needs_ns < least_ns * WORTH_A_CHANGE:
-            taken, least_ns = algorithm.name, needs_ns
+            taken, least_ns = how.name, needs_ns
     return taken
 
 

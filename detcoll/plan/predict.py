@@ -55,21 +55,27 @@ PHASES = 16
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """The chunks of an array by segment: ``owners`` (segments, sites), and by segment the elements and chunks."""
+    """The chunks of an array by segment: ``owners`` (segments, sites), and by segment the elements and chunks.
+
+    ``homes`` : the sites that are homes of chunks, in turn.
+    """
 
     owners: Indices
     elems: Indices
     chunks: Indices
     chunk_elems: int
+    homes: tuple[int, ...]
 
-    def of_home(self, homes: Indices) -> tuple[Indices, Indices]:
-        """Return, by segment and site in ``homes``, how many elements and chunks have that home."""
-        segments, sites = self.owners.shape
-        first = (homes[None, :] - np.arange(segments)[:, None]) % sites
-        number = np.maximum((self.chunks[:, None] - first + sites - 1) // sites, 0)
+    def of_home(self, sites: Indices) -> tuple[Indices, Indices]:
+        """Return, by segment and site in ``sites``, how many elements and chunks have that home."""
+        segments, period = len(self.owners), len(self.homes)
+        places = {site: place for place, site in enumerate(self.homes)}
+        place = np.array([places.get(site, -1) for site in sites.tolist()], dtype=np.int64)
+        first = (place[None, :] - np.arange(segments)[:, None]) % period
+        number = np.maximum((self.chunks[:, None] - first + period - 1) // period, 0) * (place >= 0)
         short = self.chunks * self.chunk_elems - self.elems
-        last = (self.chunks - 1 + np.arange(segments)) % sites
-        return number * self.chunk_elems - short[:, None] * (last[:, None] == homes[None, :]), number
+        last = (self.chunks - 1 + np.arange(segments)) % period
+        return number * self.chunk_elems - short[:, None] * (last[:, None] == place[None, :]), number
 
 
 def predict_ns(
@@ -338,4 +344,5 @@ def _cut(topology: Topology, count: int, size: ChunkSize) -> _Cut:
     cut = segments(topology, count, whole=size.whole)
     elems = np.array([end - begin for begin, end, _ in cut], dtype=np.int64)
     owners = np.array([owners for _, _, owners in cut], dtype=np.int64)
-    return _Cut(owners, elems, -(-elems // size.elems), size.elems)
+    homes = size.homes or tuple(range(len(topology.sites)))
+    return _Cut(owners, elems, -(-elems // size.elems), size.elems, homes)
