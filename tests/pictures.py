@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from itertools import combinations
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
+
+from detcoll.draw.labels import SMALL, TEXT, text_width
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 MS = 10**6
@@ -59,6 +62,33 @@ def number(node: Element, name: str) -> float:
 def texts(root: Element) -> list[str]:
     """Return the words that a picture shows."""
     return [node.text or "" for node in root.iter("text")]
+
+
+Box = tuple[float, float, float, float]
+
+
+def text_box(node: Element) -> Box:
+    """Return left, top, right and bottom of a text, at the width that the code counts on."""
+    kinds = node.get("class", "").split()
+    size = SMALL if {"small", "inside"} & set(kinds) else TEXT
+    wide = text_width(node.text or "", size, bold=bool({"strong", "inside"} & set(kinds)))
+    x, y = number(node, "x"), number(node, "y")
+    left = x - {"start": 0.0, "middle": wide / 2, "end": wide}[node.get("text-anchor", "start")]
+    return left, y - 0.75 * size, left + wide, y + 0.2 * size
+
+
+def check_labels(drawn: Element) -> None:
+    """Fail where a text leaves the picture, or covers another."""
+    _, _, width, height = map(float, drawn.attrib["viewBox"].split())
+    placed = [(node.text, text_box(node)) for node in drawn.iter("text")]
+    for text, (left, top, right, bottom) in placed:
+        assert left >= -0.1, text
+        assert right <= width + 0.1, text
+        assert top >= 0, text
+        assert bottom <= height, text
+    for (one, a), (other, b) in combinations(placed, 2):
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, f"{one!r} and {other!r} cover each other"
 
 
 def svg_again(text: str) -> Element:

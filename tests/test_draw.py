@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from pictures import number, of_class, parsed, svg_again, texts
+from pictures import check_labels, number, of_class, parsed, svg_again, text_box, texts
 
 from detcoll.draw import Axis, Bar, Curve, Place, bar_chart, curve_chart, element, html_text, site_map, svg_text
 from detcoll.draw.charts import LARGEST_POINTS, thin_out
+from detcoll.draw.labels import axis_labels, shortened, text_width, wrapped
 from detcoll.draw.markup import clean, picture
-from detcoll.draw.scale import Scale, linear_ticks, log_ticks, percent, shortened, time_text
+from detcoll.draw.scale import Scale, linear_ticks, log_ticks, percent, plain, time_text
 from detcoll.draw.style import DARK, LIGHT, SERIES, series_class
 from detcoll.errors import UsageError
 
@@ -86,6 +87,71 @@ def test_figures_read_with_units() -> None:
     ]  # fmt: skip
     assert shortened("guiyang", 1000) == "guiyang"
     assert shortened("guiyang", 30).endswith("\N{HORIZONTAL ELLIPSIS}")
+
+
+def test_a_figure_that_is_rounded_to_zero_has_no_sign() -> None:
+    told = [percent(-0.00001, 2), percent(-0.0), percent(-0.0004, signed=True), time_text(-0.0), plain(-0.0)]
+    assert [text.replace("\N{NO-BREAK SPACE}", " ") for text in told] == ["0.00 %", "0.0 %", "0.0 %", "0 ns", "0"]
+    signed = [percent(value, signed=True) for value in (0.0123, -0.0123)]
+    assert [text.replace("\N{NO-BREAK SPACE}", " ") for text in signed] == ["+1.2 %", "-1.2 %"]
+
+
+def test_texts_are_measured_by_their_characters() -> None:
+    assert text_width("illi") < text_width("2222") < text_width("WWWW") < text_width("\u4e1c\u6570\u897f\u7b97", 14)
+    assert text_width("slotted", bold=True) > text_width("slotted")
+    assert text_width("slotted", 26) == pytest.approx(2 * text_width("slotted", 13))
+
+
+def test_long_texts_are_broken_before_they_are_cut() -> None:
+    text = "same plans, plain TCP, deterministic, others 100%"
+    lines = wrapped(text, 200)
+    assert " ".join(lines) == text
+    assert len(lines) > 1
+    assert all(text_width(line) <= 200 for line in lines)
+    two = wrapped(text, 150, most=2)
+    assert len(two) == 2
+    assert two[1].endswith("\N{HORIZONTAL ELLIPSIS}")
+    assert wrapped("x" * 99, 100) == [shortened("x" * 99, 100)]
+
+
+def test_labels_of_an_axis_take_further_rows_before_they_are_left_out() -> None:
+    rates = ["200 Gbit/s", "400 Gbit/s", "600 Gbit/s", "1.2 Tbit/s", "1.6 Tbit/s"]
+    ticks = [(50.0 + 65 * at, text) for at, text in enumerate(rates)]
+    placed = axis_labels(ticks, 0, 340, rows=3)
+    assert [label.text for label in placed] == rates
+    assert len({label.row for label in placed}) > 1
+    one = axis_labels(ticks, 0, 340)
+    assert {label.row for label in one} == {0}
+    assert {one[0].text, one[-1].text} == {rates[0], rates[-1]}, "the outermost two stay"
+    assert len(one) < len(rates)
+    assert axis_labels([], 0, 340) == []
+
+
+LONG = ("single cluster", "same plans, plain TCP, deterministic, others 100 %", "slotted, best-effort, others 50 %")
+
+
+@pytest.mark.parametrize("width", [920.0, 340.0])
+def test_names_and_figures_of_bars_cover_nothing(width: float) -> None:
+    bars = [Bar(label, 1.0 + at, "403 ms (median 357 ms)", at) for at, label in enumerate(LONG)]
+    drawn = bar_chart(bars, Axis("round trip, ms", plain), "t", width, 1.0, "one cluster")
+    check_labels(drawn)
+    assert texts(drawn).count("403 ms (median 357 ms)") == 3
+    shown = " ".join(texts(drawn))
+    assert all(label in shown for label in LONG), "no name is cut"
+    marks = [(number(node, "x1"), number(node, "y1"), number(node, "y2")) for node in of_class(drawn, "dashed")]
+    for left, top, right, bottom in map(text_box, drawn.iter("text")):
+        assert not any(left < x < right and y1 < bottom and top < y2 for x, y1, y2 in marks), "no line crosses a text"
+
+
+@pytest.mark.parametrize("width", [920.0, 340.0])
+def test_every_point_that_was_tried_has_its_label(width: float) -> None:
+    sizes = tuple(2.0**at for at in range(18, 27))
+    curve = Curve(LONG[1], tuple((size, size) for size in sizes), has_markers=True)
+    x = Axis("size", lambda size: f"{size / 2**20:g} MiB", ticks=sizes, may_be_log=True)
+    drawn = curve_chart([curve, curve], x, Axis("time, ms", plain, may_be_log=True), "t", width)
+    check_labels(drawn)
+    assert {x.shown(size) for size in sizes} <= set(texts(drawn))
+    assert LONG[1] in " ".join(texts(drawn))
 
 
 @pytest.mark.parametrize("width", [920.0, 340.0])
@@ -183,6 +249,7 @@ def test_names_on_a_map_do_not_cover_each_other() -> None:
     ]
     drawn = site_map(places, [], 400)
     assert len(of_class(drawn, "site")) == 21, "every site is there"
+    check_labels(drawn)
     names = [text for text in texts(drawn) if text.startswith("town") or text == "far"]
     assert 1 < len(names) < 21
     assert "far" in names

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from pictures import MS, call, number, of_class, send, texts, trace
+from pictures import MS, call, check_labels, number, of_class, send, texts, trace
 
 from detcoll.draw import (
     RankTrace,
@@ -61,6 +61,19 @@ def test_slots_stand_at_their_times() -> None:
     lanes = of_class(drawn, "lane")
     assert number(lanes[0], "y") < number(lanes[1], "y"), "sites go down"
     assert {"site 0", "site 1"} <= set(texts(drawn))
+
+
+@pytest.mark.parametrize("width", [920.0, 340.0])
+def test_texts_of_traces_and_calendars_cover_nothing(width: float) -> None:
+    names = ["a-site-with-a-long-name", "nanjing"]
+    told = [trace(rank, rank // 12, sends=[send(10, 20, (rank + 12) % 24)]) for rank in range(24)]
+    told[0]["collectives"] = [call(0, 1234.5)]
+    check_labels(time_space(known(*told), width, site_names=names))
+    calendar = trace(0, 0)
+    calendar["calendar"]["windows"] = [[at * MS, at * MS + MS, at % 2] for at in range(12)]
+    cycle = cycle_of_traces(known(calendar), names, lambda source, destination: 5 * MS)
+    assert cycle is not None
+    check_labels(cycle_picture(cycle, width))
 
 
 def test_what_left_after_its_window_is_hatched() -> None:

@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
+from detcoll.draw.labels import LABEL_GAP, SMALL, axis_labels, axis_words, text_width, wrapped
 from detcoll.draw.markup import element, line, picture, rect, words
-from detcoll.draw.scale import NARROW_BELOW, Scale, shortened, text_width
+from detcoll.draw.scale import NARROW_BELOW, Scale
 from detcoll.draw.style import series_class
 
-BAR_HEIGHT, BAR_PITCH, LABEL_ABOVE = 18.0, 34.0, 20.0
-LEGEND_LINE, CURVE_HEIGHT = 22.0, 240.0
+BAR_HEIGHT, BAR_PITCH, LINE_ABOVE = 18.0, 34.0, 18.0
+NAME_LINE = 15.0
+LEGEND_LINE, LEGEND_WRAP, KEY_WIDTH, CURVE_HEIGHT = 22.0, 17.0, 38.0, 240.0
+MOST_LABEL_ROWS = 3
+"""Rows of labels below an axis whose ticks are given, each of which is worth its label."""
+
 LARGEST_POINTS = 400
 """A curve of more points is drawn as the least and the greatest of each stretch, so that no peak is lost."""
 
@@ -73,57 +78,90 @@ def bar_chart(
     title : str
         What is shown, for those who do not see it.
     width : float
-        Of the picture in pixels; below 600 labels stand above their bars.
+        Of the picture in pixels; below 600 names and figures stand above their bars.
     mark : float, optional
         A value to be marked by a line through all bars, with ``mark_label`` above it.
     """
     narrow = width < NARROW_BELOW
-    room = max((text_width(bar.shown) for bar in bars), default=0.0) + 26
-    left = 0.0 if narrow else min(max((text_width(bar.label) for bar in bars), default=0.0) + 14, 0.34 * width)
-    pitch = BAR_PITCH + (LABEL_ABOVE if narrow else 0.0)
     top = 22.0 if mark is not None else 4.0
-    bottom = top + pitch * len(bars)
+    left, right, placed, bottom = _narrow_bars(bars, width, top) if narrow else _wide_bars(bars, width, top)
     reach = max([0.0, *axis.includes, *(bar.high or bar.value for bar in bars), *(bar.value for bar in bars)])
-    at = Scale(0.0, reach or 1.0, left, width - room)
-    parts: list[Element | None] = []
-    for tick in axis.ticks or at.ticks(5 if narrow else 8):
-        parts.append(line(at(tick), top, at(tick), bottom, "rule"))
-        parts.append(_tick_words(at(tick), bottom + 16, axis.shown(tick), width))
-    for index, bar in enumerate(bars):
-        parts += _bar(bar, at, top + pitch * index, width, left, narrow)
+    at = Scale(0.0, reach or 1.0, left, right)
+    ticks = [(at(tick), axis.shown(tick)) for tick in axis.ticks or at.ticks(5 if narrow else 8)]
+    labels, low = axis_words(axis_labels(ticks, 0, width), bottom + 16)
+    # On a phone names stand between the bars, where no line may cross them.
+    stretches = [(bar.middle - 11, bar.middle + 11) for bar in placed] if narrow else [(top - 4, bottom)]
+    parts: list[Element | None] = [line(x, begin, x, end, "rule") for x, _ in ticks for begin, end in stretches]
+    for each in placed:
+        parts += _bar(each, at)
     if mark is not None:
-        parts.append(line(at(mark), top - 4, at(mark), bottom, "mark dashed"))
-        parts.append(_tick_words(at(mark), 12, mark_label, width))
-    parts.append(words(left, bottom + 32, axis.label, "muted small"))
+        parts += [line(at(mark), begin, at(mark), end, "mark dashed") for begin, end in stretches]
+        parts += axis_words(axis_labels([(at(mark), mark_label)], 0, width), 12)[0]
+    parts += [*labels, words(left, low + 16, axis.label, "muted small")]
     told = "; ".join(f"{bar.label}: {bar.shown}" for bar in bars)
-    return picture(width, bottom + 38, title, told, *parts)
+    return picture(width, low + 22, title, told, *parts)
 
 
-def _bar(bar: Bar, at: Scale, top: float, width: float, left: float, narrow: bool) -> list[Element | None]:
-    y = top + (LABEL_ABOVE if narrow else (BAR_PITCH - BAR_HEIGHT) / 2)
-    middle = y + BAR_HEIGHT / 2
-    parts: list[Element | None] = [
-        words(0, top + 14, shortened(bar.label, width))
-        if narrow
-        else words(left - 12, middle + 4.5, shortened(bar.label, left - 12), anchor="end"),
-        rect(left, y, at(bar.value) - left, BAR_HEIGHT, f"fill {series_class(bar.series)}", bar.tip or bar.label),
-    ]
+@dataclass(frozen=True, slots=True)
+class _PlacedBar:
+    """A bar, the y of its middle, and its texts."""
+
+    bar: Bar
+    middle: float
+    texts: tuple[Element, ...]
+
+
+_Bars = tuple[float, float, list[_PlacedBar], float]
+"""Left and right end of the scale, the bars, and the y below them."""
+
+
+def _wide_bars(bars: Sequence[Bar], width: float, top: float) -> _Bars:
+    """Place bars with their names to the left and their figures to the right."""
+    room = max((text_width(bar.shown, bold=True) for bar in bars), default=0.0) + 26
+    left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 14, 0.34 * width)
+    placed: list[_PlacedBar] = []
+    for index, bar in enumerate(bars):
+        middle = top + BAR_PITCH * (index + 0.5)
+        names = wrapped(bar.label, left - 12, most=2)
+        first = middle + 4.5 - NAME_LINE / 2 * (len(names) - 1)
+        texts = [words(left - 12, first + NAME_LINE * row, name, anchor="end") for row, name in enumerate(names)]
+        texts.append(words(width, middle + 4.5, bar.shown, "strong number", "end"))
+        placed.append(_PlacedBar(bar, middle, tuple(texts)))
+    return left, width - room, placed, top + BAR_PITCH * len(bars)
+
+
+def _narrow_bars(bars: Sequence[Bar], width: float, top: float) -> _Bars:
+    """Place bars with their names and figures above them; where both do not fit into a line, the figure has its own."""
+    placed: list[_PlacedBar] = []
+    y = top
+    for bar in bars:
+        texts: list[Element] = []
+        names = wrapped(bar.label, width)
+        figure = text_width(bar.shown, bold=True)
+        for name in names:
+            y += LINE_ABOVE
+            texts.append(words(0, y - 4, name))
+        if text_width(names[-1]) + LABEL_GAP + figure > width:
+            y += LINE_ABOVE
+        texts.append(words(width, y - 4, bar.shown, "strong number", "end"))
+        placed.append(_PlacedBar(bar, y + 2 + BAR_HEIGHT / 2, tuple(texts)))
+        y += BAR_HEIGHT + 14
+    return 0.0, width - 8, placed, y
+
+
+def _bar(placed: _PlacedBar, at: Scale) -> list[Element]:
+    bar, middle = placed.bar, placed.middle
+    length, kind = at(bar.value) - at.begin, f"fill {series_class(bar.series)}"
+    parts = [rect(at.begin, middle - BAR_HEIGHT / 2, length, BAR_HEIGHT, kind, bar.tip or bar.label)]
     if bar.low is not None and bar.high is not None:
         parts += _whisker(at(bar.low), at(bar.high), middle)
-    return [*parts, words(width, middle + 4.5, bar.shown, "strong number", "end")]
+    return [*parts, *placed.texts]
 
 
 def _whisker(low: float, high: float, y: float) -> list[Element]:
     """Return a spread: what it crosses is cut out around it, so that it is seen on a bar of any colour."""
     strokes = [(low, y, high, y), *((x, y - 5, x, y + 5) for x in (low, high))]
     return [line(*stroke, kind) for kind in ("halo", "whisker") for stroke in strokes]
-
-
-def _tick_words(x: float, y: float, text: str, right: float) -> Element:
-    """Return a tick's label, kept inside the picture."""
-    half = text_width(text, 11.5) / 2
-    anchor = "start" if x - half < 0 else "end" if x + half > right else "middle"
-    return words(x, y, text, "muted small number", anchor)
 
 
 def curve_chart(curves: Sequence[Curve], x_axis: Axis, y_axis: Axis, title: str, width: float) -> Element:
@@ -146,23 +184,28 @@ def curve_chart(curves: Sequence[Curve], x_axis: Axis, y_axis: Axis, title: str,
     legend, top = _legend(curves, width)
     y = _y_scale(curves, y_axis, top + 22, top + 22 + CURVE_HEIGHT)
     ticks = y_axis.ticks or tuple(y.ticks(7))
-    left = max((text_width(y_axis.shown(tick), 11.5) for tick in ticks), default=0.0) + 16
-    every_x = [x for curve in curves for x, _ in curve.points] + list(x_axis.includes)
-    is_log = x_axis.may_be_log and 0 < LOG_FROM * min(every_x) < max(every_x)
-    x = Scale(min(every_x), max(every_x), left + 8, width - 22, is_log)
+    left = max((text_width(y_axis.shown(tick), SMALL) for tick in ticks), default=0.0) + 16
+    x = _x_scale(curves, x_axis, left + 8, width - 22)
     bottom = y.begin
     parts: list[Element | None] = [*legend, words(0, top + 10, y_axis.label + _log_note(y), "muted small")]
     for tick in ticks:
         parts.append(line(left, y(tick), width, y(tick), "rule"))
         parts.append(words(left - 8, y(tick) + 4, y_axis.shown(tick), "muted small number", "end"))
-    for tick in x_axis.ticks or x.ticks(4 if width < NARROW_BELOW else 9):
-        parts.append(line(x(tick), bottom, x(tick), bottom + 4, "axis"))
-        parts.append(_tick_words(x(tick), bottom + 17, x_axis.shown(tick), width))
-    parts.append(line(left, bottom, width, bottom, "axis"))
+    x_ticks = [(x(tick), x_axis.shown(tick)) for tick in x_axis.ticks or x.ticks(4 if width < NARROW_BELOW else 9)]
+    placed = axis_labels(x_ticks, 0, width, MOST_LABEL_ROWS if x_axis.ticks else 1)
+    labels, low = axis_words(placed, bottom + 17)
+    parts += [line(place, bottom, place, bottom + 4, "axis") for place, _ in x_ticks]
+    parts += [*labels, line(left, bottom, width, bottom, "axis")]
     parts += [node for curve in curves for node in _curve(curve, x, y)]
-    parts.append(words(width, bottom + 33, x_axis.label, "muted small", "end"))
+    parts.append(words(width, low + 16, x_axis.label + _log_note(x), "muted small", "end"))
     told = "; ".join(f"{curve.label}: {_told(curve, y_axis)}" for curve in curves)
-    return picture(width, bottom + 38, title, told, *parts)
+    return picture(width, low + 22, title, told, *parts)
+
+
+def _x_scale(curves: Sequence[Curve], axis: Axis, begin: float, end: float) -> Scale:
+    places = [x for curve in curves for x, _ in curve.points] + list(axis.includes)
+    is_log = axis.may_be_log and 0 < LOG_FROM * min(places) < max(places)
+    return Scale(min(places), max(places), begin, end, is_log)
 
 
 def _y_scale(curves: Sequence[Curve], axis: Axis, top: float, bottom: float) -> Scale:
@@ -232,22 +275,18 @@ def marker(series: int, x: float, y: float) -> Element:
 def _legend(curves: Sequence[Curve], width: float) -> tuple[list[Element], float]:
     """Return the legend above the chart, in as many lines as it needs, and how high it is."""
     parts: list[Element] = []
-    x, y = 0.0, 14.0
+    x, y, next_y = 0.0, 14.0, 14.0
     for curve in curves:
-        label = shortened(curve.label, width - 44)
-        wide = 40 + text_width(label)
+        texts = wrapped(curve.label, width - KEY_WIDTH)
+        wide = KEY_WIDTH + max(map(text_width, texts))
         if x and x + wide > width:
-            x, y = 0.0, y + LEGEND_LINE
-        dash = _DASHES[curve.series % len(_DASHES)] or None
-        kind = f"curve {series_class(curve.series)}"
-        attributes = {
-            "points": f"{x:.2f},{y - 4:.2f} {x + 30:.2f},{y - 4:.2f}",
-            "class": kind,
-            "stroke-dasharray": dash,
-        }
-        parts.append(element("polyline", attributes))
+            x, y = 0.0, next_y
+        points = f"{x:.2f},{y - 4:.2f} {x + 30:.2f},{y - 4:.2f}"
+        dash, kind = _DASHES[curve.series % len(_DASHES)] or None, f"curve {series_class(curve.series)}"
+        parts.append(element("polyline", {"points": points, "class": kind, "stroke-dasharray": dash}))
         if curve.has_markers:
             parts.append(marker(curve.series, x + 15, y - 4))
-        parts.append(words(x + 38, y, label))
-        x += wide + 16
-    return parts, y + 14 if curves else 0.0
+        parts += [words(x + KEY_WIDTH, y + LEGEND_WRAP * row, text) for row, text in enumerate(texts)]
+        next_y = max(next_y, y + LEGEND_LINE + LEGEND_WRAP * (len(texts) - 1))
+        x += wide + 18
+    return parts, next_y - 8 if curves else 0.0

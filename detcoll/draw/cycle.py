@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
+from detcoll.draw.labels import SMALL, axis_labels, axis_words, shortened, text_width
 from detcoll.draw.markup import line, picture, rect, words
-from detcoll.draw.scale import NARROW_BELOW, Scale, plain, shortened, text_width, time_text, time_unit
+from detcoll.draw.scale import NARROW_BELOW, Scale, plain, time_text, time_unit
 from detcoll.draw.style import series_class
 from detcoll.draw.timespace import OneWay, name_of
 from detcoll.draw.traces import RankTrace
@@ -126,9 +127,9 @@ def cycle_picture(cycle: Cycle, width: float) -> Element:
         for row in rows:
             parts += _row(row, cycle.cycle_ns, x, y, left)
             y += ROW_PITCH
-    for tick in ticks.ticks(5 if narrow else 10):
-        parts.append(line(ticks(tick), y - 3, ticks(tick), y + 2, "axis"))
-        parts.append(words(ticks(tick), y + 16, plain(tick), "muted small number", "middle"))
+    shown = [(ticks(tick), plain(tick)) for tick in ticks.ticks(5 if narrow else 10)]
+    parts += [line(at, y - 3, at, y + 2, "axis") for at, _ in shown]
+    parts += axis_words(axis_labels(shown, 0, width), y + 16)[0]
     parts.append(
         words(width, y + 32, f"time in a cycle of {time_text(cycle.cycle_ns / 1e9)}, {unit}", "muted small", "end")
     )
@@ -152,7 +153,7 @@ def _row(row: CycleRow, cycle_ns: int, x: Scale, y: float, left: float) -> list[
             )
             room = x(end_ns) - x(start_ns) - 6
             short = block.label.removeprefix("to ").removeprefix("from ")
-            shown = next((text for text in (block.label, short) if text_width(text, 11.5) <= room), None)
+            shown = next((text for text in (block.label, short) if text_width(text, SMALL, bold=True) <= room), None)
             if shown is not None:
                 parts.append(words((x(start_ns) + x(end_ns)) / 2, y + 16, shown, "inside", "middle"))
     return parts

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
+from detcoll.draw.labels import SMALL, axis_labels, axis_words, text_width
 from detcoll.draw.markup import element, line, picture, words
-from detcoll.draw.scale import Scale, linear_ticks, plain, text_width
+from detcoll.draw.scale import Scale, linear_ticks, plain
 from detcoll.errors import UsageError
 
 KM_PER_DEGREE = 111.195
@@ -51,7 +52,8 @@ def site_map(places: Sequence[Place], links: Sequence[tuple[int, int]], width: f
     _check(places, links)
     x, y, height = _projection(places, width)
     at = [(x(place.longitude), y(place.latitude)) for place in places]
-    parts: list[Element | None] = [*_graticule(x, y, width, height)]
+    grid, taken = _graticule(x, y, width, height)
+    parts: list[Element | None] = [*grid]
     faint = min(1.0, max(0.12, 14 / max(len(links), 1)))
     for first, second in links:
         (x1, y1), (x2, y2) = at[first], at[second]
@@ -70,8 +72,9 @@ def site_map(places: Sequence[Place], links: Sequence[tuple[int, int]], width: f
             "title", None, f"{place.name}: {_degrees(place.latitude, 'NS')}, {_degrees(place.longitude, 'EW')}"
         )
         parts.append(element("circle", {"cx": px, "cy": py, "r": 5.0, "class": "site"}, tip))
-    parts += _labels(places, at, width, height)
-    parts += _scale_bar(x, places, height)
+    bar, bar_box = _scale_bar(x, places, width, height)
+    parts += _labels(places, at, width, height, [*taken, bar_box])
+    parts += bar
     told = f"{len(places)} sites, {len(links)} links: {', '.join(place.name for place in places)}"
     return picture(width, height, title or "The sites and their links", told, *parts)
 
@@ -103,27 +106,35 @@ def _projection(places: Sequence[Place], width: float) -> tuple[Scale, Scale, fl
     return x, y, TOP + drawn + BOTTOM
 
 
-def _graticule(x: Scale, y: Scale, width: float, height: float) -> list[Element]:
-    parts: list[Element] = []
-    for east in linear_ticks(x.low, x.high, 6):
-        parts.append(line(x(east), 0, x(east), height - 18, "rule"))
-        parts.append(words(x(east), height - 4, _degrees(east, "EW"), "muted small", "middle"))
+_Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a text or a mark."""
+
+
+def _graticule(x: Scale, y: Scale, width: float, height: float) -> tuple[list[Element], list[_Box]]:
+    """Return lines of longitude and latitude, and where the degrees of latitude stand."""
+    easts = [(x(east), _degrees(east, "EW")) for east in linear_ticks(x.low, x.high, 6)]
+    parts = [line(at, 0, at, height - 18, "rule") for at, _ in easts]
+    parts += axis_words(axis_labels(easts, 0, width), height - 4)[0]
+    boxes: list[_Box] = []
     for north in linear_ticks(y.low, y.high, 5):
-        parts.append(line(0, y(north), width, y(north), "rule"))
-        parts.append(words(2, y(north) - 4, _degrees(north, "NS"), "muted small"))
-    return parts
+        text = _degrees(north, "NS")
+        parts += [line(0, y(north), width, y(north), "rule"), words(2, y(north) - 4, text, "muted small")]
+        boxes.append((2, y(north) - 15, 2 + text_width(text, SMALL), y(north) - 1))
+    return parts, boxes
 
 
 def _degrees(value: float, sides: str) -> str:
     return f"{plain(round(abs(value), 2))}\N{DEGREE SIGN}{sides[value < 0]}"
 
 
-def _labels(places: Sequence[Place], at: Sequence[tuple[float, float]], width: float, height: float) -> list[Element]:
-    """Return the names beside their sites, each where it hides least; what fits nowhere is left to the site's tip."""
-    taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in at]
+def _labels(
+    places: Sequence[Place], at: Sequence[tuple[float, float]], width: float, height: float, boxes: Sequence[_Box]
+) -> list[Element]:
+    """Return the names beside their sites, away from ``boxes``; a name that fits nowhere is left to the site's tip."""
+    taken = [*boxes, *((px - 6, py - 6, px + 6, py + 6) for px, py in at)]
     parts: list[Element] = []
     for place, (px, py) in zip(places, at, strict=True):
-        wide = text_width(place.name, 12)
+        wide = text_width(place.name, SMALL)
         spots = (
             (px + 9, py + 4, "start"), (px - 9, py + 4, "end"), (px, py - 9, "middle"), (px, py + 18, "middle"),
             (px + 7, py - 7, "start"), (px + 7, py + 15, "start"), (px - 7, py - 7, "end"), (px - 7, py + 15, "end"),
@@ -139,25 +150,21 @@ def _labels(places: Sequence[Place], at: Sequence[tuple[float, float]], width: f
     return parts
 
 
-_Box = tuple[float, float, float, float]
-
-
 def _overlap(a: _Box, b: _Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _scale_bar(x: Scale, places: Sequence[Place], height: float) -> list[Element]:
-    """Return a bar of round length in the lower right corner."""
+def _scale_bar(x: Scale, places: Sequence[Place], width: float, height: float) -> tuple[list[Element], _Box]:
+    """Return a bar of round length in the lower right corner, and where it stands."""
     souths = [place.latitude for place in places]
     shrink = max(math.cos(math.radians((min(souths) + max(souths)) / 2)), 0.05)
     km_per_pixel = KM_PER_DEGREE * shrink * (x.high - x.low) / (x.end - x.begin)
     length_km = linear_ticks(0.0, 0.25 * (x.end - x.begin) * km_per_pixel, 4)[-1]
     end, y = x.end + MARGIN - 6, height - 26
     begin = end - length_km / km_per_pixel
-    label = words((begin + end) / 2, y - 6, f"{length_km:,.0f} km", "small halo", "middle")
-    return [
-        line(begin, y, end, y, "mark"),
-        line(begin, y - 4, begin, y, "mark"),
-        line(end, y - 4, end, y, "mark"),
-        label,
-    ]
+    text = f"{length_km:,.0f} km"
+    wide = text_width(text, SMALL)
+    label_begin = min((begin + end - wide) / 2, width - wide)
+    parts = [line(begin, y, end, y, "mark"), *(line(edge, y - 4, edge, y, "mark") for edge in (begin, end))]
+    parts.append(words(label_begin, y - 6, text, "small halo"))
+    return parts, (min(begin, label_begin) - 4, y - 20, max(end, label_begin + wide), y + 2)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-CHARACTER_WIDTH = 7.0
-"""Of the mean character at the pictures' 13 px, a little generous, since no font can be measured here."""
-
 NARROW_BELOW = 600
 """A picture narrower than this is meant for a phone: labels stand above what they name instead of beside it."""
 
@@ -57,9 +54,15 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     return inside[:: math.ceil(len(inside) / most)]
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """Return a share in per cent, with its sign set off by a space that does not break."""
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+def percent(share: float, digits: int = 1, signed: bool = False) -> str:
+    """Return a share in per cent, with a space before the sign that does not break; ``signed`` puts + before gains."""
+    value = _unsigned_zero(100 * share, digits)
+    return f"{'+' if signed and value > 0 else ''}{value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def _unsigned_zero(value: float, digits: int) -> float:
+    """Return ``value``, or 0 if it is shown as zero: a rounded-off figure has no sign."""
+    return value if round(value, digits) else 0.0
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
@@ -73,24 +76,11 @@ def time_unit(seconds: float) -> tuple[str, float]:
 def time_text(seconds: float) -> str:
     """Return a time with three significant digits and its unit."""
     unit, size = time_unit(seconds)
-    value = seconds / size
+    value = _unsigned_zero(seconds / size, 3)
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{min(digits, 3)}f}\N{NO-BREAK SPACE}{unit}"
 
 
 def plain(value: float) -> str:
     """Return the figure of a tick, without zeros that say nothing."""
-    return f"{value:.10g}"
-
-
-def text_width(text: str, size: float = 13.0) -> float:
-    """Return about how wide ``text`` is."""
-    return len(text) * CHARACTER_WIDTH * size / 13.0
-
-
-def shortened(text: str, room: float, size: float = 13.0) -> str:
-    """Return ``text``, cut with an ellipsis where it would not fit into ``room``."""
-    if text_width(text, size) <= room:
-        return text
-    kept = max(int(room / (CHARACTER_WIDTH * size / 13.0)) - 1, 1)
-    return text[:kept].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{value or 0.0:.10g}"

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element
 
+from detcoll.draw.labels import SMALL, axis_labels, axis_words, shortened, text_width
 from detcoll.draw.markup import element, line, picture, rect, words
-from detcoll.draw.scale import NARROW_BELOW, Scale, percent, plain, shortened, text_width, time_text, time_unit
+from detcoll.draw.scale import NARROW_BELOW, Scale, percent, plain, time_text, time_unit
 from detcoll.draw.style import series_class
 from detcoll.draw.traces import RankTrace, TimedSend, TracedCall, timed_sends
 from detcoll.errors import UsageError
@@ -168,8 +169,8 @@ def name_of(names: Sequence[str], site: int) -> str:
 def _draw_lane(flow: _Flow, y: float, canvas: _Canvas, narrow: bool) -> None:
     kind = series_class(1 + flow.trace.site)
     label = f"{flow.trace.rank} \N{RIGHTWARDS ARROW} {flow.dst}" if flow.dst >= 0 else f"{flow.trace.rank}"
-    shown = label if narrow else f"rank {label}" if text_width(f"rank {label}") <= canvas.x.begin else label
-    canvas.parts.append(words(0, y + 16, shortened(shown, canvas.x.begin), "muted small number"))
+    shown = label if narrow else f"rank {label}" if text_width(f"rank {label}", SMALL) < canvas.x.begin else label
+    canvas.parts.append(words(0, y + 16, shortened(shown, canvas.x.begin - 4, SMALL), "muted small number"))
     canvas.parts.append(rect(canvas.x.begin, y, canvas.x.end - canvas.x.begin, LANE_HEIGHT, "lane"))
     sends = flow.sends[:MOST_SENDS]
     planned = [(canvas.at(timed.planned_begin_ns), canvas.at(timed.planned_end_ns)) for timed in sends]
@@ -254,10 +255,9 @@ def _axis(canvas: _Canvas, span: Span, top: float, bottom: float, width: float) 
     length_ns = span.end_ns - span.begin_ns
     unit, size = time_unit(length_ns / 1e9 / 2)
     scale = Scale(0.0, length_ns / 1e9 / size, canvas.x.begin, canvas.x.end)
-    parts: list[Element] = []
-    for tick in scale.ticks(5 if width < NARROW_BELOW else 10):
-        parts.append(line(scale(tick), top + SITE_HEADING, scale(tick), bottom, "rule"))
-        parts.append(words(scale(tick), bottom + 14, plain(tick), "muted small number", "middle"))
+    shown = [(scale(tick), plain(tick)) for tick in scale.ticks(5 if width < NARROW_BELOW else 10)]
+    parts = [line(at, top + SITE_HEADING, at, bottom, "rule") for at, _ in shown]
+    parts += axis_words(axis_labels(shown, 0, width), bottom + 14)[0]
     parts.append(words(width, bottom + 32, f"time, {unit}", "muted small", "end"))
     return parts
 
