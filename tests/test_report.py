@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from pictures import MS, call, parsed, send, trace
+from pictures import MS, call, check_labels, parsed, send, trace
 
 from detcoll.cli import main
 from detcoll.cli.invocation import carrying_out, command_line
@@ -76,7 +76,16 @@ def check(text: str) -> None:
     assert page.tags[:2] == ["html", "head"]
     assert page.tags.count("h1") == page.tags.count("main") == 1
     assert "script" not in page.tags
-    assert not [name for _, name, _ in page.attributes if name in ("src", "href", "style") or name.startswith("on")]
+    assert not [name for _, name, _ in page.attributes if name in ("src", "style") or name.startswith("on")]
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    links = [value or "" for _, name, value in page.attributes if name == "href"]
+    assert len(set(ids)) == len(ids)
+    assert links, "there is a list of contents"
+    assert {link.removeprefix("#") for link in links} == {
+        each for each in ids if each and not each.endswith("-heading")
+    }
+    assert len(set(every_heading(text))) == len(every_heading(text)), "no two sections are called the same"
+    assert "-0.0" not in shown(text)
     assert not re.search(r"@import|url\(", text)
     assert ("html", "lang", "en") in page.attributes
     assert ("meta", "content", "width=device-width, initial-scale=1") in page.attributes
@@ -85,6 +94,7 @@ def check(text: str) -> None:
         assert svg.find("desc") is not None
         assert float(svg.attrib["viewBox"].split()[2]) > 0
         assert "nan" not in ElementTree.tostring(svg, encoding="unicode").lower()
+        check_labels(svg)
 
 
 def pictures(text: str) -> list[ElementTree.Element]:
@@ -92,13 +102,28 @@ def pictures(text: str) -> list[ElementTree.Element]:
 
 
 def headings(text: str) -> list[str]:
-    return re.findall(r"<h2>(.*?)</h2>", text)
+    """Return the headings of the sections, without the name of their result."""
+    return [re.sub("<span.*", "", found) for found in re.findall(r"<section.*?><h[23].*?>(.*?)</h[23]>", text)]
+
+
+def every_heading(text: str) -> list[str]:
+    return [re.sub("<.*?>", "", found) for found in re.findall(r"<h[1234].*?>(.*?)</h[1234]>", text)]
+
+
+def shown(text: str) -> str:
+    """Return a page without its styles and coordinates."""
+    return re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.DOTALL)
 
 
 def test_a_measurement_says_what_it_found_and_what_made_it() -> None:
     text = page_of(measurement())
     assert "Across 2 sites, slotted trains at 50\N{NO-BREAK SPACE}% of one cluster" in text
-    assert headings(text) == ["Efficiency", "Iteration time over the run", "All figures", "Command and machine"]
+    assert headings(text) == [
+        "Efficiency",
+        "Iteration time over the run",
+        "All figures of training",
+        "Command and machine",
+    ]
     for said in (
         "detcoll measure --json r.json",
         "AMD EPYC",
@@ -142,6 +167,112 @@ def test_several_networks_give_curves_and_a_neighbours_round_trip() -> None:
     assert falls[0] == holds[0] == holds[1] < falls[1]
 
 
+def tables(text: str) -> list[tuple[list[str], list[list[tuple[str | None, str]]]]]:
+    """Return the headings of each table, and its rows of cells: what stands before each on a phone, and its text."""
+    found = []
+    for table in (ElementTree.fromstring(each) for each in re.findall(r"<table.*?</table>", text, re.DOTALL)):
+        rows = [[(cell.get("data-heading"), cell.text or "") for cell in row] for row in table.iterfind("tbody/tr")]
+        found.append(([cell.text or "" for cell in table.iterfind("thead/tr/th")], rows))
+        assert table.findtext("caption")
+        assert {cell.get("scope") for cell in table.iter("th")} == {"row", "col"}
+    return found
+
+
+def test_every_figure_stands_in_a_table_with_its_heading() -> None:
+    text = page_of(measurement(), sweep(row(4 << 20), row(8 << 20, prediction_error=-0.0001)), study())
+    runs, calls, *_ = tables(text)
+    for headings_of, rows in tables(text):
+        for cells in rows:
+            assert len(cells) == len(headings_of)
+            named = [heading for heading, _ in cells]
+            assert all(heading in (None, title) for heading, title in zip(named, headings_of, strict=True))
+            assert named == sorted(named, key=lambda each: each is not None or -1), "names first, then figures"
+            assert all(cell for _, cell in cells)
+    assert [cells[0][1] for cells in runs[1]] == ["single cluster", "slotted", "gloo"]
+    assert dict(runs[1][1])["p01 \N{EN DASH} p99"] == "54.0\N{NO-BREAK SPACE}\N{EN DASH} 72.0\N{NO-BREAK SPACE}ms"
+    assert [cell for heading, cell in calls[1][0] if heading is None] == [
+        "all-reduce",
+        "4\N{NO-BREAK SPACE}MiB",
+        "slotted",
+    ]
+    errors = [dict(cells)["prediction error"] for cells in calls[1]]
+    assert errors == ["-2.0\N{NO-BREAK SPACE}%", "0.0\N{NO-BREAK SPACE}%"]
+
+
+def test_several_results_are_told_apart(tmp_path: Path) -> None:
+    paths = [put(tmp_path / name, measurement(host={"cpu": name})) for name in ("old/m.json", "new/m.json")]
+    paths.append(put(tmp_path / "b.json", sweep(row(4))))
+    text = html_text(report(gather(paths)))
+    check(text)
+    assert [found for found in every_heading(text) if found.startswith(("Training", "Collectives"))] == [
+        "Training: old/m.json", "Training: new/m.json", "Collectives: b.json"
+    ]  # fmt: skip
+    assert {"Efficiency of old/m.json", "Efficiency of new/m.json"} <= set(every_heading(text))
+    contents = re.search("<nav.*?</nav>", text)
+    assert contents is not None
+    assert contents.group().count(">Efficiency</a>") == 2
+
+
+def test_a_file_that_is_given_twice_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = put(tmp_path / "run" / "results.json", measurement())
+    put_traces(tmp_path / "run" / "traces")
+    copied = put(tmp_path / "m.json", measurement())
+    argv = ["report", str(run.parent), str(run), str(copied), str(run.parent / "traces"), "--out", str(tmp_path)]
+    assert main(argv) == 0
+    said = capsys.readouterr().err
+    for name in (str(run), f"{copied} (as {run})", "rank0.json", "rank1.json"):
+        assert name in said
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    check(text)
+    assert headings(text).count("Efficiency") == headings(text).count("Planned and actual sends") == 1
+    assert "Given twice, and shown once" in text
+    twice = gather([run] * 7 + [copied])
+    assert len(twice.results) == 1
+    assert "and 3 more" in twice.remarks[0]
+    assert gather([run]).remarks == ()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put_traces(tmp_path / name / "traces")
+        (tmp_path / name / "cities.toml").write_text(MAP.replace("2.5", "2.5" if name == "a" else "3.5"))
+    given = [tmp_path / name / file for name in ("a", "b") for file in ("traces", "cities.toml")]
+    text = html_text(report(gather(given)))
+    check(text)
+    assert {"Planned and actual sends: a/traces", "Map: a/cities", "Map: b/cities"} <= set(headings(text))
+
+
+def test_a_topology_is_shown_without_a_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_traces(tmp_path / "traces")
+    lines = tmp_path / "lines.toml"
+    lines.write_text(Topology.uniform(2, 1, 125e6, 7 * MS).to_toml().replace("site1", "wuhan"))
+    assert main(["report", str(tmp_path / "traces"), str(lines), "--out", str(tmp_path)]) == 0
+    assert "lines.toml is a topology: its sites have no latitude and longitude" in capsys.readouterr().err
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    check(text)
+    assert headings(text) == [
+        "Planned and actual sends", "The calendar of a cycle", "Topology: lines.toml", "Files"
+    ]  # fmt: skip
+    assert "so there is a table and no map" in text
+    sites, links = tables(text)
+    assert [[cell for _, cell in cells] for cells in sites[1]] == [
+        [name, "1", "1\N{NO-BREAK SPACE}Gbit/s", "1\N{NO-BREAK SPACE}Gbit/s"] for name in ("site0", "wuhan")
+    ]
+    assert dict(links[1][0])["one way"] == "7.00\N{NO-BREAK SPACE}ms"
+    assert "wuhan" in (pictures(text)[0].findtext("title") or ""), "it names the sites of the traces"
+    alone = html_text(report(gather([lines])))
+    check(alone)
+    assert "From a topology file." in alone
+
+
+def test_a_map_lists_its_sites(tmp_path: Path) -> None:
+    (tmp_path / "m.toml").write_text(MAP)
+    text = html_text(report(gather([tmp_path / "m.toml"])))
+    assert [[cell for _, cell in cells] for cells in tables(text)[0][1]] == [
+        ["a", "1\N{DEGREE SIGN}", "2.5\N{DEGREE SIGN}"], ["b", "3\N{DEGREE SIGN}", "4\N{DEGREE SIGN}"]
+    ]  # fmt: skip
+
+
 def test_one_network_gives_no_curves() -> None:
     assert "Under cross traffic" not in headings(page_of(measurement()))
 
@@ -165,12 +296,12 @@ def test_empty_and_partial_results_make_a_page() -> None:
     assert "Nothing was measured" in text
     assert "torch is not installed" in text
     bare = {"name": "slotted", "iteration_s": times(0.1, 0)}
-    assert "All figures" in headings(page_of({"schema": "detcoll.measure/1", "runs": [bare]}))
+    assert "All figures of training" in headings(page_of({"schema": "detcoll.measure/1", "runs": [bare]}))
     assert "Nothing was measured" in page_of(sweep())
     alone = row(
         4, bound_s=None, fraction_of_bound=None, predicted_s=None, prediction_error=None, ranks=None, sites=None
     )
-    assert headings(page_of(sweep(alone))) == ["All figures", "Command and machine"]
+    assert headings(page_of(sweep(alone))) == ["All figures of the collectives", "Command and machine"]
     assert "not kept in this file" in page_of(sweep(alone))
     script = measurement(run("slotted", 1.0, 1.0, sync_s=None, wire_busy_fraction=None), digests_equal=None)
     assert "bit for bit" not in page_of(script)
@@ -228,7 +359,7 @@ def test_a_simulation_says_that_it_is_one() -> None:
     wanted = [
         "Efficiency, simulated",
         "What it depends on",
-        "All figures",
+        "All figures of the simulation",
         "The line that 98.0\N{NO-BREAK SPACE}% needs",
     ]
     assert headings(text) == [*wanted, "Command"]
@@ -346,7 +477,8 @@ def test_bench_files_name_their_command(tmp_path: Path) -> None:
         ("a.json", "[]", "not a JSON object"),
         ("a.json", '{"schema": "other"}', "schema='other'; a report takes files of measure, bench and simulate --json"),
         ("a.json", '{"schema": "detcoll.measure/1", "runs": [{}]}', "is not a valid result"),
-        ("a.toml", "[[site]]\nname = 'a'\n", "no map"),
+        ("a.toml", "[[site]]\nname = 'a'\n", "no map, since not every site has .*, and it is no topology: .*ranks"),
+        ("a.toml", "[[site]]\nname = 'a'\nlatitude = 1\n", "no map"),
         ("a.toml", "[", "no map"),
         ("a.toml", MAP + '[[link]]\nbetween = ["a", "x"]\n', "'x'"),
     ],

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from detcoll.cli.doctor import standing_table
-from detcoll.cli.terminal import output_console
+from detcoll.cli.terminal import error_console, output_console
 from detcoll.draw import chrome_trace
 from detcoll.errors import UsageError
 from detcoll.outputs import require_folder, require_writable, write_file
@@ -30,10 +30,10 @@ def report(
     Parameters
     ----------
     files
-        Files of measure --json and bench --json, traces of ranks (DETCOLL_TRACE), folders of these, and TOML files
-        whose sites have a latitude and a longitude. Or one folder of flight records (record0.json and so on): then
-        nothing is drawn, and what the records say about a job that failed or hangs is printed. Of a folder with such
-        folders of several jobs, the jobs are listed.
+        Files of measure, bench and simulate --json, traces of ranks (DETCOLL_TRACE), folders of these, topology files,
+        and TOML files whose sites have a latitude and a longitude. A file given twice is shown once. Or one folder of
+        flight records (record0.json and so on): then nothing is drawn, and what the records say about a job that failed
+        or hangs is printed. Of a folder with such folders of several jobs, the jobs are listed.
     out
         Directory for report.html; "report" unless given, and not made where only --perfetto is asked for.
     svg
@@ -56,6 +56,8 @@ def report(
     folder = Path("report") if out is None and (svg or perfetto is None) else out
     require_folder(folder, "out")
     inputs = gather(files, topology)
+    for remark in inputs.remarks:
+        error_console().print(remark, soft_wrap=True, highlight=False)
     if perfetto is not None:
         _write_perfetto(perfetto, inputs)
     if folder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -14,12 +15,12 @@ from detcoll.outputs import write_file
 from detcoll.quantities import format_bytes, format_rate
 from detcoll.report.cells import TO
 from detcoll.report.inputs import ReportInputs
-from detcoll.report.page import facts, page, section
+from detcoll.report.page import facts, notes, page, part, section
 from detcoll.report.reported import Reported, ReportedResult
 from detcoll.report.rows import row_headline, row_sections, row_tiles
 from detcoll.report.runs import run_headline, run_sections, run_tiles
 from detcoll.report.study import study_headline, study_sections, study_setup, study_tiles
-from detcoll.report.traced import map_section, trace_sections
+from detcoll.report.traced import map_section, topology_section, trace_sections
 from detcoll.scenarios import Study
 
 _FACTS = (
@@ -57,40 +58,58 @@ def report(inputs: ReportInputs) -> Element:
     inputs : ReportInputs
         Results, traces and maps; sections without data are omitted.
     """
-    title, lede = _headline(inputs)
-    tiles: list[Element] = []
-    sections: list[Element] = []
-    for result in inputs.results:
-        if isinstance(result, Study):
-            tiles += study_tiles(result)
-            sections += study_sections(result)
-        elif result.schema == MEASURE_SCHEMA:
-            tiles += run_tiles(result)
-            sections += run_sections(result)
-        else:
-            tiles += row_tiles(result)
-            sections += row_sections(result)
-    sections += trace_sections(inputs)
-    sections += [map_section(each) for each in inputs.maps]
-    sections += [_origin(result) for result in inputs.results]
-    return page(title, lede, tiles, sections)
+    told = [_told(result) for result in inputs.results]
+    others = trace_sections(inputs)
+    others += [map_section(each) for each in inputs.maps]
+    others += [topology_section(name, each) for name, each in inputs.topologies]
+    if inputs.remarks:
+        others.append(section("Files", "What was done with the files of this report.", notes(inputs.remarks)))
+    first = next((each for each in told if each.finding is not None), None)
+    title, lede = _headline(inputs) if first is None else (first.finding or "", first.setup)
+    if len(told) == 1:
+        return page(title, lede, told[0].tiles, [*told[0].sections, *others, told[0].origin])
+    parts = [
+        part(inputs.name_of(index), each.kind, [each.finding or NOTHING_MEASURED, each.setup], each.tiles,
+             [*each.sections, each.origin])
+        for index, each in enumerate(told)
+    ]  # fmt: skip
+    return page(title, lede, [], [*parts, *others])
+
+
+NOTHING_MEASURED = "Nothing was measured"
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the page says about one result; ``finding`` is None if it has none."""
+
+    kind: str
+    finding: str | None
+    setup: str
+    tiles: list[Element]
+    sections: list[Element]
+    origin: Element
+
+
+def _told(result: Reported) -> _Told:
+    origin = _origin(result)
+    if isinstance(result, Study):
+        setup, sections = study_setup(result), study_sections(result)
+        return _Told("Simulation", study_headline(result), setup, study_tiles(result), sections, origin)
+    setup = _setup(result)
+    if result.schema == MEASURE_SCHEMA:
+        return _Told("Training", run_headline(result), setup, run_tiles(result), run_sections(result), origin)
+    return _Told("Collectives", row_headline(result), setup, row_tiles(result), row_sections(result), origin)
 
 
 def _headline(inputs: ReportInputs) -> tuple[str, str]:
-    for result in inputs.results:
-        if isinstance(result, Study):
-            found, lede = study_headline(result), study_setup(result)
-        else:
-            found = run_headline(result) if result.schema == MEASURE_SCHEMA else row_headline(result)
-            lede = _setup(result)
-        if found is not None:
-            return found, lede
+    """Return the title and the sentence below it of a page without a finding."""
     if inputs.results:
-        return "Nothing was measured", "The result file contains no run. The reasons are listed below."
+        return NOTHING_MEASURED, "The result file contains no run. The reasons are listed below."
     ranks = len(inputs.traced[0].traces) if inputs.traced else 0
     if ranks:
         return f"Planned and actual sends of {ranks} ranks", "From the traces of the ranks."
-    return "Sites and links", "From the positions of the sites."
+    return "Sites and links", "From the positions of the sites." if inputs.maps else "From a topology file."
 
 
 def _setup(result: ReportedResult) -> str:

@@ -64,7 +64,7 @@ def range_cell(low_s: float | None, high_s: float | None) -> str:
     """Return a range of times as text; the unit is not repeated if both have the same."""
     low, high = time_cell(low_s), time_cell(high_s)
     figure, _, unit = low.partition("\N{NO-BREAK SPACE}")
-    return f"{figure if high.endswith(unit) else low} {TO} {high}"
+    return f"{figure if high.endswith(unit) else low}\N{NO-BREAK SPACE}{TO} {high}"
 
 
 def count_cell(value: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Files that a report reads: results of `detcoll measure`, `bench` and `simulate`, and positions of sites."""
+"""Files that a report reads: results of `detcoll measure`, `bench` and `simulate`, and files of sites."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from detcoll.errors import UsageError
 from detcoll.measure.results import BENCH_SCHEMA, MEASURE_SCHEMA, AuditResult, LeftOut, Row, Run
 from detcoll.scenarios.study import SCHEMA as STUDY_SCHEMA
 from detcoll.scenarios.study import Study
+from detcoll.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +46,14 @@ class SiteMap:
     links: tuple[tuple[int, int], ...]
 
 
-def read_result(path: Path) -> Reported:
-    """Return the result file at ``path``.
+def parse_result(data: bytes, name: str) -> Reported:
+    """Return the result in ``data``; ``name`` is for error messages.
 
     Raises
     ------
     UsageError
-        If it cannot be read or is not a result of `detcoll measure`, `detcoll bench` or `detcoll simulate`.
+        If it is not a result of `detcoll measure`, `detcoll bench` or `detcoll simulate`.
     """
-    try:
-        return parse_result(path.read_bytes(), str(path))
-    except OSError as error:
-        raise UsageError(f"file={str(path)!r} cannot be read: {error.strerror}") from error
-
-
-def parse_result(data: bytes, name: str) -> Reported:
-    """Return the result in ``data``; ``name`` is for error messages. Raises as `read_result` does."""
     schema = schema_of(data, name)
     if schema not in _READ_AS:
         raise UsageError(
@@ -100,8 +93,8 @@ def schema_of(data: bytes, name: str) -> str:
 
 class _SiteTable(msgspec.Struct, frozen=True):
     name: str
-    latitude: float
-    longitude: float
+    latitude: float | None = None
+    longitude: float | None = None
 
 
 class _LinkTable(msgspec.Struct, frozen=True):
@@ -113,26 +106,43 @@ class _MapFile(msgspec.Struct, frozen=True):
     link: tuple[_LinkTable, ...] = ()
 
 
-def read_site_map(path: Path) -> SiteMap:
-    """Return the map in a TOML file whose ``[[site]]`` tables have ``name``, ``latitude`` and ``longitude`` in degrees.
+def read_sites(path: Path) -> SiteMap | Topology:
+    """Return what a TOML file tells of its sites: their positions, or a topology, which has none.
 
-    ``[[link]]`` tables list the linked pairs; without any, all pairs are linked. Other content is ignored.
+    ``[[site]]`` tables have ``name``, and for a map ``latitude`` and ``longitude`` in degrees. ``[[link]]`` tables list
+    the linked pairs; on a map without any, all pairs are linked. Other content of a map is ignored.
 
     Raises
     ------
     UsageError
-        If the file cannot be read, a site has no position, or a link names an unknown site.
+        If the file cannot be read, is neither a map nor a topology, or a link names an unknown site.
     """
     try:
-        return parse_site_map(path.read_text(encoding="utf-8"), path.stem, str(path))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"file={str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"file={str(path)!r} has no map: {error}") from error
+    found = parse_site_map(text, path.stem, str(path))
+    if found is not None:
+        return found
+    try:
+        return Topology.parse(text, name=str(path))
+    except UsageError as error:
+        raise UsageError(
+            f"file={str(path)!r} has no map, since not every site has a latitude and a longitude, and it is no "
+            f"topology: {error}"
+        ) from error
 
 
-def parse_site_map(text: str, name: str, file: str) -> SiteMap:
-    """Return the map in a TOML ``text``; ``file`` is for error messages. Raises as `read_site_map` does."""
+def parse_site_map(text: str, name: str, file: str) -> SiteMap | None:
+    """Return the map in a TOML ``text``, or None if not every site has a position.
+
+    Raises
+    ------
+    UsageError
+        If ``text`` has no sites, or a link names an unknown one; ``file`` is for the message.
+    """
     try:
         tables = msgspec.convert(tomllib.loads(text), _MapFile)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
@@ -141,6 +151,10 @@ def parse_site_map(text: str, name: str, file: str) -> SiteMap:
     unknown = [name for link in tables.link for name in link.between if name not in numbers]
     if unknown:
         raise UsageError(f"file={file!r}: a link names the unknown site {unknown[0]!r}")
+    places: list[Place] = []
+    for site in tables.site:
+        if site.latitude is None or site.longitude is None:
+            return None
+        places.append(Place(site.name, site.latitude, site.longitude))
     pairs = [(numbers[link.between[0]], numbers[link.between[1]]) for link in tables.link]
-    places = tuple(Place(site.name, site.latitude, site.longitude) for site in tables.site)
-    return SiteMap(name, places, tuple(pairs or combinations(range(len(places)), 2)))
+    return SiteMap(name, tuple(places), tuple(pairs or combinations(range(len(places)), 2)))

@@ -78,7 +78,7 @@ def _bounds(result: ReportedResult) -> Element | None:
     if not rows:
         return None
     many = _has_networks(rows)
-    series = series_of([_row_label(row, many) for row in rows])
+    series = series_of([row.transport for row in rows])
     parts: list[Element] = []
     axis = Axis("share of the physical floor", lambda value: percent(value, 0), includes=(1.0,))
     for (collective, nbytes), same in _by_size(rows):
@@ -114,7 +114,7 @@ def _bound_bar(row: Row, series: dict[str, int], many: bool) -> Bar:
     low = row.bound_s / row.max_s if row.bound_s and row.max_s else None
     high = row.bound_s / row.min_s if row.bound_s and row.min_s else None
     label, share = _row_label(row, many), row.fraction_of_bound or 0.0
-    return Bar(label, share, percent(share), series[label], low, high, f"median {time_text(row.median_s)}")
+    return Bar(label, share, percent(share), series[row.transport], low, high, f"median {time_text(row.median_s)}")
 
 
 def _by_size(rows: Sequence[Row]) -> list[tuple[tuple[str, int], list[Row]]]:
@@ -142,7 +142,7 @@ def _sizes(result: ReportedResult) -> Element | None:
 
 def _size_figure(curves: Sequence[Curve], sizes: tuple[float, ...], collective: str) -> Element:
     unit, size = time_unit(median(value for curve in curves for _, value in curve.points))
-    x = Axis("size", format_bytes, ticks=sizes[:: -(-len(sizes) // 6)], may_be_log=True)
+    x = Axis("size", format_bytes, ticks=sizes, may_be_log=True)
     y = Axis(f"time, {unit}", lambda value: plain(value / size), may_be_log=True)
     return figure(partial(curve_chart, curves, x, y, f"Time of {collective} over its size"))
 
@@ -157,10 +157,11 @@ def _row_table(result: ReportedResult) -> Element:
             time_text(row.median_s),
             range_cell(row.min_s, row.max_s), time_cell(row.p99_s), time_cell(row.bound_s),
             share_cell(row.fraction_of_bound), time_cell(row.predicted_s),
-            NOTHING if row.prediction_error is None else f"{row.prediction_error:+.1%}", count_cell(row.iterations),
+            NOTHING if row.prediction_error is None else percent(row.prediction_error, signed=True),
+            count_cell(row.iterations),
         )
         for row in result.rows
     ]  # fmt: skip
     told = "The time of a call is that of the slowest rank. Predictions were made before the calls."
-    shown = table("Times of all calls", headings, rows) if rows else None
-    return section("All figures", told, shown, notes(remarks(result)))
+    shown = table("Times of all calls", headings, rows, names=3) if rows else None
+    return section("All figures of the collectives", told, shown, notes(remarks(result)))

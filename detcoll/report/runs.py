@@ -225,6 +225,5 @@ def _run_table(result: ReportedResult) -> Element:
         "Waiting: from the end of the backward pass to the reduced gradient. Line busy: the share of the backward pass "
         "in which the line carried data. Resent: TCP segments. Digest: of the trained parameters."
     )
-    return section(
-        "All figures", told, table("Medians of each run", headings, rows) if rows else None, notes(remarks(result))
-    )
+    shown = table("Medians of each run", headings, rows, names=1 + len(network)) if rows else None
+    return section("All figures of training", told, shown, notes(remarks(result)))

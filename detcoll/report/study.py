@@ -94,7 +94,7 @@ def _sensitivity_figure(points: Sequence[Point], label: str, shown: Callable[[fl
         for index, name in enumerate(names)
     ]
     tried = tuple(sorted({point.value for point in points}))
-    x = Axis(label, shown, ticks=tried[:: -(-len(tried) // 4)], may_be_log=True)
+    x = Axis(label, shown, ticks=tried, may_be_log=True)
     y = Axis("efficiency", lambda value: percent(value, 0), includes=(0.0, 1.0))
     return figure(partial(curve_chart, curves, x, y, f"Efficiency against {label}"))
 
@@ -107,7 +107,8 @@ def _settings(study: Study) -> Element | None:
         for run in study.runs
     ]  # fmt: skip
     told = f"Algorithm: {study.algorithm or NOTHING}."
-    return section("All figures", told, table("An iteration on each network", headings, rows)) if rows else None
+    shown = table("An iteration on each network", headings, rows)
+    return section("All figures of the simulation", told, shown) if rows else None
 
 
 def _needs(study: Study) -> Element | None:

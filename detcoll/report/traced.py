@@ -9,12 +9,18 @@ from xml.etree.ElementTree import Element
 from detcoll.draw import cycle_of_traces, cycle_picture, site_map, time_space
 from detcoll.draw.scale import time_text
 from detcoll.draw.timespace import OneWay
+from detcoll.quantities import format_rate
+from detcoll.report.cells import NOTHING, TO
 from detcoll.report.inputs import ReportInputs, TracedRun
-from detcoll.report.page import figure, section
+from detcoll.report.page import figure, folded, section, table
 from detcoll.report.reported import SiteMap
+from detcoll.topology import Topology
 
 MOST_TRACED = 6
 """Largest number of runs whose traces are drawn."""
+
+MOST_LINKS = 12
+"""Largest number of links that are listed openly; more are folded."""
 
 
 def trace_sections(inputs: ReportInputs) -> list[Element]:
@@ -53,7 +59,38 @@ def _slots_told(run: TracedRun) -> str:
 
 
 def map_section(shown: SiteMap) -> Element:
-    """Return the section with the map of the sites."""
+    """Return the section with the map of the sites, and a table of them: not every name has room on a phone's map."""
     told = f"Sites: {len(shown.places)}. Links between them: {len(shown.links)}."
     drawn = figure(lambda width: site_map(shown.places, shown.links, width, f"Sites of {shown.name}"))
-    return section(f"Map: {shown.name}", told, drawn)
+    rows = [
+        (place.name, f"{place.latitude:.6g}\N{DEGREE SIGN}", f"{place.longitude:.6g}\N{DEGREE SIGN}")
+        for place in shown.places
+    ]
+    positions = table(f"Positions of the sites of {shown.name}", ("site", "latitude", "longitude"), rows)
+    return section(f"Map: {shown.name}", told, drawn, folded(f"Positions of {len(rows)} sites", positions))
+
+
+def topology_section(name: str, shown: Topology) -> Element:
+    """Return the section with the tables of a topology's sites and links."""
+    sites = [
+        (
+            site.name,
+            str(len(site.ranks)),
+            *(_rate(rate) for rate in (site.uplink_bytes_per_s, site.downlink_bytes_per_s)),
+        )
+        for site in shown.sites
+    ]
+    links = [
+        (f"{shown.sites[low].name} {TO} {shown.sites[high].name}", time_text(shown.one_way_ns(low, high) / 1e9),
+         time_text(shown.one_way_ns(high, low) / 1e9), _rate(shown.reserved_bytes_per_s(low, high)))
+        for (low, high), _ in shown.links
+    ]  # fmt: skip
+    tables = [table(f"Sites of {name}", ("site", "ranks", "uplink", "downlink"), sites)]
+    if links:
+        delays = table(f"Links of {name}", ("between", "one way", "back", "reserved"), links)
+        tables.append(delays if len(links) <= MOST_LINKS else folded(f"{len(links)} links", delays))
+    return section(f"Topology: {name}", f"Sites: {len(sites)}. Links between them: {len(links)}.", *tables)
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return NOTHING if bytes_per_s is None else format_rate(bytes_per_s)
