@@ -124,8 +124,8 @@ def test_a_measurement_says_what_it_found_and_what_made_it() -> None:
         "All figures of training",
         "Command and machine",
     ]
+    assert "detcoll measure --json r.json" in re.sub("<.*?>", "", text)
     for said in (
-        "detcoll measure --json r.json",
         "AMD EPYC",
         "bit for bit",
         "75.0\N{NO-BREAK SPACE}%",
@@ -302,7 +302,7 @@ def test_empty_and_partial_results_make_a_page() -> None:
         4, bound_s=None, fraction_of_bound=None, predicted_s=None, prediction_error=None, ranks=None, sites=None
     )
     assert headings(page_of(sweep(alone))) == ["All figures of the collectives", "Command and machine"]
-    assert "not kept in this file" in page_of(sweep(alone))
+    assert "not kept in this file" in re.sub("<.*?>", "", page_of(sweep(alone)))
     script = measurement(run("slotted", 1.0, 1.0, sync_s=None, wire_busy_fraction=None), digests_equal=None)
     assert "bit for bit" not in page_of(script)
     assert "did not give the bits" in page_of(measurement(digests_equal=False))

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from detcoll.draw import element, html_text, svg_text
+from detcoll.draw import html_text, svg_text
 from detcoll.draw.scale import time_text
 from detcoll.measure.results import MEASURE_SCHEMA
 from detcoll.outputs import write_file
 from detcoll.quantities import format_bytes, format_rate
 from detcoll.report.cells import TO
 from detcoll.report.inputs import ReportInputs
-from detcoll.report.page import facts, notes, page, part, section
+from detcoll.report.page import command, facts, notes, page, part, section
 from detcoll.report.reported import Reported, ReportedResult
 from detcoll.report.rows import row_headline, row_sections, row_tiles
 from detcoll.report.runs import run_headline, run_sections, run_tiles
@@ -150,7 +150,7 @@ def _lines(uplinks: Sequence[float] | None, round_trips: Sequence[float] | None)
 
 
 def _origin(result: Reported) -> Element:
-    made = element("code", None, result.command or "not kept in this file")
+    made = command(result.command or "not kept in this file")
     if isinstance(result, Study):
         return section("Command", "Time is virtual, so this command gives the same figures on any machine.", made)
     known = [(name, str(result.host[key])) for key, name in _FACTS if result.host.get(key) is not None]

@@ -68,6 +68,7 @@ summary{cursor:pointer;color:var(--s1)}
 code{display:block;overflow-x:auto;padding:.7rem .9rem;background:var(--page);border:1px solid var(--rule);
 border-radius:6px;font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;
 overflow-wrap:anywhere}
+.word{display:inline-block;max-width:100%}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.25rem;margin:.9rem 0 0;font-size:.9375rem}
 dt{color:var(--muted)}
 dd{margin:0;overflow-wrap:anywhere}
@@ -250,6 +251,16 @@ def facts(pairs: Sequence[tuple[str, str]]) -> Element:
     for name, value in pairs:
         nodes += [element("dt", None, name), element("dd", None, value)]
     return element("dl", None, *nodes)
+
+
+def command(text: str) -> Element:
+    """Return a command line whose options are not broken at their hyphens."""
+    made = element("code", None)
+    for word in text.split(" "):
+        if len(made):
+            made[-1].tail = " "
+        made.append(element("span", {"class": "word"}, word))
+    return made
 
 
 def heading(text: str) -> Element:
