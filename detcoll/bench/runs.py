@@ -19,7 +19,9 @@ from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError
 from detcoll.measure.aggregate import Setting
 from detcoll.measure.host import host_facts
+from detcoll.measure.limits import limits_of_row, scale_of
 from detcoll.measure.lines import LineUse, read_lines, use_of
+from detcoll.measure.load import Readings, Watch, load_of
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.records import write_json
 from detcoll.measure.results import (
@@ -146,19 +148,36 @@ def _run_transport(
         argv = [sys.executable, "-m", "detcoll.bench.runs", str(directory / "config.json")]
         setting, runner = Setting(transport, transport, WIDE_AREA, network), Runner(topology, bench.deadline_s)
         if bench.relay:
-            with Relay(topology, bench.conditions.queue_bytes) as relay:
+            with Watch() as watch, Relay(topology, bench.conditions.queue_bytes) as relay:
+                watch.router_pid = relay.pid
                 runner.run(setting, argv, directory, env, relay)
-            return _read_rows(config), None, None
+                watch.router_late_s = relay.statistics().late_mean_ns / 1e9
+            return _with_limits(_read_rows(config), topology, watch.readings()), None, None
         if transport == SLOTTED:
             env[TRACE_VARIABLE] = str(directory)
             log_path = directory / "arrivals.npy"
-        with Lab(topology, network.conditions(bench.conditions), log_path=log_path) as lab:
+        conditions = network.conditions(bench.conditions)
+        with Watch() as watch, Lab(topology, conditions, log_path=log_path) as lab:
+            watch.router_pid = lab.router_pid
             runner.run(setting, argv, directory, env, lab)
             seen = read_lines(lab, network.service)
+            watch.router_late_s = seen.statistics.late_mean_ns / 1e9
         late_ns = seen.statistics.late_peak_ns
         audited = None if log_path is None else _audit(topology, network, log_path, directory, late_ns)
         rows = tuple(replace(row, co_tenant=use_of([seen], [_spans_ns([row])]).co_tenant) for row in _read_rows(config))
+        rows = _with_limits(rows, topology, watch.readings())
         return rows, use_of([seen], [_spans_ns(rows)]), audited
+
+
+def _with_limits(rows: Sequence[Row], topology: Topology, readings: Readings) -> tuple[Row, ...]:
+    """Return ``rows`` with what limited each; one that the lab limited is not held against its lines."""
+    scale, marked = scale_of(topology), list[Row]()
+    for row in rows:
+        load = load_of([readings], [_spans_ns([row])])
+        limits = limits_of_row(row.fraction_of_bound, load, scale)
+        row = replace(row, load=load, limits=limits)
+        marked.append(replace(row, fraction_of_bound=None, prediction_error=None) if limits else row)
+    return tuple(marked)
 
 
 def _spans_ns(rows: Sequence[Row]) -> list[tuple[int, int]]:

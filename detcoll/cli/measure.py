@@ -31,6 +31,7 @@ from detcoll.workloads.workload import WorkloadName, WorkloadSpec
 
 _DEFAULT: WorkloadName = "digits"
 _ITERATIONS = {"digits": 60, "synthetic": 20}
+_ROUNDS, _SCRIPT_ROUNDS = 4, 2
 _COMPUTE, _GRADIENT, _BUCKET = "400 ms", "16MiB", "1MiB"
 
 
@@ -42,8 +43,9 @@ class LengthOptions:
     iterations: int | None = None
     """Measured in each setting; 60 for digits and 20 for synthetic unless given."""
 
-    rounds: int = 2
-    """In how many rounds the settings take turns."""
+    rounds: int | None = None
+    """In how many rounds the settings take turns, each of which starts the ranks anew; 4 unless given, 2 of a script.
+    More rounds even out what the machine is busy with."""
 
     warmup: int | None = None
     """Iterations of each setting before the measured ones, in each round; 3 unless given."""
@@ -138,12 +140,14 @@ def measure(
     topology = network.reserve(lines.wide_topology())
     builtin = _workload(name, synthetic, bucket_bytes)
     transports, left_out = compared.transports(relay=relay)
+    iterations = _ITERATIONS[name] if length.iterations is None else length.iterations
+    rounds = _SCRIPT_ROUNDS if script else max(1, min(_ROUNDS, iterations))
     experiment = Experiment(
         topology=topology,
         workload=None if script else builtin,
         script=script,
-        iterations=_ITERATIONS[name] if length.iterations is None else length.iterations,
-        rounds=length.rounds,
+        iterations=iterations,
+        rounds=rounds if length.rounds is None else length.rounds,
         against=transports,
         left_out=left_out,
         conditions=Conditions(lines.queue_bytes()),

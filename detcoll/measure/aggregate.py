@@ -107,6 +107,7 @@ def make_run(
         accuracy=last[0].accuracy,
         line=use_of(lines, [[measured_span_ns(records)] for records in rounds]) if lines else None,
         without=setting.without,
+        round_s=tuple(float(np.median(iteration_times_s(records))) for records in rounds),
     )
 
 
@@ -132,6 +133,7 @@ def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: R
         line=use_of(lines, [None] * len(lines)) if lines else None,
         without=setting.without,
         total_s=float(np.median([one.total_s for one in rounds])),
+        round_s=tuple(_script_times([one]).median for one in rounds),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from detcoll.emulation.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
-from detcoll.measure.aggregate import Round, ScriptRound, Setting, make_run, make_script_run
+from detcoll.measure.aggregate import Round, ScriptRound, Setting, make_run, make_script_run, measured_span_ns
 from detcoll.measure.gains import (
     OVERLAP,
     TOPOLOGY,
@@ -27,7 +27,9 @@ from detcoll.measure.gains import (
     require_removable,
 )
 from detcoll.measure.host import host_facts
+from detcoll.measure.limits import doubts, limits_of_run, scale_of, with_doubts
 from detcoll.measure.lines import LineRecord, read_lines
+from detcoll.measure.load import Readings, Spans, Watch, load_of
 from detcoll.measure.marks import MARKS_VARIABLE
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
@@ -163,6 +165,7 @@ class _Session:
     rounds: dict[Setting, list[Round]] = field(default_factory=dict)
     script_rounds: dict[Setting, list[ScriptRound]] = field(default_factory=dict)
     lines: dict[Setting, list[LineRecord]] = field(default_factory=dict)
+    readings: dict[Setting, list[Readings]] = field(default_factory=dict)
     failed: dict[Setting, LeftOut] = field(default_factory=dict)
 
     def run_all(self, say: Say) -> None:
@@ -198,16 +201,29 @@ class _Session:
     def _run_ranks(
         self, setting: Setting, argv: Sequence[str], here: Path, env: Mapping[str, str] | None = None
     ) -> float:
-        """Run the ranks, apart in a fresh lab or together, and keep what the lines saw; returns how long it took."""
+        """Run the ranks, keep what the lines and the machine did meanwhile, and return how long it took."""
+        with Watch() as watch:
+            total_s = self._run_watched(watch, setting, argv, here, env)
+        self.readings.setdefault(setting, []).append(watch.readings())
+        return total_s
+
+    def _run_watched(
+        self, watch: Watch, setting: Setting, argv: Sequence[str], here: Path, env: Mapping[str, str] | None
+    ) -> float:
+        """Run the ranks, apart in a fresh lab or together."""
         if not setting.is_wide:
             return self.runner.run(setting, argv, here, env)
         network, experiment = setting.network, self.experiment
         if experiment.relay:
             with Relay(network.topology(experiment.topology), experiment.conditions.queue_bytes) as relay:
+                watch.router_pid = relay.pid
                 return self.runner.run(setting, argv, here, env, relay)
         with Lab(network.topology(experiment.topology), network.conditions(experiment.conditions)) as lab:
+            watch.router_pid = lab.router_pid
             total_s = self.runner.run(setting, argv, here, env, lab)
-            self.lines.setdefault(setting, []).append(read_lines(lab, network.service))
+            seen = read_lines(lab, network.service)
+        watch.router_late_s = seen.statistics.late_mean_ns / 1e9
+        self.lines.setdefault(setting, []).append(seen)
         return total_s
 
     def _config(self, setting: Setting, number: int, workload: WorkloadSpec, here: Path) -> WorkerConfig:
@@ -269,7 +285,8 @@ class _Session:
         runs: list[Run] = []
         for setting in self.experiment.settings():
             if setting not in self.failed:
-                runs.append(self._make(setting, runs[0] if runs else None))
+                runs.append(self._limited(setting, self._make(setting, runs[0] if runs else None), runs))
+        runs = list(with_doubts(runs))
         return Measurement(
             schema=MEASURE_SCHEMA,
             host=host_facts(),
@@ -277,7 +294,18 @@ class _Session:
             runs=tuple(runs),
             left_out=(*self.experiment.left_out, *self.failed.values()),
             digests_equal=digests_equal(runs) if self.experiment.workload is not None else None,
+            doubts=tuple(doubts(runs)),
         )
+
+    def _limited(self, setting: Setting, run: Run, before: Sequence[Run]) -> Run:
+        """Return ``run`` with the load of the machine meanwhile, and what of the lab limited it."""
+        readings, workload = self.readings[setting], self.experiment.workload
+        known: list[Spans | None] = [[measured_span_ns(records)] for records in self.rounds.get(setting, ())]
+        load = load_of(readings, known or [None] * len(readings))
+        computes = workload is None or workload.name == "digits" or workload.compute_kind != "wait"
+        scale = scale_of(self.experiment.topology)
+        limits = limits_of_run(load, before[0].load if before else None, scale, computes=computes)
+        return replace(run, load=load, limits=limits)
 
     def _make(self, setting: Setting, baseline: Run | None) -> Run:
         workload = self.experiment.workload

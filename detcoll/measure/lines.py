@@ -10,6 +10,7 @@ import numpy as np
 
 from detcoll.emulation.lab import Lab, Service, Statistics
 from detcoll.measure.kernel import parse_retransmits
+from detcoll.measure.load import Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,6 @@ def read_lines(lab: Lab, service: Service) -> LineRecord:
 
 def _read_counters() -> str:
     return Path("/proc/thread-self/net/snmp").read_text(encoding="ascii")
-
-
-Spans = Sequence[tuple[int, int]]
-"""Times that count, first and last, by the host's monotonic clock; they do not overlap."""
 
 
 def use_of(records: Sequence[LineRecord], spans_ns: Sequence[Spans | None]) -> LineUse:

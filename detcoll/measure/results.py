@@ -7,12 +7,14 @@ what they lack has the value given here, so that nothing but a run's name and ti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from detcoll.measure.lines import CoTenant, LineUse
+from detcoll.measure.load import Load
 from detcoll.measure.statistics import Summary
 from detcoll.outputs import write_file
 from detcoll.scenarios import Study
@@ -27,6 +29,23 @@ LAB, RELAY = "lab", "relay"
 """What lines between sites can be made by."""
 
 
+class LimitKind(Enum):
+    """What of the lab can limit a row instead of the lines that it plays."""
+
+    ROUTER = "router"
+    PROCESSORS = "processors"
+    BASELINE = "baseline"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What of the lab limited a row, why it is thought so, and what would fit; both in words for people."""
+
+    by: LimitKind
+    why: str
+    fits: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One setting of a measurement. It has many fields because each is a key of the result file.
@@ -37,7 +56,9 @@ class Run:
     ``slot_misses``, ``slot_trims`` : windows of all ranks in which data waited and nothing was sent, and those in which
     some of it came too late; None where lines have no slots, 0 where a slot never closes.
     ``line`` : what the lab's lines saw of it, None for the single cluster.  ``without`` : what was switched off of
-    `detcoll.measure.gains.MEANS`, None where nothing was.
+    `detcoll.measure.gains.MEANS`, None where nothing was.  ``round_s`` : the median iteration time of each round.
+    ``load`` : what the machine did meanwhile.  ``limits`` : what of the lab limited it; an efficiency with any says
+    little of the lines. None where nobody looked.
     """
 
     name: str
@@ -61,6 +82,9 @@ class Run:
     slot_trims: int | None = None
     line: LineUse | None = None
     without: str | None = None
+    round_s: tuple[float, ...] = ()
+    load: Load | None = None
+    limits: tuple[Limit, ...] | None = None
 
     @property
     def is_wide(self) -> bool:
@@ -83,7 +107,7 @@ class Measurement:
 
     ``digests_equal`` : whether every slotted run across sites gave the bits of the single-cluster run, but for those
     without topology, whose grouping is another; None where the workload has no digest or there is no such run.
-    ``command`` : the command line that it came from.
+    ``command`` : the command line that it came from.  ``doubts`` : why efficiencies may be no good, in words.
     """
 
     schema: str
@@ -93,6 +117,7 @@ class Measurement:
     left_out: tuple[LeftOut, ...]
     digests_equal: bool | None
     command: str | None = None
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +133,8 @@ class Row:
     what counts. ``retransmits`` are TCP segments that the sites' kernels sent again from the first call on, warm-up
     included. ``samples_s`` are the times of all timed calls in their order, and ``began_s`` when each began by the
     monotonic clock of the host. ``co_tenant`` : others' small packets that left in the lab during these calls.
+    ``load`` : what the machine did during these calls; ``limits`` : what of the lab limited them, None where nobody
+    looked. Where there is any, ``fraction_of_bound`` and ``prediction_error`` do not apply.
     """
 
     collective: str
@@ -139,6 +166,8 @@ class Row:
     samples_s: tuple[float, ...] = ()
     began_s: tuple[float, ...] = ()
     co_tenant: CoTenant | None = None
+    load: Load | None = None
+    limits: tuple[Limit, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

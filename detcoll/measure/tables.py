@@ -3,43 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from detcoll.measure.limits import doubts, limit_word
 from detcoll.measure.lines import LineUse
-from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Measurement, Row, Run
+from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Limit, LimitKind, Measurement, Row, Run
 from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration, format_rate
 from detcoll.registry import title_of
 
 NONE = "-"
-LARGEST_ARITHMETIC_RATIO = 1.01
-LARGEST_UNEVENNESS = 1.5
+_PARTS = {LimitKind.ROUTER: "lab's router", LimitKind.PROCESSORS: "processors", LimitKind.BASELINE: "baseline"}
 
 
 def measurement_table(result: Measurement) -> RenderableType:
-    """Return the table of a measurement, with what was left out and what the digests say below."""
+    """Return the table of a measurement: doubts and limits first, what was left out and what the digests say below."""
     table = Table(title="Training across sites, compared with one cluster", title_justify="left")
     table.add_column("setting", no_wrap=True)
     has_networks = _has_networks(result.runs)
     for heading in ("service", "others") if has_networks else ():
         table.add_column(heading)
-    for heading in ("iteration", "p01 .. p99", "sync", "efficiency", "spread", "line busy", "resent", "misses"):
+    for heading in ("iteration", "p01 .. p99", "sync", "efficiency", "spread"):
+        table.add_column(heading, justify="right")
+    table.add_column("limit")
+    for heading in ("line busy", "resent", "misses"):
         table.add_column(heading, justify="right")
     table.add_column("algorithm")
     for run in result.runs:
         table.add_row(*_cells(run, has_networks))
-    return Group(table, *_notes(result))
+    return Group(*_warnings(run_warnings(result.runs)), table, *_notes(result))
+
+
+def run_warnings(runs: Sequence[Run]) -> list[str]:
+    """Return what to know before any figure of a measurement is read: doubts, and what of the lab was a limit."""
+    doubted = doubts(runs)
+    found = [f"a doubtful baseline, the single cluster: {'; '.join(doubted)}"] if doubted else []
+    named = [(run.name, limit) for run in runs for limit in run.limits or () if limit.by is not LimitKind.BASELINE]
+    return [*found, *_limit_lines(named)]
+
+
+def row_warnings(rows: Sequence[Row]) -> list[str]:
+    """Return what to know before any figure of a sweep is read: what of the lab was a limit."""
+    many = len({row.transport for row in rows}) > 1
+    named = [
+        (f"{f'{row.transport}, ' if many else ''}{row.collective} of {format_bytes(row.bytes)}", limit)
+        for row in rows
+        for limit in row.limits or ()
+    ]
+    return _limit_lines(named)
+
+
+def _warnings(lines: Sequence[str]) -> list[Text]:
+    return [Text(line, style="yellow") for line in lines]
+
+
+def _limit_lines(named: Sequence[tuple[str, Limit]]) -> list[str]:
+    """Return a line for each part of the lab that was a limit: of which rows, why, and what would fit."""
+    lines = []
+    for by, group in groupby(sorted(named, key=lambda one: one[1].by.value), key=lambda one: one[1].by):
+        limited = list(group)
+        names = ", ".join(dict.fromkeys(name for name, _ in limited))
+        last = limited[-1][1]
+        fits = f". It fits: {last.fits}" if last.fits else ""
+        lines.append(f"limited by the {_PARTS[by]}: {names}: {last.why}{fits}")
+    return lines
 
 
 def bench_table(result: BenchResult) -> RenderableType:
-    """Return the table of a sweep, with what was left out and the audit below."""
+    """Return the table of a sweep: limits first, what was left out and the audit below."""
     table = Table(title="Time of a call, slowest rank", title_justify="left")
     has_networks = _has_networks(result.rows)
     for heading in ("collective", "transport", *(("service", "others") if has_networks else ()), "algorithm"):
         table.add_column(heading)
+    is_limited = any(row.limits is not None for row in result.rows)
     for heading in (
         "size",
         "median",
@@ -48,6 +88,7 @@ def bench_table(result: BenchResult) -> RenderableType:
         "p99",
         "bound",
         "of bound",
+        *(("limit",) if is_limited else ()),
         "predicted",
         "error",
         "CPU s/GB",
@@ -63,6 +104,7 @@ def bench_table(result: BenchResult) -> RenderableType:
             format_bytes(row.bytes),
             *(_time(value) for value in (row.median_s, row.min_s, row.max_s, row.p99_s, row.bound_s)),
             _share(row.fraction_of_bound),
+            *((limit_word(row.limits, row.fraction_of_bound) or NONE,) if is_limited else ()),
             _time(row.predicted_s),
             NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}",
             NONE if row.cpu_s_per_gb is None else f"{row.cpu_s_per_gb:.3g}",
@@ -78,7 +120,9 @@ def bench_table(result: BenchResult) -> RenderableType:
             line_note(f"{each.transport}, {each.service}, others {each.cross_traffic:.0%}", each.use)
             for each in result.lines
         ]
-    return Group(table, *notes, *(audit_lines(result.audit) if result.audit is not None else []))
+    if result.audit is not None:
+        notes += audit_lines(result.audit)
+    return Group(*_warnings(row_warnings(result.rows)), table, *notes)
 
 
 def audit_lines(seen: AuditResult) -> list[Text]:
@@ -147,6 +191,7 @@ def _cells(run: Run, has_networks: bool) -> list[str]:
         _time(run.sync_s.median if run.sync_s else None),
         _share(run.efficiency),
         NONE if spread is None else "{:.1%} .. {:.1%}".format(*spread),
+        limit_word(run.limits) or NONE,
         _share(run.wire_busy_fraction),
         NONE if run.retransmits is None else str(run.retransmits),
         NONE if run.slot_misses is None else str(run.slot_misses),
@@ -156,10 +201,6 @@ def _cells(run: Run, has_networks: bool) -> list[str]:
 
 def _notes(result: Measurement) -> list[Text]:
     notes = [left_out_line(one) for one in result.left_out]
-    notes += [
-        Text(f"a doubtful baseline: {doubt}", style="yellow")
-        for doubt in doubts(result.runs[0].iteration_s, result.runs[0].arithmetic_ratio)
-    ]
     if result.digests_equal is not None:
         notes.append(_digest_line(result))
     if _has_networks(result.runs):
@@ -169,18 +210,6 @@ def _notes(result: Measurement) -> list[Text]:
     if accuracies:
         notes.append(Text(f"accuracy on held-out digits: {', '.join(accuracies)}"))
     return notes
-
-
-def doubts(iteration_s: Summary, arithmetic_ratio: float | None) -> list[str]:
-    """Return why the single cluster's figures may flatter the others."""
-    found = []
-    if arithmetic_ratio is not None and arithmetic_ratio > LARGEST_ARITHMETIC_RATIO:
-        above = f"{100 * (arithmetic_ratio - 1):.1f} % above its own arithmetic"
-        found.append(f"the single cluster's median lies {above}")
-    unevenness = iteration_s.p99 / iteration_s.median
-    if unevenness > LARGEST_UNEVENNESS:
-        found.append(f"the single cluster's p99 is {unevenness:.1f} times its median; the machine is busy otherwise")
-    return found
 
 
 def _digest_line(result: Measurement) -> Text:

@@ -13,7 +13,7 @@ from detcoll.draw.scale import time_text
 from detcoll.measure.results import MEASURE_SCHEMA
 from detcoll.outputs import write_file
 from detcoll.quantities import format_bytes, format_rate
-from detcoll.report.cells import TO
+from detcoll.report.cells import TO, warnings
 from detcoll.report.inputs import ReportInputs
 from detcoll.report.page import command, facts, notes, page, part, section
 from detcoll.report.reported import Reported, ReportedResult
@@ -96,7 +96,7 @@ def _told(result: Reported) -> _Told:
     if isinstance(result, Study):
         setup, sections = study_setup(result), study_sections(result)
         return _Told("Simulation", study_headline(result), setup, study_tiles(result), sections, origin)
-    setup = _setup(result)
+    setup = " ".join([*(f"{line[0].upper()}{line[1:]}." for line in warnings(result)), _setup(result)])
     if result.schema == MEASURE_SCHEMA:
         return _Told("Training", run_headline(result), setup, run_tiles(result), run_sections(result), origin)
     return _Told("Collectives", row_headline(result), setup, row_tiles(result), row_sections(result), origin)

@@ -6,7 +6,9 @@ from collections.abc import Collection, Sequence
 
 from detcoll.draw import Axis
 from detcoll.draw.scale import percent, time_text
-from detcoll.measure.tables import doubts
+from detcoll.measure.limits import limit_word
+from detcoll.measure.results import Limit
+from detcoll.measure.tables import row_warnings, run_warnings
 from detcoll.report.reported import ReportedResult
 
 NOTHING = "\N{EN DASH}"
@@ -26,14 +28,27 @@ def traffic_axis(offered: Collection[float]) -> Axis:
     return Axis("cross traffic, share of the line", lambda value: percent(value, 0), ticks=ticks)
 
 
+def warnings(result: ReportedResult) -> list[str]:
+    """Return what a reader has to know before any figure: a doubtful baseline, and what of the lab was a limit."""
+    return [*run_warnings(result.runs), *row_warnings(result.rows)]
+
+
+def no_headline(limits: Collection[Limit]) -> str:
+    """Return what stands in place of a finding where all of it was limited by the lab."""
+    parts = " and ".join(dict.fromkeys(f"the {limit.by.value}" for limit in limits))
+    return f"No figure to quote: {parts} limited it, not the lines"
+
+
+def limit_cell(limits: Sequence[Limit] | None, fraction_of_bound: float | None = None) -> str:
+    """Return what limited a row, or `NOTHING` where nobody looked."""
+    return limit_word(limits, fraction_of_bound) or NOTHING
+
+
 def remarks(result: ReportedResult) -> list[str]:
-    """Return the remarks below the figures: settings left out, doubtful baselines, bits, accuracy, the audit."""
+    """Return the remarks below the figures: settings left out, bits, accuracy, the audit."""
     lines = [
         f"left out: {one.transport}{f', {one.network}' if one.network else ''}: {one.why}" for one in result.left_out
     ]
-    for run in result.runs[:1]:
-        if not run.is_wide:
-            lines += [f"a doubtful baseline: {doubt}" for doubt in doubts(run.iteration_s, run.arithmetic_ratio)]
     if result.digests_equal is False:
         lines.append("the slotted run across sites did not give the bits of the single cluster")
     told = (f"{run.name} {percent(run.accuracy)}" for run in result.runs if run.accuracy is not None)

@@ -17,6 +17,8 @@ from detcoll.report.cells import (
     NOTHING,
     TO,
     count_cell,
+    limit_cell,
+    no_headline,
     range_cell,
     remarks,
     series_of,
@@ -33,6 +35,9 @@ CROSS = "Share of the physical floor against others' traffic"
 def row_headline(result: ReportedResult) -> str | None:
     """Return the main finding of a sweep in a sentence, None if it is empty."""
     known = [row for row in result.rows if row.fraction_of_bound is not None]
+    limits = [limit for row in result.rows for limit in row.limits or ()]
+    if not known and limits:
+        return no_headline(limits)
     if not known:
         return f"Times of {len(result.rows)} calls of collectives" if result.rows else None
     best = max(known, key=lambda row: (row.transport == SLOTTED, row.fraction_of_bound))
@@ -150,18 +155,22 @@ def _size_figure(curves: Sequence[Curve], sizes: tuple[float, ...], collective: 
 def _row_table(result: ReportedResult) -> Element:
     many = _has_networks(result.rows)
     headings = ("collective", "size", "transport", "algorithm", "median", f"min {TO} max", "p99", "floor", "of floor",
-                "predicted", "prediction error", "calls")  # fmt: skip
+                "limit", "predicted", "prediction error", "calls")  # fmt: skip
     rows = [
         (
             _called(row), format_bytes(row.bytes), _row_label(row, many), row.algorithm or NOTHING,
             time_text(row.median_s),
             range_cell(row.min_s, row.max_s), time_cell(row.p99_s), time_cell(row.bound_s),
-            share_cell(row.fraction_of_bound), time_cell(row.predicted_s),
+            share_cell(row.fraction_of_bound), limit_cell(row.limits, row.fraction_of_bound),
+            time_cell(row.predicted_s),
             NOTHING if row.prediction_error is None else percent(row.prediction_error, signed=True),
             count_cell(row.iterations),
         )
         for row in result.rows
     ]  # fmt: skip
-    told = "The time of a call is that of the slowest rank. Predictions were made before the calls."
+    told = (
+        "The time of a call is that of the slowest rank. Predictions were made before the calls. Limit: what decided; "
+        "a row that the lab limited is not compared with the floor."
+    )
     shown = table("Times of all calls", headings, rows, names=3) if rows else None
     return section("All figures of the collectives", told, shown, notes(remarks(result)))

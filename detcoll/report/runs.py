@@ -9,12 +9,15 @@ from xml.etree.ElementTree import Element
 
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import linear_ticks, percent, plain, time_text, time_unit
+from detcoll.measure.limits import doubts
 from detcoll.measure.results import Run
 from detcoll.registry import SLOTTED
 from detcoll.report.cells import (
     NOTHING,
     TO,
     count_cell,
+    limit_cell,
+    no_headline,
     range_cell,
     remarks,
     series_of,
@@ -30,17 +33,27 @@ MOST_TILES = 6
 
 
 def run_headline(result: ReportedResult) -> str | None:
-    """Return the main finding of a measurement in a sentence, None if nothing ran across sites."""
+    """Return the main finding of a measurement in a sentence, None if nothing ran across sites.
+
+    There is none where the single cluster is in doubt, or the lab was the limit.
+    """
     wide = [run for run in result.runs if run.is_wide and run.efficiency is not None]
     if not wide:
         return None
-    name = _main_name(wide)
-    shares = [run.efficiency for run in wide if run.name == name and run.efficiency is not None]
+    if doubts(result.runs):
+        return "No figure to quote: the times of the single cluster are in doubt"
+    main = [run for run in wide if run.name == _main_name(wide)]
+    name = main[0].name
+    shares = [min(run.efficiency, 1.0) for run in main if run.efficiency is not None and not run.limits]
+    if not shares:
+        return no_headline([limit for run in main for limit in run.limits or ()])
     low, high = min(shares), max(shares)
     shown = percent(high, 0) if round(100 * low) == round(100 * high) else f"{round(100 * low)} to {percent(high, 0)}"
     sites = result.workload.get("sites")
     where = f"Across {sites} sites" if sites else "Across sites"
     hedge = ", depending on the network" if len(shares) > 1 else ""
+    if limited := len(main) - len(shares):
+        hedge += f", without {limited} of {len(main)} networks, where this machine was the limit"
     return f"{where}, {name} trains at {shown} of one cluster\N{RIGHT SINGLE QUOTATION MARK}s speed{hedge}"
 
 
@@ -65,8 +78,9 @@ def _label(run: Run, has_networks: bool) -> str:
 
 
 def run_tiles(result: ReportedResult) -> list[Element]:
-    """Return the efficiency of the first runs, and whether the digests are equal."""
-    wide = [run for run in result.runs if run.is_wide and run.efficiency is not None]
+    """Return the efficiency of the first runs that are worth quoting, and whether the digests are equal."""
+    wide = [run for run in result.runs if run.is_wide and run.efficiency is not None and not run.limits]
+    wide = [] if doubts(result.runs) else wide
     has_networks = len(_networks(result)) > 1
     if has_networks:
         name = _main_name(wide)
@@ -202,8 +216,8 @@ def _co_tenant(result: ReportedResult) -> Element | None:
 def _run_table(result: ReportedResult) -> Element:
     has_networks = len(_networks(result)) > 1
     network = ("service", "others") if has_networks else ()
-    headings = ("setting", *network, "iteration", f"p01 {TO} p99", "waiting", "efficiency", "line busy", "resent",
-                "slots missed", "algorithm", "digest")  # fmt: skip
+    headings = ("setting", *network, "iteration", f"p01 {TO} p99", "waiting", "efficiency", "limit", "line busy",
+                "resent", "slots missed", "algorithm", "digest")  # fmt: skip
     rows = [
         (
             run.name,
@@ -213,6 +227,7 @@ def _run_table(result: ReportedResult) -> Element:
             range_cell(run.iteration_s.p01, run.iteration_s.p99),
             time_cell(run.sync_s.median if run.sync_s else None),
             share_cell(run.efficiency),
+            limit_cell(run.limits),
             share_cell(run.wire_busy_fraction),
             count_cell(run.retransmits),
             count_cell(run.slot_misses),
@@ -222,6 +237,7 @@ def _run_table(result: ReportedResult) -> Element:
         for run in result.runs
     ]  # fmt: skip
     told = (
+        "Limit: what of the lab decided, so that the efficiency says little of the lines. "
         "Waiting: from the end of the backward pass to the reduced gradient. Line busy: the share of the backward pass "
         "in which the line carried data. Resent: TCP segments. Digest: of the trained parameters."
     )
