@@ -281,6 +281,26 @@ def test_runs_in_the_lab(tmp_path: Path) -> None:
     assert data["audit"]["bulk_bytes"] >= 6 * 2**18
 
 
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_a_delay_that_no_router_keeps_is_told(tmp_path: Path) -> None:
+    """Of 50 us the router is late by more than a tenth on any machine, since it has to wake up."""
+    path = tmp_path / "bench.json"
+    done = run_cli(
+        "bench", "--lab", "--ranks-per-site", "1", "--round-trip", "0.1 ms", "--bytes", "4KiB", "--iterations", "3",
+        "--json", str(path),
+    )  # fmt: skip
+    [row] = read_json(path)["rows"]
+    assert "router" in [limit["by"] for limit in row["limits"]], done.stderr
+    assert row["fraction_of_bound"] is row["prediction_error"] is None
+    assert row["bound_s"] > 0
+    assert row["load"]["router_late_s"] > 5e-6
+    assert 0 < row["load"]["processors_share"] <= 1
+    assert row["load"]["router_share"] > 0
+    assert done.stdout.startswith("limited by the ")
+    assert "limited by the lab's router: all_reduce of 4 KiB: the router " in done.stdout
+
+
 @pytest.mark.parametrize(("columns", "width"), [(0, PIPE_WIDTH), (70, 70)])
 def test_a_terminal_without_a_width_gets_every_column(
     monkeypatch: pytest.MonkeyPatch, columns: int, width: int

@@ -85,6 +85,9 @@ def test_a_reserved_rate_beside_others(tmp_path: Path) -> None:
     for run in data["runs"]:
         assert run["iteration_s"]["median"] >= 0.06
         assert len(run["iteration_s"]["samples"]) == 4
+        assert len(run["round_s"]) == 1
+        assert 0 < run["load"]["processors_share"] <= 1
+        assert run["limits"] is not None
     assert [(run["service"], run["cross_traffic"]) for run in (quiet, busy)] == [
         ("deterministic", 0),
         ("deterministic", 2),

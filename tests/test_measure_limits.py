@@ -112,7 +112,7 @@ def test_a_router_without_time_limits_a_row() -> None:
     [limit] = limits_of_row(0.34, busy, EIGHT)
     assert limit.by is LimitKind.ROUTER
     assert "no time left in 95%" in limit.why
-    assert limit.fits == "lines of 45 Mbit/s or 4 sites"
+    assert limit.fits == "lines of 22 Mbit/s or 3 sites"
     assert limits_of_row(0.34, replace(busy, router_full_share=0.1), EIGHT) == ()
     assert limits_of_row(0.93, busy, EIGHT) == (), "the lines were the limit"
     assert limits_of_row(None, busy, EIGHT)[0].by is LimitKind.ROUTER, "a barrier has no floor"
@@ -137,7 +137,7 @@ def test_busy_processors_limit_a_row() -> None:
     [limit] = limits_of_row(0.5, busy, DIGITS)
     assert limit.by is LimitKind.PROCESSORS
     assert limit.why == "2 cores were 97% busy with 4 ranks and the router"
-    assert limit.fits == "lines of 400 Mbit/s, or 5 cores"
+    assert limit.fits == "lines of 200 Mbit/s or 1 rank a site, or 5 cores"
     [others] = limits_of_row(0.5, replace(busy, others_share=0.3), DIGITS)
     assert others.why.endswith("and the router, 30% with other programs")
     assert others.fits == "a quiet machine"
@@ -264,4 +264,4 @@ def test_sites_that_differ_count_as_the_largest() -> None:
     assert scale_of(unequal) == Scale(2, 3, 2e6, 7e-3, lines.mtu_bytes, has_one_rate=False)
     [limit] = limits_of_row(0.5, Load(4, 0.95), scale_of(unequal))
     assert limit.fits is not None
-    assert limit.fits.startswith("lines at 40% of their rates or ")
+    assert limit.fits.startswith("lines at 20% of their rates or 2 ranks a site")

@@ -12,9 +12,10 @@ The lab shares one machine with the ranks, so it can be the limit itself. Three 
 A row that reaches nine tenths of its floor was limited by its lines, however busy the rest was. So each threshold lets
 a tenth pass: what the lab adds below it costs a row about that much at most. docs/lab.md has the measurements.
 
-What would fit is an estimate. The router's work is in units, and the kernel cuts a paced flow into units of a
-millisecond, of two segments at least and of half a millisecond of the site's line at most. So up to some 25 Mbit/s a
-flow, fewer bytes are fewer units; beyond that, only fewer flows are, up to the largest unit.
+What would fit is an estimate, on the safe side. The router's work is in units, and the kernel cuts a paced flow into
+units of a millisecond, of two segments at least and of half a millisecond of the site's line at most. So up to some 25
+Mbit/s a flow, fewer bytes are fewer units; beyond that, only fewer flows are, up to the largest unit. Some work does
+not shrink with the rate (probes, waking up), so 0.4 of what was borne is taken, and no rate below a twentieth is named.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ LARGEST_MOVE = 1.25
 LARGEST_EFFICIENCY = 1.005
 """What is shown as 100 %."""
 
-_MARGIN = 0.8
-_SHARES = tuple(percent / 100 for percent in range(99, 0, -1))
+_MARGIN = 0.4
+_SHARES = tuple(percent / 100 for percent in range(99, 4, -1))
 _PACED_S, _UNIT_S, _LARGEST_UNIT_BYTES = 1e-3, 5e-4, 65_536
 
 
@@ -135,9 +136,9 @@ def _is_busy(load: Load) -> bool:
 
 
 def _fitting_cores(load: Load, scale: Scale, reached: float) -> str:
-    """Return what fits where the processors' work is in bytes."""
-    borne = _MARGIN * reached * scale.rate_bytes_per_s
-    fits = _fitting(scale, lambda it: it.rate_bytes_per_s <= borne or it.ranks < load.cores)
+    """Return what fits where ranks send and fold: a core each; between two sites, of one flow a rank, fewer bytes."""
+    borne = _MARGIN * reached * scale.rate_bytes_per_s if scale.sites == 2 else 0.0
+    fits = _fitting(scale, lambda it: it.rate_bytes_per_s <= borne or it.ranks <= min(load.cores, scale.ranks - 1))
     return ", or ".join(filter(None, (fits, _cores(scale.ranks + 1))))
 
 
