@@ -17,13 +17,16 @@ GROUP = "detcoll.transports"
 SLOTTED = "slotted"
 """The transport that commands measure, and reports are about, where it is among others."""
 
+PLAIN = "tcp"
+"""The transport that has the plans of `SLOTTED` without its slots."""
+
 _NEEDS = {
     "gloo": ("torch", "pip install 'detcoll[gloo]'"),
     "mpi": ("mpi4py", "pip install 'detcoll[mpi]'"),
 }
 """Packages that transports import where they are opened."""
 
-_TITLES = {"tcp": "same plans, plain TCP"}
+_TITLES = {PLAIN: "same plans, plain TCP"}
 """What results call a transport whose name does not say what it is compared for."""
 
 _registered: dict[str, type[Transport]] = {}

@@ -32,7 +32,8 @@ from detcoll.measure.results import (
     Run,
 )
 from detcoll.measure.statistics import Summary
-from detcoll.measure.tables import bench_table, measurement_table
+from detcoll.measure.tables import bench_table, measurement_table, slot_gains
+from detcoll.report.cells import remarks
 from detcoll.report.reported import ReportedResult
 from detcoll.report.rows import row_headline, row_tiles
 from detcoll.report.runs import run_headline, run_tiles
@@ -140,7 +141,9 @@ def test_busy_processors_limit_a_row() -> None:
     assert limit.fits == "lines of 200 Mbit/s or 1 rank a site, or 5 cores"
     [others] = limits_of_row(0.5, replace(busy, others_share=0.3), DIGITS)
     assert others.why.endswith("and the router, 30% with other programs")
-    assert others.fits == "a quiet machine"
+    assert others.fits == f"a quiet machine, and {limit.fits}"
+    [enough] = limits_of_row(0.5, replace(busy, cores=4, others_share=0.3), DIGITS)
+    assert enough.fits == "a quiet machine"
     assert limits_of_row(0.5, replace(busy, processors_share=0.89), DIGITS) == ()
     assert [one.by for one in limits_of_row(0.5, replace(busy, router_full_share=0.5), DIGITS)] == [
         LimitKind.ROUTER, LimitKind.PROCESSORS,
@@ -226,6 +229,20 @@ def test_a_measurement_tells_doubts_and_limits_first_and_keeps_the_efficiency() 
     assert second.startswith("limited by the lab's router: slotted: the router had no time left")
     assert "router, baseline" in shown
     assert "80.0%" in shown
+
+
+def test_what_slots_add_is_told_where_nothing_else_was_the_limit() -> None:
+    plain = run("same plans, plain TCP", transport="tcp", iteration_s=Summary(0.125, 0.1, 0.13, (0.125,)))
+    slotted = run(transport="slotted")
+    told = "slots against none, over the same plans: an iteration takes 0.80 times as long as over plain TCP"
+    assert slot_gains([CLUSTER, slotted, plain]) == [told]
+    busy = replace(slotted, cross_traffic=1.0)
+    both = slot_gains([CLUSTER, slotted, plain, busy, replace(plain, cross_traffic=1.0)])
+    assert both == [told, f"{told}, best-effort, others 100%"]
+    assert told in _printed(Measurement(MEASURE_SCHEMA, {}, {}, (CLUSTER, slotted, plain), (), None))
+    assert told in remarks(_measured(CLUSTER, slotted, plain))
+    assert slot_gains([CLUSTER, slotted]) == slot_gains([CLUSTER, replace(slotted, limits=LIMITED), plain]) == []
+    assert slot_gains([CLUSTER, replace(slotted, without="overlap"), plain]) == []
 
 
 def _measured(*runs: Run) -> ReportedResult:

@@ -127,7 +127,8 @@ def _processors(load: Load, scale: Scale, fits: str) -> tuple[Limit, ...]:
     who = f"{scale.ranks} ranks and the router" if load.router_share is not None else f"{scale.ranks} ranks"
     why = f"{_cores(load.cores)} were {load.processors_share:.0%} busy with {who}"
     if (taken := load.others_share or 0.0) > MOST_OF_OTHERS:
-        return (Limit(LimitKind.PROCESSORS, f"{why}, {taken:.0%} with other programs", "a quiet machine"),)
+        why += f", {taken:.0%} with other programs"
+        fits = f"a quiet machine, and {fits}" if scale.ranks > load.cores else "a quiet machine"
     return (Limit(LimitKind.PROCESSORS, why, fits),)
 
 

@@ -14,7 +14,7 @@ from detcoll.measure.lines import LineUse
 from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Limit, LimitKind, Measurement, Row, Run
 from detcoll.measure.statistics import Summary
 from detcoll.quantities import format_bytes, format_duration, format_rate
-from detcoll.registry import title_of
+from detcoll.registry import PLAIN, SLOTTED, title_of
 
 NONE = "-"
 _PARTS = {LimitKind.ROUTER: "lab's router", LimitKind.PROCESSORS: "processors", LimitKind.BASELINE: "baseline"}
@@ -44,6 +44,22 @@ def run_warnings(runs: Sequence[Run]) -> list[str]:
     found = [f"a doubtful baseline, the single cluster: {'; '.join(doubted)}"] if doubted else []
     named = [(run.name, limit) for run in runs for limit in run.limits or () if limit.by is not LimitKind.BASELINE]
     return [*found, *_limit_lines(named)]
+
+
+def slot_gains(runs: Sequence[Run]) -> list[str]:
+    """Return, for each network, what slots change where the plans are the same; nothing of what the lab limited."""
+    found, sound = [], [run for run in runs if run.is_wide and run.without is None and not run.limits]
+    plain = {(run.service, run.cross_traffic): run for run in sound if run.transport == PLAIN}
+    for run in sound:
+        if run.transport == SLOTTED and (other := plain.get((run.service, run.cross_traffic))) is not None:
+            times = run.iteration_s.median / other.iteration_s.median
+            is_quiet = (run.service, run.cross_traffic) == ("best-effort", 0)
+            where = "" if is_quiet else f", {run.service}, others {run.cross_traffic:.0%}"
+            found.append(
+                f"slots against none, over the same plans: an iteration takes {times:.2f} times as long as over plain "
+                f"TCP{where}"
+            )
+    return found
 
 
 def row_warnings(rows: Sequence[Row]) -> list[str]:
@@ -203,6 +219,7 @@ def _notes(result: Measurement) -> list[Text]:
     notes = [left_out_line(one) for one in result.left_out]
     if result.digests_equal is not None:
         notes.append(_digest_line(result))
+    notes += [Text(line) for line in slot_gains(result.runs)]
     if _has_networks(result.runs):
         named = [(f"{run.name}, {run.service}, others {run.cross_traffic:.0%}", run.line) for run in result.runs]
         notes += [line_note(name, use) for name, use in named if use is not None]

@@ -8,7 +8,7 @@ from detcoll.draw import Axis
 from detcoll.draw.scale import percent, time_text
 from detcoll.measure.limits import limit_word
 from detcoll.measure.results import Limit
-from detcoll.measure.tables import row_warnings, run_warnings
+from detcoll.measure.tables import row_warnings, run_warnings, slot_gains
 from detcoll.report.reported import ReportedResult
 
 NOTHING = "\N{EN DASH}"
@@ -45,12 +45,13 @@ def limit_cell(limits: Sequence[Limit] | None, fraction_of_bound: float | None =
 
 
 def remarks(result: ReportedResult) -> list[str]:
-    """Return the remarks below the figures: settings left out, bits, accuracy, the audit."""
+    """Return the remarks below the figures: settings left out, bits, what slots add, accuracy, the audit."""
     lines = [
         f"left out: {one.transport}{f', {one.network}' if one.network else ''}: {one.why}" for one in result.left_out
     ]
     if result.digests_equal is False:
         lines.append("the slotted run across sites did not give the bits of the single cluster")
+    lines += slot_gains(result.runs)
     told = (f"{run.name} {percent(run.accuracy)}" for run in result.runs if run.accuracy is not None)
     accuracies = list(dict.fromkeys(told))
     if accuracies:

@@ -114,7 +114,8 @@ def _efficiency(result: ReportedResult) -> Element | None:
     axis = Axis("share of the single cluster's speed", lambda value: percent(value, 0), includes=(1.0,))
     told = (
         "Median iteration time of the single cluster divided by that of each run. Whiskers: the same with the 99th and "
-        "the 1st percentile of the run's iteration times, so they show the spread of single iterations."
+        "the 1st percentile of the run's iteration times, so they show the spread of single iterations. Limited: this "
+        "machine was the limit, so the bar says little of the lines."
     )
     drawn = figure(partial(bar_chart, bars, axis, "Efficiency of each run", mark=1.0, mark_label="one cluster"))
     return section("Efficiency", told, drawn)
@@ -126,7 +127,8 @@ def _efficiency_bar(run: Run, series: int, has_networks: bool) -> Bar:
     tip = f"{run.name}: {percent(share)}"
     if low is not None and high is not None:
         tip += f", from {percent(low)} to {percent(high)}"
-    return Bar(_label(run, has_networks), share, percent(share), series, low, high, tip)
+    shown = f"{percent(share)}, limited" if run.limits else percent(share)
+    return Bar(_label(run, has_networks), share, shown, series, low, high, tip)
 
 
 def _iterations(result: ReportedResult) -> Element | None:
