@@ -683,6 +683,37 @@ def test_measure_prints_and_writes(
     assert main(given) == 1
 
 
+def test_the_default_measurement_and_its_report_have_plain_tcp(places: type[FakePlaces], tmp_path: Path) -> None:
+    given = ["measure", "--workload", "synthetic", "--compute", "30 ms", "--ranks-per-site", "1"]
+    assert main([*given, "--report", str(tmp_path)]) == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [run["name"] for run in runs][:3] == ["single cluster", "slotted", "same plans, plain TCP"]
+    assert "same plans, plain TCP" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_settings_take_turns_as_often_as_there_are_iterations_for(
+    places: type[FakePlaces], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    seen: list[int] = []
+
+    def keep(wanted: Experiment, say: Any) -> Any:
+        seen.append(wanted.rounds)
+        return run_experiment(wanted, say)
+
+    monkeypatch.setattr("detcoll.cli.measure.run_experiment", keep)
+    builtin = ["--against", "none", "--workload", "synthetic", "--compute", "30 ms"]
+    for given in (
+        builtin,
+        [*builtin, "--iterations", "3"],
+        [*builtin, "--rounds", "6"],
+        ["--against", "none", str(script)],
+    ):
+        main(["measure", "--ranks-per-site", "1", *given])
+    assert seen == [4, 3, 6, 2]
+
+
 def test_unknown_options_belong_to_the_script(
     places: type[FakePlaces], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
