@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from detcoll.draw import html_text
 from detcoll.measure.limits import (
     Scale,
     doubts,
@@ -33,7 +34,9 @@ from detcoll.measure.results import (
 )
 from detcoll.measure.statistics import Summary
 from detcoll.measure.tables import bench_table, measurement_table, slot_gains
+from detcoll.report import report
 from detcoll.report.cells import remarks
+from detcoll.report.inputs import ReportInputs
 from detcoll.report.reported import ReportedResult
 from detcoll.report.rows import row_headline, row_tiles
 from detcoll.report.runs import run_headline, run_tiles
@@ -263,6 +266,22 @@ def test_a_doubtful_or_limited_run_is_no_headline() -> None:
     assert both.endswith("speed, without 1 of 2 networks, where this machine was the limit")
     assert len(run_tiles(_measured(CLUSTER, fine, run("gloo", limits=LIMITED)))) == 1
     assert run_tiles(_measured(CLUSTER, run(efficiency=1.67))) == []
+
+
+def test_the_page_tells_doubts_and_limits_before_any_picture() -> None:
+    doubtful = with_doubts([replace(CLUSTER, round_s=(0.1, 0.24)), run(limits=LIMITED)])
+    for result, told in (
+        (_measured(*doubtful), "A doubtful baseline, the single cluster: its median was 100 ms in one round"),
+        (_measured(*doubtful), "Limited by the lab&#x27;s router: slotted"),
+        (
+            ReportedResult(BENCH_SCHEMA, rows=(replace(ROW, limits=LIMITED),)),
+            "Limited by the lab&#x27;s router: all_re",
+        ),
+    ):
+        text = html_text(report(ReportInputs(results=(result,)))).replace("'", "&#x27;")
+        assert "No figure to quote" in text or result.rows
+        assert 0 < text.index(told) < text.index("<svg")
+    assert "80.0\N{NO-BREAK SPACE}%, limited" in html_text(report(ReportInputs(results=(_measured(*doubtful),))))
 
 
 def test_a_limited_row_is_no_headline() -> None:

@@ -16,6 +16,8 @@ to. Figures, all from the hosts' own clock:
 - Retransmits: TCP segments sent again, as the kernel of each site counted them.
 - Networks: each transport is measured on every service (best effort, deterministic) with every share of others'
   traffic, in a fresh lab each time. With a reserved rate, "line" above means that rate.
+- Limits: whether the router, the processors or a doubtful baseline decided instead of the lines
+  (`detcoll.measure.limits`). Such a run is no headline.
 - A co-tenant's round trip: of somebody else's small best-effort packets through the same lines, while iterations were
   measured.
 """
