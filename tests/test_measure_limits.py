@@ -215,7 +215,7 @@ def test_each_row_tells_its_limit_before_any_figure() -> None:
     shown = _printed(BenchResult(BENCH_SCHEMA, {}, rows))
     wanted = (
         "limited by the lab's router: all_reduce of 4 MiB: the router had no time left in 95% of the measured time. "
-        "It fits: 4 sites"
+        "What fits: 4 sites"
     )
     assert shown.startswith(wanted)
     assert [limit_word(row.limits, row.fraction_of_bound) for row in rows] == ["router", "lines", "not the lab"]

@@ -84,7 +84,7 @@ def _limit_lines(named: Sequence[tuple[str, Limit]]) -> list[str]:
         limited = list(group)
         names = ", ".join(dict.fromkeys(name for name, _ in limited))
         last = limited[-1][1]
-        fits = f". It fits: {last.fits}" if last.fits else ""
+        fits = f". What fits: {last.fits}" if last.fits else ""
         lines.append(f"limited by the {_PARTS[by]}: {names}: {last.why}{fits}")
     return lines
 
