@@ -116,11 +116,11 @@ SRUN_PORT = derived_port("901593.0")
     ("environ", "expected"),
     [
         (DETCOLL_RUN, World(2, 4, 2, 4, "detcoll run", "address", "127.0.0.1:40000", "8f3e")),
-        (TORCHRUN, World(1, 2, 1, 2, "torchrun", "store", "localhost:43967", "4cb7f2cf.0")),
+        (TORCHRUN, World(1, 2, 1, 2, "torchrun", "store", "localhost:43967", "4cb7f2cf")),
         (MPICH, World(1, 2, 1, 2, "mpich", "mpi")),
         (OPENMPI, World(1, 2, 1, 2, "openmpi", "mpi", None, "prterun-vm-5374@1")),
         (SRUN, World(4, 6, 1, 3, "srun", "address", f"t-cn0117:{SRUN_PORT}", "901593.0")),
-        (SBATCH, World(0, 1, 0, 1, "none", "alone")),
+        (SBATCH | {"SLURM_NTASKS": "1"}, World(0, 1, 0, 1, "none", "alone")),
         (PLAIN, World(1, 2, None, None, "environment", "address", "10.1.0.1:29500")),
         ({}, World(0, 1, 0, 1, "none", "alone")),
     ],
@@ -151,7 +151,24 @@ def test_the_innermost_launcher_counts(environ: dict[str, str], launcher: str) -
 
 @pytest.mark.parametrize("step", ["4294967291", "4294967290", "4294967292", "batch", ""])
 def test_slurm_steps_that_are_no_ranks(step: str) -> None:
-    assert read_environment(SBATCH | {"SLURM_STEP_ID": step}).launcher == "none"
+    environ = SBATCH | {"SLURM_STEP_ID": step}
+    with pytest.raises(UsageError, match="SLURM_PROCID=0 of SLURM_NTASKS=6, but no SLURM_STEP_ID of a task: start"):
+        read_environment(environ)
+    assert read_environment(environ | {"SLURM_NTASKS": "1"}).launcher == "none"
+    assert read_environment(environ | DETCOLL_RUN).launcher == "detcoll run"
+
+
+def test_a_slurm_task_whose_container_hides_the_step_is_no_world_of_one() -> None:
+    hidden = {name: value for name, value in SRUN.items() if "STEP" not in name}
+    with pytest.raises(UsageError, match="SLURM_PROCID=4 of SLURM_NTASKS=6"):
+        read_environment(hidden)
+    shell = {"SLURM_JOB_ID": "901593", "SLURM_NTASKS": "6"}  # of salloc, on the login node
+    assert read_environment(shell).launcher == "none"
+
+
+def test_agents_of_torchrun_count_restarts_differently() -> None:
+    restarted = read_environment(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert restarted == read_environment(TORCHRUN)
 
 
 def test_an_address_of_the_users_own_counts_with_every_launcher() -> None:

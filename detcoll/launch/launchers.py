@@ -70,11 +70,13 @@ def read_environment(environ: Mapping[str, str]) -> World:
     Raises
     ------
     UsageError
-        If a variable that the launcher should have set is missing or has an invalid value.
+        If a variable that the launcher should have set is missing or has an invalid value, or if Slurm has several
+        tasks and does not say which of them this process is.
     """
     site = environ.get("DETCOLL_SITE") or None
     launcher = next((row for row in _LAUNCHERS if row.applies(environ)), None)
     if launcher is None:
+        _refuse_slurm_without_task(environ)
         return World(0, 1, 0, 1, "none", "alone", site=site)
     size = _number(environ, launcher.size, 1, LARGEST_WORLD)
     rank = _number(environ, launcher.rank, 0, size - 1)
@@ -158,6 +160,19 @@ def _is_slurm_step(environ: Mapping[str, str]) -> bool:
     return is_step and bool(environ.get("SLURM_PROCID"))
 
 
+def _refuse_slurm_without_task(environ: Mapping[str, str]) -> None:
+    """Raise in a Slurm job of several tasks whose variables do not tell a task of srun from the batch script.
+
+    The script has SLURM_PROCID=0, and so has the first task in a container that was not given the number of the step.
+    """
+    rank, tasks = environ.get("SLURM_PROCID", ""), environ.get("SLURM_NTASKS", "")
+    if rank and tasks.isdecimal() and int(tasks) > 1:
+        raise UsageError(
+            f"SLURM_PROCID={rank} of SLURM_NTASKS={tasks}, but no SLURM_STEP_ID of a task: start the ranks with srun; "
+            "in a container, pass SLURM_STEP_ID on as well; for a single rank use detcoll run -n 1"
+        )
+
+
 def _is_hydra(environ: Mapping[str, str]) -> bool:
     """Return whether this is a rank of mpiexec, not of ``srun --mpi=pmi2``, which sets PMI_RANK but no local rank."""
     return bool(environ.get("PMI_RANK")) and (bool(environ.get("MPI_LOCALRANKID")) or not _is_slurm_step(environ))
@@ -198,7 +213,7 @@ _LAUNCHERS = (
         ("LOCAL_RANK",),
         _variable("LOCAL_WORLD_SIZE"),
         "store",
-        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+        ("TORCHELASTIC_RUN_ID",),  # agents count restarts differently
     ),
     _Launcher(
         "openmpi",
