@@ -432,12 +432,64 @@ def test_a_store_without_rank_0() -> None:
         meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary())
 
 
+def store_world(rank: int, job: str) -> World:
+    return World(rank, 2, rank, 2, "torchrun", "store", "localhost:1", job)
+
+
 def test_a_store_whose_rank_0_is_gone() -> None:
-    store = Dictionary()
-    address = free_address()
-    store.set("detcoll/gone.0/0/rendezvous", address)
+    store, address = Dictionary(), free_address()
+    store.set("detcoll/gone/0/rendezvous", address)
     with pytest.raises(ConnectError, match=f"rank 0 is gone: it was at {address}, but nobody listens there any more"):
-        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "gone.0"), ahead(1000), {}, store)
+        meet(store_world(1, "gone"), ahead(0.3), {}, store)
+
+
+class Watched(Dictionary):
+    """Tells when a key is read for the second time: whoever reads has failed at the address it read first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+        self.read_again = threading.Event()
+
+    def get(self, key: str) -> bytes:
+        self.reads[key] += 1
+        if self.reads[key] == 2:
+            self.read_again.set()
+        return super().get(key)
+
+
+def meet_after_a_failure(store: Watched, job: str) -> None:
+    """Let rank 1 read what is in the store, and rank 0 come once rank 1 has failed there."""
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(meet, store_world(1, job), ahead(), {}, store)
+        assert store.read_again.wait(20.0)
+        met = [meet(store_world(0, job), ahead(), {}, store), second.result()]
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
+    assert close_all(met) == [None, None]
+
+
+def test_an_address_of_an_earlier_round_is_not_kept() -> None:
+    store = Watched()
+    store.set("detcoll/again/0/rendezvous", free_address())
+    meet_after_a_failure(store, "again")
+
+
+def test_a_hub_of_an_earlier_round_that_still_serves_is_left_alone() -> None:
+    store, address = Watched(), free_address()
+    earlier = meet_all([world_at(rank, 2, address, job="restarted") for rank in range(2)])
+    store.set("detcoll/restarted/0/rendezvous", address)
+    meet_after_a_failure(store, "restarted")
+    assert exchange_all(earlier) == [[b"0", b"1"]] * 2
+    assert close_all(earlier) == [None, None]
+
+
+def test_a_refusal_by_the_hub_that_the_store_names_is_told_after_the_tolerance() -> None:
+    store, address = Dictionary(), free_address()
+    others = meet_all([world_at(rank, 2, address, job="taken") for rank in range(2)])
+    store.set("detcoll/taken/0/rendezvous", address)
+    with pytest.raises(UsageError, match="two processes say that they are rank 1"):
+        meet(store_world(1, "taken"), ahead(1000), {}, store, tolerance_ns=1)
+    assert close_all(others) == [None, None]
 
 
 def local_mpi_world(rank: int, size: int, job: str) -> World:

@@ -2,7 +2,9 @@
 
 - At an address known to all: DETCOLL_RENDEZVOUS, or one that the launcher implies. ``detcoll run`` passes rank 0 a
   socket that is already listening, so that no other process can take the port in between.
-- Through torchrun's store, where rank 0 publishes its address with a free port.
+- Through torchrun's store, where rank 0 publishes its address with a free port. The store may still hold the address of
+  an earlier round, since nothing that all agents count alike tells rounds apart. So whoever does not get in there reads
+  the store again.
 - Under mpirun with all ranks on one host: through an abstract Unix socket named after the job or after the launcher's
   process. The kernel removes it with its owner, and both ends check the user id of the other.
 - Under mpirun across hosts: through an MPI broadcast. The other ways avoid MPI, because it would abort a process whose
@@ -14,6 +16,7 @@ There is no encryption yet, so sockets are opened off loopback only if DETCOLL_I
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import logging
@@ -24,7 +27,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,6 +65,8 @@ TOLERANCE_NS = 30 * 10**9
 """How long a connection may be down."""
 _DESCRIPTORS, _HUB_DESCRIPTORS = 20, 20
 """Descriptors that a session and a hub open, with a reserve for short-lived connections."""
+_ASK_AGAIN_NS = 5 * 10**9
+"""How long one address is tried before the store is asked for another one."""
 _LINGER_NS = 10**9
 """How long rank 0 stays to tell late ranks why the meeting failed."""
 
@@ -120,12 +125,16 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Spot:
-    """Where to meet; rank 0 has the listening sockets. ``is_told``: rank 0 listened before it announced the address."""
+    """Where to meet; rank 0 has the listening sockets. ``is_told``: rank 0 listened before it announced the address.
+
+    ``ask_again`` returns the address that holds now, where the one told may be of an earlier round.
+    """
 
     address: Address
     listener: socket.socket | None = None
     directory: socket.socket | None = None
     is_told: bool = False
+    ask_again: Callable[[], _Spot] | None = None
 
     @contextlib.contextmanager
     def closed_on_error(self) -> Iterator[None]:
@@ -240,26 +249,41 @@ class _Meeting:
         return server
 
     def join(self, spot: _Spot, server: Server | None) -> Session:
-        """Connect and join; retry while the hub of the previous meeting still serves."""
-        nap_s = SHORTEST_NAP_S
+        """Connect and join; retry while the hub of an earlier meeting serves, or only its address is known."""
+        nap_s, refused_ns = SHORTEST_NAP_S, dict[Address, int]()
         while True:
-            reached = reach(spot.address, self.deadline_ns, is_known=spot.is_told)
-            session = self._open_session(reached, spot.address, server)
             try:
-                session.join(self.world.job, self.epoch, self.deadline_ns)
+                return self._join_at(spot, server)
             except Refusal as refusal:
-                session.drop()
+                first_ns = refused_ns.setdefault(spot.address, time.monotonic_ns())
                 # The hub of the previous meeting does not tell ranks of the next one that it closes.
                 is_early = refusal.fault == "later" or (refusal.fault == "gone" and self.epoch > 0)
+                is_early |= spot.ask_again is not None and time.monotonic_ns() < first_ns + self.tolerance_ns
                 if not is_early or left(self.deadline_ns) == 0:
                     raise _refused(spot.address, refusal) from refusal
-            except BaseException:
-                session.drop()
-                raise
-            else:
-                return session
+            except _NobodyThere as error:
+                if spot.ask_again is None or left(self.deadline_ns) <= nap_s:
+                    raise ConnectError(str(error)) from error
             time.sleep(min(nap_s, left(self.deadline_ns)))
             nap_s = min(2 * nap_s, LONGEST_NAP_S)
+            if spot.ask_again is not None:
+                spot = spot.ask_again()
+
+    def _join_at(self, spot: _Spot, server: Server | None) -> Session:
+        until_ns = self.deadline_ns
+        if spot.ask_again is not None:
+            until_ns = min(until_ns, time.monotonic_ns() + _ASK_AGAIN_NS)
+        try:
+            reached = reach(spot.address, until_ns, is_known=spot.is_told)
+        except ConnectError as error:
+            raise _NobodyThere(str(error)) from error
+        session = self._open_session(reached, spot.address, server)
+        try:
+            session.join(self.world.job, self.epoch, self.deadline_ns)
+        except BaseException:
+            session.drop()
+            raise
+        return session
 
     def _open_session(self, reached: Reached, address: Address, server: Server | None) -> Session:
         life = open_life_port(reached.local, self.environ, self.world.local_size or self.world.size)
@@ -310,11 +334,14 @@ class _Meeting:
             with spot.closed_on_error():
                 store.set(key, str(spot.address))
             return spot
+        return self._read_store(store, key)
+
+    def _read_store(self, store: Store, key: str) -> _Spot:
         try:
             text = bytes(store.get(key)).decode()
         except RuntimeError as error:  # of torch's stores
             raise ConnectError(f"rank 0 never came: it put no address into the store ({error})") from error
-        return self._told(text)
+        return dataclasses.replace(self._told(text), ask_again=lambda: self._read_store(store, key))
 
     def _through_mpi(self) -> _Spot:
         if self._is_local:
@@ -370,6 +397,10 @@ class _Meeting:
                 if not is_loopback(where[0]):
                     return where[0]
         return source_address(Address("192.0.2.1", 9))  # TEST-NET-1 (RFC 5737): follows the default route
+
+
+class _NobodyThere(Exception):
+    """No hub answers at an address."""
 
 
 def _refused(address: Address, refusal: Refusal) -> UsageError | ConnectError:
