@@ -204,7 +204,11 @@ class Rendezvous(Protocol):
 
     @property
     def host(self) -> str:
-        """The address at which other ranks reach this one."""
+        """The address or host name to give to other ranks, which reach this one there."""
+
+    @property
+    def listen_host(self) -> str:
+        """The numeric address to listen at; that of all interfaces where others reach this rank at another one."""
 
     def exchange(self, name: str, payload: bytes, deadline_ns: int) -> list[bytes]:
         """Contribute ``payload`` and return the payloads of all ranks in rank order; all ranks must call it.

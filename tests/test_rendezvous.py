@@ -22,7 +22,7 @@ from detcoll.rendezvous import Aborted, Address, Lost, Session, asking, is_loopb
 from detcoll.rendezvous.asking import Answer, Asker
 from detcoll.rendezvous.connection import Connection
 from detcoll.rendezvous.member import Member
-from detcoll.rendezvous.sockets import listen, open_life_port, own_host, parse_ports, reach
+from detcoll.rendezvous.sockets import OwnHost, listen, open_life_port, own_host, parse_ports, reach
 from detcoll.testing.meetings import (
     ahead,
     close_all,
@@ -603,7 +603,68 @@ def test_the_port_that_shows_life_leaves_a_narrow_range_to_the_transport() -> No
 
 
 def test_the_interface_gives_the_address() -> None:
-    assert own_host({"DETCOLL_INTERFACE": "lo"}) == "127.0.0.1"
-    assert own_host({"DETCOLL_INTERFACE": "::1"}) == "::1"
-    assert own_host({"DETCOLL_INTERFACE": "lo", "DETCOLL_ADVERTISE": "203.0.113.5"}) == "203.0.113.5"
+    assert own_host({"DETCOLL_INTERFACE": "lo"}) == OwnHost("127.0.0.1", "127.0.0.1")
+    assert own_host({"DETCOLL_INTERFACE": "::1"}) == OwnHost("::1", "::1")
+    both = {"DETCOLL_INTERFACE": "lo", "DETCOLL_ADVERTISE": "203.0.113.5"}
+    assert own_host(both) == OwnHost("203.0.113.5", "127.0.0.1")
     assert own_host({}) is None
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, names: dict[str, str]) -> None:
+    """Let names lead to addresses, as a hosts file does; all other names and addresses as before."""
+    ask = socket.getaddrinfo
+
+    def answer(host: str, *rest: object, **more: object) -> object:
+        return ask(names.get(host, host), *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("socket.getaddrinfo", answer)
+
+
+@pytest.mark.parametrize(
+    ("advertised", "is_local", "listens"),
+    [
+        ("127.0.0.1", False, "127.0.0.1"),
+        ("localhost", False, "127.0.0.1"),
+        ("myself", False, "0.0.0.0"),  # leads to loopback here, elsewhere perhaps not
+        ("myself", True, "127.0.1.1"),
+        ("outside", False, "0.0.0.0"),
+        ("203.0.113.5", False, "0.0.0.0"),
+        ("2001:db8::5", False, "::"),
+    ],
+)
+def test_what_others_are_told_and_where_to_listen_are_two_things(
+    advertised: str, is_local: bool, listens: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved(monkeypatch, {"localhost": "127.0.0.1", "myself": "127.0.1.1", "outside": "203.0.113.5"})
+    assert own_host({"DETCOLL_ADVERTISE": advertised}, is_local=is_local) == OwnHost(advertised, listens)
+
+
+@pytest.mark.parametrize("name", ["nosuch.invalid", "a..b", "x" * 70])
+def test_a_name_that_cannot_be_resolved_is_refused_at_once(name: str) -> None:
+    with pytest.raises(UsageError, match=f"DETCOLL_ADVERTISE='{name}' must be an address, or a name that this host"):
+        meet(world_at(0, 2, "127.0.0.1:9"), ahead(1000), {"DETCOLL_ADVERTISE": name, "DETCOLL_INSECURE": "1"})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_for_loopback_is_refused_on_every_rank_that_may_have_peers_elsewhere(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved(monkeypatch, {"myself": "127.0.1.1"})
+    with pytest.raises(UsageError, match=r"say 127\.0\.0\.1 instead of myself; if not, set DETCOLL_INSECURE=1"):
+        meet(world_at(rank, 2, "myself:5000"), ahead(1000), {})
+
+
+def test_a_name_for_loopback_is_listened_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 stands for one of another host, for which the name leads to another address of rank 0's host."""
+    port = free_address().rpartition(":")[2]
+    resolved(monkeypatch, {"myself": "127.0.1.1", "elsewhere": "127.9.9.9"})
+    worlds = [world_at(0, 2, f"myself:{port}"), world_at(1, 2, f"elsewhere:{port}")]
+    met = meet_all(worlds, environ={"DETCOLL_INSECURE": "1"})
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
+    assert close_all(met) == [None, None]
+
+
+def test_rank_0_says_that_it_hears_its_own_host_only() -> None:
+    address = free_address()
+    (error,) = meet_all([world_at(0, 2, address)], seconds=0.3)
+    assert f"rank 1 never came; rank 0 listens at {address}, where only ranks of its own host reach it" in str(error)

@@ -27,13 +27,14 @@ from detcoll.priority import make_prompt
 from detcoll.testing import LocalMeeting, MonotonicClock, ThreadFabric, pattern
 from detcoll.testing.fabric import in_threads
 from detcoll.testing.socks import FaultyProxy
-from detcoll.transport import Ticket, TicketStatus, Window
+from detcoll.transport import Ticket, TicketStatus, Transport, Window
 from detcoll_slotted import SlottedEndpoint, SlottedTransport, constant, gate, health, roads, tcp
 from detcoll_slotted.pacing import AHEAD_NS, ALONE_AHEAD_NS, SWITCH_AHEAD_NS
 from detcoll_slotted.post import Post
 from detcoll_slotted.roads import OWN_DESCRIPTORS
 from detcoll_slotted.tcp import SO_MAX_PACING_RATE
 from detcoll_slotted.wire import FrameKind, Header, Lane
+from detcoll_tcp import TcpTransport
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -560,8 +561,8 @@ def test_who_is_lost_while_others_connect_is_told_at_once() -> None:
 class _Meeting:
     """A rendezvous of one rank on a given address."""
 
-    def __init__(self, host: str) -> None:
-        self.host = host
+    def __init__(self, host: str, listen_host: str = "") -> None:
+        self.host, self.listen_host = host, listen_host or host
         self._inner = LocalMeeting(1).member(0)
 
     def exchange(self, name: str, payload: bytes, deadline_ns: int) -> list[bytes]:
@@ -573,6 +574,17 @@ def test_an_address_off_loopback_is_refused_unless_insecure() -> None:
         SlottedTransport().open(0, 1, _Meeting("192.0.2.1"), MonotonicClock(), {})
     with pytest.raises(TransportUnavailable, match=r"cannot bind a free port on 192\.0\.2\.1"):
         SlottedTransport().open(0, 1, _Meeting("192.0.2.1"), MonotonicClock(), {"insecure": True})
+
+
+@pytest.mark.parametrize("told", ["outside.example.org", "203.0.113.5", "2001:db8::5"])
+@pytest.mark.parametrize("transport", [SlottedTransport(), TcpTransport()], ids=["slotted", "tcp"])
+def test_others_may_be_told_an_address_that_is_none_of_this_host(told: str, transport: Transport) -> None:
+    endpoint = transport.open(0, 1, _Meeting(told, "127.0.0.1"), MonotonicClock(), {})
+    try:
+        assert told in endpoint.address
+        assert "127.0.0.1" not in endpoint.address
+    finally:
+        endpoint.abort()
 
 
 @pytest.mark.parametrize("options", [{"credit": 5}, {"credit_bytes": "much"}, {"ports": 5}])

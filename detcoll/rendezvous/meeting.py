@@ -43,6 +43,7 @@ from detcoll.rendezvous.sockets import (
     SHORTEST_NAP_S,
     TRUSTED_NETWORK,
     Address,
+    OwnHost,
     Reached,
     accepts_insecurity,
     adopt,
@@ -194,12 +195,12 @@ def meet(
 def _meet(
     world: Place, deadline_ns: int, environ: Mapping[str, str], store: Store | None, tolerance_ns: int
 ) -> Session:
-    host = own_host(environ) if world.size > 1 else None
+    host = own_host(environ, is_local=world.local_size == world.size) if world.size > 1 else None
     parse_ports(environ.get("DETCOLL_PORTS", ""))
     key = (world.rank, world.launcher, world.rendezvous, world.job)
     meeting = _Meeting(world, deadline_ns, environ, _epochs[key], host, tolerance_ns)
     if host is not None:
-        meeting.require_permission(Address(host, 0), "this rank's address")
+        meeting.require_permission(Address(host.told, 0), "this rank's address")
     spot = meeting.find(store)
     server = meeting.serve(spot) if spot.listener is not None else None
     try:
@@ -208,6 +209,10 @@ def _meet(
         if server is not None:
             is_worth_telling = isinstance(error, UsageError | ConnectError) and left(deadline_ns) > 0
             server.close(min(deadline_ns, time.monotonic_ns() + _LINGER_NS) if is_worth_telling else 0)
+            if isinstance(error, ConnectError) and world.local_size is None and is_loopback(spot.address.host):
+                raise ConnectError(
+                    f"{error}; rank 0 listens at {spot.address}, where only ranks of its own host reach it"
+                ) from error
         raise
     _epochs[key] += 1
     _sessions.add(session)
@@ -222,7 +227,7 @@ class _Meeting:
     deadline_ns: int
     environ: Mapping[str, str]
     epoch: int
-    host: str | None
+    host: OwnHost | None
     tolerance_ns: int
 
     def find(self, store: Store | None) -> _Spot:
@@ -293,10 +298,16 @@ class _Meeting:
     def require_permission(self, address: Address, what: str = "rendezvous") -> bool:
         """Return True if ``address`` is loopback, False if the environment allows unencrypted traffic; else raise."""
         is_looped = all(is_loopback(where[0]) for _, where in resolve_in_time(address, self.deadline_ns))
-        is_sure = is_loopback(address.host) or self.world.local_size is None or self._is_local
-        if is_looped and is_sure:
+        # A host's own name often leads to loopback on that host, and to another address elsewhere.
+        if is_looped and (is_loopback(address.host) or self._is_local):
             return True
         if not accepts_insecurity(self.environ):
+            if is_looped:
+                raise UsageError(
+                    f"{what} {address} is a name for loopback on this host, where ranks of other hosts do not reach "
+                    f"it. If all ranks run here, say 127.0.0.1 instead of {address.host}; if not, set "
+                    "DETCOLL_INSECURE=1 to accept that nothing is encrypted or authenticated between hosts"
+                )
             raise UsageError(
                 f"{what} {address} is not on loopback, and this version has no encryption or authentication: anybody "
                 "on the network could read the traffic or connect. Set DETCOLL_INSECURE=1 to accept that"
@@ -389,7 +400,7 @@ class _Meeting:
         if self._is_local:
             return "127.0.0.1"
         if self.host:
-            return self.host
+            return self.host.told
         if self.world.meeting == "store" and self.world.rendezvous:
             return source_address(Address.parse(self.world.rendezvous))
         with contextlib.suppress(ConnectError):

@@ -13,7 +13,7 @@ from detcoll.rendezvous import wire
 from detcoll.rendezvous.connection import Connection
 from detcoll.rendezvous.member import Aborted, Event, Lost, Member, absence
 from detcoll.rendezvous.server import Server
-from detcoll.rendezvous.sockets import Reached, is_loopback, left
+from detcoll.rendezvous.sockets import OwnHost, Reached, is_loopback, left
 
 __all__ = ["Aborted", "Event", "Lost", "Refusal", "Session"]
 
@@ -49,9 +49,9 @@ class Session:
         How long the connection to the hub may be down before rank 0 counts as lost.
     life : socket.socket
         Listens as long as this process lives; owned by the session.
-    host : str, optional
-        The address to give to other ranks. By default the local address of the connection to the hub or, if that is
-        loopback, an address of rank 0's host at which another host connected.
+    host : OwnHost, optional
+        The address to give to other ranks, and where to listen. By default both are the local address of the connection
+        to the hub or, if that is loopback, an address of rank 0's host at which another host connected.
     server : Server, optional
         The hub's server, on rank 0; closed with the session.
     """
@@ -63,11 +63,11 @@ class Session:
         where: str,
         tolerance_ns: int,
         life: socket.socket,
-        host: str | None = None,
+        host: OwnHost | None = None,
         server: Server | None = None,
     ) -> None:
         self._member, self._where, self._server = member, where, server
-        self._local, self._host = reached.local, host or ""
+        self._local, self._host = reached.local, host
         self._port = life.getsockname()[1]
         self._is_closed = self._is_released = False
         self._told = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -90,8 +90,13 @@ class Session:
 
     @property
     def host(self) -> str:
-        """The address at which other ranks reach this one; known once `join` has returned."""
-        return self._host
+        """The address or name at which other ranks reach this one; known once `join` has returned."""
+        return "" if self._host is None else self._host.told
+
+    @property
+    def listen_host(self) -> str:
+        """The numeric address to listen at for other ranks; known once `join` has returned."""
+        return "" if self._host is None else self._host.listen
 
     def join(self, job: str, epoch: int, deadline_ns: int) -> None:
         """Send a hello and wait until all ranks have joined; called once, by `meet`.
@@ -123,9 +128,10 @@ class Session:
             raise Refusal("gone", loss)
         if answer is None:
             raise ConnectError(self._silence("the hub did not say in time which ranks are missing"))
-        if not self._host:
+        if self._host is None:
             # On rank 0's host the connection may use loopback, an address that is useless to other hosts.
-            self._host = answer.reach if answer.reach and is_loopback(self._local) else self._local
+            host = answer.reach if answer.reach and is_loopback(self._local) else self._local
+            self._host = OwnHost(host, host)
 
     def exchange(self, name: str, payload: bytes, deadline_ns: int, ranks: Sequence[int] | None = None) -> list[bytes]:
         """Contribute ``payload`` and return the payloads of all members (an all-gather); all members must call it.

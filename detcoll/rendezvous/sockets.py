@@ -26,6 +26,9 @@ _SIOCGIFADDR = 0x8915
 TRUSTED_NETWORK = "lab"
 """The value of DETCOLL_INSECURE where nobody else can be on the network, so that nobody is warned."""
 
+EVERYWHERE = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+"""The address of all interfaces, for each family."""
+
 Where = tuple[str, int] | tuple[str, int, int, int]
 """A socket address of IPv4 (host, port) or IPv6 (host, port, flow, scope)."""
 
@@ -85,7 +88,7 @@ class Address:
         """
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise ConnectError(f"cannot resolve the host of rendezvous {self}: {error}") from error
         return [(family, _where(where)) for family, _, _, _, where in found]
 
@@ -128,7 +131,7 @@ def listen(address: Address, environ: Mapping[str, str], *, everywhere: bool = F
     ports = [address.port] if address.port else list(parse_ports(environ.get("DETCOLL_PORTS", "")))
     failures: list[OSError] = []
     for family, where in address.resolve():
-        host = where[0] if not everywhere else "::" if family == socket.AF_INET6 else "0.0.0.0"
+        host = EVERYWHERE[family] if everywhere else where[0]
         for port in ports:
             try:
                 return _bind(family, at_port(where, port, host))
@@ -303,22 +306,50 @@ def close_inherited(is_ours: Callable[[socket.socket], bool]) -> None:
         found.detach()
 
 
-def own_host(environ: Mapping[str, str]) -> str | None:
-    """Return this rank's address from DETCOLL_ADVERTISE or DETCOLL_INTERFACE (a name or an address), None if neither.
+@dataclass(frozen=True, slots=True)
+class OwnHost:
+    """How this rank is reached.
+
+    ``told`` : what others connect to, a name or an address; where addresses are translated, none of this host.
+    ``listen`` : the numeric address to listen at, which may be that of all interfaces.
+    """
+
+    told: str
+    listen: str
+
+
+def own_host(environ: Mapping[str, str], *, is_local: bool = False) -> OwnHost | None:
+    """Return this rank's address from DETCOLL_ADVERTISE and DETCOLL_INTERFACE (a name or an address), None if neither.
+
+    Parameters
+    ----------
+    environ : mapping
+        Where the variables are.
+    is_local : bool
+        Whether all ranks are known to run on this host, so that a name which leads to loopback serves all of them.
 
     Raises
     ------
     UsageError
-        If the interface does not exist or has no address.
+        If the interface does not exist or has no address, or the name cannot be resolved.
     """
-    if advertised := environ.get("DETCOLL_ADVERTISE"):
-        return advertised
-    interface = environ.get("DETCOLL_INTERFACE")
-    if not interface:
-        return None
-    with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(interface))
-    return _interface_address(interface)
+    interface, advertised = _interface(environ.get("DETCOLL_INTERFACE")), environ.get("DETCOLL_ADVERTISE")
+    if not advertised:
+        return None if interface is None else OwnHost(interface, interface)
+    try:
+        found = socket.getaddrinfo(advertised, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(
+            f"DETCOLL_ADVERTISE={advertised!r} must be an address, or a name that this host can resolve: {error}"
+        ) from error
+    if interface is not None:
+        return OwnHost(advertised, interface)
+    serves = is_local or is_loopback(advertised)
+    for family, _, _, _, where in found:
+        host = str(where[0])
+        if (serves or not is_loopback(host)) and _is_here(family, _where(where)):
+            return OwnHost(advertised, host)
+    return OwnHost(advertised, EVERYWHERE[found[0][0]])
 
 
 def source_address(towards: Address) -> str:
@@ -336,6 +367,22 @@ def source_address(towards: Address) -> str:
         except OSError as error:
             raise ConnectError(f"there is no route to {towards}: {error.strerror}") from error
         return str(probe.getsockname()[0])
+
+
+def _interface(name: str | None) -> str | None:
+    if not name:
+        return None
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name))
+    return _interface_address(name)
+
+
+def _is_here(family: socket.AddressFamily, where: Where) -> bool:
+    """Return whether this host has an address."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.bind(where)
+        return True
+    return False
 
 
 def _interface_address(name: str) -> str:
@@ -373,7 +420,8 @@ def _cannot_listen(address: Address, failures: list[OSError], environ: Mapping[s
         hint = "perhaps by another job; set DETCOLL_RENDEZVOUS to a free one"
         return ConnectError(f"rendezvous {address}: the port is already in use, {hint}")
     if errno.EADDRNOTAVAIL in codes:
-        return ConnectError(f"rendezvous {address}: not an address of this host, where rank 0 runs")
+        hint = "if others reach this host there all the same (NAT, a service), set DETCOLL_ADVERTISE to it on rank 0"
+        return ConnectError(f"rendezvous {address}: not an address of this host, where rank 0 runs; {hint}")
     return ConnectError(f"rendezvous {address}: cannot listen there: {failures[0].strerror}")
 
 

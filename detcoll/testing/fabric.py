@@ -275,7 +275,7 @@ class LocalMeeting:
 class _LocalRendezvous:
     """One rank's part of a `LocalMeeting`."""
 
-    host = "127.0.0.1"
+    host = listen_host = "127.0.0.1"
 
     def __init__(self, meeting: LocalMeeting, rank: int) -> None:
         self._meeting = meeting

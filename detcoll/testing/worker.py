@@ -31,7 +31,7 @@ class Worker:
         self._endpoint: Endpoint | None = None
         self._size = 0
 
-    host = "127.0.0.1"
+    host = listen_host = "127.0.0.1"
 
     def serve(self) -> None:
         """Carry out orders until the world hangs up."""

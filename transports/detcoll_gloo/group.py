@@ -222,11 +222,11 @@ def make_devices(torch: Any, host: str) -> list[Any]:
     return [kind.create_device(hostname=host)]
 
 
-def open_store(torch: Any, host: str) -> tuple[Any, str]:
-    """Return the server of a store that listens at ``host`` alone, and its address."""
+def open_store(torch: Any, host: str, told: str) -> tuple[Any, str]:
+    """Return the server of a store that listens at ``host`` alone, and the address at which others reach it."""
     listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     port = listener.getsockname()[1]
     store = torch.distributed.TCPStore(
         host, port, None, True, timedelta(seconds=60), wait_for_workers=False, master_listen_fd=listener.detach()
     )
-    return store, f"{host}:{port}"
+    return store, f"{told}:{port}"

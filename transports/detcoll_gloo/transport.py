@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,12 +62,12 @@ class GlooTransport(Transport):
             If not all ranks come before ``open_timeout_ns`` have passed.
         """
         settings = _settings(options)
-        torch, devices, trouble = _load(rendezvous.host)
+        torch, devices, trouble = _load(rendezvous.listen_host)
         answers = rendezvous.exchange("gloo", trouble.encode(), clock.now_ns() + settings.open_timeout_ns)
         for peer, answer in enumerate(answers):
             if answer:
                 raise TransportUnavailable(f"transport 'gloo' cannot be used: on rank {peer}, {answer.decode()}")
-        store, address = open_store(torch, rendezvous.host) if rank == 0 else (None, "")
+        store, address = open_store(torch, rendezvous.listen_host, rendezvous.host) if rank == 0 else (None, "")
         group = Group(torch, rank, size, devices, store, clock)
         return GlooEndpoint(
             group, address, clock, self.capabilities, settings.unexpected_bytes, compare=settings.compare
@@ -94,6 +95,8 @@ def _load(host: str) -> tuple[Any, list[Any], str]:
         return None, [], f"torch does not import ({error}); install it with: {INSTALL}"
     if not (distributed.is_available() and distributed.is_gloo_available()):
         return None, [], f"torch was built without Gloo; install it with: {INSTALL}"
+    if ipaddress.ip_address(host).is_unspecified and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        return None, [], "Gloo tells others the address it listens at; DETCOLL_ADVERTISE must be one of this host"
     try:
         return torch, make_devices(torch, host), ""
     except RuntimeError as error:

@@ -41,7 +41,7 @@ class SlottedEndpoint(Endpoint):
     It has more attributes than most classes, since it is where the parts meet: each of them knows one subject.
     """
 
-    def __init__(self, rank: int, host: str, token: int, clock: Clock, options: Options) -> None:
+    def __init__(self, rank: int, host: str, told: str, token: int, clock: Clock, options: Options) -> None:
         self._rank, self._clock, self._options = rank, clock, options
         self._addresses: dict[int, str] = {}
         self._peers: dict[int, Peer] = {}
@@ -58,7 +58,7 @@ class SlottedEndpoint(Endpoint):
         self._urgency = Urgency()
         self._closed: TransportError | None = None
         with prompt_threads() if options.prompt else contextlib.nullcontext():
-            self._roads = Roads(host, token, options)
+            self._roads = Roads(host, told, token, options)
         with contextlib.ExitStack() as opened:
             opened.callback(self._roads.close, 0)
             self._timer = Timer()

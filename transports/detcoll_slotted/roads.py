@@ -28,9 +28,9 @@ _LOOK_EVERY_NS = 100_000_000
 
 
 class Roads:
-    """Makes and closes the sockets of one endpoint."""
+    """Makes and closes the sockets of one endpoint, which listens at ``host`` and is reached by others at ``told``."""
 
-    def __init__(self, host: str, token: int, options: Options) -> None:
+    def __init__(self, host: str, told: str, token: int, options: Options) -> None:
         self._token, self._options = token, options
         self._ipv6 = ipaddress.ip_address(host).version == 6
         self._context = zmq.Context()
@@ -49,7 +49,8 @@ class Roads:
         except BaseException:
             self.destroy()
             raise
-        self.address = self._inlet.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        port = self._inlet.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0").rpartition(":")[2]
+        self.address = f"tcp://[{told}]:{port}" if ":" in told else f"tcp://{told}:{port}"
 
     def _bind(self, host: str) -> zmq.Socket[bytes]:
         inlet = self._context.socket(zmq.DEALER)

@@ -49,7 +49,7 @@ class SlottedTransport(Transport):
         except msgspec.ValidationError as error:
             raise UsageError(f"options of slotted: {error}") from error
         keep_freed_memory()
-        host = rendezvous.host
+        host = rendezvous.listen_host
         if not (parsed.insecure or ipaddress.ip_address(host).is_loopback):
             raise UsageError(
                 f"slotted would open {host}, which is not a loopback address, without encryption; "
@@ -59,7 +59,7 @@ class SlottedTransport(Transport):
         if lacking:
             raise TransportUnavailable(f"slotted cannot open: {lacking}")
         try:
-            return SlottedEndpoint(rank, host, int.from_bytes(token, "little"), clock, parsed)
+            return SlottedEndpoint(rank, host, rendezvous.host, int.from_bytes(token, "little"), clock, parsed)
         except (OSError, zmq.ZMQError) as error:
             if is_shortage(error):
                 lacking = shortage(OWN_DESCRIPTORS) or f"{error}; raise the limit with ulimit -n"

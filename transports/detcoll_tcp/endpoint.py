@@ -22,26 +22,29 @@ IDLE_S = 10
 class TcpEndpoint(StreamEndpoint):
     """Connects to the ports of other ranks; who shows the job's token is one of them."""
 
-    def __init__(self, rank: int, token: bytes, listener: socket.socket, clock: Clock, mail: Mailbox) -> None:
+    def __init__(
+        self, rank: int, token: bytes, listener: socket.socket, host: str, clock: Clock, mail: Mailbox
+    ) -> None:
         super().__init__(mail, clock, rank, listener, _HELLO.pack(token, rank))
-        self._token = token
+        self._token, self._host = token, host
 
     @property
     def address(self) -> str:
-        """Host and port where this rank listens."""
-        return "{}:{}".format(*self.listener.getsockname()[:2])
+        """Host and port at which others reach this rank."""
+        return f"{self._host}:{self.listener.getsockname()[1]}"
 
     def reach(self, address: str) -> socket.socket:
         """Begin to connect, which a firewall may keep from ending for minutes."""
         host, _, port = address.rpartition(":")
-        made = socket.socket(self.listener.family)
+        family, _, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family)
         made.setblocking(False)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a small message waits for the one before
         made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # else a firewall forgets an idle connection
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, IDLE_S)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 127)  # the most: a cut of 20 minutes ends nothing
-        code = made.connect_ex((host, int(port)))
+        code = made.connect_ex(where)
         if code not in (0, EINPROGRESS):
             made.close()
             raise OSError(code, strerror(code))

@@ -46,7 +46,7 @@ class TcpTransport(Transport):
         unknown = sorted(set(options) - self.options)
         if unknown:
             raise UsageError(f"options of transport 'tcp' has unknown keys {', '.join(unknown)}")
-        host = rendezvous.host
+        host = rendezvous.listen_host
         if not (options.get("insecure") or ipaddress.ip_address(host).is_loopback):
             raise UsageError(
                 f"tcp would open {host}, which is not a loopback address, without encryption; "
@@ -61,7 +61,7 @@ class TcpTransport(Transport):
             largest_message_bytes=self.capabilities.largest_message_bytes,
             held_bytes=options.get("held_bytes", HELD_BYTES),
         )
-        return TcpEndpoint(rank, token, listener, clock, mail)
+        return TcpEndpoint(rank, token, listener, rendezvous.host, clock, mail)
 
 
 def _listen(host: str, first: int, last: int) -> socket.socket:
