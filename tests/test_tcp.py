@@ -321,7 +321,7 @@ def test_a_rank_that_is_gone_cannot_be_joined() -> None:
 class Elsewhere:
     """A rendezvous on a host whose address others can reach; of documentation (RFC 5737), so it is no host's."""
 
-    host = "192.0.2.1"
+    host = listen_host = "192.0.2.1"
 
     def exchange(self, name: str, payload: bytes, deadline_ns: int) -> list[bytes]:
         return [payload]
