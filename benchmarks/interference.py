@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -187,9 +188,9 @@ def _reason(stderr: str, code: int) -> str:
     """Return what a command says of its failure: its own last line, and the error of a rank if one says more."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     own = [line.removeprefix("detcoll: ") for line in lines if line.startswith("detcoll: ")]
-    ranks = [line for line in lines if line.startswith("detcoll.errors.")]
+    ranks = [line for line in own if re.match(r"\w+ in .*, line \d+: ", line)]
     told = own[-1] if own else f"exit code {code}: {lines[-1] if lines else 'it said nothing'}"
-    return f"{told} ({ranks[0]})" if ranks else told
+    return f"{told} ({ranks[0]})" if ranks and ranks[0] != told else told
 
 
 def run_all(given: argparse.Namespace) -> list[Seen]:

@@ -21,6 +21,7 @@ from detcoll.errors import DetcollError, UsageError
 from detcoll.runtime import Work
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp
+from detcoll.uncaught import show_own_errors_short
 from detcoll.version import VERSION
 
 __version__ = VERSION
@@ -67,6 +68,9 @@ def init(
     The rank and the number of ranks are read from the environment variables of ``detcoll run``, ``mpirun``/``mpiexec``
     (MPICH and Open MPI), ``torchrun`` or ``srun``. A process without a launcher is a job of one rank.
 
+    From here on, an error of detcoll that the program does not catch is shown in one line; ``DETCOLL_LOG=debug`` shows
+    its traceback. A `sys.excepthook` of the program's own is left alone.
+
     Parameters
     ----------
     transport : str
@@ -94,6 +98,7 @@ def init(
         If the transport cannot be used on this system; says what is missing.
     """
     global _current
+    show_own_errors_short()
     with _lock:
         if _current is not None and _current.usable:
             raise UsageError("init() was called twice; call detcoll.finalize() first")

@@ -1,0 +1,52 @@
+"""How detcoll's own errors are shown when a program does not catch them.
+
+Such an error says in its text what to change, and its traceback leads through detcoll alone from the line of the
+program that is named. With several ranks it would be shown once a rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+from detcoll.errors import DetcollError
+
+_OURS = "detcoll"
+
+
+def show_own_errors_short() -> None:
+    """Let errors of detcoll that nobody catches end the program with one line instead of a traceback.
+
+    With ``DETCOLL_LOG=debug`` the traceback is shown. All other exceptions are shown as before, and a program that has
+    a `sys.excepthook` of its own keeps it.
+    """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _show
+
+
+def describe(error: DetcollError, trace: TracebackType | None) -> str:
+    """Return an error in one line: its kind, the line of the program that it comes from, and its text."""
+    place = ""
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if not str(module).startswith(_OURS):
+            place = f" in {_short(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"detcoll: {type(error).__name__}{place}: {error}"
+
+
+def _short(path: str) -> str:
+    """Return a path as it is seen from the current folder, where that is shorter."""
+    try:
+        return min(os.path.relpath(path), path, key=len)
+    except (OSError, ValueError):
+        return path
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    is_debug = os.environ.get("DETCOLL_LOG", "").lower() == "debug"
+    if is_debug or not isinstance(error, DetcollError) or sys.stderr is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(describe(error, trace), file=sys.stderr, flush=True)
