@@ -253,6 +253,13 @@ class Endpoint(ABC):
             If not all needed ranks are connected at the deadline; names the missing ones.
         """
 
+    def apart(self, addresses: Mapping[int, str]) -> Mapping[int, str]:
+        """Try which of these ranks cannot be connected from here, and return them, each with the reason.
+
+        Called before `connect`, of transports for ranks of one host: there, containers may keep ranks from each other.
+        """
+        return {}
+
     @abstractmethod
     def send(self, dst: int, tag: int, view: memoryview, window: Window | None = None) -> Ticket:
         """Send ``view`` (contiguous bytes, borrowed until the ticket ends) to rank ``dst``.
@@ -519,7 +526,10 @@ def byte_view(array: NDArray[Any]) -> memoryview:
 
 
 def host_identity() -> str:
-    """Return a string that is equal for processes that can share memory: the boot id, or else the host name."""
+    """Return a string that is equal for processes of one kernel: the boot id, or else the host name.
+
+    Only these can share memory. Whether they may is found by trying, see `Endpoint.apart`.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Rank, free_port, run
+from ranks import launch
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -51,6 +54,18 @@ def test_a_process_of_another_job_does_not_break_the_meeting() -> None:
             assert "the world has 3 ranks, rank 0 says 2" in stray.hears()
         with Rank(1, 2, port, "meet") as second:
             assert [(rank.hears(), rank.hears()) for rank in (first, second)] == [("done", 2.0)] * 2
+
+
+def test_ranks_in_containers_of_their_own_meet_over_the_network() -> None:
+    container = ["unshare", "-pf", "--mount-proc"]
+    if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("PID namespaces cannot be made here")
+    started = [sys.executable, "-m", "detcoll", "run", "-n", "2", *container]
+    ended = launch(2, "calls.py", "small", launcher=started, environ={"DETCOLL_LOG": "warning"})
+    assert {rank: (said[0][0], said[0][2]) for rank, said in ended.said.items()} == dict.fromkeys(
+        range(2), ("slotted", 3.0)
+    ), ended.err
+    assert "ranks 0 and 1 cannot share memory: rank 1 is in another PID namespace" in ended.err
 
 
 def listening_ports(pid: int) -> list[int]:

@@ -429,6 +429,29 @@ def test_addresses_that_lead_nowhere(changes: dict[str, Any], reason: str) -> No
     assert _descriptors() == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"host": "elsewhere"}, "rank 1 is on another host"),
+        ({"key": "00" * 16}, "is not the memory of rank 1"),
+        ({"memory_fd": 10**6}, "cannot be reached"),
+        ({"bell_fd": 10**6}, "cannot be reached"),
+        ({"pid": 2**22 - 1}, "cannot be reached"),
+        ({"pid_namespace": "pid:[1]"}, "rank 1 is in another PID namespace"),
+    ],
+)
+def test_who_cannot_share_memory_is_found_by_trying(changes: dict[str, Any], reason: str) -> None:
+    before = _descriptors()
+    here, there = opened(0, 2), opened(1, 2)
+    assert here.apart({1: there.address}) == {}
+    found = here.apart({1: _altered(there.address, **changes)})
+    assert reason in found[1]
+    here.connect({}, soon_ns())  # it is as usable as before
+    for endpoint in (here, there):
+        endpoint.abort()
+    assert _descriptors() == before
+
+
 def test_an_address_of_another_transport() -> None:
     here = opened(0, 2)
     with pytest.raises(ConnectError, match="tcp://10"):

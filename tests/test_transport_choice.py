@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import socket
 import threading
+from typing import Any
 
+import numpy as np
 import pytest
 from ranks import attempt, launch, lines, run_ranks
 
 from detcoll import registry
+from detcoll.communicator import Communicator
 from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.job.assembly import choose
 from detcoll.job.settings import Facts, read_settings
 from detcoll.topology import Topology
+from detcoll_shm import ShmEndpoint, ShmTransport
 from detcoll_slotted import SlottedTransport
 
 
@@ -91,7 +95,7 @@ def test_a_refused_address_is_no_reason_to_fall_back(monkeypatch) -> None:
 
     def open_elsewhere(self, rank, size, rendezvous, clock, options):
         class Elsewhere:
-            host = "192.0.2.7" if rank == 1 else "127.0.0.1"
+            host = listen_host = "192.0.2.7" if rank == 1 else "127.0.0.1"
             exchange = rendezvous.exchange
 
         return opened(self, rank, size, Elsewhere(), clock, options)
@@ -138,6 +142,71 @@ def test_what_one_rank_lacks_all_ranks_lack(monkeypatch) -> None:
     for answer in attempt(3, lambda comm: None, transport="shm"):
         assert isinstance(answer, TransportUnavailable)
         assert str(answer) == "rank 1 could not load shm: shm is not installed"
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 finds that it cannot share memory with rank 0, which finds nothing."""
+    monkeypatch.setattr(ShmEndpoint, "apart", lambda self, peers: {0: "no"} if self._rank == 1 and 0 in peers else {})
+
+
+def name_and_sum(comm: Communicator) -> tuple[str, float]:
+    x = np.ones(1000, np.float32)
+    comm.all_reduce(x)
+    return comm.transport, float(x[0])
+
+
+@pytest.mark.usefixtures("apart")
+def test_ranks_that_cannot_share_memory_use_the_network(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "detcoll"):
+        assert run_ranks(3, name_and_sum) == [("slotted", 3.0)] * 3
+    assert "ranks 0 and 1 cannot share memory: no; falling back to slotted" in caplog.text
+
+
+@pytest.mark.usefixtures("apart")
+def test_across_sites_only_those_use_the_network_that_have_to(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    near: dict[int, list[int]] = {}
+    connect = ShmEndpoint.connect
+
+    def watched(self: ShmEndpoint, addresses: dict[int, str], *rest: Any) -> None:
+        near[self._rank] = sorted(addresses)
+        connect(self, addresses, *rest)
+
+    monkeypatch.setattr(ShmEndpoint, "connect", watched)
+    with caplog.at_level("INFO", "detcoll"):
+        assert run_ranks(4, name_and_sum, topology=lines(3, 1)) == [("slotted", 4.0)] * 4
+    assert near == {0: [0, 2], 1: [1, 2], 2: [0, 1, 2], 3: [3]}
+    assert caplog.text.count("ranks 0 and 1 of one host use the network: no") == 1
+
+
+@pytest.mark.usefixtures("apart")
+def test_shared_memory_that_was_asked_for_is_not_replaced() -> None:
+    for answer in attempt(3, lambda comm: None, transport="shm"):
+        assert isinstance(answer, TransportUnavailable)
+        assert str(answer) == "ranks 0 and 1 cannot share memory: no"
+
+
+def test_a_user_may_say_which_ranks_are_on_one_host() -> None:
+    environ = [{"DETCOLL_HOST": "a"}, {"DETCOLL_HOST": "a"}, {"DETCOLL_HOST": "b"}]
+    assert run_ranks(2, name_and_sum, environ=environ[:2]) == [("shm", 2.0)] * 2
+    assert run_ranks(3, name_and_sum, environ=environ) == [("slotted", 3.0)] * 3
+
+
+def test_without_shared_memory_the_ranks_of_a_site_use_the_network(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: ShmTransport, rank: int, *rest: Any) -> ShmEndpoint:
+        if rank == 1:
+            raise TransportUnavailable("no shared memory")
+        return opened(self, rank, *rest)
+
+    opened = ShmTransport.open
+    monkeypatch.setattr(ShmTransport, "open", refuse)
+    with caplog.at_level("WARNING", "detcoll"):
+        assert run_ranks(3, name_and_sum, topology=lines(2, 1)) == [("slotted", 3.0)] * 3
+    assert "ranks of one host use the network: rank 1 could not open shm: no shared memory" in caplog.text
 
 
 def test_packets_are_marked_where_rates_are_reserved() -> None:

@@ -2,20 +2,26 @@
 
 ``transport="auto"`` chooses the slotted transport if the topology has several sites with lines between them, else
 shared memory if all ranks are on one host, else MPI if MPI started the ranks, else the slotted transport without
-windows. If the automatic choice is not available on some rank, all ranks fall back to MPI and a warning gives the
-reason. An address that may not be used (`UsageError`) never causes a fall-back.
+windows. If the automatic choice is not available on some rank, all ranks fall back to MPI, and from shared memory to
+the slotted transport where MPI did not start them; a warning gives the reason. An address that may not be used
+(`UsageError`) never causes a fall-back.
 
 Across lines, a transport without collectives of its own that reaches other hosts (slotted, tcp) leaves ranks of one
 site on one host to shared memory.
+
+Ranks of one host may run in containers that keep them from sharing memory. So each pair tries before it connects, and
+those that cannot use the network.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from detcoll import registry
 from detcoll.clock import MonotonicClock
@@ -102,13 +108,14 @@ def assemble(
         if not choice.automatic or choice.name == FALLBACK:
             raise
         reason = str(error)
-    if not _started_by_mpi(facts):
+    fallback = FALLBACK if _started_by_mpi(facts) else WIDE
+    if fallback == choice.name:
         raise TransportUnavailable(
             f"{reason}; cannot fall back to {FALLBACK}, because MPI did not start all ranks (use mpiexec)"
         )
     if rank == 0:
-        log.warning("transport %s cannot be used: %s; falling back to %s", choice.name, reason, FALLBACK)
-    return opener.open(FALLBACK)
+        log.warning("transport %s cannot be used: %s; falling back to %s", choice.name, reason, fallback)
+    return opener.open(fallback)
 
 
 def _started_by_mpi(facts: Sequence[Facts]) -> bool:
@@ -137,16 +144,20 @@ class _Opener:
         try:
             main = self._open_one(transport)
             opened.append(main)
-            local = self._local_peers_of(transport, self.rank)
+            local: frozenset[int] = frozenset()
             near: Endpoint | None = None
             if any(self._local_peers_of(transport, rank) for rank in range(len(self.facts))):
-                near = self._open_one(registry.load(LOCAL))
+                near = self._open_near()
+            if near is not None:
                 opened.append(near)
-                self._connect(LOCAL, near, local, local)
+                local = self._connect_near(near, self._local_peers_of(transport, self.rank))
             here = self.topology.site_of(self.rank)
             sites = [self.topology.site_of(rank) for rank in range(self.topology.size)]
             others = frozenset(range(self.topology.size)) - {self.rank} - local
-            self._connect(name, main, others, others & self._needed())
+            addresses = self._addresses(name, main)
+            if transport.capabilities.scope is Scope.HOST:
+                self._require_together(main, addresses)
+            self._connect(main, addresses, others, others & self._needed())
             # Wait for all ranks: one that went on and failed would disturb others that still connect to it.
             self.meeting.exchange(f"connected {name}", b"", self.deadline_ns)
         except BaseException:
@@ -199,10 +210,53 @@ class _Opener:
         last = {site.ranks[-1] for site in topology.sites}  # plans for small arrays use the last rank of each site
         return frozenset(needed | acquaintances(rank, site_of) | (last if rank in last else set()))
 
-    def _connect(self, name: str, endpoint: Endpoint, peers: frozenset[int], needed: frozenset[int]) -> None:
+    def _addresses(self, name: str, endpoint: Endpoint) -> list[str]:
         texts = self.meeting.exchange(f"addresses {name}", endpoint.address.encode(), self.deadline_ns)
-        addresses: Mapping[int, str] = {peer: texts[peer].decode() for peer in sorted(peers | {self.rank})}
-        endpoint.connect(addresses, self.deadline_ns, needed)
+        return [text.decode() for text in texts]
+
+    def _connect(
+        self, endpoint: Endpoint, addresses: Sequence[str], peers: frozenset[int], needed: frozenset[int]
+    ) -> None:
+        told = {peer: addresses[peer] for peer in sorted(peers | {self.rank})}
+        endpoint.connect(told, self.deadline_ns, needed)
+
+    def _open_near(self) -> Endpoint | None:
+        """Open shared memory; None on all ranks if one of them has none, since `_open_one` raises on all alike."""
+        try:
+            return self._open_one(registry.load(LOCAL))
+        except TransportUnavailable as error:
+            if self.rank == 0:
+                log.warning("ranks of one host use the network: %s", error)
+            return None
+
+    def _connect_near(self, near: Endpoint, peers: frozenset[int]) -> frozenset[int]:
+        """Connect to those ranks of this host and site that can share memory with this one, and return them."""
+        addresses = self._addresses(LOCAL, near)
+        apart = self._apart(near, addresses, peers)
+        for (low, high), reason in apart.items():
+            if self.rank == low:
+                log.info("ranks %d and %d of one host use the network: %s", low, high, reason)
+        together = frozenset(peer for peer in peers if _pair(self.rank, peer) not in apart)
+        self._connect(near, addresses, together, together)
+        return together
+
+    def _require_together(self, endpoint: Endpoint, addresses: Sequence[str]) -> None:
+        apart = self._apart(endpoint, addresses, frozenset(range(len(self.facts))) - {self.rank})
+        for (low, high), reason in apart.items():
+            raise TransportUnavailable(f"ranks {low} and {high} cannot share memory: {reason}")
+
+    def _apart(self, endpoint: Endpoint, addresses: Sequence[str], peers: frozenset[int]) -> dict[tuple[int, int], str]:
+        """Return the pairs of which one rank cannot be connected from the other, with the reason; equal on all ranks.
+
+        All ranks call it.
+        """
+        found = endpoint.apart({peer: addresses[peer] for peer in sorted(peers)})
+        answers = self.meeting.exchange("apart", msgspec.json.encode(dict(found)), self.deadline_ns)
+        pairs: dict[tuple[int, int], str] = {}
+        for rank, answer in enumerate(answers):
+            for peer, reason in msgspec.json.decode(answer, type=dict[int, str]).items():
+                pairs.setdefault(_pair(rank, peer), reason)
+        return pairs
 
     def _on_all(self, what: str, action: Callable[[], Opened]) -> Opened:
         """Run ``action`` on every rank; if it fails on one rank, undo it and raise the same error on all."""
@@ -225,6 +279,10 @@ class _Opener:
         rank, first_kind, text = failed[0]
         message = f"rank {rank} could not {what}: {text}"
         raise (UsageError if first_kind == "UsageError" else TransportUnavailable)(message) from cause
+
+
+def _pair(one: int, other: int) -> tuple[int, int]:
+    return min(one, other), max(one, other)
 
 
 def _across_lines(topology: Topology, rank: int, slotting: Slotting | None) -> dict[str, object]:

@@ -143,7 +143,8 @@ def _align(
 def _introduce(session: Session, settings: Settings, site: str, launcher: str, deadline_ns: int) -> list[Facts]:
     facts = Facts(
         VERSION, settings.transport, settings.topology.digest, settings.reproducible,
-        settings.slotting.value if settings.slotting else "", settings.congestion, site, host_identity(),
+        settings.slotting.value if settings.slotting else "", settings.congestion, site,
+        settings.host or host_identity(),
         clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
         f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}",
     )  # fmt: skip

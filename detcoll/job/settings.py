@@ -44,10 +44,10 @@ PREFIX = "DETCOLL_"
 VARIABLES = frozenset(
     PREFIX + name
     for name in (
-        "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
-        "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RECORD", "RENDEZVOUS", "RENDEZVOUS_FD", "SITE", "SITES",
-        "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOLERANCE", "TOPOLOGY",
-        "TRACE", "TRANSPORT", "WORLD_SIZE",
+        "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "HOST", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE", "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RECORD", "RENDEZVOUS",
+        "RENDEZVOUS_FD", "SITE", "SITES", "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOLERANCE",
+        "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
 """Every environment variable that detcoll, its launchers or its tests read."""
@@ -65,7 +65,8 @@ class Settings(msgspec.Struct, frozen=True):
     cross lines.  ``trace`` : folder for trace files.  ``compare`` : whether ranks compare their calls under Gloo.
     ``proxy`` : host:port of a SOCKS5 proxy through which the slotted transport reaches other sites; empty for none.
     ``tolerance_s`` : how long a connection may be silent or down before its peer counts as lost.  ``record`` : where
-    flight records go, see `job.flight`.
+    flight records go, see `job.flight`.  ``host`` : what the user calls this host; empty where the system's
+    own identity serves. Ranks of different hosts do not share memory.
     """
 
     transport: str
@@ -82,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True):
     proxy: str = ""
     tolerance_s: float = LONGEST_CUT_S
     record: str | None = None
+    host: str = ""
 
     @property
     def options(self) -> dict[str, object]:
@@ -156,6 +158,7 @@ def read_settings(
         proxy=_proxy(environ.get("DETCOLL_PROXY"), insecure=insecure),
         tolerance_s=read_tolerance_s(environ, timeout_s),
         record=environ.get("DETCOLL_RECORD"),
+        host=environ.get("DETCOLL_HOST", ""),
     )
 
 

@@ -41,7 +41,7 @@ from detcoll_shm.collectives import Collectives
 from detcoll_shm.groups import GroupCollectives, await_members, hide, refuse, show
 from detcoll_shm.inbound import Inbound
 from detcoll_shm.layout import Address, Geometry, State
-from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory
+from detcoll_shm.memory import Ring, check_reachable, create, open_descriptor, open_memory, try_memory
 from detcoll_shm.natives import NativePeer, Natives, NativeSettings
 from detcoll_shm.outbound import Outbound
 from detcoll_shm.regions import Mapped, Regions
@@ -121,6 +121,16 @@ class ShmEndpoint(Endpoint, NativeCollectives):
     def address(self) -> str:
         """The process and its descriptors of memory and doorbell."""
         return self._address.encode()
+
+    def apart(self, addresses: Mapping[int, str]) -> Mapping[int, str]:
+        """Open the memory and the doorbell of each of these ranks, and return those where that fails."""
+        reasons = {}
+        for rank, text in addresses.items():
+            try:
+                try_memory(rank, Address.decode(rank, text))
+            except ConnectError as error:
+                reasons[rank] = str(error)
+        return reasons
 
     def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
         """Map the rings of the ranks in ``addresses``, and wait until they have done so with this rank's.

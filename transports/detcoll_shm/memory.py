@@ -97,6 +97,19 @@ def check_reachable(rank: int, address: Address) -> None:
         )
 
 
+def try_memory(rank: int, address: Address) -> None:
+    """Open what connecting to ``rank`` needs, and close it again.
+
+    Raises
+    ------
+    ConnectError
+        If this process cannot share memory with that one.
+    """
+    check_reachable(rank, address)
+    os.close(open_memory(rank, address))
+    os.close(open_descriptor(rank, address, address.bell_fd, os.O_WRONLY | os.O_NONBLOCK))
+
+
 def open_memory(rank: int, address: Address) -> int:
     """Open the memory of ``rank`` and make sure that it is the memory meant.
 
