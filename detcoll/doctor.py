@@ -15,7 +15,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 from detcoll import registry
 from detcoll.clock import clock_domain
 from detcoll.job.settings import AUTO
+from detcoll.path_mtu import PORT, PathMtu, probe
 from detcoll.priority import make_prompt
 from detcoll.topology import Topology
 
@@ -73,7 +74,9 @@ class System:
             return None
 
 
-def examine(topology: Topology | None = None, system: System | None = None) -> list[Finding]:
+def examine(
+    topology: Topology | None = None, system: System | None = None, towards: Sequence[str] = ()
+) -> list[Finding]:
     """Return everything that was found on this host.
 
     Parameters
@@ -82,11 +85,20 @@ def examine(topology: Topology | None = None, system: System | None = None) -> l
         Whose lines this host is to serve; without lines, one of 1 Gbit/s over 20 ms is assumed.
     system : System, optional
         What is looked at instead of this host.
+    towards : sequence of str, optional
+        Other hosts, to which the size of packets is tried.
+
+    Raises
+    ------
+    ConnectError
+        If one of these hosts cannot be resolved, or there is no route to it.
     """
     seen = system or System()
     rate, round_trip_ns = _line(topology)
     return [
         _kernel(seen),
+        *(_packets(host, probe(host)) for host in towards),
+        _mtu_probing(seen),
         *_buffers(seen, rate, round_trip_ns),
         _slow_start(seen),
         _congestion(seen),
@@ -128,6 +140,31 @@ def _buffers(seen: System, rate_bytes_per_s: float, round_trip_ns: int) -> Itera
         advice = f"sysctl -w net.ipv4.{name}='{least} {usual} {needed}' (twice what is in flight on this line)"
         verdict = Verdict.GOOD if int(most) >= needed else Verdict.CHANGE
         yield Finding(name, f"up to {int(most):,} bytes", verdict, "" if verdict is Verdict.GOOD else advice)
+
+
+def _packets(host: str, found: PathMtu) -> Finding:
+    name = f"packets to {host}"
+    if not found.passed_bytes:
+        note = f"it may be reached all the same; a firewall on the way may drop UDP to port {PORT}, or the answers"
+        return Finding(name, "no probe was answered", Verdict.NOTE, note)
+    value = f"up to {found.passed_bytes:,} bytes"
+    if found.passed_bytes == found.device_bytes:
+        return Finding(name, value, Verdict.GOOD)
+    if found.is_told:
+        return Finding(name, f"{value}; a router refuses larger ones, so TCP sends smaller ones", Verdict.GOOD)
+    advice = (
+        f"connections open and then hang; on both hosts: ip link set dev DEVICE mtu {found.passed_bytes}, "
+        "or sysctl -w net.ipv4.tcp_mtu_probing=1, with which each connection stalls for some seconds only"
+    )
+    return Finding(name, f"{value}; larger ones vanish without a word", Verdict.CHANGE, advice)
+
+
+def _mtu_probing(seen: System) -> Finding:
+    text = seen.text("proc/sys/net/ipv4/tcp_mtu_probing")
+    if text in ("1", "2"):
+        return Finding("MTU probing", "on", Verdict.GOOD)
+    advice = "matters where large packets vanish on the way; detcoll doctor --towards HOST tries that"
+    return Finding("MTU probing", "unknown" if text is None else "off", Verdict.NOTE, advice)
 
 
 def _slow_start(seen: System) -> Finding:

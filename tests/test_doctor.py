@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ import pytest
 from detcoll import doctor
 from detcoll.cli import main
 from detcoll.doctor import Finding, System, Verdict, examine
+from detcoll.errors import ConnectError
+from detcoll.path_mtu import PathMtu, probe
 from detcoll.topology import Topology
 
 GOOD = {
+    "proc/sys/net/ipv4/tcp_mtu_probing": "1",
     "proc/sys/net/ipv4/tcp_wmem": "4096 16384 67108864",
     "proc/sys/net/ipv4/tcp_rmem": "4096 131072 67108864",
     "proc/sys/net/ipv4/tcp_slow_start_after_idle": "0",
@@ -117,3 +122,66 @@ def test_what_to_install_is_shown_whole(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr("detcoll.doctor.registry.why_missing", lambda name: why if name == "gloo" else None)
     assert main(["doctor"]) in (0, 1)
     assert f"transport gloo: {why}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "told"),
+    [
+        (PathMtu(1500, 1500), Verdict.GOOD, "up to 1,500 bytes"),
+        (PathMtu(1500, 1400, is_told=True), Verdict.GOOD, "a router refuses larger ones"),
+        (PathMtu(1500, 1400), Verdict.CHANGE, "up to 1,400 bytes; larger ones vanish without a word"),
+        (PathMtu(1500, 0), Verdict.NOTE, "no probe was answered"),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_packets_that_vanish_are_a_thing_to_change(
+    found: PathMtu, verdict: Verdict, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda host: found)
+    look(tmp_path)
+    (one,) = [one for one in examine(None, System(tmp_path), ["far"]) if one.name == "packets to far"]
+    assert one.verdict is verdict
+    assert told in one.value
+    assert ("tcp_mtu_probing=1" in one.advice) == (verdict is Verdict.CHANGE)
+
+
+NETWORK = """
+set -e
+mount -t tmpfs none /run
+mkdir /run/netns
+for name in near router far; do ip netns add $name; done
+ip link add in netns router type veth peer name out netns near
+ip link add on netns router type veth peer name end netns far
+ip -n near address add 10.0.1.1/24 dev out
+ip -n router address add 10.0.1.2/24 dev in
+ip -n router address add 10.0.2.2/24 dev on
+ip -n far address add 10.0.2.1/24 dev end
+ip -n near link set dev out up
+ip -n router link set dev in up
+ip -n router link set dev on up mtu 1400
+ip -n far link set dev end up
+ip -n near route add default via 10.0.1.2
+ip -n far route add default via 10.0.2.2
+ip netns exec router sysctl -qw net.ipv4.ip_forward=1
+[ $1 = told ] || ip -n router rule add iif lo to 10.0.1.1 pref 1 blackhole
+shift
+exec ip netns exec near "$@"
+"""
+"""Two hosts and a router between them whose second link takes 1400 bytes; it says so, or cannot."""
+
+
+@pytest.mark.parametrize("kind", ["told", "silent"])
+def test_a_small_path_mtu_is_found(kind: str) -> None:
+    program = "from detcoll.path_mtu import probe; found = probe('10.0.2.1'); print(found.passed_bytes, found.is_told)"
+    command = ["unshare", "-nm", "bash", "-c", NETWORK, "bash", kind, sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    if done.returncode and "Operation not permitted" in done.stderr:
+        pytest.skip("network namespaces need root")
+    assert (done.stdout, done.stderr) == (f"1400 {kind == 'told'}\n", "")
+
+
+def test_the_whole_packet_passes_on_loopback_and_a_name_that_leads_nowhere_is_told() -> None:
+    found = probe("127.0.0.1")
+    assert found.passed_bytes == found.device_bytes
+    with pytest.raises(ConnectError, match=r"no packet can be sent to 'a\.\.b'"):
+        probe("a..b")

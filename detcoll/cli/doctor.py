@@ -21,7 +21,13 @@ _STYLES = {Verdict.GOOD: "green", Verdict.CHANGE: "bold red", Verdict.NOTE: "yel
 
 
 def doctor(
-    name: str | None = None, /, *, topology: Path | None = None, json: Path | None = None, job: bool = False
+    name: str | None = None,
+    /,
+    *,
+    topology: Path | None = None,
+    towards: tuple[str, ...] = (),
+    json: Path | None = None,
+    job: bool = False,
 ) -> int:
     """Look at this host's buffers, clocks, scheduling and transports, and say what to change.
 
@@ -33,6 +39,9 @@ def doctor(
         With --job, the name of one job, where several run.
     topology
         The topology file whose lines this host is to serve; a line of 1 Gbit/s over 20 ms is assumed without.
+    towards
+        Other hosts: try which size of packets reaches them. May be given several times; takes some seconds each where
+        large packets vanish.
     json
         File for what was found.
     job
@@ -43,10 +52,12 @@ def doctor(
     if job:
         if topology is not None:
             raise UsageError("--topology means nothing with --job")
+        if towards:
+            raise UsageError("--towards means nothing with --job")
         return _ask_job(json, name)
     if name is not None:
         raise UsageError(f"{name!r} means nothing without --job, which takes the name of a job")
-    found = examine(None if topology is None else Topology.from_file(topology))
+    found = examine(None if topology is None else Topology.from_file(topology), towards=towards)
     if json is not None:
         write_file(json, msgspec.json.encode({"schema": "detcoll.doctor/1", "findings": found}))
     table = Table("what", "found", "")
