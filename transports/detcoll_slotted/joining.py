@@ -109,7 +109,10 @@ class Joining:
                 self._let_leave(peer.lines[Lane.BULK], self._options.warm_up_bytes, deadline_ns)
         while cold := [peer.rank for peer in peers if peer.inbound.warm_bytes < self._options.warm_up_bytes]:
             if self._clock.now_ns() >= deadline_ns:
-                raise ConnectError(f"rank {self._rank}: warming up with rank {cold} took longer than the deadline")
+                raise ConnectError(
+                    f"rank {self._rank}: warming up with rank {cold} took longer than the deadline; if large packets "
+                    "vanish on the way, detcoll doctor --towards HOST finds it"
+                )
             self._wait(deadline_ns)
 
     def _let_leave(self, line: Line, nbytes: int, deadline_ns: int) -> None:
