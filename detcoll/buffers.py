@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import UsageError
+from detcoll.installation import install_command
 from detcoll.types import BFLOAT16, DTYPES
 
 _EXPECTED = (
@@ -322,7 +323,8 @@ def _import_cupy(name: str) -> Any:
         return importlib.import_module("cupy")
     except ImportError as error:
         raise UsageError(
-            f"{name} is in device memory, which needs CuPy here: pip install 'detcoll[cuda12]' (or cuda13)"
+            f"{name} is in device memory, which needs CuPy here; for CUDA 12 install it with: "
+            f"{install_command('cuda12')} and for CUDA 13 with: {install_command('cuda13')}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
+from detcoll.installation import install_command
 from detcoll.launch.mpiexec import find_mpiexec
 from detcoll.transport import Transport
 
@@ -21,10 +22,10 @@ PLAIN = "tcp"
 """The transport that has the plans of `SLOTTED` without its slots."""
 
 _NEEDS = {
-    "gloo": ("torch", "pip install 'detcoll[gloo]'"),
-    "mpi": ("mpi4py", "pip install 'detcoll[mpi]'"),
+    "gloo": ("torch", "gloo"),
+    "mpi": ("mpi4py", "mpi"),
 }
-"""Packages that transports import where they are opened."""
+"""Packages that transports import where they are opened, and the extras that bring them."""
 
 _TITLES = {PLAIN: "same plans, plain TCP"}
 """What results call a transport whose name does not say what it is compared for."""
@@ -95,11 +96,11 @@ def load(name: str) -> Transport:
 
 def why_missing(transport: str) -> str | None:
     """Return why ``transport`` cannot be used here, None where nothing is known to be missing."""
-    package, hint = _NEEDS.get(transport, (None, ""))
+    package, extra = _NEEDS.get(transport, (None, ""))
     if package is not None and find_spec(package) is None:
-        return f"{package} is not installed; install it with: {hint}"
+        return f"{package} is not installed; install it with: {install_command(extra)}"
     if transport == "mpi" and find_mpiexec() is None:
-        return f"there is no mpiexec; install one with: {hint}"
+        return f"there is no mpiexec; install one with: {install_command(extra)}"
     try:
         load(transport)
     except DetcollError as error:

@@ -13,6 +13,7 @@ from detcoll import doctor
 from detcoll.cli import main
 from detcoll.doctor import Finding, System, Verdict, examine
 from detcoll.errors import ConnectError
+from detcoll.installation import install_command
 from detcoll.path_mtu import PathMtu, probe
 from detcoll.topology import Topology
 
@@ -110,11 +111,14 @@ def test_the_command_looks_at_this_host(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.usefixtures("quick")
 def test_a_transport_whose_package_is_missing_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detcoll.registry._NEEDS", {"gloo": ("no_such_package", "pip install it")})
+    monkeypatch.setattr("detcoll.registry._NEEDS", {"gloo": ("no_such_package", "gloo")})
     found = look(tmp_path)
     assert found["transport slotted"].value == "installed"
     assert (found["transport gloo"].value, found["transport gloo"].verdict) == ("not installed", Verdict.NOTE)
-    assert found["transport gloo"].advice == "no_such_package is not installed; install it with: pip install it"
+    assert (
+        found["transport gloo"].advice
+        == f"no_such_package is not installed; install it with: {install_command('gloo')}"
+    )
 
 
 def test_what_to_install_is_shown_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

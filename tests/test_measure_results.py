@@ -23,6 +23,7 @@ from detcoll.emulation.lab import Conditions, DirectionStatistics, Service, Stat
 from detcoll.emulation.lab.conditions import CrossTrafficKind
 from detcoll.emulation.lab.statistics import BurstStatistics, FlowStatistics, ProbeStatistics
 from detcoll.errors import DetcollError, UsageError
+from detcoll.installation import install_command
 from detcoll.launch import processes
 from detcoll.measure import experiment, marks, step
 from detcoll.measure.aggregate import (
@@ -255,13 +256,15 @@ class _Anywhere:
 
 
 def test_transports_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detcoll.registry._NEEDS", {"gloo": ("no_such_package", "pip install it")})
+    monkeypatch.setattr("detcoll.registry._NEEDS", {"gloo": ("no_such_package", "gloo")})
     for room in ("registry", "cli.lines"):
         monkeypatch.setattr(f"detcoll.{room}.load", lambda name: _Anywhere)
     monkeypatch.setattr("detcoll.registry.find_mpiexec", lambda: "/bin/mpiexec")
     here, left_out = present(("gloo", "mpi"), "against")
     assert here == ("mpi",)
-    assert left_out == (LeftOut("gloo", "no_such_package is not installed; install it with: pip install it"),)
+    assert left_out == (
+        LeftOut("gloo", f"no_such_package is not installed; install it with: {install_command('gloo')}"),
+    )
     monkeypatch.setattr("detcoll.registry.find_mpiexec", lambda: None)
     assert present(("mpi",), "against")[1][0].why.startswith("there is no mpiexec")
     with pytest.raises(UsageError, match="against='carrier-pigeon'"):

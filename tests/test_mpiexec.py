@@ -63,5 +63,5 @@ def test_another_launcher_cannot_be_used_in_a_lab(install) -> None:
 def test_without_any(install, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name, path: None)
     assert find_mpiexec() is None
-    with pytest.raises(TransportUnavailable, match=r"mpiexec is missing.*detcoll\[mpi\]"):
+    with pytest.raises(TransportUnavailable, match=r"mpiexec is missing.*pip install .*\[mpi\]"):
         _mpiexec()

@@ -24,11 +24,10 @@ from itertools import pairwise
 from typing import Any
 
 from detcoll.errors import PlanError
+from detcoll.installation import install_command
 
 Matrix = Sequence[Sequence[int]]
 Pair = tuple[int, int]
-
-INSTALL = 'sites at different distances need a solver; install it with: pip install "detcoll[calendar]"'
 
 WORKERS = 2
 
@@ -215,11 +214,15 @@ def _lines(rough: Rough, delays_ns: Matrix) -> list[list[tuple[int, float, int]]
     return cyclic
 
 
+def _no_solver() -> PlanError:
+    return PlanError(f"sites at different distances need a solver; install it with: {install_command('calendar')}")
+
+
 def _solver() -> Any:
     try:
         from ortools.sat.python import cp_model
     except ImportError as error:
-        raise PlanError(INSTALL) from error
+        raise _no_solver() from error
     return cp_model
 
 
@@ -227,7 +230,7 @@ def _linear_solver() -> Any:
     try:
         from ortools.linear_solver import pywraplp
     except ImportError as error:
-        raise PlanError(INSTALL) from error
+        raise _no_solver() from error
     return pywraplp
 
 

@@ -1,6 +1,6 @@
 """What tests of detcoll, and of transports written elsewhere, are made with.
 
-It needs pytest: ``pip install detcoll[test]``.
+It needs pytest: ``pip install "detcoll[test]"``.
 """
 
 from __future__ import annotations

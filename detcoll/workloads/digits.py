@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.installation import install_command
 from detcoll.workloads.buckets import Buckets, Collectives, as_float32
 from detcoll.workloads.workload import Stamps, WorkloadSpec
 
@@ -51,7 +52,7 @@ def save_digits(path: Path) -> None:
         datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:
         raise TransportUnavailable(
-            "the digits workload needs scikit-learn; install it with: pip install 'detcoll[measure]'"
+            f"the digits workload needs scikit-learn; install it with: {install_command('measure')}"
         ) from error
     pixels, labels = datasets.load_digits(return_X_y=True)
     np.savez(path, pixels=(pixels / 16).astype(np.float32), labels=labels.astype(np.int64))

@@ -3,7 +3,7 @@
 It makes a process group of its own (``ProcessGroupGloo``), beside any default group of the program, and needs no
 environment variables: rank 0 opens a store at its rendezvous address, over which the ranks of the job find each
 other. ``GLOO_SOCKET_IFNAME`` chooses the network interfaces, otherwise the rendezvous address does.
-``pip install detcoll[gloo]`` brings torch.
+``pip install "detcoll[gloo]"`` brings torch.
 
 - Collectives are Gloo's, in the world and in groups, each over connections of its own. What Gloo lacks goes through a
   plan: reduce_scatter, and blocks that differ in size. Gloo's fold order is its own, and it adds and multiplies 16-bit

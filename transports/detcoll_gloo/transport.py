@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.installation import install_command
 from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
 from detcoll.types import DTYPES, ReduceOp
 from detcoll_gloo.endpoint import GlooEndpoint
 from detcoll_gloo.group import Group, make_devices, open_store
 from detcoll_gloo.mail import FRAME_BYTES
-
-INSTALL = "pip install detcoll[gloo]"
 
 _DTYPES = frozenset(DTYPES) - {"int16", "uint16", "uint32", "uint64"}
 
@@ -92,9 +91,9 @@ def _load(host: str) -> tuple[Any, list[Any], str]:
         torch = importlib.import_module("torch")
         distributed = importlib.import_module("torch.distributed")
     except ImportError as error:
-        return None, [], f"torch does not import ({error}); install it with: {INSTALL}"
+        return None, [], f"torch does not import ({error}); install it with: {install_command('gloo')}"
     if not (distributed.is_available() and distributed.is_gloo_available()):
-        return None, [], f"torch was built without Gloo; install it with: {INSTALL}"
+        return None, [], f"torch was built without Gloo; install it with: {install_command('gloo')}"
     if ipaddress.ip_address(host).is_unspecified and not os.environ.get("GLOO_SOCKET_IFNAME"):
         return None, [], "Gloo tells others the address it listens at; DETCOLL_ADVERTISE must be one of this host"
     try:

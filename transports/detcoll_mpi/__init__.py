@@ -1,7 +1,7 @@
 """MPI as a transport of detcoll: messages and native collectives through mpi4py.
 
 Ranks are started by an MPI launcher (``mpiexec -n 4 python train.py``). A job may be all of its MPI world or part of
-it, in any order of ranks. ``pip install detcoll[mpi]`` brings mpi4py and an MPI library.
+it, in any order of ranks. ``pip install "detcoll[mpi]"`` brings mpi4py and an MPI library.
 
 - Messages are MPI's own nonblocking sends and receives. MPI has fewer tags than the SPI, so each message begins with a
   letter that says its tag and size. Small ones travel in the letter; larger ones follow it, and go straight into the

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from detcoll.errors import ConnectError, TransportUnavailable, UsageError
+from detcoll.installation import install_command
 from detcoll.transport import Capabilities, Clock, Rendezvous, Scope, Transport
 from detcoll.types import DTYPES, ReduceOp
 from detcoll_mpi.endpoint import MpiEndpoint
@@ -23,7 +24,6 @@ OPEN_TIMEOUT_NS = 60 * 10**9
 COMMUNICATORS = 3
 """For messages, for collectives, and for what collectives compare."""
 
-INSTALL = "pip install detcoll[mpi]"
 _JOB_VARIABLES = ("PMIX_NAMESPACE", "PMI_JOBID", "SLURM_JOB_ID")
 
 _starting = threading.Lock()
@@ -118,7 +118,7 @@ def _load() -> tuple[Any, str]:
             settings.initialize, settings.finalize = False, True
         mpi = importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:  # mpi4py raises RuntimeError where it finds no MPI library
-        return None, f"mpi4py does not load ({error}); install it with: {INSTALL}"
+        return None, f"mpi4py does not load ({error}); install it with: {install_command('mpi')}"
     return mpi, "MPI was finalized" if mpi.Is_finalized() else ""
 
 

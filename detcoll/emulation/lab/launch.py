@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from detcoll.emulation.lab.emulation import Lab
 from detcoll.emulation.lab.tun import DEVICE
 from detcoll.errors import TransportUnavailable, UsageError
+from detcoll.installation import install_command
 from detcoll.launch.environment import rank_numbers
 from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.launch.mpiexec import Family, Mpiexec, find_mpiexec
@@ -169,9 +170,9 @@ def _mpiexec() -> Mpiexec:
     """Return an MPI launcher that can be kept from shared memory."""
     found = find_mpiexec()
     if found is None:
-        raise TransportUnavailable("mpiexec is missing; install MPICH with: pip install 'detcoll[mpi]'")
+        raise TransportUnavailable(f"mpiexec is missing; install MPICH with: {install_command('mpi')}")
     if found.family is Family.OTHER:
         raise TransportUnavailable(
-            f"{found.path} is {found.family.value}; install one of them, such as with: pip install 'detcoll[mpi]'"
+            f"{found.path} is {found.family.value}; install one of them, such as with: {install_command('mpi')}"
         )
     return found

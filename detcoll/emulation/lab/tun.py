@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from detcoll.errors import TransportUnavailable
+from detcoll.installation import install_command
 
 DEVICE = "wan0"
 PREFIX_LENGTH = 16
@@ -55,7 +56,8 @@ def _pyroute2() -> ModuleType:
     try:
         import pyroute2
     except ImportError as error:
-        raise TransportUnavailable("the lab needs pyroute2; install it with: pip install 'detcoll[measure]'") from error
+        hint = install_command("measure")
+        raise TransportUnavailable(f"the lab needs pyroute2; install it with: {hint}") from error
     return pyroute2  # type: ignore[no-any-return,unused-ignore]
 
 
