@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,39 +18,37 @@ class _Values:
     """What goes in, what must come out, and the array between."""
 
     def __init__(self, comm: detcoll.Communicator, nbytes: int) -> None:
-        self.comm = comm
-        self.given = np.zeros(nbytes // 4, FLOAT32)
-        fill(self.given, comm.rank, comm.size)
-        self.expected = expected_all_reduce(self.given.size, FLOAT32, comm.size)
-        self.array = self.given.copy()
+        self._what = f"all_reduce of {nbytes} bytes, rank {comm.rank}"
+        self._given = np.zeros(nbytes // 4, FLOAT32)
+        fill(self._given, comm.rank, comm.size)
+        self._expected = expected_all_reduce(self._given.size, FLOAT32, comm.size)
+        self.array = self._given.copy()
 
-    def setup(self) -> None:
-        np.copyto(self.array, self.given)
-        self.comm.barrier()
+    def prepare(self) -> None:
+        np.copyto(self.array, self._given)
 
-    def teardown(self) -> None:
-        require_equal(self.array, self.expected, f"all_reduce of {self.array.nbytes} bytes, rank {self.comm.rank}")
+    def verify(self) -> None:
+        require_equal(self.array, self._expected, self._what)
 
 
-def bench_all_reduce(benchmark: Any, comm: detcoll.Communicator, nbytes: int, rounds: int) -> None:
+def bench_all_reduce(time_calls: Callable[..., None], comm: detcoll.Communicator, nbytes: int) -> None:
     values = _Values(comm, nbytes)
-    benchmark.group = f"all_reduce of {nbytes} bytes, {comm.size} ranks"
-    benchmark.extra_info.update(bytes=nbytes, ranks=comm.size, algorithm=comm.algorithm("all_reduce", nbytes))
 
     def call() -> None:
         comm.all_reduce(values.array)
 
-    benchmark.pedantic(call, setup=values.setup, teardown=values.teardown, rounds=rounds, warmup_rounds=2)
+    time_calls("all_reduce", nbytes, call, values.prepare, values.verify)
 
 
-def bench_all_reduce_in_buckets(benchmark: Any, comm: detcoll.Communicator, nbytes: int, rounds: int) -> None:
+def bench_all_reduce_in_buckets(
+    benchmark: Any, time_calls: Callable[..., None], comm: detcoll.Communicator, nbytes: int
+) -> None:
     values = _Values(comm, nbytes)
     parts = [part for part in np.array_split(values.array, BUCKETS) if part.size]
-    benchmark.group = f"all_reduce of {nbytes} bytes in {len(parts)} buckets, {comm.size} ranks"
-    benchmark.extra_info.update(bytes=nbytes, ranks=comm.size, buckets=len(parts))
+    benchmark.extra_info["buckets"] = len(parts)
 
     def call() -> None:
         for work in [comm.all_reduce(part, async_op=True) for part in parts]:
             work.wait()
 
-    benchmark.pedantic(call, setup=values.setup, teardown=values.teardown, rounds=rounds, warmup_rounds=2)
+    time_calls("all_reduce", nbytes, call, values.prepare, values.verify)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 import detcoll
 from detcoll.bench.verification import expected_broadcast, fill, require_equal
@@ -12,27 +13,24 @@ from detcoll.bench.verification import expected_broadcast, fill, require_equal
 FLOAT32 = np.dtype(np.float32)
 
 
-def bench_broadcast(benchmark: Any, comm: detcoll.Communicator, nbytes: int, rounds: int) -> None:
+def bench_broadcast(time_calls: Callable[..., None], comm: detcoll.Communicator, nbytes: int) -> None:
     given = np.zeros(nbytes // 4, FLOAT32)
     fill(given, comm.rank, comm.size)
     expected = expected_broadcast(given.size, FLOAT32, comm.size, 0)
     array = given.copy()
-    benchmark.group = f"broadcast of {nbytes} bytes, {comm.size} ranks"
-    benchmark.extra_info.update(bytes=nbytes, ranks=comm.size, algorithm=comm.algorithm("broadcast", nbytes))
 
-    def setup() -> None:
+    def prepare() -> None:
         np.copyto(array, given if comm.rank == 0 else 0)
-        comm.barrier()
 
     def call() -> None:
         comm.broadcast(array, root=0)
 
-    def teardown() -> None:
+    def verify() -> None:
         require_equal(array, expected, f"broadcast of {nbytes} bytes, rank {comm.rank}")
 
-    benchmark.pedantic(call, setup=setup, teardown=teardown, rounds=rounds, warmup_rounds=2)
+    time_calls("broadcast", nbytes, call, prepare, verify)
 
 
-def bench_barrier(benchmark: Any, comm: detcoll.Communicator, rounds: int) -> None:
-    benchmark.group = f"barrier, {comm.size} ranks"
-    benchmark.pedantic(comm.barrier, rounds=rounds, warmup_rounds=2)
+@pytest.mark.parametrize("nbytes", ["0 B"], indirect=True)  # so that tables can be grouped by size
+def bench_barrier(time_calls: Callable[..., None], comm: detcoll.Communicator, nbytes: int) -> None:
+    time_calls("barrier", nbytes, comm.barrier)

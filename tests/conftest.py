@@ -7,19 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.launch.mpiexec import find_mpiexec
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-# A busy machine is no failure of what is tested.
-hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("any machine")
 
 LONG = (
     "test_contract_shm.py", "test_communicator.py", "test_bench_smoke.py", "test_endings.py", "test_messages.py",
@@ -40,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the many processes that tests start cheap: none compiles detcoll anew, none starts a pool of threads."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # else pytest-xdist begins with the files that have most tests
+    _be_patient()
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist inherits the environment
         return
     patch = pytest.MonkeyPatch()
@@ -47,6 +41,20 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # containers set it to keep images small
     if "OMP_NUM_THREADS" not in os.environ:
         patch.setenv("OMP_NUM_THREADS", "1")
+
+
+def _be_patient() -> None:
+    """Let hypothesis take the time that a busy machine needs.
+
+    It is imported here since other commands read this file as well: `pytest-benchmark compare` does, which people run
+    who have installed what benchmarks need and no more.
+    """
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

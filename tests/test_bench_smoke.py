@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from detcoll.emulation.lab import why_unavailable
 from detcoll.launch.mpiexec import find_mpiexec
+from detcoll.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -39,14 +45,135 @@ def test_alone() -> None:
     done = run(sys.executable, *TINY, "--transports", "shm")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
-    assert "all_reduce of 4096 bytes, 1 ranks" in done.stdout
+    assert "all_reduce of 4 KiB, 1 ranks" in done.stdout
 
 
-def test_on_ranks_of_detcoll_run() -> None:
-    done = run(sys.executable, "-m", "detcoll", "run", "-n", "2", *TINY, "--transports", "shm,slotted")
+def test_rank_0_alone_saves_and_compares(tmp_path: Path) -> None:
+    store = ["--benchmark-storage", str(tmp_path), "--benchmark-save", "kept"]
+    given = [*TINY, "--transports", "shm,slotted", *store]
+    if find_spec("pygal") is not None:
+        given += ["--benchmark-histogram", str(tmp_path / "drawn")]
+    for times in (1, 2):
+        done = run(sys.executable, "-m", "detcoll", "run", "-n", "2", *given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("8 passed") == 1
+        assert "bench_all_reduce[4 KiB-slotted]" in done.stdout
+        assert len(list(tmp_path.glob("*/*.json"))) == times
+        given += ["--benchmark-compare"]
+    assert "bench_barrier[shm-0 B] (0001_kept)" in done.stdout
+    assert done.stderr.count("Comparing against benchmarks from") == 1
+    compare = ["--storage", str(tmp_path), "compare", "--group-by=param:nbytes"]
+    done = run(sys.executable, "-m", "pytest_benchmark", *compare)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("'")[1] for line in done.stdout.splitlines() if " benchmark '" in line] == [
+        "nbytes=0 B", "nbytes=4 KiB",
+    ]  # fmt: skip
+
+
+def conftest() -> SimpleNamespace:
+    """What the benchmarks share."""
+    return SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "conftest.py")))
+
+
+class Pair:
+    """Rank 0 of two; the other enters each call earlier or leaves it later."""
+
+    rank, size, transport = 0, 2, "fake"
+
+    def __init__(self, *, early_s: float = 0.0, late_s: float = 0.0) -> None:
+        # In the order in which the ranks compare stamps: the first entry, the last entry, the last exit.
+        self._differ_ns = itertools.cycle([-round(early_s * 1e9), 0, round(late_s * 1e9)])
+
+    def all_reduce(self, array: NDArray[np.int64], op: str) -> None:
+        assert op in ("min", "max")
+        array += next(self._differ_ns)
+
+
+class Together:
+    kind = "instant"
+
+    def __call__(self) -> None: ...
+
+
+def slowest_rank_s(pair: Pair, floor_s: float) -> list[float]:
+    shared = conftest()
+    return shared._slowest_rank_s(pair, Together(), shared.Calls("all_reduce", 8, lambda: None), 3, floor_s)
+
+
+def test_times_are_the_slowest_ranks() -> None:
+    times_s = slowest_rank_s(Pair(late_s=1000), floor_s=0.0)
+    assert [round(each) for each in times_s] == [1000] * 3
+
+
+def test_less_than_the_floor_is_an_error() -> None:
+    with pytest.raises(
+        pytest.fail.Exception, match=r"8 B over fake took 100\.?\d* s, below the physical floor of 3600 s"
+    ):
+        slowest_rank_s(Pair(early_s=50, late_s=50), floor_s=3600)
+
+
+def test_rounds_that_say_nothing_are_taken_again() -> None:
+    with pytest.raises(pytest.fail.Exception, match="only 0 of 3 rounds"):
+        slowest_rank_s(Pair(early_s=3600), floor_s=3000)
+
+
+def test_a_table_shows_the_times_that_were_taken() -> None:
+    class Benchmark:
+        def pedantic(self, call: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+            self.seen = []
+            for _ in range(rounds):
+                setup()
+                began = replay()
+                call()
+                self.seen.append(replay() - began)
+
+    replay, benchmark = conftest().Replay(), Benchmark()
+    replay.run(benchmark, [0.25, 3.0])
+    assert benchmark.seen == [0.25, 3.0]
+
+
+def test_lines_that_nothing_emulates_are_refused(tmp_path: Path) -> None:
+    far = tmp_path / "far.toml"
+    far.write_text(Topology.uniform(2, 1, 125e6, 5 * 10**9).to_toml())
+    given = ["--topology", str(far), *TINY, "--transports", "tcp", "-k", "bench_broadcast["]
+    done = run(sys.executable, "-m", "detcoll", "run", "-n", "2", *given)
+    assert done.returncode != 0
+    told = done.stdout + done.stderr  # the rank that fails first ends the other, which may be the one that reports
+    assert "broadcast of 4 KiB over tcp took" in told
+    assert "below the physical floor of 5 s" in told
+    done = run(sys.executable, "-m", "detcoll", "run", "-n", "2", *given, "--transports", "shm")
+    assert "shm: joins ranks of one host only" in done.stdout
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+@pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="MPI is not installed")
+def test_no_time_across_the_lab_is_below_the_floor(tmp_path: Path) -> None:
+    """Rank 0 leaves a broadcast of eight bytes long before they have crossed the line."""
+    written = tmp_path / "seen.json"
+    lab = [sys.executable, "-m", "detcoll", "lab", "--mpi", "--ranks-per-site", "1", "--"]
+    given = [*TINY, "--sizes", "8B", "--transports", "mpi", "-k", "bench_broadcast[", "--benchmark-json", str(written)]
+    done = run(*lab, sys.executable, *given)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("8 passed") == 1
-    assert "bench_all_reduce[slotted-4KiB]" in done.stdout
+    [seen] = json.loads(written.read_bytes())["benchmarks"]
+    assert seen["params"] == {"transport": "mpi", "nbytes": "8 B"}
+    assert seen["stats"]["min"] >= seen["extra_info"]["floor_s"] >= 0.01
+    assert seen["options"]["timer"] == "slowest_rank"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--sizes", "4KiB,3B"], "--sizes: 3B must be a positive multiple of 4 bytes (float32)"),
+        (["--sizes", "much"], "much"),
+        (["--transports", "shm,pigeon"], "--transports: 'pigeon' is not known; expected some of"),
+        (["--rounds", "0"], "--rounds 0 must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(given: list[str], said: str) -> None:
+    done = run(sys.executable, *TINY, *given)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert said in done.stderr
 
 
 @pytest.mark.skipif(MPIEXEC is None or find_spec("mpi4py") is None, reason="MPI is not installed")
@@ -55,7 +182,7 @@ def test_under_mpirun() -> None:
     done = run(*MPIEXEC.command(2), sys.executable, *TINY, "--transports", "mpi", "-k", "barrier or bench_all_reduce[")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" passed") == 1
-    assert "bench_barrier[mpi]" in done.stdout
+    assert "bench_barrier[mpi-0 B]" in done.stdout
 
 
 @pytest.mark.lab
