@@ -237,7 +237,7 @@ def test_commands_explain_lines_in_the_same_words(capsys: pytest.CaptureFixture[
         assert main([command, "--help"]) == 0
         shown = " ".join(word for word in capsys.readouterr().out.split() if word != "\u2502")
         for name in wanted.get(command, wanted["bench"]):
-            said = re.search(rf"--{name} [A-Z]+ (.*?) --[a-z-]+ ([A-Z]{{3}}|--no)", shown)
+            said = re.search(rf"--{name} [A-Z]+ (.*?) (\u2570|--[a-z-]+ ([A-Z]{{3}}|--no))", shown)
             assert said is not None
             told.setdefault(name, set()).add(said[1])
     assert {name: len(texts) for name, texts in told.items()} == dict.fromkeys(told, 1)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from cyclopts import App, CycloptsError
 
+from detcoll.cli.examples import epilogue
 from detcoll.cli.invocation import carrying_out
 from detcoll.cli.splitting import keep_script_options
 from detcoll.cli.terminal import PlainConsole, give_up_output, watched_output
@@ -30,14 +32,19 @@ app = App(
     console=PlainConsole(),
     error_console=PlainConsole(stderr=True),
 )
-app.command("detcoll.cli.run:run", name="run", help="Start the ranks of a program on this host.")
-app.command("detcoll.cli.lab:lab", name="lab", help="Run any command in an emulated wide-area network.")
-app.command("detcoll.cli.measure:measure", name="measure", help="Compare training across sites with one cluster.")
-app.command("detcoll.cli.bench:bench", name="bench", help="Time collectives.")
-app.command("detcoll.cli.plan:plan", name="plan", help="Show a topology's calendar, and what to reserve for it.")
-app.command("detcoll.cli.simulate:simulate", name="simulate", help="Simulate training across many sites.")
-app.command("detcoll.cli.report:report", name="report", help="Draw results and traces.")
-app.command("detcoll.cli.doctor:doctor", name="doctor", help="Say what this host lacks.")
+COMMANDS = {
+    "run": "Start the ranks of a program on this host.",
+    "lab": "Run any command in an emulated wide-area network.",
+    "measure": "Compare training across sites with one cluster.",
+    "bench": "Time collectives.",
+    "plan": "Show a topology's calendar, and what to reserve for it.",
+    "simulate": "Simulate training across many sites.",
+    "report": "Draw results and traces.",
+    "doctor": "Say what this host lacks.",
+}
+for _name, _summary in COMMANDS.items():
+    app.command(f"detcoll.cli.{_name}:{_name}", name=_name, help=_summary, help_epilogue=epilogue(_name))
+app.register_install_completion_command(help="Install completion of commands and options for your shell.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _carry_out(given: Sequence[str]) -> int:
     try:
-        with carrying_out(given):
+        with carrying_out(given), _described_whole(given):
             result = app(keep_script_options(given), exit_on_error=False)
     except CycloptsError:  # cyclopts has shown it
         return USAGE
@@ -69,3 +76,17 @@ def _carry_out(given: Sequence[str]) -> int:
         print("detcoll: interrupted", file=sys.stderr)
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _described_whole(given: Sequence[str]) -> Iterator[None]:
+    """Let the help of the command that is called begin with its whole description, not with what lists say of it."""
+    if not given or given[0] not in COMMANDS:
+        yield
+        return
+    called = app[given[0]]
+    called.help = None
+    try:
+        yield
+    finally:
+        called.help = COMMANDS[given[0]]

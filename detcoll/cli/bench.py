@@ -37,7 +37,7 @@ ALONE = (
 )
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="What is timed")
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
     """What is timed, and how often."""

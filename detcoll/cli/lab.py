@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from cyclopts import Parameter
 
-from detcoll.cli.lines import ANY_LINES, LineOptions, OthersOptions
+from detcoll.cli.lines import ANY_LINES, NETWORK_GROUP, LineOptions, OthersOptions
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay, run_through_relay
 from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
@@ -30,7 +30,7 @@ _PAST_THE_RELAY = (
 )
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=NETWORK_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class ConditionOptions(OthersOptions):
     """What happens on the lines beyond rate, delay and queue."""

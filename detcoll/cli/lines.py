@@ -21,10 +21,13 @@ from detcoll.registry import load, names, why_missing
 from detcoll.topology import Topology
 from detcoll.transport import Scope
 
+LINES_GROUP, NETWORK_GROUP = "Sites and lines", "What the lines promise, and what others do on them"
+"""Headings in the help of commands."""
+
 SITES, RANKS_PER_SITE, RATE, ROUND_TRIP, QUEUE = 2, 2, "1 Gbit/s", "20 ms", "2.5MB"
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=LINES_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class SiteOptions:
     """Sites of equal size with lines between, or those of a file."""
@@ -79,7 +82,7 @@ class SiteOptions:
         return wide
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=LINES_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class LineOptions(SiteOptions):
     """Sites, and lines that are emulated."""
@@ -93,7 +96,7 @@ class LineOptions(SiteOptions):
         return parse_size_bytes(QUEUE if self.queue is None else self.queue, "queue")
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=NETWORK_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class OthersOptions:
     """What others send over emulated lines."""
@@ -121,7 +124,7 @@ class OthersOptions:
         return kind
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=NETWORK_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(OthersOptions):
     """What emulated lines promise, and what others do on them: every combination is run, one after the other."""

@@ -14,7 +14,7 @@ from detcoll.cli.invocation import command_line
 from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import refuse_with_relay
-from detcoll.cli.results import ResultOptions
+from detcoll.cli.results import RESULTS_GROUP, ResultOptions
 from detcoll.cli.terminal import error_console, output_console
 from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
@@ -35,7 +35,7 @@ _ROUNDS, _SCRIPT_ROUNDS = 4, 2
 _COMPUTE, _GRADIENT, _BUCKET = "400 ms", "16MiB", "1MiB"
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="How much is measured")
 @dataclass(frozen=True, kw_only=True)
 class LengthOptions:
     """How much is measured."""
@@ -51,7 +51,7 @@ class LengthOptions:
     """Iterations of each setting before the measured ones, in each round; 3 unless given."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="A synthetic iteration")
 @dataclass(frozen=True, kw_only=True)
 class SyntheticOptions:
     """A synthetic iteration."""
@@ -67,7 +67,7 @@ class SyntheticOptions:
     """Gradient of a synthetic iteration; 16MiB unless given."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="What slotted is compared with")
 @dataclass(frozen=True, kw_only=True)
 class ComparedOptions:
     """What the slotted transport is compared with."""
@@ -85,7 +85,7 @@ class ComparedOptions:
         return present(comma_separated(default if self.against is None else self.against), "against")
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=RESULTS_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class MeasureResultOptions(ResultOptions):
     """A file for the results, and a directory for a report of them with traces."""

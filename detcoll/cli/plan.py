@@ -9,11 +9,11 @@ from typing import Any, Literal
 import msgspec
 from cyclopts import Parameter
 
-from detcoll.cli.lines import SiteOptions
+from detcoll.cli.lines import LINES_GROUP, SiteOptions
 from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.terminal import progress_bars
-from detcoll.cli.training import IterationOptions
+from detcoll.cli.training import ITERATION_GROUP, IterationOptions
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
 from detcoll.errors import UsageError
 from detcoll.job.settings import check_slotting
@@ -46,7 +46,7 @@ class PlanReport:
     reservation: tuple[SiteReservation, ...] = ()
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=LINES_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class PlannedOptions(SiteOptions):
     """Sites of equal size with lines between, or those of a file, which may say more than that."""
@@ -55,7 +55,7 @@ class PlannedOptions(SiteOptions):
     """A topology file, a scenario file, or the name of a shipped scenario, instead of the four that follow."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="The collective")
 @dataclass(frozen=True, kw_only=True)
 class CollectiveOptions:
     """The collective to plan."""
@@ -70,7 +70,7 @@ class CollectiveOptions:
     """Element type."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=ITERATION_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class PlannedIteration(IterationOptions):
     """An iteration of the training that is to reach an efficiency."""

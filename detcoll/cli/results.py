@@ -9,8 +9,11 @@ from cyclopts import Parameter
 
 from detcoll.outputs import require_folder, require_writable
 
+RESULTS_GROUP = "Results"
+"""Heading in the help of commands."""
 
-@Parameter(name="*")
+
+@Parameter(name="*", group=RESULTS_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions:
     """A file for the results, and a directory for a report of them."""

@@ -34,7 +34,7 @@ _EFFICIENCY = 0.98
 _CHANGED = {"reserved_bit_per_s": "reserved", "loss": "loss", "cross_traffic": "cross traffic"}
 
 
-@Parameter(name="*")
+@Parameter(name="*", group="Lines and networks")
 @dataclass(frozen=True, kw_only=True)
 class ChangedNetwork:
     """What replaces the lines and the ordinary network of a scenario."""

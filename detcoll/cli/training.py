@@ -10,8 +10,11 @@ from cyclopts import Parameter
 from detcoll.cli.quantity import Quantity
 from detcoll.quantities import parse_duration_ns
 
+ITERATION_GROUP = "An iteration of training"
+"""Heading in the help of commands."""
 
-@Parameter(name="*")
+
+@Parameter(name="*", group=ITERATION_GROUP)
 @dataclass(frozen=True, kw_only=True)
 class IterationOptions:
     """What an iteration computes, and how its gradients are reduced."""
