@@ -1,4 +1,7 @@
-"""Sum an array over all ranks: ``detcoll run -n 4 examples/01_all_reduce.py``, or under mpiexec or torchrun."""
+"""Sum an array over all ranks: ``detcoll run -n 4 examples/01_all_reduce.py``, or under mpiexec or torchrun.
+
+Needs: ``pip install -e .``
+"""
 
 import numpy as np
 

@@ -8,7 +8,9 @@ The same loss curve, bit for bit, under every launcher and transport::
 
 Against an ordinary loop two things are new: the line that averages the gradients, and ``reproducible=True``, which
 fixes the order of summation whatever transport the launcher leads to. ``--transport mpi`` and the like choose one by
-hand; across sites give a topology with DETCOLL_TOPOLOGY. Needs scikit-learn.
+hand; across sites give a topology with DETCOLL_TOPOLOGY.
+
+Needs: ``pip install -e ".[measure]"``; mpiexec also needs ``".[mpi]"``, and torchrun ``".[torch]"``.
 """
 
 import os

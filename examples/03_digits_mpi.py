@@ -3,6 +3,8 @@
 ``transport="mpi"`` asks for MPI by name instead of leaving the choice to detcoll. Since the loop also asks for
 ``reproducible=True``, detcoll sums in its own order over MPI's messages, and the loss curve is the one that
 ``detcoll run`` gives.
+
+Needs: ``pip install -e ".[measure,mpi]"``
 """
 
 import runpy

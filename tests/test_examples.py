@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,6 +58,35 @@ def run(launcher: str, script: str, *arguments: str, more: Mapping[str, str] | N
     done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def what_is_needed(script: str) -> list[str]:
+    """The extras that the text of an example says it needs, those of its variants included."""
+    text = ast.get_docstring(ast.parse((EXAMPLES / script).read_text())) or ""
+    said = text.partition("Needs: ")[2]
+    assert said.startswith("``pip install -e "), f"{script} does not say what it needs"
+    return [extra for listed in re.findall(r"\.\[([\w,]+)\]", said) for extra in listed.split(",")]
+
+
+@pytest.mark.parametrize(
+    ("scripts", "extras"),
+    [
+        *(([f"examples/{path.name}"], None) for path in sorted(EXAMPLES.glob("*.py"))),
+        ([f"benchmarks/{name}" for name in ("conftest.py", "bench_all_reduce.py", "bench_broadcast.py")], ["bench"]),
+    ],
+)
+def test_what_is_needed_brings_what_is_imported(scripts: list[str], extras: list[str] | None) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = what_is_needed(Path(scripts[0]).name) if extras is None else extras
+    brought = [*project["dependencies"], *(line for one in needed for line in project["optional-dependencies"][one])]
+    projects = {"detcoll", *(re.match(r"[\w.-]+", line)[0].lower() for line in brought)}
+    for script in scripts:
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - {"detcoll"}:
+                makers = {name.lower() for name in packages_distributions()[module]}
+                assert makers & projects, f"{script} imports {module}, which {needed or 'nothing'} does not bring"
 
 
 @pytest.fixture(scope="module")
