@@ -289,7 +289,7 @@ def test_errors_are_one_line_and_a_traceback_only_when_asked_for(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("detcoll.cli.app", fail)
+    monkeypatch.setattr("detcoll.cli._call", fail)
     monkeypatch.delenv("DETCOLL_LOG", raising=False)
     assert main(["run"]) == code
     assert capsys.readouterr().err == f"detcoll: {error}\n"

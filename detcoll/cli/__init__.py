@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _carry_out(given: Sequence[str]) -> int:
     try:
-        with carrying_out(given), _described_whole(given):
-            result = app(keep_script_options(given), exit_on_error=False)
+        with carrying_out(given):
+            result = _call(given)
     except CycloptsError:  # cyclopts has shown it
         return USAGE
     except DetcollError as error:
@@ -76,6 +76,11 @@ def _carry_out(given: Sequence[str]) -> int:
         print("detcoll: interrupted", file=sys.stderr)
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _call(given: Sequence[str]) -> object:
+    with _described_whole(given):
+        return app(keep_script_options(given), exit_on_error=False)
 
 
 @contextmanager
