@@ -56,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with watched_output():
-            return _carry_out(sys.argv[1:] if argv is None else argv)
+            return _carry_out(sys.argv[1:] if argv is None else argv, is_all=argv is None)
     except OutputLost as error:
         return give_up_output(error)
 
 
-def _carry_out(given: Sequence[str]) -> int:
+def _carry_out(given: Sequence[str], *, is_all: bool) -> int:
     try:
-        with carrying_out(given):
+        with carrying_out(given, is_all=is_all):
             result = _call(given)
     except CycloptsError:  # cyclopts has shown it
         return USAGE

@@ -16,7 +16,7 @@ from detcoll.bench.sweep import Sweep
 from detcoll.cli.invocation import command_line
 from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
 from detcoll.cli.quantity import Quantity
-from detcoll.cli.relaying import refuse_with_relay
+from detcoll.cli.relaying import must_relay, refuse_with_relay
 from detcoll.cli.terminal import output_console
 from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
@@ -113,10 +113,11 @@ def bench(
     json
         File for the results.
     lab
-        Start ranks in emulated sites; needs Linux and root.
+        Start ranks in emulated sites. Needs Linux, and no root: an ordinary user's lab is in a user namespace. Where
+        those are forbidden, the command goes on as with --relay and says so.
     relay
-        Start ranks on this host and relay what they send between sites, with rate and delay alone; needs no root. Of
-        slotted only. The options of --lab hold, but for service, cross traffic and reserved.
+        Start ranks on this host and relay what they send between sites, with rate and delay alone. Of slotted only. The
+        options of --lab hold, but for service, cross traffic and reserved.
     slotting
         With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one; two sites),
         share (pacing without slots), off.
@@ -143,6 +144,8 @@ def bench(
         sweep, transports, topology, Conditions(lines.queue_bytes()), slotting, timeout_s,
         parse_timeout_s("10 min" if deadline is None else deadline, "deadline"), network.networks(), relay,
     )  # fmt: skip
+    if lab and must_relay(transport=[name for name in transports if name != SLOTTED], **given(network)):
+        spec = replace(spec, relay=True)
     return _run_in_lab(spec, left_out, json)
 
 

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from detcoll.cli.lines import ANY_LINES, NETWORK_GROUP, LineOptions, OthersOptions
 from detcoll.cli.quantity import Quantity
-from detcoll.cli.relaying import refuse_with_relay, run_through_relay
+from detcoll.cli.relaying import must_relay, refuse_with_relay, run_through_relay
 from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
 from detcoll.emulation.lab.conditions import CrossTrafficKind
 from detcoll.errors import UsageError
@@ -137,7 +137,8 @@ def lab(
     """Run COMMAND once per rank, each in the network of its site, and return the exit code of the first that failed.
 
     Sites reach each other over an emulated line only. Ranks get RANK, WORLD_SIZE, MASTER_ADDR and the other variables
-    of a launcher. Needs Linux and root, unless with --relay.
+    of a launcher. Needs Linux, and no root: an ordinary user's lab is in a user namespace. Where those are forbidden,
+    the command goes on as with --relay and says so.
 
     Parameters
     ----------
@@ -153,7 +154,7 @@ def lab(
         Put "[rank]" in front of every line that ranks other than 0 print.
     relay : bool
         Run the ranks as ordinary processes, and detcoll's connections between sites through a relay that adds rate and
-        delay, and nothing else; needs no root. docs/lab.md tells what that cannot show.
+        delay, and nothing else. docs/lab.md tells what that cannot show.
     slow_start_after_idle : bool
         Leave TCP's slow start after idle phases on, as it is by default.
     deadline : str
@@ -162,15 +163,16 @@ def lab(
     if not command:
         raise UsageError("COMMAND is missing; expected detcoll lab [OPTIONS] -- COMMAND [ARGUMENTS]")
     wanted = lines.wide_topology()
+    of_the_lab = conditions.changed() | {"log": log, "mpi": mpi, "slow_start_after_idle": slow_start_after_idle}
     if relay:
-        refuse_with_relay(**conditions.changed(), log=log, mpi=mpi, slow_start_after_idle=slow_start_after_idle)
+        refuse_with_relay(**of_the_lab)
     wanted = conditions.reserve(wanted)
     ranks = _Ranks(command, None if deadline is None else parse_timeout_s(deadline, "deadline"), prefix, statistics)
     require_writable(statistics, "statistics")
     require_writable(log, "log")
-    if relay:
-        return _run_through_relay(ranks, wanted, lines.queue_bytes())
     made = conditions.conditions(wanted, lines.queue_bytes(), 0 if statistics is None else PROBE_GAP_NS)
+    if relay or must_relay(**of_the_lab):
+        return _run_through_relay(ranks, wanted, lines.queue_bytes())
     launcher = Launcher.MPIEXEC if mpi else Launcher.PLAIN
     with (
         ended_by_signals(),

@@ -13,7 +13,7 @@ from rich.text import Text
 from detcoll.cli.invocation import command_line
 from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
 from detcoll.cli.quantity import Quantity
-from detcoll.cli.relaying import refuse_with_relay
+from detcoll.cli.relaying import must_relay, refuse_with_relay
 from detcoll.cli.results import RESULTS_GROUP, ResultOptions
 from detcoll.cli.terminal import error_console, output_console
 from detcoll.emulation.lab import Conditions
@@ -114,8 +114,8 @@ def measure(
     """Compare training across emulated sites with the same training in one cluster.
 
     The same ranks and grouping run a workload in a single cluster over shared memory, and across sites with the
-    slotted transport and the transports to compare with. Needs Linux and root for the emulated lines, unless with
-    --relay.
+    slotted transport and the transports to compare with. Needs Linux for the emulated lines, and no root: an ordinary
+    user's lab is in a user namespace. Where those are forbidden, the command goes on as with --relay and says so.
 
     Parameters
     ----------
@@ -130,15 +130,17 @@ def measure(
     deadline
         How long one setting may take in one round.
     relay
-        Relay what ranks send between sites, with rate and delay alone, instead of emulating the lines; needs no root.
+        Relay what ranks send between sites, with rate and delay alone, instead of emulating the lines.
     """
     results.require_writable()
     name = workload or _DEFAULT
     _refuse_of_no_use(script, workload, length, synthetic, bucket_bytes)
+    of_the_lab = {"against": comma_separated(compared.against or ""), **given(network)}
     if relay:
-        refuse_with_relay(against=comma_separated(compared.against or ""), **given(network))
+        refuse_with_relay(**of_the_lab)
     topology = network.reserve(lines.wide_topology())
     builtin = _workload(name, synthetic, bucket_bytes)
+    relay = relay or must_relay(**of_the_lab)
     transports, left_out = compared.transports(relay=relay)
     iterations = _ITERATIONS[name] if length.iterations is None else length.iterations
     rounds = _SCRIPT_ROUNDS if script else max(1, min(_ROUNDS, iterations))

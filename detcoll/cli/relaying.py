@@ -1,16 +1,28 @@
-"""Options that name what the relay does not have, and the command that runs through it."""
+"""The lab or the relay: what each command has for its lines here, and the command that runs through the relay.
+
+Whoever asks for the lab gets it, in a user namespace where that takes one (`detcoll.emulation.lab.privilege`). Where it
+is forbidden, the command says by what and goes on with the relay, unless it was given what only the lab has.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 
+from detcoll.cli.invocation import is_whole_process
+from detcoll.emulation.lab import obtain
 from detcoll.emulation.relay import Relay, RelayStatistics
-from detcoll.errors import UsageError
+from detcoll.errors import TransportUnavailable, UsageError
 from detcoll.launch.environment import rank_environments, without_place
 from detcoll.launch.ranks import run_local
 from detcoll.topology import Topology
+
+_SHOWS = (
+    "detcoll: the relay shows rate and delay alone: no drops, no TCP over the long path, no reserved rates, no others' "
+    "traffic, no transport but slotted, and nothing is audited (docs/lab.md)"
+)
 
 
 def refuse_with_relay(**options: object) -> None:
@@ -21,12 +33,43 @@ def refuse_with_relay(**options: object) -> None:
     UsageError
         Naming them all.
     """
-    named = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
-    if named:
+    if named := _named(options):
         raise UsageError(
             f"{', '.join(named)} cannot be combined with --relay, which has rate and delay alone; the lab without "
-            "--relay has the rest, and needs Linux and root"
+            "--relay has the rest"
         )
+
+
+def _named(options: dict[str, object]) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+
+
+def must_relay(**options: object) -> bool:
+    """Get what a lab needs, and tell whether the relay has to do instead; says why and what it cannot show.
+
+    Where this process comes by a lab in a user namespace alone, it starts anew there, and the call does not return.
+
+    Parameters
+    ----------
+    options
+        Those that only the lab can honour; those with a value were given.
+
+    Raises
+    ------
+    TransportUnavailable
+        If the relay cannot do what is asked for, or something is missing that both need; says what.
+    """
+    forbidden = obtain(may_restart=is_whole_process())
+    if forbidden is None:
+        return False
+    if named := _named(options):
+        raise TransportUnavailable(
+            f"the lab cannot be opened: {forbidden}; {', '.join(named)} cannot go on without it: the relay has rate "
+            "and delay alone, for slotted alone"
+        )
+    print(f"detcoll: going on with the relay instead of the lab: {forbidden}", file=sys.stderr)
+    print(_SHOWS, file=sys.stderr, flush=True)
+    return True
 
 
 def run_through_relay(

@@ -9,8 +9,8 @@ from detcoll.emulation.lab.conditions import DEFAULT_QUEUE_BYTES, Conditions, Fa
 from detcoll.emulation.lab.emulation import Lab
 from detcoll.emulation.lab.launch import Launcher, rank_environments, run_ranks
 from detcoll.emulation.lab.log import RECORD, read_log
+from detcoll.emulation.lab.privilege import obtain, why_unavailable
 from detcoll.emulation.lab.statistics import DirectionStatistics, Statistics
-from detcoll.emulation.lab.tun import why_unavailable
 
 __all__ = [
     "DEFAULT_QUEUE_BYTES",
@@ -24,6 +24,7 @@ __all__ = [
     "Service",
     "Statistics",
     "audit",
+    "obtain",
     "rank_environments",
     "read_log",
     "read_traces",

@@ -22,9 +22,10 @@ from detcoll.emulation.lab.conditions import Conditions, CrossTrafficKind
 from detcoll.emulation.lab.flows import FlowCounts, FlowsConfig
 from detcoll.emulation.lab.line import TENANT_HOST
 from detcoll.emulation.lab.namespaces import Namespace, end_processes, new_namespace, run_inside
+from detcoll.emulation.lab.privilege import why_unavailable
 from detcoll.emulation.lab.router import RouterConfig
 from detcoll.emulation.lab.statistics import FlowStatistics, Statistics
-from detcoll.emulation.lab.tun import open_tun, why_unavailable
+from detcoll.emulation.lab.tun import open_tun
 from detcoll.errors import Closed, DetcollError, TransportUnavailable, UsageError
 from detcoll.topology import Topology
 
@@ -65,7 +66,8 @@ class Lab:
     UsageError
         If an argument cannot be used.
     TransportUnavailable
-        If this is not Linux, not root, or pyroute2 is missing.
+        If this is not Linux, pyroute2 is missing, or this process may not make networks; `why_unavailable` says why,
+        and `obtain` helps.
     DetcollError
         If the kernel refuses, or the router does not start.
 
