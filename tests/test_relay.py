@@ -21,7 +21,7 @@ from ranks import run_ranks as run_threads
 
 from detcoll.cli import main
 from detcoll.emulation.helper import Helper
-from detcoll.emulation.lab import tun
+from detcoll.emulation.lab import privilege
 from detcoll.emulation.relay import Relay
 from detcoll.emulation.relay.socks import Answer
 from detcoll.errors import Closed, DetcollError, UsageError
@@ -399,12 +399,10 @@ signal.pause()
     def test_where_the_lab_cannot_run_it_offers_the_relay(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(tun.os, "geteuid", lambda: 1000)
-        assert "needs root" in str(tun.why_unavailable())
+        monkeypatch.setattr(privilege.platform, "system", lambda: "Darwin")
+        assert "needs Linux" in str(privilege.why_unavailable())
         assert main(["lab", "true"]) == 1
         assert "--relay gives rate and delay alone" in capsys.readouterr().err
-        monkeypatch.setattr(tun.platform, "system", lambda: "Darwin")
-        assert "--relay" in str(tun.why_unavailable())
 
 
 class TestProxySetting:

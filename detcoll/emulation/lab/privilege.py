@@ -27,6 +27,7 @@ ENTERED_VARIABLE = "DETCOLL_IN_USER_NAMESPACE"
 
 _WITHOUT_NAMESPACES = (errno.EINVAL, errno.ENOSYS)
 _FORBIDDEN = (errno.EPERM, errno.EACCES)
+_LIMITED = {"network": "net", "user": "user"}
 _FULL = (errno.ENOSPC, errno.EUSERS)
 _TRIAL_TIMEOUT_S = 30.0
 _OFFER = "--relay gives rate and delay alone without it"
@@ -125,8 +126,8 @@ def explain_here(refused: Refused) -> str:
     """Return, in words, what was refused this process."""
     if refused.step == NETWORK and refused.number in _FORBIDDEN:
         return (
-            f"user {os.geteuid()} may not make networks in this process, but in a user namespace, as detcoll's commands "
-            "do by themselves, or under: unshare -Urn"
+            f"user {os.geteuid()} may not make networks in this process, but may in a user namespace, where detcoll's "
+            "commands go by themselves and others under: unshare -Urn"
         )
     return explain(refused)
 
@@ -145,7 +146,7 @@ def explain(refused: Refused, root: Path = Path("/")) -> str:
 
 def _rule(refused: Refused, kind: str, root: Path) -> str:
     """Return which rule of the kernel refuses namespaces of this kind, with its verb."""
-    limit = f"user.max_{kind}_namespaces"
+    limit = f"user.max_{_LIMITED[kind]}_namespaces"
     if refused.number in _FULL:
         most = _sysctl(root, limit)
         return f"sysctl {limit}={most or 'unknown'} refuses {'any' if most == '0' else 'more'}"

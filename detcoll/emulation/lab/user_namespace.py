@@ -6,7 +6,7 @@ thread may enter one, and NumPy starts threads; so this runs as a plain file and
 
     python -I -S user_namespace.py COMMAND ARGUMENTS ...
 
-Without COMMAND it tries whether a site's network can be made there, and tells in a line, "STEP ERRNO", where that fails.
+Without COMMAND it tries whether a site's network can be made there; where that fails it prints "STEP ERRNO".
 
 The user keeps its number, so files, names and permissions are the user's own, and programs that refuse to run as root
 have nothing to refuse. An ordinary user's capabilities end with ``execve`` unless they are ambient: those that a lab
