@@ -5,12 +5,12 @@
 No router stands between the sites and nothing limits the rate, so processors do: the topology states more than they
 can send. Every row tells the time of an all-reduce, the bytes of the array over it, and the processor time of all ranks
 for each 10**9 bytes that they reduce together. Transports take turns in each of ``--rounds``, on the same processes, so
-that a busy minute does not fall on one of them. Every result is checked. Needs Linux and root.
+that a busy minute does not fall on one of them. Every result is checked. Needs Linux.
 
 A line keeps the packets of a connection in order; a veth pair by itself does not, since each packet is handled on the
 processor that happens to send it, and acknowledgements make another one send. TCP then takes packets for lost that only
 came late, sends them again and slows down. So each site hands all packets of a connection to one processor (receive
-packet steering), as network cards do; ``--order any`` leaves that out.
+packet steering), as network cards do; that takes root, and ``--order any`` leaves it out.
 
 Processor time is that of the ranks' processes; what the kernel does in interrupts may count for whoever runs just then.
 """
@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from detcoll.emulation.lab import why_unavailable
+from detcoll.emulation.lab import obtain
 from detcoll.emulation.lab.namespaces import Namespace, end_processes, new_namespace, run_inside
 from detcoll.launch.environment import rank_numbers, without_place
 from detcoll.launch.processes import ended_by_signals
@@ -221,8 +221,8 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print the table, write the file."""
     given = _arguments()
-    if (reason := why_unavailable()) is not None:
-        sys.exit(reason)
+    if (reason := obtain()) is not None:
+        sys.exit(f"the lab cannot be opened: {reason}")
     with ended_by_signals(), tempfile.TemporaryDirectory(prefix="detcoll-fast-lines-") as name:
         rows = measure(given, Path(name))
     lines, host = summary(rows, given.baseline), host_facts()

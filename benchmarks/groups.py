@@ -4,7 +4,7 @@
 
 Four ranks in two sites: one group in each site, one across, and an overlapping pair. Every result is held against the
 promised fold, bit for bit. What the router saw is held against the reserved rates: all that a rank sends to a site
-counts as one flow, whatever group and peer. Needs Linux and root.
+counts as one flow, whatever group and peer. Needs Linux.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from detcoll.emulation.lab import Conditions, Lab, read_log, run_ranks
+from detcoll.emulation.lab import Conditions, Lab, obtain, read_log, run_ranks
 from detcoll.emulation.lab.audit import audit, read_traces
 from detcoll.emulation.lab.log import of_ranks
 from detcoll.measure.host import host_facts
@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--rate", default="1 Gbit/s")
     parser.add_argument("--round-trip", default="20 ms")
     given = parser.parse_args()
+    if (reason := obtain()) is not None:
+        sys.exit(f"the lab cannot be opened: {reason}")
     rate = parse_rate_bytes_per_s(given.rate)
     topology = Topology.uniform(2, 2, rate, parse_duration_ns(given.round_trip) // 2)
     argv = [sys.executable, str(PROGRAM), str(given.calls), str(given.seed), str(given.largest)]

@@ -4,7 +4,7 @@
 
 The same bytes, 2 sites of 2 ranks, with others who offer each line nothing, half of it, all of it and twice that, for
 each transport in both classes of the lab (`docs/lab.md`): deterministic, where the router's rule puts whatever ranks
-send, and best effort. `docs/interference.md` tells the method and what it cannot show. Needs Linux and root.
+send, and best effort. `docs/interference.md` tells the method and what it cannot show. Needs Linux.
 
 Every cell is a command of detcoll's own that anybody can run alone; the file holds it. Cells take turns in rounds, the
 second in the opposite order, so that a busy minute does not fall on one of them. A cell that fails or is not done
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from detcoll.draw import Axis, Curve, curve_chart, svg_text
+from detcoll.emulation.lab import obtain
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
 from detcoll.measure.statistics import tails
@@ -347,6 +348,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all cells, print the tables, write the files; 1 if slotted failed in the deterministic class."""
     given = _arguments(argv)
+    if (reason := obtain(may_restart=argv is None)) is not None:
+        sys.exit(f"the lab cannot be opened: {reason}")
     begin_s, nbytes = time.monotonic(), parse_size_bytes(given.bytes, "bytes")
     rate, reserved = parse_rate_bytes_per_s(given.rate), parse_rate_bytes_per_s(given.reserved, "reserved")
     one_way_ns = parse_duration_ns(given.round_trip, "round_trip") // 2

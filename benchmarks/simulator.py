@@ -1,6 +1,6 @@
 """Holds the simulator against the lab, and its coarse steps against fine ones; writes JSON.
 
-    python benchmarks/simulator.py --json simulator.json            # the lab; needs Linux and root
+    python benchmarks/simulator.py --json simulator.json            # the lab; needs Linux
     python benchmarks/simulator.py --scale --json scale.json        # large worlds, virtual time alone
 
 Each case of the lab is one command, `detcoll bench --lab`, and the same plans, calendar and costs in the simulator. The
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detcoll.emulation.lab import obtain
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
 from detcoll.plan import ChunkSize, Collective, Costs, Planner, Slotting, compile_plan
@@ -204,6 +205,8 @@ def main() -> None:
     if given.scale:
         wrote["scale"] = scale()
     else:
+        if (reason := obtain()) is not None:
+            sys.exit(f"the lab cannot be opened: {reason}")
         with ended_by_signals():
             wrote["cases"] = run_cases(given.only, given.iterations)
         show(wrote["cases"])

@@ -5,7 +5,7 @@
 Takes the figures of docs/training.md, which tells how the job is sized. Every part is some commands of `detcoll
 measure` that anybody can run alone; the file holds each of them beside its runs. It takes about half an hour;
 ``--only`` takes some of the parts and keeps the others that the JSON file has already, and ``--iterations`` takes fewer
-iterations. Needs Linux and root for the emulated lines.
+iterations. Needs Linux for the emulated lines.
 
 - ``line``   one cluster and slotted in the deterministic class, without others and beside a full line's worth of them
 - ``peers``  the same job by Gloo and MPI on both networks, each with buckets of the size that suits it
@@ -32,6 +32,7 @@ from typing import Any
 from detcoll.cli.lines import comma_separated
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart, element, svg_text
 from detcoll.draw.scale import percent
+from detcoll.emulation.lab import obtain
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.host import host_facts
 from detcoll.measure.statistics import Summary, ratio, summarize
@@ -410,6 +411,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, print the tables, write the files; 1 where a command gave nothing."""
     given = _arguments(argv)
+    if (reason := obtain(may_restart=argv is None)) is not None:
+        sys.exit(f"the lab cannot be opened: {reason}")
     results = kept(given.json, given.only)
     with ended_by_signals():
         for case in cases(given):

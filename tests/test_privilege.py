@@ -99,9 +99,7 @@ class TestObtaining:
         monkeypatch.delenv(ENTERED_VARIABLE, raising=False)
         return seen
 
-    def tells(
-        self, monkeypatch: pytest.MonkeyPatch, here: Refused | None, in_namespace: Refused | None = None
-    ) -> None:
+    def tells(self, monkeypatch: pytest.MonkeyPatch, here: Refused | None, in_namespace: Refused | None = None) -> None:
         monkeypatch.setattr(privilege, "_require_installed", lambda: None)
         monkeypatch.setattr(privilege, "refused_here", lambda: here)
         monkeypatch.setattr(privilege, "refused_in_namespace", lambda: in_namespace)
