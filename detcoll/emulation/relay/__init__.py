@@ -1,4 +1,4 @@
-"""The relay: delay and rate between sites for whoever has no root or no network namespaces, in user space alone.
+"""The relay: delay and rate between sites where namespaces are forbidden, in user space alone.
 
 Ranks are ordinary processes on loopback. Their wide-area connections go through a SOCKS5 proxy
 (`detcoll.emulation.relay.server`) which reads and writes at the times that the lines allow
