@@ -311,7 +311,7 @@ class TestAsAnOrdinaryUser:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be a user that nobody else is")
     def test_it_ends_when_told_and_leaves_nothing(self, user: User) -> None:
-        process = user.start(*lab_of_two("sh", "-c", "echo ready; exec sleep 600"))
+        process = user.start(*lab_of_two("sh", "-c", "setsid sleep 600 & echo ready; wait"))
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
         running = processes_of(user.number)
