@@ -13,9 +13,19 @@ from typing import Any
 
 from detcoll.emulation.lab import Lab
 
-SINK = """
-import os, socket, sys, time, json, hashlib
-os.nice(-10)
+# They should run before what else the machine does; an ordinary user's have to wait.
+_FIRST = """
+import os
+try:
+    os.nice(-10)
+except PermissionError:
+    pass
+"""
+
+SINK = (
+    _FIRST
+    + """
+import socket, sys, time, json, hashlib
 with socket.create_server((sys.argv[1], 5000)) as server:
     print("listening", flush=True)
     connection, _ = server.accept()
@@ -31,10 +41,12 @@ counters = {n: int(v) for names, values in (errors[0:2], errors[2:4]) for n, v i
 print(json.dumps({"seen": seen, "digest": digest.hexdigest(), "checksum_errors": counters["InCsumErrors"],
                   "header_errors": counters["InHdrErrors"]}))
 """
+)
 
-BLAST = """
-import os, socket, sys, time
-os.nice(-10)
+BLAST = (
+    _FIRST
+    + """
+import socket, sys, time
 with socket.socket() as s:
     try:
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
@@ -46,20 +58,24 @@ with socket.socket() as s:
         s.sendall(block)
         left -= len(block)
 """
+)
 
-ECHO = """
-import os, socket, sys
-os.nice(-10)
+ECHO = (
+    _FIRST
+    + """
+import socket, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
     s.bind((sys.argv[1], 6000))
     print("listening", flush=True)
     while True:
         s.sendto(*s.recvfrom(2000))
 """
+)
 
-PING = """
-import os, socket, sys, time, json
-os.nice(-10)
+PING = (
+    _FIRST
+    + """
+import socket, sys, time, json
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
     s.settimeout(10)
     s.connect((sys.argv[1], 6000))
@@ -71,6 +87,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         took.append(time.monotonic_ns() - start)
 print(json.dumps(took))
 """
+)
 
 
 def python(code: str, *arguments: object) -> list[str]:
