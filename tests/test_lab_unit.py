@@ -72,6 +72,12 @@ def test_a_unit_no_longer_than_a_segment_is_one() -> None:
     assert shape_of(tcp_unit(bytes(1448), 1448)).segments == 1
 
 
+def test_what_claims_to_be_a_run_and_is_no_tcp_is_one_segment() -> None:
+    claims = VNET_HEADER.pack(0, GSO_TCPV4, 28, 10, 20, 6)
+    assert shape_of(claims + udp_unit(100)[10:]).segments == 1
+    assert shape_of(claims + tcp_unit(bytes(100))[10:42] + b"\x40" + tcp_unit(bytes(100))[43:]).segments == 1
+
+
 def test_later_fragments_have_no_ports_and_no_udp_header() -> None:
     later = udp_unit(100, fragment=185)
     assert shape_of(later)[1:3] == (20, 108)

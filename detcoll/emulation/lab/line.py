@@ -124,6 +124,13 @@ class WideArea:
 
     def arrive(self, source: int, unit: bytes, now_ns: int, is_tenant: bool = False) -> None:
         """Take ``unit`` from site ``source`` into its uplink; what tenants send is best effort however it is marked."""
+        if len(unit) > HOST and unit[HOST] == PROBE_HOST:  # nobody but the router sends probes
+            self.unroutable += 1
+            return
+        self._take_in(source, unit, now_ns, is_tenant)
+
+    def _take_in(self, source: int, unit: bytes, now_ns: int, is_tenant: bool) -> None:
+        """Take a unit, or a probe, into the uplink of site ``source``."""
         if len(unit) <= HOST or unit[_DESTINATION : _DESTINATION + 2] != NETWORK:
             self.unroutable += 1
             return
@@ -246,7 +253,7 @@ class WideArea:
                 bursts.advance(port, now_ns)
             self._catch_up_ns = now_ns + _CATCH_UP_NS
         for source, unit in self._probes.due(now_ns):
-            self.arrive(source, unit, now_ns, is_tenant=True)
+            self._take_in(source, unit, now_ns, is_tenant=True)
         heap = self._heap
         done: list[tuple[float, int, bytes]] = []
         while heap and heap[0][0] <= now_ns:
@@ -297,7 +304,7 @@ class WideArea:
         if unit[HOST] != PROBE_HOST:
             done.append((due_ns, path.destination, unit))
         elif (back := self._probes.arrived(unit, due_ns - came_ns)) is not None:
-            self.arrive(*back, now_ns, is_tenant=True)
+            self._take_in(*back, now_ns, is_tenant=True)
 
     def directions(self) -> tuple[DirectionStatistics, ...]:
         """Return what was counted between each ordered pair of sites, in each class that it has."""

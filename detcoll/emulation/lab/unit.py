@@ -75,7 +75,8 @@ def shape_of(unit: bytes) -> Shape:
     if headers > size:
         raise ValueError(f"a unit of {len(unit)} bytes is shorter than its headers of {headers} bytes")
     payload = size - headers
-    if unit[1]:
+    # Only of TCP does the kernel hand over runs of segments; what else claims to be one is not cut.
+    if unit[1] and protocol == TCP and headers >= ip_bytes + 20:
         segment = unit[4] | unit[5] << 8 if _LITTLE else unit[4] << 8 | unit[5]
         if 0 < segment < payload:
             segments = -(-payload // segment)
