@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from routers import ROUTERS
 
 from detcoll.emulation.lab.conditions import Conditions, Failure, Service, default_reservation
 from detcoll.emulation.lab.cotenants import MEAN_BURST_PACKETS
@@ -30,6 +31,11 @@ EXPEDITED = 46
 PLAIN = Conditions(queue_bytes=100_000, burst_bytes=20_000)
 
 Delivered = list[tuple[float, int, bytes]]
+
+
+@pytest.fixture(autouse=True, params=ROUTERS)
+def _either_router(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "WideArea", request.param)
 
 
 def packet(wire_bytes: int, dscp: int = 0, source: int = 0, destination: int = 1, mark: int = 0) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from routers import ROUTERS
 
 from detcoll.emulation.lab import RECORD, Conditions, read_log
 from detcoll.emulation.lab.line import WideArea
@@ -22,6 +23,11 @@ US = 1000
 DELAY_NS = 5_000_000
 
 Delivered = list[tuple[float, int, bytes]]
+
+
+@pytest.fixture(autouse=True, params=ROUTERS)
+def _either_router(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "WideArea", request.param)
 
 
 def tcp_unit(payload_bytes: int, gso_size: int = 0, source: int = 0, destination: int = 1, mark: int = 0) -> bytes:
@@ -241,7 +247,7 @@ def test_a_loss_of_one_loses_everything() -> None:
 @pytest.mark.parametrize(
     "unit",
     [b"", bytes(12), packet(100, destination=7), packet(100, destination=0), bytes(10) + b"\x60" + bytes(50),
-     packet(100)[:-60]],
+     packet(100)[:-60], packet(100)[:29] + b"\x03" + packet(100)[30:]],
 )  # fmt: skip
 def test_what_is_for_no_other_site_is_counted_and_ignored(unit: bytes) -> None:
     wide = area()
@@ -255,6 +261,7 @@ def test_the_log_tells_of_every_unit_that_came(tmp_path: Path) -> None:
         wide.arrive(0, packet(1000), 100)
         wide.arrive(0, tcp_unit(4 * 448, 448), 200)
         wide.arrive(1, packet(60, 1, 0), 300)
+        wide.flush()
     records = read_log(tmp_path / "log.npy")
     assert records.dtype == RECORD
     assert records["time_ns"].tolist() == [100, 200, 300]

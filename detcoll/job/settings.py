@@ -46,8 +46,8 @@ VARIABLES = frozenset(
     for name in (
         "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "HOST", "INSECURE", "INTERFACE", "JOB", "LOCAL_RANK",
         "LOCAL_WORLD_SIZE", "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RECORD", "RENDEZVOUS",
-        "RENDEZVOUS_FD", "SITE", "SITES", "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT", "TOLERANCE",
-        "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
+        "RENDEZVOUS_FD", "ROUTER", "SITE", "SITES", "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT",
+        "TOLERANCE", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
 """Every environment variable that detcoll, its launchers or its tests read."""

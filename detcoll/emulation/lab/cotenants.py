@@ -40,39 +40,39 @@ _PAYLOAD_AT = VNET_HEADER_BYTES + 20
 class Bursts:
     """What others offer one uplink; ``seed`` decides when and how much at a time."""
 
-    __slots__ = ("_at_ns", "_draws", "_mean_gap_ns", "_packet_bytes", "_random", "dropped_bytes", "offered_bytes")
+    __slots__ = ("_draws", "_mean_gap_ns", "_random", "at_ns", "dropped_bytes", "offered_bytes", "packet_bytes")
 
     def __init__(self, bytes_per_s: float, packet_bytes: int, seed: list[int], opened_ns: int) -> None:
         self._random = np.random.default_rng(seed)
-        self._packet_bytes = packet_bytes
+        self.packet_bytes = packet_bytes
         self._mean_gap_ns = MEAN_BURST_PACKETS * packet_bytes / bytes_per_s * 1e9
         self._draws: list[tuple[float, int]] = []
-        self._at_ns = float(opened_ns)
+        self.at_ns = float(opened_ns)
         self.offered_bytes = self.dropped_bytes = 0
 
-    def _draw(self) -> list[tuple[float, int]]:
+    def draw(self) -> list[tuple[float, int]]:
         """Return gaps and sizes of the next bursts, the last first."""
         gaps = self._random.exponential(self._mean_gap_ns, _DRAW).tolist()
-        sizes = (self._random.geometric(1 / MEAN_BURST_PACKETS, _DRAW) * self._packet_bytes).tolist()
+        sizes = (self._random.geometric(1 / MEAN_BURST_PACKETS, _DRAW) * self.packet_bytes).tolist()
         return list(zip(gaps, sizes, strict=True))
 
     def advance(self, port: Port[Any], now_ns: float) -> None:
         """Put all bursts into the queue of ``port`` that come by ``now_ns``."""
-        at_ns, draws = self._at_ns, self._draws
+        at_ns, draws = self.at_ns, self._draws
         while at_ns <= now_ns:
             if not draws:
-                draws = self._draws = self._draw()
+                draws = self._draws = self.draw()
             gap_ns, nbytes = draws.pop()
             self.offered_bytes += nbytes
             room = port.room_bytes(at_ns)
             if nbytes > room:
-                taken = int(room // self._packet_bytes) * self._packet_bytes if room > 0 else 0
+                taken = int(room // self.packet_bytes) * self.packet_bytes if room > 0 else 0
                 self.dropped_bytes += nbytes - taken
                 nbytes = taken
             if nbytes:
                 port.take(nbytes, at_ns, at_ns)
             at_ns += gap_ns
-        self._at_ns = at_ns
+        self.at_ns = at_ns
 
     def statistics(self) -> BurstStatistics:
         """Return what was counted."""
@@ -86,26 +86,27 @@ class Probes:
         self._links = links
         self._mean_gap_ns = gap_ns / len(links) if gap_ns else 0.0
         self._random = random.Random(f"{seed}:probe")
-        self._sent = 0
-        self._seen: deque[tuple[int, int]] = deque(maxlen=_LARGEST_HISTORY)
+        self.sent = 0
+        self.seen: deque[tuple[int, int]] = deque(maxlen=_LARGEST_HISTORY)
         self.next_ns = float("inf")
 
     def start(self, now_ns: int) -> None:
         """Let the first probe leave soon after ``now_ns``, where any are wanted."""
         if self._mean_gap_ns:
-            self.next_ns = now_ns + self._gap_ns()
+            self.next_ns = now_ns + self.gap_ns()
 
-    def _gap_ns(self) -> float:
+    def gap_ns(self) -> float:
+        """Draw the time to the next probe."""
         return self._random.expovariate(1.0) * self._mean_gap_ns
 
     def due(self, now_ns: float) -> list[tuple[int, bytes]]:
         """Return the sources and units of probes that leave by ``now_ns``."""
         leaving = []
         while self.next_ns <= now_ns:
-            here, there = self._links[self._sent % len(self._links)]
+            here, there = self._links[self.sent % len(self._links)]
             leaving.append((here, _unit(here, there, here, round(self.next_ns), 0)))
-            self._sent += 1
-            self.next_ns += self._gap_ns()
+            self.sent += 1
+            self.next_ns += self.gap_ns()
         return leaving
 
     def arrived(self, unit: bytes, way_ns: float) -> tuple[int, bytes] | None:
@@ -114,13 +115,13 @@ class Probes:
         so_far_ns = before_ns + round(way_ns)
         here, back = unit[VNET_HEADER_BYTES + 18], unit[VNET_HEADER_BYTES + 14]
         if here == origin:
-            self._seen.append((sent_ns, so_far_ns))
+            self.seen.append((sent_ns, so_far_ns))
             return None
         return here, _unit(here, back, origin, sent_ns, so_far_ns)
 
     def statistics(self) -> ProbeStatistics:
         """Return what was sent and what came back."""
-        return ProbeStatistics(self._sent, tuple(sent for sent, _ in self._seen), tuple(took for _, took in self._seen))
+        return ProbeStatistics(self.sent, tuple(sent for sent, _ in self.seen), tuple(took for _, took in self.seen))
 
 
 def _unit(source: int, destination: int, origin: int, sent_ns: int, so_far_ns: int) -> bytes:

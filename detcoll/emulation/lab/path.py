@@ -23,19 +23,19 @@ _BUCKET_BITS = 14
 class Losses:
     """Draws which segments are lost."""
 
-    __slots__ = ("_gap", "_loss", "_random")
+    __slots__ = ("_loss", "_random", "gap")
 
     def __init__(self, loss: float, seed: str) -> None:
         self._loss = loss
         self._random = random.Random(seed)
-        self._gap = self._draw()
+        self.gap = self.draw()
 
     @property
     def any(self) -> bool:
         """Whether anything is ever lost."""
         return self._loss > 0
 
-    def _draw(self) -> int:
+    def draw(self) -> int:
         """Return how many segments pass before the next one that is lost."""
         if self._loss <= 0:
             return _NEVER
@@ -46,37 +46,37 @@ class Losses:
     def take(self, segments: int) -> list[int]:
         """Return which of the next ``segments`` are lost, in rising order."""
         lost = []
-        at = self._gap
+        at = self.gap
         while at < segments:
             lost.append(at)
-            at += 1 + self._draw()
-        self._gap = at - segments
+            at += 1 + self.draw()
+        self.gap = at - segments
         return lost
 
 
 class Delays:
     """Counts delays, so that any percentile can be told to within a bucket."""
 
-    __slots__ = ("_counts", "_longest_ns")
+    __slots__ = ("counts", "longest_ns")
 
     def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
-        self._longest_ns = 0.0
+        self.counts: dict[int, int] = {}
+        self.longest_ns = 0.0
 
     def add(self, delay_ns: float) -> None:
         """Count one."""
         bucket = int(delay_ns) >> _BUCKET_BITS
-        self._counts[bucket] = self._counts.get(bucket, 0) + 1
-        if delay_ns > self._longest_ns:
-            self._longest_ns = delay_ns
+        self.counts[bucket] = self.counts.get(bucket, 0) + 1
+        if delay_ns > self.longest_ns:
+            self.longest_ns = delay_ns
 
     def percentile_ns(self, percent: float) -> int | None:
         """Return the least bucket's end that ``percent`` of the delays do not exceed; None if nothing was counted."""
-        wanted = math.ceil(sum(self._counts.values()) * percent / 100)
-        for bucket in sorted(self._counts):
-            wanted -= self._counts[bucket]
+        wanted = math.ceil(sum(self.counts.values()) * percent / 100)
+        for bucket in sorted(self.counts):
+            wanted -= self.counts[bucket]
             if wanted <= 0:
-                return min((bucket + 1) << _BUCKET_BITS, math.ceil(self._longest_ns))
+                return min((bucket + 1) << _BUCKET_BITS, math.ceil(self.longest_ns))
         return None
 
 
@@ -86,8 +86,8 @@ class Path:
     Half of its fields are what it counts, which statistics read by name.
     """
 
-    __slots__ = ("_failures", "_jitter", "_jitter_ns", "_last_due_ns", "delay_ns", "delays", "destination", "down",
-                 "down_drops", "failed", "losses", "lost", "payload_bytes", "policed", "policer", "segments", "service",
+    __slots__ = ("_failures", "_last_due_ns", "delay_ns", "delays", "destination", "down", "down_drops", "failed",
+                 "jitter", "jitter_ns", "losses", "lost", "payload_bytes", "policed", "policer", "segments", "service",
                  "source", "units", "up", "up_drops", "wire_bytes")  # fmt: skip
 
     def __init__(
@@ -103,8 +103,8 @@ class Path:
         name = f"{conditions.seed}:{source}:{destination}"
         is_reserved = self.policer is not None
         self.losses = Losses(0.0 if is_reserved else conditions.loss, name)
-        self._jitter_ns = 0 if is_reserved else conditions.jitter_ns
-        self._jitter = random.Random(f"{name}:jitter")
+        self.jitter_ns = 0 if is_reserved else conditions.jitter_ns
+        self.jitter = random.Random(f"{name}:jitter")
         self._failures: Sequence[Failure] = [
             failure for failure in conditions.failures if failure.concerns(source, destination)
         ]
@@ -116,8 +116,8 @@ class Path:
     def arrival_ns(self, left_ns: float) -> float:
         """Return when the last bit arrives of something that left the uplink at ``left_ns``."""
         due_ns = left_ns + self.delay_ns
-        if self._jitter_ns:
-            due_ns = max(self._last_due_ns, due_ns + self._jitter.random() * self._jitter_ns)
+        if self.jitter_ns:
+            due_ns = max(self._last_due_ns, due_ns + self.jitter.random() * self.jitter_ns)
             self._last_due_ns = due_ns
         return due_ns
 

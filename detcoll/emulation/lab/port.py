@@ -33,8 +33,8 @@ _MOST_GAPS = 256
 class Port(Generic[T]):
     """An uplink or a downlink; ``T`` is what is remembered of a best-effort unit until it is done."""
 
-    __slots__ = ("_delayed_ns", "_gaps", "_packet_ns", "_since_ns", "_waiting", "bytes_per_ns", "free_ns",
-                 "limit_bytes", "ns_per_byte", "peak_bytes", "reserved_free_ns", "reserved_peak_bytes")  # fmt: skip
+    __slots__ = ("_delayed_ns", "_gaps", "_since_ns", "_waiting", "bytes_per_ns", "free_ns", "limit_bytes",
+                 "ns_per_byte", "packet_ns", "peak_bytes", "reserved_free_ns", "reserved_peak_bytes")  # fmt: skip
 
     def __init__(self, bytes_per_s: float, limit_bytes: int, packet_bytes: int) -> None:
         self.bytes_per_ns = bytes_per_s / 1e9
@@ -42,7 +42,7 @@ class Port(Generic[T]):
         self.limit_bytes = limit_bytes
         self.free_ns = self.reserved_free_ns = 0.0
         self.peak_bytes = self.reserved_peak_bytes = 0.0
-        self._packet_ns = packet_bytes * self.ns_per_byte
+        self.packet_ns = packet_bytes * self.ns_per_byte
         self._since_ns = 0.0  # since when best effort sends without a break
         self._delayed_ns = 0.0
         self._waiting: deque[tuple[float, T]] = deque()
@@ -94,7 +94,7 @@ class Port(Generic[T]):
         """Return when deterministic bytes begin to leave whose first bit could leave at ``first_ns``."""
         if self.reserved_free_ns > first_ns or self.free_ns <= first_ns:
             return max(self.reserved_free_ns, first_ns)
-        rest_ns = self._packet_ns - (first_ns - self._since_ns) % self._packet_ns
+        rest_ns = self.packet_ns - (first_ns - self._since_ns) % self.packet_ns
         return min(first_ns + rest_ns, self.free_ns)
 
     def take_first(self, wire_bytes: int, first_ns: float, last_ns: float) -> float:
@@ -133,10 +133,10 @@ class Port(Generic[T]):
 class Policer:
     """A token bucket: lets pass a rate and, after silence, a burst (RFC 2697 with one colour)."""
 
-    __slots__ = ("_at_ns", "_bytes_per_ns", "_tokens", "burst_bytes")
+    __slots__ = ("_at_ns", "_tokens", "burst_bytes", "bytes_per_ns")
 
     def __init__(self, bytes_per_s: float, burst_bytes: int) -> None:
-        self._bytes_per_ns = bytes_per_s / 1e9
+        self.bytes_per_ns = bytes_per_s / 1e9
         self.burst_bytes = burst_bytes
         self._tokens = float(burst_bytes)
         self._at_ns = 0
@@ -146,8 +146,8 @@ class Policer:
 
         What came meanwhile seems to come at once; the bucket does not overflow with what was gained in that time.
         """
-        gained = self._tokens + (now_ns - self._at_ns) * self._bytes_per_ns
-        most = self.burst_bytes + asleep_ns * self._bytes_per_ns
+        gained = self._tokens + (now_ns - self._at_ns) * self.bytes_per_ns
+        most = self.burst_bytes + asleep_ns * self.bytes_per_ns
         self._tokens = gained if gained < most else most
         self._at_ns = now_ns
         return self._tokens

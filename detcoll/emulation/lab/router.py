@@ -8,6 +8,7 @@ and then itself, so that nothing is left of a lab that was killed.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import math
@@ -16,7 +17,8 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -25,8 +27,13 @@ from detcoll.emulation.lab.conditions import Conditions, Service
 from detcoll.emulation.lab.line import HOST, TENANT_HOST, WideArea
 from detcoll.emulation.lab.log import ArrivalLog
 from detcoll.emulation.lab.namespaces import end_processes
+from detcoll.emulation.lab.native.area import NativeArea
+from detcoll.emulation.lab.native.library import Clock, NotCompiled, load
 from detcoll.emulation.lab.statistics import Statistics
+from detcoll.errors import DetcollError, UsageError
 from detcoll.topology import Topology
+
+ROUTER_VARIABLE = "DETCOLL_ROUTER"
 
 _LARGEST_UNIT_BYTES = 65536 + 64
 # So many units are read from one device before the others, and what is due, get their turn.
@@ -60,6 +67,8 @@ class RouterConfig:
 
 class _Router:
     """One lab's router."""
+
+    is_compiled = False
 
     def __init__(self, config: RouterConfig, area: WideArea, control: socket.socket, lab_process: int) -> None:
         self._area = area
@@ -160,7 +169,48 @@ class _Router:
             late_peak_ns=round(self._late_peak_ns),
             cpu_s=time.process_time(),
             elapsed_s=(time.monotonic_ns() - self._started_ns) / 1e9,
+            is_compiled=self.is_compiled,
         )
+
+
+class _NativeRouter(_Router):
+    """One lab's router whose loop is C (``native/router.c``); what is not here it does as the other one."""
+
+    is_compiled = True
+    _LAB_IS_GONE = 2
+
+    def __init__(
+        self, config: RouterConfig, area: NativeArea, control: socket.socket, lab_process: int, library: ctypes.CDLL,
+        clock: Callable[[], int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(config, area, control, lab_process)
+        self._native, self._library = area, library
+        self._clock = Clock(clock) if clock is not None else Clock()
+        watched = [*self._tuns, *self._tenant_tuns, control.fileno(), lab_process]
+        self.handle = library.router_new(
+            area.handle, (ctypes.c_int * len(watched))(*watched), len(self._tuns), len(self._tenant_tuns), self._clock
+        )
+        weakref.finalize(self, library.router_free, self.handle)
+
+    def forward(self) -> bool:
+        """Forward until the lab says goodbye (True) or is gone (False)."""
+        while True:
+            told = self._library.router_forward(self.handle)
+            self._native.flush()
+            if told < 0:
+                raise OSError(-told, os.strerror(-told))
+            if told == self._LAB_IS_GONE:
+                return False
+            if (goodbye := self._answer()) is not None:
+                return goodbye
+
+    def statistics(self) -> Statistics:
+        """Return the counts so far."""
+        counts, late_ns = (ctypes.c_int64 * 2)(), (ctypes.c_double * 2)()
+        self._library.router_counts(self.handle, counts, late_ns)
+        self._handed_over, self._refused = counts
+        self._late_sum_ns, self._late_peak_ns = late_ns
+        return super().statistics()
 
 
 def _low(descriptors: Sequence[int]) -> list[int]:
@@ -169,6 +219,31 @@ def _low(descriptors: Sequence[int]) -> list[int]:
     for descriptor in descriptors:
         os.close(descriptor)
     return low
+
+
+def _library() -> ctypes.CDLL | None:
+    """Return the loop in C, or None where Python does: as ``DETCOLL_ROUTER`` asks, else by what is possible."""
+    asked = os.environ.get(ROUTER_VARIABLE, "")
+    if asked not in ("", "compiled", "python"):
+        raise UsageError(f"{ROUTER_VARIABLE}={asked!r} must be compiled or python")
+    if asked == "python":
+        return None
+    try:
+        return load()
+    except NotCompiled as error:
+        if asked:
+            raise UsageError(f"{ROUTER_VARIABLE}=compiled is not possible here: {error}") from error
+        return None
+
+
+def _made(config: RouterConfig, log: ArrivalLog | None, control: socket.socket, lab_process: int) -> _Router:
+    """Make the router."""
+    library, opened_ns = _library(), time.monotonic_ns()
+    if library is None:
+        area = WideArea(config.topology, config.conditions, log, opened_ns)
+        return _Router(config, area, control, lab_process)
+    native = NativeArea(library, config.topology, config.conditions, log, opened_ns)
+    return _NativeRouter(config, native, control, lab_process, library)
 
 
 def _raise_priority() -> None:
@@ -188,14 +263,13 @@ def main(arguments: Sequence[str]) -> int:
         try:
             lab_process = os.pidfd_open(config.lab_process)
             log = stack.enter_context(ArrivalLog(config.log_path)) if config.log_path is not None else None
-            area = WideArea(config.topology, config.conditions, log, time.monotonic_ns())
-            router = _Router(config, area, control, lab_process)
+            router = _made(config, log, control, lab_process)
             gc.collect()
             gc.disable()  # nothing here makes cycles
             _raise_priority()
             answer(control, True)
             goodbye = router.forward()
-        except OSError as error:
+        except (OSError, DetcollError) as error:
             with suppress(OSError):
                 answer(control, str(error))
         finally:

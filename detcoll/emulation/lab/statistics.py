@@ -81,9 +81,10 @@ class Statistics:
     last; ``reserved_uplink_peak_bytes`` and ``reserved_downlink_peak_bytes`` those of the deterministic class.
     ``late_mean_ns`` and ``late_peak_ns`` tell how long after its time a unit was handed over, and ``cpu_s`` what the
     router's process used in ``elapsed_s``. ``unroutable`` units were for no site of the lab, ``refused`` ones were not
-    taken by the destination's kernel. ``bursts`` and ``flows`` are by uplink; of flows there are none where nobody
-    sends over TCP. ``flows_at_ns`` are the monotonic times at which those were looked at, about every 0.1 s and in
-    long runs more seldom, the last being that of the question.
+    taken by the destination's kernel. ``is_compiled`` : whether the router's inner loop ran in C. ``bursts`` and
+    ``flows`` are by uplink; of flows there are none where nobody sends over TCP. ``flows_at_ns`` are the monotonic
+    times at which those were looked at, about every 0.1 s and in long runs more seldom, the last being that of the
+    question.
     """
 
     directions: tuple[DirectionStatistics, ...]
@@ -99,6 +100,7 @@ class Statistics:
     late_peak_ns: int
     cpu_s: float
     elapsed_s: float
+    is_compiled: bool = False
     flows: tuple[FlowStatistics, ...] = ()
     flows_at_ns: tuple[int, ...] = ()
 

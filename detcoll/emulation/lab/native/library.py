@@ -1,0 +1,135 @@
+"""Compiles the router's inner loop with the system's C compiler, once a machine, and loads it.
+
+The library lies under ``$XDG_CACHE_HOME/detcoll/router`` by a digest of what it was made of. It needs neither Python's
+headers nor a wheel for each system. A file there that others could have written is not loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_double, c_int, c_int64, c_uint, c_void_p
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+_SOURCES = ("line.c", "interface.c", "router.c")
+_HEADERS = ("unit.h", "port.h", "line.h")
+# No contraction: a product and a sum that are rounded once together would give other bits than Python does.
+_FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
+_PATIENCE_S = 20.0
+
+Draw = CFUNCTYPE(c_int, c_int, c_int, POINTER(c_double), c_int)
+Log = CFUNCTYPE(c_int, c_void_p, c_int)
+Clock = CFUNCTYPE(c_int64)
+
+_INTERFACE = {
+    "area_new": (c_void_p, c_int, c_double, c_double, c_int, c_char_p, Draw, Log),
+    "area_port": (None, c_void_p, c_int, c_double, c_double, c_double, c_double),
+    "area_path": (None, c_void_p, c_int, c_int64, c_double, c_double),
+    "area_reserve": (None, c_void_p, c_int, c_double, c_double),
+    "area_bursts": (None, c_void_p, c_int, c_double, c_double),
+    "area_probes": (None, c_void_p, c_double),
+    "area_failure": (None, c_void_p, c_double, c_double, c_int, c_int),
+    "area_take": (None, c_void_p, c_int, c_char_p, c_int, c_int64, c_int),
+    "area_advance": (None, c_void_p, c_int64),
+    "area_arrival": (c_int, c_void_p, c_uint, POINTER(c_double), POINTER(c_int), c_void_p),
+    "area_write_log": (None, c_void_p),
+    "area_next": (c_double, c_void_p),
+    "area_urgent": (c_int, c_void_p),
+    "area_under_way": (c_int, c_void_p),
+    "area_unroutable": (c_int64, c_void_p),
+    "area_asleep": (POINTER(c_double), c_void_p),
+    "area_peaks": (None, c_void_p, c_int, c_void_p),
+    "area_counts": (None, c_void_p, c_int, c_void_p),
+    "area_delays": (c_int, c_void_p, c_int, POINTER(c_double), c_void_p, c_void_p),
+    "area_burst_counts": (None, c_void_p, c_int, c_void_p),
+    "area_probes_seen": (c_int, c_void_p, POINTER(c_int64), c_void_p),
+    "area_free": (None, c_void_p),
+    "router_new": (c_void_p, c_void_p, c_void_p, c_int, c_int, Clock),
+    "router_look": (None, c_void_p, c_int64, c_double),
+    "router_read": (c_int, c_void_p, c_int),
+    "router_forward": (c_int, c_void_p),
+    "router_counts": (None, c_void_p, c_void_p, c_void_p),
+    "router_free": (None, c_void_p),
+}  # fmt: skip
+"""What each function returns, and takes."""
+
+
+class NotCompiled(Exception):
+    """The router's inner loop cannot be compiled or loaded here; says why."""
+
+
+def load() -> ctypes.CDLL:
+    """Return the library, compiled if need be.
+
+    Raises
+    ------
+    NotCompiled
+        If there is no C compiler, it fails, or this is no little-endian machine of 64 bits.
+    """
+    if sys.maxsize < 2**32 or sys.byteorder != "little":
+        raise NotCompiled("it is written for little-endian machines of 64 bits")
+    with suppress(OSError, RuntimeError):
+        return _cached()
+    # Nothing can be kept in the cache, or nothing there can be loaded.
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return _loaded(_compiled(Path(folder)))
+        except OSError as error:
+            raise NotCompiled(f"the compiled library cannot be loaded: {error}") from error
+
+
+def _cached() -> ctypes.CDLL:
+    """Return the library from the cache, or put it there."""
+    texts = b"".join((_FOLDER / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
+    facts = f"{_FLAGS} {platform.machine()} {platform.libc_ver()} ".encode()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detcoll" / "router"
+    path = folder / f"{hashlib.blake2b(facts + texts, digest_size=16).hexdigest()}.so"
+    with suppress(OSError):
+        return _loaded(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        os.replace(_compiled(Path(made)), path)
+    return _loaded(path)
+
+
+def _compiled(folder: Path) -> Path:
+    """Compile into ``folder`` and return the library."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        raise NotCompiled(f"there is no C compiler {compiler[0]!r}")
+    path = folder / "router.so"
+    sources = [str(_FOLDER / name) for name in _SOURCES]
+    command = [*compiler, *_FLAGS, "-o", str(path), *sources, "-lm"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
+    except subprocess.CalledProcessError as error:
+        raise NotCompiled(f"{shlex.join(command)} failed: {error.stderr.strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise NotCompiled(f"{shlex.join(command)} took more than {_PATIENCE_S:.0f} s") from error
+    return path
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """Load a library that nobody else can have written; through its descriptor, so it is the one that was looked at."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{path} may be written by others")
+        library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+    for name, (result, *arguments) in _INTERFACE.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
