@@ -2,7 +2,8 @@
 
     python benchmarks/lab_line.py --rate "100 Mbit/s" --round-trip "40 ms"
 
-Needs Linux. Both ratios should lie within 2 % of one; a busy machine makes the ping late.
+Needs Linux. Both ratios should lie within 2 % of one; a busy machine makes the ping late. What the router's process
+needed for it stands beside them; how much it can carry at all says ``router_blast.py``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> None:
     with Lab(topology) as lab:
         took_ns = ping(lab, given.pings)
         seen = blast(lab, SLOW_START_S + (given.stretches + 1) * STRETCH_S)["seen"]
+        told = lab.statistics()
     carried = statistics.median(rates(seen, SLOW_START_S))
     facts = {
         "schema": "detcoll.emulation.lab-line/1",
@@ -58,6 +60,13 @@ def main() -> None:
         "rate_over_stated": carried / topology.payload_share / rate,
         "round_trip_over_stated": statistics.median(took_ns) / round_trip_ns,
         "least_round_trip_over_stated": min(took_ns) / round_trip_ns,
+        "router": {
+            "is_compiled": told.is_compiled,
+            "cpu_share": told.cpu_s / told.elapsed_s,
+            "cpu_us_per_unit": told.cpu_s * 1e6 / sum(entry.units for entry in told.directions),
+            "late_mean_us": told.late_mean_ns / 1e3,
+            "late_peak_us": told.late_peak_ns / 1e3,
+        },
     }
     print(json.dumps(facts))
 

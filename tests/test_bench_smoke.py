@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,6 +194,42 @@ def test_the_lab_line_is_held_against_what_it_was_told() -> None:
     facts = json.loads(done.stdout)
     assert facts["least_round_trip_over_stated"] >= 1
     assert facts["rate_over_stated"] > 0
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+@pytest.mark.parametrize("asked", ["python", "compiled"])
+def test_the_router_is_held_against_a_loop_in_c(asked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DETCOLL_ROUTER", asked)
+    written = tmp_path / "blast.json"
+    done = run(
+        sys.executable,
+        str(BENCHMARKS / "router_blast.py"),
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.02",
+        "--json",
+        str(written),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(written.read_bytes())
+    assert list(facts["units"]) == ["two segments", "64 kB"]
+    for name, figures in facts["units"].items():
+        assert f"| {name} |" in done.stdout
+        [loop], [router] = figures["loop"]["runs"], figures["router"]["runs"]
+        assert loop["bytes"] / loop["units"] == router["bytes"] / router["units"]
+        assert router["is_compiled"] is (asked == "compiled")
+        assert (loop["refused"], router["dropped"]) == (0, 0)
+
+
+def test_the_loop_in_c_says_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-compiler")
+    done = run(sys.executable, str(BENCHMARKS / "router_blast.py"))
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("there is no C compiler 'no-compiler': install gcc or set CC")
 
 
 @pytest.mark.lab
