@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from routers import LIBRARY, needs_compiler
 
 from detcoll.emulation.lab import Conditions, Failure, Lab, Service, why_unavailable
+from detcoll.emulation.lab.cotenants import Bursts
 from detcoll.emulation.lab.line import WideArea
 from detcoll.emulation.lab.log import ArrivalLog
 from detcoll.emulation.lab.native import library
@@ -230,6 +231,20 @@ class TestLoop:
         LIBRARY.router_look(router.handle, 0, math.inf)
         LIBRARY.router_read(router.handle, 0)
         assert area._c_asleep_ns[0] == 899
+
+    @needs_compiler
+    def test_it_ends_with_what_was_raised_in_python(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(self: Bursts) -> list[tuple[float, int]]:
+            raise OSError(5, "no numbers")
+
+        monkeypatch.setattr(Bursts, "draw", broken)
+        topology, conditions = Topology.uniform(2, 1, 1e6, 1), Conditions(cross_traffic=1.0)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            config = RouterConfig(topology, conditions, None, (), (), (), 1)
+            area = NativeArea(LIBRARY, topology, conditions)
+            with pytest.raises(OSError, match="no numbers"):
+                _NativeRouter(config, area, theirs, theirs.fileno(), LIBRARY).forward()
 
     @needs_compiler
     def test_an_error_of_the_device_is_told(self, parts: Any) -> None:

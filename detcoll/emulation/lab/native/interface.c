@@ -134,11 +134,6 @@ EXPORTED double *area_asleep(area *wide)
     return &wide->asleep_ns;
 }
 
-EXPORTED int area_has_failed(const area *wide)
-{
-    return wide->has_failed;
-}
-
 EXPORTED void area_peaks(const area *wide, int index, double peaks[2])
 {
     peaks[0] = wide->ports[index].peak_bytes;
