@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import socket
 import struct
 from dataclasses import replace
@@ -17,6 +18,7 @@ from detcoll.emulation.lab.conditions import Conditions, Failure, Service, defau
 from detcoll.emulation.lab.cotenants import MEAN_BURST_PACKETS
 from detcoll.emulation.lab.line import WideArea
 from detcoll.emulation.lab.path import Delays
+from detcoll.emulation.lab.port import Port
 from detcoll.emulation.lab.unit import NEEDS_CSUM, TCP, VNET_HEADER, shape_of
 from detcoll.errors import UsageError
 from detcoll.topology import Topology
@@ -175,6 +177,18 @@ class TestPriority:
         waits = [due - DELAY_NS - (mark_of(unit) % 100) * MS for due, _, unit in done if mark_of(unit) >= 1000]
         assert max(waits) <= (2 * 700 + 2 * MTU) * US  # one packet at each end, and one of the other flow
         assert done[-1][0] - DELAY_NS == pytest.approx((20 * 1000 + 8 * 700) * US, rel=0.1)
+
+
+def test_what_is_done_next_is_done_by_then_whatever_is_rounded() -> None:
+    draw = random.Random(1)
+    for _ in range(300):
+        port: Port[int] = Port(draw.uniform(1e5, 1e6), 10**6, MTU)
+        port.take_first(1000, 0.0, 0.0)
+        port.remember(2**30 - draw.uniform(0, 1e6), 7)  # numbers beyond that are rounded more coarsely
+        port.take_first(1000, 1e9, 1e9)
+        next_ns = port.next_done_ns
+        assert next_ns is not None
+        assert port.done(next_ns) == [(next_ns, 7)]
 
 
 class TestPolicing:

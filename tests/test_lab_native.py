@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from routers import LIBRARY, needs_compiler
 
@@ -138,6 +138,7 @@ def walk(pair: Pair, draw: random.Random, sites: int, steps: int, opened_ns: int
 @needs_compiler
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32))
+@example(seed=405)  # a rounding here kept a port from ever being done
 def test_c_and_python_agree_in_every_bit(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     draw = random.Random(seed)
     topology, opened_ns = topology_of(draw), draw.choice((0, 123_456_789))

@@ -117,11 +117,10 @@ class Port(Generic[T]):
 
     def done(self, now_ns: float) -> list[tuple[float, T]]:
         """Return what is done by ``now_ns`` of what was remembered, and when it was done."""
-        waiting, latest_ns = self._waiting, now_ns - self._delayed_ns
-        ended: list[tuple[float, T]] = []
-        while waiting and waiting[0][0] <= latest_ns:
-            end_ns, what = waiting.popleft()
-            ended.append((end_ns + self._delayed_ns, what))
+        waiting, ended = self._waiting, []
+        # The same sum as in `next_done_ns`: rounded otherwise, what is due then would never be done.
+        while waiting and (end_ns := waiting[0][0] + self._delayed_ns) <= now_ns:
+            ended.append((end_ns, waiting.popleft()[1]))
         return ended
 
     @property

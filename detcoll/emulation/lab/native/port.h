@@ -156,9 +156,9 @@ static inline int next_done(port *at, double now_ns, double *end_ns, piece *what
     if (!at->waiting_count)
         return 0;
     const waiting *first = &at->waiting[at->waiting_first];
-    if (first->end_ns > now_ns - at->delayed_ns)
-        return 0;
     *end_ns = first->end_ns + at->delayed_ns;
+    if (*end_ns > now_ns)
+        return 0;
     *what = first->what;
     at->waiting_first = (at->waiting_first + 1) % at->waiting_size;
     at->waiting_count--;
