@@ -15,8 +15,8 @@ from detcoll.launch.mpiexec import find_mpiexec
 sys.path.insert(0, str(Path(__file__).parent))
 
 LONG = (
-    "test_contract_shm.py", "test_communicator.py", "test_bench_smoke.py", "test_endings.py", "test_messages.py",
-    "test_regressions_waiting.py", "test_lab.py", "test_communicator_errors.py", "test_values.py",
+    "test_contract_shm.py", "test_communicator.py", "test_pages.py", "test_bench_smoke.py", "test_endings.py",
+    "test_messages.py", "test_regressions_waiting.py", "test_lab.py", "test_communicator_errors.py", "test_values.py",
     "test_shm_collectives.py", "test_contract_gloo.py", "test_kinds.py", "test_examples.py", "test_cli_run.py",
     "test_contract_mpi.py", "test_measure_lab.py", "test_slotted.py", "test_relay.py", "test_runtime.py",
 )  # fmt: skip
