@@ -1,4 +1,4 @@
-"""The blocks of README, tutorial and guides: Python satisfies a strict type checker, and commands run and print that."""
+"""The blocks of README, tutorial and guides: Python is typed, and commands run and print what the page says."""
 
 from __future__ import annotations
 
