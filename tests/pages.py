@@ -5,7 +5,6 @@ A comment stands on the line before a fence, and holds some of these, separated 
     <!-- file: train.py -->          the block is written to this file, which later blocks of the page use
     <!-- needs: lab, torch -->       it is left out where one of these is not here
     <!-- test adds: --rounds 1 -->   arguments that keep the last command of the block short
-    <!-- ends with: 2 -->            exit code of the block, 0 unless said
     <!-- prints -->                  some output of the commands before; figures may differ
     <!-- host: a -->                 blocks of several hosts, one after another on the page, which run at the same time
     <!-- run by: .ci/run -->         that file carries the commands out
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<said>[^\n]*) -->\n)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-_KEYS = {"file", "needs", "test adds", "ends with", "prints", "host", "run by", "quote", "not run"}
+_KEYS = {"file", "needs", "test adds", "prints", "host", "run by", "quote", "not run"}
 
 
 @dataclass(frozen=True)
