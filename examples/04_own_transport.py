@@ -7,8 +7,8 @@ transports pass::
     python -m pytest examples/04_own_transport.py
 
 An installed package needs no `register`: it names its class under the entry-point group ``detcoll.transports``, as
-``transports/detcoll_tcp`` does, which is this example for ranks anywhere. docs/transports.md goes through it step by
-step, and says what to write for a transport that does not move bytes by stream sockets.
+``transports/detcoll_tcp`` does, which is this example for ranks anywhere. docs/guides/transports.md goes through it
+step by step, and says what to write for a transport that does not move bytes by stream sockets.
 
 Needs: ``pip install -e .``; its tests need pytest, which ``pip install -e ".[bench]"`` brings.
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,16 +19,7 @@ import detcoll
 from detcoll.emulation.lab import why_unavailable
 from detcoll.launch.mpiexec import find_mpiexec
 
-PAGES = [
-    path
-    for path in [
-        ROOT / "README.md",
-        ROOT / "docs" / "tutorial.md",
-        ROOT / "docs" / "transports.md",
-        *sorted((ROOT / "docs" / "guides").glob("*.md")),
-    ]
-    if path.exists()
-]
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))] if page.exists()]
 TIMEOUT_S = 300
 PACKAGES = Path(detcoll.__file__).parent.parent
 MPIEXEC = find_mpiexec() if find_spec("mpi4py") else None
@@ -81,7 +74,8 @@ class Reader:
             outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
         finally:
             for process in started:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         for block, process, output in zip(blocks, started, outputs, strict=True):
             assert process.returncode == 0, f"{block.text}\nended with {process.returncode}:\n{output}"
         self.output = "\n".join(outputs)

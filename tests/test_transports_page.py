@@ -7,7 +7,7 @@ from pages import ROOT, blocks_of
 
 from detcoll.mailbox import BEHIND, HELD_BYTES
 
-PAGE = ROOT / "docs" / "transports.md"
+PAGE = ROOT / "docs" / "guides" / "transports.md"
 TEXT = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the docs are not installed")
 
