@@ -5,8 +5,6 @@ longer than the buffer is written in parts, and an unfinished line, such as a pr
 printed anything for a while. If another process prints next, the unfinished line is ended first. A last line without a
 newline gets one. Bytes are never decoded.
 
-Where asked to, equal error reports of several processes are told once; see `detcoll.launch.reports`.
-
 If the output is a terminal, each process gets a pseudo-terminal, so that it buffers and colours its output as it would
 on the real one. If standard output and standard error are the same file, a process has one channel for both, which
 keeps their order.
@@ -24,13 +22,10 @@ import termios
 import threading
 import time
 import tty
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import BinaryIO, Self
-
-from detcoll.launch.reports import Reports, Told, begin_of_report
 
 _LINE_BYTES = 65536
 _IDLE_S = 0.05
@@ -65,33 +60,16 @@ class _Target:
 
 @dataclass(eq=False, slots=True)
 class _Stream:
-    """An output stream of one process: the tag of its lines, its target, and the part of a line not written yet.
+    """An output stream of one process: the tag of its lines, its target, and the part of a line not written yet."""
 
-    ``reports``: where its error reports go instead, if they are told with those of other processes.
-    """
-
-    rank: int
     tag: bytes
     target: _Target
-    reports: Reports | None = None
     waiting: bytearray = field(default_factory=bytearray)
 
     def take(self, data: bytes) -> None:
-        """Write the complete lines, up to an error report; also the rest if it exceeds the buffer."""
-        if self.reports is not None and self.reports.holds(self.rank):
-            self.reports.add(self.rank, data)
-            return
+        """Write the complete lines; also the rest if it exceeds the buffer."""
         self.waiting += data
         whole = self.waiting.rfind(b"\n") + 1
-        if self.reports is not None:
-            start = self.waiting.find(b"\n") + 1 if self.target.begun_by is self else 0
-            at = begin_of_report(self.waiting, start, whole)
-            if at >= 0:
-                self._pass_on(at)
-                self.reports.begin(self.rank, time.monotonic_ns())
-                self.reports.add(self.rank, bytes(self.waiting))
-                self.waiting.clear()
-                return
         self._pass_on(len(self.waiting) if len(self.waiting) - whole > _LINE_BYTES else whole)
 
     def show_begun(self) -> None:
@@ -100,18 +78,9 @@ class _Stream:
 
     def end(self) -> None:
         """Write the rest, and end an unfinished line with a newline."""
-        if self.reports is not None and self.reports.holds(self.rank):
-            self.reports.over(self.rank)
-            return
         if self.waiting or self.target.begun_by is self:
             self.waiting += b"\n"
         self.show_begun()
-
-    def write_lines(self, text: bytes, tag: bytes) -> None:
-        """Write whole lines with another tag, before what waits here."""
-        first = b"" if self.target.begun_by is None else b"\n"
-        self.target.begun_by = None
-        self.target.write(first + tag + text.removesuffix(b"\n").replace(b"\n", b"\n" + tag) + b"\n")
 
     def _pass_on(self, count: int) -> None:
         if not count:
@@ -134,8 +103,6 @@ class Forwarder:
     ----------
     out, err : binary file
         The targets of standard output and standard error.
-    ranks : int
-        Tell equal error reports on standard error once, if there are more processes than one; 0: copy all as it is.
 
     Guarantees
     ----------
@@ -143,12 +110,9 @@ class Forwarder:
     for processes that they left behind.
     """
 
-    def __init__(self, out: BinaryIO, err: BinaryIO, ranks: int = 0) -> None:
+    def __init__(self, out: BinaryIO, err: BinaryIO) -> None:
         self._out = _Target(_unbuffered(out))
         self._err = self._out if _is_same_file(out, err) else _Target(_unbuffered(err))
-        self._reports = Reports(ranks) if ranks > 1 else None
-        self._reporting: list[_Stream] = []
-        self._notes: deque[bytes] = deque()
         self._selector = selectors.DefaultSelector()
         self._streams: set[_Stream] = set()
         self._ending, self._end_it = os.pipe2(os.O_CLOEXEC)
@@ -166,10 +130,7 @@ class Forwarder:
             for target in dict.fromkeys((self._out, self._err)):
                 ours, theirs = _open_channel(target.file)
                 opened.append(theirs)
-                stream = _Stream(len(self._reporting), tag.encode(), target)
-                if target is self._err:
-                    stream.reports = self._reports
-                    self._reporting.append(stream)
+                stream = _Stream(tag.encode(), target)
                 self._streams.add(stream)
                 self._selector.register(ours, selectors.EVENT_READ, stream)
             yield opened[0], opened[-1]
@@ -180,14 +141,6 @@ class Forwarder:
     def begin(self) -> None:
         """Start to copy; called once, after all processes were started."""
         self._thread.start()
-
-    def note(self, text: str) -> None:
-        """Write a line to standard error after the reports that are held; not if all processes gave the same one.
-
-        Thread-safe.
-        """
-        self._notes.append(f"detcoll: {text}\n".encode())
-        os.write(self._end_it, b"n")
 
     @property
     def lost(self) -> OSError | None:
@@ -201,67 +154,29 @@ class Forwarder:
         os.close(self._end_it)
         if self._thread.ident is not None:
             self._thread.join()  # without a timeout, since the reader of our output may be slow
-            self._write_notes()
-        os.close(self._ending)
         for key in list(self._selector.get_map().values()):
-            if key.data is not None:
-                os.close(key.fd)
+            os.close(key.fd)
         self._selector.close()
 
     def _copy(self) -> None:
         until_ns: int | None = None
         while self._streams and (until_ns is None or time.monotonic_ns() < until_ns):
-            keys = self._selector.select(0 if until_ns is not None else self._patience_s())
+            is_waiting = any(stream.waiting for stream in self._streams)
+            keys = self._selector.select(0 if until_ns is not None else _IDLE_S if is_waiting else None)
             if not keys and until_ns is not None:
                 break
             if not keys:
                 for stream in self._streams:
                     stream.show_begun()
             for key, _ in keys:
-                if key.data is not None:
-                    self._read(key.fd, key.data)
-                elif not os.read(key.fd, 64):
+                if key.data is None:
                     self._selector.unregister(key.fd)
+                    os.close(key.fd)
                     until_ns = time.monotonic_ns() + _DRAIN_NS
-            self._tell_reports()
+                else:
+                    self._read(key.fd, key.data)
         for stream in self._streams:
             stream.end()
-        self._streams.clear()
-        self._tell_reports()
-
-    def _patience_s(self) -> float | None:
-        """Return for how long nothing has to be written unless something comes."""
-        if any(stream.waiting for stream in self._streams):
-            return _IDLE_S
-        due_ns = None if self._reports is None else self._reports.next_ns()
-        return None if due_ns is None else max(0.0, (due_ns - time.monotonic_ns()) / 1e9)
-
-    def _tell_reports(self) -> None:
-        """Write the reports that are due, all if nothing more can come, and then the notes."""
-        if self._reports is not None:
-            for told in self._reports.take(time.monotonic_ns(), everything=not self._streams):
-                self._tell(told)
-            if self._reports.next_ns() is not None:
-                return
-        self._write_notes()
-
-    def _write_notes(self) -> None:
-        if self._reports is not None and self._reports.all_alike:
-            self._notes.clear()
-        while self._notes:
-            self._reporting[0].write_lines(self._notes.popleft(), b"")
-
-    def _tell(self, told: Told) -> None:
-        first = self._reporting[told.ranks[0]]
-        if not first.tag:
-            first.write_lines(told.line, b"")
-        else:
-            first.write_lines(told.text, first.tag if len(told.ranks) == 1 else f"[{told.note}] ".encode())
-        for rank, text in told.after:
-            self._reporting[rank].take(text)
-        for rank in told.ranks:
-            if self._reporting[rank] not in self._streams:
-                self._reporting[rank].end()
 
     def _read(self, descriptor: int, stream: _Stream) -> None:
         try:

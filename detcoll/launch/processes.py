@@ -151,7 +151,6 @@ def supervise(
     settle_s: float = SETTLE_S,
     grace_s: float = 5.0,
     announce: Callable[[str], None] | None = None,
-    on_failure: Callable[[str], None] | None = None,
     on_interrupt: int = signal.SIGINT,
     essential: Mapping[int, str] | None = None,
 ) -> int:
@@ -175,8 +174,6 @@ def supervise(
         Seconds from SIGTERM, or a forwarded signal, to SIGKILL; the earlier of the two counts.
     announce : callable, optional
         Called with each message; by default messages go to standard error.
-    on_failure : callable, optional
-        Called with the message about the first failure instead of ``announce``.
     on_interrupt : int
         The signal to forward for SIGINT. SIGTERM ends Python programs without a handler without a traceback.
     essential : mapping, optional
@@ -194,7 +191,7 @@ def supervise(
         If an essential process has ended.
     """
     crew = _Crew(processes, names or [f"rank {i}" for i in range(len(processes))], announce or _say)
-    crew.on_interrupt, crew.on_failure = on_interrupt, on_failure or crew.announce
+    crew.on_interrupt = on_interrupt
     crew.settle_ns, crew.grace_ns = round(settle_s * 1e9), round(grace_s * 1e9)
     if deadline_s is not None:
         crew.deadline_ns = time.monotonic_ns() + round(deadline_s * 1e9)
@@ -275,7 +272,6 @@ class _Crew:
         self.processes, self.names, self.announce = list(processes), list(names), announce
         self.running = set(range(len(self.processes)))
         self.code: int | None = None
-        self.on_failure = announce
         self.is_signalled = False
         self.kill_ns = 2**63
         self.settle_ns = self.grace_ns = 0
@@ -346,7 +342,7 @@ class _Crew:
             _, index, returncode = failed[0]
             self.code = exit_code(returncode)
             rest = "; ending the others" if self.running else ""
-            self.on_failure(f"first failure seen: {self.names[index]} {describe_exit(returncode)}{rest}")
+            self.announce(f"first failure seen: {self.names[index]} {describe_exit(returncode)}{rest}")
             self._end_with(signal.SIGTERM, self.settle_ns)
 
     def _on_time(self, now_ns: int) -> None:

@@ -6,7 +6,6 @@ process can take the port in between.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -76,8 +75,7 @@ def run_crew(
 ) -> int:
     """Start processes, wait for all, and return the exit code as `supervise` does.
 
-    A single process without a tag inherits this process's output. The output of several is copied in whole lines, and
-    equal error reports of theirs are told once, unless DETCOLL_LOG is "debug".
+    A single process without a tag inherits this process's output. The output of several is copied in whole lines.
 
     Parameters
     ----------
@@ -108,8 +106,7 @@ def run_crew(
     with ExitStack() as stack:
         forwarder = None
         if logs is None and (tags is not None or len(starts) > 1):
-            told_once = 0 if os.environ.get("DETCOLL_LOG", "").lower() == "debug" else len(starts)
-            forwarder = stack.enter_context(Forwarder(sys.stdout.buffer, sys.stderr.buffer, told_once))
+            forwarder = stack.enter_context(Forwarder(sys.stdout.buffer, sys.stderr.buffer))
         guard = stack.enter_context(Guard())
         processes = _start_all(starts, guard, forwarder, tags, logs)
         if when_started is not None:
@@ -117,9 +114,8 @@ def run_crew(
         if forwarder is not None:
             forwarder.begin()
         code = supervise(
-            processes, deadline_s=deadline_s, settle_s=settle_s, on_interrupt=on_interrupt, essential=essential,
-            on_failure=None if forwarder is None else forwarder.note,
-        )  # fmt: skip
+            processes, deadline_s=deadline_s, settle_s=settle_s, on_interrupt=on_interrupt, essential=essential
+        )
     if code == 0 and forwarder is not None and forwarder.lost is not None:
         raise OutputLost(forwarder.lost.errno, forwarder.lost.strerror)
     return code
