@@ -44,9 +44,32 @@ def _short(path: str) -> str:
         return path
 
 
+def _has_more(error: BaseException) -> bool:
+    """Return whether an exception of the program's own led to ``error``, or was under way, or notes were added to it.
+
+    Causes inside detcoll, such as a package that cannot be imported, are told in its text.
+    """
+    seen = {id(error)}
+    while not getattr(error, "__notes__", ()):
+        before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if before is None or id(before) in seen:
+            return False
+        if not isinstance(before, DetcollError) and not _began_in_detcoll(before):
+            return True
+        seen.add(id(before))
+        error = before
+    return True
+
+
+def _began_in_detcoll(error: BaseException) -> bool:
+    """Return whether the frame that caught ``error`` is detcoll's, which turned an error of others into its own."""
+    trace = error.__traceback__
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_OURS)
+
+
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     is_debug = os.environ.get("DETCOLL_LOG", "").lower() == "debug"
-    if is_debug or not isinstance(error, DetcollError) or sys.stderr is None:
+    if is_debug or not isinstance(error, DetcollError) or _has_more(error) or sys.stderr is None:
         sys.__excepthook__(kind, error, trace)
     else:
         print(describe(error, trace), file=sys.stderr, flush=True)

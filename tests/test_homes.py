@@ -6,10 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from detcoll.plan import Collective, Kind, Planner, Slotting, algorithms_for, build_calendar, check, compile_plan
+from detcoll.plan import (
+    Collective,
+    Kind,
+    Planner,
+    Slotting,
+    algorithms_for,
+    build_calendar,
+    check,
+    compile_plan,
+    predict_ns,
+)
 from detcoll.plan.collectives import declaration_of
 from detcoll.plan.homes import home_sites
 from detcoll.plan.layout import ChunkSize
+from detcoll.plan.planner import predicted_chunk
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts
 from detcoll.topology import Topology
@@ -67,6 +78,17 @@ def test_the_slowest_line_is_busy_nearly_all_the_time(ranks: int, nbytes: int) -
     assert floor_ns is not None
     assert took_ns < floor_ns / 0.85, "with all sites as homes it is a third more than the floor"
     assert planner.predict_ns(collective) == pytest.approx(took_ns, rel=0.01)
+
+
+@pytest.mark.parametrize("nbytes", [2**16, 2**18, 2**19, 2**20, 2**22])
+@pytest.mark.parametrize("rates", [(1000, 500, 200), (1000, 1000, 700, 300), (1000, 500, 500, 200, 200)])
+def test_few_chunks_have_all_sites_as_homes_where_that_is_faster(rates: tuple[float, ...], nbytes: int) -> None:
+    topology = sites_with(*rates)
+    calendar = build_calendar(topology, Slotting.SHARE)
+    collective = Collective("all_reduce", nbytes // 4, 4, 4)
+    taken = predicted_chunk(collective, topology, calendar, "direct")
+    all_ns = predict_ns(collective, topology, calendar, "direct", replace(taken, homes=()))
+    assert predict_ns(collective, topology, calendar, "direct", taken) <= all_ns
 
 
 @pytest.mark.parametrize("homes", [(0, 1), (2,), (1, 2), ()])

@@ -266,8 +266,23 @@ class TestCompiling:
         assert isinstance(library.load(), ctypes.CDLL)
         [kept] = (tmp_path / "detcoll" / "router").iterdir()
         assert kept.suffix == ".so"
-        monkeypatch.setenv("CC", "no-compiler")
+        monkeypatch.setattr(library.subprocess, "run", None)
         assert isinstance(library.load(), ctypes.CDLL)
+
+    def test_another_compiler_makes_its_own(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        library.load()
+        monkeypatch.setenv("CC", "cc -O1")
+        library.load()
+        assert len(list((tmp_path / "detcoll" / "router").iterdir())) == 2
+
+    def test_it_is_kept_whatever_others_may_do_with_new_files(self, tmp_path: Path) -> None:
+        before = os.umask(0o002)
+        try:
+            assert isinstance(library.load(), ctypes.CDLL)
+        finally:
+            os.umask(before)
+        [kept] = (tmp_path / "detcoll" / "router").iterdir()
+        assert kept.stat().st_mode & 0o077 == 0
 
     def test_what_others_may_write_is_made_anew(self, tmp_path: Path) -> None:
         library.load()
@@ -283,7 +298,12 @@ class TestCompiling:
 
     @pytest.mark.parametrize(
         ("compiler", "reason"),
-        [("no-compiler -O3", "there is no C compiler 'no-compiler'"), ("false", "^false .*failed")],
+        [
+            ("no-compiler -O3", "there is no C compiler 'no-compiler -O3'"),
+            (" ", "there is no C compiler ' '"),
+            ("'cc", "no command"),
+            ("false", "^false .*failed"),
+        ],
     )
     def test_without_a_compiler_it_says_so(self, compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CC", compiler)

@@ -92,7 +92,7 @@ def test_load_counts_within_the_measured_time() -> None:
 def test_what_the_system_does_not_tell_is_not_known() -> None:
     nothing = load_of([Readings(2, (), (), ())], [None])
     assert nothing == Load(2)
-    assert limits_of_row(0.3, nothing, EIGHT) == ()
+    assert limits_of_row(0.3, nothing, EIGHT) is None, "nobody knows"
     alone = load_of([Readings(2, (0, SECOND), (0.0, 2.0), (0.0, 0.0))], [None])
     assert (alone.router_share, alone.others_share, alone.processors_share) == (None, None, 0.0)
 

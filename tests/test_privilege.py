@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -97,6 +98,9 @@ class TestObtaining:
         monkeypatch.setattr(privilege.os, "execve", become)
         monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "/bin/detcoll", "lab", "--", "true"])
         monkeypatch.delenv(ENTERED_VARIABLE, raising=False)
+        program = ModuleType("__main__")
+        program.__file__ = "/bin/detcoll"
+        monkeypatch.setitem(sys.modules, "__main__", program)
         return seen
 
     def tells(self, monkeypatch: pytest.MonkeyPatch, here: Refused | None, in_namespace: Refused | None = None) -> None:
@@ -120,14 +124,32 @@ class TestObtaining:
         assert argv[1:3] == ["-I", "-S"]
         assert argv[3].endswith("user_namespace.py")
         assert argv[5:] == ["-X", "dev", "/bin/detcoll", "lab", "--", "true"]
-        assert environ == os.environ | {ENTERED_VARIABLE: "1"}
+        assert environ == os.environ | {ENTERED_VARIABLE: str(os.getpid())}
 
     def test_it_starts_anew_once(self, monkeypatch: pytest.MonkeyPatch, started: list[Any]) -> None:
         self.tells(monkeypatch, Refused(NETWORK, errno.EPERM))
-        monkeypatch.setenv(ENTERED_VARIABLE, "1")
+        monkeypatch.setenv(ENTERED_VARIABLE, str(os.getpid()))
         assert "may not make networks" in str(obtain())
         assert started == []
         assert ENTERED_VARIABLE not in os.environ, "ranks are not told"
+
+    @pytest.mark.parametrize("begun", [["python"], ["python", "-"]])
+    def test_a_program_from_standard_input_does_not_start_anew(
+        self, monkeypatch: pytest.MonkeyPatch, started: list[Any], begun: list[str]
+    ) -> None:
+        self.tells(monkeypatch, Refused(NETWORK, errno.EPERM))
+        monkeypatch.setattr(sys, "orig_argv", begun)
+        monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+        assert "may not make networks" in str(obtain())
+        assert started == []
+
+    def test_a_variable_of_another_process_means_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, started: list[Any]
+    ) -> None:
+        self.tells(monkeypatch, Refused(NETWORK, errno.EPERM))
+        monkeypatch.setenv(ENTERED_VARIABLE, str(os.getpid() + 1))
+        with pytest.raises(SystemExit):
+            obtain()
 
     def test_a_program_that_does_more_does_not_start_anew(
         self, monkeypatch: pytest.MonkeyPatch, started: list[Any]

@@ -145,21 +145,13 @@ def measure(
     iterations = _ITERATIONS[name] if length.iterations is None else length.iterations
     rounds = _SCRIPT_ROUNDS if script else max(1, min(_ROUNDS, iterations))
     experiment = Experiment(
-        topology=topology,
-        workload=None if script else builtin,
-        script=script,
-        iterations=iterations,
-        rounds=rounds if length.rounds is None else length.rounds,
-        against=transports,
-        left_out=left_out,
-        conditions=Conditions(lines.queue_bytes()),
-        networks=network.networks(),
+        topology=topology, workload=None if script else builtin, script=script, iterations=iterations,
+        rounds=rounds if length.rounds is None else length.rounds, against=transports, left_out=left_out,
+        conditions=Conditions(lines.queue_bytes()), networks=network.networks(),
         deadline_s=parse_timeout_s(deadline, "deadline"),
-        traces=None if results.report is None else results.report / TRACES,
-        relay=relay,
-        warmup=WARMUP if length.warmup is None else length.warmup,
-        without=comma_separated(compared.without),
-    )
+        traces=None if results.report is None else results.report / TRACES, relay=relay,
+        warmup=WARMUP if length.warmup is None else length.warmup, without=comma_separated(compared.without),
+    )  # fmt: skip
     experiment.validate()
     return _run(experiment, results.json, results.report)
 

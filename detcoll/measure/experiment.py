@@ -217,7 +217,9 @@ class _Session:
         if experiment.relay:
             with Relay(network.topology(experiment.topology), experiment.conditions.queue_bytes) as relay:
                 watch.router_pid = relay.pid
-                return self.runner.run(setting, argv, here, env, relay)
+                total_s = self.runner.run(setting, argv, here, env, relay)
+                watch.router_late_s = relay.statistics().late_mean_ns / 1e9
+                return total_s
         with Lab(network.topology(experiment.topology), network.conditions(experiment.conditions)) as lab:
             watch.router_pid = lab.router_pid
             total_s = self.runner.run(setting, argv, here, env, lab)

@@ -82,12 +82,16 @@ def scale_of(topology: Topology) -> Scale:
     )
 
 
-def limits_of_row(fraction_of_bound: float | None, load: Load, scale: Scale) -> tuple[Limit, ...]:
-    """Return what of the lab limited a collective; nothing where it reached what its lines allow."""
+def limits_of_row(fraction_of_bound: float | None, load: Load, scale: Scale) -> tuple[Limit, ...] | None:
+    """Return what of the lab limited a collective; nothing where it reached what its lines allow.
+
+    None where that is not known, since the system did not tell how busy it was, or not for so short a time.
+    """
     if fraction_of_bound is not None and fraction_of_bound >= LINES_SHARE:
         return ()
     reached = 0.5 if fraction_of_bound is None else fraction_of_bound
-    return (*_router(load, scale, reached), *_processors(load, scale, _fitting_cores(load, scale, reached)))
+    found = (*_router(load, scale, reached), *_processors(load, scale, _fitting_cores(load, scale, reached)))
+    return found if found or load.processors_share is not None else None
 
 
 def limits_of_run(load: Load, baseline: Load | None, scale: Scale, *, computes: bool) -> tuple[Limit, ...]:

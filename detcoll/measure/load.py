@@ -23,6 +23,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST_S = 0.2
+"""Of measured time; what the system counts in steps of 10 ms says nothing over less."""
 GAP_S = 0.02
 FULL = 0.9
 """A router that had a core or waited for one for so much of an interval had no time left in it."""
@@ -73,7 +75,7 @@ def load_of(runs: Sequence[Readings], spans_ns: Sequence[Spans | None]) -> Load:
     cores = min((run.cores for run in runs), default=0)
     took_s, has_router = float(counted_s.sum()), any(run.router_s[-1] > 0 for run in runs if run.router_s)
     router_late_s = max((run.router_late_s for run in runs if run.router_late_s is not None), default=None)
-    if not took_s:
+    if took_s < LEAST_S:
         return Load(cores, router_late_s=router_late_s)
     return Load(
         cores=cores,

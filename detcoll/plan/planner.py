@@ -51,12 +51,12 @@ def predicted_chunk(
     how = declaration_of(collective.kind).algorithm(algorithm)
     if how.blocks is not None:
         return _chunk_of_blocks(collective, topology, calendar, how)
-    taken = _chunk_with_homes(collective, topology, calendar, how)
+    taken = _chunk_with_homes(collective, topology, calendar, how, costs)
     if calendar.has_windows or not uses_window(calendar, collective.nbytes) or not any(calendar.rates):
         return taken
     least_ns = predict_ns(collective, topology, calendar, algorithm, taken, costs)
     for scale, worth in SCALES.items():
-        chunk_size = _chunk_with_homes(collective, topology, calendar, how, scale)
+        chunk_size = _chunk_with_homes(collective, topology, calendar, how, costs, scale)
         needs_ns = predict_ns(collective, topology, calendar, algorithm, chunk_size, costs)
         if needs_ns < least_ns * worth:
             taken, least_ns = chunk_size, needs_ns
@@ -64,15 +64,25 @@ def predicted_chunk(
 
 
 def _chunk_with_homes(
-    collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm, scale: Fraction = Fraction(1)
-) -> ChunkSize:
-    """Return the chunk that the rule gives, and the sites that are homes for this algorithm."""
+    collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm, costs: Costs | None,
+    scale: Fraction = Fraction(1),
+) -> ChunkSize:  # fmt: skip
+    """Return the chunk that the rule gives, and the sites that are homes for this algorithm.
+
+    Few chunks may not divide evenly between fewer homes, so that must be predicted to be faster.
+    """
     chunk_size = choose_chunk(topology, calendar, collective, scale)
     if how.blocks is not None:  # pieces of blocks have homes of their own
         return chunk_size
     sites = len(topology.sites)
     homes = home_sites(how.hops(sites, topology.site_of(collective.root)), calendar, sites)
-    return replace(chunk_size, homes=homes) if homes else chunk_size
+    if not homes:
+        return chunk_size
+    tried = replace(chunk_size, homes=homes)
+    needs_ns, with_all_ns = (
+        predict_ns(collective, topology, calendar, how.name, size, costs) for size in (tried, chunk_size)
+    )
+    return tried if needs_ns < with_all_ns * WORTH_A_CHANGE else chunk_size
 
 
 def _chunk_of_blocks(collective: Collective, topology: Topology, calendar: Calendar, how: Algorithm) -> ChunkSize:
@@ -109,7 +119,7 @@ def choose_algorithm(
         return algorithms[0].name
     taken, least_ns = "", 0.0
     for how in algorithms:
-        tried = chunk_size or _chunk_with_homes(collective, topology, calendar, how)
+        tried = chunk_size or _chunk_with_homes(collective, topology, calendar, how, costs)
         needs_ns = predict_ns(collective, topology, calendar, how.name, tried, costs)
         if not taken or needs_ns < least_ns * WORTH_A_CHANGE:
             taken, least_ns = how.name, needs_ns

@@ -267,7 +267,9 @@ class _Meeting:
                 if not is_early or left(self.deadline_ns) == 0:
                     raise _refused(spot.address, refusal) from refusal
             except _NobodyThere as error:
-                if spot.ask_again is None or left(self.deadline_ns) <= nap_s:
+                first_ns = refused_ns.setdefault(spot.address, time.monotonic_ns())
+                is_over = left(self.deadline_ns) <= nap_s or time.monotonic_ns() >= first_ns + self.tolerance_ns
+                if spot.ask_again is None or is_over:
                     raise ConnectError(str(error)) from error
             time.sleep(min(nap_s, left(self.deadline_ns)))
             nap_s = min(2 * nap_s, LONGEST_NAP_S)

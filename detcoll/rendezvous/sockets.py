@@ -93,9 +93,13 @@ class Address:
         return [(family, _where(where)) for family, _, _, _, where in found]
 
 
+_LOOPBACK_NAMES = {"localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback"}
+"""RFC 6761, and what distributions write into /etc/hosts."""
+
+
 def is_loopback(host: str) -> bool:
-    """Return whether ``host`` is a loopback address (127.0.0.0/8 or ::1) or the name localhost."""
-    if host.lower() == "localhost":
+    """Return whether ``host`` is a loopback address (127.0.0.0/8 or ::1) or a name that means one on every host."""
+    if host.lower() in _LOOPBACK_NAMES or host.lower().endswith(".localhost"):
         return True
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

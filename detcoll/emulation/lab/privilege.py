@@ -23,7 +23,7 @@ from detcoll.emulation.lab.user_namespace import NETWORK, SYSCTL, SYSCTL_PATH, T
 from detcoll.errors import TransportUnavailable
 
 ENTERED_VARIABLE = "DETCOLL_IN_USER_NAMESPACE"
-"""Set while a program starts anew, so that it does so once."""
+"""The id of the process, set while its program starts anew, so that it does so once."""
 
 _WITHOUT_NAMESPACES = (errno.EINVAL, errno.ENOSYS)
 _FORBIDDEN = (errno.EPERM, errno.EACCES)
@@ -86,7 +86,8 @@ def obtain(*, may_restart: bool = True) -> str | None:
     Parameters
     ----------
     may_restart : bool
-        Whether it may: what was done so far can be done again, and the arguments say all that is to be done.
+        Whether it may: what was done so far can be done again, and the arguments say all that is to be done. A program
+        that comes from standard input, or is typed, never starts anew.
 
     Returns
     -------
@@ -99,11 +100,11 @@ def obtain(*, may_restart: bool = True) -> str | None:
         If something is missing that no privilege gives, such as Linux; says what.
     """
     _require_installed()
-    has_entered = os.environ.pop(ENTERED_VARIABLE, None) is not None
+    has_entered = os.environ.pop(ENTERED_VARIABLE, None) == str(os.getpid())
     refused = refused_here()
     if refused is None:
         return None
-    if has_entered or not may_restart or not sys.executable:
+    if has_entered or not may_restart or not sys.executable or _is_read_from_input():
         return explain_here(refused)
     refused = refused_in_namespace()
     if refused is None:
@@ -111,11 +112,18 @@ def obtain(*, may_restart: bool = True) -> str | None:
     return explain(refused)
 
 
+def _is_read_from_input() -> bool:
+    """Return whether the program comes from standard input, which is read by now, or is typed."""
+    is_file = hasattr(sys.modules["__main__"], "__file__")
+    return bool(sys.flags.interactive or hasattr(sys, "ps1")) or not (is_file or "-c" in sys.orig_argv)
+
+
 def _start_anew() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        if stream is not None:
+            stream.flush()
     program = [sys.executable, *sys.orig_argv[1:]]
-    os.execve(sys.executable, _in_namespace(*program), os.environ | {ENTERED_VARIABLE: "1"})
+    os.execve(sys.executable, _in_namespace(*program), os.environ | {ENTERED_VARIABLE: str(os.getpid())})
 
 
 def _in_namespace(*command: str) -> list[str]:

@@ -25,7 +25,8 @@ _SOURCES = ("line.c", "interface.c", "router.c")
 _HEADERS = ("unit.h", "port.h", "line.h")
 # No contraction: a product and a sum that are rounded once together would give other bits than Python does.
 _FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
-_PATIENCE_S = 20.0
+_PATIENCE_S = 12.0
+"""For one of two: the lab waits 30 s for its router."""
 
 Draw = CFUNCTYPE(c_int, c_int, c_int, POINTER(c_double), c_int)
 Log = CFUNCTYPE(c_int, c_void_p, c_int)
@@ -81,17 +82,17 @@ def load() -> ctypes.CDLL:
     with suppress(OSError, RuntimeError):
         return _cached()
     # Nothing can be kept in the cache, or nothing there can be loaded.
-    with tempfile.TemporaryDirectory() as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
             return _loaded(_compiled(Path(folder)))
-        except OSError as error:
-            raise NotCompiled(f"the compiled library cannot be loaded: {error}") from error
+    except OSError as error:
+        raise NotCompiled(f"no compiled library can be made and loaded: {error}") from error
 
 
 def _cached() -> ctypes.CDLL:
     """Return the library from the cache, or put it there."""
     texts = b"".join((_FOLDER / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
-    facts = f"{_FLAGS} {platform.machine()} {platform.libc_ver()} ".encode()
+    facts = f"{os.environ.get('CC')} {_FLAGS} {platform.machine()} {platform.libc_ver()} ".encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detcoll" / "router"
     path = folder / f"{hashlib.blake2b(facts + texts, digest_size=16).hexdigest()}.so"
     with suppress(OSError):
@@ -104,18 +105,23 @@ def _cached() -> ctypes.CDLL:
 
 def _compiled(folder: Path) -> Path:
     """Compile into ``folder`` and return the library."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        raise NotCompiled(f"there is no C compiler {compiler[0]!r}")
+    asked = os.environ.get("CC") or "cc"
+    try:
+        compiler = shlex.split(asked)
+    except ValueError as error:
+        raise NotCompiled(f"CC={asked!r} is no command: {error}") from error
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise NotCompiled(f"there is no C compiler {asked!r}")
     path = folder / "router.so"
     sources = [str(_FOLDER / name) for name in _SOURCES]
     command = [*compiler, *_FLAGS, "-o", str(path), *sources, "-lm"]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
+        subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE_S)
     except subprocess.CalledProcessError as error:
-        raise NotCompiled(f"{shlex.join(command)} failed: {error.stderr.strip()}") from error
+        raise NotCompiled(f"{shlex.join(command)} failed: {error.stderr.decode(errors='replace').strip()}") from error
     except subprocess.TimeoutExpired as error:
         raise NotCompiled(f"{shlex.join(command)} took more than {_PATIENCE_S:.0f} s") from error
+    path.chmod(0o700)  # whatever the umask says of what others may do with it
     return path
 
 
