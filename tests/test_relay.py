@@ -351,7 +351,7 @@ signal.pause()
         assert (row["transport"], row["sites"], row["retransmits"]) == ("slotted", 2, None)
         assert row["load"]["router_late_s"] > 0
         assert row["load"]["cores"] >= 1
-        assert row["limits"] is not None
+        assert row["load"]["processors_share"] is None, "two short calls say nothing of it"
 
     def test_measure_compares_and_leaves_null_what_loopback_does_not_tell(self, tmp_path: Path) -> None:
         path = tmp_path / "measure.json"
@@ -365,8 +365,7 @@ signal.pause()
         cluster, slotted = data["runs"]
         assert data["workload"]["emulation"] == "relay"
         assert cluster["result_digest"] == slotted["result_digest"]
-        assert slotted["load"]["processors_share"] > 0
-        assert slotted["limits"] is not None
+        assert slotted["load"]["router_late_s"] > 0
         assert slotted["line"] is slotted["wire_busy_fraction"] is slotted["retransmits"] is None
 
     def test_what_only_the_lab_has_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
