@@ -16,5 +16,5 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def process_id() -> int:
-    """Return the id of this process; every call asks for it, to find out that it was forked."""
+    """Return the id of this process. Every call compares it with that of the job, to find out that it was forked."""
     return _pid

@@ -20,7 +20,7 @@ from jobs import environment
 from ranks import PROGRAMS, await_gone
 
 from detcoll.cli import bench, invocation, lab, main, measure, relaying
-from detcoll.emulation.lab import obtain, privilege, why_unavailable
+from detcoll.emulation.lab import obtain, privilege, user_namespace, why_unavailable
 from detcoll.emulation.lab.privilege import ENTERED_VARIABLE, explain, explain_here
 from detcoll.emulation.lab.user_namespace import KEEP, MAP, NETWORK, SYSCTL, TUN, USER, Refused
 from detcoll.errors import TransportUnavailable
@@ -81,6 +81,15 @@ class TestWhatIsSaid:
         assert "/dev/net/tun" in explain_here(Refused(TUN, errno.EACCES))
         monkeypatch.setattr(privilege, "refused_here", lambda: Refused(NETWORK, errno.EPERM))
         assert "--relay gives rate and delay alone" in str(why_unavailable())
+
+
+def test_an_error_that_nobody_expects_does_not_pass_for_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> None:
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr(user_namespace, "_call", fails)
+    with pytest.raises(RuntimeError, match="unexpected"):
+        user_namespace.try_site()
 
 
 class TestObtaining:

@@ -96,19 +96,19 @@ def try_site() -> None:
     Refused
         If the kernel refuses; nothing is left.
     """
-    refused: list[Refused] = []
+    failed: list[BaseException] = []
 
     def work() -> None:
         try:
             _try_site()
-        except Refused as error:
-            refused.append(error)
+        except BaseException as error:  # what is not told here would pass for success
+            failed.append(error)
 
     thread = threading.Thread(target=work, name="detcoll-lab-trial", daemon=True)
     thread.start()
     thread.join()
-    if refused:
-        raise refused[0]
+    if failed:
+        raise failed[0]
 
 
 def _try_site() -> None:
