@@ -1,5 +1,7 @@
 """Sphinx builds the site from the pages beside this file and from the docstrings; warnings are errors in CI."""
 
+from importlib.util import find_spec
+
 from detcoll.version import VERSION
 
 project, author, copyright = "detcoll", "the detcoll authors", "the detcoll authors"
@@ -11,6 +13,7 @@ html_title = f"detcoll {VERSION}"
 
 myst_heading_anchors = 3
 default_role = "py:obj"  # docstrings name other things between single backquotes
+autodoc_mock_imports = [] if find_spec("torch") else ["torch"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"show-inheritance": True}

@@ -45,6 +45,12 @@ def test_every_public_name_has_an_entry() -> None:
     assert set(detcoll.testing.__all__) <= entries(detcoll.testing)
 
 
+def test_every_public_name_for_torch_has_an_entry() -> None:
+    pytest.importorskip("torch")
+    module = import_module("detcoll.torch")
+    assert set(module.__all__) <= entries(module)
+
+
 @pytest.mark.parametrize("name", OF_AUTHORS)
 def test_modules_of_authors_are_described(name: str) -> None:
     module = import_module(f"detcoll.{name}")
