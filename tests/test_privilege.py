@@ -65,7 +65,6 @@ class TestWhatIsSaid:
             (Refused(KEEP, errno.EPERM), {"seccomp": "2"}, "a seccomp filter, as containers have, or a missing"),
             (Refused(USER, errno.EPERM), {}, "the kernel (Operation not permitted) refuses user namespaces"),
             (Refused(USER, errno.EINVAL), {}, "this kernel has no user namespaces"),
-            (Refused(USER, 0), {}, "the kernel (for no known reason) refuses user namespaces"),
             (Refused(TUN, errno.ENOENT), {}, "/dev/net/tun cannot be used: No such file or directory"),
             (Refused(SYSCTL, errno.EROFS), {},
              "/proc/sys/net/ipv4/tcp_slow_start_after_idle cannot be set: Read-only file system"),
@@ -174,6 +173,38 @@ class TestObtaining:
         assert obtain() == "/dev/net/tun cannot be used: No such file or directory"
         assert started == []
 
+    @pytest.mark.parametrize(
+        ("program", "said"),
+        [
+            ("while :; do :; done", "did not end within 0 s"),
+            ("echo user namespace; exit 126", "ended with exit code 126"),
+            ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
+            ("kill -9 $$", "ended with exit code -9"),
+        ],
+    )
+    def test_a_trial_without_a_result_is_no_refusal(
+        self, monkeypatch: pytest.MonkeyPatch, started: list[Any], program: str, said: str
+    ) -> None:
+        monkeypatch.setattr(privilege, "_require_installed", lambda: None)
+        monkeypatch.setattr(privilege, "refused_here", lambda: Refused(NETWORK, errno.EPERM))
+        monkeypatch.setattr(privilege, "_in_namespace", lambda: ["sh", "-c", program])
+        if said.startswith("did not end"):
+            monkeypatch.setattr(privilege, "_TRIAL_TIMEOUT_S", 0.01)
+        with pytest.raises(TransportUnavailable, match=f"the trial of a user namespace {said}; try again"):
+            obtain()
+        assert started == []
+
+    def test_a_filter_that_kills_has_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(privilege, "_in_namespace", lambda: ["sh", "-c", "kill -SYS $$"])
+        refused = privilege.refused_in_namespace()
+        assert refused is not None
+        assert (refused.step, refused.number) == (USER, errno.EPERM)
+
+    def test_a_trial_that_cannot_be_started_is_no_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(privilege, "_in_namespace", lambda: ["/no/such/python"])
+        with pytest.raises(TransportUnavailable, match="cannot be started: .*No such file"):
+            privilege.refused_in_namespace()
+
     def test_what_no_privilege_gives_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(privilege.platform, "system", lambda: "Darwin")
         with pytest.raises(TransportUnavailable, match=r"needs Linux, this is Darwin; --relay gives"):
@@ -211,6 +242,17 @@ class TestGoingOn:
         assert specs[0].transports == ("slotted",)
         assert specs[1].against == ()
         assert capsys.readouterr().err.count("going on with the relay") == 2
+
+    @pytest.mark.parametrize(
+        "command", [["lab", "--no-relay", "true"], ["bench", "--lab", "--no-relay"], ["measure", "--no-relay"]]
+    )
+    def test_who_wants_the_lab_or_nothing_gets_an_error(
+        self, capsys: pytest.CaptureFixture[str], command: list[str]
+    ) -> None:
+        assert main(command) == 1
+        assert capsys.readouterr().err == (
+            f"detcoll: the lab cannot be opened: {FORBIDDEN}; --no-relay rules out the relay\n"
+        )
 
     @pytest.mark.parametrize(
         ("command", "named"),

@@ -95,7 +95,7 @@ def bench(
     what: SweepOptions = _SWEEP,
     json: Path | None = None,
     lab: bool = False,
-    relay: bool = False,
+    relay: bool | None = None,
     lines: LineOptions = ANY_LINES,
     network: NetworkOptions = ANY_NETWORK,
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
@@ -117,7 +117,8 @@ def bench(
         those are forbidden, the command goes on as with --relay and says so.
     relay
         Start ranks on this host and relay what they send between sites, with rate and delay alone. Of slotted only. The
-        options of --lab hold, but for service, cross traffic and reserved.
+        options of --lab hold, but for service, cross traffic and reserved. With --lab --no-relay, the command ends
+        with an error where the lab is forbidden.
     slotting
         With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one; two sites),
         share (pacing without slots), off.
@@ -142,9 +143,10 @@ def bench(
     check_slotting(Slotting(slotting) if slotting else None, topology)
     spec = LabBench(
         sweep, transports, topology, Conditions(lines.queue_bytes()), slotting, timeout_s,
-        parse_timeout_s("10 min" if deadline is None else deadline, "deadline"), network.networks(), relay,
+        parse_timeout_s("10 min" if deadline is None else deadline, "deadline"), network.networks(), bool(relay),
     )  # fmt: skip
-    if lab and must_relay(transport=[name for name in transports if name != SLOTTED], **given(network)):
+    others = [name for name in transports if name != SLOTTED]
+    if lab and must_relay(may_relay=relay is None, transport=others, **given(network)):
         spec = replace(spec, relay=True)
     return _run_in_lab(spec, left_out, json)
 

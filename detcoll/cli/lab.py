@@ -130,7 +130,7 @@ def lab(
     log: Path | None = None,
     mpi: bool = False,
     prefix: bool = False,
-    relay: bool = False,
+    relay: bool | None = None,
     slow_start_after_idle: bool = False,
     deadline: Quantity | None = None,
 ) -> int:
@@ -154,7 +154,8 @@ def lab(
         Put "[rank]" in front of every line that ranks other than 0 print.
     relay : bool
         Run the ranks as ordinary processes, and detcoll's connections between sites through a relay that adds rate and
-        delay, and nothing else. docs/lab.md tells what that cannot show.
+        delay, and nothing else. docs/lab.md tells what that cannot show. With --no-relay, the command ends with an
+        error where the lab is forbidden.
     slow_start_after_idle : bool
         Leave TCP's slow start after idle phases on, as it is by default.
     deadline : str
@@ -171,7 +172,7 @@ def lab(
     require_writable(statistics, "statistics")
     require_writable(log, "log")
     made = conditions.conditions(wanted, lines.queue_bytes(), 0 if statistics is None else PROBE_GAP_NS)
-    if relay or must_relay(**of_the_lab):
+    if relay or must_relay(may_relay=relay is None, **of_the_lab):
         return _run_through_relay(ranks, wanted, lines.queue_bytes())
     launcher = Launcher.MPIEXEC if mpi else Launcher.PLAIN
     with (

@@ -109,7 +109,7 @@ def measure(
     compared: ComparedOptions = _COMPARED,
     results: MeasureResultOptions = _RESULTS,
     deadline: Quantity = "10 min",
-    relay: bool = False,
+    relay: bool | None = None,
 ) -> int:
     """Compare training across emulated sites with the same training in one cluster.
 
@@ -130,7 +130,8 @@ def measure(
     deadline
         How long one setting may take in one round.
     relay
-        Relay what ranks send between sites, with rate and delay alone, instead of emulating the lines.
+        Relay what ranks send between sites, with rate and delay alone, instead of emulating the lines. With --no-relay,
+        the command ends with an error where the lab is forbidden.
     """
     results.require_writable()
     name = workload or _DEFAULT
@@ -140,7 +141,7 @@ def measure(
         refuse_with_relay(**of_the_lab)
     topology = network.reserve(lines.wide_topology())
     builtin = _workload(name, synthetic, bucket_bytes)
-    relay = relay or must_relay(**of_the_lab)
+    relay = relay or must_relay(may_relay=relay is None, **of_the_lab)
     transports, left_out = compared.transports(relay=relay)
     iterations = _ITERATIONS[name] if length.iterations is None else length.iterations
     rounds = _SCRIPT_ROUNDS if script else max(1, min(_ROUNDS, iterations))

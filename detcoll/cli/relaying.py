@@ -1,7 +1,8 @@
 """The lab or the relay: what each command has for its lines here, and the command that runs through the relay.
 
 Whoever asks for the lab gets it, in a user namespace where that takes one (`detcoll.emulation.lab.privilege`). Where it
-is forbidden, the command says by what and goes on with the relay, unless it was given what only the lab has.
+is forbidden, the command says by what and goes on with the relay, unless it was given ``--no-relay``, or what only the
+lab has.
 """
 
 from __future__ import annotations
@@ -44,24 +45,29 @@ def _named(options: dict[str, object]) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
 
 
-def must_relay(**options: object) -> bool:
+def must_relay(*, may_relay: bool = True, **options: object) -> bool:
     """Get what a lab needs, and tell whether the relay has to do instead; says why and what it cannot show.
 
     Where this process comes by a lab in a user namespace alone, it starts anew there, and the call does not return.
 
     Parameters
     ----------
+    may_relay : bool
+        Whether the relay may do.
     options
         Those that only the lab can honour; those with a value were given.
 
     Raises
     ------
     TransportUnavailable
-        If the relay cannot do what is asked for, or something is missing that both need; says what.
+        If the relay may not or cannot do what is asked for, something is missing that both need, or nobody knows
+        whether a lab can be opened; says what.
     """
     forbidden = obtain(may_restart=is_whole_process())
     if forbidden is None:
         return False
+    if not may_relay:
+        raise TransportUnavailable(f"the lab cannot be opened: {forbidden}; --no-relay rules out the relay")
     if named := _named(options):
         raise TransportUnavailable(
             f"the lab cannot be opened: {forbidden}; {', '.join(named)} cannot go on without it: the relay has rate "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,16 @@ from typing import NoReturn
 
 from detcoll.emulation.lab import user_namespace
 from detcoll.emulation.lab.tun import pyroute2
-from detcoll.emulation.lab.user_namespace import NETWORK, SYSCTL, SYSCTL_PATH, TUN, TUN_PATH, USER, Refused
+from detcoll.emulation.lab.user_namespace import (
+    FAILED,
+    NETWORK,
+    SYSCTL,
+    SYSCTL_PATH,
+    TUN,
+    TUN_PATH,
+    USER,
+    Refused,
+)
 from detcoll.errors import TransportUnavailable
 
 ENTERED_VARIABLE = "DETCOLL_IN_USER_NAMESPACE"
@@ -63,18 +73,39 @@ def refused_here() -> Refused | None:
 
 
 def refused_in_namespace() -> Refused | None:
-    """Return what the kernel refuses a user namespace of this user; None where a lab can be opened in one."""
+    """Return what the kernel refuses a user namespace of this user; None where a lab can be opened in one.
+
+    Raises
+    ------
+    TransportUnavailable
+        If the trial had no result, so that nobody knows; says what became of it.
+    """
     try:
         tried = subprocess.run(
             _in_namespace(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TRIAL_TIMEOUT_S,
             check=False,
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return Refused(USER, 0)
+    except subprocess.TimeoutExpired as error:
+        raise _no_result(f"did not end within {_TRIAL_TIMEOUT_S:.0f} s") from error
+    except OSError as error:
+        raise _no_result(f"cannot be started: {error}") from error
     if tried.returncode == 0:
         return None
+    if tried.returncode == -signal.SIGSYS:  # some filters kill who calls what they refuse
+        return Refused(USER, errno.EPERM)
     step, _, number = tried.stdout.strip().partition(" ")
-    return Refused(step, int(number)) if number.isdecimal() else Refused(USER, 0)
+    if tried.returncode != FAILED or not number.isdecimal():
+        told = tried.stderr.strip().rpartition("\n")[2]
+        raise _no_result(f"ended with exit code {tried.returncode}{f': {told}' if told else ''}")
+    return Refused(step, int(number))
+
+
+def _no_result(what: str) -> TransportUnavailable:
+    """Return the error for a trial that had no result: that is no refusal, so nobody goes on with the relay."""
+    return TransportUnavailable(
+        f"nobody knows whether this user may open a lab: the trial of a user namespace {what}; try again, or give "
+        "--relay, which has rate and delay alone"
+    )
 
 
 def obtain(*, may_restart: bool = True) -> str | None:
@@ -97,7 +128,8 @@ def obtain(*, may_restart: bool = True) -> str | None:
     Raises
     ------
     TransportUnavailable
-        If something is missing that no privilege gives, such as Linux; says what.
+        If something is missing that no privilege gives, such as Linux, or the trial of a user namespace had no result;
+        says what.
     """
     _require_installed()
     has_entered = os.environ.pop(ENTERED_VARIABLE, None) == str(os.getpid())
@@ -159,7 +191,7 @@ def _rule(refused: Refused, kind: str, root: Path) -> str:
         most = _sysctl(root, limit)
         return f"sysctl {limit}={most or 'unknown'} refuses {'any' if most == '0' else 'more'}"
     if refused.number not in _FORBIDDEN:
-        return f"the kernel ({os.strerror(refused.number) if refused.number else 'for no known reason'}) refuses"
+        return f"the kernel ({os.strerror(refused.number)}) refuses"
     if _sysctl(root, "kernel.unprivileged_userns_clone") == "0":
         return "sysctl kernel.unprivileged_userns_clone=0 refuses"
     # AppArmor grants the namespace and takes what a process could do in it; a filter refuses the call itself.

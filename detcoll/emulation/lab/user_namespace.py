@@ -31,6 +31,7 @@ USER, MAP, KEEP, NETWORK, TUN, SYSCTL = "user", "map", "keep", "network", "tun",
 """Steps that may fail: a user namespace, its users, keeping capabilities, a network, its device, its parameters."""
 
 FAILED = 126
+"""The exit code where the kernel refuses, or the command cannot be started."""
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 47, 2
