@@ -6,16 +6,22 @@ import ctypes
 import math
 import os
 import random
+import signal
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ranks import await_gone
 from routers import LIBRARY, needs_compiler
 
 from detcoll.emulation.lab import Conditions, Failure, Lab, Service, why_unavailable
@@ -256,6 +262,68 @@ class TestLoop:
         assert os.strerror(LIBRARY.router_read(router.handle, 0)) == "Bad file descriptor"
 
 
+BOUNDS = """
+import sys
+from detcoll.emulation.lab import Conditions
+from detcoll.emulation.lab.native import area, library
+from detcoll.topology import Topology
+c = library.load()
+wide = area.NativeArea(c, Topology.uniform(2, 1, 1e6, 1), Conditions())
+exec(sys.argv[1])
+"""
+
+
+@needs_compiler
+class TestBounds:
+    """What would spoil memory ends the process."""
+
+    @pytest.mark.parametrize(
+        ("wrong", "said"),
+        [
+            ("wide.arrive(2, bytes(60), 0)", "no such site"),
+            ("wide.arrive(0, bytes(65601), 0)", "a unit is too large"),
+            ("c.area_port(wide.handle, 4, 1.0, 1.0, 1.0, 1.0)", "no such port"),
+            ("c.area_path(wide.handle, 8, 1, 0.0, 0.0)", "no such path"),
+            ("c.area_bursts(wide.handle, -1, 1.0, 1.0)", "no such site"),
+            ("c.area_burst_counts(wide.handle, 0, None)", "no bursts of such a site"),
+            ("c.router_new(wide.handle, None, 2, 1, library.Clock())", "not a device of others for each site"),
+        ],
+    )
+    def test_c_holds_them_by_itself(self, wrong: str, said: str) -> None:
+        ended = subprocess.run([sys.executable, "-c", BOUNDS, wrong], capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGABRT, ended.stderr
+        assert f"the lab's router: {said}\n" in ended.stderr
+
+    def test_no_more_is_drawn_than_there_is_room_for(self) -> None:
+        conditions = Conditions(cross_traffic=1.0)
+        area = NativeArea(LIBRARY, Topology.uniform(2, 1, 1e6, 1), conditions)
+        values = (ctypes.c_double * 4)()
+        assert area._draw(3, 0, values, 4) == 0
+        with pytest.raises(ValueError, match="random numbers do not fit where 4 do"):
+            area.check()
+
+
+def slow_compiler(folder: Path) -> Path:
+    """Return a compiler that tells its process group in ``held`` and then works for ever, with a child."""
+    os.mkfifo(folder / "held")
+    path = folder / "slow-cc"
+    path.write_text(
+        f"#!/bin/sh\nexec 9>{folder}/held\n: > \"$TMPDIR/cc.s\"\nsleep 600 &\ncut -d ' ' -f 5 /proc/$$/stat >&9\nwait\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def processes_of_group(group: int) -> list[int]:
+    """Return the processes of a process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                found.append(int(path.name))
+    return found
+
+
 @needs_compiler
 class TestCompiling:
     @pytest.fixture(autouse=True)
@@ -295,6 +363,54 @@ class TestCompiling:
     def test_a_cache_that_cannot_be_used_is_done_without(self, tmp_path: Path) -> None:
         (tmp_path / "detcoll").write_text("a file where the folder would be")
         assert isinstance(library.load(), ctypes.CDLL)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can use another user's home as its own")
+    def test_another_users_cache_is_left_alone(self, tmp_path: Path) -> None:
+        os.chown(tmp_path, 54321, 54321)
+        assert isinstance(library.load(), ctypes.CDLL)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_who_may_be_anybody_keeps_and_takes_nothing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        library.load()
+        [kept] = (tmp_path / "detcoll" / "router").iterdir()
+        kept.write_bytes(b"of somebody else without a number here")
+        overflow = tmp_path / "overflowuid"
+        overflow.write_text(f"{os.geteuid()}\n")
+        monkeypatch.setattr(library, "_OVERFLOW_USER", overflow)
+        assert isinstance(library.load(), ctypes.CDLL)
+        assert kept.read_bytes().startswith(b"of somebody")
+
+    def test_a_compiler_that_takes_too_long_ends(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("CC", str(slow_compiler(tmp_path)))
+        monkeypatch.setattr(library, "_PATIENCE_S", 0.01)
+        started: list[int] = []
+
+        def popen(*given: Any, **named: Any) -> Any:
+            made = subprocess.Popen(*given, **named)
+            started.append(made.pid)
+            return made
+
+        monkeypatch.setattr(library, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
+        with pytest.raises(NotCompiled, match="took more than 0 s"):
+            library.load()
+        await_gone(processes_of_group(started[0]))
+        assert list((tmp_path / "detcoll" / "router").iterdir()) == []
+
+    def test_killed_while_it_compiles_it_leaves_nothing(self, tmp_path: Path) -> None:
+        loading = "from detcoll.emulation.lab.native import library; library.load()"
+        environ = os.environ | {"CC": str(slow_compiler(tmp_path)), "XDG_CACHE_HOME": str(tmp_path)}
+        process = subprocess.Popen([sys.executable, "-c", loading], env=environ)
+        with open(tmp_path / "held") as held:
+            group = int(held.readline())
+            [made] = (tmp_path / "detcoll" / "router").iterdir()
+            assert [path.name for path in made.iterdir()] == ["cc.s"]
+            running = processes_of_group(group)
+            process.kill()
+            process.wait()
+            assert held.read() == "", "the last that holds it open has ended"
+        await_gone(running)
+        assert len(running) >= 4, "the guard, who started it, the compiler and its child"
+        assert list((tmp_path / "detcoll" / "router").iterdir()) == []
 
     @pytest.mark.parametrize(
         ("compiler", "reason"),

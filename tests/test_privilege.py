@@ -202,7 +202,7 @@ class TestObtaining:
 
     def test_a_trial_that_cannot_be_started_is_no_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(privilege, "_in_namespace", lambda: ["/no/such/python"])
-        with pytest.raises(TransportUnavailable, match="cannot be started: .*No such file"):
+        with pytest.raises(TransportUnavailable, match=r"cannot be started: .*No such file"):
             privilege.refused_in_namespace()
 
     def test_what_no_privilege_gives_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +395,8 @@ class TestAsAnOrdinaryUser:
         assert process.returncode == 128 + signal.SIGTERM, err
         await_gone(running)
         assert processes_of(user.number) == []
-        assert [path.name for path in user.folder.iterdir() if not path.name.startswith("rank")] == []
+        left = {path.name for path in user.folder.iterdir() if not path.name.startswith("rank")}
+        assert left <= {".cache"}, "the compiled router is kept"
 
     @pytest.mark.parametrize(
         ("way", "said"),

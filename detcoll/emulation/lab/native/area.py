@@ -86,6 +86,8 @@ class NativeArea(WideArea):
         """Draw random numbers from the generator that the reference draws from."""
         try:
             drawn = self._drawn(_Draws(kind), index)
+            if len(drawn) > most:
+                raise ValueError(f"{len(drawn)} random numbers do not fit where {most} do")
             ctypes.memmove(values, (ctypes.c_double * len(drawn))(*drawn), 8 * len(drawn))
         except BaseException as error:
             self._error = error

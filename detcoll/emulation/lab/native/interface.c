@@ -7,6 +7,7 @@
 EXPORTED area *area_new(int sites, double opened_ns, double catch_up_ns, int has_classes, const uint8_t *is_marked,
                         draw_call draw, log_call log)
 {
+    require(1 <= sites && sites <= MOST_SITES, "no such number of sites");
     area *wide = allocate(sizeof *wide);
     wide->sites = sites;
     wide->opened_ns = opened_ns;
@@ -25,18 +26,30 @@ EXPORTED area *area_new(int sites, double opened_ns, double catch_up_ns, int has
     return wide;
 }
 
+static port *numbered_port(const area *wide, int index)
+{
+    require(0 <= index && index < 2 * wide->sites, "no such port");
+    return &wide->ports[index];
+}
+
+static path *numbered_path(const area *wide, int index)
+{
+    require(0 <= index && index < 2 * wide->sites * wide->sites, "no such path");
+    return &wide->paths[index];
+}
+
 /* index: uplinks, then downlinks. */
 EXPORTED void area_port(area *wide, int index, double bytes_per_ns, double ns_per_byte, double limit_bytes,
                         double packet_ns)
 {
-    wide->ports[index] = (port){.bytes_per_ns = bytes_per_ns, .ns_per_byte = ns_per_byte, .limit_bytes = limit_bytes,
-                                .packet_ns = packet_ns};
+    *numbered_port(wide, index) = (port){.bytes_per_ns = bytes_per_ns, .ns_per_byte = ns_per_byte,
+                                         .limit_bytes = limit_bytes, .packet_ns = packet_ns};
 }
 
 /* index: by source, destination and class; gap: of segments until the first loss, NAN where nothing is lost. */
 EXPORTED void area_path(area *wide, int index, int64_t delay_ns, double jitter_ns, double gap)
 {
-    path *its = &wide->paths[index];
+    path *its = numbered_path(wide, index);
     its->source = index / 2 / wide->sites;
     its->destination = index / 2 % wide->sites;
     its->up = &wide->ports[its->source];
@@ -51,12 +64,14 @@ EXPORTED void area_path(area *wide, int index, int64_t delay_ns, double jitter_n
 
 EXPORTED void area_reserve(area *wide, int index, double bytes_per_ns, double burst_bytes)
 {
-    wide->paths[index].is_reserved = 1;
-    wide->paths[index].policer = (policer){bytes_per_ns, burst_bytes, burst_bytes, 0};
+    path *its = numbered_path(wide, index);
+    its->is_reserved = 1;
+    its->policer = (policer){bytes_per_ns, burst_bytes, burst_bytes, 0};
 }
 
 EXPORTED void area_bursts(area *wide, int site, double packet_bytes, double at_ns)
 {
+    require(0 <= site && site < wide->sites, "no such site");
     if (!wide->bursts)
         wide->bursts = allocate(wide->sites * sizeof *wide->bursts);
     wide->bursts[site] = (bursts){.packet_bytes = packet_bytes, .at_ns = at_ns,
@@ -65,19 +80,20 @@ EXPORTED void area_bursts(area *wide, int site, double packet_bytes, double at_n
 
 EXPORTED void area_probes(area *wide, double next_ns)
 {
+    require(isinf(next_ns) || wide->links, "probes without a link");
     wide->probe_ns = next_ns;
 }
 
 EXPORTED void area_failure(area *wide, double start_ns, double end_ns, int low, int high)
 {
     wide->failures = realloc(wide->failures, (wide->failure_count + 1) * sizeof *wide->failures);
-    if (!wide->failures)
-        abort();
+    require(wide->failures != NULL, "no memory");
     wide->failures[wide->failure_count++] = (failure){start_ns, end_ns, low, high};
 }
 
 EXPORTED void area_take(area *wide, int source, const uint8_t *data, int bytes, int64_t now_ns, int is_tenant)
 {
+    require(0 <= source && source < wide->sites, "no such site");
     unit *came = unit_new(&wide->units, bytes);
     memcpy(came->data, data, bytes);
     area_arrive(wide, source, came, now_ns, is_tenant);
@@ -136,20 +152,21 @@ EXPORTED double *area_asleep(area *wide)
 
 EXPORTED void area_peaks(const area *wide, int index, double peaks[2])
 {
-    peaks[0] = wide->ports[index].peak_bytes;
-    peaks[1] = wide->ports[index].reserved_peak_bytes;
+    const port *its = numbered_port(wide, index);
+    peaks[0] = its->peak_bytes;
+    peaks[1] = its->reserved_peak_bytes;
 }
 
 EXPORTED void area_counts(const area *wide, int index, int64_t counts[9])
 {
-    const path *its = &wide->paths[index];
+    const path *its = numbered_path(wide, index);
     memcpy(counts, &its->units, 9 * sizeof *counts);
 }
 
 /* Fills buckets and counts where they are given; returns how many there are. */
 EXPORTED int area_delays(const area *wide, int index, double *longest_ns, int64_t *buckets, int64_t *counts)
 {
-    const delays *its = &wide->paths[index].delays;
+    const delays *its = &numbered_path(wide, index)->delays;
     int found = 0;
     *longest_ns = its->longest_ns;
     for (unsigned slot = 0; buckets && slot < its->size; slot++) {
@@ -163,6 +180,7 @@ EXPORTED int area_delays(const area *wide, int index, double *longest_ns, int64_
 
 EXPORTED void area_burst_counts(const area *wide, int site, int64_t counts[2])
 {
+    require(wide->bursts && 0 <= site && site < wide->sites, "no bursts of such a site");
     counts[0] = wide->bursts[site].offered_bytes;
     counts[1] = wide->bursts[site].dropped_bytes;
 }

@@ -1,7 +1,11 @@
 """Compiles the router's inner loop with the system's C compiler, once a machine, and loads it.
 
 The library lies under ``$XDG_CACHE_HOME/detcoll/router`` by a digest of what it was made of. It needs neither Python's
-headers nor a wheel for each system. A file there that others could have written is not loaded.
+headers nor a wheel for each system. A file there that others could have written is not loaded. Only a folder of this
+user's own is written to: root with the home of another user, and who has no number in a user namespace, keep nothing.
+
+The compiler has a process group of its own, in which a shell waits for a pipe to close. However this process ends, the
+kernel closes it; then the shell ends the compiler and removes the folder in which that works.
 """
 
 from __future__ import annotations
@@ -21,12 +25,23 @@ from ctypes import CFUNCTYPE, POINTER, c_char_p, c_double, c_int, c_int64, c_uin
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
+_OVERFLOW_USER = Path("/proc/sys/kernel/overflowuid")
 _SOURCES = ("line.c", "interface.c", "router.c")
 _HEADERS = ("unit.h", "port.h", "line.h")
 # No contraction: a product and a sum that are rounded once together would give other bits than Python does.
 _FLAGS = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
 _PATIENCE_S = 12.0
 """For one of two: the lab waits 30 s for its router."""
+
+# Standard input is the pipe, $0 the folder. A job in the background has no standard input, hence descriptor 3.
+_GUARDED = """
+exec 3<&0 </dev/null
+(trap '' TERM; read -r _ <&3; kill -TERM 0; rm -rf -- "$0"; kill -KILL 0) >/dev/null 2>&1 &
+"$@" 3<&-
+code=$?
+{ kill -KILL $!; wait $!; } 2>/dev/null
+exit $code
+"""
 
 Draw = CFUNCTYPE(c_int, c_int, c_int, POINTER(c_double), c_int)
 Log = CFUNCTYPE(c_int, c_void_p, c_int)
@@ -94,13 +109,25 @@ def _cached() -> ctypes.CDLL:
     texts = b"".join((_FOLDER / name).read_bytes() for name in (*_HEADERS, *_SOURCES))
     facts = f"{os.environ.get('CC')} {_FLAGS} {platform.machine()} {platform.libc_ver()} ".encode()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detcoll" / "router"
+    _require_own(folder)
     path = folder / f"{hashlib.blake2b(facts + texts, digest_size=16).hexdigest()}.so"
     with suppress(OSError):
         return _loaded(path)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as made:
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
         os.replace(_compiled(Path(made)), path)
     return _loaded(path)
+
+
+def _require_own(folder: Path) -> None:
+    """Raise PermissionError unless the folder, or that in which it would be made, is this user's own."""
+    user = os.geteuid()
+    # In a user namespace whoever has no number there is this one: its files may be anybody's.
+    if user == int(_OVERFLOW_USER.read_text("ascii")):
+        raise PermissionError(f"user {user} may be anybody")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if nearest.stat().st_uid != user:
+        raise PermissionError(f"{nearest} is another user's")
 
 
 def _compiled(folder: Path) -> Path:
@@ -115,14 +142,31 @@ def _compiled(folder: Path) -> Path:
     path = folder / "router.so"
     sources = [str(_FOLDER / name) for name in _SOURCES]
     command = [*compiler, *_FLAGS, "-o", str(path), *sources, "-lm"]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE_S)
-    except subprocess.CalledProcessError as error:
-        raise NotCompiled(f"{shlex.join(command)} failed: {error.stderr.decode(errors='replace').strip()}") from error
-    except subprocess.TimeoutExpired as error:
-        raise NotCompiled(f"{shlex.join(command)} took more than {_PATIENCE_S:.0f} s") from error
+    code, told = _run_guarded(command, folder)
+    if code:
+        raise NotCompiled(f"{shlex.join(command)} failed: {told.strip() or f'exit code {code}'}")
     path.chmod(0o700)  # whatever the umask says of what others may do with it
     return path
+
+
+def _run_guarded(command: list[str], folder: Path) -> tuple[int, str]:
+    """Run a compiler that works in ``folder`` and ends with this process; return its exit code and what it says."""
+    guard, ours = os.pipe()
+    try:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARDED, str(folder), *command], stdin=guard, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, env=os.environ | {"TMPDIR": str(folder)}, start_new_session=True,
+        )  # fmt: skip
+        with process:
+            try:
+                _, told = process.communicate(timeout=_PATIENCE_S)
+            except subprocess.TimeoutExpired as error:
+                raise NotCompiled(f"{shlex.join(command)} took more than {_PATIENCE_S:.0f} s") from error
+            finally:
+                os.close(ours)  # which ends what has not ended
+    finally:
+        os.close(guard)
+    return process.returncode, told.decode(errors="replace")
 
 
 def _loaded(path: Path) -> ctypes.CDLL:

@@ -27,6 +27,7 @@ static double next_draw(area *wide, draws *from)
             from->values = allocate(MOST_DRAWS * sizeof *from->values);
         from->at = 0;
         from->count = wide->draw(from->kind, from->index, from->values, MOST_DRAWS);
+        require(from->count <= MOST_DRAWS, "more random numbers than there is room for");
         if (from->count <= 0) { /* the router ends soon; until then nothing may come of this for ever */
             wide->has_failed = 1;
             from->values[0] = from->values[1] = INFINITY;
@@ -56,8 +57,7 @@ static void push(area *wide, double due_ns, stage at, int site, piece what)
     if (wide->heap_count == wide->heap_size) {
         wide->heap_size = wide->heap_size ? 2 * wide->heap_size : 1024;
         wide->heap = realloc(wide->heap, wide->heap_size * sizeof *wide->heap);
-        if (!wide->heap)
-            abort();
+        require(wide->heap != NULL, "no memory");
     }
     event added = {due_ns, wide->order++, at, site, what};
     unsigned hole = wide->heap_count++;
@@ -444,8 +444,7 @@ static void hand_over(area *wide, piece what, double due_ns, int64_t now_ns)
         if (wide->arrival_count == wide->arrival_size) {
             wide->arrival_size = wide->arrival_size ? 2 * wide->arrival_size : 1024;
             wide->arrivals = realloc(wide->arrivals, wide->arrival_size * sizeof *wide->arrivals);
-            if (!wide->arrivals)
-                abort();
+            require(wide->arrivals != NULL, "no memory");
         }
         wide->arrivals[wide->arrival_count++] = (arrival){due_ns, what.path->destination, what.unit};
         return;

@@ -70,7 +70,8 @@ typedef struct {
     int64_t sent_ns, took_ns;
 } seen;
 
-enum { LARGEST_HISTORY = 65536, LOG_BYTES = 1 << 16 };
+/* An address has one byte for the site. */
+enum { LARGEST_HISTORY = 65536, LOG_BYTES = 1 << 16, MOST_SITES = 256 };
 
 typedef struct area {
     pool units;

@@ -35,6 +35,7 @@ static int64_t monotonic_ns(void)
 /* descriptors: as watched has them.  now_ns: another clock, for tests. */
 EXPORTED router *router_new(area *wide, const int *descriptors, int sites, int tenants, clock_call now_ns)
 {
+    require(!tenants || tenants == sites, "not a device of others for each site");
     router *its = allocate(sizeof *its);
     its->area = wide;
     its->sites = sites;
@@ -69,6 +70,7 @@ EXPORTED void router_look(router *its, int64_t began_ns, double due_ns)
 EXPORTED int router_read(router *its, int device)
 {
     area *wide = its->area;
+    require(0 <= device && device < its->sites + its->tenants, "no such device");
     for (int count = 0; count < BATCH_UNITS;) {
         if (!its->empty)
             its->empty = unit_new(&wide->units, LARGEST_UNIT_BYTES);
@@ -108,6 +110,7 @@ static void hand_over(router *its)
         if (late_ns > its->late_peak_ns)
             its->late_peak_ns = late_ns;
         its->handed_over++;
+        require(one->destination < its->sites, "no device for a site");
         int is_tenant = its->tenants && one->unit->data[HOST] == TENANT_HOST;
         int device = is_tenant ? its->sites + one->destination : one->destination;
         if (write(its->watched[device].fd, one->unit->data, one->unit->bytes) < 0)

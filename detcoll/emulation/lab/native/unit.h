@@ -36,18 +36,25 @@ typedef struct {
     unit *free[SIZE_CLASSES];
 } pool;
 
+/* Ends the process where memory would be spoilt, which is worse. */
+static inline void require(int holds, const char *what)
+{
+    if (!holds) {
+        fprintf(stderr, "the lab's router: %s\n", what);
+        abort();
+    }
+}
+
 static inline void *allocate(size_t bytes)
 {
     void *memory = calloc(1, bytes);
-    if (!memory) {
-        fputs("the lab's router: no memory\n", stderr);
-        abort();
-    }
+    require(memory != NULL, "no memory");
     return memory;
 }
 
 static inline unit *unit_new(pool *units, int bytes)
 {
+    require(0 <= bytes && bytes <= LARGEST_UNIT_BYTES, "a unit is too large");
     int size_class = 0;
     while (CLASS_BYTES[size_class] < bytes)
         size_class++;
@@ -56,8 +63,7 @@ static inline unit *unit_new(pool *units, int bytes)
         units->free[size_class] = made->next;
     } else {
         made = malloc(sizeof *made + CLASS_BYTES[size_class]);
-        if (!made)
-            abort();
+        require(made != NULL, "no memory");
         made->size_class = size_class;
     }
     made->bytes = bytes;
