@@ -21,6 +21,7 @@ from detcoll.measure.limits import (
     with_doubts,
 )
 from detcoll.measure.load import Load, Readings, Watch, load_of, parse_processors, parse_wanted_s
+from detcoll.measure.quota import find_quota
 from detcoll.measure.results import (
     BENCH_SCHEMA,
     MEASURE_SCHEMA,
@@ -109,6 +110,59 @@ def test_a_watch_reads_what_is_there() -> None:
     assert seen.router_s[-1] > 0
     assert seen.router_late_s == 1e-3
     assert seen.others_s is not None
+
+
+def test_a_quota_is_read_in_both_forms(tmp_path: Path) -> None:
+    """Of a group inside another one; a container may see its own as the root, and its path from outside."""
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    assert find_quota(tmp_path) is None
+    write("proc/self/cgroup", "0::/outer/inner\n")
+    write("sys/fs/cgroup/outer/inner/cpu.max", "max 100000\n")
+    assert find_quota(tmp_path) is None
+    write("sys/fs/cgroup/outer/cpu.max", "150000 50000\n")
+    write("sys/fs/cgroup/outer/cpu.stat", "usage_usec 7\nnr_periods 90\nnr_throttled 12\nthrottled_usec 9\n")
+    quota = find_quota(tmp_path)
+    assert quota is not None
+    assert (quota.cores, quota.period_s) == (3.0, 0.05)
+    assert quota.stopped_s() == pytest.approx(0.6)
+    write("proc/self/cgroup", "4:memory:/docker/1\n2:cpu,cpuacct:/docker/1\n0::/\n")
+    write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "50000\n")
+    write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
+    quota = find_quota(tmp_path)
+    assert quota is not None
+    assert (quota.cores, quota.stopped_s()) == (0.5, 0.0)
+    write("sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
+    assert find_quota(tmp_path) is None
+
+
+def test_a_quota_that_runs_out_limits_a_row_though_cores_are_idle() -> None:
+    idle = tuple(15.0 * at for at in range(5))
+    seen = Readings(
+        16, tuple(at * SECOND for at in range(5)), idle, (0.0,) * 5, 0.0, None, (3.0, 3.0, 3.9, 4.9, 4.9), 1.0
+    )
+    load = load_of([seen], [[(SECOND, 3 * SECOND)]])
+    assert load.processors_share == pytest.approx(1 / 16)
+    assert (load.quota_cores, load.whole_cores) == (1.0, 1)
+    assert load.quota_out_share == pytest.approx(0.95)
+    [limit] = limits_of_row(0.5, load, DIGITS) or ()
+    assert limit.by is LimitKind.PROCESSORS
+    assert limit.why == "a container's quota of 1 core ran out in 95% of the measured time with 4 ranks"
+    assert limit.fits == "lines of 200 Mbit/s, or 5 cores"
+    [both] = limits_of_row(0.5, replace(load, processors_share=0.95, others_share=0.4), DIGITS) or ()
+    assert both.why == f"16 cores were 95% busy with 4 ranks, 40% with other programs; {limit.why}"
+    across = replace(load, quota_out_share=0.05)
+    [crowded] = limits_of_run(across, load, DIGITS, computes=True)
+    assert crowded.why == (
+        "4 ranks compute on a container's quota of 1 core, which ran out in 95% of the time in one cluster"
+    )
+    assert limits_of_row(0.5, across, DIGITS) == ()
+    assert limits_of_row(0.5, replace(load, quota_cores=2.5, quota_out_share=0.2), DIGITS)[0].why.startswith(  # type: ignore[index]
+        "a container's quota of 2.5 cores ran out in 20%"
+    )
 
 
 def test_a_router_without_time_limits_a_row() -> None:

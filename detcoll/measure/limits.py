@@ -4,9 +4,10 @@ The lab shares one machine with the ranks, so it can be the limit itself. Three 
 
 - **The router**, where it had no time left in more than a tenth of the measured time (it then had a core or waited for
   one for 90 % of each 20 ms), or handed units over later in the mean than a tenth of the shortest one-way delay.
-- **The processors**, where they were busy for 90 % of the measured time. Of training also where there are more ranks
-  than cores and those were so busy in the single cluster: computing then takes as long as the cores need, not as long
-  as ranks need, so the lines have more time beside it than they would have elsewhere.
+- **The processors**, where they were busy for 90 % of the measured time, or a container's quota of them ran out in more
+  than a tenth of it. Of training also where there are more ranks than cores and those were so busy in the single
+  cluster: computing then takes as long as the cores need, not as long as ranks need, so the lines have more time beside
+  it than they would have elsewhere.
 - **The baseline**, the single cluster that efficiencies are compared with: `doubts`.
 
 A row that reaches nine tenths of its floor was limited by its lines, however busy the rest was. So each threshold lets
@@ -32,6 +33,7 @@ LINES_SHARE = 0.9
 MOST_FULL = 0.1
 MOST_LATE = 0.1
 MOST_BUSY = 0.9
+MOST_STOPPED = 0.1
 MOST_OF_OTHERS = 0.1
 LARGEST_ARITHMETIC_RATIO = 1.01
 LARGEST_UNEVENNESS = 1.5
@@ -101,13 +103,15 @@ def limits_of_run(load: Load, baseline: Load | None, scale: Scale, *, computes: 
     """
     found = _router(load, scale, 0.5) if baseline is not None else ()
     fits = _fitting_ranks(load, scale) if computes else _fitting_cores(load, scale, 0.5)
-    crowded = baseline is not None and scale.ranks > baseline.cores and _is_busy(baseline)
-    own = _processors(load, scale, fits) if baseline is not None or scale.ranks > load.cores else ()
+    crowded = baseline is not None and scale.ranks > baseline.whole_cores and _is_busy(baseline)
+    own = _processors(load, scale, fits) if baseline is not None or scale.ranks > load.whole_cores else ()
     if own or not crowded or baseline is None:
         return (*found, *own)
-    why = (
-        f"{scale.ranks} ranks compute on {_cores(baseline.cores)}, {baseline.processors_share:.0%} busy in one cluster"
-    )
+    if _ran_out(baseline):
+        how = f"{_quota(baseline)}, which ran out in {baseline.quota_out_share:.0%} of the time"
+    else:
+        how = f"{_cores(baseline.cores)}, {baseline.processors_share:.0%} busy"
+    why = f"{scale.ranks} ranks compute on {how} in one cluster"
     return (*found, Limit(LimitKind.PROCESSORS, why, fits))
 
 
@@ -129,27 +133,45 @@ def _processors(load: Load, scale: Scale, fits: str) -> tuple[Limit, ...]:
     if not _is_busy(load):
         return ()
     who = f"{scale.ranks} ranks and the router" if load.router_share is not None else f"{scale.ranks} ranks"
-    why = f"{_cores(load.cores)} were {load.processors_share:.0%} busy with {who}"
-    if (taken := load.others_share or 0.0) > MOST_OF_OTHERS:
-        why += f", {taken:.0%} with other programs"
-        fits = f"a quiet machine, and {fits}" if scale.ranks > load.cores else "a quiet machine"
-    return (Limit(LimitKind.PROCESSORS, why, fits),)
+    whys = []
+    if _are_full(load):
+        whys.append(f"{_cores(load.cores)} were {load.processors_share:.0%} busy with {who}")
+        if (taken := load.others_share or 0.0) > MOST_OF_OTHERS:
+            whys[0] += f", {taken:.0%} with other programs"
+            fits = f"a quiet machine, and {fits}" if scale.ranks > load.whole_cores else "a quiet machine"
+    if _ran_out(load):
+        whys.append(f"{_quota(load)} ran out in {load.quota_out_share:.0%} of the measured time with {who}")
+    return (Limit(LimitKind.PROCESSORS, "; ".join(whys), fits),)
 
 
 def _is_busy(load: Load) -> bool:
+    return _are_full(load) or _ran_out(load)
+
+
+def _are_full(load: Load) -> bool:
     return load.processors_share is not None and load.processors_share >= MOST_BUSY
+
+
+def _ran_out(load: Load) -> bool:
+    return (load.quota_out_share or 0.0) > MOST_STOPPED
+
+
+def _quota(load: Load) -> str:
+    return f"a container's quota of {load.quota_cores:.3g} core{'s' if load.quota_cores != 1 else ''}"
 
 
 def _fitting_cores(load: Load, scale: Scale, reached: float) -> str:
     """Return what fits where ranks send and fold: a core each; between two sites, of one flow a rank, fewer bytes."""
     borne = _MARGIN * reached * scale.rate_bytes_per_s if scale.sites == 2 else 0.0
-    fits = _fitting(scale, lambda it: it.rate_bytes_per_s <= borne or it.ranks <= min(load.cores, scale.ranks - 1))
+    fits = _fitting(
+        scale, lambda it: it.rate_bytes_per_s <= borne or it.ranks <= min(load.whole_cores, scale.ranks - 1)
+    )
     return ", or ".join(filter(None, (fits, _cores(scale.ranks + 1))))
 
 
 def _fitting_ranks(load: Load, scale: Scale) -> str:
     """Return what fits where ranks compute: a core each, and one for the router where that was not enough."""
-    most = load.cores if scale.ranks > load.cores else load.cores - 1
+    most = load.whole_cores if scale.ranks > load.whole_cores else load.whole_cores - 1
     fits = _fitting(scale, lambda it: it.ranks <= most)
     return ", or ".join(filter(None, (fits, _cores(scale.ranks + 1), "a workload that waits instead of computing")))
 

@@ -5,6 +5,9 @@ this process may use (``/proc/stat``, proc_stat(5)), and for how long the router
 (``/proc/PID/task/TID/schedstat``). Afterwards the counters are read off at the times that were measured, as probes and
 others' flows are. Idle time comes in steps of 10 ms, so a share over less than some 0.2 s says little.
 
+A container may have a quota of processor time (`detcoll.measure.quota`); of that, the time is read in whose periods it
+ran out.
+
 Others' share is what programs other than this one, its ranks and its router took, from the first reading to the last:
 time of all programs, less the processor time of this process and of the children that have ended.
 """
@@ -22,6 +25,8 @@ from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from detcoll.measure.quota import find_quota
 
 LEAST_S = 0.2
 """Of measured time; what the system counts in steps of 10 ms says nothing over less."""
@@ -41,6 +46,8 @@ class Load:
     whatever.  ``router_share`` : how much of the time the router had a core or waited for one.  ``router_full_share`` :
     the part of the time in which that was 90 % or more.  ``router_late_s`` : how late it handed units over in the mean,
     from the lab's opening on.  ``others_share`` : what other programs took of the cores, start-up of ranks included.
+    ``quota_cores`` : how much processor time the control group of this process may use, in cores; None without a limit.
+    ``quota_out_share`` : the part of the time in whose periods that ran out.
     """
 
     cores: int
@@ -49,6 +56,13 @@ class Load:
     router_full_share: float | None = None
     router_late_s: float | None = None
     others_share: float | None = None
+    quota_cores: float | None = None
+    quota_out_share: float | None = None
+
+    @property
+    def whole_cores(self) -> int:
+        """How many ranks have a core each: cores that may be used, and no more than the quota has."""
+        return self.cores if self.quota_cores is None else max(1, min(self.cores, int(self.quota_cores)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,8 @@ class Readings:
 
     ``idle_s`` is of all ``cores`` together; ``router_s`` is 0 until there is a router. ``others_s`` is what other
     programs took of the cores from the first reading to the last, and ``router_late_s`` how late the router handed
-    units over in the mean; None where that is not known.
+    units over in the mean; None where that is not known. ``quota_out_s`` is the time in whose periods a quota of
+    ``quota_cores`` ran out; empty without a quota.
     """
 
     cores: int
@@ -66,17 +81,20 @@ class Readings:
     router_s: tuple[float, ...]
     others_s: float | None = None
     router_late_s: float | None = None
+    quota_out_s: tuple[float, ...] = ()
+    quota_cores: float | None = None
 
 
 def load_of(runs: Sequence[Readings], spans_ns: Sequence[Spans | None]) -> Load:
     """Return the load of all rounds of a setting; a round's readings count within its spans, or all without spans."""
     parts = [_intervals(run, spans) for run, spans in zip(runs, spans_ns, strict=True)]
-    counted_s, idle_s, router = (np.concatenate([part[kind] for part in parts]) for kind in range(3))
+    counted_s, idle_s, quota_out_s, router = (np.concatenate([part[kind] for part in parts]) for kind in range(4))
     cores = min((run.cores for run in runs), default=0)
     took_s, has_router = float(counted_s.sum()), any(run.router_s[-1] > 0 for run in runs if run.router_s)
     router_late_s = max((run.router_late_s for run in runs if run.router_late_s is not None), default=None)
+    quota = min((run.quota_cores for run in runs if run.quota_cores is not None), default=None)
     if took_s < LEAST_S:
-        return Load(cores, router_late_s=router_late_s)
+        return Load(cores, router_late_s=router_late_s, quota_cores=quota)
     return Load(
         cores=cores,
         processors_share=_clipped(1 - float(idle_s.sum()) / (cores * took_s)),
@@ -84,6 +102,8 @@ def load_of(runs: Sequence[Readings], spans_ns: Sequence[Spans | None]) -> Load:
         router_full_share=float(counted_s[router >= FULL].sum()) / took_s if has_router else None,
         router_late_s=router_late_s,
         others_share=_others_share(runs),
+        quota_cores=quota,
+        quota_out_share=None if quota is None else _clipped(float(quota_out_s.sum()) / took_s),
     )
 
 
@@ -95,9 +115,9 @@ def _others_share(runs: Sequence[Readings]) -> float | None:
 
 
 def _intervals(run: Readings, spans: Spans | None) -> tuple[NDArray[np.float64], ...]:
-    """Return of each interval between readings: how much of it counts, idle time in that part, the router's share."""
+    """Return of each interval: how much of it counts, of that part idle time and time without quota, router's share."""
     if len(run.at_ns) < 2:
-        return (np.zeros(0),) * 3
+        return (np.zeros(0),) * 4
     at_s = (np.array(run.at_ns, np.int64) - run.at_ns[0]) / 1e9
     length_s = np.maximum(np.diff(at_s), 1e-9)
     counted_s = length_s
@@ -106,7 +126,9 @@ def _intervals(run: Readings, spans: Spans | None) -> tuple[NDArray[np.float64],
         for first_ns, last_ns in spans:
             inside_s += np.clip(at_s, (first_ns - run.at_ns[0]) / 1e9, (last_ns - run.at_ns[0]) / 1e9)
         counted_s = np.diff(inside_s)
-    return counted_s, np.diff(run.idle_s) * counted_s / length_s, np.diff(run.router_s) / length_s
+    part = counted_s / length_s
+    quota_out_s = np.diff(run.quota_out_s) * part if run.quota_out_s else np.zeros(len(part))
+    return counted_s, np.diff(run.idle_s) * part, quota_out_s, np.diff(run.router_s) / length_s
 
 
 def _clipped(share: float) -> float:
@@ -145,10 +167,12 @@ class Watch:
         self.router_pid: int | None = None
         self.router_late_s: float | None = None
         self._cores = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset({0})
+        self._quota = find_quota()
         self._tick_s = 1 / os.sysconf("SC_CLK_TCK")
         self._at_ns: list[int] = []
         self._idle_s: list[float] = []
         self._router_s: list[float] = []
+        self._quota_out_s: list[float] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._read_on, name="detcoll-load", daemon=True)
         self._others_s: float | None = None
@@ -171,7 +195,10 @@ class Watch:
     def readings(self) -> Readings:
         """Return what was read, once it has been left."""
         read = (tuple(self._at_ns), tuple(self._idle_s), tuple(self._router_s))
-        return Readings(len(self._cores), *read, self._others_s, self.router_late_s)
+        quota_cores = None if self._quota is None else self._quota.cores
+        return Readings(
+            len(self._cores), *read, self._others_s, self.router_late_s, tuple(self._quota_out_s), quota_cores
+        )
 
     def _read_on(self) -> None:
         is_last = False
@@ -183,6 +210,8 @@ class Watch:
             self._at_ns.append(time.monotonic_ns())
             self._idle_s.append(processors[0])
             self._router_s.append(self._router_wanted_s())
+            if self._quota is not None:
+                self._quota_out_s.append(self._quota.stopped_s())
 
     def _processors(self) -> tuple[float, float] | None:
         return parse_processors(_text(Path("/proc/stat")), self._cores, self._tick_s)
