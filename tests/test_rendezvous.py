@@ -645,6 +645,22 @@ def test_a_name_that_cannot_be_resolved_is_refused_at_once(name: str) -> None:
         meet(world_at(0, 2, "127.0.0.1:9"), ahead(1000), {"DETCOLL_ADVERTISE": name, "DETCOLL_INSECURE": "1"})
 
 
+def test_ranks_meet_although_the_resolver_fails_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, failures = socket.getaddrinfo, [socket.EAI_AGAIN] * 3
+
+    def answer(host: str, *rest: object, **more: object) -> object:
+        if host == "late" and failures:
+            raise socket.gaierror(failures.pop(), "Temporary failure in name resolution")
+        return ask("127.0.0.1" if host == "late" else host, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("socket.getaddrinfo", answer)
+    address = free_address()
+    worlds = [world_at(rank, 2, address) for rank in range(2)]
+    met = meet_all(worlds, environ={"DETCOLL_ADVERTISE": "late", "DETCOLL_INSECURE": "1"})
+    assert exchange_all(met) == [[b"0", b"1"]] * 2
+    assert close_all(met) == [None, None]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_name_for_loopback_is_refused_on_every_rank_that_may_have_peers_elsewhere(
     rank: int, monkeypatch: pytest.MonkeyPatch

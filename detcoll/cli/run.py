@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from cyclopts import Parameter
 
 from detcoll import registry
 from detcoll.cli.quantity import Quantity
-from detcoll.errors import UsageError
+from detcoll.errors import ConnectError, UsageError
 from detcoll.job.settings import AUTO, log_level, place, read_settings
 from detcoll.launch.environment import rank_environments
 from detcoll.launch.ranks import run_local
@@ -90,7 +91,8 @@ def _refuse_for_all(environ: Mapping[str, str], ranks: int) -> None:
     log_level(environ.get("DETCOLL_LOG") or "warning")
     settings = read_settings(environ, ranks, AUTO, None, _A_TIMEOUT_S, None)
     place(settings.topology, [environ.get("DETCOLL_SITE") or ""] * ranks)
-    own_host(environ)
+    with suppress(ConnectError):  # each rank has the time to look a name up again
+        own_host(environ)
     if settings.transport != AUTO:
         registry.require_known(settings.transport)
     require_folder(None if settings.trace is None else Path(settings.trace), "DETCOLL_TRACE")

@@ -195,7 +195,7 @@ def meet(
 def _meet(
     world: Place, deadline_ns: int, environ: Mapping[str, str], store: Store | None, tolerance_ns: int
 ) -> Session:
-    host = own_host(environ, is_local=world.local_size == world.size) if world.size > 1 else None
+    host = own_host(environ, deadline_ns, is_local=world.local_size == world.size) if world.size > 1 else None
     parse_ports(environ.get("DETCOLL_PORTS", ""))
     key = (world.rank, world.launcher, world.rendezvous, world.job)
     meeting = _Meeting(world, deadline_ns, environ, _epochs[key], host, tolerance_ns)

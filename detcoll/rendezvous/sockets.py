@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detcoll.errors import ConnectError, UsageError
+from detcoll.names import is_temporary, look_up
 from detcoll.quantities import parse_flag
 
 SHORTEST_NAP_S, LONGEST_NAP_S = 0.02, 0.5
@@ -322,38 +323,46 @@ class OwnHost:
     listen: str
 
 
-def own_host(environ: Mapping[str, str], *, is_local: bool = False) -> OwnHost | None:
+def own_host(environ: Mapping[str, str], deadline_ns: int = 0, *, is_local: bool = False) -> OwnHost | None:
     """Return this rank's address from DETCOLL_ADVERTISE and DETCOLL_INTERFACE (a name or an address), None if neither.
 
     Parameters
     ----------
     environ : mapping
         Where the variables are.
+    deadline_ns : int
+        Until when a name is looked up again whose resolver fails for now, in this process's `time.monotonic_ns`.
     is_local : bool
         Whether all ranks are known to run on this host, so that a name which leads to loopback serves all of them.
 
     Raises
     ------
     UsageError
-        If the interface does not exist or has no address, or the name cannot be resolved.
+        If the interface does not exist or has no address, or there is no such name.
+    ConnectError
+        If the resolver failed for now until the deadline.
     """
     interface, advertised = _interface(environ.get("DETCOLL_INTERFACE")), environ.get("DETCOLL_ADVERTISE")
     if not advertised:
         return None if interface is None else OwnHost(interface, interface)
     try:
-        found = socket.getaddrinfo(advertised, 0, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
+        found = look_up(advertised, 0, left(deadline_ns))
+    except OSError as error:
+        if is_temporary(error):
+            raise ConnectError(f"DETCOLL_ADVERTISE={advertised!r} could not be resolved in time: {error}") from error
         raise UsageError(
             f"DETCOLL_ADVERTISE={advertised!r} must be an address, or a name that this host can resolve: {error}"
         ) from error
     if interface is not None:
         return OwnHost(advertised, interface)
     serves = is_local or is_loopback(advertised)
-    for family, _, _, _, where in found:
+    for family, where in found:
         host = str(where[0])
         if (serves or not is_loopback(host)) and _is_here(family, _where(where)):
             return OwnHost(advertised, host)
-    return OwnHost(advertised, EVERYWHERE[found[0][0]])
+    # All interfaces of IPv6 are those of IPv4 too.
+    wants_both = len({family for family, _ in found}) > 1 and _is_here(socket.AF_INET6, ("::", 0))
+    return OwnHost(advertised, EVERYWHERE[socket.AF_INET6 if wants_both else found[0][0]])
 
 
 def source_address(towards: Address) -> str:
@@ -364,13 +373,15 @@ def source_address(towards: Address) -> str:
     ConnectError
         If there is no route.
     """
-    family, where = towards.resolve()[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    why = ""
+    for family, where in towards.resolve():
         try:
-            probe.connect(where)  # on UDP this only selects the route
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(where)  # on UDP this only selects the route
+                return str(probe.getsockname()[0])
         except OSError as error:
-            raise ConnectError(f"there is no route to {towards}: {error.strerror}") from error
-        return str(probe.getsockname()[0])
+            why = why or error.strerror or str(error)
+    raise ConnectError(f"there is no route to {towards}: {why}")
 
 
 def _interface(name: str | None) -> str | None:
@@ -383,7 +394,7 @@ def _interface(name: str | None) -> str | None:
 
 def _is_here(family: socket.AddressFamily, where: Where) -> bool:
     """Return whether this host has an address."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.bind(where)
         return True
     return False

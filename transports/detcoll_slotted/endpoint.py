@@ -11,6 +11,7 @@ import zmq
 from detcoll.discarding import has_prefix
 from detcoll.errors import Closed, ConnectError, PeerLost, TransportError, UsageError
 from detcoll.mailbox import Mailbox
+from detcoll.names import ANSWER_S
 from detcoll.priority import OWNER, PROGRESS, Urgency, prompt_threads
 from detcoll.transport import Clock, Endpoint, Ticket, TicketKind, TicketStatus, Window
 from detcoll_slotted.departures import Departures
@@ -91,13 +92,13 @@ class SlottedEndpoint(Endpoint):
         if lacking:
             raise ConnectError(f"rank {self._rank} cannot connect to {len(new)} ranks: {lacking}")
         for rank in new:
-            self._reach(rank, deadline_ns)
+            self._reach(rank, deadline_ns, max(0.0, (deadline_ns - self._clock.now_ns()) / 1e9))
         self._joining.join([self._peers[rank] for rank in ranks], deadline_ns)
 
-    def _reach(self, rank: int, deadline_ns: int) -> Peer:
-        """Begin to join a rank."""
+    def _reach(self, rank: int, deadline_ns: int, name_s: float = ANSWER_S) -> Peer:
+        """Begin to join a rank; ``name_s`` is how long it may take to find out which address of its name answers."""
         try:
-            lines = self._roads.lead_to(rank, self._addresses[rank])
+            lines = self._roads.lead_to(rank, self._addresses[rank], name_s)
         except (OSError, zmq.ZMQError) as error:
             lacking = shortage(self._roads.descriptors(rank)) if is_shortage(error) else ""
             raise ConnectError(f"rank {self._rank} cannot connect to rank {rank}: {lacking or error}") from error

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import ipaddress
-import socket
 from collections.abc import Iterable
 
 import zmq
 
+from detcoll.names import answering, look_up
 from detcoll_slotted.congestion import LOSS_BASED
 from detcoll_slotted.gate import LARGEST_FRAME_BYTES, ZAP, Gate, show
 from detcoll_slotted.health import beat, guard
@@ -84,19 +84,21 @@ class Roads:
         """Return how many descriptors a peer needs, at most."""
         return _WIDE_DESCRIPTORS if rank in self._options.wide_peers else _NARROW_DESCRIPTORS
 
-    def lead_to(self, rank: int, address: str) -> tuple[Line, Line]:
-        """Begin to connect to a peer, and return its line for each lane."""
+    def lead_to(self, rank: int, address: str, timeout_s: float) -> tuple[Line, Line]:
+        """Begin to connect to a peer, and return its line for each lane; a name is looked up for ``timeout_s``."""
         options = self._options
-        address = _numeric(address)
+        is_proxied = bool(options.proxy) and rank in options.proxied_peers
+        address = _numeric(address, timeout_s, is_proxied)
         in_flight = options.in_flight_bytes if rank in options.warm_up_peers else 0
         is_adaptive = options.congestion == ADAPTIVE
         congestion = LOSS_BASED if is_adaptive else options.congestion or None
         swift = self._trunk(Lane.EXPRESS, rank)
+        swift.socket.ipv6 = is_ipv6 = address.startswith("tcp://[")
         if rank not in options.wide_peers:
             line = swift.connect(rank, address, tuple(Lane), Style(congestion, in_flight))
             return line, line
         bulk = self._trunk(Lane.BULK, rank)
-        is_proxied = bool(options.proxy) and rank in options.proxied_peers
+        bulk.socket.ipv6 = is_ipv6
         shared_ns = options.shared_peers.get(rank) if is_adaptive and not is_proxied else None
         style = Style(congestion, in_flight, keep=True, shared_round_trip_ns=shared_ns)
         heavy = bulk.connect(rank, address, (Lane.BULK,), style)
@@ -145,12 +147,12 @@ class Roads:
         self._context_behind_proxy.destroy(linger=0)
 
 
-def _numeric(address: str) -> str:
+def _numeric(address: str, timeout_s: float, is_proxied: bool) -> str:
     """Return an address with the host as a number, as monitors tell it; names are looked up."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     try:
         ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4][0]
-        host = f"[{found}]" if ":" in str(found) else str(found)
+        _, where = look_up(host, int(port), timeout_s)[0] if is_proxied else answering(host, int(port), timeout_s)
+        host = f"[{where[0]}]" if ":" in where[0] else where[0]
     return f"tcp://{host}:{port}"

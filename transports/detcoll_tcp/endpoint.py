@@ -5,10 +5,13 @@ from __future__ import annotations
 import hmac
 import socket
 import struct
+import time
+from collections.abc import Collection, Mapping
 from errno import EINPROGRESS
 from os import strerror
 
 from detcoll.mailbox import Mailbox
+from detcoll.names import ANSWER_S, answering
 from detcoll.stream import StreamEndpoint
 from detcoll.transport import Clock
 
@@ -27,16 +30,23 @@ class TcpEndpoint(StreamEndpoint):
     ) -> None:
         super().__init__(mail, clock, rank, listener, _HELLO.pack(token, rank))
         self._token, self._host = token, host
+        self._joined_by_ns = 0  # of the monotonic clock: until then names are looked up again
 
     @property
     def address(self) -> str:
         """Host and port at which others reach this rank."""
         return f"{self._host}:{self.listener.getsockname()[1]}"
 
+    def connect(self, addresses: Mapping[int, str], deadline_ns: int, needed: Collection[int] | None = None) -> None:
+        """Say hello to the ranks that are needed; see `Endpoint.connect`."""
+        self._joined_by_ns = time.monotonic_ns() + int(self.left_s(deadline_ns) * 1e9)
+        super().connect(addresses, deadline_ns, needed)
+
     def reach(self, address: str) -> socket.socket:
         """Begin to connect, which a firewall may keep from ending for minutes."""
         host, _, port = address.rpartition(":")
-        family, _, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        left_s = max((self._joined_by_ns - time.monotonic_ns()) / 1e9, ANSWER_S)
+        family, where = answering(host, int(port), left_s)
         made = socket.socket(family)
         made.setblocking(False)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a small message waits for the one before

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from detcoll.errors import TransportUnavailable, UsageError
@@ -66,10 +67,14 @@ class TcpTransport(Transport):
 
 def _listen(host: str, first: int, last: int) -> socket.socket:
     """Listen on the first port of a range that is free."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # All interfaces of IPv6 are those of IPv4 too: a name may lead others to either.
+    listening = partial(
+        socket.create_server, family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG,
+        dualstack_ipv6=host == "::",
+    )  # fmt: skip
     for port in range(first, last):
         try:
-            return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+            return listening((host, port))
         except OSError:
             continue
-    return socket.create_server((host, last), family=family, backlog=_BACKLOG)
+    return listening((host, last))
