@@ -219,11 +219,9 @@ class Engine:
                     break
                 if other.holds(operation):
                     return other
-            for transfer in membership.mail.pending:
-                if transfer.order >= operation.order:
-                    break
-                if transfer.holds(operation):
-                    return transfer
+            transfer = membership.mail.memory.find(operation)
+            if transfer is not None:
+                return transfer
         return None
 
     def _blocker(self, queued: Operation) -> tuple[Operation | Transfer, int] | None:

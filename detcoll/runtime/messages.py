@@ -125,7 +125,7 @@ class Messages:
     def submit(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         """Take in a call; its place in the order of calls is known already."""
         self._recorder.note(now_ns, "message", transfer.group.number, peer=transfer.peer, detail=transfer.what)
-        membership.mail.pending[transfer] = None
+        membership.mail.add(transfer)
         self._reach(membership, transfer)
         earlier = self._predecessor(transfer) if transfer.spans else None
         if earlier is not None:
@@ -417,7 +417,7 @@ class Messages:
             self._actions.append((Act.FINISH, transfer, None))
 
     def _end(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
-        membership.mail.pending.pop(transfer, None)
+        membership.mail.remove(transfer)
         if transfer.is_send and not transfer.is_eager:  # of an eager one, the receiver says when
             membership.mail.pairs[transfer.peer].keys.discard(transfer.key)
         self._finish(transfer, now_ns)

@@ -19,7 +19,8 @@ from typing import Any
 
 from detcoll.errors import FrameError
 from detcoll.runtime.group import MESSAGES, Group
-from detcoll.runtime.operation import Operation, Span, conflict
+from detcoll.runtime.operation import Span
+from detcoll.runtime.ranges import Memory
 
 ANY = -1
 """Instead of a rank: a receive takes a message of any source."""
@@ -206,10 +207,6 @@ class Transfer:
         """The part of the caller's memory that the call may write to."""
         return () if self.is_send else self.spans
 
-    def holds(self, later: Operation | Transfer) -> bool:
-        """Tell whether a later call must wait for this one because both use the same memory, and one writes there."""
-        return not self.reported and conflict(self, later)
-
     def span(self, chunk: int) -> tuple[int, int]:
         """Return where a chunk begins and ends, in bytes."""
         begin = chunk * self.chunk_bytes
@@ -288,6 +285,7 @@ class Mail:
     ``pending`` : transfers that have not ended, in call order.  ``posted`` : by tag, receives that have found no
     message.  ``arrived`` : by tag, messages that have found no receive.  ``pairs`` : by rank; who is in it is listened
     to.  ``look_ns`` : no transfer is late before.  ``is_over`` : the group has ended.
+    ``memory`` : that of ``pending``.
     """
 
     pending: dict[Transfer, None] = field(default_factory=dict)
@@ -296,6 +294,18 @@ class Mail:
     pairs: dict[int, Pair] = field(default_factory=dict)
     look_ns: int = NEVER_NS
     is_over: bool = False
+    memory: Memory = field(default_factory=Memory)
+
+    def add(self, transfer: Transfer) -> None:
+        """Take in a call, whose place in the order of calls is known."""
+        self.pending[transfer] = None
+        self.memory.add(transfer)
+
+    def remove(self, transfer: Transfer) -> None:
+        """Forget a call that has ended, if it is not forgotten yet."""
+        if transfer in self.pending:
+            del self.pending[transfer]
+            self.memory.remove(transfer)
 
     def unended(self) -> Iterator[Transfer]:
         """Yield the transfers whose callers wait."""
@@ -341,6 +351,6 @@ class Mail:
     def clear(self) -> list[Transfer]:
         """Forget everything, since the group has ended; return the transfers that had not."""
         pending, self.is_over, self.look_ns = list(self.pending), True, NEVER_NS
-        for held in (self.pending, self.posted, self.arrived, self.pairs):
+        for held in (self.pending, self.posted, self.arrived, self.pairs, self.memory):
             held.clear()
         return pending
