@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import select
@@ -13,12 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from detcoll.errors import Closed, ConnectError, PeerLost, UsageError
 from detcoll.launch.launchers import World
-from detcoll.rendezvous import Aborted, Address, Lost, Session, asking, is_loopback, meet, wire
+from detcoll.rendezvous import Aborted, Address, Lost, Session, asking, is_loopback, meet, meeting, wire
 from detcoll.rendezvous.asking import Answer, Asker
 from detcoll.rendezvous.connection import Connection
 from detcoll.rendezvous.member import Member
@@ -474,6 +476,15 @@ def test_an_address_of_an_earlier_round_is_not_kept() -> None:
     meet_after_a_failure(store, "again")
 
 
+def test_an_address_where_nobody_listens_is_asked_about_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long rank 0 takes to come: to the meeting, each look at the clock is a minute after the last."""
+    store, minutes = Watched(), itertools.count(1)
+    store.set("detcoll/late/0/rendezvous", free_address())
+    clock = SimpleNamespace(monotonic_ns=lambda: time.monotonic_ns() + next(minutes) * 60 * 10**9, sleep=time.sleep)
+    monkeypatch.setattr(meeting, "time", clock)
+    meet_after_a_failure(store, "late")
+
+
 def test_a_hub_of_an_earlier_round_that_still_serves_is_left_alone() -> None:
     store, address = Watched(), free_address()
     earlier = meet_all([world_at(rank, 2, address, job="restarted") for rank in range(2)])
@@ -662,12 +673,21 @@ def test_ranks_meet_although_the_resolver_fails_at_first(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({}, "DETCOLL_RENDEZVOUS=127.0.0.1:5000"),
+        ({"MASTER_ADDR": "myself"}, "MASTER_ADDR=127.0.0.1"),
+        ({"MASTER_ADDR": "other", "DETCOLL_RENDEZVOUS": "myself:5000"}, "DETCOLL_RENDEZVOUS=127.0.0.1:5000"),
+        ({"DETCOLL_ADVERTISE": "myself"}, "DETCOLL_ADVERTISE=127.0.0.1"),
+    ],
+)
 def test_a_name_for_loopback_is_refused_on_every_rank_that_may_have_peers_elsewhere(
-    rank: int, monkeypatch: pytest.MonkeyPatch
+    rank: int, environ: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolved(monkeypatch, {"myself": "127.0.1.1"})
-    with pytest.raises(UsageError, match=r"say 127\.0\.0\.1 instead of myself; if not, set DETCOLL_INSECURE=1"):
-        meet(world_at(rank, 2, "myself:5000"), ahead(1000), {})
+    with pytest.raises(UsageError, match=rf"all 2 ranks run here, set {told} on each .* set DETCOLL_INSECURE=1"):
+        meet(world_at(rank, 2, "myself:5000"), ahead(1000), environ)
 
 
 def test_a_name_for_loopback_is_listened_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

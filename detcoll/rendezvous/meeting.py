@@ -71,6 +71,8 @@ _ASK_AGAIN_NS = 5 * 10**9
 _LINGER_NS = 10**9
 """How long rank 0 stays to tell late ranks why the meeting failed."""
 
+_RENDEZVOUS = "rendezvous"
+
 _MPI_LAUNCHERS = frozenset(
     {"mpiexec", "mpirun", "mpiexec.hydra", "hydra_pmi_proxy", "pmi_proxy"}
     | {"orterun", "orted", "prterun", "prted", "prte"}
@@ -255,7 +257,7 @@ class _Meeting:
 
     def join(self, spot: _Spot, server: Server | None) -> Session:
         """Connect and join; retry while the hub of an earlier meeting serves, or only its address is known."""
-        nap_s, refused_ns = SHORTEST_NAP_S, dict[Address, int]()
+        nap_s, refused_ns = SHORTEST_NAP_S, dict[Address, int]()  # by address, when its hub refused first
         while True:
             try:
                 return self._join_at(spot, server)
@@ -267,9 +269,8 @@ class _Meeting:
                 if not is_early or left(self.deadline_ns) == 0:
                     raise _refused(spot.address, refusal) from refusal
             except _NobodyThere as error:
-                first_ns = refused_ns.setdefault(spot.address, time.monotonic_ns())
-                is_over = left(self.deadline_ns) <= nap_s or time.monotonic_ns() >= first_ns + self.tolerance_ns
-                if spot.ask_again is None or is_over:
+                # The address is of an earlier round, or rank 0 is gone; which of them, only the time tells.
+                if spot.ask_again is None or left(self.deadline_ns) <= nap_s:
                     raise ConnectError(str(error)) from error
             time.sleep(min(nap_s, left(self.deadline_ns)))
             nap_s = min(2 * nap_s, LONGEST_NAP_S)
@@ -297,7 +298,7 @@ class _Meeting:
         member = Member(self.world.rank, self.world.size)
         return Session(reached, member, str(address), self.tolerance_ns, life, self.host, server)
 
-    def require_permission(self, address: Address, what: str = "rendezvous") -> bool:
+    def require_permission(self, address: Address, what: str = _RENDEZVOUS) -> bool:
         """Return True if ``address`` is loopback, False if the environment allows unencrypted traffic; else raise."""
         is_looped = all(is_loopback(where[0]) for _, where in resolve_in_time(address, self.deadline_ns))
         # A host's own name often leads to loopback on that host, and to another address elsewhere.
@@ -307,8 +308,9 @@ class _Meeting:
             if is_looped:
                 raise UsageError(
                     f"{what} {address} is a name for loopback on this host, where ranks of other hosts do not reach "
-                    f"it. If all ranks run here, say 127.0.0.1 instead of {address.host}; if not, set "
-                    "DETCOLL_INSECURE=1 to accept that nothing is encrypted or authenticated between hosts"
+                    f"it. If all {self.world.size} ranks run here, set {self._loopback_setting(address, what)} on "
+                    "each of them; if not, set DETCOLL_INSECURE=1 to accept that nothing is encrypted or "
+                    "authenticated between hosts"
                 )
             raise UsageError(
                 f"{what} {address} is not on loopback, and this version has no encryption or authentication: anybody "
@@ -319,6 +321,14 @@ class _Meeting:
             _warned.add("insecure")
             _log.warning("DETCOLL_INSECURE is set: nothing is encrypted or authenticated (%s %s)", what, address)
         return False
+
+    def _loopback_setting(self, address: Address, what: str) -> str:
+        """Return the variable, with its value, that puts loopback in place of a name for it."""
+        if what != _RENDEZVOUS:
+            return "DETCOLL_ADVERTISE=127.0.0.1"
+        if self.environ.get("DETCOLL_RENDEZVOUS") or not self.environ.get("MASTER_ADDR"):
+            return f"DETCOLL_RENDEZVOUS=127.0.0.1:{address.port}"
+        return "MASTER_ADDR=127.0.0.1"
 
     @property
     def _is_local(self) -> bool:
