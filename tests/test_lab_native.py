@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from detcoll.emulation.lab.log import ArrivalLog
 from detcoll.emulation.lab.native import library
 from detcoll.emulation.lab.native.area import NativeArea
 from detcoll.emulation.lab.native.library import NotCompiled
-from detcoll.emulation.lab.router import RouterConfig, _NativeRouter
+from detcoll.emulation.lab.router import RouterConfig, _NativeRouter, _Router
 from detcoll.emulation.lab.unit import NEEDS_CSUM, TCP, UDP, VNET_HEADER
 from detcoll.errors import DetcollError
 from detcoll.testing.traffic import blast
@@ -59,6 +60,14 @@ def unit_of(draw: random.Random, sites: int) -> bytes:
     gso_type = draw.choice((1, 0x81)) if gso_size else 0
     unit = VNET_HEADER.pack(NEEDS_CSUM, gso_type, 52, gso_size, 20, 16) + ip + ends + tcp + draw.randbytes(payload)
     return unit[: draw.randrange(len(unit))] if draw.random() < 0.02 else unit
+
+
+def unit_to(site: int) -> bytes:
+    """Return a small unit of site 0."""
+    ends = socket.inet_aton("10.77.0.1") + socket.inet_aton(f"10.77.{site}.1")
+    return (
+        VNET_HEADER.pack(0, 0, 0, 0, 0, 0) + struct.pack("!BBHHHBBH", 0x45, 0, 28, 1, 0, 64, UDP, 0) + ends + bytes(8)
+    )
 
 
 def topology_of(draw: random.Random) -> Topology:
@@ -113,7 +122,7 @@ class Pair:
 
     def due(self, now_ns: int) -> int:
         found = self.same(lambda wide: wide.due(now_ns))
-        self.same(lambda wide: (wide.next_ns, wide.under_way, wide.is_urgent))
+        self.same(lambda wide: (wide.next_ns, wide.under_way, wide.is_urgent, wide.is_awaited))
         return len(found)
 
     def close(self) -> None:
@@ -238,6 +247,25 @@ class TestLoop:
         LIBRARY.router_look(router.handle, 0, math.inf)
         LIBRARY.router_read(router.handle, 0)
         assert area._c_asleep_ns[0] == 899
+
+    @pytest.mark.parametrize("asked", ["python", pytest.param("c", marks=needs_compiler)])
+    def test_one_look_serves_many_probes_until_a_kernel_waits(self, asked: str) -> None:
+        """At three sites a probe is due every 0.1 ms or so, and there and back takes it 200 ms."""
+        topology, conditions = Topology.uniform(3, 1, 1e8, 100 * MS), Conditions(probe_gap_ns=MS // 4)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            config = RouterConfig(topology, conditions, None, (), (), (), 1)
+            area: Any = (WideArea if asked == "python" else partial(NativeArea, LIBRARY))(topology, conditions)
+            made = partial(_Router, config, area) if asked == "python" else partial(_NativeRouter, config, area)
+            router = made(theirs, theirs.fileno(), *(() if asked == "python" else (LIBRARY,)))
+            for _ in range(3):
+                before_ns = area.next_ns
+                due_ns, wake_ns = router.next_look()
+                assert due_ns == wake_ns == before_ns + MS
+                area.due(math.ceil(due_ns))
+                assert area.next_ns > before_ns
+            area.arrive(0, unit_to(1), math.ceil(due_ns))
+            assert router.next_look() == (area.next_ns, area.next_ns)
 
     @needs_compiler
     def test_it_ends_with_what_was_raised_in_python(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,8 +119,12 @@ class WideArea:
         """Whether a kernel waits for what is due next; nobody notices when a probe or a burst is looked at late."""
         if not self._heap or self._heap[0][0] > min(self._catch_up_ns, self._probes.next_ns):
             return False
-        what = self._heap[0][3]
-        return isinstance(what, int) or what[1][HOST] != PROBE_HOST
+        return _is_awaited(self._heap[0])
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a kernel waits for anything that is under way."""
+        return any(map(_is_awaited, self._heap))
 
     def arrive(self, source: int, unit: bytes, now_ns: int, is_tenant: bool = False) -> None:
         """Take ``unit`` from site ``source`` into its uplink; what tenants send is best effort however it is marked."""
@@ -378,3 +382,9 @@ def _fitting(shape: Shape, room_bytes: float) -> tuple[int, int]:
         return shape.segments, shape.wire_bytes
     taken = max(0, min(int(room_bytes // (shape.segment_bytes + shape.header_bytes)), shape.segments - 1))
     return taken, shape.wire_bytes_of(taken)
+
+
+def _is_awaited(entry: tuple[float, int, _Stage, Piece | int]) -> bool:
+    """Tell whether a kernel waits for this; nobody waits for a probe."""
+    what = entry[3]
+    return isinstance(what, int) or what[1][HOST] != PROBE_HOST

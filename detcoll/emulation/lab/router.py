@@ -42,6 +42,10 @@ _BATCH_UNITS = 8
 # way the router waits awake for the last of the time; with more it would take too much of the machine.
 _FEW_UNITS = 4
 _AWAKE_NS = 120_000
+# So late may it look at probes and bursts, which nobody notices, so that one look serves many. Where more units are
+# under way, to find that none is awaited would cost more than it saves.
+_LAZY_NS = 1_000_000
+_MOST_LOOKED_THROUGH = 256
 _REAL_TIME_PRIORITY = 10
 _NICENESS = -10
 # The lowest descriptors that select takes are below 1024; the lab's own numbers may be beyond.
@@ -88,10 +92,8 @@ class _Router:
         monotonic_ns, wait = time.monotonic_ns, select.select
         watched = [*self._tuns, *self._tenant_tuns, control, self._lab_process]
         while True:
-            next_ns = due_ns = area.next_ns
-            if area.under_way <= _FEW_UNITS and area.is_urgent:
-                next_ns -= _AWAKE_NS
-            timeout_s = None if next_ns == math.inf else max(0.0, (next_ns - monotonic_ns()) / 1e9)
+            due_ns, wake_ns = self.next_look()
+            timeout_s = None if wake_ns == math.inf else max(0.0, (wake_ns - monotonic_ns()) / 1e9)
             began_ns = monotonic_ns()
             readable = wait(watched, (), (), timeout_s)[0]
             self._look(began_ns, due_ns)
@@ -105,6 +107,14 @@ class _Router:
                     return goodbye
             if area.next_ns <= monotonic_ns():
                 self._hand_over()
+
+    def next_look(self) -> tuple[float, float]:
+        """Return when to look next at what is due, and when to wake up for it."""
+        area = self._area
+        due_ns = area.next_ns
+        if area.under_way <= _MOST_LOOKED_THROUGH and not area.is_awaited:
+            due_ns += _LAZY_NS
+        return due_ns, due_ns - _AWAKE_NS if area.under_way <= _FEW_UNITS and area.is_urgent else due_ns
 
     def _look(self, began_ns: int, due_ns: float) -> None:
         """Note for how long nobody looked for arrivals before now: while at work, and past the time to wake up."""
@@ -203,6 +213,12 @@ class _NativeRouter(_Router):
                 return False
             if (goodbye := self._answer()) is not None:
                 return goodbye
+
+    def next_look(self) -> tuple[float, float]:
+        """Return when to look next at what is due, and when to wake up for it."""
+        wake_ns = ctypes.c_double()
+        due_ns: float = self._library.router_next(self.handle, wake_ns)
+        return due_ns, wake_ns.value
 
     def statistics(self) -> Statistics:
         """Return the counts so far."""

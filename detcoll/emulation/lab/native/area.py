@@ -142,6 +142,11 @@ class NativeArea(WideArea):
         """Whether a kernel waits for what is due next; nobody notices when a probe or a burst is looked at late."""
         return bool(self._library.area_urgent(self.handle))
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a kernel waits for anything that is under way."""
+        return bool(self._library.area_awaited(self.handle))
+
     def arrive(self, source: int, unit: bytes, now_ns: int, is_tenant: bool = False) -> None:
         """Take ``unit`` from site ``source`` into its uplink; what tenants send is best effort however it is marked."""
         self._c_asleep_ns[0] = self.asleep_ns

@@ -135,6 +135,11 @@ EXPORTED int area_urgent(const area *wide)
     return area_is_urgent(wide);
 }
 
+EXPORTED int area_awaited(const area *wide)
+{
+    return area_is_awaited(wide);
+}
+
 EXPORTED int area_under_way(const area *wide)
 {
     return wide->heap_count;

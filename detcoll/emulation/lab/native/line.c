@@ -52,6 +52,11 @@ static int is_before(const event *one, const event *other)
     return one->due_ns < other->due_ns || (one->due_ns == other->due_ns && one->order < other->order);
 }
 
+static int is_awaited(const event *one)
+{
+    return !one->what.unit || one->what.unit->data[HOST] != PROBE_HOST;
+}
+
 static void push(area *wide, double due_ns, stage at, int site, piece what)
 {
     if (wide->heap_count == wide->heap_size) {
@@ -60,6 +65,7 @@ static void push(area *wide, double due_ns, stage at, int site, piece what)
         require(wide->heap != NULL, "no memory");
     }
     event added = {due_ns, wide->order++, at, site, what};
+    wide->awaited_count += is_awaited(&added);
     unsigned hole = wide->heap_count++;
     while (hole && is_before(&added, &wide->heap[(hole - 1) / 2])) {
         wide->heap[hole] = wide->heap[(hole - 1) / 2];
@@ -80,6 +86,7 @@ static event pop(area *wide)
         wide->heap[hole] = wide->heap[child];
     }
     wide->heap[hole] = last;
+    wide->awaited_count -= is_awaited(&first);
     return first;
 }
 
@@ -95,10 +102,12 @@ double area_next_ns(const area *wide)
 
 int area_is_urgent(const area *wide)
 {
-    const event *first = wide->heap;
-    if (!wide->heap_count || first->due_ns > others_ns(wide))
-        return 0;
-    return first->stage == UPLINK || first->stage == DOWNLINK || first->what.unit->data[HOST] != PROBE_HOST;
+    return wide->heap_count && wide->heap[0].due_ns <= others_ns(wide) && is_awaited(wide->heap);
+}
+
+int area_is_awaited(const area *wide)
+{
+    return wide->awaited_count > 0;
 }
 
 static void count_delay(delays *its, double delay_ns)

@@ -91,6 +91,7 @@ typedef struct area {
     seen *seen; /* a ring of LARGEST_HISTORY */
     event *heap;
     unsigned heap_count, heap_size;
+    unsigned awaited_count; /* of the heap, all but probes */
     uint64_t order;
     arrival *arrivals;
     unsigned arrival_count, arrival_size;
@@ -110,6 +111,7 @@ void area_due(area *wide, int64_t now_ns);
 
 double area_next_ns(const area *wide);
 int area_is_urgent(const area *wide);
+int area_is_awaited(const area *wide);
 void area_flush(area *wide);
 
 #endif

@@ -10,7 +10,7 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { BATCH_UNITS = 8, FEW_UNITS = 4, AWAKE_NS = 120000, TENANT_HOST = 2, SMALL_BYTES = 16384 };
+enum { BATCH_UNITS = 8, FEW_UNITS = 4, AWAKE_NS = 120000, LAZY_NS = 1000000, TENANT_HOST = 2, SMALL_BYTES = 16384 };
 
 typedef int64_t (*clock_call)(void);
 
@@ -131,17 +131,28 @@ static int wait_until(router *its, double next_ns)
     return ppoll(its->watched, count, &left, NULL);
 }
 
+/* When to look next at what is due, and when to wake up for it. */
+EXPORTED double router_next(const router *its, double *wake_ns)
+{
+    const area *wide = its->area;
+    double due_ns = area_next_ns(wide);
+    if (!area_is_awaited(wide))
+        due_ns += LAZY_NS;
+    *wake_ns = due_ns;
+    if (wide->heap_count <= FEW_UNITS && area_is_urgent(wide))
+        *wake_ns -= AWAKE_NS;
+    return due_ns;
+}
+
 /* Forwards until the lab asks for something (1) or is gone (2); less than 0 is an error of the system. */
 EXPORTED int router_forward(router *its)
 {
     area *wide = its->area;
     int devices = its->sites + its->tenants;
     for (;;) {
-        double due_ns = area_next_ns(wide), next_ns = due_ns;
-        if (wide->heap_count <= FEW_UNITS && area_is_urgent(wide))
-            next_ns -= AWAKE_NS;
+        double wake_ns, due_ns = router_next(its, &wake_ns);
         int64_t began_ns = its->now_ns();
-        int ready = wait_until(its, next_ns);
+        int ready = wait_until(its, wake_ns);
         if (ready < 0 && errno != EINTR)
             return -errno;
         router_look(its, began_ns, due_ns);
