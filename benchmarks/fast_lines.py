@@ -34,7 +34,7 @@ from detcoll.emulation.lab import obtain
 from detcoll.emulation.lab.namespaces import Namespace, end_processes, new_namespace, run_inside
 from detcoll.launch.environment import rank_numbers, without_place
 from detcoll.launch.processes import ended_by_signals
-from detcoll.launch.ranks import run_crew
+from detcoll.launch.ranks import Outputs, run_crew
 from detcoll.measure.host import host_facts
 from detcoll.measure.runner import AS_IT_IS, ONE_THREAD
 from detcoll.quantities import format_rate, parse_rate_bytes_per_s
@@ -123,12 +123,11 @@ def environments(topology: Topology, topology_path: Path) -> list[dict[str, str]
     return found
 
 
-def _start(
-    site: Namespace, argv: Sequence[str], env: dict[str, str], out: int | None, err: int | None
-) -> subprocess.Popen[bytes]:
+def _start(site: Namespace, argv: Sequence[str], env: dict[str, str], outputs: Outputs) -> subprocess.Popen[bytes]:
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            argv, env={**env, **outputs.variables}, stdin=subprocess.DEVNULL, stdout=outputs.stdout,
+            stderr=outputs.stderr, pass_fds=outputs.inherited, start_new_session=True,
         )  # fmt: skip
 
     return run_inside(site, start)

@@ -21,7 +21,7 @@ from detcoll.errors import DetcollError, UsageError
 from detcoll.runtime import Work
 from detcoll.topology import Topology
 from detcoll.types import ReduceOp
-from detcoll.uncaught import show_own_errors_short
+from detcoll.uncaught import report_to_launcher, show_own_errors_short
 from detcoll.version import VERSION
 
 __version__ = VERSION
@@ -52,6 +52,8 @@ __all__ = [
     "send",
     "size",
 ]
+
+report_to_launcher()
 
 _lock = threading.Lock()
 _current: Communicator | None = None

@@ -1,16 +1,20 @@
 """How detcoll's own errors are shown when a program does not catch them.
 
 Such an error says in its text what to change, and its traceback leads through detcoll alone from the line of the
-program that is named. With several ranks it would be shown once a rank.
+program that is named. With several ranks it would be shown once a rank: under a launcher of detcoll's, a rank gives
+what it would print to the launcher, which writes it once. That holds for the tracebacks of other exceptions too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
 from types import TracebackType
 
 from detcoll.errors import DetcollError
+from detcoll.launch import reports
 
 _OURS = "detcoll"
 
@@ -19,10 +23,16 @@ def show_own_errors_short() -> None:
     """Let errors of detcoll that nobody catches end the program with one line instead of a traceback.
 
     With ``DETCOLL_LOG=debug`` the traceback is shown. All other exceptions are shown as before, and a program that has
-    a `sys.excepthook` of its own keeps it.
+    a `sys.excepthook` of its own keeps it. Where a launcher takes reports, it gets both to show.
     """
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _show
+
+
+def report_to_launcher() -> None:
+    """Where a launcher takes reports, let it show what ends the program, also before `init` is called."""
+    if reports.may_send(os.environ):
+        show_own_errors_short()
 
 
 def describe(error: DetcollError, trace: TracebackType | None) -> str:
@@ -69,7 +79,25 @@ def _began_in_detcoll(error: BaseException) -> bool:
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     is_debug = os.environ.get("DETCOLL_LOG", "").lower() == "debug"
-    if is_debug or not isinstance(error, DetcollError) or _has_more(error) or sys.stderr is None:
+    if is_debug or sys.stderr is None:
         sys.__excepthook__(kind, error, trace)
+        return
+    short = f"{describe(error, trace)}\n" if isinstance(error, DetcollError) and not _has_more(error) else ""
+    if _is_reported(short or "".join(traceback.format_exception(kind, error, trace))):
+        return
+    if short:
+        print(short, end="", file=sys.stderr, flush=True)
     else:
-        print(describe(error, trace), file=sys.stderr, flush=True)
+        sys.__excepthook__(kind, error, trace)
+
+
+def _is_reported(text: str) -> bool:
+    """Give ``text`` to the launcher, after all that was printed; return whether it took it."""
+    stderr = sys.stderr
+    if stderr is not sys.__stderr__ or stderr is None:
+        return False
+    for stream in (sys.stdout, stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    return reports.send(os.environ, text.encode(stderr.encoding, "backslashreplace"))

@@ -20,8 +20,8 @@ OF_AUTHORS = ("errors", "topology", "transport", "mailbox", "endpoint", "stream"
 
 OWN = {
     f"DETCOLL_{name}"
-    for name in ("JOB", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RENDEZVOUS_FD", "SITES", "MARKS",
-                 "TESTING_ORDER", "TESTING_WORLD", "IN_USER_NAMESPACE")
+    for name in ("JOB", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RENDEZVOUS_FD", "REPORTS", "SITES",
+                 "MARKS", "TESTING_ORDER", "TESTING_WORLD", "IN_USER_NAMESPACE")
 }  # fmt: skip
 """Variables by which detcoll tells processes something that it started itself."""
 

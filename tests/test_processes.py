@@ -66,7 +66,16 @@ def test_success_of_all_is_zero() -> None:
 def test_the_first_failure_gives_the_code_and_ends_the_others() -> None:
     code, said = run(FOREVER, "exit 7", FOREVER)
     assert code == 7
-    assert said == ["first failure seen: rank 1 exited with code 7; ending the others"]
+    assert said == ["first failure seen: rank 1 exited with code 7", "ending rank 0, rank 2"]
+
+
+@pytest.mark.parametrize(("code", "explained"), [(1, [("first failure seen: rank 0 exited with code 1", 0)]), (3, [])])
+def test_an_exit_that_may_have_been_explained_is_announced_apart(code: int, explained: list[tuple[str, int]]) -> None:
+    said: list[str] = []
+    exits: list[tuple[str, int]] = []
+    assert supervise(shells(f"exit {code}"), announce=said.append, announce_exit=lambda *it: exits.append(it)) == code
+    assert exits == explained
+    assert said == ([] if explained else ["first failure seen: rank 0 exited with code 3"])
 
 
 def test_a_signal_gives_128_and_its_number() -> None:
@@ -76,7 +85,9 @@ def test_a_signal_gives_128_and_its_number() -> None:
 
 
 def test_who_ignores_sigterm_is_killed_after_the_grace() -> None:
-    assert run(f"trap '' TERM; {FOREVER}", "exit 3", grace_s=0.1)[0] == 3
+    code, said = run(f"trap '' TERM; {FOREVER}", "exit 3", grace_s=0.1)
+    assert code == 3
+    assert said == ["first failure seen: rank 1 exited with code 3", "ending rank 0"]
 
 
 def test_the_deadline_ends_all() -> None:
@@ -192,7 +203,7 @@ def test_after_a_failure_too_the_first_signal_is_forwarded_and_the_second_kills(
     crew = [start(["bash", "-c", script], cwd=str(tmp_path)) for script in scripts]
     assert supervise(crew, settle_s=3600, grace_s=3600, announce=announce) == 7
     assert said == [
-        "first failure seen: rank 1 exited with code 7; ending the others", "SIGTERM received, forwarding it"
+        "first failure seen: rank 1 exited with code 7", "SIGTERM received, forwarding it"
     ]  # fmt: skip
     assert not told or (tmp_path / "told").read_text() == told
     assert crew[0].returncode == (0 if told else -signal.SIGKILL)

@@ -5,6 +5,9 @@ longer than the buffer is written in parts, and an unfinished line, such as a pr
 printed anything for a while. If another process prints next, the unfinished line is ended first. A last line without a
 newline gets one. Bytes are never decoded.
 
+Beside their output, processes send error reports, which are written to standard error as `detcoll.launch.reports`
+says. What a process printed before its report comes before it.
+
 If the output is a terminal, each process gets a pseudo-terminal, so that it buffers and colours its output as it would
 on the real one. If standard output and standard error are the same file, a process has one channel for both, which
 keeps their order.
@@ -18,14 +21,19 @@ import os
 import pty
 import select
 import selectors
+import socket
 import termios
 import threading
 import time
 import tty
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import BinaryIO, Self
+
+from detcoll.launch import reports
+from detcoll.launch.reports import Reports
 
 _LINE_BYTES = 65536
 _IDLE_S = 0.05
@@ -96,8 +104,24 @@ class _Stream:
         self.target.write(first + text)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reporter:
+    """How the reports of one process are written, and what it prints to."""
+
+    lines: _Stream
+    outputs: list[_Stream]
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A line of the launcher's own; dropped if ``unless_reported``, a process, has reported an error."""
+
+    text: str
+    unless_reported: int | None
+
+
 class Forwarder:
-    """Context manager that copies the output of processes in a thread.
+    """Context manager that copies the output of processes, and writes their error reports, in a thread.
 
     Parameters
     ----------
@@ -106,8 +130,8 @@ class Forwarder:
 
     Guarantees
     ----------
-    If all processes have ended when the context is left, all their output has been copied at its end. It does not wait
-    for processes that they left behind.
+    If all processes have ended when the context is left, all their output has been copied at its end, and all their
+    reports are written or counted. It does not wait for processes that they left behind.
     """
 
     def __init__(self, out: BinaryIO, err: BinaryIO) -> None:
@@ -115,8 +139,15 @@ class Forwarder:
         self._err = self._out if _is_same_file(out, err) else _Target(_unbuffered(err))
         self._selector = selectors.DefaultSelector()
         self._streams: set[_Stream] = set()
-        self._ending, self._end_it = os.pipe2(os.O_CLOEXEC)
+        self._ending, self._wake_it = os.pipe2(os.O_CLOEXEC)
         self._selector.register(self._ending, selectors.EVENT_READ)
+        reporting, self._reported = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._reporting = reporting.detach()
+        self._selector.register(self._reporting, selectors.EVENT_READ)
+        self._opened: list[_Stream] = []
+        self._reporters: list[_Reporter] = []
+        self._reports = Reports(0)
+        self._messages: deque[_Message] = deque()
         self._thread = threading.Thread(target=self._copy, name="detcoll-output", daemon=True)
 
     @contextlib.contextmanager
@@ -126,11 +157,13 @@ class Forwarder:
         Start the process in this context, before `begin` is called; each of its lines begins with ``tag``.
         """
         opened: list[int] = []
+        self._opened = []
         try:
             for target in dict.fromkeys((self._out, self._err)):
                 ours, theirs = _open_channel(target.file)
                 opened.append(theirs)
                 stream = _Stream(tag.encode(), target)
+                self._opened.append(stream)
                 self._streams.add(stream)
                 self._selector.register(ours, selectors.EVENT_READ, stream)
             yield opened[0], opened[-1]
@@ -138,9 +171,29 @@ class Forwarder:
             for descriptor in opened:
                 os.close(descriptor)
 
+    def reporting(self, stderr: int, tag: str = "") -> tuple[int, dict[str, str]]:
+        """Return a descriptor that the next process inherits, and variables, by which it reports its errors.
+
+        Called before `begin`, once for each process in the order of their numbers, after `channels` if that is called.
+        ``stderr`` : its standard error. ``tag`` : as for `channels`.
+        """
+        descriptor = self._reported.fileno()
+        self._reporters.append(_Reporter(_Stream(tag.encode(), self._err), self._opened))
+        return descriptor, reports.address(descriptor, len(self._reporters) - 1, stderr)
+
     def begin(self) -> None:
         """Start to copy; called once, after all processes were started."""
+        self._reported.close()
+        self._reports = Reports(len(self._reporters))
         self._thread.start()
+
+    def say(self, text: str, unless_reported: int | None = None) -> None:
+        """Write a line of detcoll's to standard error, after all that processes which have ended said before.
+
+        Called after `begin`. It is dropped if the process with the number ``unless_reported`` reported an error.
+        """
+        self._messages.append(_Message(text, unless_reported))
+        os.write(self._wake_it, b"\n")
 
     @property
     def lost(self) -> OSError | None:
@@ -151,7 +204,8 @@ class Forwarder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        os.close(self._end_it)
+        os.close(self._wake_it)
+        self._reported.close()
         if self._thread.ident is not None:
             self._thread.join()  # without a timeout, since the reader of our output may be slow
         for key in list(self._selector.get_map().values()):
@@ -160,7 +214,7 @@ class Forwarder:
 
     def _copy(self) -> None:
         until_ns: int | None = None
-        while self._streams and (until_ns is None or time.monotonic_ns() < until_ns):
+        while until_ns is None or time.monotonic_ns() < until_ns:
             is_waiting = any(stream.waiting for stream in self._streams)
             keys = self._selector.select(0 if until_ns is not None else _IDLE_S if is_waiting else None)
             if not keys and until_ns is not None:
@@ -168,15 +222,49 @@ class Forwarder:
             if not keys:
                 for stream in self._streams:
                     stream.show_begun()
-            for key, _ in keys:
-                if key.data is None:
-                    self._selector.unregister(key.fd)
-                    os.close(key.fd)
-                    until_ns = time.monotonic_ns() + _DRAIN_NS
+            # A process prints, then reports, then ends, and then something is said about its end.
+            for key, _ in sorted(keys, key=lambda ready: (ready[0].fd == self._ending, ready[0].data is None)):
+                if key.fd == self._ending:
+                    until_ns = None if self._was_woken() else time.monotonic_ns() + _DRAIN_NS
+                elif key.data is None:
+                    self._take_report()
                 else:
                     self._read(key.fd, key.data)
         for stream in self._streams:
             stream.end()
+        if (closing := self._reports.closing()) is not None:
+            self._write(f"detcoll: {closing}")
+
+    def _was_woken(self) -> bool:
+        """Write what was said; return False at the end."""
+        if not os.read(self._ending, _LINE_BYTES):
+            self._close(self._ending)
+            return False
+        while self._messages:
+            message = self._messages.popleft()
+            if message.unless_reported is None or not self._reports.has_of(message.unless_reported):
+                self._write(f"detcoll: {message.text}")
+        return True
+
+    def _take_report(self) -> None:
+        try:
+            data = os.read(self._reporting, reports.LARGEST_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            self._close(self._reporting)
+            return
+        rank, text = reports.parse(data, len(self._reporters))
+        reporter = self._reporters[rank]
+        written = self._reports.take(rank, text, is_tagged=bool(reporter.lines.tag))
+        if written is not None:
+            for stream in reporter.outputs:
+                stream.show_begun()
+            reporter.lines.take(written)
+            reporter.lines.end()
+
+    def _write(self, line: str) -> None:
+        _Stream(b"", self._err).take(f"{line}\n".encode())
 
     def _read(self, descriptor: int, stream: _Stream) -> None:
         try:
@@ -188,6 +276,9 @@ class Forwarder:
             return
         stream.end()
         self._streams.remove(stream)
+        self._close(descriptor)
+
+    def _close(self, descriptor: int) -> None:
         self._selector.unregister(descriptor)
         os.close(descriptor)
 

@@ -151,6 +151,7 @@ def supervise(
     settle_s: float = SETTLE_S,
     grace_s: float = 5.0,
     announce: Callable[[str], None] | None = None,
+    announce_exit: Callable[[str, int], None] | None = None,
     on_interrupt: int = signal.SIGINT,
     essential: Mapping[int, str] | None = None,
 ) -> int:
@@ -174,6 +175,9 @@ def supervise(
         Seconds from SIGTERM, or a forwarded signal, to SIGKILL; the earlier of the two counts.
     announce : callable, optional
         Called with each message; by default messages go to standard error.
+    announce_exit : callable, optional
+        Called instead of ``announce`` with a message that only says that a process exited with code 1, as Python does
+        after an exception, and with the number of that process.
     on_interrupt : int
         The signal to forward for SIGINT. SIGTERM ends Python programs without a handler without a traceback.
     essential : mapping, optional
@@ -192,6 +196,7 @@ def supervise(
     """
     crew = _Crew(processes, names or [f"rank {i}" for i in range(len(processes))], announce or _say)
     crew.on_interrupt = on_interrupt
+    crew.announce_exit = announce_exit or crew.announce_exit
     crew.settle_ns, crew.grace_ns = round(settle_s * 1e9), round(grace_s * 1e9)
     if deadline_s is not None:
         crew.deadline_ns = time.monotonic_ns() + round(deadline_s * 1e9)
@@ -270,9 +275,10 @@ class _Crew:
         self, processes: Sequence[subprocess.Popen[bytes]], names: Sequence[str], announce: Callable[[str], None]
     ) -> None:
         self.processes, self.names, self.announce = list(processes), list(names), announce
+        self.announce_exit: Callable[[str, int], None] = lambda message, _: announce(message)
         self.running = set(range(len(self.processes)))
         self.code: int | None = None
-        self.is_signalled = False
+        self.is_signalled = self.is_settling = False
         self.kill_ns = 2**63
         self.settle_ns = self.grace_ns = 0
         self.on_interrupt: int = signal.SIGINT
@@ -323,6 +329,7 @@ class _Crew:
 
     def _on_signals(self, received: int, keys: Sequence[selectors.SelectorKey]) -> None:
         for number in os.read(received, 64) if keys else b"":
+            self.is_settling = False
             if not self.is_signalled:
                 self.is_signalled = True
                 forwarded = self.on_interrupt if number == signal.SIGINT else number
@@ -341,8 +348,12 @@ class _Crew:
         if failed and self.code is None:
             _, index, returncode = failed[0]
             self.code = exit_code(returncode)
-            rest = "; ending the others" if self.running else ""
-            self.announce(f"first failure seen: {self.names[index]} {describe_exit(returncode)}{rest}")
+            failure = f"first failure seen: {self.names[index]} {describe_exit(returncode)}"
+            if returncode == 1:
+                self.announce_exit(failure, index)
+            else:
+                self.announce(failure)
+            self.is_settling = True
             self._end_with(signal.SIGTERM, self.settle_ns)
 
     def _on_time(self, now_ns: int) -> None:
@@ -354,6 +365,9 @@ class _Crew:
                 self._end_with(signal.SIGTERM, 0)
         while self.ahead and now_ns >= self.ahead[0][0]:
             _, number = self.ahead.popleft()
+            if self.is_settling and self.running:
+                self.announce(f"ending {', '.join(self._still_running())}")
+            self.is_settling = False
             if number is None:
                 self.running.clear()
             for index in self.running:

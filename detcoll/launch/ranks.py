@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,25 @@ from detcoll.launch.forwarding import Forwarder
 from detcoll.launch.processes import SETTLE_S, Guard, start, supervise
 from detcoll.outputs import OutputLost
 
-Start = Callable[[int | None, int | None], subprocess.Popen[bytes]]
-"""Starts a process with these descriptors as standard output and standard error; None: inherit this process's."""
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where a process prints to and reports errors to.
+
+    ``stdout``, ``stderr`` : descriptors; None: inherit this process's.  ``inherited`` : other descriptors that the
+    process inherits.  ``variables`` : what its environment says of these.
+    """
+
+    stdout: int | None = None
+    stderr: int | None = None
+    inherited: tuple[int, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+_STDERR = 2
+
+Start = Callable[[Outputs], subprocess.Popen[bytes]]
+"""Starts a process with these outputs."""
 
 
 def run_local(
@@ -51,9 +69,12 @@ def run_local(
         The exit code, as for `run_crew`.
     """
 
-    def start_rank(environment: Mapping[str, str], out: int | None, err: int | None) -> subprocess.Popen[bytes]:
+    def start_rank(environment: Mapping[str, str], outputs: Outputs) -> subprocess.Popen[bytes]:
         inherited = [meeting.fileno()] if MEETING_DESCRIPTOR in environment else []
-        return start(program, env=environment, pass_fds=inherited, stdout=out, stderr=err)
+        return start(
+            program, env={**environment, **outputs.variables}, pass_fds=[*inherited, *outputs.inherited],
+            stdout=outputs.stdout, stderr=outputs.stderr,
+        )  # fmt: skip
 
     with socket.create_server((LOOPBACK, 0), backlog=4096) as meeting:
         starts = [partial(start_rank, environment) for environment in environments(meeting)]
@@ -75,7 +96,8 @@ def run_crew(
 ) -> int:
     """Start processes, wait for all, and return the exit code as `supervise` does.
 
-    A single process without a tag inherits this process's output. The output of several is copied in whole lines.
+    A single process without a tag inherits this process's output. The output of several is copied in whole lines, and
+    an error that several ranks report is written once; see `detcoll.launch.reports`.
 
     Parameters
     ----------
@@ -104,21 +126,31 @@ def run_crew(
     """
     # Contexts end in reverse order: the guard must outlive the wait, and the forwarder must drain the pipes.
     with ExitStack() as stack:
-        forwarder = None
-        if logs is None and (tags is not None or len(starts) > 1):
-            forwarder = stack.enter_context(Forwarder(sys.stdout.buffer, sys.stderr.buffer))
+        forwarder = _forwarder(len(starts), tags, logs)
+        if forwarder is not None:
+            stack.enter_context(forwarder)
         guard = stack.enter_context(Guard())
         processes = _start_all(starts, guard, forwarder, tags, logs)
         if when_started is not None:
             when_started()
         if forwarder is not None:
             forwarder.begin()
+        say = None if forwarder is None else forwarder.say
         code = supervise(
-            processes, deadline_s=deadline_s, settle_s=settle_s, on_interrupt=on_interrupt, essential=essential
-        )
+            processes, deadline_s=deadline_s, settle_s=settle_s, on_interrupt=on_interrupt, essential=essential,
+            announce=say, announce_exit=say,
+        )  # fmt: skip
     if code == 0 and forwarder is not None and forwarder.lost is not None:
         raise OutputLost(forwarder.lost.errno, forwarder.lost.strerror)
     return code
+
+
+def _forwarder(size: int, tags: Sequence[str] | None, logs: Path | None) -> Forwarder | None:
+    """Return what copies the output of ``size`` processes and writes their reports; with ``logs``, only the latter."""
+    if logs is not None:
+        stderr = getattr(sys.stderr, "buffer", None)  # there is none in a notebook
+        return Forwarder(stderr, stderr) if stderr is not None and size > 1 else None
+    return Forwarder(sys.stdout.buffer, sys.stderr.buffer) if tags is not None or size > 1 else None
 
 
 def _start_all(
@@ -129,17 +161,19 @@ def _start_all(
     for rank, start_one in enumerate(starts):
         with ExitStack() as while_starting:
             tag = "" if tags is None else tags[rank]
-            processes.append(start_one(*_outputs(while_starting, forwarder, tag, logs, rank)))
+            processes.append(start_one(_outputs(while_starting, forwarder, tag, logs, rank)))
         guard.watch(processes[-1])
     return processes
 
 
-def _outputs(
-    stack: ExitStack, forwarder: Forwarder | None, tag: str, logs: Path | None, rank: int
-) -> tuple[int | None, int | None]:
-    """Return the descriptors for a process's standard output and standard error; ``stack`` closes our copies."""
-    if forwarder is not None:
-        return stack.enter_context(forwarder.channels(tag))
+def _outputs(stack: ExitStack, forwarder: Forwarder | None, tag: str, logs: Path | None, rank: int) -> Outputs:
+    """Return the outputs of a process; ``stack`` closes our copies."""
+    stdout = stderr = None
     if logs is not None:
-        return stack.enter_context((logs / f"rank{rank}.out").open("wb")).fileno(), None
-    return None, None
+        stdout = stack.enter_context((logs / f"rank{rank}.out").open("wb")).fileno()
+    elif forwarder is not None:
+        stdout, stderr = stack.enter_context(forwarder.channels(tag))
+    if forwarder is None:
+        return Outputs(stdout, stderr)
+    reports, variables = forwarder.reporting(_STDERR if stderr is None else stderr, tag)
+    return Outputs(stdout, stderr, (reports,), variables)

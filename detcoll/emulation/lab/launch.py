@@ -29,7 +29,7 @@ from detcoll.installation import install_command
 from detcoll.launch.environment import rank_numbers
 from detcoll.launch.leftovers import now_ns, remove_segments
 from detcoll.launch.mpiexec import Family, Mpiexec, find_mpiexec
-from detcoll.launch.ranks import run_crew
+from detcoll.launch.ranks import Outputs, run_crew
 
 MASTER_PORT = 29500
 RENDEZVOUS_PORT = 29400
@@ -104,11 +104,12 @@ def run_ranks(
         )  # fmt: skip
 
 
-def _start(
-    lab: Lab, site: int, argv: list[str], env: dict[str, str], out: int | None, err: int | None
-) -> subprocess.Popen[bytes]:
+def _start(lab: Lab, site: int, argv: list[str], env: dict[str, str], outputs: Outputs) -> subprocess.Popen[bytes]:
     try:
-        return lab.popen(site, argv, env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        return lab.popen(
+            site, argv, {**env, **outputs.variables}, stdin=subprocess.DEVNULL, stdout=outputs.stdout,
+            stderr=outputs.stderr, pass_fds=outputs.inherited,
+        )  # fmt: skip
     except OSError as error:
         raise UsageError(f"{argv[0]!r} cannot be started: {error.strerror}") from error
 
