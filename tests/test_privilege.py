@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,6 +134,23 @@ class TestObtaining:
         assert argv[3].endswith("user_namespace.py")
         assert argv[5:] == ["-X", "dev", "/bin/detcoll", "lab", "--", "true"]
         assert environ == os.environ | {ENTERED_VARIABLE: str(os.getpid())}
+
+    def test_it_starts_anew_where_it_began(
+        self, monkeypatch: pytest.MonkeyPatch, started: list[Any], tmp_path: Path
+    ) -> None:
+        self.tells(monkeypatch, Refused(NETWORK, errno.EPERM))
+        monkeypatch.setattr(sys, "orig_argv", ["python", "tool.py"])
+        sys.modules["__main__"].__file__ = str(tmp_path / "tool.py")
+        monkeypatch.chdir("/")
+        assert "may not make networks" in str(obtain()), "tool.py would be another one"
+        monkeypatch.setattr(privilege, "_FOLDER", str(tmp_path))
+        with pytest.raises(SystemExit):
+            obtain()
+        assert os.getcwd() == str(tmp_path)
+        monkeypatch.setattr(privilege, "_FOLDER", str(tmp_path / "removed"))
+        sys.modules["__main__"].__file__ = str(tmp_path / "removed" / "tool.py")
+        assert "may not make networks" in str(obtain())
+        assert len(started) == 1
 
     def test_it_starts_anew_once(self, monkeypatch: pytest.MonkeyPatch, started: list[Any]) -> None:
         self.tells(monkeypatch, Refused(NETWORK, errno.EPERM))
@@ -284,9 +302,17 @@ def test_only_the_command_itself_may_start_anew(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(lab, "must_relay", lambda **_: seen.append(invocation.is_whole_process()) or True)
     command = ["lab", "--ranks-per-site", "1", "--", "true"]
     monkeypatch.setattr(sys, "argv", ["detcoll", *command])
-    assert main() == 0
+    program = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    for name in ("detcoll.__main__", "detcoll_tool"):
+        program.__spec__ = ModuleSpec(name, None)
+        assert main() == 0
+    program.__spec__ = None
+    for path in ("/bin/detcoll", "/home/me/tool.py", "/home/me/detcoll.py"):
+        program.__file__ = path
+        assert main() == 0
     assert main(command) == 0
-    assert seen == [True, False]
+    assert seen == [True, False, True, False, False, False]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from cyclopts import App, CycloptsError
 
@@ -56,9 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with watched_output():
-            return _carry_out(sys.argv[1:] if argv is None else argv, is_all=argv is None)
+            return _carry_out(sys.argv[1:] if argv is None else argv, is_all=argv is None and _is_program())
     except OutputLost as error:
         return give_up_output(error)
+
+
+def _is_program() -> bool:
+    """Return whether this process runs the ``detcoll`` command, not a program that calls `main`."""
+    program = sys.modules["__main__"]
+    spec = getattr(program, "__spec__", None)
+    name = Path(getattr(program, "__file__", None) or "").name if spec is None else spec.name
+    return name in ("detcoll", "detcoll.__main__")
 
 
 def _carry_out(given: Sequence[str], *, is_all: bool) -> int:

@@ -35,6 +35,17 @@ from detcoll.errors import TransportUnavailable
 ENTERED_VARIABLE = "DETCOLL_IN_USER_NAMESPACE"
 """The id of the process, set while its program starts anew, so that it does so once."""
 
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+_FOLDER = _current_folder()
+"""Where the program starts anew, since its arguments may be relative: it may have changed its folder since."""
+
 _WITHOUT_NAMESPACES = (errno.EINVAL, errno.ENOSYS)
 _FORBIDDEN = (errno.EPERM, errno.EACCES)
 _LIMITED = {"network": "net", "user": "user"}
@@ -112,13 +123,13 @@ def obtain(*, may_restart: bool = True) -> str | None:
     """Make this process one that may open labs.
 
     Where it may not yet, and a user namespace helps, the program of this process starts anew inside one, from its first
-    line and with the same arguments; the call does not return then.
+    line, with the same arguments and in the folder in which it imported this module; the call does not return then.
 
     Parameters
     ----------
     may_restart : bool
         Whether it may: what was done so far can be done again, and the arguments say all that is to be done. A program
-        that comes from standard input, or is typed, never starts anew.
+        that comes from standard input, is typed, or is not found from that folder never starts anew.
 
     Returns
     -------
@@ -136,7 +147,7 @@ def obtain(*, may_restart: bool = True) -> str | None:
     refused = refused_here()
     if refused is None:
         return None
-    if has_entered or not may_restart or not sys.executable or _is_read_from_input():
+    if has_entered or not (may_restart and sys.executable and _is_found_again()) or _is_read_from_input():
         return explain_here(refused)
     refused = refused_in_namespace()
     if refused is None:
@@ -150,10 +161,26 @@ def _is_read_from_input() -> bool:
     return bool(sys.flags.interactive or hasattr(sys, "ps1")) or not (is_file or "-c" in sys.orig_argv)
 
 
+def _is_found_again() -> bool:
+    """Return whether the arguments of this process lead from `_FOLDER` to the program that it runs."""
+    program = sys.modules["__main__"]
+    path = getattr(program, "__file__", None)
+    if _FOLDER is None or not Path(_FOLDER).is_dir():
+        return False
+    is_module = getattr(program, "__spec__", None) is not None
+    return is_module or path is None or any(_is_same(_FOLDER, word, path) for word in sys.orig_argv[1:])
+
+
+def _is_same(folder: str, word: str, path: str) -> bool:
+    return os.path.normpath(os.path.join(folder, word)) == os.path.normpath(os.path.join(folder, path))
+
+
 def _start_anew() -> NoReturn:
+    assert _FOLDER is not None
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
+    os.chdir(_FOLDER)
     program = [sys.executable, *sys.orig_argv[1:]]
     os.execve(sys.executable, _in_namespace(*program), os.environ | {ENTERED_VARIABLE: str(os.getpid())})
 
