@@ -142,6 +142,11 @@ def format_rate(bytes_per_s: float) -> str:
     return f"{bits:.6g} bit/s"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return ``count`` and the noun, in the plural but for 1: "1 row", "1,200 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def read_flag(text: str) -> bool | None:
     """Return whether a switch is on, or None if ``text`` is none of the words for it."""
     return _FLAGS.get(text.strip().lower())

@@ -75,10 +75,11 @@ def test_table_tells_how_the_line_was_used(
     assert ("overlap by 7 ns" in shown) == any(overlap_ns)
     assert "left out: mpi: gone" in shown
     assert "93.5%" in shown
-    assert "1 MiB of 2 MiB" in shown
+    assert "longest queue at each uplink: 1 MiB, 512 KiB (a slot carries 2 MiB)" in shown
+    assert "messages: 1 B, all in the room left for them" in shown
     assert "0.625" in shown
     assert "3 MiB" in shown
-    assert "there are no windows" not in shown
+    assert "no calendar to keep to" not in shown
 
 
 def test_table_tells_of_networks_that_are_not_quiet(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +91,9 @@ def test_table_tells_of_networks_that_are_not_quiet(capsys: pytest.CaptureFixtur
     row = replace(ROW, service="deterministic", cross_traffic=0.5)
     output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (row,), lines=(line,))))
     shown = capsys.readouterr().out
-    assert "slotted, deterministic, others 50%: dropped segments: policed 2, queue full 1, lost 3" in shown
-    assert "a co-tenant's round trip 20 ms, p99 30 ms" in " ".join(shown.split())
+    told = " ".join(shown.split())
+    assert "slotted, deterministic, others 50%: segments dropped: 2 by the policer, 1 by full queues, 3 at" in told
+    assert "round trip of a co-tenant's small packets 20 ms, p99 30 ms" in told
 
 
 def test_table_tells_what_plain_tcp_is_compared_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,10 +102,10 @@ def test_table_tells_what_plain_tcp_is_compared_for(capsys: pytest.CaptureFixtur
         assert ("tcp: same plans, plain TCP" in capsys.readouterr().out) == is_told
 
 
-def test_table_tells_that_there_are_no_windows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_tells_that_there_is_no_calendar(capsys: pytest.CaptureFixture[str]) -> None:
     seen = replace(AUDIT, slotting="off", passed=False, window_capacity_bytes=(0, 0))
     output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (ROW,), (), seen)))
-    assert "there are no windows" in capsys.readouterr().out
+    assert "slotting was off, so there is no calendar to keep to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -157,11 +159,12 @@ def test_transport_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     result = run_in_lab(_spec("slotted", "gloo", "mpi"), said.append)
     assert result.rows == (ROW, ROW)
     assert result.audit == AUDIT
-    assert result.left_out == (
-        LeftOut("gloo", "it failed: a rank ended with exit code 1", "best-effort, cross traffic 0"),
-    )
+    assert result.left_out == (LeftOut("gloo", "it failed: a rank ended with exit code 1", "best-effort"),)
     assert result.lines == (BenchLine("slotted", "best-effort", 0.0, USE), BenchLine("mpi", "best-effort", 0.0, USE))
-    assert len(said) == 4
+    assert said == [
+        "slotted: 1 row of 2 calls", "gloo: 1 row of 2 calls",
+        "gloo failed and is left out: a rank ended with exit code 1", "mpi: 1 row of 2 calls",
+    ]  # fmt: skip
     with pytest.raises(DetcollError, match="exit code 1"):
         run_in_lab(_spec("gloo"), said.append)
 
@@ -179,7 +182,7 @@ def test_every_network_has_rows_and_the_audit_that_failed_counts(monkeypatch: py
         (service, share) for service in ("best-effort", "deterministic") for share in (0.0, 0.5)
     ]
     assert result.audit is not None
-    assert result.audit.slotting == "best-effort, cross traffic 0.5"
+    assert result.audit.slotting == "best-effort, others offer 50%"
     output_console().print(bench_table(result))
     with pytest.raises(UsageError, match="needs a rate reserved"):
         run_in_lab(replace(spec, topology=spec.topology.with_reserved(None)), lambda line: None)

@@ -126,7 +126,7 @@ def test_plan_shows_the_calendar_and_the_plan(tmp_path: Path, capsys: pytest.Cap
     file, path = tmp_path / "topology.toml", tmp_path / "plan.json"
     file.write_text(UNEQUAL)
     shown = run(capsys, "plan", "--topology", str(file), "--bytes", "8MiB", "--json", str(path))
-    for word in ("north", "south", "exchange", "predicted", "always", "10 ms", "cycle 12 ms"):
+    for word in ("north", "south", "exchange", "predicted", "of the floor", "10 ms", "every 12 ms", "never closes"):
         assert word in shown
     data = read(path)
     assert data["schema"] == "detcoll.plan-report/1"
@@ -141,7 +141,7 @@ def test_plan_shows_the_calendar_and_the_plan(tmp_path: Path, capsys: pytest.Cap
 def test_plan_shows_windows(capsys: pytest.CaptureFixture[str]) -> None:
     shown = run(capsys, "plan", "--sites", "3", "--ranks-per-site", "1", "--slotting", "calendar")
     assert "99.6%" in shown
-    assert "guard 100 us" in shown
+    assert "guards of 100 us" in shown
 
 
 def test_plan_prints_what_to_ask_of_the_carrier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -347,7 +347,7 @@ def test_the_kind_of_others_traffic_reaches_the_lab() -> None:
     kinds = [network.conditions(Conditions()).cross_traffic_kind for network in options.networks()]
     assert kinds == [CrossTrafficKind.TCP] * 4
     assert [network.label for network in options.networks()][:2] == [
-        "best-effort, cross traffic 0", "best-effort, cross traffic 1 over TCP",
+        "best-effort", "best-effort, others offer 100% over TCP",
     ]  # fmt: skip
     assert NetworkOptions(cross_traffic="1").networks()[0].cross_traffic_kind is CrossTrafficKind.BURSTS
 
@@ -443,7 +443,7 @@ def test_settings_take_turns(places: type[FakePlaces]) -> None:
     assert [run.setting for run in result.runs] == ["single-cluster", "wide-area", "wide-area"]
     assert result.digests_equal is True
     assert len(said) == 6
-    assert "round 2 of 2: gloo, wide-area, best-effort, cross traffic 0" in said
+    assert "round 2 of 2: gloo" in said
 
 
 def test_plain_tcp_is_called_what_it_is_compared_for(places: type[FakePlaces]) -> None:
@@ -467,7 +467,7 @@ def test_every_network_is_measured(places: type[FakePlaces]) -> None:
     assert result.workload["reserved_bytes_per_s"] == [6e7]
     assert result.workload["burst_bytes"] == [300_000]
     shown = _printed(result)
-    assert "slotted, deterministic, others 100%: dropped segments: policed 6" in shown
+    assert "slotted, deterministic, others 100%: segments dropped: 6 by the policer" in shown
     assert "p99 40 ms" in shown
 
 
@@ -528,6 +528,55 @@ def test_digits_go_on_in_the_next_round(places: type[FakePlaces]) -> None:
     assert all(len(run.iteration_s.samples) == 4 for run in result.runs)
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "why"),
+    [
+        (KeyboardInterrupt(), 130, "the command was interrupted"),
+        (SystemExit(143), 143, "the command was interrupted"),
+        (DetcollError("slotted: not done within 5 s"), 1, "slotted: not done within 5 s"),
+    ],
+)
+def test_what_is_ended_early_gives_the_rounds_that_are_whole(
+    places: type[FakePlaces], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    error: BaseException, code: int, why: str,
+) -> None:  # fmt: skip
+    inner = places.run
+
+    def run(self: FakePlaces, setting: Setting, argv: list[str], logs: Path, env: Any = None, lab: Any = None) -> float:
+        if setting.is_wide and logs.name.endswith("-2"):
+            raise error
+        return inner(self, setting, argv, logs, env, lab)
+
+    monkeypatch.setattr(places, "run", run)
+    given = ["measure", "--workload", "synthetic", "--compute", "30 ms", "--against", "none", "--ranks-per-site", "1",
+             "--iterations", "10", "--json", str(tmp_path / "x.json"), "--report", str(tmp_path / "page")]  # fmt: skip
+    if isinstance(error, SystemExit):
+        with pytest.raises(SystemExit) as ended:
+            main(given)
+        assert ended.value.code == code
+    else:
+        assert main(given) == code
+    told = f"not all that was asked for: it ended after 2 of 4 rounds: {why}"
+    assert told in " ".join(capsys.readouterr().out.split())
+    data = json.loads((tmp_path / "x.json").read_text())
+    assert [len(run["iteration_s"]["samples"]) for run in data["runs"]] == [6, 6], "what round 3 had is left out"
+    assert (data["workload"]["rounds"], data["workload"]["iterations"]) == (2, 6)
+    assert data["digests_equal"] is True
+    assert why in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert not list((tmp_path / "page").rglob("rank*.json")), "a trace of a round that is not whole"
+
+
+def test_an_end_before_the_first_round_is_whole_gives_nothing(
+    places: type[FakePlaces], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(*given: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(places, "run", run)
+    assert main(["measure", "--workload", "synthetic", "--against", "none", "--json", str(tmp_path / "x.json")]) == 130
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_result_file_has_the_promised_keys(places: type[FakePlaces], tmp_path: Path) -> None:
     result = run_experiment(an_experiment(), lambda line: None)
     write_result(tmp_path / "results.json", result)
@@ -567,7 +616,7 @@ def test_baseline_that_cannot_be_trusted_is_told() -> None:
         (uneven, "its p99 is 2.2 times its median"),
     ):
         shown = _printed(Measurement("detcoll.measure/1", {}, {}, (run,), (), None))
-        assert ("a doubtful baseline" in shown) == (words is not None)
+        assert ("is in doubt" in shown) == (words is not None)
         assert words is None or words in shown
 
 
@@ -575,9 +624,7 @@ def test_peer_that_fails_is_left_out(places: type[FakePlaces]) -> None:
     places.faults = {"gloo": "fails"}
     result = run_experiment(an_experiment(), lambda line: None)
     assert [run.name for run in result.runs] == ["single cluster", "slotted"]
-    assert result.left_out[-1] == LeftOut(
-        "gloo", "it failed: a rank ended with exit code 3", "best-effort, cross traffic 0"
-    )
+    assert result.left_out[-1] == LeftOut("gloo", "it failed: a rank ended with exit code 3", "best-effort")
     places.faults = {"slotted": "fails"}
     with pytest.raises(DetcollError, match="exit code 3"):
         run_experiment(an_experiment(), lambda line: None)
@@ -588,7 +635,7 @@ def test_slotted_may_fail_in_best_effort_beside_others_alone(places: type[FakePl
     busy = an_experiment(networks=parse_networks(("best-effort",), ("1.0",)))
     result = run_experiment(busy, lambda line: None)
     assert [run.name for run in result.runs] == ["single cluster", "gloo"]
-    assert result.left_out[-1].network == "best-effort, cross traffic 1"
+    assert result.left_out[-1].network == "best-effort, others offer 100%"
     reserved = an_experiment(networks=parse_networks(("deterministic",), ("1.0",)), topology=WIDE.with_reserved(6e7))
     with pytest.raises(DetcollError, match="exit code 3"):
         run_experiment(reserved, lambda line: None)
@@ -679,7 +726,7 @@ def test_measure_prints_and_writes(
     captured = capsys.readouterr()
     assert "75.0%" in captured.out
     assert "bit for bit" in captured.out
-    assert "round 1 of 4: single cluster, single-cluster" in captured.err
+    assert "round 1 of 4: single cluster\n" in captured.err
     runs = json.loads(path.read_text())["runs"]
     assert [run["arithmetic_ratio"] for run in runs] == pytest.approx([1.0, 4 / 3])
     places.faults = {"slotted": "other"}

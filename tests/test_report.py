@@ -195,7 +195,7 @@ def test_every_figure_stands_in_a_table_with_its_heading() -> None:
         "4\N{NO-BREAK SPACE}MiB",
         "slotted",
     ]
-    errors = [dict(cells)["prediction error"] for cells in calls[1]]
+    errors = [dict(cells)["off by"] for cells in calls[1]]
     assert errors == ["-2.0\N{NO-BREAK SPACE}%", "0.0\N{NO-BREAK SPACE}%"]
 
 
@@ -305,7 +305,7 @@ def test_empty_and_partial_results_make_a_page() -> None:
     assert "not kept in this file" in re.sub("<.*?>", "", page_of(sweep(alone)))
     script = measurement(run("slotted", 1.0, 1.0, sync_s=None, wire_busy_fraction=None), digests_equal=None)
     assert "bit for bit" not in page_of(script)
-    assert "did not give the bits" in page_of(measurement(digests_equal=False))
+    assert "did not give the same bits" in page_of(measurement(digests_equal=False))
 
 
 def test_a_doubtful_baseline_is_said_to_be_one() -> None:
@@ -323,9 +323,9 @@ def test_a_sweep_says_how_near_it_comes_to_the_floor() -> None:
     ]
     text = page_of(sweep(*rows, audit=audit))
     assert "All_reduce" not in text
-    assert "All-reduce of 64 MiB over slotted reaches 97\N{NO-BREAK SPACE}% of what the lines allow, at best" in text
+    assert "All-reduce of 64 MiB over slotted reaches 97\N{NO-BREAK SPACE}% of the floor, at best" in text
     assert "did NOT keep to its calendar" in text
-    assert headings(text)[:2] == ["Share of the physical floor", "Time over size"]
+    assert headings(text)[:2] == ["Share of the floor", "Time over size"]
 
 
 def test_a_sweep_under_cross_traffic_gives_curves() -> None:

@@ -36,6 +36,7 @@ from detcoll.measure.results import (
     Row,
 )
 from detcoll.measure.runner import Runner
+from detcoll.quantities import format_count
 from detcoll.registry import SLOTTED
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
@@ -116,9 +117,10 @@ def run_in_lab(bench: LabBench, say: Say) -> BenchResult:
     rows, lines, failed = list[Row](), list[BenchLine](), list[LeftOut]()
     audits: list[AuditResult] = []
     runs = [(transport, network) for network in bench.networks for transport in bench.transports]
+    count = len(bench.sweep.points())
     for transport, network in runs:
-        where = f"{transport}, {network.label}" if len(bench.networks) > 1 else transport
-        say(f"{where}: {len(bench.sweep.points())} points, {bench.sweep.iterations} calls each")
+        where = Setting(transport, transport, WIDE_AREA, network).title
+        say(f"{where}: {format_count(count, 'row')} of {format_count(bench.sweep.iterations, 'call')}")
         try:
             more, use, seen = _run_transport(bench, transport, network)
         except DetcollError as error:

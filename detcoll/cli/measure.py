@@ -19,13 +19,14 @@ from detcoll.cli.terminal import error_console, output_console
 from detcoll.emulation.lab import Conditions
 from detcoll.errors import UsageError
 from detcoll.launch.processes import ended_by_signals
-from detcoll.measure.experiment import WARMUP, Experiment, run_experiment
+from detcoll.measure.experiment import WARMUP, EndedEarly, Experiment, run_experiment
 from detcoll.measure.results import LeftOut, Measurement, write_result
 from detcoll.measure.tables import measurement_table
 from detcoll.outputs import write_file
 from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeout_s
 from detcoll.report import forget_traces, gather, write_report
 from detcoll.report.inputs import RESULTS, TOPOLOGY, TRACES
+from detcoll.topology import Topology
 from detcoll.workloads.compute import ComputeKind
 from detcoll.workloads.workload import WorkloadName, WorkloadSpec
 
@@ -115,7 +116,8 @@ def measure(
 
     The same ranks and grouping run a workload in a single cluster over shared memory, and across sites with the
     slotted transport and the transports to compare with. Needs Linux for the emulated lines, and no root: an ordinary
-    user's lab is in a user namespace. Where those are forbidden, the command goes on as with --relay and says so.
+    user's lab is in a user namespace. Where those are forbidden, the command goes on as with --relay and says so. If it
+    is ended early, it gives the results of the rounds that are whole.
 
     Parameters
     ----------
@@ -160,7 +162,7 @@ def measure(
 def _run(experiment: Experiment, json: Path | None, report: Path | None) -> int:
     if report is not None:
         forget_traces(report)
-    console, progress = output_console(), error_console()
+    progress = error_console()
     for one in experiment.left_out:
         progress.print(f"left out: {one.transport}: {one.why}", highlight=False)
     with ended_by_signals(), progress.status("starting") as status:
@@ -170,15 +172,28 @@ def _run(experiment: Experiment, json: Path | None, report: Path | None) -> int:
             if not progress.is_terminal:
                 print(line, file=sys.stderr, flush=True)
 
-        result = replace(run_experiment(experiment, say), command=command_line())
+        try:
+            result, cause = run_experiment(experiment, say), None
+        except EndedEarly as ended:
+            result, cause = ended.result, ended.cause
+    _give(replace(result, command=command_line()), experiment.topology, json, report)
+    if cause is not None:
+        raise cause
+    return _exit_code(result, experiment)
+
+
+def _give(result: Measurement, topology: Topology, json: Path | None, report: Path | None) -> None:
+    """Print the comparison, and write what was asked for."""
     if json is not None:
         write_result(json, result)
-    console.print(measurement_table(result))
-    if report is not None:
-        write_result(report / RESULTS, result)
-        write_file(report / TOPOLOGY, experiment.topology.to_toml().encode())
-        progress.print(f"report: {write_report(report, gather([report]))}", highlight=False)
-    return _exit_code(result, experiment)
+    output_console().print(measurement_table(result))
+    if report is None:
+        return
+    if result.ended_early:
+        forget_traces(report)  # of a round that is not whole
+    write_result(report / RESULTS, result)
+    write_file(report / TOPOLOGY, topology.to_toml().encode())
+    error_console().print(f"report: {write_report(report, gather([report]))}", highlight=False)
 
 
 def _exit_code(result: Measurement, experiment: Experiment) -> int:

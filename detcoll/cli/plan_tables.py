@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from rich.table import Table
 from rich.text import Text
 
 from detcoll.cli.terminal import output_console
-from detcoll.measure.tables import NONE
-from detcoll.plan import Calendar, SiteReservation
+from detcoll.measure.sheet import NONE, Column, Sheet
+from detcoll.plan import Calendar, SiteReservation, Slotting
 from detcoll.plan.calendar import flows_between
 from detcoll.plan.reservation import OPEN, GateList
 from detcoll.plan.summary import Summary
@@ -25,58 +24,62 @@ MOST_ENTRIES = 6
 def print_calendar(topology: Topology, calendar: Calendar, plan: Summary) -> None:
     """Print the cycle and rates of every site, and what the collective comes to."""
     console = output_console()
-    console.print(_calendar_line(calendar, topology), soft_wrap=True)
-    table = Table()
-    table.add_column("site", no_wrap=True)
-    headings = (
-        "ranks",
-        "line",
-        "farthest",
-        "windows",
-        "line open",
-        "a flow's payload",
-        "steps",
-        "sent inside",
-        "sent out",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for index, part in enumerate(plan.parts):
-        site = topology.sites[index]
-        farthest_ns = max(topology.one_way_ns(index, other) for other in range(len(topology.sites)))
-        table.add_row(
-            site.name, str(len(site.ranks)), format_rate(site.uplink_bytes_per_s or 0), format_duration(farthest_ns),
-            *_windows(calendar, index), _flow_rates(calendar, index), f"{part.steps:,}",
-            format_bytes(part.local_bytes), format_bytes(part.wide_bytes),
-        )  # fmt: skip
-    console.print(table)
-    bound = "" if plan.bound_s is None else f", {plan.bound_s / plan.predicted_s:.1%} of what is possible"
+    console.print(_calendar_line(calendar), soft_wrap=True)
+    console.print(Sheet("Lines of sites, and what each site sends", _site_columns(topology, calendar, plan)))
+    floor = ""
+    if plan.bound_s is not None:
+        floor = f", {plan.bound_s / plan.predicted_s:.1%} of the floor ({format_duration(plan.bound_s * 1e9)})"
     size = f" of {format_bytes(plan.bytes)}" if signature_of(plan.collective).has_array else ""
     console.print(
-        f"{plan.collective}{size} by {plan.algorithm}: {format_duration(plan.predicted_s * 1e9)} predicted{bound}. "
+        f"{plan.collective}{size} by {plan.algorithm}: {format_duration(plan.predicted_s * 1e9)} predicted{floor}. "
         "Steps and bytes are those of each site's first rank.",
         soft_wrap=True,
     )
 
 
-def _calendar_line(calendar: Calendar, topology: Topology) -> str:
-    flows = max(
-        flows_between(topology, i, j)
-        for i in range(len(topology.sites))
-        for j in range(len(topology.sites))
-        if i != j
-    )  # fmt: skip
-    windows = f"guard {format_duration(calendar.guard_ns)}" if calendar.has_windows else "no windows"
-    return (
-        f"slotting {calendar.mode.value}: cycle {format_duration(calendar.sites[0].cycle_ns)}, {windows}; "
-        f"at most {flows} flows between two sites; digest {calendar.digest}"
-    )
+def _site_columns(topology: Topology, calendar: Calendar, plan: Summary) -> list[Column]:
+    sites, places = topology.sites, range(len(topology.sites))
+
+    def column(heading: str, cells: Iterable[str], *, is_label: bool = False, moves: bool = False) -> Column:
+        return Column(heading, tuple(cells), is_label, moves)
+
+    farthest_ns = [max(topology.one_way_ns(index, other) for other in places) for index in places]
+    flows = [max(flows_between(topology, index, other) for other in places if other != index) for index in places]
+    windows = [_windows(calendar, index) for index in places]
+    return [
+        column("site", (site.name for site in sites), is_label=True),
+        column("ranks", (str(len(site.ranks)) for site in sites), moves=True),
+        column("line", (format_rate(site.uplink_bytes_per_s or 0) for site in sites), moves=True),
+        column("farthest site", map(format_duration, farthest_ns), moves=True),
+        column("windows", (count for count, _ in windows), moves=True),
+        column("line in use", (share for _, share in windows), moves=True),
+        column("flows to a site", map(str, flows), moves=True),
+        column("payload of a flow", (_flow_rates(calendar, index) for index in places)),
+        column("steps", (f"{part.steps:,}" for part in plan.parts)),
+        column("sent inside", (format_bytes(part.local_bytes) for part in plan.parts)),
+        column("sent to others", (format_bytes(part.wide_bytes) for part in plan.parts)),
+    ]
+
+
+def _calendar_line(calendar: Calendar) -> str:
+    cycle = format_duration(calendar.sites[0].cycle_ns)
+    paced = f"flows share each line, each paced to a rate that it keeps in every {cycle}"
+    if calendar.has_windows:
+        guard = format_duration(calendar.guard_ns)
+        how = f"a line leads to one destination at a time, in windows of a cycle of {cycle}, with guards of {guard}"
+    elif calendar.mode is Slotting.OFF:
+        how = "neither slots nor pacing"
+    elif calendar.mode is Slotting.SHARE:
+        how = paced
+    else:
+        how = f"each line has one slot, which never closes, since there is one destination; {paced}"
+    return f"slotting {calendar.mode.value}: {how}"
 
 
 def _windows(calendar: Calendar, index: int) -> tuple[str, str]:
     cycle = calendar.sites[index]
     if not cycle.windows:
-        return NONE, "always"
+        return NONE, NONE
     open_ns = sum(window.end_ns - window.start_ns for window in cycle.windows)
     return str(len(cycle.windows)), f"{open_ns / cycle.cycle_ns:.1%}"
 
@@ -100,16 +103,16 @@ def print_needed(needed: Needed, topology: Topology) -> None:
             style="bold red", soft_wrap=True,
         )  # fmt: skip
         return
-    rate = needed.line_bit_per_s / 8
-    table = Table(title=f"To reserve for {needed.target:.1%} of a single cluster's speed", title_justify="left")
-    table.add_column("site", no_wrap=True)
-    for heading in ("ranks", "must reserve", "has", ""):
-        table.add_column(heading, justify="right")
-    for site in topology.sites:
-        has = site.uplink_bytes_per_s or 0.0
-        verdict = Text("enough", style="green") if has >= rate else Text(f"{rate / has:.3g} times that", style="red")
-        table.add_row(site.name, str(len(site.ranks)), format_rate(rate), format_rate(has), verdict)
-    console.print(table)
+    rate, sites = needed.line_bit_per_s / 8, topology.sites
+    has = [site.uplink_bytes_per_s or 0.0 for site in sites]
+    columns = [
+        Column("site", tuple(site.name for site in sites), is_label=True),
+        Column("ranks", tuple(str(len(site.ranks)) for site in sites)),
+        Column("must reserve", (format_rate(rate),) * len(sites)),
+        Column("has", tuple(map(format_rate, has))),
+        Column("verdict", tuple(_verdict(rate, each) for each in has)),
+    ]
+    console.print(Sheet(f"To reserve for {needed.target:.1%} of a single cluster's speed", columns))
     console.print(
         f"An iteration then takes {format_duration(needed.iteration_s * 1e9)}, {needed.efficiency:.2%}. Rates count IP "
         "packets, headers included; every site sends and receives the same.",
@@ -117,33 +120,41 @@ def print_needed(needed: Needed, topology: Topology) -> None:
     )
 
 
+def _verdict(needed: float, has: float) -> Text:
+    return Text("enough", style="green") if has >= needed else Text(f"{needed / has:.3g} times that", style="red")
+
+
 def print_reservation(asked: Sequence[SiteReservation]) -> None:
     """Print traffic specifications and gate lists."""
-    table = Table(title="Traffic specification (RFC 9016) of each site's line", title_justify="left")
-    table.add_column("site", no_wrap=True)
-    for heading in ("Interval", "MaxPacketsPerInterval", "MaxPayloadSize", "rate", "flows", "packets of a flow"):
-        table.add_column(heading, justify="right")
-    for site in asked:
-        specification = site.specification
-        packets = sorted({flow.specification.max_packets_per_interval for flow in site.flows})
-        table.add_row(
-            site.site, format_duration(specification.interval_ns), f"{specification.max_packets_per_interval:,}",
-            f"{specification.max_payload_size_bytes} B", format_rate(specification.wire_bytes_per_s),
-            str(len(site.flows)), f"{packets[0]:,}" if len(packets) == 1 else f"{packets[0]:,} .. {packets[-1]:,}",
-        )  # fmt: skip
+
+    def column(heading: str, cell: Callable[[SiteReservation], str], *, is_label: bool = False) -> Column:
+        return Column(heading, tuple(cell(site) for site in asked), is_label)
+
+    sites = column("site", lambda site: site.site, is_label=True)
+    specification = [
+        sites,
+        column("Interval", lambda site: format_duration(site.specification.interval_ns)),
+        column("MaxPacketsPerInterval", lambda site: f"{site.specification.max_packets_per_interval:,}"),
+        column("MaxPayloadSize", lambda site: f"{site.specification.max_payload_size_bytes} B"),
+        column("rate", lambda site: format_rate(site.specification.wire_bytes_per_s)),
+        column("flows", lambda site: str(len(site.flows))),
+        column("packets of a flow", _packets),
+    ]
+    gates = [
+        sites,
+        column("base-time", lambda site: format_duration(site.gates.base_time_ns)),
+        column("cycle-time", lambda site: f"{site.gates.cycle_time_ns:,} ns"),
+        column("open", lambda site: f"{_open_share(site.gates):.1%}"),
+        column("entries: gate states, time interval", lambda site: _entries(site.gates), is_label=True),
+    ]
     console = output_console()
-    console.print(table)
-    gates = Table(title="Gate list (802.1Qbv) at each site's port", title_justify="left")
-    gates.add_column("site", no_wrap=True)
-    for heading in ("base-time", "cycle-time", "open"):
-        gates.add_column(heading, justify="right")
-    gates.add_column("entries: gate states, time interval")
-    for site in asked:
-        gates.add_row(
-            site.site, format_duration(site.gates.base_time_ns), f"{site.gates.cycle_time_ns:,} ns",
-            f"{_open_share(site.gates):.1%}", _entries(site.gates),
-        )  # fmt: skip
-    console.print(gates)
+    console.print(Sheet("Traffic specification (RFC 9016) of each site's line", specification))
+    console.print(Sheet("Gate list (802.1Qbv) at each site's port", gates))
+
+
+def _packets(site: SiteReservation) -> str:
+    packets = sorted({flow.specification.max_packets_per_interval for flow in site.flows})
+    return f"{packets[0]:,}" if len(packets) == 1 else f"{packets[0]:,} .. {packets[-1]:,}"
 
 
 def _open_share(gates: GateList) -> float:

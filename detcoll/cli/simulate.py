@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from detcoll.cli.invocation import command_line
@@ -20,18 +20,18 @@ from detcoll.cli.training import ANY_ITERATION, IterationOptions
 from detcoll.errors import UsageError
 from detcoll.job.settings import check_slotting
 from detcoll.measure.results import write_result
-from detcoll.measure.tables import NONE
+from detcoll.measure.sheet import NONE, Column, Sheet
 from detcoll.plan import Slotting
 from detcoll.quantities import format_bytes, format_duration, format_rate, parse_rate_bytes_per_s
 from detcoll.report import gather, write_report
 from detcoll.report.inputs import RESULTS
 from detcoll.scenarios import Study, changed, load, shipped, study
 from detcoll.scenarios.buckets import require_few_sites
-from detcoll.scenarios.study import Needed, Point
+from detcoll.scenarios.study import Needed, Point, SettingResult
 
 LINE_CHARACTERS = 110
 _EFFICIENCY = 0.98
-_CHANGED = {"reserved_bit_per_s": "reserved", "loss": "loss", "cross_traffic": "cross traffic"}
+_CHANGED = {"reserved_bit_per_s": "reserved", "loss": "loss", "cross_traffic": "taken by others"}
 
 
 @Parameter(name="*", group="Lines and networks")
@@ -153,50 +153,70 @@ def _heading(result: Study) -> list[Text]:
     return [title, *(Text(line) for line in textwrap.wrap(told, LINE_CHARACTERS))]
 
 
-def _settings(result: Study) -> Table:
-    table = Table(title="An iteration", title_justify="left")
-    table.add_column("network", no_wrap=True)
-    for heading in ("line", "iteration", "efficiency", "exposed", "all buckets", "a bucket", "its bound", "each more"):
-        table.add_column(heading, justify="right")
-    for run in result.runs:
-        table.add_row(
-            run.setting,
-            NONE if run.line_bit_per_s is None else format_rate(run.line_bit_per_s / 8),
-            _time(run.iteration_s),
-            f"{run.efficiency:.1%}",
-            *(_time(value) for value in (run.exposed_s, run.sync_s, run.bucket_s, run.bound_s, run.interval_s)),
-        )
-    return table
+def _settings(result: Study) -> Sheet:
+    def column(heading: str, cell: Callable[[SettingResult], str], *, is_label: bool = False) -> Column:
+        return Column(heading, tuple(cell(run) for run in result.runs), is_label)
+
+    return Sheet(
+        "An iteration",
+        [
+            column("network", lambda run: run.setting, is_label=True),
+            column("line", lambda run: _line(run.line_bit_per_s)),
+            column("iteration", lambda run: _time(run.iteration_s)),
+            column("efficiency", lambda run: f"{run.efficiency:.1%}"),
+            column("beyond computing", lambda run: _time(run.exposed_s)),
+            column("all buckets", lambda run: _time(run.sync_s)),
+            column("first bucket", lambda run: _time(run.bucket_s)),
+            column("its floor", lambda run: _time(run.bound_s)),
+            column("each more", lambda run: _time(run.interval_s)),
+        ],
+    )
 
 
-def _points(points: tuple[Point, ...]) -> Table:
-    table = Table(title="What it depends on", title_justify="left")
-    for heading in ("network", "changed"):
-        table.add_column(heading)
-    for heading in ("to", "iteration", "efficiency"):
-        table.add_column(heading, justify="right")
-    for point in points:
-        value = format_rate(point.value / 8) if point.changed == "reserved_bit_per_s" else f"{point.value:g}"
-        cells = (point.setting, _CHANGED[point.changed], value)
-        table.add_row(*cells, _time(point.iteration_s), f"{point.efficiency:.1%}")
-    return table
+def _points(points: tuple[Point, ...]) -> Sheet:
+    def column(heading: str, cell: Callable[[Point], str], *, is_label: bool = False) -> Column:
+        return Column(heading, tuple(cell(point) for point in points), is_label)
+
+    return Sheet(
+        "What it depends on",
+        [
+            column("network", lambda point: point.setting, is_label=True),
+            column("changed", lambda point: _CHANGED[point.changed], is_label=True),
+            column("to", _value),
+            column("iteration", lambda point: _time(point.iteration_s)),
+            column("efficiency", lambda point: f"{point.efficiency:.1%}"),
+        ],
+    )
 
 
-def _needs(needs: tuple[Needed, ...]) -> Table:
-    table = Table(title=f"The line that every site needs for {needs[0].target:.1%}", title_justify="left")
-    table.add_column("if")
-    for heading in ("line", "iteration", "efficiency", "ordinary on it", "efficiency"):
-        table.add_column(heading, justify="right")
-    for need in needs:
-        table.add_row(
-            need.condition,
-            "none is enough" if need.line_bit_per_s is None else format_rate(need.line_bit_per_s / 8),
-            _time(need.iteration_s),
-            f"{need.efficiency:.1%}",
-            NONE if need.ordinary_iteration_s is None else _time(need.ordinary_iteration_s),
-            NONE if need.ordinary_efficiency is None else f"{need.ordinary_efficiency:.1%}",
-        )
-    return table
+def _value(point: Point) -> str:
+    return format_rate(point.value / 8) if point.changed == "reserved_bit_per_s" else f"{point.value:g}"
+
+
+def _needs(needs: tuple[Needed, ...]) -> Sheet:
+    def column(heading: str, cell: Callable[[Needed], str], *, is_label: bool = False) -> Column:
+        return Column(heading, tuple(cell(need) for need in needs), is_label)
+
+    return Sheet(
+        f"The line that every site needs for {needs[0].target:.1%}",
+        [
+            column("if", lambda need: need.condition, is_label=True),
+            column(
+                "line", lambda need: "none is enough" if need.line_bit_per_s is None else _line(need.line_bit_per_s)
+            ),
+            column("iteration", lambda need: _time(need.iteration_s)),
+            column("efficiency", lambda need: f"{need.efficiency:.1%}"),
+            column("ordinary on it", lambda need: _time(need.ordinary_iteration_s)),
+            column(
+                "its efficiency",
+                lambda need: NONE if need.ordinary_efficiency is None else f"{need.ordinary_efficiency:.1%}",
+            ),
+        ],
+    )
+
+
+def _line(bit_per_s: float | None) -> str:
+    return NONE if bit_per_s is None else format_rate(bit_per_s / 8)
 
 
 def _time(seconds: float | None) -> str:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from detcoll.outputs import OutputLost
 
 CLOSED_PIPE, LOST = 141, 1
-PIPE_WIDTH = 180
+PIPE_WIDTH = 120
 
 
 class PlainConsole(Console):
@@ -32,7 +32,7 @@ class PlainConsole(Console):
 
 
 def output_console() -> Console:
-    """Return the console for tables: as wide as the terminal, and wide enough for every column where there is none."""
+    """Return the console for tables: as wide as the terminal, or as a line of text where there is none."""
     console = PlainConsole()
     return console if console.is_terminal and _has_width() else PlainConsole(width=PIPE_WIDTH)
 

@@ -34,6 +34,11 @@ class Setting:
         """Whether the ranks are apart."""
         return self.where == WIDE_AREA
 
+    @property
+    def title(self) -> str:
+        """The name, and the network where it is not a quiet ordinary one."""
+        return self.name if self.network == QUIET else f"{self.name}, {self.network.label}"
+
 
 Round = Sequence[RankRecord]
 """The records of all ranks of one round, in rank order."""

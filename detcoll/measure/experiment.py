@@ -35,6 +35,7 @@ from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
 from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, SINGLE_CLUSTER, WIDE_AREA, LeftOut, Measurement, Run
 from detcoll.measure.runner import Runner
+from detcoll.quantities import format_count
 from detcoll.registry import SLOTTED, title_of
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
@@ -126,6 +127,14 @@ class Experiment:
         return [(sum(counts[:index]), count) for index, count in enumerate(counts)]
 
 
+class EndedEarly(Exception):
+    """A measurement ended before its last round. ``result`` : of its whole rounds.  ``cause`` : what ended it."""
+
+    def __init__(self, result: Measurement, cause: BaseException) -> None:
+        super().__init__(result.ended_early)
+        self.result, self.cause = result, cause
+
+
 def run_experiment(experiment: Experiment, say: Say) -> Measurement:
     """Measure every setting and return the comparison.
 
@@ -141,8 +150,10 @@ def run_experiment(experiment: Experiment, say: Say) -> Measurement:
     UsageError, TransportUnavailable
         If something cannot be used or is missing; nothing was started.
     DetcollError
-        If the single cluster or the slotted run fails. Of the others, and in best effort beside others' traffic, a
-        failure is kept in ``left_out``.
+        If the single cluster or the slotted run fails in the first round. Of the others, and in best effort beside
+        others' traffic, a failure is kept in ``left_out``.
+    EndedEarly
+        If one of those fails later, or this process is told to end: with the comparison of the rounds that are whole.
     """
     experiment.validate()
     if not experiment.relay and (reason := why_unavailable()) is not None:
@@ -151,8 +162,17 @@ def run_experiment(experiment: Experiment, say: Say) -> Measurement:
         if experiment.workload is not None and experiment.workload.name == "digits":
             save_digits(_digits_path(Path(directory)))
         session = _Session(experiment, Runner(experiment.topology, experiment.deadline_s), Path(directory))
-        session.run_all(say)
+        try:
+            session.run_all(say)
+        except (DetcollError, KeyboardInterrupt, SystemExit) as error:
+            if not session.whole_rounds:
+                raise
+            raise EndedEarly(session.result_of_whole_rounds(_why_ended(error)), error) from error
     return session.result()
+
+
+def _why_ended(error: BaseException) -> str:
+    return str(error) if isinstance(error, DetcollError) else "the command was interrupted"
 
 
 @dataclass(slots=True)
@@ -167,15 +187,16 @@ class _Session:
     lines: dict[Setting, list[LineRecord]] = field(default_factory=dict)
     readings: dict[Setting, list[Readings]] = field(default_factory=dict)
     failed: dict[Setting, LeftOut] = field(default_factory=dict)
+    whole_rounds: int = 0
 
     def run_all(self, say: Say) -> None:
         settings = self.experiment.settings()
         for number in range(self.experiment.rounds):
             for setting in settings if number % 2 == 0 else settings[::-1]:
                 if setting not in self.failed:
-                    where = f"{setting.where}, {setting.network.label}" if setting.is_wide else setting.where
-                    say(f"round {number + 1} of {self.experiment.rounds}: {setting.name}, {where}")
+                    say(f"round {number + 1} of {self.experiment.rounds}: {setting.title}")
                     self._run(setting, number, say)
+            self.whole_rounds += 1
 
     def _run(self, setting: Setting, number: int, say: Say) -> None:
         try:
@@ -187,7 +208,7 @@ class _Session:
             if not _may_fail(setting):
                 raise
             self.failed[setting] = LeftOut(setting.name, f"it failed: {error}", setting.network.label)
-            say(f"{setting.name} failed and is left out: {error}")
+            say(f"{setting.title} failed and is left out: {error}")
 
     def _run_workload(self, setting: Setting, number: int, workload: WorkloadSpec) -> None:
         here = self._directory_of(setting, number)
@@ -283,7 +304,19 @@ class _Session:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def result_of_whole_rounds(self, why: str) -> Measurement:
+        """Return the comparison of the rounds that are whole, and that it ended for the reason ``why``."""
+        for kept in (self.rounds, self.script_rounds, self.lines, self.readings):
+            for entries in kept.values():
+                del entries[self.whole_rounds :]
+        asked = self.experiment
+        iterations = sum(count for _, count in asked.parts()[: self.whole_rounds])
+        self.experiment = replace(asked, iterations=iterations, rounds=self.whole_rounds)
+        told = f"it ended after {self.whole_rounds} of {format_count(asked.rounds, 'round')}: {why}"
+        return replace(self.result(), ended_early=told)
+
     def result(self) -> Measurement:
+        """Return the comparison."""
         runs: list[Run] = []
         for setting in self.experiment.settings():
             if setting not in self.failed:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from detcoll.measure.load import Load
 from detcoll.measure.results import Limit, LimitKind, Run
-from detcoll.quantities import format_duration, format_rate
+from detcoll.quantities import format_count, format_duration, format_rate
 from detcoll.topology import Topology
 
 LINES_SHARE = 0.9
@@ -135,9 +135,10 @@ def _processors(load: Load, scale: Scale, fits: str) -> tuple[Limit, ...]:
     who = f"{scale.ranks} ranks and the router" if load.router_share is not None else f"{scale.ranks} ranks"
     whys = []
     if _are_full(load):
-        whys.append(f"{_cores(load.cores)} were {load.processors_share:.0%} busy with {who}")
-        if (taken := load.others_share or 0.0) > MOST_OF_OTHERS:
-            whys[0] += f", {taken:.0%} with other programs"
+        busy = f"{_cores(load.cores)} were {load.processors_share:.0%} busy"
+        taken = load.others_share or 0.0
+        whys.append(f"{busy} with {who}" if taken <= MOST_OF_OTHERS else f"{busy}, {taken:.0%} with programs other than {who}")
+        if taken > MOST_OF_OTHERS:
             fits = f"a quiet machine, and {fits}" if scale.ranks > load.whole_cores else "a quiet machine"
     if _ran_out(load):
         whys.append(f"{_quota(load)} ran out in {load.quota_out_share:.0%} of the measured time with {who}")
@@ -183,7 +184,7 @@ def _fitting(scale: Scale, fits: Callable[[Scale], bool]) -> str:
     fewer_sites = [replace(scale, sites=count) for count in range(scale.sites - 1, 1, -1)]
     words += [f"{it.sites} sites" for it in fewer_sites if fits(it)][:1]
     fewer_ranks = [replace(scale, ranks_per_site=count) for count in range(scale.ranks_per_site - 1, 0, -1)]
-    words += [f"{it.ranks_per_site} rank{'s'[: it.ranks_per_site > 1]} a site" for it in fewer_ranks if fits(it)][:1]
+    words += [f"{format_count(it.ranks_per_site, 'rank')} a site" for it in fewer_ranks if fits(it)][:1]
     return " or ".join(words)
 
 
@@ -194,7 +195,7 @@ def _rate(scale: Scale, share: float) -> str:
 
 
 def _cores(count: int) -> str:
-    return f"{count} core{'s' if count > 1 else ''}"
+    return format_count(count, "core")
 
 
 def doubts(runs: Sequence[Run]) -> list[str]:
@@ -242,8 +243,19 @@ def with_doubts(runs: Sequence[Run]) -> tuple[Run, ...]:
 
 
 def limit_word(limits: Sequence[Limit] | None, fraction_of_bound: float | None = None) -> str | None:
-    """Return what limited a row, in a word or two for a table; None where nobody looked."""
+    """Return what limited a row, in a word or two for a table; None where nobody looked.
+
+    Without a floor to hold it against, lines and transport are not told apart.
+    """
     if limits is None:
         return None
-    reached = fraction_of_bound is not None and fraction_of_bound >= LINES_SHARE
-    return ", ".join(limit.by.value for limit in limits) or ("lines" if reached else "not the lab")
+    if limits:
+        return ", ".join(limit.by.value for limit in limits)
+    if fraction_of_bound is None:
+        return "lines or transport"
+    return "lines" if fraction_of_bound >= LINES_SHARE else "transport"
+
+
+def limit_of_run(run: Run) -> str | None:
+    """Return what limited a run of `detcoll measure`, in words; None where nobody looked, or for one cluster."""
+    return limit_word(run.limits) if run.is_wide or run.limits else None

@@ -30,8 +30,10 @@ class Network:
     @property
     def label(self) -> str:
         """What tells it from others."""
-        kind = " over TCP" if self.cross_traffic and self.cross_traffic_kind is CrossTrafficKind.TCP else ""
-        return f"{self.service.value}, cross traffic {self.cross_traffic:g}{kind}"
+        if not self.cross_traffic:
+            return self.service.value
+        kind = " over TCP" if self.cross_traffic_kind is CrossTrafficKind.TCP else ""
+        return f"{self.service.value}, others offer {self.cross_traffic:.0%}{kind}"
 
     def topology(self, lines: Topology) -> Topology:
         """Return the lines as this network grants them."""

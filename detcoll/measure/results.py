@@ -108,6 +108,7 @@ class Measurement:
     ``digests_equal`` : whether every slotted run across sites gave the bits of the single-cluster run, but for those
     without topology, whose grouping is another; None where the workload has no digest or there is no such run.
     ``command`` : the command line that it came from.  ``doubts`` : why efficiencies may be no good, in words.
+    ``ended_early`` : why there are fewer rounds than were asked for, in words; None where all of them are there.
     """
 
     schema: str
@@ -118,6 +119,7 @@ class Measurement:
     digests_equal: bool | None
     command: str | None = None
     doubts: tuple[str, ...] = ()
+    ended_early: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,11 +68,11 @@ class Runner:
         if code in _ENDED_BY_USER:
             raise SystemExit(code)
         if code == TIMED_OUT:
-            raise DetcollError(f"{setting.name}, {setting.where}: not done within {self._deadline_s:g} s")
+            raise DetcollError(f"{setting.title}: not done within {self._deadline_s:g} s")
         if code != 0:
-            raise DetcollError(f"{setting.name}, {setting.where}: a rank ended with exit code {code}")
+            raise DetcollError(f"{setting.title}: a rank ended with exit code {code}")
         if isinstance(lab, Relay) and not lab.statistics().connections:
-            raise DetcollError(f"{setting.name}, {setting.where}: its ranks never connected through the relay")
+            raise DetcollError(f"{setting.title}: its ranks never connected through the relay")
         return time.monotonic() - begin_s
 
     def _run_apart(self, lab: Lab, setting: Setting, argv: Sequence[str], env: Mapping[str, str], logs: Path) -> int:

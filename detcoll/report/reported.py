@@ -32,6 +32,7 @@ class ReportedResult:
     digests_equal: bool | None = None
     audit: AuditResult | None = None
     command: str | None = None
+    ended_early: str | None = None
 
 
 Reported = ReportedResult | Study

@@ -29,7 +29,7 @@ from detcoll.report.cells import (
 from detcoll.report.page import figure, heading, notes, section, table, tile
 from detcoll.report.reported import ReportedResult
 
-CROSS = "Share of the physical floor against others' traffic"
+CROSS = "Share of the floor against others' traffic"
 
 
 def row_headline(result: ReportedResult) -> str | None:
@@ -44,7 +44,7 @@ def row_headline(result: ReportedResult) -> str | None:
     share = percent(best.fraction_of_bound or 0.0, 0)
     hedge = ", at best" if len(known) > 1 else ""
     what = f"{_called(best).capitalize()} of {format_bytes(best.bytes)} over {best.transport}"
-    return f"{what} reaches {share} of what the lines allow{hedge}"
+    return f"{what} reaches {share} of the floor{hedge}"
 
 
 def _called(row: Row) -> str:
@@ -85,16 +85,17 @@ def _bounds(result: ReportedResult) -> Element | None:
     many = _has_networks(rows)
     series = series_of([row.transport for row in rows])
     parts: list[Element] = []
-    axis = Axis("share of the physical floor", lambda value: percent(value, 0), includes=(1.0,))
+    axis = Axis("share of the floor", lambda value: percent(value, 0), includes=(1.0,))
     for (collective, nbytes), same in _by_size(rows):
         bars = [_bound_bar(row, series, many) for row in same]
         what = f"{collective.replace('_', '-')}, {format_bytes(nbytes)}"
         parts += [heading(what), figure(partial(bar_chart, bars, axis, what, mark=1.0, mark_label="floor"))]
     told = (
-        "The shortest time that the lines allow, divided by the median time of a call on the slowest rank. Whiskers: "
-        "the slowest and the fastest call."
+        "The floor is the shortest time that the lines allow: payload and headers over rate, and one one-way delay. "
+        "Shown is the floor divided by the median time of a call on the slowest rank. Whiskers: the slowest and the "
+        "fastest call."
     )
-    return section("Share of the physical floor", told, *parts)
+    return section("Share of the floor", told, *parts)
 
 
 def _cross_traffic(result: ReportedResult) -> Element | None:
@@ -110,7 +111,7 @@ def _cross_traffic(result: ReportedResult) -> Element | None:
     if not curves:
         return None
     shares = {share for curve in curves for share, _ in curve.points}
-    y = Axis("share of the physical floor", lambda value: percent(value, 0), includes=(0.0, 1.0))
+    y = Axis("share of the floor", lambda value: percent(value, 0), includes=(0.0, 1.0))
     told = "The same while others send on the same lines. A reservation should give a flat curve."
     return section("Under cross traffic", told, figure(partial(curve_chart, curves, traffic_axis(shares), y, CROSS)))
 
@@ -136,7 +137,7 @@ def _sizes(result: ReportedResult) -> Element | None:
         if len(sizes) < 2:
             continue
         floor = tuple({float(row.bytes): row.bound_s for row in rows if row.bound_s}.items())
-        curves = [Curve("physical floor", floor, 0)] if floor else []
+        curves = [Curve("floor", floor, 0)] if floor else []
         for label in dict.fromkeys(_row_label(row, many) for row in rows):
             points = tuple((float(row.bytes), row.median_s) for row in rows if _row_label(row, many) == label)
             curves.append(Curve(label, points, series[label], has_markers=True))
@@ -155,7 +156,7 @@ def _size_figure(curves: Sequence[Curve], sizes: tuple[float, ...], collective: 
 def _row_table(result: ReportedResult) -> Element:
     many = _has_networks(result.rows)
     headings = ("collective", "size", "transport", "algorithm", "median", f"min {TO} max", "p99", "floor", "of floor",
-                "limit", "predicted", "prediction error", "calls")  # fmt: skip
+                "limited by", "predicted", "off by", "calls")  # fmt: skip
     rows = [
         (
             _called(row), format_bytes(row.bytes), _row_label(row, many), row.algorithm or NOTHING,
@@ -169,8 +170,8 @@ def _row_table(result: ReportedResult) -> Element:
         for row in result.rows
     ]  # fmt: skip
     told = (
-        "The time of a call is that of the slowest rank. Predictions were made before the calls. Limit: what decided; "
-        "a row that the lab limited is not compared with the floor."
+        "The time of a call is that of the slowest rank. Predictions were made before the calls. Limited by: a row "
+        "that the machine limited (router, processors) is not compared with the floor."
     )
     shown = table("Times of all calls", headings, rows, names=3) if rows else None
     return section("All figures of the collectives", told, shown, notes(remarks(result)))

@@ -16,10 +16,10 @@ from detcoll.report.cells import (
     NOTHING,
     TO,
     count_cell,
-    limit_cell,
     no_headline,
     range_cell,
     remarks,
+    run_limit_cell,
     series_of,
     share_cell,
     time_cell,
@@ -218,7 +218,7 @@ def _co_tenant(result: ReportedResult) -> Element | None:
 def _run_table(result: ReportedResult) -> Element:
     has_networks = len(_networks(result)) > 1
     network = ("service", "others") if has_networks else ()
-    headings = ("setting", *network, "iteration", f"p01 {TO} p99", "waiting", "efficiency", "limit", "line busy",
+    headings = ("setting", *network, "iteration", f"p01 {TO} p99", "waiting", "efficiency", "limited by", "line busy",
                 "resent", "slots missed", "algorithm", "digest")  # fmt: skip
     rows = [
         (
@@ -229,7 +229,7 @@ def _run_table(result: ReportedResult) -> Element:
             range_cell(run.iteration_s.p01, run.iteration_s.p99),
             time_cell(run.sync_s.median if run.sync_s else None),
             share_cell(run.efficiency),
-            limit_cell(run.limits),
+            run_limit_cell(run),
             share_cell(run.wire_busy_fraction),
             count_cell(run.retransmits),
             count_cell(run.slot_misses),
@@ -239,7 +239,8 @@ def _run_table(result: ReportedResult) -> Element:
         for run in result.runs
     ]  # fmt: skip
     told = (
-        "Limit: what of the lab decided, so that the efficiency says little of the lines. "
+        "Limited by: where it is the machine (router, processors) or the baseline, the efficiency says little of the "
+        "lines. "
         "Waiting: from the end of the backward pass to the reduced gradient. Line busy: the share of the backward pass "
         "in which the line carried data. Resent: TCP segments. Digest: of the trained parameters."
     )
