@@ -84,8 +84,14 @@ def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
 
 
 def test_no_page_links_to_nowhere() -> None:
-    """Sphinx checks the pages of the site; nobody else checks the README."""
+    """Sphinx checks the pages of the site; nobody else checks the README, and headings that it links to."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^):]+)\)", readme)
     assert len(links) > 8
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings}, (
+            link
+        )

@@ -556,7 +556,7 @@ def test_what_is_ended_early_gives_the_rounds_that_are_whole(
         assert ended.value.code == code
     else:
         assert main(given) == code
-    told = f"not all that was asked for: it ended after 2 of 4 rounds: {why}"
+    told = f"ended early, after 2 of 4 rounds: {why}. All figures are of whole rounds"
     assert told in " ".join(capsys.readouterr().out.split())
     data = json.loads((tmp_path / "x.json").read_text())
     assert [len(run["iteration_s"]["samples"]) for run in data["runs"]] == [6, 6], "what round 3 had is left out"

@@ -312,7 +312,7 @@ class _Session:
         asked = self.experiment
         iterations = sum(count for _, count in asked.parts()[: self.whole_rounds])
         self.experiment = replace(asked, iterations=iterations, rounds=self.whole_rounds)
-        told = f"it ended after {self.whole_rounds} of {format_count(asked.rounds, 'round')}: {why}"
+        told = f"after {self.whole_rounds} of {format_count(asked.rounds, 'round')}: {why}"
         return replace(self.result(), ended_early=told)
 
     def result(self) -> Measurement:

@@ -48,13 +48,12 @@ def _run_columns(runs: Sequence[Run]) -> list[Column]:
         column("line busy", lambda run: _share(run.wire_busy_fraction)),
         column("resent", lambda run: NONE if run.retransmits is None else f"{run.retransmits:,}"),
         column("slots missed", lambda run: str(run.slot_misses) if run.slot_misses else NONE),
-        column("algorithm", lambda run: run.algorithm or NONE),
     ]
 
 
 def early_warnings(ended_early: str | None) -> list[str]:
     """Return what to say of a measurement that has fewer rounds than were asked for."""
-    return [f"not all that was asked for: {ended_early}"] if ended_early else []
+    return [f"ended early, {ended_early}. All figures are of whole rounds"] if ended_early else []
 
 
 def run_warnings(runs: Sequence[Run]) -> list[str]:
