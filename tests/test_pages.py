@@ -1,4 +1,4 @@
-"""The blocks of README, tutorial and guides: Python is typed, and commands run and print what the page says."""
+"""The blocks of pages that say what to type: Python is typed, commands run and print what the page says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ import detcoll
 from detcoll.emulation.lab import why_unavailable
 from detcoll.launch.mpiexec import find_mpiexec
 
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))] if page.exists()]
+DOCS = ROOT / "docs"
+PAGES = [
+    page for page in (ROOT / "README.md", DOCS / "report.md", *sorted((DOCS / "guides").glob("*.md"))) if page.exists()
+]
 TIMEOUT_S = 300
 PACKAGES = Path(detcoll.__file__).parent.parent
 MPIEXEC = find_mpiexec() if find_spec("mpi4py") else None
