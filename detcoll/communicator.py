@@ -286,7 +286,7 @@ class Communicator(Collectives, Messages):
         return self._caller.planner.predict_ns(collective, phase_ns=phase_ns) / 1e9
 
     def bound(self, kind: str, nbytes: int, dtype: object = "float32") -> float | None:
-        """Return the physical floor in seconds (see `detcoll.plan.bounds`), or None if the topology has no lines."""
+        """Return the floor in seconds (see `detcoll.plan.bounds`), or None if the topology has no lines."""
         floor_ns = self._caller.planner.floor_ns(self._collective(kind, nbytes, dtype))
         return None if floor_ns is None else floor_ns / 1e9
 

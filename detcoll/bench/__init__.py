@@ -1,1 +1,1 @@
-"""Times collectives over sizes, checks their results, and holds the times against bound and prediction."""
+"""Times collectives over sizes, checks their results, and holds the times against floor and prediction."""

@@ -1,4 +1,4 @@
-"""``detcoll bench``: times collectives over sizes, against the bound and the prediction."""
+"""``detcoll bench``: times collectives over sizes, against the floor and the prediction."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SweepOptions:
     """What is timed, and how often."""
 
     collective: str = "all_reduce"
-    """all_reduce, broadcast, barrier; several separated by commas."""
+    """Such as all_reduce, broadcast or barrier; several separated by commas."""
 
     bytes: Quantity = "256KiB,4MiB,16MiB"
     """Sizes, such as 256KiB,64MiB."""

@@ -31,7 +31,7 @@ class SettingResult:
 
     ``line_bit_per_s`` : the slowest site's line, or what is reserved of it; None in one cluster.  ``exposed_s`` : what
     the iteration takes beyond its computing.  ``sync_s`` : all buckets one behind the other.  ``bucket_s`` : the first
-    one's time.  ``interval_s`` : what each further one adds.  ``bound_s`` : the physical floor of a bucket.
+    one's time.  ``interval_s`` : what each further one adds.  ``bound_s`` : the floor of a bucket.
     """
 
     setting: str
