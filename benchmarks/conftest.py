@@ -31,7 +31,7 @@ import detcoll
 from detcoll.bench.start import Starter, combine
 from detcoll.errors import DetcollError, TransportUnavailable
 from detcoll.launch.launchers import read_environment
-from detcoll.quantities import format_bytes, format_duration, parse_size_bytes
+from detcoll.quantities import format_bytes, format_count, format_duration, parse_size_bytes
 from detcoll.registry import load, names
 from detcoll.transport import Scope
 
@@ -189,7 +189,7 @@ def time_calls(
         calls = Calls(*what)
         title = request.function.__name__.removeprefix("bench_")
         size = f" of {_written(calls.nbytes)}" if calls.nbytes else ""
-        benchmark.group = f"{title}{size}, {comm.size} ranks"
+        benchmark.group = f"{title}{size}, {format_count(comm.size, 'rank')}"
         floor_s = comm.bound(calls.kind, calls.nbytes)
         benchmark.extra_info.update(bytes=calls.nbytes, ranks=comm.size, start=start.kind, floor_s=floor_s)
         if calls.nbytes:

@@ -224,10 +224,11 @@ def _row(
 
 
 def _failed_row(result: dict[str, Any], left_out: dict[str, Any]) -> Row:
-    service, _, share = (left_out["network"] or "-, cross traffic 0").partition(", cross traffic ")
+    service, _, offered = (left_out["network"] or "-").partition(", others offer ")
+    share = float(offered.partition("%")[0] or 0) / 100
     bucket_bytes = result["workload"]["bucket_bytes"]
     return Row(
-        result["part"], result["name"], left_out["transport"], service, float(share), bucket_bytes, None,
+        result["part"], result["name"], left_out["transport"], service, share, bucket_bytes, None,
         why_failed=left_out["why"],
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ def test_alone() -> None:
     done = run(sys.executable, *TINY, "--transports", "shm")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
-    assert "all_reduce of 4 KiB, 1 ranks" in done.stdout
+    assert "all_reduce of 4 KiB, 1 rank" in done.stdout
 
 
 def test_rank_0_alone_saves_and_compares(tmp_path: Path) -> None:

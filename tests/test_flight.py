@@ -70,7 +70,7 @@ def test_who_is_behind_shows(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     told = findings(read_records(folder))
     assert "No record of rank 2." in told
-    assert "group 'part': rank 1 has made 0 of 1 calls that others made." in told
+    assert "group 'part': rank 1 has made 0 of 1 call that others made." in told
 
 
 def hung_record(rank: int, calls: list[dict]) -> dict:

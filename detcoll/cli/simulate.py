@@ -22,7 +22,7 @@ from detcoll.job.settings import check_slotting
 from detcoll.measure.results import write_result
 from detcoll.measure.sheet import NONE, Column, Sheet
 from detcoll.plan import Slotting
-from detcoll.quantities import format_bytes, format_duration, format_rate, parse_rate_bytes_per_s
+from detcoll.quantities import format_bytes, format_count, format_duration, format_rate, parse_rate_bytes_per_s
 from detcoll.report import gather, write_report
 from detcoll.report.inputs import RESULTS
 from detcoll.scenarios import Study, changed, load, shipped, study
@@ -143,11 +143,12 @@ def _heading(result: Study) -> list[Text]:
     told = (
         f"{facts['sites']} sites, {facts['ranks']} ranks, at most {facts['longest_km']:,.0f} km and "
         f"{format_duration(facts['longest_one_way_s'] * 1e9)} apart; {facts['parameters']:,} parameters, "
-        f"{format_bytes(facts['gradient_bytes'])} of {facts['precision']} gradients in {facts['buckets']} buckets; "
+        f"{format_bytes(facts['gradient_bytes'])} of {facts['precision']} gradients in "
+        f"{format_count(facts['buckets'], 'bucket')}; "
         f"{facts['compute_s']:g} s of computing, of which gradients become final in the last {facts['backward']:.1%}, "
         f"and {facts['overlap']:.0%} of them are summed meanwhile. Algorithm: {result.algorithm}. Ordinary network: "
         f"{facts['cross_traffic']:.0%} taken by others, loss {facts['loss']:g}, TCP {facts['control']}, "
-        f"{facts['connections']} connections a pair of ranks."
+        f"{format_count(facts['connections'], 'connection')} a pair of ranks."
     )
     title = Text(f"{facts['name']}: {facts['description']}", style="bold")
     return [title, *(Text(line) for line in textwrap.wrap(told, LINE_CHARACTERS))]

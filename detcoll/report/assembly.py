@@ -12,7 +12,7 @@ from detcoll.draw import html_text, svg_text
 from detcoll.draw.scale import time_text
 from detcoll.measure.results import MEASURE_SCHEMA
 from detcoll.outputs import write_file
-from detcoll.quantities import format_bytes, format_rate
+from detcoll.quantities import format_bytes, format_count, format_rate
 from detcoll.report.cells import TO, warnings
 from detcoll.report.inputs import ReportInputs
 from detcoll.report.page import command, facts, notes, page, part, section
@@ -108,7 +108,7 @@ def _headline(inputs: ReportInputs) -> tuple[str, str]:
         return NOTHING_MEASURED, "The result file contains no run. The reasons are listed below."
     ranks = len(inputs.traced[0].traces) if inputs.traced else 0
     if ranks:
-        return f"Planned and actual sends of {ranks} ranks", "From the traces of the ranks."
+        return f"Planned and actual sends of {format_count(ranks, 'rank')}", "From the traces of the ranks."
     return "Sites and links", "From the positions of the sites." if inputs.maps else "From a topology file."
 
 
@@ -120,19 +120,24 @@ def _setup(result: ReportedResult) -> str:
         parts.append(f"Workload: {told.get('script') or told['name']}")
     if told.get("iterations"):
         rounds = told.get("rounds") or 1
-        parts.append(f"{told['iterations']} iterations" + (f" in {rounds} rounds" if rounds > 1 else ""))
+        parts.append(format_count(told["iterations"], "iteration") + (f" in {rounds} rounds" if rounds > 1 else ""))
     if told.get("gradient_bytes"):
         parts.append(f"{format_bytes(told['gradient_bytes'])} of gradients")
     if told.get("compute_s"):
         parts.append(f"{time_text(told['compute_s'])} of computing")
     if told.get("sites"):
         parts.append(
-            f"{told['sites']} sites" + (f" of {told['ranks_per_site']} ranks" if told.get("ranks_per_site") else "")
+            f"{told['sites']} sites"
+            + (f" of {format_count(told['ranks_per_site'], 'rank')}" if told.get("ranks_per_site") else "")
         )
     parts += _lines(told.get("uplink_bytes_per_s"), told.get("round_trip_s"))
     if result.rows:
         row = result.rows[0]
-        parts += [f"{row.ranks} ranks in {row.sites} sites, {row.dtype}"] if row.ranks and row.sites else []
+        parts += (
+            [f"{format_count(row.ranks, 'rank')} in {format_count(row.sites, 'site')}, {row.dtype}"]
+            if row.ranks and row.sites
+            else []
+        )
     return ", ".join(parts) + "." if parts else "From a result file."
 
 

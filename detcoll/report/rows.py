@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text, time_unit
 from detcoll.measure.results import Row
-from detcoll.quantities import format_bytes
+from detcoll.quantities import format_bytes, format_count
 from detcoll.registry import SLOTTED, title_of
 from detcoll.report.cells import (
     NOTHING,
@@ -39,7 +39,7 @@ def row_headline(result: ReportedResult) -> str | None:
     if not known and limits:
         return no_headline(limits)
     if not known:
-        return f"Times of {len(result.rows)} calls of collectives" if result.rows else None
+        return f"Times of {format_count(len(result.rows), 'collective')}" if result.rows else None
     best = max(known, key=lambda row: (row.transport == SLOTTED, row.fraction_of_bound))
     share = percent(best.fraction_of_bound or 0.0, 0)
     hedge = ", at best" if len(known) > 1 else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detcoll.errors import UsageError
+from detcoll.quantities import format_count
 from detcoll.runtime.recorder import RECORD_SCHEMA
 
 log = logging.getLogger("detcoll")
@@ -156,7 +157,7 @@ def _behind(records: Sequence[dict[str, Any]]) -> list[str]:
         late = [stand for stand in members if stand.latest < furthest]
         if late:
             made = ", ".join(f"rank {stand.rank} has made {stand.latest + 1}" for stand in late)
-            told.append(f"{title}: {made} of {furthest + 1} calls that others made.")
+            told.append(f"{title}: {made} of {format_count(furthest + 1, 'call')} that others made.")
         awaited = {rank for stand in members for rank in stand.waits_for}
         here = {stand.rank: stand for stand in members}
         idle = sorted(rank for rank in awaited if rank in here and not here[rank].waits_for)

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text
-from detcoll.quantities import format_bytes, format_rate
+from detcoll.quantities import format_bytes, format_count, format_rate
 from detcoll.report.cells import NOTHING, share_cell, time_cell
 from detcoll.report.page import figure, heading, section, table, tile
 from detcoll.scenarios.study import DETERMINISTIC, SINGLE, Point, Study
@@ -35,11 +35,13 @@ def study_setup(study: Study) -> str:
     """Return a sentence about the simulated scenario."""
     facts, parts = study.scenario, list[str]()
     if facts.get("ranks"):
-        parts.append(f"{facts['ranks']} ranks")
+        parts.append(format_count(facts["ranks"], "rank"))
     if facts.get("parameters"):
         parts.append(f"{facts['parameters']:,} parameters")
     if facts.get("gradient_bytes"):
-        parts.append(f"{format_bytes(facts['gradient_bytes'])} of gradients in {facts.get('buckets', 1)} buckets")
+        parts.append(
+            f"{format_bytes(facts['gradient_bytes'])} of gradients in {format_count(facts.get('buckets', 1), 'bucket')}"
+        )
     if facts.get("compute_s"):
         parts.append(f"{time_text(facts['compute_s'])} of computing")
     if facts.get("longest_km"):
