@@ -116,14 +116,14 @@ def bench(
         Start ranks in emulated sites. Needs Linux, and no root: an ordinary user's lab is in a user namespace. Where
         those are forbidden, the command goes on as with --relay and says so.
     relay
-        Start ranks on this host and relay what they send between sites, with rate and delay alone. Of slotted only. The
-        options of --lab hold, but for service, cross traffic and reserved. With --lab --no-relay, the command ends
+        Start ranks on this host and relay what they send between sites, with rate and delay alone. For slotted only.
+        The options of --lab apply, except service, cross traffic and reserved. With --lab --no-relay, the command ends
         with an error where the lab is forbidden.
     slotting
-        With --lab, of slotted, which chooses unless given: calendar, turns (ranks of a site one by one; two sites),
-        share (pacing without slots), off.
+        With --lab, how slotted shares lines: calendar, turns (ranks of a site one by one; two sites), share (pacing
+        without slots), off. Slotted chooses unless given.
     timeout
-        Of a collective.
+        How long a collective may go without progress.
     deadline
         With --lab: how long one transport may take; "10 min" unless given.
     """

@@ -102,8 +102,8 @@ class OthersOptions:
     """What others send over emulated lines."""
 
     cross_traffic_kind: str | None = None
-    """What others' traffic is: bursts, which mind nobody (the default), or tcp, real TCP flows of the kernel's default
-    control that offer what --cross-traffic says, and from 1 on as much as TCP lets them."""
+    """What others' traffic is: bursts, which give way to nobody (the default), or tcp, real TCP flows of the kernel's
+    default control that offer what --cross-traffic says, and from 1 on as much as TCP lets them."""
 
     def kind(self, *, has_traffic: bool) -> CrossTrafficKind:
         """Return the kind of others' traffic.

@@ -42,7 +42,7 @@ class LengthOptions:
     """How much is measured."""
 
     iterations: int | None = None
-    """Measured in each setting; 60 for digits and 20 for synthetic unless given."""
+    """Iterations measured in each setting; 60 for digits and 20 for synthetic unless given."""
 
     rounds: int | None = None
     """In how many rounds the settings take turns, each of which starts the ranks anew; 4 unless given, 2 of a script.

@@ -76,7 +76,7 @@ class PlannedIteration(IterationOptions):
     """An iteration of the training that is to reach an efficiency."""
 
     compute: Quantity | None = None
-    """Of one iteration, such as "16 s"."""
+    """Computing time of one iteration, such as "16 s"."""
 
 
 _ANY, _COLLECTIVE, _ITERATION = PlannedOptions(), CollectiveOptions(), PlannedIteration()
@@ -99,7 +99,7 @@ def plan(
     """Show the calendar of a topology and a collective's plan on it: steps, bytes, rates and the predicted time.
 
     With --efficiency: what every site must reserve for a training to keep to that share of a single cluster's speed.
-    With --reservation: that, or the lines as they are, as a carrier wants to be asked.
+    With --reservation: that, or the lines as they are, in the form in which to ask a carrier for it.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def plan(
     efficiency
         A share of the single cluster's speed, such as 0.98.
     parameters
-        Of the model, for --efficiency; a scenario says it unless given. So for the five that follow.
+        Parameters of the model, for --efficiency. A scenario says it unless given, and the five that follow too.
     precision
         Element type of gradients.
     reservation

@@ -90,7 +90,7 @@ def simulate(
     efficiency
         Also tell which line every site needs for this efficiency; 0.98 unless given.
     parameters
-        Of the model.
+        Parameters of the model.
     slotting
         How flows share lines on the deterministic network; what jobs do unless given.
     variants

@@ -20,13 +20,13 @@ class IterationOptions:
     """What an iteration computes, and how its gradients are reduced."""
 
     compute: Quantity | None = None
-    """Of one iteration, such as "15.7 s"."""
+    """Computing time of one iteration, such as "15.7 s"."""
 
     backward: float | None = None
-    """Share of it in which gradients become final."""
+    """Share of the computing time in which gradients become final."""
 
     buckets: int | None = None
-    """Into which they are cut."""
+    """How many buckets gradients are cut into."""
 
     overlap: float | None = None
     """Share of the buckets that may be reduced beside the backward pass."""
