@@ -152,7 +152,7 @@ def test_a_quota_that_runs_out_limits_a_row_though_cores_are_idle() -> None:
     assert limit.why == "a container's quota of 1 core ran out in 95% of the measured time with 4 ranks"
     assert limit.fits == "lines of 200 Mbit/s, or 5 cores"
     [both] = limits_of_row(0.5, replace(load, processors_share=0.95, others_share=0.4), DIGITS) or ()
-    assert both.why == f"16 cores were 95% busy with 4 ranks, 40% with other programs; {limit.why}"
+    assert both.why == f"16 cores were 95% busy, 40% with programs other than 4 ranks; {limit.why}"
     across = replace(load, quota_out_share=0.05)
     [crowded] = limits_of_run(across, load, DIGITS, computes=True)
     assert crowded.why == (

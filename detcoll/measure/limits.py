@@ -137,7 +137,9 @@ def _processors(load: Load, scale: Scale, fits: str) -> tuple[Limit, ...]:
     if _are_full(load):
         busy = f"{_cores(load.cores)} were {load.processors_share:.0%} busy"
         taken = load.others_share or 0.0
-        whys.append(f"{busy} with {who}" if taken <= MOST_OF_OTHERS else f"{busy}, {taken:.0%} with programs other than {who}")
+        whys.append(
+            f"{busy} with {who}" if taken <= MOST_OF_OTHERS else f"{busy}, {taken:.0%} with programs other than {who}"
+        )
         if taken > MOST_OF_OTHERS:
             fits = f"a quiet machine, and {fits}" if scale.ranks > load.whole_cores else "a quiet machine"
     if _ran_out(load):
