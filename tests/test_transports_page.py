@@ -19,7 +19,7 @@ def test_it_quotes_each_step() -> None:
 def test_figures_are_true() -> None:
     text = " ".join(TEXT.split())
     lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "transports" / "detcoll_tcp").glob("*.py"))
-    assert lines < 150
+    assert lines < 160
     assert f"in {lines} lines" in text
     assert f"holds {HELD_BYTES // 2**20} MiB of each" in text
     assert f"up to {BEHIND} times as much" in text
