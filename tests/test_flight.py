@@ -22,7 +22,7 @@ from detcoll.cli import main
 from detcoll.errors import DeadlineMissed, PlanMismatch, UsageError
 from detcoll.job.flight import LARGEST_KEPT_JOBS, Flight, ask, running
 from detcoll.report.standing import findings, read_records, stands
-from detcoll.runtime.recorder import COLUMNS, LARGEST_RECORD, RECORD_SCHEMA, Recorder
+from detcoll.runtime.recorder import CALLED, COLUMNS, LARGEST_RECORD, RECORD_SCHEMA, Recorder
 
 
 def test_the_last_events_are_kept() -> None:
@@ -31,7 +31,8 @@ def test_the_last_events_are_kept() -> None:
         recorder.note(number, "call", 1, number, detail=("all_reduce", "sum", "float32", number, 0, 1, ""))
     rows = recorder.rows()
     assert len(rows) == LARGEST_RECORD
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == (*COLUMNS, "called")
+    assert rows[0]["called"] == dict(zip(CALLED, ("all_reduce", "sum", "float32", 5, 0, 1, ""), strict=True))
     assert rows[0]["detail"] == "all_reduce of 5 float32, sum"
     assert rows[-1]["at_ns"] == LARGEST_RECORD + 4
 

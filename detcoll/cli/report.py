@@ -15,6 +15,7 @@ from detcoll.draw import chrome_trace
 from detcoll.errors import UsageError
 from detcoll.outputs import require_folder, require_writable, write_file
 from detcoll.report import ReportInputs, gather, write_report
+from detcoll.report.flight_recorder import write_dumps
 from detcoll.report.standing import findings, read_records, recorded_jobs
 
 
@@ -24,6 +25,7 @@ def report(
     svg: bool = False,
     perfetto: Path | None = None,
     topology: Path | None = None,
+    torch: Path | None = None,
 ) -> int:
     """Make a page of pictures from result files and traces, or a trace that Perfetto opens.
 
@@ -43,13 +45,21 @@ def report(
         every line.
     topology
         Topology file that names the sites of the traces and tells their delays.
+    torch
+        Directory for the flight records of a job in the form of PyTorch's flight recorder; compare them with
+        "torchfrtrace DIRECTORY".
     """
     if not files:
         raise UsageError("FILES are missing; expected result files, traces or folders of them")
     require_writable(perfetto, "perfetto")
     if len(files) == 1 and files[0].is_dir() and any(files[0].glob("record*.json")):
         _print_records(files[0])
+        if torch is not None:
+            write_dumps(torch, read_records(files[0]))
+            print(f"torchfrtrace {torch}")
         return 0
+    if torch is not None:
+        raise UsageError(f"torch={str(torch)!r} takes one folder of flight records (record0.json and so on)")
     if len(files) == 1 and files[0].is_dir() and any(files[0].glob("*/record*.json")):
         _print_jobs(files[0])
         return 0

@@ -17,6 +17,8 @@ LARGEST_RECORD = 2_000
 """Number of events kept; the oldest are dropped first."""
 
 COLUMNS = ("at_ns", "event", "group", "sequence", "step", "peer", "detail")
+CALLED = ("kind", "op", "dtype", "count", "root", "arrays", "name")
+"""What a row of a ``call`` has beside `COLUMNS`, under the key ``called``."""
 
 Called = tuple[str, ReduceOp | str, np.dtype[Any] | str, int, int, int, str]
 """The arguments of `detcoll.descriptor.brief`, which formats them only when the events are read."""
@@ -45,15 +47,21 @@ class Recorder:
         self._events.append((at_ns, event, group, sequence, step, peer, detail))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the events as dictionaries with keys `COLUMNS`, the oldest first. Thread-safe."""
+        """Return the events as dictionaries with keys `COLUMNS`, the oldest first; see `CALLED`. Thread-safe."""
         while True:
             try:
                 events = list(self._events)
                 break
             except RuntimeError:  # another thread added an event during the copy
                 continue
-        return [dict(zip(COLUMNS, (*event[:-1], _text(event[-1])), strict=True)) for event in events]
+        return [_row(event) for event in events]
 
 
-def _text(detail: Detail) -> str:
-    return detail if isinstance(detail, str) else brief(*detail)
+def _row(event: Event) -> dict[str, Any]:
+    detail = event[-1]
+    if isinstance(detail, str):
+        return dict(zip(COLUMNS, event, strict=True))
+    row = dict(zip(COLUMNS, (*event[:-1], brief(*detail)), strict=True))
+    kind, op, dtype, *rest = detail
+    named = op.value if isinstance(op, ReduceOp) else op
+    return row | {"called": dict(zip(CALLED, (kind, named, str(dtype), *rest), strict=True))}
