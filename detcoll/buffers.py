@@ -2,7 +2,8 @@
 
 `bind` takes NumPy arrays, torch tensors, CuPy arrays, anything with DLPack or the CUDA array interface, and lists or
 tuples of those, which are coalesced. Host memory is never copied: the array is a view of it. Device memory and lists
-go through a staging array, which `Bound.load` fills before the collective and `Bound.store` gives back after.
+go through a staging array, which `Bound.load` fills before the collective and `Bound.store` gives back after. So does
+a `Pieces`, with which other rooms of detcoll bind host arrays that have gaps, or several as one.
 
 Everything is checked before anything moves. torch and CuPy are never imported here for somebody who did not: an object
 of theirs means that they are loaded already. Copies from and to a device run on the stream that was current where
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -39,16 +40,67 @@ _DLPACK_DEVICE = frozenset({2, 10})  # kDLCUDA, kDLROCM
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One array of the user, checked; ``host`` is a flat view of it unless it is on a device."""
+    """One array of the user, checked; ``host`` is a flat view of it unless it is staged.
+
+    ``address``, ``nbytes`` : the user's memory; no bytes for memory that no other call has to wait for.
+    """
 
     name: str
     dtype: np.dtype[Any]
     size: int
     device: str
     address: int
+    nbytes: int
     host: NDArray[Any] | None
     load: Callable[[NDArray[Any]], None]
     store: Callable[[NDArray[Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Host arrays, with or without gaps, that a call sees as one flat array, one after another. Always staged.
+
+    ``arrays`` : of one type; where the result is written, their elements do not overlap.  ``dtype`` : the type of the
+    staging array.  ``enter`` : what becomes of an array on its way into the staging array; by default nothing.
+    ``leave`` : what becomes of a result on its way back.  ``is_ordered`` : whether calls that use the same memory wait
+    for each other. They do if what they use lies in one range of addresses, though they may use different bytes of it.
+    """
+
+    arrays: Sequence[NDArray[Any]]
+    dtype: np.dtype[Any]
+    enter: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+    leave: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+    is_ordered: bool = True
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The number of elements of all arrays."""
+        return (sum(array.size for array in self.arrays),)
+
+    def load(self, staging: NDArray[Any]) -> None:
+        """Copy the arrays into a staging array."""
+        for array, piece in self._pairs(staging):
+            np.copyto(piece.reshape(array.shape), array if self.enter is None else self.enter(array), casting="unsafe")
+
+    def store(self, staging: NDArray[Any]) -> None:
+        """Copy a staging array back into the arrays."""
+        for array, piece in self._pairs(staging):
+            left = piece if self.leave is None else self.leave(piece)
+            np.copyto(array, left.reshape(array.shape), casting="unsafe")
+
+    def _pairs(self, staging: NDArray[Any]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        begin = 0
+        for array in self.arrays:
+            yield array, staging[begin : begin + array.size]
+            begin += array.size
+
+    def span(self) -> tuple[int, int]:
+        """Return the first address of the arrays, and how many bytes it is to their last one."""
+        bounds = [np.lib.array_utils.byte_bounds(array) for array in self.arrays if array.size]
+        if not bounds or not self.is_ordered:
+            return 0, 0
+        begin = min(low for low, _ in bounds)
+        return int(begin), int(max(high for _, high in bounds) - begin)
 
 
 class Bound(msgspec.Struct, frozen=True):
@@ -79,9 +131,7 @@ class Bound(msgspec.Struct, frozen=True):
         if not self.staged:
             begin: int = self.array.__array_interface__["data"][0]
             return ((begin, begin + self.array.nbytes),) if self.array.size else ()
-        return tuple(
-            (part.address, part.address + part.size * part.dtype.itemsize) for part in self._parts if part.size
-        )
+        return tuple((part.address, part.address + part.nbytes) for part in self._parts if part.nbytes)
 
     @property
     def cut(self) -> tuple[int, ...]:
@@ -176,6 +226,8 @@ def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, 
 def _part(x: Any, name: str, writable: bool) -> _Part:
     if isinstance(x, np.ndarray):
         return _numpy_part(x, name, writable)
+    if isinstance(x, Pieces):
+        return _Part(name, x.dtype, x.shape[0], "cpu", *x.span(), None, x.load, x.store)
     if _is_instance(x, "torch", "Tensor"):
         return _torch_part(x, name, writable)
     if _is_instance(x, "cupy", "ndarray"):
@@ -207,9 +259,10 @@ def _check_together(parts: Sequence[_Part]) -> None:
             )
         if part.device != first.device:
             raise UsageError(f"{part.name} is on {part.device}, {first.name} on {first.device}; expected one device")
-    by_address = sorted((part for part in parts if part.size), key=lambda part: part.address)
-    for low, high in pairwise(by_address):
-        if low.address + low.size * low.dtype.itemsize > high.address:
+    # The bytes of arrays with gaps may lie between each other's.
+    whole = [part for part in parts if part.nbytes and part.nbytes == part.size * part.dtype.itemsize]
+    for low, high in pairwise(sorted(whole, key=lambda part: part.address)):
+        if low.address + low.nbytes > high.address:
             raise UsageError(f"{low.name} and {high.name} share memory; expected arrays that do not overlap in a list")
 
 
@@ -245,7 +298,7 @@ def _host_part(flat: NDArray[Any], name: str) -> _Part:
         np.copyto(flat, piece)
 
     address: int = flat.__array_interface__["data"][0]
-    return _Part(name, flat.dtype, flat.size, "cpu", address, flat, load, store)
+    return _Part(name, flat.dtype, flat.size, "cpu", address, flat.nbytes, flat, load, store)
 
 
 def _torch_part(x: Any, name: str, writable: bool) -> _Part:
@@ -269,7 +322,7 @@ def _torch_part(x: Any, name: str, writable: bool) -> _Part:
                 host.copy_(flat)
 
     return _Part(
-        name, dtype, x.numel(), str(x.device), x.data_ptr(), None,
+        name, dtype, x.numel(), str(x.device), x.data_ptr(), x.numel() * dtype.itemsize, None,
         lambda piece: copy(False, piece), lambda piece: copy(True, piece),
     )  # fmt: skip
 
@@ -315,7 +368,7 @@ def _cupy_part(x: Any, name: str) -> _Part:
             flat.set(piece, stream=stream)
             stream.synchronize()
 
-    return _Part(name, x.dtype, x.size, f"cuda:{x.device.id}", x.data.ptr, None, load, store)
+    return _Part(name, x.dtype, x.size, f"cuda:{x.device.id}", x.data.ptr, x.nbytes, None, load, store)
 
 
 def _import_cupy(name: str) -> Any:

@@ -30,8 +30,10 @@ from detcoll.job.assembly import deadline_after
 from detcoll.job.caller import Caller
 from detcoll.job.job import Job
 from detcoll.job.opening import open_job
+from detcoll.launch.launchers import World
 from detcoll.messages import Messages
 from detcoll.plan import Calendar, Collective, Slotting, build_calendar
+from detcoll.rendezvous import Store
 from detcoll.runtime import Group
 from detcoll.runtime.group import group_id
 from detcoll.signature import signature_of
@@ -444,10 +446,10 @@ _open: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 def open_communicator(
     environ: Mapping[str, str], transport: str, topology: Topology | str | os.PathLike[str] | None,
-    timeout: float | None, reproducible: bool | None,
+    timeout: float | None, reproducible: bool | None, world: World | None = None, store: Store | None = None,
 ) -> Communicator:  # fmt: skip
-    """Open a job and return the communicator of its world; see `detcoll.init`."""
-    job = open_job(environ, transport, topology, timeout, reproducible)
+    """Open a job and return the communicator of its world; see `detcoll.init` and `open_job`."""
+    job = open_job(environ, transport, topology, timeout, reproducible, world, store)
     # Exit hooks run in reverse order of registration. The transport is imported by now and may have registered one that
     # closes its connections; ranks have to leave the job before that.
     atexit.unregister(close_all)

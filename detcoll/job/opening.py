@@ -17,10 +17,10 @@ from detcoll.job.assembly import Assembled, assemble, deadline_after
 from detcoll.job.calendars import agree_on_calendar, aligns_arrivals
 from detcoll.job.job import Job
 from detcoll.job.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
-from detcoll.launch.launchers import read_environment
+from detcoll.launch.launchers import World, read_environment
 from detcoll.plan import Calendar, Slotting
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
-from detcoll.rendezvous import Session, meet
+from detcoll.rendezvous import Session, Store, meet
 from detcoll.runtime import Aligning, Routes, Timekeeper, align_arrivals
 from detcoll.topology import Topology
 from detcoll.transport import host_identity
@@ -46,16 +46,22 @@ def open_job(
     topology: Topology | str | os.PathLike[str] | None,
     timeout: float | None,
     reproducible: bool | None,
+    world: World | None = None,
+    store: Store | None = None,
 ) -> Job:
-    """Meet all ranks and return this rank's part of the job; see `detcoll.init`."""
+    """Meet all ranks and return this rank's part of the job; see `detcoll.init`.
+
+    ``world`` and ``store``, where given, say who this rank is and through what it meets the others, whatever launched
+    it.
+    """
     configure_logging(environ.get("DETCOLL_LOG"))
-    world = read_environment(environ)
+    world = world or read_environment(environ)
     if not world.local_rank:  # warn once a host
         warn_of_unknown(environ)
     settings = read_settings(environ, world.size, transport, topology, timeout, reproducible)
     deadline_ns = deadline_after(settings.timeout_s)
     _raise_limit_of_descriptors()
-    session = meet(world, deadline_ns, environ, tolerance_ns=round(settings.tolerance_s * 1e9))
+    session = meet(world, deadline_ns, environ, store, tolerance_ns=round(settings.tolerance_s * 1e9))
     try:
         facts = _introduce(session, settings, world.site or "", world.launcher, deadline_ns)
         placed = place(settings.topology, [fact.site for fact in facts])

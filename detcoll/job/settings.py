@@ -139,7 +139,7 @@ def read_settings(
     if not isinstance(transport, str):
         raise UsageError(f"transport={transport!r} must be a name such as 'auto' or 'slotted'")
     asked = environ.get("DETCOLL_SLOTTING")
-    slotting, where = Slotting.parse(asked) if asked else None, _topology(environ, size, topology)
+    slotting, where = Slotting.parse(asked) if asked else None, read_topology(environ, size, topology)
     check_slotting(slotting, where)
     insecure = accepts_insecurity(environ)
     parse_flag(environ.get("DETCOLL_REALTIME", ""), "DETCOLL_REALTIME", default=True)  # for `detcoll.priority`
@@ -265,7 +265,8 @@ def place(topology: Topology, sites: Sequence[str]) -> Topology:
     return topology.placed(sites)
 
 
-def _topology(environ: Mapping[str, str], size: int, given: Topology | str | os.PathLike[str] | None) -> Topology:
+def read_topology(environ: Mapping[str, str], size: int, given: Topology | str | os.PathLike[str] | None) -> Topology:
+    """Return the topology of a world of ``size``: the environment's, else the caller's, else one site."""
     path = environ.get("DETCOLL_TOPOLOGY")
     if path:
         return Topology.from_file(path, size)

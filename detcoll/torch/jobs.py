@@ -1,0 +1,230 @@
+"""Which job a process group belongs to.
+
+The first group opens a job of its ranks, which meet through the store that torch gives to the group. A later group
+whose ranks are all in an open job becomes a group of that job, so that all of them share the lines. So does a group
+beside a default group of another backend, if its ranks are in a job; else it opens a job of its own, with its share of
+the lines.
+
+torch hands the same store, with the same prefix, to every group that a process makes after it destroyed one. So each
+rank counts its groups in the store, and ranks meet under the number of theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+
+from detcoll.communicator import Communicator, open_communicator
+from detcoll.errors import ConnectError, UsageError
+from detcoll.job.settings import read_topology
+from detcoll.launch.launchers import World
+from detcoll.quantities import LONGEST_TIMEOUT_S
+from detcoll.topology import Site, Topology
+from detcoll.torch.settings import Options
+from detcoll.transport import host_identity
+
+_PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE")
+
+
+class _Introduction(msgspec.Struct, frozen=True):
+    """What a rank tells the others through the store."""
+
+    host: str
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who makes a group.
+
+    ``ranks`` : of torch's default group, in the order of the new group.  ``world`` : how many ranks the default group
+    has.  ``rank`` : this rank's number in the new group.  ``name`` : the name that torch gives to the group, equal on
+    its ranks.
+    """
+
+    ranks: tuple[int, ...]
+    world: int
+    rank: int
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class _Opened:
+    """A job that a group opened; ``users`` counts its groups that are not closed."""
+
+    ranks: tuple[int, ...]
+    communicator: Communicator
+    users: int = 0
+
+
+class Lease:
+    """A group of a job, which ends with the last of its groups."""
+
+    def __init__(self, job: _Opened, communicator: Communicator) -> None:
+        self._job: _Opened | None = job
+        self.communicator = communicator
+        job.users += 1
+
+    def close(self, timeout: float) -> None:
+        """Leave the group, and the job after its last group."""
+        with _lock:
+            job, self._job = self._job, None
+            if job is None:
+                return
+            job.users -= 1
+            is_last = not job.users
+            if is_last:
+                _jobs.remove(job)
+        if self.communicator is not job.communicator and not is_last:
+            self.communicator.close(timeout)
+        if is_last:
+            job.communicator.finalize(timeout)
+
+    def abort(self, reason: str) -> None:
+        """End the group on all its ranks; the job too, if this is its last group."""
+        with _lock:
+            job, self._job = self._job, None
+            if job is None:
+                return
+            job.users -= 1
+            if not job.users:
+                _jobs.remove(job)
+        self.communicator.abort(reason)
+        if not job.users:
+            job.communicator.abort(reason)
+
+
+_lock = threading.Lock()
+_jobs: list[_Opened] = []
+
+
+def _forget() -> None:
+    _jobs.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def lease(members: Members, store: Any, timeout: timedelta, options: Options) -> Lease:
+    """Return the group of detcoll for a process group; all its members must call it.
+
+    Raises
+    ------
+    UsageError, ConnectError, TransportUnavailable, PeerLost
+        See `detcoll.init` and `Communicator.group`.
+    """
+    seconds = seconds_of(timeout)
+    with _lock:
+        job = next((job for job in _jobs if set(members.ranks) <= set(job.ranks) and job.communicator.usable), None)
+    if job is None:
+        opened = _open(members, store, seconds, options)
+        opened.timeout = seconds
+        job = _Opened(members.ranks, opened)
+        with _lock:
+            _jobs.append(job)
+            return Lease(job, opened)
+    communicator = job.communicator.group([job.ranks.index(rank) for rank in members.ranks], members.name[:64])
+    communicator.timeout = seconds
+    with _lock:
+        return Lease(job, communicator)
+
+
+def seconds_of(timeout: timedelta) -> float:
+    """Return a timeout of torch in seconds, at most what detcoll takes."""
+    return min(timeout.total_seconds(), LONGEST_TIMEOUT_S)
+
+
+def _open(members: Members, store: Any, seconds: float, options: Options) -> Communicator:
+    """Open a job whose ranks meet through a store of torch."""
+    rank, size, environ = members.rank, len(members.ranks), os.environ
+    own = _Introduction(environ.get("DETCOLL_HOST") or host_identity(), environ.get("DETCOLL_SITE", ""))
+    key, introductions = _introduce(own, rank, size, store)
+    hosts = [each.host for each in introductions]
+    neighbours = [other for other in range(size) if hosts[other] == hosts[rank]]
+    world = World(
+        rank, size, neighbours.index(rank), len(neighbours), "torch", "alone" if size == 1 else "store", None, key
+    )
+    topology = _topology(environ, members, options, introductions)
+    own_environ = {name: value for name, value in environ.items() if name not in _PLACING}
+    return open_communicator(
+        own_environ, options.transport, topology, seconds, options.reproducible, world, _Prefixed(store, key)
+    )
+
+
+class _Prefixed:
+    """The store of one meeting."""
+
+    def __init__(self, store: Any, prefix: str) -> None:
+        self._store, self._prefix = store, prefix
+
+    def set(self, key: str, value: str) -> None:
+        """Store ``value`` under ``key``."""
+        self._store.set(f"{self._prefix}/{key}", value)
+
+    def get(self, key: str) -> bytes:
+        """Return the value of ``key``; wait for it until the store's timeout."""
+        return bytes(self._store.get(f"{self._prefix}/{key}"))
+
+
+def _introduce(own: _Introduction, rank: int, size: int, store: Any) -> tuple[str, list[_Introduction]]:
+    """Tell the other ranks where this one is; return a name of this meeting, and what all ranks tell."""
+    round_number = store.add(f"detcoll/{rank}/rounds", 1)
+    prefix = f"detcoll/{round_number}"
+    store.set(f"{prefix}/{rank}", msgspec.json.encode(own).decode())
+    told = []
+    for other in range(size):
+        try:
+            told.append(msgspec.json.decode(store.get(f"{prefix}/{other}"), type=_Introduction))
+        except RuntimeError as error:  # of torch's stores
+            raise ConnectError(
+                f"rank {other} did not make its process group number {round_number} in time ({error})"
+            ) from error
+    return prefix, told
+
+
+def _topology(
+    environ: Mapping[str, str], members: Members, options: Options, introductions: Sequence[_Introduction]
+) -> Topology:
+    """Return the topology of the members: their part of the one given, else one that groups them by site or host."""
+    sites = [each.site for each in introductions]
+    if any(sites) and not all(sites):
+        silent = [members.ranks[number] for number, site in enumerate(sites) if not site]
+        raise UsageError(f"DETCOLL_SITE must be set on all ranks or on none; ranks {silent} lack it")
+    if options.topology is None and not any(environ.get(name) for name in ("DETCOLL_TOPOLOGY", "DETCOLL_SITES")):
+        hosts = list(dict.fromkeys(each.host for each in introductions))
+        return _grouped(sites if any(sites) else [f"host{hosts.index(each.host)}" for each in introductions])
+    whole = read_topology(environ, members.world, options.topology)
+    if not any(sites):
+        return whole.restricted(members.ranks)
+    if len(members.ranks) == members.world:
+        return whole.placed(sites)
+    return whole.restricted(_stand_ins(whole, sites, members))
+
+
+def _grouped(names: Sequence[str]) -> Topology:
+    """Return sites without lines, in the order of their first ranks."""
+    if len(set(names)) == 1:
+        return Topology.single_site(len(names))
+    return Topology(
+        tuple(
+            Site(name, tuple(rank for rank, other in enumerate(names) if other == name))
+            for name in dict.fromkeys(names)
+        )
+    )
+
+
+def _stand_ins(whole: Topology, sites: Sequence[str], members: Members) -> list[int]:
+    """Return for each member a rank of its site in the topology, which says nothing of who is where."""
+    free = {site.name: list(site.ranks) for site in whole.sites}
+    chosen = []
+    for rank, name in zip(members.ranks, sites, strict=True):
+        if not free.get(name):
+            raise UsageError(f"rank {rank} says it is in site {name!r}, where the topology has no rank for it")
+        chosen.append(free[name].pop(0))
+    return chosen

@@ -1,0 +1,376 @@
+"""The collectives and messages of torch, under their old and new names, as calls of a communicator.
+
+torch 2.4 to 2.14 call the same things by different names, and its C++ code calls some of them too. Arguments are
+checked inside the call of detcoll, so what one rank refuses ends that call on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from detcoll.arguments import of_blocks, on_one_array, rank_of, to_root
+from detcoll.communicator import Communicator
+from detcoll.errors import UsageError
+from detcoll.job.caller import Request
+from detcoll.torch.tensors import (
+    Buffer,
+    joined,
+    name_of,
+    one_type,
+    readable,
+    reduction_of,
+    view_of,
+    writable,
+)
+from detcoll.torch.work import Work, all_of
+
+
+class Kinds:
+    """The part of a process group that makes calls.
+
+    Methods take what torch's own groups take: tensors, and an object of options. They return a `Work`, of which those
+    that torch asks to wait for have ended.
+    """
+
+    @property
+    def communicator(self) -> Communicator:
+        """The communicator that carries out the calls."""
+        raise NotImplementedError
+
+    def _run(
+        self, kind: str, check: Callable[[], Request], result: list[Tensor], opts: Any, name: str
+    ) -> Work:  # fmt: skip
+        """Make a collective call."""
+        raise NotImplementedError
+
+    def _kept(self, work: Work) -> Work:
+        """Return a work, after taking note of it."""
+        raise NotImplementedError
+
+    def getSize(self) -> int:
+        """Return the number of ranks."""
+        return self.communicator.size
+
+    def getRank(self) -> int:
+        """Return this rank's number in the group."""
+        return self.communicator.rank
+
+    def allreduce(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
+        """Reduce a tensor over all ranks, in place."""
+        listed = _list(tensors)
+        return self._all_reduce(listed, listed, opts) if len(listed) == 1 else self.allreduce_coalesced(listed, opts)
+
+    def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
+        """Reduce several tensors over all ranks, in place."""
+        return all_of([self._all_reduce(alike, alike, opts) for alike in _by_type(tensors)])
+
+    def _all_reduce(self, tensors: list[Tensor], result: list[Tensor], opts: Any) -> Work:
+        def check() -> Request:
+            reduction = reduction_of(_op(opts), tensors[0].dtype, self.getSize())
+            buffers = [reduction.of(writable(each)) for each in tensors]
+            return on_one_array("all_reduce", buffers[0] if len(buffers) == 1 else buffers, reduction.op)
+
+        return self._run("all_reduce", check, result, opts, self._reduction_name(opts, tensors))
+
+    def reduce(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
+        """Reduce a tensor over all ranks into that of the root."""
+        tensor, root = _only(tensors), _root(opts)
+
+        def check() -> Request:
+            reduction = reduction_of(_op(opts), tensor.dtype, self.getSize())
+            own, rank = self.getRank(), rank_of("rootRank", root, self.getSize())
+            buffer = reduction.of(writable(tensor) if own == rank else readable(tensor))
+            return to_root("reduce", buffer, reduction.op, rank, own)
+
+        return self._run("reduce", check, [tensor], opts, self._reduction_name(opts, [tensor]))
+
+    def reduce_scatter(self, outputs: Sequence[Tensor] | Tensor, inputs: Any, opts: Any = None, *_: Any) -> Work:
+        """Reduce a list of tensors over all ranks and give each rank one of the results."""
+        output, given = _only(outputs), _inner(inputs)
+
+        def check() -> Request:
+            reduction = reduction_of(_op(opts), output.dtype, self.getSize())
+            self._one_for_each(given, "input_list")
+            return of_blocks(
+                "reduce_scatter", self.getSize(), self.getRank(),
+                reduction.of(joined(given, "input_list", is_written=False)), reduction.of(writable(output, "output")),
+                op=reduction.op, counts=_uneven(given),
+            )  # fmt: skip
+
+        return self._run("reduce_scatter", check, [output], opts, self._reduction_name(opts, [output]))
+
+    def reduce_scatter_single(self, output: Tensor, given: Tensor, opts: Any = None, *_: Any) -> Work:
+        """Reduce a tensor over all ranks and give each rank its block of the result."""
+        return self.reduce_scatter_single_coalesced([output], [given], opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> Work:  # fmt: skip
+        """Reduce several tensors over all ranks and give each rank its blocks of the results."""
+        return all_of([self._reduce_scatter(*alike, opts) for alike in _pairs_by_type(outputs, inputs)])
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def _reduce_scatter(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Work:
+        def check() -> Request:
+            reduction = reduction_of(_op(opts), outputs[0].dtype, self.getSize())
+            return of_blocks(
+                "reduce_scatter", self.getSize(), self.getRank(),
+                _single([reduction.of(readable(each, "input")) for each in inputs]),
+                _single([reduction.of(writable(each, "output")) for each in outputs]), op=reduction.op,
+            )  # fmt: skip
+
+        return self._run("reduce_scatter", check, outputs, opts, self._reduction_name(opts, outputs))
+
+    def broadcast(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
+        """Copy a tensor of the root into those of all ranks."""
+        tensor, root = _only(tensors), _root(opts)
+
+        def check() -> Request:
+            return on_one_array("broadcast", writable(tensor), root=rank_of("rootRank", root, self.getSize()))
+
+        return self._run("broadcast", check, [tensor], opts, name_of(tensor.dtype))
+
+    def allgather(self, outputs: Any, inputs: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
+        """Gather a tensor of each rank into a list on all ranks; sizes may differ between ranks."""
+        given, taken = _only(inputs), _inner(outputs)
+
+        def check() -> Request:
+            self._one_for_each(taken, "tensor_list")
+            if given.numel() != taken[self.getRank()].numel():
+                raise UsageError(
+                    f"tensor has {given.numel()} elements; expected {taken[self.getRank()].numel()}, as tensor_list "
+                    f"has for rank {self.getRank()}"
+                )
+            return of_blocks(
+                "all_gather", self.getSize(), self.getRank(), readable(given),
+                joined(taken, "tensor_list", is_written=True), counts=_uneven(taken),
+            )  # fmt: skip
+
+        return self._run("all_gather", check, taken, opts, name_of(given.dtype))
+
+    def allgather_coalesced(
+        self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None
+    ) -> Work:  # fmt: skip
+        """Gather a list of tensors of each rank into a list for each rank, on all ranks."""
+        given, taken = list(inputs), [each for row in outputs for each in row]
+
+        def check() -> Request:
+            self._one_for_each(outputs, "output_tensor_lists")
+            return of_blocks(
+                "all_gather", self.getSize(), self.getRank(), joined(given, "input_tensor_list", is_written=False),
+                joined(taken, "output_tensor_lists", is_written=True),
+            )  # fmt: skip
+
+        return self._run("all_gather", check, taken, opts, name_of(given[0].dtype) if given else "")
+
+    def all_gather_single(self, output: Tensor, given: Tensor, opts: Any = None, *_: Any) -> Work:
+        """Concatenate the tensors of all ranks on all ranks."""
+        return self.all_gather_single_coalesced([output], [given], opts)
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> Work:  # fmt: skip
+        """Concatenate, for each of several tensors, those of all ranks on all ranks."""
+        return all_of([self._all_gather(*alike, opts) for alike in _pairs_by_type(outputs, inputs)])
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def _all_gather(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Work:
+        def check() -> Request:
+            return of_blocks(
+                "all_gather", self.getSize(), self.getRank(), _single([readable(each, "input") for each in inputs]),
+                _single([writable(each, "output") for each in outputs]),
+            )  # fmt: skip
+
+        return self._run("all_gather", check, outputs, opts, name_of(inputs[0].dtype))
+
+    def gather(self, outputs: Any, inputs: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
+        """Gather a tensor of each rank into a list on the root."""
+        given, root = _only(inputs), _root(opts)
+        taken = _inner(outputs) if outputs else []
+
+        def check() -> Request:
+            is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
+            if is_root:
+                self._one_for_each(taken, "gather_list")
+            out = joined(taken, "gather_list", is_written=True) if is_root else None
+            return of_blocks("gather", self.getSize(), self.getRank(), readable(given), out, root=root)
+
+        return self._run("gather", check, taken, opts, name_of(given.dtype))
+
+    def scatter(self, outputs: Sequence[Tensor] | Tensor, inputs: Any, opts: Any = None, *_: Any) -> Work:
+        """Give each rank one tensor of a list of the root."""
+        output, root = _only(outputs), _root(opts)
+        given = _inner(inputs) if inputs else []
+
+        def check() -> Request:
+            is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
+            if is_root:
+                self._one_for_each(given, "scatter_list")
+            x = joined(given, "scatter_list", is_written=False) if is_root else None
+            return of_blocks("scatter", self.getSize(), self.getRank(), x, writable(output, "output"), root=root)
+
+        return self._run("scatter", check, [output], opts, name_of(output.dtype))
+
+    def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None, *_: Any) -> Work:
+        """Send a tensor to every rank, and get one from each; sizes may differ."""
+        given, taken = list(inputs), list(outputs)
+
+        def check() -> Request:
+            self._one_for_each(given, "input_tensor_list")
+            self._one_for_each(taken, "output_tensor_list")
+            return self._to_all(
+                joined(given, "input_tensor_list", is_written=False),
+                joined(taken, "output_tensor_list", is_written=True),
+                [each.numel() for each in given], [each.numel() for each in taken],
+            )  # fmt: skip
+
+        return self._run("all_to_all", check, taken, opts, name_of(given[0].dtype) if given else "")
+
+    def all_to_all_single(
+        self, output: Tensor, given: Tensor, out_splits: Sequence[int] = (), splits: Sequence[int] = (),
+        opts: Any = None, *_: Any,
+    ) -> Work:  # fmt: skip
+        """Send a block of a tensor to every rank, and get one from each; splits count rows of the first axis."""
+
+        def check() -> Request:
+            return self._to_all(
+                readable(given, "input"), writable(output, "output"),
+                self._counts(given, splits, "input"), self._counts(output, out_splits, "output"),
+            )  # fmt: skip
+
+        return self._run("all_to_all", check, [output], opts, name_of(given.dtype))
+
+    alltoall_base = all_to_all_single
+
+    def _to_all(self, x: Buffer, out: Buffer, counts: list[int], out_counts: list[int]) -> Request:
+        """Return the request for an all-to-all, which always states its sizes: another rank's may differ."""
+        size, rank = self.getSize(), self.getRank()
+        return of_blocks("all_to_all", size, rank, x, out, counts=counts, out_counts=out_counts)
+
+    def _counts(self, tensor: Tensor, splits: Sequence[int], name: str) -> list[int]:
+        """Return how many elements each rank has of a tensor, by rows for each rank; equal parts without those."""
+        rows, size = tensor.shape[0] if tensor.dim() else 1, self.getSize()
+        if splits:
+            if len(splits) != size or sum(splits) != rows or min(splits) < 0:
+                raise UsageError(
+                    f"{name}_split_sizes={list(splits)}; expected {size} numbers that add up to the {rows} rows"
+                )
+            row = tensor.numel() // rows if rows else 0
+            return [count * row for count in splits]
+        if rows % size:
+            raise UsageError(f"{name} has {rows} rows; expected a multiple of {size}, as many for each rank")
+        return [tensor.numel() // size] * size
+
+    def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Work:
+        """Send a tensor to another rank."""
+        tensor = _only(tensors)
+        array = np.ascontiguousarray(view_of(tensor)).reshape(-1)
+        inner = self.communicator.send(array, dst, tag, async_op=True, name=name_of(tensor.dtype))
+        return self._kept(Work(inner, [tensor], None))
+
+    def recv(self, tensors: Sequence[Tensor], src: int | None, tag: int = 0) -> Work:
+        """Receive a tensor from another rank; from any if ``src`` is None."""
+        tensor = _only(tensors)
+        buffer = writable(tensor, is_ordered=False)
+        inner = self.communicator.recv(buffer, src, tag, async_op=True, name=name_of(tensor.dtype))
+        return self._kept(Work(inner, [tensor], None))
+
+    def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
+        """Receive a tensor from any rank; `Work.source_rank` tells which."""
+        return self.recv(tensors, None, tag)
+
+    recvAnysource = recv_anysource
+
+    def barrier(self, opts: Any = None, *_: Any) -> Work:
+        """Block until all ranks have called it."""
+
+        def check() -> Request:
+            return on_one_array("barrier", np.zeros(1, np.uint8), "max")
+
+        return self._run("barrier", check, [], opts, "")
+
+    def _reduction_name(self, opts: Any, tensors: Sequence[Tensor]) -> str:
+        """Return how ranks tell a reduction from others that detcoll does alike."""
+        try:
+            return reduction_of(_op(opts), tensors[0].dtype, self.getSize()).name
+        except UsageError:
+            return ""  # the check raises it
+
+    def _one_for_each(self, listed: Sequence[Any], name: str) -> None:
+        if len(listed) != self.getSize():
+            raise UsageError(f"{name} has {len(listed)} entries; expected one for each of {self.getSize()} ranks")
+
+
+def _list(tensors: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _only(tensors: Sequence[Tensor] | Tensor) -> Tensor:
+    listed = _list(tensors)
+    if len(listed) != 1:
+        raise UsageError(f"{len(listed)} tensors; expected one for each process")
+    return listed[0]
+
+
+def _inner(lists: Any) -> list[Tensor]:
+    """Return the only list of a list of lists; torch also passes it bare."""
+    if lists and not isinstance(lists[0], Tensor):
+        if len(lists) != 1:
+            raise UsageError(f"{len(lists)} lists of tensors; expected one for each process")
+        return list(lists[0])
+    return list(lists)
+
+
+def _single(buffers: list[Buffer]) -> Any:
+    return buffers[0] if len(buffers) == 1 else buffers
+
+
+def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors of each type, in the order of their first ones."""
+    alike: dict[object, list[Tensor]] = {}
+    for each in tensors:
+        alike.setdefault(each.dtype, []).append(each)
+    return list(alike.values())
+
+
+def _pairs_by_type(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return outputs and inputs of each type."""
+    if len(outputs) != len(inputs):
+        raise UsageError(f"{len(outputs)} outputs for {len(inputs)} inputs; expected as many")
+    alike: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for output, given in zip(outputs, inputs, strict=True):
+        one_type([given, output], "tensors")
+        pair = alike.setdefault(given.dtype, ([], []))
+        pair[0].append(output)
+        pair[1].append(given)
+    return list(alike.values())
+
+
+def _uneven(tensors: Sequence[Tensor]) -> list[int] | None:
+    """Return the sizes of tensors, or None if they are all the same."""
+    counts = [each.numel() for each in tensors]
+    return counts if len(set(counts)) > 1 else None
+
+
+def _op(opts: Any) -> Any:
+    """Return the reduction that is asked for; torch also passes it bare."""
+    if opts is None:
+        return dist.ReduceOp.SUM
+    return getattr(opts, "reduceOp", opts)
+
+
+def _root(opts: Any) -> int:
+    if isinstance(opts, int):
+        return opts
+    return int(getattr(opts, "rootRank", 0))

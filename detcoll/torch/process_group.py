@@ -1,0 +1,192 @@
+"""The process group: what torch asks of every group, and how its calls are carried out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from detcoll.communicator import Communicator
+from detcoll.errors import DetcollError, UsageError
+from detcoll.job.caller import Request
+from detcoll.torch.jobs import Lease, Members, lease, seconds_of
+from detcoll.torch.kinds import Kinds
+from detcoll.torch.scopes import Lanes
+from detcoll.torch.settings import Options
+from detcoll.torch.work import Work, all_of
+
+log = logging.getLogger("detcoll")
+
+CLOSING_S = 10.0
+"""How long a group that is destroyed waits for its calls and for the other ranks."""
+
+
+class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
+    """A process group of torch on a communicator of detcoll; `create` makes it."""
+
+    def __init__(self, lease: Lease, timeout: timedelta, name: str) -> None:
+        super().__init__(lease.communicator.rank, lease.communicator.size)
+        self._lease, self._timeout, self._name, self._desc = lease, timeout, name, ""
+        self._lanes = Lanes(lease.communicator)
+        self._coalesced: list[Work] | None = None
+        self._bound_device: torch.device | None = None
+
+    @property
+    def communicator(self) -> Communicator:
+        """The communicator that carries out the calls."""
+        return self._lease.communicator
+
+    def getBackendName(self) -> str:
+        """Return the name under which the backend is registered."""
+        return "detcoll"
+
+    name = getBackendName
+    _get_backend_name = getBackendName
+
+    def getGroupName(self) -> str:
+        """Return the name that torch gave to the group."""
+        return self._name
+
+    def setGroupName(self, name: str) -> None:
+        """Take the name that torch gives to the group."""
+        self._name = name
+
+    def getGroupDesc(self) -> str:
+        """Return what the group is for."""
+        return self._desc
+
+    def setGroupDesc(self, desc: str) -> None:
+        """Take what the group is for."""
+        self._desc = desc
+
+    @property
+    def bound_device_id(self) -> torch.device | None:
+        """The device that torch binds the group to; None on the host."""
+        return self._bound_device
+
+    @bound_device_id.setter
+    def bound_device_id(self, device: torch.device | None) -> None:
+        self._bound_device = device
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu")]
+
+    @property
+    def supports_splitting(self) -> bool:
+        """False: torch makes groups with `new_group`."""
+        return False
+
+    @property
+    def supports_coalescing(self) -> bool:
+        """False: a batch of sends and receives is a list of calls."""
+        return False
+
+    @property
+    def supports_time_estimate(self) -> bool:
+        """False: see `detcoll.Communicator.predict`."""
+        return False
+
+    def _get_backend(self, device: torch.device) -> ProcessGroup:
+        if torch.device(device).type != "cpu":
+            raise RuntimeError(f"the backend 'detcoll' has no backend for {device}; expected the device 'cpu'")
+        return self
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Do nothing: detcoll numbers its calls."""
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self.communicator.timeout = seconds_of(timeout)
+
+    set_timeout = _set_default_timeout
+
+    def shutdown(self) -> None:
+        """Wait for the calls to end and leave the group; what goes wrong meanwhile is only logged."""
+        try:
+            if self.communicator.usable:
+                self._lanes.close(CLOSING_S)
+            self._lease.close(CLOSING_S)
+        except DetcollError as error:
+            log.warning("rank %d: closing the process group %s: %s", self.rank(), self._name, error)
+
+    def abort(self) -> None:
+        """End the group on all its ranks, without waiting."""
+        self._lease.abort(f"the process group {self._name} was aborted")
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """Block until all ranks have called it, at most for ``timeout``; the error names those that have not."""
+        self.communicator.barrier(timeout=seconds_of(timeout or self._timeout))
+
+    def _start_coalescing(self, device: torch.device | None = None) -> None:
+        self._coalesced = []
+
+    def _end_coalescing(self, device: torch.device | None = None) -> Work:
+        works, self._coalesced = self._coalesced or [], None
+        return all_of(works)
+
+    start_coalescing, end_coalescing = _start_coalescing, _end_coalescing
+
+    def _run(
+        self, kind: str, check: Callable[[], Request], result: list[Tensor], opts: Any, name: str
+    ) -> Work:  # fmt: skip
+        """Make a call: at once if torch waits for it, else in the background."""
+        timeout = _timeout(opts)
+        communicator, label, scope = self._lanes.next(self.communicator.timeout if timeout is None else timeout)
+        is_async = getattr(opts, "asyncOp", True)
+        called = f"{label} {name}".strip() if label else name
+        inner = communicator._run(kind, check, is_async, timeout, called)
+        return self._kept(Work(inner if is_async else None, result, scope))
+
+    def _kept(self, work: Work) -> Work:
+        if self._coalesced is not None:
+            self._coalesced.append(work)
+        return work
+
+
+def create(*arguments: Any) -> ProcessGroup:
+    """Return the process group for what torch passes to a backend.
+
+    That is torch's object of options and those of the user, or a store, a rank, a world size and perhaps a timeout.
+    """
+    options = Options()
+    if len(arguments) >= 3:
+        store, rank, size = arguments[:3]
+        timeout = arguments[3] if len(arguments) > 3 else timedelta(minutes=30)
+        ranks, name = tuple(range(size)), ""
+    else:
+        given = arguments[0]
+        if len(arguments) > 1 and arguments[1] is not None:
+            if not isinstance(arguments[1], Options):
+                raise UsageError(f"pg_options={arguments[1]!r}; expected a detcoll.torch.Options")
+            options = arguments[1]
+        store, rank, size, timeout = given.store, given.group_rank, given.group_size, given.timeout
+        ranks, name = tuple(given.global_ranks_in_group) or tuple(range(size)), given.group_id
+    world = dist.get_world_size() if dist.is_initialized() else size
+    members = Members(ranks, world, rank, name)
+    return ProcessGroup(lease(members, store, timeout, options), timeout, name)
+
+
+def communicator(group: Any = None) -> Communicator:
+    """Return the communicator behind a process group, by default torch's default group.
+
+    Raises
+    ------
+    UsageError
+        If the group is not one of the backend ``"detcoll"``.
+    """
+    found = dist.group.WORLD if group is None else group
+    if not isinstance(found, ProcessGroup):
+        raise UsageError(f"group={group!r} is not a process group of the backend 'detcoll'")
+    return found.communicator
+
+
+def _timeout(opts: Any) -> float | None:
+    """Return the timeout of a call in seconds, or None for that of the group."""
+    timeout = opts if isinstance(opts, timedelta) else getattr(opts, "timeout", None)
+    return seconds_of(timeout) if timeout is not None and timeout.total_seconds() > 0 else None

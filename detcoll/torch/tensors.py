@@ -1,0 +1,226 @@
+"""From torch's tensors to what a collective works on, and from torch's reductions to detcoll's.
+
+A tensor without gaps is bound as it lies in memory. One with gaps, or a list that torch takes as one array, becomes
+`Pieces`, which are staged. Types that detcoll has no arithmetic for travel as unsigned integers of their size; the name
+of the call then says which type it is, so that ranks notice where it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from detcoll.buffers import Pieces
+from detcoll.errors import UsageError
+from detcoll.types import BFLOAT16, is_complex, is_float, is_half
+
+Array = NDArray[Any]
+Buffer = Array | Pieces
+"""What `detcoll.buffers.bind` takes."""
+
+_OWN = frozenset(
+    {
+        torch.float16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+        torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex64, torch.complex128,
+    }
+)  # fmt: skip
+"""Types that NumPy has as well."""
+_BY_SIZE = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return how a call names a type that travels as bytes; empty for those that detcoll has itself."""
+    return "" if dtype in _OWN or dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+
+
+def view_of(tensor: torch.Tensor, name: str = "tensor") -> Array:
+    """Return the memory of a tensor as an array, with its gaps.
+
+    Raises
+    ------
+    UsageError
+        If it has no plain memory on the host.
+    """
+    if type(tensor) is not torch.Tensor:
+        _check_kind(tensor, name)
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        _refuse(tensor, name)
+    dtype, tensor = tensor.dtype, tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        raise UsageError(f"{name} is a lazily conjugated or negated view; pass {name}.resolve_conj().resolve_neg()")
+    if dtype in _OWN:
+        return tensor.numpy()  # type: ignore[no-any-return]
+    if dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)  # type: ignore[no-any-return]
+    if dtype.itemsize not in _BY_SIZE:
+        raise UsageError(f"{name} has dtype {dtype}; expected one whose elements have 1, 2, 4, 8 or 16 bytes")
+    integer, own = _BY_SIZE[dtype.itemsize]
+    return tensor.view(integer).numpy().view(own)  # type: ignore[no-any-return]
+
+
+def _check_kind(tensor: Any, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"{name} is a {type(tensor).__name__}; expected a tensor")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise UsageError(f"{name} is a {type(tensor).__name__}, which has no plain memory; expected a dense tensor")
+
+
+def _refuse(tensor: torch.Tensor, name: str) -> None:
+    if tensor.device.type != "cpu":
+        raise UsageError(
+            f"{name} is on {tensor.device}, and the backend 'detcoll' takes tensors on the CPU; use tensor.cpu(), or "
+            "another backend for this group"
+        )
+    what = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+    raise UsageError(f"{name} is {what}; expected a dense tensor, such as {name}.to_dense()")
+
+
+def readable(tensor: torch.Tensor, name: str = "tensor") -> Buffer:
+    """Return a tensor as one flat array that is only read."""
+    return _one(view_of(tensor, name))
+
+
+def writable(tensor: torch.Tensor, name: str = "tensor", *, is_ordered: bool = True) -> Buffer:
+    """Return a tensor as one flat array that takes a result."""
+    array = view_of(tensor, name)
+    _check_writable(array, name)
+    return _one(array, is_ordered)
+
+
+def _one(array: Array, is_ordered: bool = True) -> Buffer:
+    if array.flags.c_contiguous:
+        return array.reshape(-1)
+    return Pieces((array,), array.dtype, is_ordered=is_ordered)
+
+
+def _check_writable(array: Array, name: str) -> None:
+    if any(stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True)):
+        raise UsageError(f"{name} is expanded, so several elements share one place; expected one that can be written")
+
+
+def joined(tensors: Sequence[torch.Tensor], name: str, *, is_written: bool) -> Buffer:
+    """Return a list of tensors of one type as one flat array, one after another.
+
+    Raises
+    ------
+    UsageError
+        Also if they are not of one type, or there are none.
+    """
+    if not tensors:
+        raise UsageError(f"{name}=[] is empty; expected at least one tensor")
+    one_type(tensors, name)
+    arrays = [view_of(each, f"{name}[{index}]") for index, each in enumerate(tensors)]
+    if is_written:
+        for index, array in enumerate(arrays):
+            _check_writable(array, f"{name}[{index}]")
+    if len(arrays) == 1:
+        return _one(arrays[0])
+    whole = _adjacent(tensors, arrays)
+    return Pieces(arrays, arrays[0].dtype) if whole is None else whole
+
+
+def one_type(tensors: Sequence[torch.Tensor], name: str) -> None:
+    """Raise UsageError if a list has tensors of several types."""
+    for index, each in enumerate(tensors):
+        if each.dtype != tensors[0].dtype:
+            raise UsageError(f"{name}[{index}] has dtype {each.dtype}, {name}[0] {tensors[0].dtype}; expected one type")
+
+
+def _adjacent(tensors: Sequence[torch.Tensor], arrays: Sequence[Array]) -> Array | None:
+    """Return one view of tensors that lie behind each other in one storage, as those of `chunk`, else None."""
+    begin = expected = tensors[0].data_ptr()
+    for tensor, array in zip(tensors, arrays, strict=True):
+        if not array.flags.c_contiguous or tensor.data_ptr() != expected:
+            return None
+        expected += array.nbytes
+    first = tensors[0].detach()
+    storage = first.untyped_storage()
+    if expected > storage.data_ptr() + storage.nbytes():
+        return None
+    count = (expected - begin) // first.element_size()
+    return view_of(first.as_strided((count,), (1,), first.storage_offset()))
+
+
+class Reduction(NamedTuple):
+    """How detcoll reduces what torch asks for.
+
+    ``op`` : the name of detcoll's operator.  ``name`` : told to other ranks where the operator alone does not tell
+    calls apart.  ``enter``, ``leave``, ``dtype`` : what the values become before and after; see `Pieces`.
+    """
+
+    op: str
+    name: str = ""
+    enter: Callable[[Array], Array] | None = None
+    leave: Callable[[Array], Array] | None = None
+    dtype: np.dtype[Any] | None = None
+
+    def of(self, buffer: Buffer) -> Buffer:
+        """Return a buffer as this reduction takes it."""
+        if self.enter is None and self.leave is None:
+            return buffer
+        pieces = buffer if isinstance(buffer, Pieces) else Pieces((buffer,), buffer.dtype)
+        return Pieces(pieces.arrays, self.dtype or pieces.dtype, self.enter, self.leave)
+
+
+_OPS = {
+    dist.ReduceOp.SUM: "sum", dist.ReduceOp.AVG: "avg", dist.ReduceOp.PRODUCT: "prod", dist.ReduceOp.MIN: "min",
+    dist.ReduceOp.MAX: "max", dist.ReduceOp.BAND: "band", dist.ReduceOp.BOR: "bor", dist.ReduceOp.BXOR: "bxor",
+}  # fmt: skip
+_OF_BOOL = {"sum": "bor", "prod": "band"}
+
+
+def reduction_of(op: Any, dtype: torch.dtype, size: int) -> Reduction:
+    """Return how detcoll does a reduction of torch over ``size`` ranks.
+
+    Raises
+    ------
+    UsageError
+        If elements of ``dtype`` have no such reduction.
+    """
+    kind, factor = op.__getstate__() if isinstance(op, dist.ReduceOp) else (op, None)
+    if name_of(dtype):
+        raise UsageError(f"{dtype} has no arithmetic here; expected a reduction of another type, such as float32")
+    if kind == dist.ReduceOp.PREMUL_SUM:
+        return _premultiplied(factor, dtype)
+    name = _OPS.get(kind)
+    if name is None:
+        raise UsageError(f"op={op} is not a reduction known here; expected one of {', '.join(sorted(_OPS.values()))}")
+    if dtype == torch.bool and name in _OF_BOOL:
+        return Reduction(_OF_BOOL[name], name)
+    if name == "avg" and not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool:
+        return _integer_average(dtype, size)
+    return Reduction(name)
+
+
+def _integer_average(dtype: torch.dtype, size: int) -> Reduction:
+    """Return an average of integers: their sum, in 64 bits, divided by the number of ranks and rounded to zero."""
+
+    def divide(total: Array) -> Array:
+        if total.dtype.kind == "u":
+            return total // np.uint64(size)
+        return np.where(total < 0, -(-total // size), total // size)
+
+    wide = np.dtype(np.uint64 if dtype == torch.uint64 else np.int64)
+    return Reduction("sum", "avg", lambda values: values, divide, wide)
+
+
+def _premultiplied(factor: Any, dtype: torch.dtype) -> Reduction:
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise UsageError(f"op=PREMUL_SUM of {dtype} is not defined; expected a float or complex type")
+    if isinstance(factor, torch.Tensor):
+        if factor.numel() != 1:
+            raise UsageError(f"op=PREMUL_SUM with a factor of {factor.numel()} elements; expected one")
+        factor = factor.item()
+
+    def multiply(values: Array) -> Array:
+        if is_half(values.dtype):
+            return (values.astype(np.float32) * np.float32(factor)).astype(values.dtype)
+        assert is_float(values.dtype) or is_complex(values.dtype)
+        return values * values.dtype.type(factor)  # type: ignore[no-any-return]
+
+    return Reduction("sum", "premul_sum", multiply)
