@@ -6,12 +6,15 @@ beside a default group of another backend, if its ranks are in a job; else it op
 the lines.
 
 torch hands the same store, with the same prefix, to every group that a process makes after it destroyed one. So each
-rank counts its groups in the store, and ranks meet under the number of theirs.
+rank counts its groups in the store, and ranks meet under the number of theirs. The store of the last meeting is kept
+until the next one, since its server may be in this process: another rank may come there for the next meeting before
+this one does.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +36,11 @@ _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE")
 
 
 class _Introduction(msgspec.Struct, frozen=True):
-    """What a rank tells the others through the store."""
+    """What a rank tells the others through the store. ``job`` of rank 0 names the job, which no other one is called."""
 
     host: str
     site: str
+    job: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class Lease:
 
 _lock = threading.Lock()
 _jobs: list[_Opened] = []
+_kept_stores: list[Any] = []
 
 
 def _forget() -> None:
@@ -128,6 +133,7 @@ def lease(members: Members, store: Any, timeout: timedelta, options: Options) ->
         job = _Opened(members.ranks, opened)
         with _lock:
             _jobs.append(job)
+            _kept_stores[:] = [store]
             return Lease(job, opened)
     communicator = job.communicator.group([job.ranks.index(rank) for rank in members.ranks], members.name[:64])
     communicator.timeout = seconds
@@ -143,49 +149,39 @@ def seconds_of(timeout: timedelta) -> float:
 def _open(members: Members, store: Any, seconds: float, options: Options) -> Communicator:
     """Open a job whose ranks meet through a store of torch."""
     rank, size, environ = members.rank, len(members.ranks), os.environ
-    own = _Introduction(environ.get("DETCOLL_HOST") or host_identity(), environ.get("DETCOLL_SITE", ""))
-    key, introductions = _introduce(own, rank, size, store)
+    own = _Introduction(
+        environ.get("DETCOLL_HOST") or host_identity(), environ.get("DETCOLL_SITE", ""), secrets.token_hex(8)
+    )
+    introductions = _introduce(own, rank, size, store)
     hosts = [each.host for each in introductions]
     neighbours = [other for other in range(size) if hosts[other] == hosts[rank]]
     world = World(
-        rank, size, neighbours.index(rank), len(neighbours), "torch", "alone" if size == 1 else "store", None, key
+        rank,
+        size,
+        neighbours.index(rank),
+        len(neighbours),
+        "torch",
+        "alone" if size == 1 else "store",
+        None,
+        introductions[0].job,
     )
     topology = _topology(environ, members, options, introductions)
     own_environ = {name: value for name, value in environ.items() if name not in _PLACING}
-    return open_communicator(
-        own_environ, options.transport, topology, seconds, options.reproducible, world, _Prefixed(store, key)
-    )
+    return open_communicator(own_environ, options.transport, topology, seconds, options.reproducible, world, store)
 
 
-class _Prefixed:
-    """The store of one meeting."""
-
-    def __init__(self, store: Any, prefix: str) -> None:
-        self._store, self._prefix = store, prefix
-
-    def set(self, key: str, value: str) -> None:
-        """Store ``value`` under ``key``."""
-        self._store.set(f"{self._prefix}/{key}", value)
-
-    def get(self, key: str) -> bytes:
-        """Return the value of ``key``; wait for it until the store's timeout."""
-        return bytes(self._store.get(f"{self._prefix}/{key}"))
-
-
-def _introduce(own: _Introduction, rank: int, size: int, store: Any) -> tuple[str, list[_Introduction]]:
-    """Tell the other ranks where this one is; return a name of this meeting, and what all ranks tell."""
-    round_number = store.add(f"detcoll/{rank}/rounds", 1)
-    prefix = f"detcoll/{round_number}"
-    store.set(f"{prefix}/{rank}", msgspec.json.encode(own).decode())
+def _introduce(own: _Introduction, rank: int, size: int, store: Any) -> list[_Introduction]:
+    """Tell the other ranks where this one is; return what all ranks tell."""
+    number = store.add(f"detcoll/{rank}/meetings", 1)
+    store.set(f"detcoll/meeting {number}/{rank}", msgspec.json.encode(own).decode())
     told = []
     for other in range(size):
         try:
-            told.append(msgspec.json.decode(store.get(f"{prefix}/{other}"), type=_Introduction))
+            text = store.get(f"detcoll/meeting {number}/{other}")
         except RuntimeError as error:  # of torch's stores
-            raise ConnectError(
-                f"rank {other} did not make its process group number {round_number} in time ({error})"
-            ) from error
-    return prefix, told
+            raise ConnectError(f"rank {other} did not make this process group in time ({error})") from error
+        told.append(msgspec.json.decode(text, type=_Introduction))
+    return told
 
 
 def _topology(

@@ -99,7 +99,9 @@ def _one(array: Array, is_ordered: bool = True) -> Buffer:
 
 
 def _check_writable(array: Array, name: str) -> None:
-    if array.size and any(stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True)):
+    if array.size and any(
+        stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True)
+    ):
         raise UsageError(f"{name} is expanded, so several elements share one place; expected one that can be written")
 
 

@@ -1,0 +1,258 @@
+"""Groups, how they begin and end, and what goes wrong: ``torch_groups.py NAME [ARGUMENT ...]`` on every rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch_ranks import begin, say
+
+import detcoll
+from detcoll.torch import Options, communicator
+
+FAR_S = 60.0
+
+
+def total(group: Any = None) -> float:
+    """Return the sum of one for each rank of a group."""
+    x = torch.ones(3)
+    dist.all_reduce(x, group=group)
+    return float(x[0].item())
+
+
+def error_of(call: Callable[[], Any]) -> Exception:
+    """Return the error that a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError(f"{call} raised nothing")
+
+
+def beginnings(folder: str) -> None:
+    """Open the default group in every way that torch knows, again and again in one process."""
+    rank, size = begin()
+    assert total() == size
+    dist.destroy_process_group()
+    for _ in range(2):
+        begin(init_method="env://")
+        assert total() == size
+        sub = dist.new_group([0, 1])
+        assert sub == dist.GroupMember.NON_GROUP_MEMBER or total(sub) == 2
+        dist.destroy_process_group()
+    begin(init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    assert total() == size
+    dist.destroy_process_group()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.FileStore(f"{folder}/store", size)
+    begin(store=store, rank=rank, world_size=size, pg_options=Options(transport="tcp"))
+    assert communicator().transport == "tcp"
+    assert total() == size
+    dist.destroy_process_group()
+    begin(init_method=f"tcp://{address}:{port}", rank=rank, world_size=size)
+    assert total() == size
+    say(rank, "done")  # and end without destroying the group
+
+
+def groups() -> None:
+    """Make groups in the ways that torch knows, and use several at once."""
+    rank, size = begin()
+    group = dist.group.WORLD
+    assert (group.name(), group.rank(), group.size(), dist.get_backend()) == ("detcoll", rank, size, "detcoll")
+    halves = [dist.new_group(ranks) for ranks in ([0, 2], [1])]
+    assert [total(half) for half in halves if half != dist.GroupMember.NON_GROUP_MEMBER] == [2.0 - rank % 2]
+    if rank != 1:
+        local = dist.new_group([2, 0], use_local_synchronization=True)
+        assert total(local) == 2
+        assert dist.get_group_rank(local, 2) == 1
+        reverse = dist.new_group([2, 0], use_local_synchronization=True, sort_ranks=False)
+        whole = [torch.zeros(1), torch.zeros(1)]
+        dist.all_gather(whole, torch.tensor([float(rank)]), group=reverse)
+        assert [each.item() for each in whole] == [2.0, 0.0]
+        dist.send(torch.tensor([rank]), 2 - rank, group=reverse, tag=3) if rank == 0 else None
+        if rank == 2:
+            found = torch.zeros(1, dtype=torch.int64)
+            assert dist.recv(found, group=reverse, tag=3) == 0
+        dist.destroy_process_group(local)
+    dist.barrier()
+    world = dist.new_group(list(range(size)))
+    everyone = dist.new_subgroups(group_size=1)[0]
+    assert (total(world), total(everyone)) == (size, 1)
+    assert dist.get_process_group_ranks(world) == list(range(size))
+    group.monitored_barrier(timedelta(seconds=FAR_S))
+    assert communicator(world).size == size
+    mesh = dist.init_device_mesh("cpu", (size,), mesh_dim_names=("all",))
+    assert total(mesh.get_group("all")) == size
+    dist.destroy_process_group()
+    beside_another_backend(size)
+    say(rank, "done")
+
+
+def beside_another_backend(size: int) -> None:
+    """Open groups of detcoll where the default group is Gloo's: a job of some ranks, and a group of that job."""
+    rank, _ = begin("gloo")
+    pair = dist.new_group([0, 2], backend="detcoll")
+    if rank != 1:
+        assert total(pair) == 2
+        assert communicator(pair).ranks == (0, 1)
+    again = dist.new_group([0, 2], backend="detcoll")
+    if rank != 1:
+        assert total(again) == 2
+        assert communicator(again)._job is communicator(pair)._job
+    mesh = dist.init_device_mesh(
+        "cpu", (1, size), mesh_dim_names=("replicate", "shard"), backend_override={"shard": "detcoll"}
+    )
+    assert total(mesh.get_group("shard")) == size
+    assert dist.get_backend(mesh.get_group("shard")) == "detcoll"
+    assert total() == size
+    dist.destroy_process_group()
+
+
+def two_threads(calls: int) -> None:
+    """Make small and large calls on two groups at once from two threads, and look for what is left of them."""
+    rank, size = begin()
+    other = dist.new_group(list(range(size)))
+    trouble: list[BaseException] = []
+
+    def work(group: Any, kind: int) -> None:
+        try:
+            for number in range(calls):
+                x = torch.full((300_000 if number % 50 == kind else 5,), float(number % 7 + rank))
+                pending = dist.all_reduce(x, group=group, async_op=number % 2 == 0)
+                if pending is not None:
+                    pending.wait()
+                expected = (number % 7) * size + size * (size - 1) / 2
+                assert x[0].item() == x[-1].item() == expected, (number, x, expected)
+        except BaseException as error:
+            trouble.append(error)
+
+    threads = [threading.Thread(target=work, args=(group, kind)) for kind, group in enumerate((None, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if trouble:
+        raise trouble[0]
+    say(rank, {"threads": threading.active_count(), "open": len(os.listdir("/proc/self/fd"))})
+    dist.destroy_process_group()
+
+
+def others_called(rank: int) -> dict[str, Callable[[Any], Any]]:
+    """Return calls of which the last rank makes another one than its peers, by name."""
+    odd = rank == dist.get_world_size() - 1
+    ones = torch.ones(4)
+    return {
+        "kind": lambda group: dist.broadcast(ones, 0, group=group) if odd else dist.all_reduce(ones, group=group),
+        "size": lambda group: dist.all_reduce(torch.ones(5 if odd else 4), group=group),
+        "dtype": lambda group: dist.all_reduce(torch.ones(4, dtype=torch.int32 if odd else torch.float32), group=group),
+        "half": lambda group: dist.all_reduce(
+            torch.ones(4, dtype=torch.float16 if odd else torch.bfloat16), group=group
+        ),
+        "bytes": lambda group: dist.broadcast(
+            torch.ones(4).to(torch.float8_e4m3fn if odd else torch.float8_e5m2), 0, group=group
+        ),
+        "op": lambda group: dist.all_reduce(ones, dist.ReduceOp.MAX if odd else dist.ReduceOp.SUM, group=group),
+        "average": lambda group: dist.all_reduce(
+            torch.ones(4, dtype=torch.int64), dist.ReduceOp.AVG if odd else dist.ReduceOp.SUM, group=group
+        ),
+        "root": lambda group: dist.reduce(ones, 1 if odd else 0, group=group),
+        "async": lambda group: dist.all_reduce(torch.ones(5 if odd else 4), group=group, async_op=True).wait(),
+        "list": lambda group: dist.all_gather([torch.ones(6 if odd else 4) for _ in range(dist.get_world_size())],
+                                              torch.ones(6 if odd else 4), group=group),
+        "split": lambda group: dist.all_to_all_single(
+            torch.ones(6), torch.ones(6), [1, 2, 3] if odd else None, [2, 2, 2] if odd else None, group=group
+        ),
+    }  # fmt: skip
+
+
+def mismatches() -> None:
+    """Let the last rank call something else, each time in a group of its own; all ranks hear what both called."""
+    rank, size = begin()
+    heard = {}
+    for name, call in others_called(rank).items():
+        group = dist.new_group(list(range(size)))
+        began = time.monotonic()
+        error = error_of(lambda call=call, group=group: call(group))  # type: ignore[misc]
+        heard[name] = (type(error).__name__, str(error), round(time.monotonic() - began, 2))
+    refused = {
+        "device": lambda: dist.all_reduce(torch.ones(1, device="meta")),
+        "sparse": lambda: dist.all_reduce(torch.ones(2).to_sparse()),
+        "expanded": lambda: dist.all_reduce(torch.ones(1).expand(4)),
+        "float8": lambda: dist.all_reduce(torch.ones(4).to(torch.float8_e5m2)),
+        "bool": lambda: dist.all_reduce(torch.ones(4, dtype=torch.bool), dist.ReduceOp.AVG),
+        "list": lambda: dist.all_gather([torch.ones(1)], torch.ones(1)),
+        "one rank": lambda: dist.all_reduce(torch.ones(4).expand(2, 4) if rank else torch.ones(8)),
+    }
+    for name, refusal in refused.items():
+        error = error_of(refusal)
+        heard[name] = (type(error).__name__, str(error), 0.0)
+    assert total() == size  # what was refused ended that call alone
+    say(rank, heard)
+    dist.destroy_process_group()
+
+
+def training_that_ends(how: str) -> None:
+    """Train until the last rank is killed or calls something else; tell what the others get from DDP."""
+    rank, size = begin()
+    model = DistributedDataParallel(torch.nn.Linear(4, 4))
+    model(torch.ones(2, 4)).sum().backward()
+    if rank == size - 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        error = error_of(dist.barrier)
+    else:
+        error = error_of(lambda: model(torch.ones(2, 4)).sum().backward())
+    say(rank, (type(error).__name__, str(error)))
+    os._exit(0)
+
+
+def failed_futures() -> None:
+    """Wait for calls whose peer is gone: the future, its callbacks and the work have the error."""
+    rank, size = begin()
+    dist.barrier()
+    if rank == size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    work = dist.all_reduce(torch.ones(1), async_op=True)
+    after = work.get_future().then(lambda future: future.wait())
+    errors = [error_of(work.wait), error_of(work.get_future().wait), error_of(after.wait), work.exception()]
+    assert not work.is_success()
+    assert work.is_completed()
+    say(rank, [(type(error).__name__, str(error)) for error in errors])
+    os._exit(0)
+
+
+def timeouts() -> None:
+    """Wait too short for a call that another rank makes late, and then long enough."""
+    rank, _ = begin()
+    if rank:
+        dist.recv(torch.zeros(1), 0)
+        dist.all_reduce(torch.ones(1))
+    else:
+        work = dist.all_reduce(torch.ones(1), async_op=True)
+        error = error_of(lambda: work.wait(timedelta(milliseconds=50)))
+        assert isinstance(error, detcoll.errors.DeadlineMissed), error
+        for rank_told in range(1, dist.get_world_size()):
+            dist.send(torch.zeros(1), rank_told)
+        work.wait()
+    dist.barrier(timeout=timedelta(seconds=FAR_S))
+    dist.destroy_process_group()
+    say(rank, "done")
+
+
+PROGRAMS: dict[str, Callable[..., None]] = {
+    "beginnings": beginnings, "groups": groups, "two_threads": lambda calls: two_threads(int(calls)),
+    "mismatches": mismatches, "training_that_ends": training_that_ends, "failed_futures": failed_futures,
+    "timeouts": timeouts,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv[1]](*sys.argv[2:])
