@@ -1,8 +1,8 @@
 """Draws calls of torch.distributed and compares each with NumPy: ``torch_kinds.py SEED CASES`` on every rank.
 
 A case is a kind, a type, an operator, shapes, and how tensors lie in memory. All ranks draw the same cases and know
-each other's values, so every rank computes the result for itself. Calls go through torch's functions, or through the methods
-of the group by an old or a new name.
+each other's values, so every rank computes the result for itself. Calls go through torch's functions, or through the
+methods of the group by an old or a new name.
 """
 
 from __future__ import annotations
