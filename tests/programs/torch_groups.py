@@ -201,34 +201,29 @@ def mismatches() -> None:
     dist.destroy_process_group()
 
 
-def training_that_ends(how: str) -> None:
-    """Train until the last rank is killed or calls something else; tell what the others get from DDP."""
+def lost() -> None:
+    """Kill the last rank in the middle of everything, and tell what the others get for each call."""
     rank, size = begin()
+    other = dist.new_group(list(range(size)))
     model = DistributedDataParallel(torch.nn.Linear(4, 4))
-    model(torch.ones(2, 4)).sum().backward()
-    if rank == size - 1:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        error = error_of(dist.barrier)
-    else:
-        error = error_of(lambda: model(torch.ones(2, 4)).sum().backward())
-    say(rank, (type(error).__name__, str(error)))
-    os._exit(0)
-
-
-def failed_futures() -> None:
-    """Wait for calls whose peer is gone: the future, its callbacks and the work have the error."""
-    rank, size = begin()
-    dist.barrier()
+    for _ in range(3):  # DDP makes its buckets anew after the first pass
+        model(torch.ones(2, 4)).sum().backward()
+    total(other)
     if rank == size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    work = dist.all_reduce(torch.ones(1), async_op=True)
+    work = dist.all_reduce(torch.ones(1), group=other, async_op=True)
     after = work.get_future().then(lambda future: future.wait())
-    errors = [error_of(work.wait), error_of(work.get_future().wait), error_of(after.wait), work.exception()]
-    assert not work.is_success()
+    calls: dict[str, Callable[[], Any]] = {
+        "backward": lambda: model(torch.ones(2, 4)).sum().backward(),
+        "work": work.wait, "future": work.get_future().wait, "callback": after.wait,
+        "later": lambda: total(other),
+    }  # fmt: skip
+    heard = {name: (type(error).__name__, str(error)) for name, call in calls.items() if (error := error_of(call))}
     assert work.is_completed()
-    say(rank, [(type(error).__name__, str(error)) for error in errors])
-    os._exit(0)
+    assert not work.is_success()
+    assert str(work.exception()) == heard["work"][1]
+    say(rank, heard)
+    dist.destroy_process_group()
 
 
 def timeouts() -> None:
@@ -249,10 +244,17 @@ def timeouts() -> None:
     say(rank, "done")
 
 
+def works(folder: str, calls: str) -> None:
+    """Do one after another what ends well."""
+    groups()
+    two_threads(int(calls))
+    timeouts()
+    beginnings(folder)
+
+
 PROGRAMS: dict[str, Callable[..., None]] = {
     "beginnings": beginnings, "groups": groups, "two_threads": lambda calls: two_threads(int(calls)),
-    "mismatches": mismatches, "training_that_ends": training_that_ends, "failed_futures": failed_futures,
-    "timeouts": timeouts,
+    "mismatches": mismatches, "lost": lost, "timeouts": timeouts, "works": works,
 }  # fmt: skip
 
 if __name__ == "__main__":

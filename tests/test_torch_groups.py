@@ -1,0 +1,133 @@
+"""The process group of torch: how groups begin and end, several at once, callbacks, and what ranks hear of errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Ended, environment, free_port
+from ranks import PROGRAMS, launch
+
+pytest.importorskip("torch")
+
+pytestmark = pytest.mark.timeout(200)
+GUARD_S = 100.0
+
+
+def alone(size: int, program: str, *arguments: object) -> Ended:
+    """Run ranks as processes that nobody ends when one of them does."""
+    port, plain = free_port(), {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAMS / program), *map(str, arguments)],
+            env=environment(plain | {"RANK": str(rank), "MASTER_PORT": str(port)}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=GUARD_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    return Ended(max(codes), "".join(out for out, _ in outputs), "".join(err for _, err in outputs))
+
+
+def test_groups_begin_work_and_end(tmp_path: Path) -> None:
+    ended = launch(3, "torch_groups.py", "works", tmp_path, 200, timeout_s=GUARD_S)
+    assert ended.code == 0, ended.err
+    for said in ended.said.values():
+        done, left, late, last = said
+        assert (done, late, last) == ("done", "done", "done")
+        assert left["threads"] < 20, "threads are left over"
+        assert left["open"] < 200, "descriptors are left over"
+    assert not ended.err, "ranks that end without destroying their group are silent"
+
+
+def test_callbacks_make_collectives_in_an_order_of_their_own() -> None:
+    ended = launch(3, "torch_callbacks.py", 12, timeout_s=GUARD_S)
+    assert ended.said == {rank: ["done"] for rank in range(3)}, ended.err
+
+
+def test_ddp_trains_as_over_gloo_under_torchrun() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint",
+                f"127.0.0.1:{free_port()}", "--rdzv-backend", "c10d", "--no-python"]  # fmt: skip
+    ended = launch(2, "torch_training.py", launcher=torchrun, environ={"OMP_NUM_THREADS": "1"}, timeout_s=GUARD_S)
+    assert ended.said == {0: [19, 19]}, ended.err
+
+
+def both_called(heard: Any, rank: int, odd: int) -> str:
+    """Return the text of a mismatch, in which both ranks say what they called."""
+    kind, text, _ = heard
+    assert kind == "PlanMismatch", heard
+    assert f"rank {odd} called" in text, text
+    assert text.count(" called ") == 2 or "ranks called different" in text, text
+    return str(text)
+
+
+def test_calls_that_differ_end_on_every_rank() -> None:
+    ended = launch(3, "torch_groups.py", "mismatches", timeout_s=GUARD_S)
+    assert sorted(ended.said) == [0, 1, 2], ended.err
+    expected = {
+        "kind": ("all_reduce", "broadcast"), "size": ("of 4", "of 5"), "dtype": ("float32", "int32"),
+        "half": ("bfloat16", "float16"), "bytes": ("float8_e5m2", "float8_e4m3fn"), "op": ("sum", "max"),
+        "average": ("int64, sum", "(avg)"), "root": ("root 0", "root 1"), "async": ("of 4", "of 5"),
+    }  # fmt: skip
+    for rank, [heard] in ended.said.items():
+        for name, (one, other) in expected.items():
+            text = both_called(heard[name], rank, 2)
+            assert one in text, text
+            assert other in text, text
+        refused = {name: text for name, (kind, text, _) in heard.items() if name not in expected and kind}
+        assert all(kind == "UsageError" for name, (kind, _, _) in heard.items() if name in refused), heard
+        assert "use tensor.cpu()" in refused["device"]
+        assert "rank 2" in refused["split"]
+        assert "expanded" in refused["one rank"]
+
+
+def test_survivors_name_a_killed_rank() -> None:
+    ended = alone(3, "torch_groups.py", "lost")
+    assert sorted(ended.said) == [0, 1], ended.err
+    for [heard] in ended.said.values():
+        for name, (kind, text) in heard.items():
+            assert "rank 2" in text, (name, text)
+            assert kind == {"backward": "RuntimeError", "later": "Closed"}.get(name, "PeerLost"), (name, kind, text)
+
+
+REGISTERED = "import torch.distributed as dist; assert 'detcoll' in dist.Backend.backend_list"
+
+
+def test_torch_finds_the_backend_and_loads_nothing_for_it() -> None:
+    from importlib.metadata import entry_points
+
+    if not entry_points(group="torch.backends", name="detcoll"):
+        pytest.skip("the installed detcoll has no entry point for torch; install this tree with pip")
+    program = f"{REGISTERED}; import sys; assert 'detcoll' not in sys.modules, 'import torch loads all of detcoll'"
+    subprocess.run([sys.executable, "-c", program], env=environment(), check=True, timeout=GUARD_S)
+
+
+def test_torch_can_be_imported_where_detcoll_is_broken(tmp_path: Path) -> None:
+    """Neither a package that is missing nor a torch that refuses the backend may make ``import torch`` fail."""
+    (tmp_path / "msgspec.py").write_text("raise ImportError('broken')\n", encoding="utf-8")
+    program = (
+        "import detcoll_registration as it, torch.distributed as dist\n"
+        "it.register()\n"
+        f"{REGISTERED}\n"
+        "try:\n    dist.init_process_group('detcoll', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "except ImportError as error:\n    assert 'broken' in str(error), error\n"
+        "else:\n    raise AssertionError('made a group without msgspec')\n"
+        "dist.Backend.register_backend = lambda *_, **__: 1 / 0\n"
+        "it.register()\n"
+    )
+    paths = f"{tmp_path}{os.pathsep}{PROGRAMS.parent.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment({"PYTHONPATH": paths}), check=False, timeout=GUARD_S,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "torch.distributed does not know the backend 'detcoll'" in ended.stderr

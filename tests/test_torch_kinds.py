@@ -1,0 +1,59 @@
+"""The process group of torch: every kind, type and operator, against NumPy; and torch's names of 2.4 to 2.14."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from ranks import launch
+
+pytest.importorskip("torch")
+
+OLD = {
+    "_allgather_base", "_reduce_scatter_base", "alltoall_base", "allgather_into_tensor_coalesced",
+    "reduce_scatter_tensor_coalesced",
+}  # fmt: skip
+"""What torch up to 2.12 calls."""
+NEW = {
+    "all_gather_single", "reduce_scatter_single", "all_to_all_single", "all_gather_single_coalesced",
+    "reduce_scatter_single_coalesced",
+}  # fmt: skip
+"""The same in 2.13."""
+ALWAYS = {
+    "allreduce", "allreduce_coalesced", "allgather", "allgather_coalesced", "reduce_scatter", "broadcast", "reduce",
+    "gather", "scatter", "alltoall", "send", "recv", "recv_anysource", "barrier", "monitored_barrier", "rank", "size",
+    "name", "getBackendName", "setGroupName", "getGroupName", "abort", "shutdown", "_start_coalescing",
+    "_end_coalescing", "bound_device_id", "_device_types",
+}  # fmt: skip
+NAMES = {
+    **{f"2.{minor}": ALWAYS | OLD for minor in range(4, 6)},
+    **{f"2.{minor}": ALWAYS | OLD | {"setGroupDesc", "getGroupDesc"} for minor in range(6, 13)},
+    "2.13": ALWAYS | NEW | {"setGroupDesc", "getGroupDesc"},
+    "2.14": ALWAYS | NEW | {"setGroupDesc", "getGroupDesc", "recvAnysource", "start_coalescing"},
+}
+"""What each release of torch calls on a process group made in Python, by the wheels of those releases."""
+
+
+@pytest.mark.parametrize("release", NAMES)
+def test_methods_have_the_names_that_a_release_calls(release: str) -> None:
+    from detcoll.torch import ProcessGroup
+
+    own = {name for kind in ProcessGroup.__mro__ if kind.__module__.startswith("detcoll.") for name in vars(kind)}
+    assert NAMES[release] - own <= {"rank", "size"}, "the base class has rank() and size()"
+    assert "new_group" not in own, "torch 2.13 would take it for a hook"
+
+
+def test_options_are_the_last_argument_and_may_be_left_out() -> None:
+    from detcoll.torch import ProcessGroup
+
+    for name in sorted(OLD | NEW | {"allreduce", "allgather", "broadcast", "gather", "scatter", "barrier"}):
+        parameters = inspect.signature(getattr(ProcessGroup, name)).parameters
+        assert parameters["opts"].default is None, name
+
+
+@pytest.mark.parametrize(
+    ("size", "environ", "cases"), [(3, {}, 204), (2, {"DETCOLL_TRANSPORT": "tcp"}, 102)], ids=["shm", "tcp"]
+)
+def test_drawn_calls_give_what_numpy_gives(size: int, environ: dict[str, str], cases: int) -> None:
+    ended = launch(size, "torch_kinds.py", f"seed {size}", cases, environ=environ, timeout_s=100.0)
+    assert ended.said == {rank: [f"{cases} cases"] for rank in range(size)}, ended.err
