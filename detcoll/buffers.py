@@ -368,7 +368,8 @@ def _cupy_part(x: Any, name: str) -> _Part:
             flat.set(piece, stream=stream)
             stream.synchronize()
 
-    return _Part(name, x.dtype, x.size, f"cuda:{x.device.id}", x.data.ptr, x.nbytes, None, load, store)
+    nbytes = x.size * x.dtype.itemsize
+    return _Part(name, x.dtype, x.size, f"cuda:{x.device.id}", x.data.ptr, nbytes, None, load, store)
 
 
 def _import_cupy(name: str) -> Any:
