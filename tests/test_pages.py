@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,7 @@ MISSING = {
         name: None if find_spec(module) else f"{name} is not installed"
         for name, module in {"torch": "torch", "digits": "sklearn"}.items()
     },
+    "backend": None if entry_points(group="torch.backends", name="detcoll") else "torch cannot find this detcoll",
 }
 """Why what blocks need is not here, or None."""
 
