@@ -113,7 +113,8 @@ class Lanes:
         self._communicator = communicator
         self._numbers = itertools.count()
         self._made: dict[str, Communicator] = {}
-        self._making = threading.Lock()
+        self._making: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
 
     def next(self, seconds: float) -> tuple[Communicator, str, Scope]:
         """Return where the next call of this thread goes, its name, and the scope of its callbacks.
@@ -127,13 +128,19 @@ class Lanes:
         if here is None or own._job is not here.root._job or not set(own.ranks) <= set(here.root.ranks):
             return own, "", Scope.of_call(own, next(self._numbers))
         here.await_turn(seconds)
-        with self._making:
-            lane = self._made.get(here.lane)
-            if lane is None:
-                lane = self._made[here.lane] = own.group(range(own.size), _short(f"lane {here.lane}"))
+        lane = self._made.get(here.lane) or self._make(here.lane)
         number = here.calls[own]
         here.calls[own] += 1
         return lane, _short(f"{here.path}#{number}"), here.inside(number)
+
+    def _make(self, name: str) -> Communicator:
+        """Return a new lane; each has a lock of its own, since ranks come to different ones first."""
+        with self._lock:
+            making = self._making.setdefault(name, threading.Lock())
+        with making:
+            if name not in self._made:
+                self._made[name] = self._communicator.group(range(self._communicator.size), _short(f"lane {name}"))
+            return self._made[name]
 
     def close(self, timeout: float) -> None:
         """Close the lanes."""

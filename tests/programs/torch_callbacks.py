@@ -100,6 +100,32 @@ def callbacks_beside_the_program(rank: int, size: int) -> None:
         assert outside[number].tolist() == [(1000.0 + number) * size] * 5
 
 
+def turns(rank: int, size: int) -> None:
+    """Let a callback of the ninth call come before that of the first one, on one rank alone."""
+    later = threading.Event()
+    first, ninth = torch.ones(2), torch.full((2,), 5.0)
+
+    def late(_: Any) -> None:
+        if rank == 0:
+            assert later.wait(TIMEOUT_S)
+            for _ in range(300):  # time for the ninth to go ahead
+                torch.ones(10_000).sum()
+        dist.all_reduce(first)
+
+    def early(_: Any) -> None:
+        later.set()
+        dist.all_reduce(ninth)
+
+    ends = [dist.all_reduce(torch.ones(1), async_op=True).get_future().then(late)]
+    for _ in range(7):
+        dist.all_reduce(torch.ones(1))
+    ends.append(dist.all_reduce(torch.ones(1), async_op=True).get_future().then(early))
+    for end in ends:
+        end.wait()
+    assert first.tolist() == [size] * 2
+    assert ninth.tolist() == [5.0 * size] * 2
+
+
 def branches(rank: int, size: int) -> None:
     """Add several callbacks to one future, each with calls of its own."""
     work = dist.all_reduce(torch.ones(1), async_op=True)
@@ -151,6 +177,7 @@ def main(steps: int) -> None:
     power_sgd(rank, steps)
     compression(rank)
     callbacks_beside_the_program(rank, size)
+    turns(rank, size)
     branches(rank, size)
     blocked_callbacks(rank)
     say(rank, "done")
