@@ -103,6 +103,10 @@ class Suite:
         class Tests(distributed_test.TestDistBackend, distributed_test.DistributedTest._DistTestBase):  # type: ignore[misc]
             """All tests, for one process group of the given backend."""
 
+        if backend == "detcoll":
+            import detcoll.torch.process_group
+            import detcoll_shm
+            import zmq  # noqa: F401 - as the lines above: else each rank would import it
         os.environ["BACKEND"] = backend
         distributed_test.BACKEND = Standing(backend)
         self.size = size
@@ -156,6 +160,7 @@ def become(suite: Suite, test: str, folder: Path, number: int, pipe: Connection,
     """Be one rank, in a fork of the server; leaves by SystemExit."""
     end_with_parent()
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(written, 1)
     os.dup2(written, 2)
     try:
