@@ -184,7 +184,8 @@ def reduction_of(op: Any, dtype: torch.dtype, size: int) -> Reduction:
     UsageError
         If elements of ``dtype`` have no such reduction.
     """
-    kind, factor = op.__getstate__() if isinstance(op, dist.ReduceOp) else (op, None)
+    # `isinstance` takes the bare operators for a ReduceOp too, which alone has a factor.
+    kind, factor = op.__getstate__() if type(op) is dist.ReduceOp else (op, None)
     if name_of(dtype):
         raise UsageError(f"{dtype} has no arithmetic here; expected a reduction of another type, such as float32")
     if kind == dist.ReduceOp.PREMUL_SUM:
