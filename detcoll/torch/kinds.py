@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from detcoll.arguments import of_blocks, on_one_array, rank_of, to_root
 from detcoll.communicator import Communicator
 from detcoll.errors import UsageError
 from detcoll.job.caller import Request
+from detcoll.torch import sparse
 from detcoll.torch.tensors import (
     Buffer,
     joined,
@@ -61,8 +63,10 @@ class Kinds:
         return self.communicator.rank
 
     def allreduce(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
-        """Reduce a tensor over all ranks, in place."""
+        """Reduce a tensor over all ranks, in place; a sparse one is added."""
         listed = _list(tensors)
+        if len(listed) == 1 and listed[0].layout is torch.sparse_coo:
+            return self._kept(sparse.all_reduce(self, listed[0], _op(opts), opts))
         return self._all_reduce(listed, listed, opts) if len(listed) == 1 else self.allreduce_coalesced(listed, opts)
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:

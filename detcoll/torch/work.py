@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -195,13 +196,17 @@ class _Together(Work):
         """Return the first error that ended one of the calls, if there is one by now."""
         return next((error for work in self._works if (error := work.exception()) is not None), None)
 
+    def error(self) -> Exception | None:
+        """Block until all calls have ended, and return the first error that ended one, or None."""
+        return next((error for work in self._works if (error := work.error()) is not None), None)
+
     def get_future(self) -> Future:
         """Return the future of all calls."""
         if self._future is None:
             future = self._future = Future(self._scope)
 
             def complete() -> None:
-                error = next((error for work in self._works if (error := work.error()) is not None), None)
+                error = self.error()
                 if error is None:
                     future.set_result(self._result)
                 else:
@@ -209,3 +214,32 @@ class _Together(Work):
 
             completion.run(complete)
         return self._future
+
+
+class Followed(_Together):
+    """Several calls, and what is done once they have ended well: by the first who waits, or else by a thread."""
+
+    def __init__(self, works: Sequence[Work], follow: Callable[[], object], result: list[torch.Tensor]) -> None:
+        super().__init__(works)
+        self._result, self._follow = result, follow
+        self._following, self._is_done = threading.Lock(), False
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Block until all is done; see `Work.wait`."""
+        super().wait(timeout)
+        with self._following:
+            if not self._is_done:
+                self._follow()
+                self._is_done = True
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether all is done; does what is left where all calls have ended."""
+        return super().is_completed() and (self.exception() is not None or self.wait())
+
+    def error(self) -> Exception | None:
+        """Block until all is done, and return the first error that ended a call, or None."""
+        error = super().error()
+        if error is None:
+            self.wait()
+        return error
