@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from detcoll.communicator import Communicator
-from detcoll.errors import DetcollError, UsageError
+from detcoll.errors import DeadlineMissed, DetcollError, UsageError
 from detcoll.job.caller import Request
 from detcoll.torch.jobs import Lease, Members, lease, seconds_of
 from detcoll.torch.kinds import Kinds
@@ -24,6 +24,9 @@ log = logging.getLogger("detcoll")
 
 CLOSING_S = 10.0
 """How long a group that is destroyed waits for its calls and for the other ranks."""
+
+SHORTEST_S = 0.01
+"""The timeout of a monitored barrier whose timeout is zero."""
 
 
 class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
@@ -120,8 +123,15 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         self._lease.abort(f"the process group {self._name} was aborted")
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """Block until all ranks have called it, at most for ``timeout``; the error names those that have not."""
-        self.communicator.barrier(timeout=seconds_of(timeout or self._timeout))
+        """Block until all ranks have called it, at most for ``timeout``; the error names those that have not.
+
+        torch calls it for Gloo alone, others call it on the group, and expect the error and words that Gloo has.
+        """
+        seconds = seconds_of(self._timeout if timeout is None else timeout)
+        try:
+            self.communicator.barrier(timeout=max(seconds, SHORTEST_S))
+        except DeadlineMissed as error:
+            raise dist.DistError(f"Rank {self.rank()} timed out in monitoredBarrier: {error}") from error
 
     def _start_coalescing(self, device: torch.device | None = None) -> None:
         self._coalesced = []
