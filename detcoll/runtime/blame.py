@@ -184,10 +184,10 @@ def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
     )
     if to_blame:
         peers = ", ".join(f"rank {peer}, {_reproach(operation, peer)}" for peer in to_blame)
-    whose = " (the timeout of a rank that waits for this one)" if operation.is_hurried else ""
+    whose = "a rank that waits for this one" if operation.is_hurried else "the call"
     return (
         f"rank {rank}: {operation.title} was not finished after {operation.timeout_ns / 1e9:g} s "
-        f"without progress{whose}; it waits for {peers or 'no other rank'}"
+        f"without progress (the timeout of {whose}); it waits for {peers or 'no other rank'}"
     )
 
 

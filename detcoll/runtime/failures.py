@@ -145,7 +145,7 @@ class Failures:
     def _overdue(self, transfer: Transfer) -> DeadlineMissed:
         return DeadlineMissed(
             f"rank {self._rank}: {transfer.title} was not finished after {transfer.timeout_ns / 1e9:g} s "
-            f"without progress; {transfer.awaits}"
+            f"without progress (the timeout of the call); {transfer.awaits}"
         )
 
     # What others tell.

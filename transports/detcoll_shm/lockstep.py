@@ -359,7 +359,8 @@ class Lockstep:
         awaited = ", ".join(f"rank {rank}, which {lack}" for rank in behind)
         seconds = round((self._deadline_ns - self._began_ns) / 1e9, 2)
         return DeadlineMissed(
-            f"rank {self.name}: {self._call} was not finished after {seconds:g} s; it waits for {awaited or 'nobody'}"
+            f"rank {self.name}: {self._call} was not finished after {seconds:g} s, when its timeout had passed; "
+            f"it waits for {awaited or 'nobody'}"
         )
 
     def _compare_with_those_here(self) -> None:
