@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
@@ -104,9 +105,8 @@ class Suite:
             """All tests, for one process group of the given backend."""
 
         if backend == "detcoll":
-            import detcoll.torch.process_group
-            import detcoll_shm
-            import zmq  # noqa: F401 - as the lines above: else each rank would import it
+            for name in ("detcoll.torch.process_group", "detcoll_shm", "zmq"):  # else each rank would import them
+                importlib.import_module(name)
         os.environ["BACKEND"] = backend
         distributed_test.BACKEND = Standing(backend)
         self.size = size
@@ -230,7 +230,7 @@ def judge(suite: Suite, ranks: list[Rank], order: list[int]) -> tuple[str, str]:
 
 def last_line(traceback: str) -> str:
     """Return the message of an exception, without C++ frames and the traceback above it."""
-    text = traceback.split("\nException raised from ")[0].rstrip()
+    text = traceback.split("\nException raised from ")[0].split("\n\nTo execute this test")[0].rstrip()
     lines = text.splitlines()
     inside = [number for number, line in enumerate(lines) if line.startswith("  File ")]
     after = lines[inside[-1] + 1 :] if inside else lines
