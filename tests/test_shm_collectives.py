@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import select
 import threading
 from functools import cache
 
@@ -334,6 +335,25 @@ def one_is_missing(here: Here) -> None:
 def test_who_has_not_come_is_named() -> None:
     with ThreadFabric(ShmTransport(), 3) as fabric:
         fabric.run(one_is_missing)
+
+
+def one_has_begun_none(here: Here, standard_input: int) -> None:
+    """The ranks whose collective ends early ring no descriptor of one that has no bell."""
+    one_is_missing(here)
+    assert not select.select([standard_input], [], [], 0)[0]
+
+
+def test_nothing_is_written_to_the_standard_input_of_a_rank_that_has_begun_none() -> None:
+    reading, writing = os.pipe()
+    kept = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        with ThreadFabric(ShmTransport(), 3) as fabric:
+            fabric.run(one_has_begun_none, standard_input=reading)
+    finally:
+        os.dup2(kept, 0)
+        for descriptor in (reading, writing, kept):
+            os.close(descriptor)
 
 
 def test_groups_must_hold_every_rank_once() -> None:

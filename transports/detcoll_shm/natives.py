@@ -8,11 +8,12 @@ one side alone and read as one word (states of peers, `_Peer.error`), and needs 
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from detcoll.errors import PeerLost, TransportError
+from detcoll.errors import ConnectError, PeerLost, TransportError
 from detcoll_shm.bell import Bell, RemoteBell, process_ended
 from detcoll_shm.call_layout import Cutter
 from detcoll_shm.collectives import Collectives
@@ -104,6 +105,7 @@ class Natives:
         self, rank: int, name: int, own: Stage, key: bytes, regions: Regions, peers: Sequence[NativePeer],
         settings: NativeSettings, is_open: Callable[[], bool], counts: Counts,
     ) -> None:  # fmt: skip
+        self._own = own
         self._watch = watch = Watch(peers)
         self._bells = {peer.rank: RemoteBell(_opener(peer)) for peer in peers}
         shown = [PeerStage(peer.rank, peer.name, peer.stage, self._bells[peer.rank].ring) for peer in peers]
@@ -134,6 +136,7 @@ class Natives:
         """Give everything back, once a collective under way on another thread has ended."""
         with self.collectives.turn:
             self.collectives.refuse("the endpoint was closed")
+            self._own.words[BELL] = 0
             self._watch.bell.close()
             for bell in self._bells.values():
                 bell.close()
@@ -141,6 +144,14 @@ class Natives:
 
 def _opener(peer: NativePeer) -> Callable[[], int]:
     def open_bell() -> int:
-        return open_descriptor(peer.rank, peer.address, peer.stage.words[BELL], os.O_WRONLY | os.O_NONBLOCK)
+        # Zero is the standard input of a rank that has begun no collective yet, or none any more. What is no pipe is
+        # not a bell either: the descriptor was closed and is used for something else.
+        if not (descriptor := peer.stage.words[BELL]):
+            raise ConnectError(f"rank {peer.rank} has no bell")
+        opened = open_descriptor(peer.rank, peer.address, descriptor, os.O_WRONLY | os.O_NONBLOCK)
+        if not stat.S_ISFIFO(os.fstat(opened).st_mode):
+            os.close(opened)
+            raise ConnectError(f"rank {peer.rank} has closed its bell")
+        return opened
 
     return open_bell

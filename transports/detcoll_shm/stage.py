@@ -21,7 +21,7 @@ ASLEEP    1 while this rank waits on its doorbell, so that others ring it
 PLACE     three words, for collectives of even and odd number in turn: where its array is (`detcoll_shm.regions`)
 PROCESS   process of this rank
 THREAD    and its thread in this collective, so that others see on which processor it is to run
-BELL      descriptor in that process of the pipe that wakes it in a collective
+BELL      descriptor in that process of the pipe that wakes it in a collective, 0 while there is none
 TOKEN     address in that process at which the key of this rank's memory lies (`detcoll_shm.reading`)
 TAKEN     number of the last collective in which this rank has taken all results straight from others' arrays
 TOLD      number of the collective whose full descriptor lies at `TEXT_AT`
