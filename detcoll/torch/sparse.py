@@ -62,6 +62,6 @@ def _compare(shapes: list[list[int]]) -> None:
     for rank, (sparse, *shape) in enumerate(shapes):
         if [sparse, *shape] != shapes[0]:
             raise PlanMismatch(
-                f"all_reduce of sparse tensors: rank {rank} has shape {tuple(shape)}, {sparse} of its dimensions sparse; "
+                f"all_reduce of sparse tensors: rank {rank} has shape {tuple(shape)}, {sparse} dimensions sparse; "
                 f"rank 0 has {tuple(shapes[0][1:])}, {shapes[0][0]} sparse"
             )
