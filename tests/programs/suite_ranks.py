@@ -44,7 +44,7 @@ ERROR_CODE = 10
 """The exit code of a rank whose test raised; the suite's `MultiProcessTestCase.TEST_ERROR_EXIT_CODE`."""
 GRACE_S = 3.0
 """What other ranks get to end by themselves, and so to say what they know, once one has failed."""
-ASKING_S = 3.0
+ASKING_S = 1.0
 OUTPUT_BYTES = 4000
 _PR_SET_PDEATHSIG = 1
 
@@ -91,6 +91,7 @@ class Suite:
             MASTER_ADDR="localhost",
             CUDA_VISIBLE_DEVICES="",
         )
+        import torch.distributed
         from torch.testing._internal import common_distributed, common_utils
 
         leave_out = common_utils.skip_but_pass_in_sandcastle_if
@@ -107,6 +108,10 @@ class Suite:
         if backend == "detcoll":
             for name in ("detcoll.torch.process_group", "detcoll_shm", "zmq"):  # else each rank would import them
                 importlib.import_module(name)
+            if (
+                backend not in torch.distributed.Backend.backend_list
+            ):  # detcoll runs from its tree, and is not installed
+                importlib.import_module("detcoll_registration").register()
         os.environ["BACKEND"] = backend
         distributed_test.BACKEND = Standing(backend)
         self.size = size
