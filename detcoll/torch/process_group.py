@@ -18,6 +18,7 @@ from detcoll.torch.jobs import Lease, Members, lease, seconds_of
 from detcoll.torch.kinds import Kinds
 from detcoll.torch.scopes import Lanes
 from detcoll.torch.settings import Options
+from detcoll.torch.untraced import untraced
 from detcoll.torch.work import Work, all_of
 
 log = logging.getLogger("detcoll")
@@ -29,6 +30,7 @@ SHORTEST_S = 0.01
 """The timeout of a monitored barrier whose timeout is zero."""
 
 
+@untraced(Kinds)
 class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
     """A process group of torch on a communicator of detcoll; `create` makes it."""
 
