@@ -33,7 +33,7 @@ def _untraced(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*arguments: Any, **options: Any) -> Any:
         if not disabled:
-            dynamo = sys.modules.get("torch._dynamo")  # seconds to import, which only programs that compile pay for
+            dynamo: Any = sys.modules.get("torch._dynamo")  # takes seconds to import; programs that compile have it
             if not hasattr(dynamo, "disable"):
                 return method(*arguments, **options)
             disabled.append(dynamo.disable(method))

@@ -216,7 +216,9 @@ def functional_collectives() -> Any:
         functional.all_gather_tensor(x, 0, dist.group.WORLD),
         functional.reduce_scatter_tensor(x, "sum", 0, dist.group.WORLD),
         functional.broadcast(x, 0, dist.group.WORLD),
-        functional.all_to_all_single(torch.arange(sum(sizes)) + rank, list(range(1, size + 1)), sizes, dist.group.WORLD),
+        functional.all_to_all_single(
+            torch.arange(sum(sizes)) + rank, list(range(1, size + 1)), sizes, dist.group.WORLD
+        ),
         *functional.all_reduce_coalesced([x, 3 * x], "sum", dist.group.WORLD),
         *functional.all_gather_into_tensor_coalesced([x, 2 * x], dist.group.WORLD),
         *functional.reduce_scatter_tensor_coalesced([x, 2 * x], "sum", [0, 0], dist.group.WORLD),
