@@ -13,6 +13,7 @@ this one does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import threading
@@ -36,9 +37,14 @@ _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE")
 
 
 class _Introduction(msgspec.Struct, frozen=True):
-    """What a rank tells the others through the store. ``job`` of rank 0 names the job, which no other one is called."""
+    """What a rank tells the others through the store.
+
+    ``network`` : differs where ranks do not reach each other by loopback.  ``job`` of rank 0 names the job, which no
+    other one is called.
+    """
 
     host: str
+    network: str
     site: str
     job: str
 
@@ -149,25 +155,34 @@ def seconds_of(timeout: timedelta) -> float:
 def _open(members: Members, store: Any, seconds: float, options: Options) -> Communicator:
     """Open a job whose ranks meet through a store of torch."""
     rank, size, environ = members.rank, len(members.ranks), os.environ
-    own = _Introduction(
-        environ.get("DETCOLL_HOST") or host_identity(), environ.get("DETCOLL_SITE", ""), secrets.token_hex(8)
-    )
+    host = environ.get("DETCOLL_HOST") or host_identity()
+    own = _Introduction(host, f"{host} {_network()}", environ.get("DETCOLL_SITE", ""), secrets.token_hex(8))
     introductions = _introduce(own, rank, size, store)
-    hosts = [each.host for each in introductions]
-    neighbours = [other for other in range(size) if hosts[other] == hosts[rank]]
+    neighbours = [other for other, each in enumerate(introductions) if each.network == own.network]
     world = World(
-        rank,
-        size,
-        neighbours.index(rank),
-        len(neighbours),
-        "torch",
-        "alone" if size == 1 else "store",
-        None,
-        introductions[0].job,
-    )
+        rank, size, neighbours.index(rank), len(neighbours), "torch", "alone" if size == 1 else "store",
+        _address_of(store), introductions[0].job,
+    )  # fmt: skip
     topology = _topology(environ, members, options, introductions)
     own_environ = {name: value for name, value in environ.items() if name not in _PLACING}
     return open_communicator(own_environ, options.transport, topology, seconds, options.reproducible, world, store)
+
+
+def _address_of(store: Any) -> str | None:
+    """Return where a store of torch is served; None for one that is a file."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    if not host or not port:
+        return None
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _network() -> str:
+    """Return what names the network namespace of this process on its host: each has a loopback of its own."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/net")
+    return ""
 
 
 def _introduce(own: _Introduction, rank: int, size: int, store: Any) -> list[_Introduction]:
