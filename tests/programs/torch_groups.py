@@ -185,7 +185,7 @@ def mismatches() -> None:
         heard[name] = (type(error).__name__, str(error), round(time.monotonic() - began, 2))
     refused = {
         "device": lambda: dist.all_reduce(torch.ones(1, device="meta")),
-        "sparse": lambda: dist.all_reduce(torch.ones(2).to_sparse()),
+        "sparse": lambda: dist.all_reduce(torch.ones(2).to_sparse(), dist.ReduceOp.MAX),
         "expanded": lambda: dist.all_reduce(torch.ones(1).expand(4)),
         "float8": lambda: dist.all_reduce(torch.ones(4).to(torch.float8_e5m2)),
         "bool": lambda: dist.all_reduce(torch.ones(4, dtype=torch.bool), dist.ReduceOp.AVG),
