@@ -33,6 +33,8 @@ from detcoll.topology import Site, Topology
 from detcoll.torch.settings import Options
 from detcoll.transport import host_identity
 
+_LEVELS = {"INFO": "info", "DETAIL": "debug"}
+"""Levels of torch's variable for distributed programs, as those of DETCOLL_LOG."""
 _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE")
 
 
@@ -165,6 +167,9 @@ def _open(members: Members, store: Any, seconds: float, options: Options) -> Com
     )  # fmt: skip
     topology = _topology(environ, members, options, introductions)
     own_environ = {name: value for name, value in environ.items() if name not in _PLACING}
+    level = _LEVELS.get(environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper())
+    if level is not None:
+        own_environ.setdefault("DETCOLL_LOG", level)
     return open_communicator(own_environ, options.transport, topology, seconds, options.reproducible, world, store)
 
 

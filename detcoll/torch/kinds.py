@@ -19,6 +19,7 @@ from detcoll.communicator import Communicator
 from detcoll.errors import UsageError
 from detcoll.job.caller import Request
 from detcoll.torch import sparse
+from detcoll.torch.profiling import profiled
 from detcoll.torch.tensors import (
     Buffer,
     joined,
@@ -280,15 +281,23 @@ class Kinds:
         """Send a tensor to another rank."""
         tensor = _only(tensors)
         array = np.ascontiguousarray(view_of(tensor)).reshape(-1)
-        inner = self.communicator.send(array, dst, tag, async_op=True, name=name_of(tensor.dtype))
-        return self._kept(Work(inner, [tensor], None))
+
+        def call() -> Work:
+            inner = self.communicator.send(array, dst, tag, async_op=True, name=name_of(tensor.dtype))
+            return self._kept(Work(inner, [tensor], None))
+
+        return profiled("send", call)
 
     def recv(self, tensors: Sequence[Tensor], src: int | None, tag: int = 0) -> Work:
         """Receive a tensor from another rank; from any if ``src`` is None."""
         tensor = _only(tensors)
         buffer = writable(tensor, is_ordered=False)
-        inner = self.communicator.recv(buffer, src, tag, async_op=True, name=name_of(tensor.dtype))
-        return self._kept(Work(inner, [tensor], None))
+
+        def call() -> Work:
+            inner = self.communicator.recv(buffer, src, tag, async_op=True, name=name_of(tensor.dtype))
+            return self._kept(Work(inner, [tensor], None))
+
+        return profiled("recv", call)
 
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
         """Receive a tensor from any rank; `Work.source_rank` tells which."""

@@ -16,6 +16,7 @@ from detcoll.errors import DeadlineMissed, DetcollError, UsageError
 from detcoll.job.caller import Request
 from detcoll.torch.jobs import Lease, Members, lease, seconds_of
 from detcoll.torch.kinds import Kinds
+from detcoll.torch.profiling import profiled
 from detcoll.torch.scopes import Lanes
 from detcoll.torch.settings import Options
 from detcoll.torch.untraced import untraced
@@ -148,6 +149,11 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         self, kind: str, check: Callable[[], Request], result: list[Tensor], opts: Any, name: str
     ) -> Work:  # fmt: skip
         """Make a call: at once if torch waits for it, else in the background."""
+        return profiled(kind, lambda: self._call(kind, check, result, opts, name))
+
+    def _call(
+        self, kind: str, check: Callable[[], Request], result: list[Tensor], opts: Any, name: str
+    ) -> Work:  # fmt: skip
         timeout = _timeout(opts)
         communicator, label, scope = self._lanes.next(self.communicator.timeout if timeout is None else timeout)
         is_async = getattr(opts, "asyncOp", True)

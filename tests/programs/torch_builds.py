@@ -249,6 +249,22 @@ def compiled() -> Any:
 
 
 @case
+def profiled() -> Any:
+    """Return how often each call shows in a profile, under the name of the backend."""
+    x, size = torch.ones(10), dist.get_world_size()
+    with torch.profiler.profile() as profile:
+        dist.all_reduce(x)
+        dist.all_reduce(x, async_op=True).wait()
+        dist.broadcast(x, 0)
+        dist.all_gather([torch.empty(10) for _ in range(size)], x)
+        dist.reduce(x, 0)
+        dist.barrier()
+        train(DDP(layers()), batches(1))
+    names = [event.name for event in profile.events() if event.name.startswith(f"{dist.get_backend()}:")]
+    return sorted(name.partition(":")[2] for name in names)
+
+
+@case
 def checkpoints() -> Any:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model, fresh = sharded(mesh), sharded(mesh)
