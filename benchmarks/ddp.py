@@ -2,11 +2,11 @@
 
     detcoll run -n 2 python benchmarks/ddp.py --json ddp.json
 
-Any launcher that torch knows will do. Each backend has a copy of one model of ``--layers`` square layers of ``--width``
-(25 million parameters by default), and both are trained on the same values. ``none`` is the same step without
-averaging, so what it leaves of a step is the cost of communication. In each of ``--rounds`` all three make ``--steps``
-steps, in an order that changes. What is told are medians over rounds of the time of a step on the slowest rank, and of
-the processor time that rank 0 spends on it. In the end the parameters over both backends are compared.
+Any launcher that torch knows will do. Each backend has a copy of one model, of ``--layers`` square layers of
+``--width`` (25 million parameters by default), and both are trained on the same values. ``none`` is a step without
+averages and optimizer. In each of ``--rounds`` all three make ``--steps`` steps, in an order that changes. What is told
+are medians over rounds of the time of a step on the slowest rank, and of the processor time that rank 0 spends on it.
+In the end the parameters over both backends are compared.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from detcoll.buffers import bind
+from detcoll.buffers import Pieces, bind
 from detcoll.errors import UsageError
 from detcoll.types import DTYPES
 
@@ -145,3 +145,39 @@ def test_arrays_that_overlap_are_refused_in_a_list():
         with pytest.raises(UsageError, match="share memory"):
             bind(pair)
     assert bind([x[:5], x[5:], x[2:2]]).array.size == 10
+
+
+def test_pieces_are_staged_in_their_order() -> None:
+    whole = np.arange(24, dtype=np.int32).reshape(4, 6)
+    pieces = Pieces((whole[:, ::2], whole[:2, 1::2]), whole.dtype)
+    bound = bind(pieces)
+    assert bound.staged
+    assert bound.array.size == 18
+    bound.load()
+    assert bound.array.tolist() == [*whole[:, ::2].reshape(-1), *whole[:2, 1::2].reshape(-1)]
+    bound.array[:] = -np.arange(18)
+    untouched = whole[2:, 1::2].copy()
+    bound.store()
+    assert whole[:, ::2].reshape(-1).tolist() == [-number for number in range(12)]
+    assert whole[:2, 1::2].reshape(-1).tolist() == [-number for number in range(12, 18)]
+    assert (whole[2:, 1::2] == untouched).all()
+
+
+def test_pieces_use_the_memory_between_their_first_and_last_byte() -> None:
+    whole = np.zeros((4, 6), np.int16)
+    [(begin, end)] = bind(Pieces((whole[:, 1], whole[3, :4]), whole.dtype)).spans
+    address = whole.__array_interface__["data"][0]
+    assert (begin - address, end - address) == (2, 2 * (3 * 6 + 4))
+    assert bind(Pieces((whole[:, 1],), whole.dtype, is_ordered=False)).spans == ()
+    assert bind(Pieces((whole[:0],), whole.dtype)).spans == ()
+
+
+def test_values_of_pieces_change_on_their_way() -> None:
+    values = np.array([3, -3], np.int8)
+    pieces = Pieces((values,), np.dtype(np.int64), lambda given: given * 2, lambda found: found // 4)
+    bound = bind([pieces, Pieces((np.zeros(1, np.int8),), np.dtype(np.int64))])
+    bound.load()
+    assert bound.array.tolist() == [6, -6, 0]
+    bound.array[:] = 40, 8, 0
+    bound.store()
+    assert values.tolist() == [10, 2]

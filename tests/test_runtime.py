@@ -331,3 +331,14 @@ def test_an_interrupted_native_call_leaves_nothing_to_wait_for(native) -> None:
     assert runner._queued == 0
     call("broadcast", wait=True)
     assert runner.drain(deadline())
+
+
+def test_notices_come_on_the_thread_that_ends_a_call_or_at_once() -> None:
+    work, heard = Work("all_reduce number 0"), []
+    work.notify(lambda: heard.append(threading.current_thread().name))
+    assert not heard
+    ending = threading.Thread(target=work.finish, name="ending")
+    ending.start()
+    ending.join()
+    work.notify(lambda: heard.append("at once"))
+    assert heard == ["ending", "at once"]

@@ -30,6 +30,7 @@ class Work:
         self._error: Exception | None = None
         self._lock = threading.Lock()
         self._callbacks: list[Callback] = []
+        self._notices: list[Callable[[], object]] = []
         self._source: int | None = None
         self._tag: int | None = None
 
@@ -118,6 +119,17 @@ class Work:
                 return
         _callers.call(callback, self)
 
+    def notify(self, notice: Callable[[], object]) -> None:
+        """Call ``notice`` on the thread that ends the collective, or immediately if it has ended.
+
+        That thread serves all collectives, so ``notice`` only hands over to another one, and raises nothing.
+        """
+        with self._lock:
+            if not self._finished.is_set():
+                self._notices.append(notice)
+                return
+        notice()
+
     def as_future(self) -> concurrent.futures.Future[Any]:
         """Return a future that completes with the call, with the result of `wait`; it cannot be cancelled."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -145,6 +157,9 @@ class Work:
             self._error = error
             self._finished.set()
             callbacks, self._callbacks = self._callbacks, []
+            notices, self._notices = self._notices, []
+        for notice in notices:
+            notice()
         for callback in callbacks:
             _callers.call(callback, self)
 

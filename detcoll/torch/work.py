@@ -158,7 +158,7 @@ class Work(dist.Work):  # type: ignore[misc]
             if inner is None:
                 future.set_result(result)
             else:
-                inner.add_done_callback(lambda ended: completion.run(lambda: _complete(future, ended, result)))
+                inner.notify(lambda: completion.run(lambda: _complete(future, inner, result)))
         return self._future
 
 
