@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -57,18 +57,23 @@ class Members:
 
     ``ranks`` : of torch's default group, in the order of the new group.  ``world`` : how many ranks the default group
     has.  ``rank`` : this rank's number in the new group.  ``name`` : the name that torch gives to the group, equal on
-    its ranks.
+    its ranks.  ``kind`` : the default group itself, a part of it, or ranks that have nothing to do with it.
     """
 
     ranks: tuple[int, ...]
     world: int
     rank: int
     name: str
+    kind: Literal["default", "part", "apart"]
 
 
 @dataclass(eq=False, slots=True)
 class _Opened:
-    """A job that a group opened; ``users`` counts its groups that are not closed."""
+    """A job that a group opened.
+
+    ``ranks`` : its ranks as torch's default group numbers them; none if it does not.  ``users`` counts its groups that
+    are not closed.
+    """
 
     ranks: tuple[int, ...]
     communicator: Communicator
@@ -133,12 +138,11 @@ def lease(members: Members, store: Any, timeout: timedelta, options: Options) ->
         See `detcoll.init` and `Communicator.group`.
     """
     seconds = seconds_of(timeout)
-    with _lock:
-        job = next((job for job in _jobs if set(members.ranks) <= set(job.ranks) and job.communicator.usable), None)
+    job = _holding(members.ranks) if members.kind == "part" else None
     if job is None:
         opened = _open(members, store, seconds, options)
         opened.timeout = seconds
-        job = _Opened(members.ranks, opened)
+        job = _Opened(() if members.kind == "apart" else members.ranks, opened)
         with _lock:
             _jobs.append(job)
             _kept_stores[:] = [store]
@@ -147,6 +151,12 @@ def lease(members: Members, store: Any, timeout: timedelta, options: Options) ->
     communicator.timeout = seconds
     with _lock:
         return Lease(job, communicator)
+
+
+def _holding(ranks: Sequence[int]) -> _Opened | None:
+    """Return the latest open job that has all these ranks; all of them find the same one."""
+    with _lock:
+        return next((job for job in reversed(_jobs) if {*ranks} <= {*job.ranks} and job.communicator.usable), None)
 
 
 def seconds_of(timeout: timedelta) -> float:

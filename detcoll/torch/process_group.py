@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,7 @@ from detcoll.job.caller import Request
 from detcoll.torch.jobs import Lease, Members, lease, seconds_of
 from detcoll.torch.kinds import Kinds
 from detcoll.torch.profiling import profiled
-from detcoll.torch.scopes import Lanes
+from detcoll.torch.scopes import Lanes, short
 from detcoll.torch.settings import Options
 from detcoll.torch.untraced import untraced
 from detcoll.torch.work import Work, all_of
@@ -30,6 +31,9 @@ CLOSING_S = 10.0
 SHORTEST_S = 0.01
 """The timeout of a monitored barrier whose timeout is zero."""
 
+_KEPT_WORKS = 64 if torch.__version__.startswith(("2.4.", "2.5.", "2.6.")) else 0
+"""torch's C++ code does not keep the Python part of a work alive up to 2.6, so the group does."""
+
 
 @untraced(Kinds)
 class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
@@ -40,6 +44,7 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         self._lease, self._timeout, self._name, self._desc = lease, timeout, name, ""
         self._lanes = Lanes(lease.communicator)
         self._coalesced: list[Work] | None = None
+        self._latest: deque[Work] = deque(maxlen=_KEPT_WORKS)
         self._bound_device: torch.device | None = None
 
     @property
@@ -157,11 +162,12 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         timeout = _timeout(opts)
         communicator, label, scope = self._lanes.next(self.communicator.timeout if timeout is None else timeout)
         is_async = getattr(opts, "asyncOp", True)
-        called = f"{label} {name}".strip() if label else name
+        called = short(f"{label} {name}".strip()) if label else name
         inner = communicator._run(kind, check, is_async, timeout, called)
         return self._kept(Work(inner if is_async else None, result, scope))
 
     def _kept(self, work: Work) -> Work:
+        self._latest.append(work)
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
@@ -172,22 +178,21 @@ def create(*arguments: Any) -> ProcessGroup:
 
     That is torch's object of options and those of the user, or a store, a rank, a world size and perhaps a timeout.
     """
-    options = Options()
     if len(arguments) >= 3:
         store, rank, size = arguments[:3]
         timeout = arguments[3] if len(arguments) > 3 else timedelta(minutes=30)
-        ranks, name = tuple(range(size)), ""
+        members = Members(tuple(range(size)), size, rank, "", "apart")
+        return ProcessGroup(lease(members, store, timeout, Options()), timeout, "")
+    given, options = arguments[0], arguments[1] if len(arguments) > 1 else None
+    if not isinstance(options, Options | None):
+        raise UsageError(f"pg_options={options!r}; expected a detcoll.torch.Options")
+    ranks, size = tuple(given.global_ranks_in_group), given.group_size
+    if ranks:
+        members = Members(ranks, dist.get_world_size(), given.group_rank, given.group_id, "part")
     else:
-        given = arguments[0]
-        if len(arguments) > 1 and arguments[1] is not None:
-            if not isinstance(arguments[1], Options):
-                raise UsageError(f"pg_options={arguments[1]!r}; expected a detcoll.torch.Options")
-            options = arguments[1]
-        store, rank, size, timeout = given.store, given.group_rank, given.group_size, given.timeout
-        ranks, name = tuple(given.global_ranks_in_group) or tuple(range(size)), given.group_id
-    world = dist.get_world_size() if dist.is_initialized() else size
-    members = Members(ranks, world, rank, name)
-    return ProcessGroup(lease(members, store, timeout, options), timeout, name)
+        members = Members(tuple(range(size)), size, given.group_rank, given.group_id, "default")
+    leased = lease(members, given.store, given.timeout, options or Options())
+    return ProcessGroup(leased, given.timeout, given.group_id)
 
 
 def communicator(group: Any = None) -> Communicator:

@@ -131,7 +131,7 @@ class Lanes:
         lane = self._made.get(here.lane) or self._make(here.lane)
         number = here.calls[own]
         here.calls[own] += 1
-        return lane, _short(f"{here.path}#{number}"), here.inside(number)
+        return lane, f"{here.path}#{number}", here.inside(number)
 
     def _make(self, name: str) -> Communicator:
         """Return a new lane; each has a lock of its own, since ranks come to different ones first."""
@@ -139,7 +139,7 @@ class Lanes:
             making = self._making.setdefault(name, threading.Lock())
         with making:
             if name not in self._made:
-                self._made[name] = self._communicator.group(range(self._communicator.size), _short(f"lane {name}"))
+                self._made[name] = self._communicator.group(range(self._communicator.size), short(f"lane {name}"))
             return self._made[name]
 
     def close(self, timeout: float) -> None:
@@ -153,7 +153,7 @@ def _key(communicator: Communicator) -> str:
     return f"{communicator._group.id:x}"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """Return a name of a group or call, or a digest of one that is too long."""
     if len(name) <= LARGEST_NAME_BYTES:
         return name

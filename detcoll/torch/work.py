@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Work as _TorchWork
 
 from detcoll import runtime
 from detcoll.torch import completion
@@ -89,7 +89,7 @@ class _Failure:
         raise self.error
 
 
-class Work(dist.Work):  # type: ignore[misc]
+class Work(_TorchWork):
     """A call under way, or one that has ended (``inner`` is None).
 
     ``result`` : the tensors that hold the result.  ``scope`` : of its callbacks; None for send and recv, which ranks do

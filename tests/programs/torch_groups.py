@@ -114,6 +114,14 @@ def beside_another_backend(size: int) -> None:
     assert total(mesh.get_group("shard")) == size
     assert dist.get_backend(mesh.get_group("shard")) == "detcoll"
     assert total() == size
+    create = dist.Backend._plugins["DETCOLL"].creator_fn  # as torchft does, whose ranks are not those of torch
+    apart = create(dist.PrefixStore("apart", dist.distributed_c10d._get_default_store()), (rank + 1) % size, size)
+    values = [torch.zeros(1) for _ in range(size)]
+    apart.allgather([values], [torch.tensor([float(rank)])]).wait()
+    assert [each.item() for each in values] == [(number - 1) % size for number in range(size)]
+    other = dist.new_group([0, 1], backend="detcoll")
+    assert other == dist.GroupMember.NON_GROUP_MEMBER or total(other) == 2
+    apart.abort()
     dist.destroy_process_group()
 
 
