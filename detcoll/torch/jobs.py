@@ -17,6 +17,7 @@ import contextlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +36,9 @@ from detcoll.transport import host_identity
 
 _LEVELS = {"INFO": "info", "DETAIL": "debug"}
 """Levels of torch's variable for distributed programs, as those of DETCOLL_LOG."""
+SHORTEST_CLOSING_S = 0.1
+"""How long to wait for the other ranks of a group when the time for all of them has passed."""
+
 _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE")
 
 
@@ -88,8 +92,8 @@ class Lease:
         self.communicator = communicator
         job.users += 1
 
-    def close(self, timeout: float) -> None:
-        """Leave the group, and the job after its last group."""
+    def close(self, timeout: float, lanes: Sequence[Communicator] = ()) -> None:
+        """Leave the group and its ``lanes``, in ``timeout`` seconds, or the job with all its groups after the last."""
         with _lock:
             job, self._job = self._job, None
             if job is None:
@@ -98,10 +102,13 @@ class Lease:
             is_last = not job.users
             if is_last:
                 _jobs.remove(job)
-        if self.communicator is not job.communicator and not is_last:
-            self.communicator.close(timeout)
         if is_last:
             job.communicator.finalize(timeout)
+            return
+        until_s = time.monotonic() + timeout
+        own = [] if self.communicator is job.communicator else [self.communicator]
+        for each in [*lanes, *own]:
+            each.close(max(until_s - time.monotonic(), SHORTEST_CLOSING_S))
 
     def abort(self, reason: str) -> None:
         """End the group on all its ranks; the job too, if this is its last group."""

@@ -120,9 +120,7 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Wait for the calls to end and leave the group; what goes wrong meanwhile is only logged."""
         try:
-            if self.communicator.usable:
-                self._lanes.close(CLOSING_S)
-            self._lease.close(CLOSING_S)
+            self._lease.close(CLOSING_S, self._lanes.made)
         except DetcollError as error:
             log.warning("rank %d: closing the process group %s: %s", self.rank(), self._name, error)
 

@@ -142,10 +142,10 @@ class Lanes:
                 self._made[name] = self._communicator.group(range(self._communicator.size), short(f"lane {name}"))
             return self._made[name]
 
-    def close(self, timeout: float) -> None:
-        """Close the lanes."""
-        for _, lane in sorted(self._made.items()):
-            lane.close(timeout)
+    @property
+    def made(self) -> list[Communicator]:
+        """The lanes, in an order that is equal on all ranks."""
+        return [lane for _, lane in sorted(self._made.items())]
 
 
 def _key(communicator: Communicator) -> str:

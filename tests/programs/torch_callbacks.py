@@ -145,6 +145,16 @@ def branches(rank: int, size: int) -> None:
     assert outs[0].tolist() == [0.0] * 3
 
 
+def a_group_with_lanes_is_closed(rank: int, size: int) -> None:
+    """Close a group whose callbacks have made lanes, before the job ends."""
+    group = dist.new_group(list(range(size)))
+    x = torch.ones(1)
+    end = dist.all_reduce(torch.ones(1), group=group, async_op=True).get_future()
+    end.then(lambda _: dist.all_reduce(x, group=group)).wait()
+    assert x.item() == size
+    dist.destroy_process_group(group)
+
+
 def blocked_callbacks(rank: int) -> None:
     """Block many callbacks; others complete all the same, and errors arrive where they belong."""
     release = threading.Event()
@@ -179,6 +189,7 @@ def main(steps: int) -> None:
     callbacks_beside_the_program(rank, size)
     turns(rank, size)
     branches(rank, size)
+    a_group_with_lanes_is_closed(rank, size)
     blocked_callbacks(rank)
     say(rank, "done")
     dist.destroy_process_group()
