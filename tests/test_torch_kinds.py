@@ -57,3 +57,20 @@ def test_options_are_the_last_argument_and_may_be_left_out() -> None:
 def test_drawn_calls_give_what_numpy_gives(size: int, environ: dict[str, str], cases: int) -> None:
     ended = launch(size, "torch_kinds.py", f"seed {size}", cases, environ=environ, timeout_s=100.0)
     assert ended.said == {rank: [f"{cases} cases"] for rank in range(size)}, ended.err
+
+
+def test_a_list_of_parts_that_lie_together_is_bound_as_one_array() -> None:
+    import torch
+
+    from detcoll.buffers import Pieces
+    from detcoll.torch.tensors import joined
+
+    whole = torch.arange(12.0).to(torch.bfloat16)
+    parts = list(whole[3:].chunk(3))
+    bound = joined(parts, "x", is_written=True)
+    assert not isinstance(bound, Pieces)
+    assert bound.astype("float32").tolist() == list(range(3, 12))
+    bound[0] = 7
+    assert whole[3] == 7
+    for apart in (parts[::-1], parts[::2], [torch.zeros(3), torch.zeros(3)]):
+        assert isinstance(joined(apart, "x", is_written=True), Pieces)

@@ -97,17 +97,17 @@ def folded(name: str, parts: list[np.ndarray[Any, Any]], dtype: str) -> np.ndarr
     return function(stack, axis=0)  # type: ignore[no-any-return]
 
 
-def operator_for(draw: Draw) -> str:
+def operators_of(name: str) -> list[str]:
+    if name in COMPLEX:
+        return ["SUM", "AVG"]
     known = ["SUM", "PRODUCT", "MIN", "MAX"]
-    if draw.name in INTEGERS:
-        known += ["AVG", "BAND", "BOR", "BXOR"]
-    elif draw.name == "bool":
-        known += ["BAND", "BOR", "BXOR"]
-    elif draw.name in COMPLEX:
-        known = ["SUM", "AVG"]
-    else:
+    if name != "bool":
         known += ["AVG"]
-    return draw.chance.choice(known)
+    return known if name in FLOATS else [*known, "BAND", "BOR", "BXOR"]
+
+
+def operator_for(draw: Draw) -> str:
+    return draw.chance.choice(operators_of(draw.name))
 
 
 REDUCED = [*INTEGERS, *FLOATS, *COMPLEX, "bool"]
@@ -353,8 +353,20 @@ KINDS: list[tuple[Callable[[Draw, bool], None], list[str]]] = [
 ]  # fmt: skip
 
 
+def every_type_and_operator(seed: str, size: int, rank: int) -> None:
+    """Reduce some values of every type by every operator that it has."""
+    for name in REDUCED:
+        for op in operators_of(name):
+            draw = Draw(f"{seed} {name} {op}", size, rank, [name])
+            parts = [draw.values((4, 9)) for _ in range(size)]
+            x = draw.tensor(parts[rank])
+            dist.all_reduce(x, getattr(dist.ReduceOp, op))
+            draw.check(x, folded(op, parts, name), f"all_reduce {op} {name} {draw.layout}")
+
+
 def main(seed: str, cases: int) -> None:
     rank, size = begin()
+    every_type_and_operator(seed, size, rank)
     chance = random.Random(seed)
     for number in range(cases):
         kind, dtypes = KINDS[number % len(KINDS)]
