@@ -36,6 +36,7 @@ from detcoll.transport import host_identity
 
 _LEVELS = {"INFO": "info", "DETAIL": "debug"}
 """Levels of torch's variable for distributed programs, as those of DETCOLL_LOG."""
+
 SHORTEST_CLOSING_S = 0.1
 """How long to wait for the other ranks of a group when the time for all of them has passed."""
 
