@@ -99,6 +99,24 @@ def test_survivors_name_a_killed_rank() -> None:
             assert kind == {"backward": "RuntimeError", "later": "Closed"}.get(name, "PeerLost"), (name, kind, text)
 
 
+def test_a_future_that_failed_tells_why_wherever_torch_looks() -> None:
+    import torch
+
+    from detcoll.errors import PeerLost
+    from detcoll.torch.work import Future, _Failure
+
+    error = PeerLost("rank 2 is lost")
+    future = Future(None)
+    future.set_exception(error)
+    for look in (future.wait, future.value, lambda: future.then(lambda ended: ended.wait()).wait()):
+        with pytest.raises(PeerLost, match="rank 2 is lost"):
+            look()
+    seen = _Failure(error)  # what torch's C++ code sees
+    assert "rank 2 is lost" in repr(seen)
+    with pytest.raises(PeerLost, match="rank 2 is lost"):
+        torch._jit_internal._extract_tensors(seen)
+
+
 REGISTERED = "import torch.distributed as dist; assert 'detcoll' in dist.Backend.backend_list"
 
 

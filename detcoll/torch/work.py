@@ -79,7 +79,7 @@ class _Failure:
     """The value of a future that has failed.
 
     torch's own code in C++ does not see an error that Python has set. It looks for the tensors in the value by pickling
-    it, where this raises the error.
+    it, where this raises the error. After a hook in Python it tells what is no tensor instead.
     """
 
     def __init__(self, error: Exception) -> None:
@@ -87,6 +87,9 @@ class _Failure:
 
     def __reduce__(self) -> NoReturn:
         raise self.error
+
+    def __repr__(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"
 
 
 class Work(_TorchWork):
