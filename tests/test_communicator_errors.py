@@ -295,7 +295,8 @@ def test_who_knows_nothing_better_names_its_peers() -> None:
     assert all(isinstance(answer, DeadlineMissed) for answer in answers)
     for answer in answers:
         assert re.search(
-            r"not finished after 2 s without progress; it waits for rank [01] \(\d messages?\)$", str(answer)
+            r"not finished after 2 s without progress \(the timeout of the call\); it waits for rank [01] \(\d messages?\)$",
+            str(answer),
         )
 
 

@@ -606,7 +606,7 @@ def test_the_error_of_a_rank_states_its_own_timeout_where_that_is_not_longer() -
     fleet = Fleet(4)
     calls = [fleet.call(rank, "all_reduce", ones(1), timeout_s=1.0) for rank in (1, 2, 3)]
     fleet.run(20 * SECOND_NS)
-    assert "after 1 s without progress; it waits for rank 0" in str(calls[2].error)
+    assert "after 1 s without progress (the timeout of the call); it waits for rank 0" in str(calls[2].error)
 
 
 def test_progress_of_those_that_are_waited_for_prolongs_the_wait() -> None:
