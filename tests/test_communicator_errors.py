@@ -294,10 +294,8 @@ def test_who_knows_nothing_better_names_its_peers() -> None:
     answers = attempt(2, program, transport="slotted", stay=True)
     assert all(isinstance(answer, DeadlineMissed) for answer in answers)
     for answer in answers:
-        assert re.search(
-            r"not finished after 2 s without progress \(the timeout of the call\); it waits for rank [01] \(\d messages?\)$",
-            str(answer),
-        )
+        assert "not finished after 2 s without progress (the timeout of the call)" in str(answer)
+        assert re.search(r"; it waits for rank [01] \(\d messages?\)$", str(answer))
 
 
 def test_a_rank_that_never_comes_is_named() -> None:
