@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from detcoll.cli import main
-from detcoll.cli.splitting import keep_script_options
+from detcoll.cli import app, main
+from detcoll.cli.splitting import FLAGS, keep_script_options
 from detcoll.errors import ConnectError, UsageError
 
 SHOW = """
@@ -340,9 +340,22 @@ def test_run_starts_without_what_other_commands_need() -> None:
         (["run", "-n", "2", "--", "s.py", "--"], ["run", "-n", "2", "--", "s.py", "--"]),
         (["run", "-n"], ["run", "-n"]),
         (["run", "--help"], ["run", "--help"]),
-        (["lab", "--sites", "2", "x"], ["lab", "--sites", "2", "x"]),
+        (["lab", "--sites", "2", "s.py", "--mpi"], ["lab", "--sites", "2", "--", "s.py", "--mpi"]),
+        (["lab", "--no-relay", "-m", "mod"], ["lab", "--no-relay", "--", "-m", "mod"]),
+        (["bench", "--sites", "2", "x"], ["bench", "--sites", "2", "x"]),
         ([], []),
     ],
 )
 def test_options_after_the_script_belong_to_it(tokens: list[str], expected: list[str]) -> None:
     assert keep_script_options(tokens) == expected
+
+
+@pytest.mark.parametrize("name", ["run", "lab"])
+def test_options_without_a_value_are_known(name: str) -> None:
+    found = set()
+    for argument in app[name].assemble_argument_collection():
+        is_switch = argument.hint in (bool, bool | None)
+        found |= {one for one in argument.names if is_switch or one in argument.negatives}
+    assert {one for one in found if one.startswith("-")} - FLAGS == set()
+    valued = {one for argument in app[name].assemble_argument_collection() for one in argument.names} - found
+    assert valued & FLAGS == set()

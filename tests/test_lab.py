@@ -461,7 +461,7 @@ os.write(1, f"{values[0]} {os.environ['DETCOLL_SITE']}\\n".encode())
 class TestCommand:
     def test_options_that_clash_or_are_missing_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["lab"]) == 2
-        assert "COMMAND is missing" in capsys.readouterr().err
+        assert "lab needs a SCRIPT, -m MODULE or a program to start" in capsys.readouterr().err
         for given, message in (
             ({"rate": "1000"}, "rate='1000'"),
             ({"service": "best"}, "service='best' is not known"),
@@ -499,6 +499,27 @@ class TestCommand:
         assert (tmp_path / "log.npy").stat().st_size > 0
         lines = options(rate="100 Mbit/s", round_trip="2 ms", queue="100 kB")
         assert main(["lab", *lines, "--", "sh", "-c", "kill -9 $$"]) == 137
+
+    def test_what_cannot_be_started_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for command, message in (
+            (["missing.py"], "script 'missing.py' does not exist"),
+            (["--", "no-such-program-here"], "'no-such-program-here' is neither a Python script"),
+        ):
+            assert main(["lab", *command]) == 2
+            assert message in capsys.readouterr().err
+
+    @pytest.mark.lab
+    @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+    def test_it_takes_a_script_and_says_which_lines_it_ran_on(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        script = tmp_path / "train.py"
+        script.write_text("import os, sys; print(os.environ['RANK'], *sys.argv[1:])", encoding="utf-8")
+        assert main(["lab", *options(ranks_per_site=1, rate="50 Mbit/s"), str(script), "--mpi"]) == 0
+        out, err = capfd.readouterr()
+        assert sorted(out.splitlines()) == ["0 --mpi", "1 --mpi"]
+        told = "detcoll: ran on 2 sites, joined by lines of 50 Mbit/s with a round trip of 20 ms"
+        assert err == f"{told}; --statistics FILE tells what crossed them\n"
 
     @pytest.mark.lab
     @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))

@@ -8,8 +8,8 @@ EXAMPLES = {
         "detcoll run -n 4 --transport tcp -m detcoll bench --bytes 4MiB",
     ),
     "lab": (
-        "detcoll lab --sites 2 --round-trip '20 ms' -- python train.py",
-        "detcoll lab --mpi -- python train.py",
+        "detcoll lab --rate '100 Mbit/s' --round-trip '80 ms' train.py",
+        "detcoll lab --mpi train.py",
     ),
     "measure": (
         "detcoll measure --report report",

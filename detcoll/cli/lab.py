@@ -14,13 +14,14 @@ from cyclopts import Parameter
 from detcoll.cli.lines import ANY_LINES, NETWORK_GROUP, LineOptions, OthersOptions
 from detcoll.cli.quantity import Quantity
 from detcoll.cli.relaying import must_relay, refuse_with_relay, run_through_relay
+from detcoll.cli.splitting import executed
 from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
 from detcoll.emulation.lab.conditions import CrossTrafficKind
 from detcoll.errors import UsageError
 from detcoll.launch.processes import ended_by_signals
 from detcoll.measure.networks import PROBE_GAP_NS, Network, reserve
 from detcoll.outputs import require_writable, write_file
-from detcoll.quantities import format_rate, parse_duration_ns, parse_size_bytes, parse_timeout_s
+from detcoll.quantities import format_duration, format_rate, parse_duration_ns, parse_size_bytes, parse_timeout_s
 from detcoll.topology import Topology
 
 _CROSS_TCP = 0.05
@@ -143,7 +144,7 @@ def lab(
     Parameters
     ----------
     command : str
-        Program and arguments, after ``--``.
+        SCRIPT.py, ``-m MODULE`` or a program, and its arguments. Options after it belong to it.
     statistics : Path
         File for what the router counted (.json), with a co-tenant's round trips.
     log : Path
@@ -161,14 +162,13 @@ def lab(
     deadline : str
         End the ranks after this time, such as "10 min"; the exit code is then 124.
     """
-    if not command:
-        raise UsageError("COMMAND is missing; expected detcoll lab [OPTIONS] -- COMMAND [ARGUMENTS]")
+    program = executed(command, "lab")
     wanted = lines.wide_topology()
     of_the_lab = conditions.changed() | {"log": log, "mpi": mpi, "slow_start_after_idle": slow_start_after_idle}
     if relay:
         refuse_with_relay(**of_the_lab)
     wanted = conditions.reserve(wanted)
-    ranks = _Ranks(command, None if deadline is None else parse_timeout_s(deadline, "deadline"), prefix, statistics)
+    ranks = _Ranks(program, None if deadline is None else parse_timeout_s(deadline, "deadline"), prefix, statistics)
     require_writable(statistics, "statistics")
     require_writable(log, "log")
     made = conditions.conditions(wanted, lines.queue_bytes(), 0 if statistics is None else PROBE_GAP_NS)
@@ -205,6 +205,9 @@ def _run_through_relay(ranks: _Ranks, lines: Topology, queue_bytes: int) -> int:
 def _run_in_lab(ranks: _Ranks, network: Lab, launcher: Launcher) -> int:
     began_ns = time.monotonic_ns()
     code = run_ranks(network, ranks.command, launcher=launcher, deadline_s=ranks.deadline_s, prefix=ranks.prefix)
+    if code == 0:
+        told = "" if ranks.statistics else "; --statistics FILE tells what crossed them"
+        print(f"detcoll: {_in_words(network.topology)}{told}", file=sys.stderr, flush=True)
     is_tcp = network.conditions.cross_traffic_kind is CrossTrafficKind.TCP
     if ranks.statistics is None and not is_tcp:
         return code
@@ -215,3 +218,12 @@ def _run_in_lab(ranks: _Ranks, network: Lab, launcher: Launcher) -> int:
     if ranks.statistics is not None:
         write_file(ranks.statistics, msgspec.json.encode(seen))
     return code
+
+
+def _in_words(lines: Topology) -> str:
+    rates = [site.uplink_bytes_per_s or 0.0 for site in lines.sites]
+    trips_ns = [2 * link.one_way_ns for _, link in lines.links]
+    slowest, fastest = format_rate(min(rates)), format_rate(max(rates))
+    rate = slowest if slowest == fastest else f"{slowest} to {fastest}"
+    farthest = f"{'' if min(trips_ns) == max(trips_ns) else 'up to '}{format_duration(max(trips_ns))}"
+    return f"ran on {len(rates)} sites, joined by lines of {rate} with a round trip of {farthest}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +12,7 @@ from cyclopts import Parameter
 
 from detcoll import registry
 from detcoll.cli.quantity import Quantity
+from detcoll.cli.splitting import executed
 from detcoll.errors import ConnectError, UsageError
 from detcoll.job.settings import AUTO, log_level, place, read_settings
 from detcoll.launch.environment import rank_environments
@@ -61,7 +60,7 @@ def run(
         raise UsageError("run needs the number of ranks to start, such as: detcoll run -n 2 train.py")
     _check(ranks, sites, topology)
     deadline_s = None if timeout is None else parse_timeout_s(timeout, "--timeout")
-    program = _program(command)
+    program = executed(command, "run")
     settings = {
         "DETCOLL_SITES": None if sites is None else str(sites),
         "DETCOLL_TOPOLOGY": None if topology is None else str(topology.absolute()),
@@ -96,24 +95,3 @@ def _refuse_for_all(environ: Mapping[str, str], ranks: int) -> None:
     if settings.transport != AUTO:
         registry.require_known(settings.transport)
     require_folder(None if settings.trace is None else Path(settings.trace), "DETCOLL_TRACE")
-
-
-def _program(command: Sequence[str]) -> list[str]:
-    """Return what each rank executes."""
-    if not command:
-        raise UsageError("run needs a SCRIPT, -m MODULE or a program to start")
-    first = command[0]
-    if first == "-m":
-        if len(command) < 2:
-            raise UsageError("-m needs the name of a module")
-        return [sys.executable, *command]
-    if first.startswith("-"):
-        raise UsageError(f"{first!r} is no option of run; see detcoll run --help")
-    if first.endswith(".py"):
-        if not Path(first).is_file():
-            raise UsageError(f"script {first!r} does not exist")
-        return [sys.executable, *command]
-    found = shutil.which(first)
-    if found is None:
-        raise UsageError(f"{first!r} is neither a Python script (.py) nor a program that can be run here")
-    return [found, *command[1:]]
