@@ -20,10 +20,12 @@ from detcoll.cli.terminal import PIPE_WIDTH, output_console
 from detcoll.emulation.lab import Conditions, why_unavailable
 from detcoll.errors import DetcollError, UsageError
 from detcoll.measure.host import host_facts
+from detcoll.measure.limits import limits_of_row, scale_of
 from detcoll.measure.lines import CoTenant, LineUse
+from detcoll.measure.load import Load
 from detcoll.measure.networks import Network, parse_networks
 from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchResult, LeftOut, Row, write_result
-from detcoll.measure.tables import bench_table
+from detcoll.measure.tables import bench_table, came
 from detcoll.topology import Topology
 
 TIMEOUT_S = 60
@@ -75,7 +77,7 @@ def test_table_tells_how_the_line_was_used(
     assert ("overlap by 7 ns" in shown) == any(overlap_ns)
     assert "left out: mpi: gone" in shown
     assert "93.5%" in shown
-    assert "longest queue at each uplink: 1 MiB, 512 KiB (a slot carries 2 MiB)" in shown
+    assert "longest queue at each uplink: 1 MiB, 512 KiB (the calendar lets 2 MiB go at a stretch)" in shown
     assert "messages: 1 B, all in the room left for them" in shown
     assert "0.625" in shown
     assert "3 MiB" in shown
@@ -100,6 +102,26 @@ def test_table_tells_what_plain_tcp_is_compared_for(capsys: pytest.CaptureFixtur
     for transport, is_told in (("slotted", False), ("tcp", True)):
         output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (replace(ROW, transport=transport),))))
         assert ("tcp: same plans, plain TCP" in capsys.readouterr().out) == is_told
+
+
+@pytest.mark.parametrize(
+    ("prediction_error", "told"),
+    [(-0.255, "34.2% late"), (0.03, "2.9% early"), (0.0001, "on time"), (None, None)],
+)
+def test_table_tells_when_a_call_came(prediction_error: float | None, told: str | None) -> None:
+    assert came(replace(ROW, prediction_error=prediction_error)) == told
+
+
+@pytest.mark.parametrize(
+    ("fraction", "load", "is_unknown"), [(0.5, Load(2), True), (0.95, Load(2), False), (0.5, None, False)]
+)
+def test_table_tells_that_nobody_knows_the_limit(
+    fraction: float, load: Load | None, is_unknown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = None if load is None else limits_of_row(fraction, load, scale_of(Topology.uniform(2, 2, 1e8, 10**7)))
+    row = replace(ROW, fraction_of_bound=fraction, load=load, limits=limits)
+    output_console().print(bench_table(BenchResult(BENCH_SCHEMA, {}, (row,))))
+    assert ("more --iterations help" in capsys.readouterr().out) == is_unknown
 
 
 def test_table_tells_that_there_is_no_calendar(capsys: pytest.CaptureFixture[str]) -> None:

