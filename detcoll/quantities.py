@@ -9,6 +9,7 @@ off.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
@@ -140,6 +141,12 @@ def format_rate(bytes_per_s: float) -> str:
         if bits >= factor:
             return f"{bits / factor:.6g} {unit}"
     return f"{bits:.6g} bit/s"
+
+
+def rounded_up(rate: float) -> float:
+    """Return a positive rate with three significant digits, not less than it was."""
+    step = 10.0 ** (math.floor(math.log10(rate)) - 2)
+    return math.ceil(rate / step - 1e-9) * step
 
 
 def format_count(count: int, noun: str) -> str:

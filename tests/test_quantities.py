@@ -18,6 +18,7 @@ from detcoll.quantities import (
     parse_rate_bytes_per_s,
     parse_size_bytes,
     parse_timeout_s,
+    rounded_up,
 )
 
 PARSERS = [parse_duration_ns, parse_size_bytes, parse_rate_bytes_per_s]
@@ -224,3 +225,10 @@ def test_a_formatted_rate_is_read_back(rate):
 )
 def test_formats(text, expected):
     assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(48_641_600.0, 48.7e6), (918e9, 918e9), (999.1e6, 1e9), (0.0123, 0.0123), (1000.1, 1010.0)]
+)
+def test_rates_are_rounded_up_to_three_digits(rate: float, wanted: float) -> None:
+    assert rounded_up(rate) == pytest.approx(wanted)

@@ -12,7 +12,7 @@ from detcoll.plan import Calendar, SiteReservation, Slotting
 from detcoll.plan.calendar import flows_between
 from detcoll.plan.reservation import OPEN, GateList
 from detcoll.plan.summary import Summary
-from detcoll.quantities import format_bytes, format_duration, format_rate
+from detcoll.quantities import format_bytes, format_duration, format_rate, rounded_up
 from detcoll.scenarios.study import Needed
 from detcoll.signature import signature_of
 from detcoll.topology import Topology
@@ -108,7 +108,7 @@ def print_needed(needed: Needed, topology: Topology) -> None:
     columns = [
         Column("site", tuple(site.name for site in sites), is_label=True),
         Column("ranks", tuple(str(len(site.ranks)) for site in sites)),
-        Column("must reserve", (format_rate(rate),) * len(sites)),
+        Column("must reserve", (format_rate(rounded_up(needed.line_bit_per_s) / 8),) * len(sites)),
         Column("has", tuple(map(format_rate, has))),
         Column("verdict", tuple(_verdict(rate, each) for each in has)),
     ]
