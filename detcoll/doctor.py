@@ -21,7 +21,6 @@ from enum import Enum
 from pathlib import Path
 
 from detcoll import registry
-from detcoll.clock import clock_domain
 from detcoll.job.settings import AUTO
 from detcoll.path_mtu import PORT, PathMtu, probe
 from detcoll.priority import make_prompt
@@ -104,9 +103,6 @@ def examine(
         _congestion(seen),
         _clock_source(seen),
         _discipline(_adjtimex()),
-        Finding(
-            "clock domain", clock_domain(seen.root / "proc"), Verdict.NOTE, "ranks that show the same share a clock"
-        ),
         _priority(make_prompt),
         _lateness(late_ns()),
         _cores(seen, topology),
