@@ -174,13 +174,10 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
 def create(*arguments: Any) -> ProcessGroup:
     """Return the process group for what torch passes to a backend.
 
-    That is torch's object of options and those of the user, or a store, a rank, a world size and perhaps a timeout.
+    That is torch's object of options and those of the user, or what `create_apart` takes.
     """
     if len(arguments) >= 3:
-        store, rank, size = arguments[:3]
-        timeout = arguments[3] if len(arguments) > 3 else timedelta(minutes=30)
-        members = Members(tuple(range(size)), size, rank, "", "apart")
-        return ProcessGroup(lease(members, store, timeout, Options()), timeout, "")
+        return create_apart(*arguments)
     given, options = arguments[0], arguments[1] if len(arguments) > 1 else None
     if not isinstance(options, Options | None):
         raise UsageError(f"pg_options={options!r}; expected a detcoll.torch.Options")
@@ -191,6 +188,15 @@ def create(*arguments: Any) -> ProcessGroup:
         members = Members(tuple(range(size)), size, given.group_rank, given.group_id, "default")
     leased = lease(members, given.store, given.timeout, options or Options())
     return ProcessGroup(leased, given.timeout, given.group_id)
+
+
+def create_apart(
+    store: Any, rank: int, size: int, timeout: timedelta = timedelta(minutes=30), options: Options | None = None,
+    name: str = "",
+) -> ProcessGroup:  # fmt: skip
+    """Return a process group of ranks that have nothing to do with torch's default group; it opens its own job."""
+    members = Members(tuple(range(size)), size, rank, name, "apart")
+    return ProcessGroup(lease(members, store, timeout, options or Options()), timeout, name)
 
 
 def communicator(group: Any = None) -> Communicator:
