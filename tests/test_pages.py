@@ -27,12 +27,13 @@ PAGES = [
 TIMEOUT_S = 300
 PACKAGES = Path(detcoll.__file__).parent.parent
 MPIEXEC = find_mpiexec() if find_spec("mpi4py") else None
+PACKAGED = ("lightning", "accelerate", "transformers")
 MISSING = {
     "lab": why_unavailable(),
     "mpi": None if MPIEXEC else "MPI is not installed",
     **{
         name: None if find_spec(module) else f"{name} is not installed"
-        for name, module in {"torch": "torch", "digits": "sklearn"}.items()
+        for name, module in {"torch": "torch", "digits": "sklearn", **{name: name for name in PACKAGED}}.items()
     },
     "backend": None if entry_points(group="torch.backends", name="detcoll") else "torch cannot find this detcoll",
 }
@@ -42,7 +43,7 @@ MYPY = """
 [mypy]
 strict = True
 follow_imports = silent
-[mypy-torch.*]
+[mypy-torch.*,lightning.*,accelerate.*,transformers.*,ray.*,torchft.*]
 follow_imports = skip
 ignore_missing_imports = True
 """
