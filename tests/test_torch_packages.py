@@ -37,25 +37,27 @@ ALONE = [sys.executable]
 """The package starts the ranks itself."""
 
 CASES = {
-    "lightning": ("lightning_trainer.py", ALONE),
-    "accelerate": ("accelerated.py", TORCHRUN),
-    "transformers": ("hf_trainer.py", TORCHRUN),
-    "ray": ("ray_train.py", ALONE),
-    "torchft": ("torchft_replicas.py", ALONE),
-    "torchtitan": ("titan_parts.py", TORCHRUN),
+    "lightning_trainer": ("lightning", ALONE),
+    "lightning_fsdp": ("lightning", ALONE),
+    "accelerated": ("accelerate", TORCHRUN),
+    "hf_trainer": ("transformers", TORCHRUN),
+    "ray_train": ("ray", ALONE),
+    "torchft_replicas": ("torchft", ALONE),
+    "titan_parts": ("torchtitan", TORCHRUN),
 }
+"""Programs, the packages that they need, and what starts them."""
 
 pytestmark = pytest.mark.timeout(2 * LIMIT_S + 30)
 
 
-def run(package: str, backend: str, argument: object) -> Ended:
+def run(program: str, backend: str, argument: object) -> Ended:
+    package, launcher = CASES[program]
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed; see {PROGRAMS / 'requirements.txt'}")
-    program, launcher = CASES[package]
     paths = [str(Path(detcoll.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environ = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **QUIET}
     process = subprocess.Popen(
-        [*launcher, str(PROGRAMS / program), backend, str(argument)],
+        [*launcher, str(PROGRAMS / f"{program}.py"), backend, str(argument)],
         env=environment(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -67,21 +69,21 @@ def run(package: str, backend: str, argument: object) -> Ended:
     return Ended(process.returncode, out, err)
 
 
-@pytest.mark.parametrize("package", CASES)
-def test_a_package_trains_as_on_gloo(package: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("program", CASES)
+def test_a_package_trains_as_on_gloo(program: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     said: dict[str, dict[int, list[Any]]] = {}
     for backend in ("gloo", "detcoll"):
-        argument = "steady" if package == "torchft" else tmp_path_factory.mktemp("run")
-        said[backend] = {rank: records[0] for rank, records in run(package, backend, argument).said.items()}
+        argument = "steady" if program == "torchft_replicas" else tmp_path_factory.mktemp("run")
+        said[backend] = {rank: records[0] for rank, records in run(program, backend, argument).said.items()}
     assert sorted(said["gloo"]) == sorted(said["detcoll"]) == [0, 1]
     for rank in (0, 1):
         (own, *got), (other, *wanted) = said["detcoll"][rank], said["gloo"][rank]
         assert (own, other) in {("detcoll", "gloo"), ("torchft-detcoll", "torchft-gloo")}
-        assert alike(got, wanted), f"{package} on rank {rank}: {got}, Gloo {wanted}"
+        assert alike(got, wanted), f"{program} on rank {rank}: {got}, Gloo {wanted}"
 
 
 def test_torchft_goes_on_without_a_lost_replica_and_heals_a_new_one() -> None:
-    said = run("torchft", "detcoll", "fault").said
+    said = run("torchft_replicas", "detcoll", "fault").said
     names, went_on, heard_of_loss, steps, parameters = zip(*(said[number][0] for number in (0, 1)), strict=True)
     assert set(names) == {"torchft-detcoll"}
     assert all(went_on)
