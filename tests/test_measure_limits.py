@@ -33,7 +33,7 @@ from detcoll.measure.results import (
     Run,
 )
 from detcoll.measure.statistics import Summary
-from detcoll.measure.tables import bench_table, measurement_table, slot_gains
+from detcoll.measure.tables import bench_table, measurement_table, network_costs, slot_gains
 from detcoll.report import report
 from detcoll.report.cells import remarks
 from detcoll.report.inputs import ReportInputs
@@ -305,6 +305,24 @@ def test_what_slots_add_is_told_where_nothing_else_was_the_limit() -> None:
     assert [run.limits is None or len(run.limits) for run in doubtful] == [0, 1, 1]
     assert slot_gains(doubtful) == [told], "nothing is compared with the single cluster"
     assert slot_gains([CLUSTER, slotted, replace(doubtful[2], limits=(*(doubtful[2].limits or ()), *LIMITED))]) == []
+
+
+def test_what_each_network_costs_an_iteration_is_told() -> None:
+    slotted = run(iteration_s=Summary(0.125, 0.1, 0.13, (0.125,)))
+    told = (
+        "an iteration takes 100 ms in one cluster and 125 ms across sites: the lines cost it 25 ms, 20.0% of its time"
+    )
+    assert network_costs([CLUSTER, slotted, replace(slotted, transport="tcp")]) == [told]
+    assert told in _printed(Measurement(MEASURE_SCHEMA, {}, {}, (CLUSTER, slotted), (), None))
+    assert told in remarks(_measured(CLUSTER, slotted))
+    busy = replace(slotted, service="deterministic", cross_traffic=1.0, limits=LIMITED)
+    assert network_costs([CLUSTER, busy]) == [
+        "an iteration takes 100 ms in one cluster and 125 ms across sites, deterministic, others 100%: the lines cost "
+        "it 25 ms, 20.0% of its time (limited by the lab's router)"
+    ]
+    [quick] = network_costs([CLUSTER, replace(slotted, iteration_s=Summary(0.09, 0.09, 0.09, (0.09,)))])
+    assert quick.endswith("the lines cost it nothing")
+    assert network_costs([CLUSTER, replace(slotted, without="overlap")]) == network_costs([slotted]) == []
 
 
 def _measured(*runs: Run) -> ReportedResult:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from detcoll import marks
 from detcoll.cli import main
 from detcoll.cli.lines import LineOptions, NetworkOptions, SiteOptions, comma_separated, present
 from detcoll.emulation.lab import Conditions, DirectionStatistics, Service, Statistics
@@ -25,13 +26,15 @@ from detcoll.emulation.lab.statistics import BurstStatistics, FlowStatistics, Pr
 from detcoll.errors import DetcollError, UsageError
 from detcoll.installation import install_command
 from detcoll.launch import processes
-from detcoll.measure import experiment, marks, step
+from detcoll.marks import Marks
+from detcoll.measure import experiment, step
 from detcoll.measure.aggregate import (
     ScriptRound,
     Setting,
     iteration_times_s,
     make_run,
     make_script_run,
+    marked_span_ns,
     marked_times_s,
     sync_times_s,
     wire_busy_fraction,
@@ -43,7 +46,7 @@ from detcoll.measure.kernel import network_counts, parse_retransmits, parse_sent
 from detcoll.measure.lines import CoTenant, LineRecord, use_of
 from detcoll.measure.load import Readings, Watch
 from detcoll.measure.networks import parse_networks, reserve
-from detcoll.measure.records import Marks, RankRecord, read_config, read_marks, write_json
+from detcoll.measure.records import RankRecord, read_config, read_marks, write_json
 from detcoll.measure.results import SINGLE_CLUSTER, LeftOut, Measurement, write_result
 from detcoll.measure.runner import Runner
 from detcoll.measure.statistics import ratio, summarize, tails
@@ -157,6 +160,8 @@ def test_script_is_timed_by_marks_where_it_leaves_any() -> None:
     marked = (Marks(0, (0, 10 * MS, 30 * MS)), Marks(1, (1 * MS, 12 * MS, 31 * MS, 99 * MS)))
     assert marked_times_s(marked) == pytest.approx([0.011, 0.019])
     assert marked_times_s((Marks(0, (1, 2)), Marks(1, (1,)))) == []
+    assert marked_span_ns(marked) == [(1 * MS, 31 * MS)]
+    assert marked_span_ns((Marks(0, (1, 2)), Marks(1, (1,)))) is None
     baseline = make_script_run(SINGLE, [ScriptRound(2.0, marked)], None)
     assert baseline.iteration_s.samples == pytest.approx((0.011, 0.019))
     assert baseline.total_s == 2.0
@@ -187,6 +192,34 @@ def test_step_leaves_marks_where_asked(tmp_path: Path, monkeypatch: pytest.Monke
     assert seen.rank == 2
     assert len(seen.marks_ns) == 2
     assert seen.marks_ns[0] <= seen.marks_ns[1]
+
+
+def test_optimizers_leave_marks_unless_the_script_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Optimizer: ...
+
+    marker = marks._Marker()
+    monkeypatch.setattr(marks, "_marker", marker)
+    monkeypatch.setattr(marks.atexit, "register", lambda *call: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    first, other = Optimizer(), Optimizer()
+    marks.optimizer_stepped(first)
+    assert not marker.stepped, "nobody measures"
+    monkeypatch.setenv("DETCOLL_MARKS", str(tmp_path))
+    for optimizer in (first, other, first, other):
+        marks.optimizer_stepped(optimizer)
+    assert len(marker.stepped) == 2, "of the first one alone"
+    del first, optimizer
+    marks.optimizer_stepped(other)
+    assert len(marker.stepped) == 3, "the first one is gone"
+    stepped = tuple(marker.stepped)
+    marker.leave(tmp_path)
+    assert read_marks(tmp_path / "marks0.json").marks_ns == stepped
+    step()
+    marks.optimizer_stepped(other)
+    [called] = marker.called
+    marker.leave(tmp_path)
+    assert read_marks(tmp_path / "marks0.json").marks_ns == (called,)
 
 
 def test_kernel_counters() -> None:

@@ -24,6 +24,6 @@ to. Figures, all from the hosts' own clock:
 
 from __future__ import annotations
 
-from detcoll.measure.marks import step
+from detcoll.marks import step
 
 __all__ = ["step"]

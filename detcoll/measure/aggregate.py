@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.marks import Marks
 from detcoll.measure.lines import LineRecord, use_of
 from detcoll.measure.networks import QUIET, Network
-from detcoll.measure.records import Marks, RankRecord
+from detcoll.measure.records import RankRecord
 from detcoll.measure.results import WIDE_AREA, Run
 from detcoll.measure.statistics import Summary, ratio, summarize
 from detcoll.topology import Topology
@@ -135,7 +136,7 @@ def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: R
         result_digest=None,
         retransmits=_total([record.retransmits for record in lines]),
         slot_misses=None,
-        line=use_of(lines, [None] * len(lines)) if lines else None,
+        line=use_of(lines, [marked_span_ns(one.marks) for one in rounds]) if lines else None,
         without=setting.without,
         total_s=float(np.median([one.total_s for one in rounds])),
         round_s=tuple(_script_times([one]).median for one in rounds),
@@ -145,6 +146,14 @@ def make_script_run(setting: Setting, rounds: Sequence[ScriptRound], baseline: R
 def measured_span_ns(records: Round) -> tuple[int, int]:
     """Return when the measured iterations of a round began and ended, by the host's monotonic clock."""
     return min(record.start_ns for record in records), int(_stamps(records, "end_ns").max())
+
+
+def marked_span_ns(marks: Sequence[Marks]) -> list[tuple[int, int]] | None:
+    """Return when the marked iterations of a script's round began and ended; None where it left no two marks a rank."""
+    if not marked_times_s(marks):
+        return None
+    fewest = min(len(mark.marks_ns) for mark in marks)
+    return [(max(mark.marks_ns[0] for mark in marks), max(mark.marks_ns[fewest - 1] for mark in marks))]
 
 
 def common_digest(records: Round) -> str | None:

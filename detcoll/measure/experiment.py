@@ -17,7 +17,16 @@ from typing import Any
 from detcoll.emulation.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
-from detcoll.measure.aggregate import Round, ScriptRound, Setting, make_run, make_script_run, measured_span_ns
+from detcoll.marks import MARKS_VARIABLE
+from detcoll.measure.aggregate import (
+    Round,
+    ScriptRound,
+    Setting,
+    make_run,
+    make_script_run,
+    marked_span_ns,
+    measured_span_ns,
+)
 from detcoll.measure.gains import (
     OVERLAP,
     TOPOLOGY,
@@ -30,7 +39,6 @@ from detcoll.measure.host import host_facts
 from detcoll.measure.limits import doubts, limits_of_run, scale_of, with_doubts
 from detcoll.measure.lines import LineRecord, read_lines
 from detcoll.measure.load import Readings, Spans, Watch, load_of
-from detcoll.measure.marks import MARKS_VARIABLE
 from detcoll.measure.networks import QUIET, Network, require_usable
 from detcoll.measure.records import WorkerConfig, read_marks, read_record, write_json
 from detcoll.measure.results import LAB, MEASURE_SCHEMA, RELAY, SINGLE_CLUSTER, WIDE_AREA, LeftOut, Measurement, Run
@@ -335,8 +343,9 @@ class _Session:
     def _limited(self, setting: Setting, run: Run, before: Sequence[Run]) -> Run:
         """Return ``run`` with the load of the machine meanwhile, and what of the lab limited it."""
         readings, workload = self.readings[setting], self.experiment.workload
-        known: list[Spans | None] = [[measured_span_ns(records)] for records in self.rounds.get(setting, ())]
-        load = load_of(readings, known or [None] * len(readings))
+        spans_ns: list[Spans | None] = [[measured_span_ns(records)] for records in self.rounds.get(setting, ())]
+        spans_ns += [marked_span_ns(one.marks) for one in self.script_rounds.get(setting, ())]
+        load = load_of(readings, spans_ns)
         computes = workload is None or workload.name == "digits" or workload.compute_kind != "wait"
         scale = scale_of(self.experiment.topology)
         limits = limits_of_run(load, before[0].load if before else None, scale, computes=computes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from detcoll.marks import Marks
 from detcoll.topology import Topology
 from detcoll.workloads.workload import Stamps, WorkloadSpec
 
@@ -51,14 +52,6 @@ class RankRecord:
     retransmits: int | None
     slot_misses: int | None
     slot_trims: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """When one rank of a user's script called `detcoll.measure.step`, in nanoseconds of the monotonic clock."""
-
-    rank: int
-    marks_ns: tuple[int, ...]
 
 
 def write_json(path: Path, value: object) -> None:

@@ -91,17 +91,41 @@ def slot_gains(runs: Sequence[Run]) -> list[str]:
     for run in sound:
         if run.transport == SLOTTED and (other := plain.get((run.service, run.cross_traffic))) is not None:
             times = run.iteration_s.median / other.iteration_s.median
-            is_quiet = (run.service, run.cross_traffic) == ("best-effort", 0)
-            where = "" if is_quiet else f", {run.service}, others {run.cross_traffic:.0%}"
             found.append(
                 f"what slots change: an iteration takes {times:.2f} times as long as with the same plans over plain "
-                f"TCP{where}"
+                f"TCP{_where(run)}"
             )
     return found
 
 
 def _own_limits(run: Run) -> list[Limit]:
     return [limit for limit in run.limits or () if limit.by is not LimitKind.BASELINE]
+
+
+def network_costs(runs: Sequence[Run]) -> list[str]:
+    """Return, for each network, what an iteration of a slotted run takes there beyond that of the single cluster."""
+    single = next((run for run in runs if not run.is_wide), None)
+    if single is None:
+        return []
+    inside_s, found = single.iteration_s.median, []
+    for run in runs:
+        if run.is_wide and run.transport == SLOTTED and run.without is None:
+            across_s = run.iteration_s.median
+            more_s = across_s - inside_s
+            cost = f"cost it {_time(more_s)}, {more_s / across_s:.1%} of its time" if more_s > 0 else "cost it nothing"
+            parts = " and ".join(dict.fromkeys(f"the {_PARTS[limit.by]}" for limit in run.limits or ()))
+            limited = f" (limited by {parts})" if parts else ""
+            found.append(
+                f"an iteration takes {_time(inside_s)} in one cluster and {_time(across_s)} across sites"
+                f"{_where(run)}: the lines {cost}{limited}"
+            )
+    return found
+
+
+def _where(run: Run) -> str:
+    """Return the network of a run as the end of a sentence, unless it is an ordinary one that nobody else uses."""
+    is_quiet = (run.service, run.cross_traffic) == ("best-effort", 0)
+    return "" if is_quiet else f", {run.service}, others {run.cross_traffic:.0%}"
 
 
 def row_warnings(rows: Sequence[Row]) -> list[str]:
@@ -267,6 +291,7 @@ def _notes(result: Measurement) -> list[Text]:
     notes = [left_out_line(one) for one in result.left_out]
     if result.digests_equal is not None:
         notes.append(_digest_line(result))
+    notes += [Text(line) for line in network_costs(result.runs)]
     notes += [Text(line) for line in slot_gains(result.runs)]
     notes += _names((run.name for run in result.runs), result.host.get("mpi"))
     if _has_networks(result.runs):

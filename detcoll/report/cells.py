@@ -8,7 +8,7 @@ from detcoll.draw import Axis
 from detcoll.draw.scale import percent, time_text
 from detcoll.measure.limits import limit_of_run, limit_word
 from detcoll.measure.results import Limit, Run
-from detcoll.measure.tables import early_warnings, kept_line, row_warnings, run_warnings, slot_gains
+from detcoll.measure.tables import early_warnings, kept_line, network_costs, row_warnings, run_warnings, slot_gains
 from detcoll.report.reported import ReportedResult
 
 NOTHING = "\N{EN DASH}"
@@ -50,12 +50,13 @@ def run_limit_cell(run: Run) -> str:
 
 
 def remarks(result: ReportedResult) -> list[str]:
-    """Return the remarks below the figures: settings left out, bits, what slots add, accuracy, the audit."""
+    """Return the remarks below the figures: settings left out, bits, costs, gains, accuracy, the audit."""
     lines = [
         f"left out: {one.transport}{f', {one.network}' if one.network else ''}: {one.why}" for one in result.left_out
     ]
     if result.digests_equal is False:
         lines.append("the slotted run across sites did not give the same bits as the single cluster")
+    lines += network_costs(result.runs)
     lines += slot_gains(result.runs)
     told = (f"{run.name} {percent(run.accuracy)}" for run in result.runs if run.accuracy is not None)
     accuracies = list(dict.fromkeys(told))

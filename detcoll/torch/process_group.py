@@ -17,6 +17,7 @@ from detcoll.errors import DeadlineMissed, DetcollError, UsageError
 from detcoll.job.caller import Request
 from detcoll.torch.jobs import Lease, Members, lease, seconds_of
 from detcoll.torch.kinds import Kinds
+from detcoll.torch.marking import mark_steps
 from detcoll.torch.profiling import profiled
 from detcoll.torch.scopes import Lanes, short
 from detcoll.torch.settings import Options
@@ -186,6 +187,7 @@ def create(*arguments: Any) -> ProcessGroup:
         members = Members(ranks, dist.get_world_size(), given.group_rank, given.group_id, "part")
     else:
         members = Members(tuple(range(size)), size, given.group_rank, given.group_id, "default")
+    mark_steps()
     leased = lease(members, given.store, given.timeout, options or Options())
     return ProcessGroup(leased, given.timeout, given.group_id)
 
