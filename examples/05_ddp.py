@@ -8,7 +8,7 @@ It trains a perceptron on handwritten digits, and imports nothing of detcoll::
 Any launcher that torch knows will do, and so will those of detcoll, for instance across two emulated sites::
 
     detcoll lab --ranks-per-site 1 -- python examples/05_ddp.py --backend detcoll
-    detcoll measure examples/05_ddp.py --backend detcoll
+    detcoll measure examples/05_ddp.py
 
 The second one compares its steps with those in one cluster. Losses of the two backends agree but for rounding; with two
 ranks they are equal.

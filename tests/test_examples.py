@@ -1,8 +1,9 @@
-"""The examples run under every launcher that is installed, and the digits give one loss curve under all of them."""
+"""The examples run under every launcher that is installed, and what trains gives one loss curve under all of them."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Mapping
-from importlib.metadata import packages_distributions
+from importlib.metadata import entry_points, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from detcoll.emulation.lab import why_unavailable
 from detcoll.launch.mpiexec import find_mpiexec
 from detcoll.workloads.digits import save_digits
 
@@ -26,15 +28,36 @@ RANKS = "2"
 BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 MPIEXEC, TORCHRUN = find_mpiexec(), shutil.which("torchrun", path=BIN)
 
+LINES = ["--rate", "1 Gbit/s", "--round-trip", "4 ms"]
+
+
+def two_sites(ranks: int) -> list[str]:
+    """What runs so many ranks a site in the lab."""
+    argv = [sys.executable, "-m", "detcoll", "lab", "--sites", "2", "--ranks-per-site", str(ranks), *LINES]
+    return [*argv, "--", sys.executable]
+
+
 LAUNCHERS = {
     "detcoll run": [sys.executable, "-m", "detcoll", "run", "-n", RANKS],
+    "one cluster of 2 x 1": [sys.executable, "-m", "detcoll", "run", "-n", "2", "--sites", "2"],
+    "one cluster of 2 x 2": [sys.executable, "-m", "detcoll", "run", "-n", "4", "--sites", "2"],
+    "2 sites of 1": two_sites(1),
+    "2 sites of 2": two_sites(2),
     "mpiexec": [*(MPIEXEC.command(RANKS) if MPIEXEC else []), sys.executable],
     "torchrun": [TORCHRUN or "torchrun", "--nproc-per-node", RANKS],
 }
 WHY_NOT = {
     "mpiexec": None if MPIEXEC and find_spec("mpi4py") else "MPI is not installed",
     "torchrun": None if TORCHRUN else "torchrun is not installed",
+    "2 sites of 1": why_unavailable(),
+    "2 sites of 2": why_unavailable(),
 }
+IS_BACKEND = any(point.name == "detcoll" for point in entry_points(group="torch.backends"))
+WHY_NOT_TORCH = (
+    None
+    if find_spec("torch") and IS_BACKEND
+    else "torch is not installed, or detcoll is not, so torch does not know it"
+)
 HAS_DIGITS = find_spec("sklearn") is not None
 STAND_IN = """
 import numpy as np
@@ -89,6 +112,9 @@ def test_what_is_needed_brings_what_is_imported(scripts: list[str], extras: list
                 assert makers & projects, f"{script} imports {module}, which {needed or 'nothing'} does not bring"
 
 
+of_torch = pytest.mark.skipif(WHY_NOT_TORCH is not None, reason=str(WHY_NOT_TORCH))
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What gives examples the same digits without scikit-learn, whose import takes longer than they learn."""
@@ -137,3 +163,61 @@ def test_own_transport_passes_the_contract() -> None:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+def losses(output: str) -> list[str]:
+    """What an example of torch prints of its losses, to the last digit."""
+    return [line for line in output.splitlines() if line.startswith("iteration")]
+
+
+def accuracy(output: str) -> float:
+    return float(output.splitlines()[-1].removeprefix("accuracy "))
+
+
+@of_torch
+def test_a_ddp_script_changes_its_backend_by_one_word(digits: dict[str, str]) -> None:
+    said = [
+        run("torchrun", "05_ddp.py", "--backend", backend, "--iterations", "21", more=digits)
+        for backend in ("gloo", "detcoll")
+    ]
+    assert losses(said[0]) == losses(said[1])  # with two ranks a sum has one order
+    assert len(losses(said[0])) == 3
+    assert accuracy(said[1]) > 0.6
+
+
+@of_torch
+@pytest.mark.lab
+def test_a_transformer_has_one_loss_curve_in_one_cluster_and_in_two_sites() -> None:
+    together, apart = (
+        losses(run(place, "06_transformer.py", "--iterations", "3"))
+        for place in ("one cluster of 2 x 1", "2 sites of 1")
+    )
+    assert len(together) == 2
+    assert together == apart
+
+
+@of_torch
+@pytest.mark.lab
+def test_hybrid_sharding_has_one_loss_curve_wherever_and_whatever_carries_the_sites(digits: dict[str, str]) -> None:
+    pytest.importorskip("torch", "2.10")
+    mixed = run("one cluster of 2 x 2", "07_hsdp.py", "--iterations", "11", "--backend", "gloo", more=digits)
+    apart = run("2 sites of 2", "07_hsdp.py", "--iterations", "11", more=digits)
+    assert len(losses(apart)) == 2
+    assert mixed == apart  # two ranks a site, so Gloo adds in the same order
+
+
+@of_torch
+@pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+def test_measure_times_an_unmodified_script_by_its_optimizer(tmp_path: Path, digits: dict[str, str]) -> None:
+    result = tmp_path / "measured.json"
+    argv = [
+        sys.executable, "-m", "detcoll", "measure", "--rounds", "1", "--against", "none", "--ranks-per-site", "1",
+        *LINES, "--json", str(result), "--", str(EXAMPLES / "05_ddp.py"), "--iterations", "5",
+    ]  # fmt: skip
+    environ = os.environ | digits | {"COLUMNS": "200"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = json.loads(result.read_bytes())["runs"]
+    assert [len(one["iteration_s"]["samples"]) for one in runs] == [4, 4]
+    assert "in one cluster and" in done.stdout
