@@ -3,10 +3,11 @@
     python benchmarks/torch_ddp.py --json torch_ddp.json
 
 The model is a transformer of 25 million parameters (``--layers``, ``--width``) that reads few tokens, so communication
-decides. Three cases, or those whose names contain ``--only``:
+decides. The cases, or those whose names contain ``--only``:
 
 - ``one host``: DDP, 2 ranks. detcoll goes through shared memory there.
-- ``wide area``: DDP, 2 sites of a rank, in the lab: lines of ``--rate``, ``--round-trip`` there and back.
+- ``DDP, wide area``: 2 sites of a rank, and of 2 ranks, in the lab: lines of ``--rate``, ``--round-trip`` there and
+  back.
 - ``HSDP``: 2 sites of 2 ranks in the lab; parameters are sharded inside a site and replicated across sites, and both
   dimensions of the mesh are groups of the backend that the row names.
 
@@ -82,6 +83,7 @@ class Case:
 CASES = (
     Case("DDP, one host, 2 ranks", 1, 2, False, False, (NONE, GLOO, DETCOLL), 12),
     Case("DDP, wide area, 2 x 1 ranks", 2, 1, True, False, (NONE, GLOO, DETCOLL, TCP), 4),
+    Case("DDP, wide area, 2 x 2 ranks", 2, 2, True, False, (NONE, GLOO, DETCOLL, TCP), 4),
     Case("HSDP, wide area, 2 x 2 ranks", 2, 2, True, True, (NONE, GLOO, DETCOLL, TCP), 4),
 )
 
