@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -361,3 +362,46 @@ def test_fast_lines_compare_transports_in_one_run(tmp_path: Path) -> None:
     assert wrote["topology"]["order"] == "kept"
     assert [row["transport"] for row in wrote["rows"]] == ["slotted", "shm"] * 2, "transports take turns"
     assert "| slotted | 65,536 |" in done.stdout
+
+
+@pytest.mark.skipif(not find_spec("torch"), reason="torch is not installed")
+@pytest.mark.skipif(not entry_points(group="torch.backends", name="detcoll"), reason="torch cannot find this detcoll")
+@pytest.mark.parametrize(
+    ("only", "rows"),
+    [
+        ("one host", ["none", "gloo", "detcoll"]),
+        pytest.param("HSDP", ["none", "gloo", "detcoll", "tcp"], marks=pytest.mark.lab),
+    ],
+)
+def test_torch_trains_over_gloo_and_detcoll_in_turns(only: str, rows: list[str], tmp_path: Path) -> None:
+    if only == "HSDP" and (reason := why_unavailable()) is not None:
+        pytest.skip(reason)
+    written = tmp_path / "torch_ddp.json"
+    done = run(
+        sys.executable, str(BENCHMARKS / "torch_ddp.py"), "--only", only, "--layers", "1", "--width", "32", "--rounds",
+        "2", "--steps", "2", "--warmup", "1", "--round-trip", "2 ms", "--json", str(written),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrote = json.loads(written.read_bytes())
+    assert [line["row"] for line in wrote["lines"]] == rows
+    assert [line["steps"] for line in wrote["lines"]] == [4] * len(rows)
+    assert [row["row"] for row in wrote["rows"]] == [*rows, *rows[1:], rows[0]], "rows take turns"
+    assert wrote["lines"][1]["speed"] == 1.0
+    assert wrote["parameters"] == 12 * 32**2 + 13 * 32 + 2 * 256 * 32 + 256
+    assert "a step without communication is" in done.stdout
+
+
+def test_torch_benchmarks_compare_steps_of_one_round() -> None:
+    shared = SimpleNamespace(**runpy.run_path(str(BENCHMARKS / "torch_ddp.py")))
+
+    def row(name: str, number: int, median_s: float, loss: float = 1.0) -> dict[str, object]:
+        return {"case": "c", "row": name, "round": number, "step_s": [median_s] * 2, "median_s": median_s, "cpu_s": 1.0,
+                "losses": [loss, 2.0]}  # fmt: skip
+
+    found = [row("gloo", 0, 1.0), row("detcoll", 0, 0.5), row("gloo", 1, 8.0), row("detcoll", 1, 2.0)]
+    _, own = shared.summary(found)
+    assert (own["speed"], own["least_speed"], own["greatest_speed"]) == (3.0, 2.0, 4.0)
+    assert (own["median_s"], own["min_s"], own["max_s"], own["steps"]) == (1.25, 0.5, 2.0, 4)
+    shared.require_equal([*found, row("none", 0, 1.0, loss=5.0)])
+    with pytest.raises(SystemExit, match=r"c: losses are \[1.1, 2.0\] over tcp, Gloo \[1.0, 2.0\]"):
+        shared.require_equal([*found, row("tcp", 0, 1.0, loss=1.1)])
