@@ -14,7 +14,7 @@ decides. The cases, or those whose names contain ``--only``:
 ``tcp`` is detcoll with the same plans over plain TCP connections, without slots or pacing (DETCOLL_TRANSPORT=tcp).
 ``none`` is the step of one rank alone, without communication: what a row takes beyond it is the cost of that.
 
-In each of ``--rounds`` every row of a case makes its groups and its model anew, takes ``--warmup`` steps, and then the
+In each round every row of a case makes its groups and its model anew, takes ``--warmup`` steps, and then the
 steps that count; the order changes from round to round. A step lasts from the last rank's end of the step before to the
 last rank's end of it. "Speed" is Gloo's median over the row's in the same round; the median over rounds is printed with
 the least and the greatest. After every round, losses must agree with Gloo's. Needs Linux for the lab, and
@@ -70,6 +70,7 @@ class Case:
     is_wide: bool
     is_sharded: bool
     rows: tuple[str, ...]
+    rounds: int
     steps: int
 
     def topology(self, rate: str, round_trip: str) -> Topology:
@@ -81,10 +82,10 @@ class Case:
 
 
 CASES = (
-    Case("DDP, one host, 2 ranks", 1, 2, False, False, (NONE, GLOO, DETCOLL), 12),
-    Case("DDP, wide area, 2 x 1 ranks", 2, 1, True, False, (NONE, GLOO, DETCOLL, TCP), 4),
-    Case("DDP, wide area, 2 x 2 ranks", 2, 2, True, False, (NONE, GLOO, DETCOLL, TCP), 4),
-    Case("HSDP, wide area, 2 x 2 ranks", 2, 2, True, True, (NONE, GLOO, DETCOLL, TCP), 4),
+    Case("DDP, one host, 2 ranks", 1, 2, False, False, (NONE, GLOO, DETCOLL), 16, 4),
+    Case("DDP, wide area, 2 x 1 ranks", 2, 1, True, False, (NONE, GLOO, DETCOLL, TCP), 5, 4),
+    Case("DDP, wide area, 2 x 2 ranks", 2, 2, True, False, (NONE, GLOO, DETCOLL, TCP), 5, 4),
+    Case("HSDP, wide area, 2 x 2 ranks", 2, 2, True, True, (NONE, GLOO, DETCOLL, TCP), 5, 4),
 )
 
 
@@ -223,7 +224,8 @@ def run(case: Case, given: argparse.Namespace) -> tuple[list[dict[str, Any]], Lo
     with tempfile.TemporaryDirectory(prefix="detcoll-torch-ddp-") as name, Watch() as watch:
         folder = Path(name)
         task = Task(
-            case.rows, case.sites, case.is_sharded, given.steps or case.steps, given.warmup, given.rounds,
+            case.rows, case.sites, case.is_sharded, given.steps or case.steps, given.warmup,
+            given.rounds or case.rounds,
             given.layers, given.width, given.tokens, name,
         )  # fmt: skip
         (folder / "task.json").write_text(json.dumps(asdict(task)), encoding="utf-8")
@@ -306,7 +308,7 @@ def _said_of(case: Case, lines: Sequence[dict[str, Any]], load: Load) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this, such as HSDP")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="of each row; by the case unless given")
     parser.add_argument("--steps", type=int, help="that count, of each row and round; by the case unless given")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
