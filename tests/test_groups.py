@@ -393,6 +393,27 @@ def test_a_group_of_a_job_that_has_failed_can_be_closed_and_aborted() -> None:
     run_ranks(2, program, transport="slotted")
 
 
+@pytest.mark.parametrize("place", ["slotted", "shm"])
+def test_a_group_is_closed_in_time_though_a_member_is_in_a_call(place: str) -> None:
+    closed = threading.Event()
+
+    def program(comm):
+        part = comm.split(0)
+        if comm.rank:
+            assert closed.wait(20)
+            check_sum(comm, 1000)
+            return
+        work = part.all_reduce(np.ones(1000, np.float32), async_op=True, timeout=100.0)
+        with pytest.raises(DeadlineMissed, match="still under way after 0.2 s"):
+            part.close(0.2)
+        closed.set()
+        with pytest.raises(DeadlineMissed, match="closing"):
+            work.wait()
+        check_sum(comm, 1000)
+
+    run(place, 4, program)
+
+
 def test_communicators_and_works_say_what_they_are() -> None:
     def program(comm):
         pair = comm.group([0, 1], name="pair")

@@ -137,6 +137,8 @@ class Natives:
         runner, made = self._runners.pop(group.id, None), self._of_groups.pop(group.id, None)
         if runner is not None and made is not None:
             runner.close()
+            if not clean:  # a call under way holds the memory until its own deadline, perhaps half an hour
+                made.stop()
             made.leave(clean=clean and runner.failure is None)
 
     def drain(self, deadline_ns: int) -> bool:

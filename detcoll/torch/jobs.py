@@ -26,7 +26,7 @@ from typing import Any, Literal
 import msgspec
 
 from detcoll.communicator import Communicator, open_communicator
-from detcoll.errors import ConnectError, UsageError
+from detcoll.errors import ConnectError, DetcollError, UsageError
 from detcoll.job.settings import read_topology
 from detcoll.launch.launchers import World
 from detcoll.quantities import LONGEST_TIMEOUT_S
@@ -108,8 +108,14 @@ class Lease:
             return
         until_s = time.monotonic() + timeout
         own = [] if self.communicator is job.communicator else [self.communicator]
+        trouble: DetcollError | None = None
         for each in [*lanes, *own]:
-            each.close(max(until_s - time.monotonic(), SHORTEST_CLOSING_S))
+            try:
+                each.close(max(until_s - time.monotonic(), SHORTEST_CLOSING_S))
+            except DetcollError as error:
+                trouble = trouble or error
+        if trouble is not None:
+            raise trouble
 
     def abort(self, reason: str) -> None:
         """End the group on all its ranks; the job too, if this is its last group."""
