@@ -52,7 +52,7 @@ class _Threads:
                 task = self._tasks.popleft()
             try:
                 task()
-            except Exception:
+            except BaseException:  # such as SystemExit, which would end this thread alone
                 log.exception("a callback of a collective failed")
 
 

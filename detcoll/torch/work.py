@@ -33,8 +33,8 @@ class Future(torch.futures.Future):  # type: ignore[misc]
         def run() -> None:
             try:
                 result = callback(self)
-            except Exception as error:
-                child.set_exception(error)
+            except BaseException as error:  # whatever ends a callback, who waits for the child must hear of it
+                child.set_exception(_as_exception(error))
             else:
                 child.set_result(result)
 
@@ -73,6 +73,16 @@ class Future(torch.futures.Future):  # type: ignore[misc]
                     scope.leave()
 
         super().add_done_callback(lambda _: completion.run(run))
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """Return an error that may be raised to who waits: not one that would end that thread or program."""
+    if isinstance(error, Exception):
+        return error
+    said = f"a callback of a collective raised {type(error).__name__}: {error}"
+    wrapped = RuntimeError(said.rstrip(": "))
+    wrapped.__cause__ = error
+    return wrapped
 
 
 class _Failure:

@@ -175,7 +175,11 @@ def blocked_callbacks(rank: int) -> None:
     with pytest.raises(KeyError, match="mine"):
         failed.wait()
     handled.wait()
+    ended = free.then(lambda _: sys.exit(3))
+    with pytest.raises(RuntimeError, match="SystemExit: 3"):
+        ended.wait()
     done = threading.Event()
+    free.add_done_callback(lambda _: sys.exit("ends its thread alone"))
     free.add_done_callback(lambda _: done.set())
     assert done.wait(TIMEOUT_S)
     collected = torch.futures.collect_all([free, handled]).wait()
