@@ -404,7 +404,7 @@ def test_a_group_is_closed_in_time_though_a_member_is_in_a_call(place: str) -> N
             check_sum(comm, 1000)
             return
         work = part.all_reduce(np.ones(1000, np.float32), async_op=True, timeout=100.0)
-        with pytest.raises(DeadlineMissed, match="still under way after 0.2 s"):
+        with pytest.raises(DeadlineMissed, match="still under way after"):
             part.close(0.2)
         closed.set()
         with pytest.raises(DeadlineMissed, match="closing"):

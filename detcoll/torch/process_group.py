@@ -159,11 +159,13 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         self, kind: str, check: Callable[[], Request], result: list[Tensor], opts: Any, name: str
     ) -> Work:  # fmt: skip
         timeout = _timeout(opts)
-        communicator, label, scope = self._lanes.next(self.communicator.timeout if timeout is None else timeout)
+        if timeout is None:
+            timeout = self.communicator.timeout  # a lane does not know of it
+        communicator, label = self._lanes.next(timeout)
         is_async = getattr(opts, "asyncOp", True)
         called = short(f"{label} {name}".strip()) if label else name
         inner = communicator._run(kind, check, is_async, timeout, called)
-        return self._kept(Work(inner if is_async else None, result, scope))
+        return self._kept(Work(inner if is_async else None, result, self._lanes.program))
 
     def _kept(self, work: Work) -> Work:
         self._latest.append(work)

@@ -2,13 +2,18 @@
 
 Calls of a group are matched by their number, so all ranks must make them in one order. A callback of a future runs on a
 thread of its own, at a moment that differs between ranks, so its calls cannot be counted among those of the program.
-They are counted inside the call that the callback belongs to, and carried out by another group of detcoll with the same
-ranks, a lane. There are `LANES` for each process group that is used so: calls n and n + 8 share one, in this order. The
-calls of a later callback wait there until the callbacks of earlier ones have returned.
+Each callback gets a number when it is added, among those that the program adds to calls of one group, or among those
+that one callback adds. Its calls are carried out by another group of detcoll with the same ranks, a lane. There are
+`LANES` for each process group that is used so. A callback that is added to what another one returns shares the lane of
+that one; each other one takes the next lane. In a lane, the calls of a callback wait until those with lower numbers
+have returned.
 
-The order of calls in a lane depends on the program alone: on the number of the call, on the order in which callbacks
-were added to one future, and on what a callback does. Each call carries its number as a name, so if ranks add callbacks
-in different orders after all, the call fails instead of giving wrong values.
+So the order of calls in a lane depends on the program alone: on the order in which it adds callbacks, and on what they
+do, but not on when they run. Each call carries the number of its callback as a name, so if ranks add callbacks in
+different orders after all, the call fails instead of giving wrong values.
+
+A callback of a group that makes a call of a group with other ranks too has no lane for it, since those ranks may not
+have this callback. Such a call is counted among those of the program.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -25,69 +31,86 @@ from detcoll.communicator import Communicator
 from detcoll.errors import DeadlineMissed
 
 LANES = 8
-"""How many calls of one group may have callbacks that make collectives at the same time."""
+"""How many callbacks of one group may make collectives at the same time, if none was added to what another returns."""
 
 
 class Scope:
-    """The callbacks of one call, or a branch of them, one after another.
+    """A callback, or (with an empty ``order``) the program as far as it makes calls of one group.
 
-    ``root`` : the group of the call.  ``lane`` : names the lane, equal on all ranks.  ``order`` : its place there.
-    ``path`` : names these callbacks among all of the root, for the names of calls.
+    ``root`` : the group.  ``lane`` : names the lane, equal on all ranks.  ``order`` : the number among the callbacks
+    that ``outer`` adds, behind the order of that one.
     """
 
-    def __init__(self, root: Communicator, lane: str, order: tuple[int, ...], path: str) -> None:
-        self.root, self.lane, self.order, self.path = root, lane, order, path
+    def __init__(self, root: Communicator, lane: str, order: tuple[int, ...] = (), outer: Scope | None = None) -> None:
+        self.root, self.lane, self.order, self._outer = root, lane, order, outer
         self.calls: Counter[Communicator] = Counter()
-        self._pending = 0
+        self._added, self._chains = itertools.count(), itertools.count()
         self._place = id(root), lane
 
-    @classmethod
-    def of_call(cls, root: Communicator, number: int) -> Scope:
-        """Return the scope of the callbacks of a call that the program itself made."""
-        return cls(root, f"{_key(root)} {number % LANES}", (number,), str(number))
+    @property
+    def path(self) -> str:
+        """What names the callback among all of the root."""
+        return ">".join(map(str, self.order))
 
-    def inside(self, number: int) -> Scope:
-        """Return the scope of the callbacks of a call that these callbacks made."""
-        return Scope(self.root, f"{self.lane}>{number % LANES}", (*self.order, number), f"{self.path}>{number}")
+    def next(self, before: Scope | None) -> Scope:
+        """Return the scope of a callback that this thread adds now to a call of the program's scope ``self``.
 
-    def branch(self, depth: int, index: int) -> Scope:
-        """Return the scope of a callback that is not the first one of its future."""
-        name = f"/{depth}.{index}"
-        return Scope(self.root, self.lane + name, self.order, self.path + name)
+        ``before`` : the callback whose result it gets, if it is the first one to get it.
+        """
+        here = current()
+        return (here if here is not None and here.covers(self.root) else self)._add(before)
 
-    def enter(self) -> None:
-        """Take note of a callback that was added."""
+    def covers(self, group: Communicator) -> bool:
+        """Return whether all ranks of a group have the callback."""
+        return group._job is self.root._job and set(group.ranks) <= set(self.root.ranks)
+
+    def _add(self, before: Scope | None) -> Scope:
+        if before is not None and before._outer is self:
+            lane = before.lane
+        else:
+            lane = f"{self.lane}>{next(self._chains) % LANES}"
         with _changed:
-            self._pending += 1
-            _open.setdefault(self._place, set()).add(self)
+            added = Scope(self.root, lane, (*self.order, next(self._added)), self)
+            _open.setdefault(added._place, set()).add(added)
+        return added
 
     def leave(self) -> None:
-        """Take note of a callback that has returned."""
+        """Take note that the callback has returned."""
         with _changed:
-            self._pending -= 1
-            if not self._pending:
-                others = _open[self._place]
-                others.discard(self)
-                if not others:
-                    del _open[self._place]
-                _changed.notify_all()
+            others = _open.get(self._place, set())
+            others.discard(self)
+            if not others:
+                _open.pop(self._place, None)
+            _changed.notify_all()
 
     def await_turn(self, seconds: float) -> None:
-        """Wait until the callbacks of earlier calls in this lane have returned."""
+        """Wait until the callbacks before this one in its lane have returned."""
         with _changed:
             if not _changed.wait_for(lambda: not self._earlier(), seconds):
                 raise DeadlineMissed(
-                    f"a callback of call {self.path} made a collective, and the callbacks of call "
-                    f"{self._earlier()[0].path} have not returned after {seconds:g} s"
+                    f"callback {self.path} made a collective, and callback {self._earlier()[0].path} has not returned "
+                    f"after {seconds:g} s"
                 )
 
     def _earlier(self) -> list[Scope]:
-        return [other for other in _open.get(self._place, ()) if other.order < self.order]
+        """Return those that this one waits for; while one of them runs, it may add more to this lane."""
+        earlier = [other for other in _open.get(self._place, ()) if other.order < self.order]
+        return earlier or ([] if self._outer is None else self._outer._earlier())
 
 
 _changed = threading.Condition()
 _open: dict[tuple[int, str], set[Scope]] = {}
 _here = threading.local()
+
+
+def _forget() -> None:
+    """Reset the state in a forked child, which has none of the threads that run callbacks."""
+    global _changed, _here
+    _changed, _here = threading.Condition(), threading.local()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def current() -> Scope | None:
@@ -107,17 +130,20 @@ def inside(scope: Scope | None) -> Iterator[None]:
 
 
 class Lanes:
-    """The calls of one process group: those of the program in one order, and those of callbacks in their lanes."""
+    """The calls of one process group: those of the program in one order, and those of callbacks in their lanes.
+
+    ``program`` : the scope of the program.
+    """
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
-        self._numbers = itertools.count()
+        self.program = Scope(communicator, f"{communicator._group.id:x}")
         self._made: dict[str, Communicator] = {}
         self._making: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def next(self, seconds: float) -> tuple[Communicator, str, Scope]:
-        """Return where the next call of this thread goes, its name, and the scope of its callbacks.
+    def next(self, seconds: float) -> tuple[Communicator, str]:
+        """Return where the next call of this thread goes, and its name.
 
         Parameters
         ----------
@@ -125,13 +151,12 @@ class Lanes:
             How long to wait for the callbacks of earlier calls.
         """
         here, own = current(), self._communicator
-        if here is None or own._job is not here.root._job or not set(own.ranks) <= set(here.root.ranks):
-            return own, "", Scope.of_call(own, next(self._numbers))
+        if here is None or not here.covers(own):
+            return own, ""
         here.await_turn(seconds)
         lane = self._made.get(here.lane) or self._make(here.lane)
-        number = here.calls[own]
         here.calls[own] += 1
-        return lane, f"{here.path}#{number}", here.inside(number)
+        return lane, f"{here.path}#{here.calls[own]}"
 
     def _make(self, name: str) -> Communicator:
         """Return a new lane; each has a lock of its own, since ranks come to different ones first."""
@@ -146,11 +171,6 @@ class Lanes:
     def made(self) -> list[Communicator]:
         """The lanes, in an order that is equal on all ranks."""
         return [lane for _, lane in sorted(self._made.items())]
-
-
-def _key(communicator: Communicator) -> str:
-    """Return what tells a group from the others of its job, equal on all ranks."""
-    return f"{communicator._group.id:x}"
 
 
 def short(name: str) -> str:

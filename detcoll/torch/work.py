@@ -18,17 +18,18 @@ from detcoll.torch.scopes import Scope, inside
 class Future(torch.futures.Future):  # type: ignore[misc]
     """The result of a call or of a callback.
 
-    Callbacks always run on threads of `completion`, each in the scope of the call that they belong to.
+    Callbacks always run on threads of `completion`, each in a scope of its own.  ``program`` : the scope of the program
+    in the group of the call.  ``scope`` : of the callback whose result this is.
     """
 
-    def __init__(self, scope: Scope | None, depth: int = 0) -> None:
+    def __init__(self, program: Scope | None, scope: Scope | None = None) -> None:
         super().__init__()
-        self._scope, self._depth, self._added = scope, depth, 0
+        self._program, self._before = program, scope
 
     def then(self, callback: Callable[[Future], Any]) -> Future:
         """Return the future of what ``callback`` returns, which is called with this future when it has completed."""
         scope = self._scope_of_next()
-        child = Future(scope, self._depth + 1)
+        child = Future(self._program, scope)
 
         def run() -> None:
             try:
@@ -55,15 +56,11 @@ class Future(torch.futures.Future):  # type: ignore[misc]
         self.set_result(_Failure(error))
 
     def _scope_of_next(self) -> Scope | None:
-        """Return the scope of a callback: this future's for the first one, else a branch of it."""
-        scope, index = self._scope, self._added
-        self._added += 1
-        return scope if scope is None or index == 0 else scope.branch(self._depth, index)
+        """Return the scope of a callback that is added now."""
+        before, self._before = self._before, None  # the first one alone goes on where that one was
+        return None if self._program is None else self._program.next(before)
 
     def _call(self, callback: Callable[[], Any], scope: Scope | None) -> None:
-        if scope is not None:
-            scope.enter()
-
         def run() -> None:
             try:
                 with inside(scope):
@@ -105,15 +102,15 @@ class _Failure:
 class Work(_TorchWork):
     """A call under way, or one that has ended (``inner`` is None).
 
-    ``result`` : the tensors that hold the result.  ``scope`` : of its callbacks; None for send and recv, which ranks do
-    not count alike.
+    ``result`` : the tensors that hold the result.  ``program`` : the scope of the program in its group; None for send
+    and recv, whose callbacks ranks do not count alike.
     """
 
     def __init__(
-        self, inner: runtime.Work | None, result: list[torch.Tensor], scope: Scope | None, source: int = -1
+        self, inner: runtime.Work | None, result: list[torch.Tensor], program: Scope | None, source: int = -1
     ) -> None:
         super().__init__()
-        self._inner, self._result, self._scope, self._source = inner, result, scope, source
+        self._inner, self._result, self._program, self._source = inner, result, program, source
         self._future: Future | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -166,7 +163,7 @@ class Work(_TorchWork):
     def get_future(self) -> Future:
         """Return the future of this call, always the same."""
         if self._future is None:
-            future = self._future = Future(self._scope)
+            future = self._future = Future(self._program)
             inner, result = self._inner, self._result
             if inner is None:
                 future.set_result(result)
@@ -192,7 +189,7 @@ class _Together(Work):
     """Several calls as one."""
 
     def __init__(self, works: Sequence[Work]) -> None:
-        super().__init__(None, [each for work in works for each in work.result()], works[0]._scope if works else None)
+        super().__init__(None, [each for work in works for each in work.result()], works[0]._program if works else None)
         self._works = works
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -216,7 +213,7 @@ class _Together(Work):
     def get_future(self) -> Future:
         """Return the future of all calls."""
         if self._future is None:
-            future = self._future = Future(self._scope)
+            future = self._future = Future(self._program)
 
             def complete() -> None:
                 error = self.error()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power
 from torch.nn.parallel import DistributedDataParallel
 from torch_ranks import begin, say
+
+from detcoll.errors import DeadlineMissed
 
 TIMEOUT_S = 60.0
 
@@ -145,13 +148,38 @@ def branches(rank: int, size: int) -> None:
     assert outs[0].tolist() == [0.0] * 3
 
 
+def added_in_reverse(rank: int, size: int) -> None:
+    """Add callbacks in another order than calls, on one rank each after the one before has returned."""
+    all_added = threading.Event()
+
+    def callback(ended: Any) -> torch.Tensor:
+        assert rank == 0 or all_added.wait(TIMEOUT_S)
+        x = ended.value()[0] if isinstance(ended.value(), list) else ended.value()
+        dist.all_reduce(x)
+        return x  # type: ignore[no-any-return]
+
+    works, ends = [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(10)], []
+    for number, work in enumerate(reversed(works)):
+        ends.append((work.get_future() if number < 9 else ends[0]).then(callback))
+        if rank == 0:
+            ends[-1].wait()
+    all_added.set()
+    assert [end.wait().item() for end in ends[1:]] == [size**2] * 8 + [size**3]
+
+
 def a_group_with_lanes_is_closed(rank: int, size: int) -> None:
     """Close a group whose callbacks have made lanes, before the job ends."""
     group = dist.new_group(list(range(size)))
     x = torch.ones(1)
     end = dist.all_reduce(torch.ones(1), group=group, async_op=True).get_future()
-    end.then(lambda _: dist.all_reduce(x, group=group)).wait()
+    again = end.then(lambda _: dist.all_reduce(x, group=group))
+    again.wait()
     assert x.item() == size
+    group.set_timeout(timedelta(milliseconds=100))
+    if rank == 0:
+        with pytest.raises(DeadlineMissed):
+            again.then(lambda _: dist.all_reduce(x, group=group)).wait()
+    dist.barrier()
     dist.destroy_process_group(group)
 
 
@@ -193,6 +221,8 @@ def main(steps: int) -> None:
     callbacks_beside_the_program(rank, size)
     turns(rank, size)
     branches(rank, size)
+    added_in_reverse(rank, size)
+    dist.all_reduce(torch.ones(1), async_op=True).get_future().then(lambda _: added_in_reverse(rank, size)).wait()
     a_group_with_lanes_is_closed(rank, size)
     blocked_callbacks(rank)
     say(rank, "done")
