@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,25 @@ def test_a_future_that_failed_tells_why_wherever_torch_looks() -> None:
     assert "rank 2 is lost" in repr(seen)
     with pytest.raises(PeerLost, match="rank 2 is lost"):
         torch._jit_internal._extract_tensors(seen)
+
+
+def test_who_loses_the_store_is_not_told_that_a_rank_was_late() -> None:
+    import torch.distributed as dist
+
+    from detcoll.errors import ConnectError
+    from detcoll.torch.jobs import _introduce, _Introduction
+
+    class Lost(dist.HashStore):  # type: ignore[misc]
+        def get(self, key: str) -> bytes:
+            raise dist.DistNetworkError("connection reset")
+
+    own = _Introduction("host", "network", "", "job")
+    with pytest.raises(ConnectError, match="the store was lost while this rank waited for rank 0"):
+        _introduce(own, 0, 2, Lost())
+    silent = dist.HashStore()
+    silent.set_timeout(timedelta(milliseconds=1))
+    with pytest.raises(ConnectError, match="rank 1 did not make this process group in time"):
+        _introduce(own, 0, 2, silent)
 
 
 REGISTERED = "import torch.distributed as dist; assert 'detcoll' in dist.Backend.backend_list"

@@ -6,9 +6,9 @@ beside a default group of another backend, if its ranks are in a job; else it op
 the lines.
 
 torch hands the same store, with the same prefix, to every group that a process makes after it destroyed one. So each
-rank counts its groups in the store, and ranks meet under the number of theirs. The store of the last meeting is kept
-until the next one, since its server may be in this process: another rank may come there for the next meeting before
-this one does.
+rank counts its groups of each size in the store, since it may sit out a smaller one, and ranks meet under the number of
+theirs. The store of the last meeting is kept until the next one, since its server may be in this process: another rank
+may come there for the next meeting before this one does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import msgspec
+import torch.distributed as dist
 
 from detcoll.communicator import Communicator, open_communicator
 from detcoll.errors import ConnectError, DetcollError, UsageError
@@ -97,7 +98,7 @@ class Lease:
         """Leave the group and its ``lanes``, in ``timeout`` seconds, or the job with all its groups after the last."""
         with _lock:
             job, self._job = self._job, None
-            if job is None:
+            if job is None or job not in _jobs:  # closed, or inherited from a parent process
                 return
             job.users -= 1
             is_last = not job.users
@@ -121,7 +122,7 @@ class Lease:
         """End the group on all its ranks; the job too, if this is its last group."""
         with _lock:
             job, self._job = self._job, None
-            if job is None:
+            if job is None or job not in _jobs:  # closed, or inherited from a parent process
                 return
             job.users -= 1
             if not job.users:
@@ -134,10 +135,18 @@ class Lease:
 _lock = threading.Lock()
 _jobs: list[_Opened] = []
 _kept_stores: list[Any] = []
+_inherited_stores: list[Any] = []
 
 
 def _forget() -> None:
+    """Reset the state in a forked child, whose groups are those of its parent.
+
+    It keeps their store, since the end of a store waits for the thread of its server, which the child does not have.
+    """
+    global _lock
+    _lock = threading.Lock()
     _jobs.clear()
+    _inherited_stores.extend(_kept_stores)
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -216,13 +225,15 @@ def _network() -> str:
 
 def _introduce(own: _Introduction, rank: int, size: int, store: Any) -> list[_Introduction]:
     """Tell the other ranks where this one is; return what all ranks tell."""
-    number = store.add(f"detcoll/{rank}/meetings", 1)
-    store.set(f"detcoll/meeting {number}/{rank}", msgspec.json.encode(own).decode())
+    meeting = f"detcoll/{size} ranks/meeting {store.add(f'detcoll/{size} ranks/{rank}/meetings', 1)}"
+    store.set(f"{meeting}/{rank}", msgspec.json.encode(own).decode())
     told = []
     for other in range(size):
         try:
-            text = store.get(f"detcoll/meeting {number}/{other}")
-        except RuntimeError as error:  # of torch's stores
+            text = store.get(f"{meeting}/{other}")
+        except dist.DistNetworkError as error:
+            raise ConnectError(f"the store was lost while this rank waited for rank {other} ({error})") from error
+        except RuntimeError as error:  # of torch's stores; the kind differs
             raise ConnectError(f"rank {other} did not make this process group in time ({error})") from error
         told.append(msgspec.json.decode(text, type=_Introduction))
     return told

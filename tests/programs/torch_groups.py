@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -49,6 +50,13 @@ def beginnings(folder: str) -> None:
         sub = dist.new_group([0, 1])
         assert sub == dist.GroupMember.NON_GROUP_MEMBER or total(sub) == 2
         dist.destroy_process_group()
+    for members in (size - 1, size):
+        if rank < members:
+            begin(init_method="env://", rank=rank, world_size=members)
+            assert total() == members
+            if members == size:
+                a_forked_child_begins_anew(f"{folder}/child{rank}")
+            dist.destroy_process_group()
     begin(init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     assert total() == size
     dist.destroy_process_group()
@@ -61,6 +69,23 @@ def beginnings(folder: str) -> None:
     begin(init_method=f"tcp://{address}:{port}", rank=rank, world_size=size)
     assert total() == size
     say(rank, "done")  # and end without destroying the group
+
+
+def a_forked_child_begins_anew(file: str) -> None:
+    """Let a child leave the groups that it has inherited, and open one of its own."""
+    warnings.simplefilter("ignore", DeprecationWarning)  # there are threads
+    child = os.fork()
+    if not child:
+        try:
+            dist.destroy_process_group()
+            begin(init_method=f"file://{file}", rank=0, world_size=1)
+            assert total() == 1
+            dist.destroy_process_group()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert total() == dist.get_world_size()
 
 
 def groups() -> None:
