@@ -169,6 +169,11 @@ class Kinds:
 
         def check() -> Request:
             self._one_for_each(outputs, "output_tensor_lists")
+            for index, row in enumerate(outputs):
+                name = f"output_tensor_lists[{index}]"
+                if len(row) != len(given):
+                    raise UsageError(f"{name} has {len(row)} entries; expected {len(given)}, as input_tensor_list has")
+                _check_sizes(row, [each.numel() for each in given], name, "input_tensor_list has there")
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), joined(given, "input_tensor_list", is_written=False),
                 joined(taken, "output_tensor_lists", is_written=True),
@@ -208,6 +213,7 @@ class Kinds:
             is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
             if is_root:
                 self._one_for_each(taken, "gather_list")
+                _check_sizes(taken, [given.numel()] * len(taken), "gather_list", "tensor has")
             out = joined(taken, "gather_list", is_written=True) if is_root else None
             return of_blocks("gather", self.getSize(), self.getRank(), readable(given), out, root=root)
 
@@ -222,6 +228,7 @@ class Kinds:
             is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
             if is_root:
                 self._one_for_each(given, "scatter_list")
+                _check_sizes(given, [output.numel()] * len(given), "scatter_list", "tensor has")
             x = joined(given, "scatter_list", is_written=False) if is_root else None
             return of_blocks("scatter", self.getSize(), self.getRank(), x, writable(output, "output"), root=root)
 
@@ -368,6 +375,13 @@ def _pairs_by_type(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[
         pair[0].append(output)
         pair[1].append(given)
     return list(alike.values())
+
+
+def _check_sizes(tensors: Sequence[Tensor], expected: Sequence[int], name: str, as_what: str) -> None:
+    """Raise UsageError where an entry of a list has another number of elements than expected."""
+    for index, (each, count) in enumerate(zip(tensors, expected, strict=True)):
+        if each.numel() != count:
+            raise UsageError(f"{name}[{index}] has {each.numel()} elements; expected {count}, as {as_what}")
 
 
 def _uneven(tensors: Sequence[Tensor]) -> list[int] | None:

@@ -2,7 +2,7 @@
 
 A case is a kind, a type, an operator, shapes, and how tensors lie in memory. All ranks draw the same cases and know
 each other's values, so every rank computes the result for itself. Calls go through torch's functions, or through the
-methods of the group by an old or a new name.
+methods of the group by an old or a new name. Before the cases come calls that are refused.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
 from torch_ranks import begin, say
+
+from detcoll.errors import UsageError
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
@@ -364,8 +368,45 @@ def every_type_and_operator(seed: str, size: int, rank: int) -> None:
             draw.check(x, folded(op, parts, name), f"all_reduce {op} {name} {draw.layout}")
 
 
+def refused_lists(size: int, is_odd: bool) -> dict[str, Callable[[], Any]]:
+    """Return calls that only the last rank makes with lists that do not fit, by the error that all get."""
+    group, last, wrong = dist.group.WORLD, size - 1, [2, 4, *[3] * (size - 2)]
+    options = AllgatherOptions()
+    options.asyncOp = False
+
+    def zeros(sizes: list[int]) -> list[torch.Tensor]:
+        return [torch.zeros(n) for n in sizes]
+
+    return {
+        "scatter_list[0] has 2 elements; expected 3, as tensor has":
+            lambda: dist.scatter(torch.zeros(3), zeros(wrong) if is_odd else None, last),
+        "gather_list[0] has 2 elements; expected 3, as tensor has":
+            lambda: dist.gather(torch.zeros(3), zeros(wrong) if is_odd else None, last),
+        "output_tensor_lists[1][0] has 2 elements; expected 3, as input_tensor_list has there":
+            lambda: group.allgather_coalesced(
+                [zeros([2, 4] if is_odd and row == 1 else [3, 3]) for row in range(size)], zeros([3, 3]), options
+            ),
+        "output_tensor_lists[1] has 1 entries; expected 2, as input_tensor_list has":
+            lambda: group.allgather_coalesced(
+                [zeros([6] if is_odd and row == 1 else [3, 3]) for row in range(size)], zeros([3, 3]), options
+            ),
+    }  # fmt: skip
+
+
+def refusals(size: int, rank: int) -> None:
+    """Let the last rank make calls that it has to refuse; all ranks get the error and go on."""
+    for text, call in refused_lists(size, rank == size - 1).items():
+        heard = "no error"
+        try:
+            call()
+        except UsageError as error:
+            heard = str(error)
+        assert text in heard, f"{heard}; expected {text}"
+
+
 def main(seed: str, cases: int) -> None:
-    rank, size = begin()
+    rank, size = begin(timeout=timedelta(seconds=20))
+    refusals(size, rank)
     every_type_and_operator(seed, size, rank)
     chance = random.Random(seed)
     for number in range(cases):
