@@ -22,9 +22,9 @@ from detcoll.torch import sparse
 from detcoll.torch.profiling import profiled
 from detcoll.torch.tensors import (
     Buffer,
+    Reduction,
     joined,
     name_of,
-    one_type,
     readable,
     reduction_of,
     view_of,
@@ -68,46 +68,47 @@ class Kinds:
         listed = _list(tensors)
         if len(listed) == 1 and listed[0].layout is torch.sparse_coo:
             return self._kept(sparse.all_reduce(self, listed[0], _op(opts), opts))
-        return self._all_reduce(listed, listed, opts) if len(listed) == 1 else self.allreduce_coalesced(listed, opts)
+        return self._all_reduce(listed, opts) if len(listed) == 1 else self.allreduce_coalesced(listed, opts)
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Reduce several tensors over all ranks, in place."""
-        return all_of([self._all_reduce(alike, alike, opts) for alike in _by_type(tensors)])
+        return _each(opts, _by_type(tensors), lambda alike: self._all_reduce(alike, opts))
 
-    def _all_reduce(self, tensors: list[Tensor], result: list[Tensor], opts: Any) -> Work:
-        def check() -> Request:
-            reduction = reduction_of(_op(opts), tensors[0].dtype, self.getSize())
-            buffers = [reduction.of(writable(each)) for each in tensors]
-            return on_one_array("all_reduce", buffers[0] if len(buffers) == 1 else buffers, reduction.op)
+    def _all_reduce(self, tensors: list[Tensor], opts: Any) -> Work:
+        def check(reduction: Reduction) -> Request:
+            return on_one_array(
+                "all_reduce", _single([reduction.of(writable(each)) for each in tensors]), reduction.op
+            )  # fmt: skip
 
-        return self._run("all_reduce", check, result, opts, self._reduction_name(opts, tensors))
+        return self._reduce("all_reduce", tensors, check, tensors, opts)
 
     def reduce(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Reduce a tensor over all ranks into that of the root."""
-        tensor, root = _only(tensors), _root(opts)
+        listed, root = _list(tensors), _root(opts)
 
-        def check() -> Request:
-            reduction = reduction_of(_op(opts), tensor.dtype, self.getSize())
+        def check(reduction: Reduction) -> Request:
+            tensor = _only(listed)
             own, rank = self.getRank(), rank_of("rootRank", root, self.getSize())
             buffer = reduction.of(writable(tensor) if own == rank else readable(tensor))
             return to_root("reduce", buffer, reduction.op, rank, own)
 
-        return self._run("reduce", check, [tensor], opts, self._reduction_name(opts, [tensor]))
+        return self._reduce("reduce", listed, check, listed, opts)
 
     def reduce_scatter(self, outputs: Sequence[Tensor] | Tensor, inputs: Any, opts: Any = None, *_: Any) -> Work:
         """Reduce a list of tensors over all ranks and give each rank one of the results."""
-        output, given = _only(outputs), _inner(inputs)
+        listed = _list(outputs)
 
-        def check() -> Request:
-            reduction = reduction_of(_op(opts), output.dtype, self.getSize())
+        def check(reduction: Reduction) -> Request:
+            output, given = _only(listed), _inner(inputs)
             self._one_for_each(given, "input_list")
+            _check_types(output, given[0], "output", "input_list[0]")
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
                 reduction.of(joined(given, "input_list", is_written=False)), reduction.of(writable(output, "output")),
                 op=reduction.op, counts=_uneven(given),
             )  # fmt: skip
 
-        return self._run("reduce_scatter", check, [output], opts, self._reduction_name(opts, [output]))
+        return self._reduce("reduce_scatter", listed, check, listed, opts)
 
     def reduce_scatter_single(self, output: Tensor, given: Tensor, opts: Any = None, *_: Any) -> Work:
         """Reduce a tensor over all ranks and give each rank its block of the result."""
@@ -119,36 +120,39 @@ class Kinds:
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> Work:  # fmt: skip
         """Reduce several tensors over all ranks and give each rank its blocks of the results."""
-        return all_of([self._reduce_scatter(*alike, opts) for alike in _pairs_by_type(outputs, inputs)])
+        return _each(opts, _pairs_by_type(outputs, inputs), lambda pair: self._reduce_scatter(pair[0], pair[1], opts))
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def _reduce_scatter(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Work:
-        def check() -> Request:
-            reduction = reduction_of(_op(opts), outputs[0].dtype, self.getSize())
+        def check(reduction: Reduction) -> Request:
+            _check_pairs(outputs, inputs)
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
                 _single([reduction.of(readable(each, "input")) for each in inputs]),
                 _single([reduction.of(writable(each, "output")) for each in outputs]), op=reduction.op,
             )  # fmt: skip
 
-        return self._run("reduce_scatter", check, outputs, opts, self._reduction_name(opts, outputs))
+        return self._reduce("reduce_scatter", inputs, check, outputs, opts)
 
     def broadcast(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Copy a tensor of the root into those of all ranks."""
-        tensor, root = _only(tensors), _root(opts)
+        listed, root = _list(tensors), _root(opts)
 
         def check() -> Request:
-            return on_one_array("broadcast", writable(tensor), root=rank_of("rootRank", root, self.getSize()))
+            buffer = writable(_only(listed))
+            return on_one_array("broadcast", buffer, root=rank_of("rootRank", root, self.getSize()))
 
-        return self._run("broadcast", check, [tensor], opts, name_of(tensor.dtype))
+        return self._run("broadcast", check, listed, opts, _type_name(listed))
 
     def allgather(self, outputs: Any, inputs: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Gather a tensor of each rank into a list on all ranks; sizes may differ between ranks."""
-        given, taken = _only(inputs), _inner(outputs)
+        listed = _list(inputs)
 
         def check() -> Request:
+            given, taken = _only(listed), _inner(outputs)
             self._one_for_each(taken, "tensor_list")
+            _check_types(taken[0], given, "tensor_list[0]", "tensor")
             if given.numel() != taken[self.getRank()].numel():
                 raise UsageError(
                     f"tensor has {given.numel()} elements; expected {taken[self.getRank()].numel()}, as tensor_list "
@@ -159,13 +163,13 @@ class Kinds:
                 joined(taken, "tensor_list", is_written=True), counts=_uneven(taken),
             )  # fmt: skip
 
-        return self._run("all_gather", check, taken, opts, name_of(given.dtype))
+        return self._run("all_gather", check, _flat(outputs), opts, _type_name(listed))
 
     def allgather_coalesced(
         self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None
     ) -> Work:  # fmt: skip
         """Gather a list of tensors of each rank into a list for each rank, on all ranks."""
-        given, taken = list(inputs), [each for row in outputs for each in row]
+        given, taken = list(inputs), _flat(outputs)
 
         def check() -> Request:
             self._one_for_each(outputs, "output_tensor_lists")
@@ -174,12 +178,14 @@ class Kinds:
                 if len(row) != len(given):
                     raise UsageError(f"{name} has {len(row)} entries; expected {len(given)}, as input_tensor_list has")
                 _check_sizes(row, [each.numel() for each in given], name, "input_tensor_list has there")
+            if given:
+                _check_types(taken[0], given[0], "output_tensor_lists[0][0]", "input_tensor_list[0]")
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), joined(given, "input_tensor_list", is_written=False),
                 joined(taken, "output_tensor_lists", is_written=True),
             )  # fmt: skip
 
-        return self._run("all_gather", check, taken, opts, name_of(given[0].dtype) if given else "")
+        return self._run("all_gather", check, taken, opts, _type_name(given))
 
     def all_gather_single(self, output: Tensor, given: Tensor, opts: Any = None, *_: Any) -> Work:
         """Concatenate the tensors of all ranks on all ranks."""
@@ -191,48 +197,51 @@ class Kinds:
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> Work:  # fmt: skip
         """Concatenate, for each of several tensors, those of all ranks on all ranks."""
-        return all_of([self._all_gather(*alike, opts) for alike in _pairs_by_type(outputs, inputs)])
+        return _each(opts, _pairs_by_type(outputs, inputs), lambda pair: self._all_gather(pair[0], pair[1], opts))
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     def _all_gather(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Work:
         def check() -> Request:
+            _check_pairs(outputs, inputs)
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), _single([readable(each, "input") for each in inputs]),
                 _single([writable(each, "output") for each in outputs]),
             )  # fmt: skip
 
-        return self._run("all_gather", check, outputs, opts, name_of(inputs[0].dtype))
+        return self._run("all_gather", check, outputs, opts, _type_name(inputs))
 
     def gather(self, outputs: Any, inputs: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Gather a tensor of each rank into a list on the root."""
-        given, root = _only(inputs), _root(opts)
-        taken = _inner(outputs) if outputs else []
+        listed, root = _list(inputs), _root(opts)
 
         def check() -> Request:
+            given, taken = _only(listed), _inner(outputs)
             is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
             if is_root:
                 self._one_for_each(taken, "gather_list")
                 _check_sizes(taken, [given.numel()] * len(taken), "gather_list", "tensor has")
+                _check_types(taken[0], given, "gather_list[0]", "tensor")
             out = joined(taken, "gather_list", is_written=True) if is_root else None
             return of_blocks("gather", self.getSize(), self.getRank(), readable(given), out, root=root)
 
-        return self._run("gather", check, taken, opts, name_of(given.dtype))
+        return self._run("gather", check, _flat(outputs), opts, _type_name(listed))
 
     def scatter(self, outputs: Sequence[Tensor] | Tensor, inputs: Any, opts: Any = None, *_: Any) -> Work:
         """Give each rank one tensor of a list of the root."""
-        output, root = _only(outputs), _root(opts)
-        given = _inner(inputs) if inputs else []
+        listed, root = _list(outputs), _root(opts)
 
         def check() -> Request:
+            output, given = _only(listed), _inner(inputs)
             is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
             if is_root:
                 self._one_for_each(given, "scatter_list")
                 _check_sizes(given, [output.numel()] * len(given), "scatter_list", "tensor has")
+                _check_types(output, given[0], "tensor", "scatter_list[0]")
             x = joined(given, "scatter_list", is_written=False) if is_root else None
-            return of_blocks("scatter", self.getSize(), self.getRank(), x, writable(output, "output"), root=root)
+            return of_blocks("scatter", self.getSize(), self.getRank(), x, writable(output), root=root)
 
-        return self._run("scatter", check, [output], opts, name_of(output.dtype))
+        return self._run("scatter", check, listed, opts, _type_name(listed))
 
     def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None, *_: Any) -> Work:
         """Send a tensor to every rank, and get one from each; sizes may differ."""
@@ -241,13 +250,14 @@ class Kinds:
         def check() -> Request:
             self._one_for_each(given, "input_tensor_list")
             self._one_for_each(taken, "output_tensor_list")
+            _check_types(taken[0], given[0], "output_tensor_list[0]", "input_tensor_list[0]")
             return self._to_all(
                 joined(given, "input_tensor_list", is_written=False),
                 joined(taken, "output_tensor_list", is_written=True),
                 [each.numel() for each in given], [each.numel() for each in taken],
             )  # fmt: skip
 
-        return self._run("all_to_all", check, taken, opts, name_of(given[0].dtype) if given else "")
+        return self._run("all_to_all", check, taken, opts, _type_name(given))
 
     def all_to_all_single(
         self, output: Tensor, given: Tensor, out_splits: Sequence[int] = (), splits: Sequence[int] = (),
@@ -256,6 +266,7 @@ class Kinds:
         """Send a block of a tensor to every rank, and get one from each; splits count rows of the first axis."""
 
         def check() -> Request:
+            _check_types(output, given, "output", "input")
             return self._to_all(
                 readable(given, "input"), writable(output, "output"),
                 self._counts(given, splits, "input"), self._counts(output, out_splits, "output"),
@@ -320,12 +331,21 @@ class Kinds:
 
         return self._run("barrier", check, [], opts, "")
 
-    def _reduction_name(self, opts: Any, tensors: Sequence[Tensor]) -> str:
-        """Return how ranks tell a reduction from others that detcoll does alike."""
+    def _reduce(
+        self, kind: str, tensors: list[Tensor], check: Callable[[Reduction], Request], result: list[Tensor], opts: Any
+    ) -> Work:  # fmt: skip
+        """Make a call that reduces ``tensors``."""
+
+        def reduction() -> Reduction:
+            if not tensors:
+                raise UsageError("no tensors; expected at least one")
+            return reduction_of(_op(opts), tensors[0].dtype, self.getSize())
+
         try:
-            return reduction_of(_op(opts), tensors[0].dtype, self.getSize()).name
-        except UsageError:
-            return ""  # the check raises it
+            found = reduction()
+        except UsageError:  # raised again inside the call
+            return self._run(kind, lambda: check(reduction()), result, opts, "")
+        return self._run(kind, lambda: check(found), result, opts, found.name)
 
     def _one_for_each(self, listed: Sequence[Any], name: str) -> None:
         if len(listed) != self.getSize():
@@ -343,13 +363,23 @@ def _only(tensors: Sequence[Tensor] | Tensor) -> Tensor:
     return listed[0]
 
 
+def _flat(lists: Any) -> list[Tensor]:
+    """Return the tensors of a list, or of a list of lists."""
+    return [each for row in lists or () for each in _list(row)]
+
+
 def _inner(lists: Any) -> list[Tensor]:
-    """Return the only list of a list of lists; torch also passes it bare."""
+    """Return the only list of a list of lists; torch also passes it bare, or nothing."""
     if lists and not isinstance(lists[0], Tensor):
         if len(lists) != 1:
             raise UsageError(f"{len(lists)} lists of tensors; expected one for each process")
         return list(lists[0])
-    return list(lists)
+    return list(lists or ())
+
+
+def _type_name(tensors: Sequence[Tensor]) -> str:
+    """Return how a call names the type of its first tensor."""
+    return name_of(tensors[0].dtype) if tensors else ""
 
 
 def _single(buffers: list[Buffer]) -> Any:
@@ -361,20 +391,48 @@ def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     alike: dict[object, list[Tensor]] = {}
     for each in tensors:
         alike.setdefault(each.dtype, []).append(each)
-    return list(alike.values())
+    return list(alike.values()) or [[]]
 
 
 def _pairs_by_type(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return outputs and inputs of each type."""
-    if len(outputs) != len(inputs):
-        raise UsageError(f"{len(outputs)} outputs for {len(inputs)} inputs; expected as many")
+    """Return outputs and inputs by the type of the inputs; outputs without an input come with the first ones."""
     alike: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for output, given in zip(outputs, inputs, strict=True):
-        one_type([given, output], "tensors")
+    for index, given in enumerate(inputs):
         pair = alike.setdefault(given.dtype, ([], []))
-        pair[0].append(output)
+        pair[0].extend(outputs[index : index + 1])
         pair[1].append(given)
-    return list(alike.values())
+    pairs = list(alike.values()) or [([], [])]
+    pairs[0][0].extend(outputs[len(inputs) :])
+    return pairs
+
+
+def _check_pairs(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """Raise UsageError if there is not an output of the same type for each input."""
+    if len(outputs) != len(inputs) or not inputs:
+        raise UsageError(f"{len(outputs)} outputs for {len(inputs)} inputs; expected as many, and at least one")
+    for index, (output, given) in enumerate(zip(outputs, inputs, strict=True)):
+        at = f"[{index}]" if len(inputs) > 1 else ""
+        _check_types(output, given, f"output{at}", f"input{at}")
+
+
+def _each(opts: Any, groups: Sequence[Any], call: Callable[[Any], Work]) -> Work:
+    """Make a call for each group of tensors, and return them as one.
+
+    A refused call is raised at once, also where it is asynchronous. The other ranks do not wait for it then and make
+    the calls that follow, so this rank makes them before it raises.
+    """
+    works: list[Work] = []
+    refused: list[UsageError] = []
+    for group in groups:
+        try:
+            works.append(call(group))
+        except UsageError as error:
+            if not getattr(opts, "asyncOp", True):
+                raise
+            refused.append(error)
+    if refused:
+        raise refused[0]
+    return all_of(works)
 
 
 def _check_sizes(tensors: Sequence[Tensor], expected: Sequence[int], name: str, as_what: str) -> None:
@@ -382,6 +440,12 @@ def _check_sizes(tensors: Sequence[Tensor], expected: Sequence[int], name: str, 
     for index, (each, count) in enumerate(zip(tensors, expected, strict=True)):
         if each.numel() != count:
             raise UsageError(f"{name}[{index}] has {each.numel()} elements; expected {count}, as {as_what}")
+
+
+def _check_types(output: Tensor, given: Tensor, name: str, given_name: str) -> None:
+    """Raise UsageError if an output is not of the type of the input."""
+    if output.dtype != given.dtype:
+        raise UsageError(f"{name} has dtype {output.dtype}, {given_name} {given.dtype}; expected one type")
 
 
 def _uneven(tensors: Sequence[Tensor]) -> list[int] | None:

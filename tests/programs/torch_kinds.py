@@ -11,6 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import AllgatherOptions
 from torch_ranks import begin, say
 
-from detcoll.errors import UsageError
+from detcoll.errors import Closed, DetcollError
 
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
@@ -368,40 +369,80 @@ def every_type_and_operator(seed: str, size: int, rank: int) -> None:
             draw.check(x, folded(op, parts, name), f"all_reduce {op} {name} {draw.layout}")
 
 
-def refused_lists(size: int, is_odd: bool) -> dict[str, Callable[[], Any]]:
-    """Return calls that only the last rank makes with lists that do not fit, by the error that all get."""
-    group, last, wrong = dist.group.WORLD, size - 1, [2, 4, *[3] * (size - 2)]
+Refused = list[tuple[str, Callable[[Any], Any]]]
+"""What the error says that all ranks get, and the call, of which the last rank has wrong arguments."""
+
+
+def refused_lists(size: int, is_odd: bool) -> Refused:
+    """Return calls with lists whose entries have other sizes."""
+    last, wrong = size - 1, [2, 4, *[3] * (size - 2)]
     options = AllgatherOptions()
     options.asyncOp = False
 
     def zeros(sizes: list[int]) -> list[torch.Tensor]:
         return [torch.zeros(n) for n in sizes]
 
-    return {
-        "scatter_list[0] has 2 elements; expected 3, as tensor has":
-            lambda: dist.scatter(torch.zeros(3), zeros(wrong) if is_odd else None, last),
-        "gather_list[0] has 2 elements; expected 3, as tensor has":
-            lambda: dist.gather(torch.zeros(3), zeros(wrong) if is_odd else None, last),
-        "output_tensor_lists[1][0] has 2 elements; expected 3, as input_tensor_list has there":
-            lambda: group.allgather_coalesced(
+    return [
+        ("scatter_list[0] has 2 elements; expected 3, as tensor has",
+            lambda group: dist.scatter(torch.zeros(3), zeros(wrong) if is_odd else None, last, group=group)),
+        ("gather_list[0] has 2 elements; expected 3, as tensor has",
+            lambda group: dist.gather(torch.zeros(3), zeros(wrong) if is_odd else None, last, group=group)),
+        ("output_tensor_lists[1][0] has 2 elements; expected 3, as input_tensor_list has there",
+            lambda group: group.allgather_coalesced(
                 [zeros([2, 4] if is_odd and row == 1 else [3, 3]) for row in range(size)], zeros([3, 3]), options
-            ),
-        "output_tensor_lists[1] has 1 entries; expected 2, as input_tensor_list has":
-            lambda: group.allgather_coalesced(
+            )),
+        ("output_tensor_lists[1] has 1 entries; expected 2, as input_tensor_list has",
+            lambda group: group.allgather_coalesced(
                 [zeros([6] if is_odd and row == 1 else [3, 3]) for row in range(size)], zeros([3, 3]), options
-            ),
-    }  # fmt: skip
+            )),
+    ]  # fmt: skip
+
+
+def refused_types(size: int, is_odd: bool) -> Refused:
+    """Return calls with an output of another type than the input, or with another number of tensors."""
+    other = torch.float64 if is_odd else torch.float32
+    one, whole, count = torch.zeros(1), torch.zeros(size), 2 if is_odd else 1
+    wrong_one, wrong_whole = torch.zeros(1, dtype=other), torch.zeros(size, dtype=other)
+    options, in_background = AllgatherOptions(), AllgatherOptions()
+    options.asyncOp = False
+    # Both types travel as the same bytes.
+    octets, others = (torch.zeros(size, dtype=each) for each in (torch.uint8, torch.float8_e5m2))
+    integers = [torch.zeros(n, dtype=torch.int64) for n in (size, 1)]
+    types = "output has dtype torch.float64, input torch.float32; expected one type"
+    return [
+        (types, lambda group: dist.all_gather_into_tensor(wrong_whole, one, group=group)),
+        (types, lambda group: dist.reduce_scatter_tensor(wrong_one, whole, group=group)),
+        ("output[1] has dtype torch.float64, input[1] torch.float32",
+            lambda group: group.allgather_into_tensor_coalesced([whole, wrong_whole], [one, one.clone()], options)),
+        (types, lambda group: group.allgather_into_tensor_coalesced(
+            [wrong_whole, integers[0]], [one, integers[1]], in_background).wait()),
+        ("output has dtype torch.float8_e5m2, input torch.uint8",
+            lambda group: group.alltoall_base(others if is_odd else octets, octets.clone(), [], []).wait()),
+        ("tensor_list[0] has dtype torch.float8_e5m2, tensor torch.uint8",
+            lambda group: group.allgather([list((others if is_odd else octets).chunk(size))], [octets[:1]]).wait()),
+        ("2 outputs for 1 inputs",
+            lambda group: group.allgather_into_tensor_coalesced([whole] * count, [one], options)),
+        ("2 outputs for 1 inputs", lambda group: group.reduce_scatter_tensor_coalesced([one] * count, [whole]).wait()),
+        ("2 tensors; expected one", lambda group: group.broadcast([one] * count).wait()),
+        ("2 tensors; expected one", lambda group: group.reduce([one] * count).wait()),
+        ("2 lists of tensors; expected one",
+            lambda group: group.allgather([list(whole.chunk(size))] * count, [one]).wait()),
+        ("no tensors; expected at least one", lambda group: group.allreduce_coalesced([] if is_odd else [one]).wait()),
+    ]  # fmt: skip
 
 
 def refusals(size: int, rank: int) -> None:
-    """Let the last rank make calls that it has to refuse; all ranks get the error and go on."""
-    for text, call in refused_lists(size, rank == size - 1).items():
-        heard = "no error"
+    """Let the last rank make calls that it has to refuse, each in a group of its own."""
+    is_odd = rank == size - 1
+    for text, call in [*refused_lists(size, is_odd), *refused_types(size, is_odd)]:
+        group, heard = dist.new_group(list(range(size))), "no error"
         try:
-            call()
-        except UsageError as error:
+            call(group)
+        except DetcollError as error:
             heard = str(error)
         assert text in heard, f"{heard}; expected {text}"
+        with suppress(Closed):  # where a rank was in the call already
+            dist.all_reduce(torch.zeros(1), group=group)
 
 
 def main(seed: str, cases: int) -> None:
