@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 
 import pytest
 from ranks import launch
@@ -74,3 +75,37 @@ def test_a_list_of_parts_that_lie_together_is_bound_as_one_array() -> None:
     assert whole[3] == 7
     for apart in (parts[::-1], parts[::2], [torch.zeros(3), torch.zeros(3)]):
         assert isinstance(joined(apart, "x", is_written=True), Pieces)
+
+
+def test_elements_that_share_memory_are_found_exactly() -> None:
+    import torch
+
+    from detcoll.errors import UsageError
+    from detcoll.torch.tensors import joined
+
+    def refused(*tensors: torch.Tensor) -> bool:
+        try:
+            joined(tensors, "x", is_written=True)
+        except UsageError:
+            return True
+        return False
+
+    chance = random.Random(0)
+    seen = set()
+    for _ in range(400):
+        place = torch.arange(200)
+        drawn = []
+        for _ in range(chance.randrange(1, 4)):
+            axes = chance.randrange(1, 4)
+            shape, strides = [[chance.randrange(most) for _ in range(axes)] for most in (4, 9)]
+            drawn.append(place.as_strided(shape, strides, chance.randrange(60)))
+        used = torch.cat([each.reshape(-1) for each in drawn]).tolist()
+        shared = len(set(used)) < len(used)
+        seen.add((shared, len(drawn)))
+        assert refused(*drawn) == shared, [(each.shape, each.stride(), each.storage_offset()) for each in drawn]
+    assert len(seen) == 6, "both answers for each number of tensors"
+    same, empty = torch.zeros(3), torch.zeros(0)
+    assert refused(same, torch.zeros(3), same)
+    assert not refused(empty, empty, same, empty)
+    assert not refused(*torch.zeros(50, 60).unbind(1))
+    assert refused(torch.zeros(1).expand(2**40))

@@ -23,6 +23,7 @@ from detcoll.torch.profiling import profiled
 from detcoll.torch.tensors import (
     Buffer,
     Reduction,
+    all_writable,
     joined,
     name_of,
     readable,
@@ -77,7 +78,7 @@ class Kinds:
     def _all_reduce(self, tensors: list[Tensor], opts: Any) -> Work:
         def check(reduction: Reduction) -> Request:
             return on_one_array(
-                "all_reduce", _single([reduction.of(writable(each)) for each in tensors]), reduction.op
+                "all_reduce", _single([reduction.of(each) for each in all_writable(tensors, "tensor")]), reduction.op
             )  # fmt: skip
 
         return self._reduce("all_reduce", tensors, check, tensors, opts)
@@ -130,7 +131,7 @@ class Kinds:
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
                 _single([reduction.of(readable(each, "input")) for each in inputs]),
-                _single([reduction.of(writable(each, "output")) for each in outputs]), op=reduction.op,
+                _single([reduction.of(each) for each in all_writable(outputs, "output")]), op=reduction.op,
             )  # fmt: skip
 
         return self._reduce("reduce_scatter", inputs, check, outputs, opts)
@@ -206,7 +207,7 @@ class Kinds:
             _check_pairs(outputs, inputs)
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), _single([readable(each, "input") for each in inputs]),
-                _single([writable(each, "output") for each in outputs]),
+                _single(all_writable(outputs, "output")),
             )  # fmt: skip
 
         return self._run("all_gather", check, outputs, opts, _type_name(inputs))

@@ -7,12 +7,14 @@ of the call then says which type it is, so that ranks notice where it differs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 
 from detcoll.buffers import Pieces
@@ -92,6 +94,17 @@ def writable(tensor: torch.Tensor, name: str = "tensor", *, is_ordered: bool = T
     return _one(array, is_ordered)
 
 
+def all_writable(tensors: Sequence[torch.Tensor], name: str) -> list[Buffer]:
+    """Return tensors of one type as flat arrays that take results."""
+    if len(tensors) == 1:
+        return [writable(tensors[0], name)]
+    arrays = [view_of(each, f"{name}[{index}]") for index, each in enumerate(tensors)]
+    for index, array in enumerate(arrays):
+        _check_writable(array, f"{name}[{index}]")
+    _check_apart(arrays, name)
+    return [_one(array) for array in arrays]
+
+
 def _one(array: Array, is_ordered: bool = True) -> Buffer:
     if array.flags.c_contiguous:
         return array.reshape(-1)
@@ -99,10 +112,54 @@ def _one(array: Array, is_ordered: bool = True) -> Buffer:
 
 
 def _check_writable(array: Array, name: str) -> None:
-    if array.size and any(
-        stride == 0 and length > 1 for stride, length in zip(array.strides, array.shape, strict=True)
-    ):
-        raise UsageError(f"{name} is expanded, so several elements share one place; expected one that can be written")
+    """Raise UsageError if elements of an array share memory."""
+    if array.flags.c_contiguous:
+        return
+    reach = array.itemsize
+    for stride, length in sorted(zip(array.strides, array.shape, strict=True)):
+        if length == 1:
+            continue
+        if stride == 0:
+            raise UsageError(
+                f"{name} is expanded, so several elements share one place; expected one that can be written"
+            )
+        if stride < reach:  # they may interleave
+            if _collide([array]):
+                raise UsageError(
+                    f"{name} has elements that share memory (shape {array.shape}, strides {array.strides} bytes); "
+                    "expected one that can be written"
+                )
+            return
+        reach += stride * (length - 1)
+
+
+def _check_apart(arrays: Sequence[Array], name: str) -> None:
+    """Raise UsageError if several arrays share memory; the elements of each are known not to."""
+    spans = sorted((*byte_bounds(array), index) for index, array in enumerate(arrays) if array.size)
+    reach = 0
+    near: list[list[int]] = []
+    for low, high, index in spans:
+        if low < reach:
+            near[-1].append(index)
+        else:
+            near.append([index])
+        reach = max(reach, high)
+    for group in near:
+        if len(group) > 1 and _collide([arrays[each] for each in group]):
+            pairs = itertools.combinations(group, 2)
+            first, second = next(pair for pair in pairs if _collide([arrays[each] for each in pair]))
+            raise UsageError(f"{name}[{first}] and {name}[{second}] share memory; expected tensors that do not overlap")
+
+
+def _collide(arrays: Sequence[Array]) -> bool:
+    """Tell whether elements share memory: mark the bytes of each one, and count those that are marked."""
+    bounds = [byte_bounds(array) for array in arrays]
+    begin = min(low for low, _ in bounds)
+    marks = np.zeros(max(high for _, high in bounds) - begin, np.uint8)
+    for array, (low, _) in zip(arrays, bounds, strict=True):
+        elements = np.ndarray(array.shape, f"V{array.itemsize}", marks, low - begin, array.strides)
+        elements[...] = np.void(b"\1" * array.itemsize)
+    return int(np.count_nonzero(marks)) < sum(array.nbytes for array in arrays)
 
 
 def joined(tensors: Sequence[torch.Tensor], name: str, *, is_written: bool) -> Buffer:
@@ -123,7 +180,11 @@ def joined(tensors: Sequence[torch.Tensor], name: str, *, is_written: bool) -> B
     if len(arrays) == 1:
         return _one(arrays[0])
     whole = _adjacent(tensors, arrays)
-    return Pieces(arrays, arrays[0].dtype) if whole is None else whole
+    if whole is not None:
+        return whole
+    if is_written:
+        _check_apart(arrays, name)
+    return Pieces(arrays, arrays[0].dtype)
 
 
 def one_type(tensors: Sequence[torch.Tensor], name: str) -> None:

@@ -431,10 +431,35 @@ def refused_types(size: int, is_odd: bool) -> Refused:
     ]  # fmt: skip
 
 
+def refused_overlaps(size: int, is_odd: bool) -> Refused:
+    """Return calls whose results would share memory."""
+    whole, one, large = torch.zeros(2 * size), torch.zeros(1), torch.zeros(2, size)
+    folded_up = whole.as_strided((2, size), (1, 1)) if is_odd else large
+    repeated = [torch.zeros(2)] * size if is_odd else list(torch.zeros(2 * size).chunk(size))
+    shifted = [whole[at : at + 2] for at in range(size)] if is_odd else list(torch.zeros(2 * size).chunk(size))
+    twice = [whole, whole[1:]] if is_odd else [torch.zeros(2 * size), torch.zeros(2 * size - 1)]
+    return [
+        ("tensor has elements that share memory", lambda group: dist.all_reduce(folded_up, group=group)),
+        ("output has elements that share memory",
+            lambda group: dist.all_gather_into_tensor(folded_up, torch.zeros(2), group=group)),
+        ("tensor_list[0] and tensor_list[1] share memory",
+            lambda group: dist.all_gather(repeated, torch.zeros(2), group=group)),
+        ("tensor_list[0] and tensor_list[1] share memory",
+            lambda group: dist.all_gather(shifted, torch.zeros(2), group=group)),
+        ("gather_list[0] and gather_list[1] share memory",
+            lambda group: dist.gather(torch.zeros(2), repeated if is_odd else None, size - 1, group=group)),
+        ("tensor[0] and tensor[1] share memory", lambda group: group.allreduce_coalesced(twice).wait()),
+        ("output[0] and output[1] share memory",
+            lambda group: group.allgather_into_tensor_coalesced(
+                [large[0], large[0] if is_odd else large[1]], [one, one.clone()]).wait()),
+    ]  # fmt: skip
+
+
 def refusals(size: int, rank: int) -> None:
     """Let the last rank make calls that it has to refuse, each in a group of its own."""
     is_odd = rank == size - 1
-    for text, call in [*refused_lists(size, is_odd), *refused_types(size, is_odd)]:
+    cases = (refused_lists, refused_types, refused_overlaps)
+    for text, call in [case for cases_of in cases for case in cases_of(size, is_odd)]:
         group, heard = dist.new_group(list(range(size))), "no error"
         try:
             call(group)
