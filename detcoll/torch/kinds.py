@@ -19,6 +19,19 @@ from detcoll.communicator import Communicator
 from detcoll.errors import UsageError
 from detcoll.job.caller import Request
 from detcoll.torch import sparse
+from detcoll.torch.lists import (
+    as_list,
+    by_type,
+    check_pairs,
+    check_sizes,
+    check_types,
+    flat,
+    inner,
+    only,
+    pairs_by_type,
+    type_name,
+    uneven,
+)
 from detcoll.torch.profiling import profiled
 from detcoll.torch.tensors import (
     Buffer,
@@ -66,14 +79,14 @@ class Kinds:
 
     def allreduce(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Reduce a tensor over all ranks, in place; a sparse one is added."""
-        listed = _list(tensors)
+        listed = as_list(tensors)
         if len(listed) == 1 and listed[0].layout is torch.sparse_coo:
             return self._kept(sparse.all_reduce(self, listed[0], _op(opts), opts))
         return self._all_reduce(listed, opts) if len(listed) == 1 else self.allreduce_coalesced(listed, opts)
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Reduce several tensors over all ranks, in place."""
-        return _each(opts, _by_type(tensors), lambda alike: self._all_reduce(alike, opts))
+        return _each(opts, by_type(tensors), lambda alike: self._all_reduce(alike, opts))
 
     def _all_reduce(self, tensors: list[Tensor], opts: Any) -> Work:
         def check(reduction: Reduction) -> Request:
@@ -85,10 +98,10 @@ class Kinds:
 
     def reduce(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Reduce a tensor over all ranks into that of the root."""
-        listed, root = _list(tensors), _root(opts)
+        listed, root = as_list(tensors), _root(opts)
 
         def check(reduction: Reduction) -> Request:
-            tensor = _only(listed)
+            tensor = only(listed)
             own, rank = self.getRank(), rank_of("rootRank", root, self.getSize())
             buffer = reduction.of(writable(tensor) if own == rank else readable(tensor))
             return to_root("reduce", buffer, reduction.op, rank, own)
@@ -97,16 +110,16 @@ class Kinds:
 
     def reduce_scatter(self, outputs: Sequence[Tensor] | Tensor, inputs: Any, opts: Any = None, *_: Any) -> Work:
         """Reduce a list of tensors over all ranks and give each rank one of the results."""
-        listed = _list(outputs)
+        listed = as_list(outputs)
 
         def check(reduction: Reduction) -> Request:
-            output, given = _only(listed), _inner(inputs)
+            output, given = only(listed), inner(inputs)
             self._one_for_each(given, "input_list")
-            _check_types(output, given[0], "output", "input_list[0]")
+            check_types(output, given[0], "output", "input_list[0]")
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
                 reduction.of(joined(given, "input_list", is_written=False)), reduction.of(writable(output, "output")),
-                op=reduction.op, counts=_uneven(given),
+                op=reduction.op, counts=uneven(given),
             )  # fmt: skip
 
         return self._reduce("reduce_scatter", listed, check, listed, opts)
@@ -121,13 +134,13 @@ class Kinds:
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> Work:  # fmt: skip
         """Reduce several tensors over all ranks and give each rank its blocks of the results."""
-        return _each(opts, _pairs_by_type(outputs, inputs), lambda pair: self._reduce_scatter(pair[0], pair[1], opts))
+        return _each(opts, pairs_by_type(outputs, inputs), lambda pair: self._reduce_scatter(pair[0], pair[1], opts))
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
     def _reduce_scatter(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Work:
         def check(reduction: Reduction) -> Request:
-            _check_pairs(outputs, inputs)
+            check_pairs(outputs, inputs)
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
                 _single([reduction.of(readable(each, "input")) for each in inputs]),
@@ -138,22 +151,22 @@ class Kinds:
 
     def broadcast(self, tensors: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Copy a tensor of the root into those of all ranks."""
-        listed, root = _list(tensors), _root(opts)
+        listed, root = as_list(tensors), _root(opts)
 
         def check() -> Request:
-            buffer = writable(_only(listed))
+            buffer = writable(only(listed))
             return on_one_array("broadcast", buffer, root=rank_of("rootRank", root, self.getSize()))
 
-        return self._run("broadcast", check, listed, opts, _type_name(listed))
+        return self._run("broadcast", check, listed, opts, type_name(listed))
 
     def allgather(self, outputs: Any, inputs: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Gather a tensor of each rank into a list on all ranks; sizes may differ between ranks."""
-        listed = _list(inputs)
+        listed = as_list(inputs)
 
         def check() -> Request:
-            given, taken = _only(listed), _inner(outputs)
+            given, taken = only(listed), inner(outputs)
             self._one_for_each(taken, "tensor_list")
-            _check_types(taken[0], given, "tensor_list[0]", "tensor")
+            check_types(taken[0], given, "tensor_list[0]", "tensor")
             if given.numel() != taken[self.getRank()].numel():
                 raise UsageError(
                     f"tensor has {given.numel()} elements; expected {taken[self.getRank()].numel()}, as tensor_list "
@@ -161,16 +174,16 @@ class Kinds:
                 )
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), readable(given),
-                joined(taken, "tensor_list", is_written=True), counts=_uneven(taken),
+                joined(taken, "tensor_list", is_written=True), counts=uneven(taken),
             )  # fmt: skip
 
-        return self._run("all_gather", check, _flat(outputs), opts, _type_name(listed))
+        return self._run("all_gather", check, flat(outputs), opts, type_name(listed))
 
     def allgather_coalesced(
         self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = None
     ) -> Work:  # fmt: skip
         """Gather a list of tensors of each rank into a list for each rank, on all ranks."""
-        given, taken = list(inputs), _flat(outputs)
+        given, taken = list(inputs), flat(outputs)
 
         def check() -> Request:
             self._one_for_each(outputs, "output_tensor_lists")
@@ -178,15 +191,15 @@ class Kinds:
                 name = f"output_tensor_lists[{index}]"
                 if len(row) != len(given):
                     raise UsageError(f"{name} has {len(row)} entries; expected {len(given)}, as input_tensor_list has")
-                _check_sizes(row, [each.numel() for each in given], name, "input_tensor_list has there")
+                check_sizes(row, [each.numel() for each in given], name, "input_tensor_list has there")
             if given:
-                _check_types(taken[0], given[0], "output_tensor_lists[0][0]", "input_tensor_list[0]")
+                check_types(taken[0], given[0], "output_tensor_lists[0][0]", "input_tensor_list[0]")
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), joined(given, "input_tensor_list", is_written=False),
                 joined(taken, "output_tensor_lists", is_written=True),
             )  # fmt: skip
 
-        return self._run("all_gather", check, taken, opts, _type_name(given))
+        return self._run("all_gather", check, taken, opts, type_name(given))
 
     def all_gather_single(self, output: Tensor, given: Tensor, opts: Any = None, *_: Any) -> Work:
         """Concatenate the tensors of all ranks on all ranks."""
@@ -198,51 +211,51 @@ class Kinds:
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> Work:  # fmt: skip
         """Concatenate, for each of several tensors, those of all ranks on all ranks."""
-        return _each(opts, _pairs_by_type(outputs, inputs), lambda pair: self._all_gather(pair[0], pair[1], opts))
+        return _each(opts, pairs_by_type(outputs, inputs), lambda pair: self._all_gather(pair[0], pair[1], opts))
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     def _all_gather(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any) -> Work:
         def check() -> Request:
-            _check_pairs(outputs, inputs)
+            check_pairs(outputs, inputs)
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), _single([readable(each, "input") for each in inputs]),
                 _single(all_writable(outputs, "output")),
             )  # fmt: skip
 
-        return self._run("all_gather", check, outputs, opts, _type_name(inputs))
+        return self._run("all_gather", check, outputs, opts, type_name(inputs))
 
     def gather(self, outputs: Any, inputs: Sequence[Tensor] | Tensor, opts: Any = None, *_: Any) -> Work:
         """Gather a tensor of each rank into a list on the root."""
-        listed, root = _list(inputs), _root(opts)
+        listed, root = as_list(inputs), _root(opts)
 
         def check() -> Request:
-            given, taken = _only(listed), _inner(outputs)
+            given, taken = only(listed), inner(outputs)
             is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
             if is_root:
                 self._one_for_each(taken, "gather_list")
-                _check_sizes(taken, [given.numel()] * len(taken), "gather_list", "tensor has")
-                _check_types(taken[0], given, "gather_list[0]", "tensor")
+                check_sizes(taken, [given.numel()] * len(taken), "gather_list", "tensor has")
+                check_types(taken[0], given, "gather_list[0]", "tensor")
             out = joined(taken, "gather_list", is_written=True) if is_root else None
             return of_blocks("gather", self.getSize(), self.getRank(), readable(given), out, root=root)
 
-        return self._run("gather", check, _flat(outputs), opts, _type_name(listed))
+        return self._run("gather", check, flat(outputs), opts, type_name(listed))
 
     def scatter(self, outputs: Sequence[Tensor] | Tensor, inputs: Any, opts: Any = None, *_: Any) -> Work:
         """Give each rank one tensor of a list of the root."""
-        listed, root = _list(outputs), _root(opts)
+        listed, root = as_list(outputs), _root(opts)
 
         def check() -> Request:
-            output, given = _only(listed), _inner(inputs)
+            output, given = only(listed), inner(inputs)
             is_root = rank_of("rootRank", root, self.getSize()) == self.getRank()
             if is_root:
                 self._one_for_each(given, "scatter_list")
-                _check_sizes(given, [output.numel()] * len(given), "scatter_list", "tensor has")
-                _check_types(output, given[0], "tensor", "scatter_list[0]")
+                check_sizes(given, [output.numel()] * len(given), "scatter_list", "tensor has")
+                check_types(output, given[0], "tensor", "scatter_list[0]")
             x = joined(given, "scatter_list", is_written=False) if is_root else None
             return of_blocks("scatter", self.getSize(), self.getRank(), x, writable(output), root=root)
 
-        return self._run("scatter", check, listed, opts, _type_name(listed))
+        return self._run("scatter", check, listed, opts, type_name(listed))
 
     def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None, *_: Any) -> Work:
         """Send a tensor to every rank, and get one from each; sizes may differ."""
@@ -251,14 +264,14 @@ class Kinds:
         def check() -> Request:
             self._one_for_each(given, "input_tensor_list")
             self._one_for_each(taken, "output_tensor_list")
-            _check_types(taken[0], given[0], "output_tensor_list[0]", "input_tensor_list[0]")
+            check_types(taken[0], given[0], "output_tensor_list[0]", "input_tensor_list[0]")
             return self._to_all(
                 joined(given, "input_tensor_list", is_written=False),
                 joined(taken, "output_tensor_list", is_written=True),
                 [each.numel() for each in given], [each.numel() for each in taken],
             )  # fmt: skip
 
-        return self._run("all_to_all", check, taken, opts, _type_name(given))
+        return self._run("all_to_all", check, taken, opts, type_name(given))
 
     def all_to_all_single(
         self, output: Tensor, given: Tensor, out_splits: Sequence[int] = (), splits: Sequence[int] = (),
@@ -267,7 +280,7 @@ class Kinds:
         """Send a block of a tensor to every rank, and get one from each; splits count rows of the first axis."""
 
         def check() -> Request:
-            _check_types(output, given, "output", "input")
+            check_types(output, given, "output", "input")
             return self._to_all(
                 readable(given, "input"), writable(output, "output"),
                 self._counts(given, splits, "input"), self._counts(output, out_splits, "output"),
@@ -298,7 +311,7 @@ class Kinds:
 
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Work:
         """Send a tensor to another rank."""
-        tensor = _only(tensors)
+        tensor = only(tensors)
         array = np.ascontiguousarray(view_of(tensor)).reshape(-1)
 
         def call() -> Work:
@@ -309,7 +322,7 @@ class Kinds:
 
     def recv(self, tensors: Sequence[Tensor], src: int | None, tag: int = 0) -> Work:
         """Receive a tensor from another rank; from any if ``src`` is None."""
-        tensor = _only(tensors)
+        tensor = only(tensors)
         buffer = writable(tensor, is_ordered=False)
 
         def call() -> Work:
@@ -353,67 +366,8 @@ class Kinds:
             raise UsageError(f"{name} has {len(listed)} entries; expected one for each of {self.getSize()} ranks")
 
 
-def _list(tensors: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _only(tensors: Sequence[Tensor] | Tensor) -> Tensor:
-    listed = _list(tensors)
-    if len(listed) != 1:
-        raise UsageError(f"{len(listed)} tensors; expected one for each process")
-    return listed[0]
-
-
-def _flat(lists: Any) -> list[Tensor]:
-    """Return the tensors of a list, or of a list of lists."""
-    return [each for row in lists or () for each in _list(row)]
-
-
-def _inner(lists: Any) -> list[Tensor]:
-    """Return the only list of a list of lists; torch also passes it bare, or nothing."""
-    if lists and not isinstance(lists[0], Tensor):
-        if len(lists) != 1:
-            raise UsageError(f"{len(lists)} lists of tensors; expected one for each process")
-        return list(lists[0])
-    return list(lists or ())
-
-
-def _type_name(tensors: Sequence[Tensor]) -> str:
-    """Return how a call names the type of its first tensor."""
-    return name_of(tensors[0].dtype) if tensors else ""
-
-
 def _single(buffers: list[Buffer]) -> Any:
     return buffers[0] if len(buffers) == 1 else buffers
-
-
-def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the tensors of each type, in the order of their first ones."""
-    alike: dict[object, list[Tensor]] = {}
-    for each in tensors:
-        alike.setdefault(each.dtype, []).append(each)
-    return list(alike.values()) or [[]]
-
-
-def _pairs_by_type(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return outputs and inputs by the type of the inputs; outputs without an input come with the first ones."""
-    alike: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    for index, given in enumerate(inputs):
-        pair = alike.setdefault(given.dtype, ([], []))
-        pair[0].extend(outputs[index : index + 1])
-        pair[1].append(given)
-    pairs = list(alike.values()) or [([], [])]
-    pairs[0][0].extend(outputs[len(inputs) :])
-    return pairs
-
-
-def _check_pairs(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    """Raise UsageError if there is not an output of the same type for each input."""
-    if len(outputs) != len(inputs) or not inputs:
-        raise UsageError(f"{len(outputs)} outputs for {len(inputs)} inputs; expected as many, and at least one")
-    for index, (output, given) in enumerate(zip(outputs, inputs, strict=True)):
-        at = f"[{index}]" if len(inputs) > 1 else ""
-        _check_types(output, given, f"output{at}", f"input{at}")
 
 
 def _each(opts: Any, groups: Sequence[Any], call: Callable[[Any], Work]) -> Work:
@@ -434,25 +388,6 @@ def _each(opts: Any, groups: Sequence[Any], call: Callable[[Any], Work]) -> Work
     if refused:
         raise refused[0]
     return all_of(works)
-
-
-def _check_sizes(tensors: Sequence[Tensor], expected: Sequence[int], name: str, as_what: str) -> None:
-    """Raise UsageError where an entry of a list has another number of elements than expected."""
-    for index, (each, count) in enumerate(zip(tensors, expected, strict=True)):
-        if each.numel() != count:
-            raise UsageError(f"{name}[{index}] has {each.numel()} elements; expected {count}, as {as_what}")
-
-
-def _check_types(output: Tensor, given: Tensor, name: str, given_name: str) -> None:
-    """Raise UsageError if an output is not of the type of the input."""
-    if output.dtype != given.dtype:
-        raise UsageError(f"{name} has dtype {output.dtype}, {given_name} {given.dtype}; expected one type")
-
-
-def _uneven(tensors: Sequence[Tensor]) -> list[int] | None:
-    """Return the sizes of tensors, or None if they are all the same."""
-    counts = [each.numel() for each in tensors]
-    return counts if len(set(counts)) > 1 else None
 
 
 def _op(opts: Any) -> Any:

@@ -172,7 +172,7 @@ def joined(tensors: Sequence[torch.Tensor], name: str, *, is_written: bool) -> B
     """
     if not tensors:
         raise UsageError(f"{name}=[] is empty; expected at least one tensor")
-    one_type(tensors, name)
+    _one_type(tensors, name)
     arrays = [view_of(each, f"{name}[{index}]") for index, each in enumerate(tensors)]
     if is_written:
         for index, array in enumerate(arrays):
@@ -187,7 +187,7 @@ def joined(tensors: Sequence[torch.Tensor], name: str, *, is_written: bool) -> B
     return Pieces(arrays, arrays[0].dtype)
 
 
-def one_type(tensors: Sequence[torch.Tensor], name: str) -> None:
+def _one_type(tensors: Sequence[torch.Tensor], name: str) -> None:
     """Raise UsageError if a list has tensors of several types."""
     for index, each in enumerate(tensors):
         if each.dtype != tensors[0].dtype:
