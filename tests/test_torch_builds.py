@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from ranks import Ended, launch
 
 pytest.importorskip("torch")
 
-SIZE = 4
+SIZE = int(os.environ.get("TEST_TORCH_RANKS", "2"))
+"""With 4, sites of more than one rank are tried too; it takes twice as long."""
 
 
 @pytest.fixture(scope="module")

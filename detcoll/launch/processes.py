@@ -157,9 +157,8 @@ def supervise(
 ) -> int:
     """Wait for ``processes``; when one fails, end the others.
 
-    Called in the main thread, it forwards the first SIGINT, SIGTERM or SIGHUP of this process to all of them, also
-    while they are being ended after a failure or the deadline; a second signal kills them. When it returns or raises,
-    no process and no member of its group is left.
+    In the main thread, it forwards the first SIGINT, SIGTERM or SIGHUP of this process to all of them, also while they
+    are being ended; a second signal kills them. When it returns or raises, no process of their groups is left.
 
     Parameters
     ----------
@@ -176,18 +175,17 @@ def supervise(
     announce : callable, optional
         Called with each message; by default messages go to standard error.
     announce_exit : callable, optional
-        Called instead of ``announce`` with a message that only says that a process exited with code 1, as Python does
-        after an exception, and with the number of that process.
+        Called instead of ``announce`` where a process exited with code 1, as Python does; also gets its number.
     on_interrupt : int
-        The signal to forward for SIGINT. SIGTERM ends Python programs without a handler without a traceback.
+        The signal to forward for SIGINT. SIGTERM ends Python programs without a traceback.
     essential : mapping, optional
         Pids of other processes that these depend on, each with the text of the error to raise when it ends.
 
     Returns
     -------
     int
-        0 if all succeeded, else what came first: the exit code of a process that failed (128 + n if signal n ended
-        it), 128 + n for a forwarded signal n, or `TIMED_OUT` for the deadline.
+        0 if all succeeded, else what came first: `exit_code` of a process that failed, 128 + n for a forwarded signal
+        n, or `TIMED_OUT` for the deadline.
 
     Raises
     ------
@@ -195,8 +193,7 @@ def supervise(
         If an essential process has ended.
     """
     crew = _Crew(processes, names or [f"rank {i}" for i in range(len(processes))], announce or _say)
-    crew.on_interrupt = on_interrupt
-    crew.announce_exit = announce_exit or crew.announce_exit
+    crew.on_interrupt, crew.announce_exit = on_interrupt, announce_exit or crew.announce_exit
     crew.settle_ns, crew.grace_ns = round(settle_s * 1e9), round(grace_s * 1e9)
     if deadline_s is not None:
         crew.deadline_ns = time.monotonic_ns() + round(deadline_s * 1e9)
