@@ -211,7 +211,7 @@ def test_the_router_is_held_against_a_loop_in_c(asked: str, monkeypatch: pytest.
         "--rounds",
         "1",
         "--seconds",
-        "0.02",
+        "0.2",
         "--json",
         str(written),
     )

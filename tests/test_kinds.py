@@ -28,7 +28,7 @@ from detcoll.testing import mpi_launcher
 from detcoll.topology import Topology
 from detcoll.types import DTYPES
 
-DRAWS = int(os.environ.get("TEST_DRAWS", "24"))
+DRAWS = int(os.environ.get("TEST_DRAWS", "16"))
 SEED = int(os.environ.get("TEST_SEED", "20"))
 DRAWS_A_JOB = 100
 JOBS = [(SEED + at // DRAWS_A_JOB, min(DRAWS_A_JOB, DRAWS - at)) for at in range(0, DRAWS, DRAWS_A_JOB)]

@@ -146,6 +146,7 @@ def beside_another_backend(size: int) -> None:
     assert [each.item() for each in values] == [(number - 1) % size for number in range(size)]
     other = dist.new_group([0, 1], backend="detcoll")
     assert other == dist.GroupMember.NON_GROUP_MEMBER or total(other) == 2
+    dist.barrier()  # an abort ends what other ranks are still in
     apart.abort()
     dist.destroy_process_group()
 
