@@ -148,16 +148,24 @@ def read_all(reading: int) -> bytes:
         return rest.read()
 
 
+def read_to(reading: int, end: bytes) -> bytes:
+    """Return what is read up to ``end``, while the processes still have their outputs open."""
+    data = b""
+    while not data.endswith(end):
+        data += os.read(reading, 1)
+    return data
+
+
 def test_what_a_process_printed_comes_before_its_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forwarding, "_IDLE_S", 3600)
     with forwarded("", "") as (ends, addresses, reading, _):
         os.write(ends[0], b"step 1\nstep 2")
         os.write(ends[1], b"other")
         reports.send(addresses[0], SHORT)
+        assert read_to(reading, b": no\n") == b"step 1\nstep 2\ndetcoll: rank 0: UsageError: no\n"
         reports.send(addresses[1], SHORT)
     assert read_all(reading) == (
-        b"step 1\nstep 2\ndetcoll: rank 0: UsageError: no\nother\n"
-        b"detcoll: all 2 ranks reported the same error; DETCOLL_LOG=debug shows each report\n"
+        b"other\ndetcoll: all 2 ranks reported the same error; DETCOLL_LOG=debug shows each report\n"
     )
 
 
