@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import sysconfig
 import traceback
 from types import TracebackType
 
@@ -36,14 +37,24 @@ def report_to_launcher() -> None:
 
 
 def describe(error: DetcollError, trace: TracebackType | None) -> str:
-    """Return an error in one line: its kind, the line of the program that it comes from, and its text."""
-    place = ""
+    """Return an error in one line: its kind, the line of the program that it comes from, and its text.
+
+    A line of an installed package, such as torch's DDP, is named only where the program has none.
+    """
+    places: dict[bool, str] = {}
     while trace is not None:
-        module = trace.tb_frame.f_globals.get("__name__", "")
-        if not str(module).startswith(_OURS):
-            place = f" in {_short(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno}"
+        path = trace.tb_frame.f_code.co_filename
+        if not str(trace.tb_frame.f_globals.get("__name__", "")).startswith(_OURS):
+            places[_is_installed(path)] = f" in {_short(path)}, line {trace.tb_lineno}"
         trace = trace.tb_next
+    place = places.get(False) or places.get(True, "")
     return f"detcoll: {type(error).__name__}{place}: {error}"
+
+
+def _is_installed(path: str) -> bool:
+    """Return whether a file belongs to an installed package or to Python."""
+    folders = (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
+    return path.startswith(tuple(f"{folder}{os.sep}" for folder in folders))
 
 
 def _short(path: str) -> str:

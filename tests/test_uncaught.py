@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import detcoll
+from detcoll.uncaught import describe
 
 BEGIN = "import detcoll, numpy as np, os\ncomm = detcoll.init()\n"
 
@@ -34,6 +39,20 @@ def test_an_error_of_detcoll_is_one_line(tmp_path: Path) -> None:
     told = last_words(tmp_path, WRONG)
     assert told.startswith("detcoll: UsageError in script.py, line 3: x is a str; expected ")
     assert told.count("\n") == 1
+
+
+def test_the_line_of_the_program_is_named_and_not_that_of_a_package_between(tmp_path: Path) -> None:
+    program = "from unittest.mock import Mock\nMock(side_effect=comm.all_reduce)('no array')\n"
+    assert " in script.py, line 4: " in last_words(tmp_path, program)
+
+
+def test_a_package_is_named_where_the_program_has_no_line() -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - any error from inside a package
+        json.loads("[")
+    trace = raised.value.__traceback__
+    assert trace is not None
+    told = describe(detcoll.UsageError("mine"), trace.tb_next)
+    assert re.fullmatch(r"detcoll: UsageError in \S+decoder\.py, line \d+: mine", told)
 
 
 def test_its_traceback_is_shown_to_who_debugs(tmp_path: Path) -> None:
