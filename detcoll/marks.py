@@ -2,7 +2,8 @@
 
 A script calls `step`. One that trains with torch over the process group of detcoll need not, since it is to import
 nothing of detcoll: there the end of an optimizer's step is the mark (`optimizer_stepped`), which every loop comes to
-once an iteration. Once a script has called `step`, only that counts.
+once an iteration. Once a script has called `step`, only that counts. A rank that opens a job leaves a file as well:
+without any, the script did not use detcoll, and its times would say nothing of detcoll's transports.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from detcoll.outputs import write_file
 
 MARKS_VARIABLE = "DETCOLL_MARKS"
 """Names the directory that ranks leave their marks in; set by `detcoll measure` alone."""
+
+_OPENED = "opened"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,17 @@ def step() -> None:
     """
     if (directory := os.environ.get(MARKS_VARIABLE)) is not None:
         _marker.add(_marker.called, directory)
+
+
+def job_opened() -> None:
+    """Tell who measures that this script uses detcoll."""
+    if (directory := os.environ.get(MARKS_VARIABLE)) is not None:
+        Path(directory, _OPENED).touch()
+
+
+def was_job_opened(directory: Path) -> bool:
+    """Return whether a rank that left its marks in ``directory`` opened a job."""
+    return (directory / _OPENED).exists()
 
 
 def optimizer_stepped(optimizer: Any) -> None:

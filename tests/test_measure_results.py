@@ -427,6 +427,8 @@ class FakePlaces:
             self.traced.append((setting.name, logs.name, Path((env or {})[TRACE_VARIABLE])))
         if marks.MARKS_VARIABLE in (env or {}):
             write_json(logs / "marks0.json", Marks(0, (0, MS, 3 * MS)))
+            if fault != "no job":
+                (logs / "opened").touch()
             return 2.0
         config = read_config(logs / "config.json")
         assert config.topology.is_wide == setting.is_wide
@@ -690,6 +692,16 @@ def test_script_runs_under_every_setting(places: type[FakePlaces], tmp_path: Pat
     assert [run.iteration_s.samples for run in result.runs] == [(0.001, 0.002)] * 3
     assert [run.retransmits for run in result.runs] == [None, 7, 7]
     assert result.workload["name"] == "script"
+
+
+def test_script_that_opens_no_job_is_refused_at_once(places: type[FakePlaces], tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    places.faults = {SINGLE.transport: "no job"}
+    wanted = an_experiment(workload=None, script=(str(script),), rounds=1)
+    with pytest.raises(DetcollError, match=r"train\.py does not use detcoll, .* init_process_group"):
+        run_experiment(wanted, lambda line: None)
+    assert len(places.calls) == 1
 
 
 def test_an_interrupt_reaches_ranks_as_what_ends_them_without_a_traceback(

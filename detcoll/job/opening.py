@@ -18,6 +18,7 @@ from detcoll.job.calendars import agree_on_calendar, aligns_arrivals
 from detcoll.job.job import Job
 from detcoll.job.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
 from detcoll.launch.launchers import World, read_environment
+from detcoll.marks import job_opened
 from detcoll.plan import Calendar, Slotting
 from detcoll.plan.calendar import DEFAULT_HOST_ERROR_NS
 from detcoll.rendezvous import Session, Store, meet
@@ -83,6 +84,7 @@ def open_job(
     except BaseException as error:
         job.abort(str(error))
         raise
+    job_opened()
     return job
 
 

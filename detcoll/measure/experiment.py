@@ -17,7 +17,7 @@ from typing import Any
 from detcoll.emulation.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
-from detcoll.marks import MARKS_VARIABLE
+from detcoll.marks import MARKS_VARIABLE, was_job_opened
 from detcoll.measure.aggregate import (
     Round,
     ScriptRound,
@@ -285,6 +285,11 @@ class _Session:
         if not setting.is_wide:
             env["DETCOLL_SITES"] = str(len(self.experiment.topology.sites))
         total_s = self._run_ranks(setting, argv, here, env)
+        if not was_job_opened(here):
+            raise DetcollError(
+                f"{program} does not use detcoll, so all transports would show the same; call detcoll.init() in it, or "
+                'init_process_group("detcoll")'
+            )
         marks = tuple(read_marks(path) for path in sorted(here.glob("marks*.json")))
         self.script_rounds.setdefault(setting, []).append(ScriptRound(total_s, marks))
 
