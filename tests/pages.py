@@ -6,6 +6,7 @@ A comment stands on the line before a fence, and holds some of these, separated 
     <!-- needs: lab, torch -->       it is left out where one of these is not here
     <!-- test adds: --rounds 1 -->   arguments that keep the last command of the block short
     <!-- prints -->                  some output of the commands before; figures may differ
+    <!-- prints: exactly -->         the same, with these figures
     <!-- host: a -->                 blocks of several hosts, one after another on the page, which run at the same time
     <!-- run by: .ci/run -->         that file carries the commands out
     <!-- quote: PATH -->             that file holds the block
