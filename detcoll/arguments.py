@@ -65,24 +65,25 @@ def operator_of(kind: str, op: str | ReduceOp | None, dtype: np.dtype[Any]) -> R
     return known
 
 
-def on_one_array(kind: str, x: Any, op: str | ReduceOp | None = None, root: int = 0) -> Request:
+def on_one_array(kind: str, x: Any, op: str | ReduceOp | None = None, root: int = 0, shape: str = "") -> Request:
     """Return the request for a collective that works on ``x`` in place."""
     bound = bind(x)
-    return Request(kind, bound, operator_of(kind, op, bound.dtype), root, arrays=_count_of(x))
+    return Request(kind, bound, operator_of(kind, op, bound.dtype), root, arrays=_count_of(x), shape=shape)
 
 
-def to_root(kind: str, x: Any, op: str | ReduceOp, root: int, rank: int) -> Request:
+def to_root(kind: str, x: Any, op: str | ReduceOp, root: int, rank: int, shape: str = "") -> Request:
     """Return the request for a collective that writes ``x`` at the root, and only reads it elsewhere."""
     source = bind(x, writable=rank == root)
     output = bind(x) if rank == root else bind(np.empty(0, source.dtype))
     return Request(
-        kind, output, operator_of(kind, op, source.dtype), root, source, _count_of(x), elems=source.array.size
-    )
+        kind, output, operator_of(kind, op, source.dtype), root, source, _count_of(x), elems=source.array.size,
+        shape=shape,
+    )  # fmt: skip
 
 
 def of_blocks(
     kind: str, size: int, rank: int, x: Any, out: Any, *, op: str | ReduceOp | None = None, root: int = 0,
-    counts: Sequence[int] | None = None, out_counts: Sequence[int] | None = None,
+    counts: Sequence[int] | None = None, out_counts: Sequence[int] | None = None, shape: str = "",
 ) -> Request:  # fmt: skip
     """Return the request for a collective that moves blocks from ``x`` to ``out``, which is allocated where absent.
 
@@ -98,6 +99,8 @@ def of_blocks(
         Where the kind has them.
     counts, out_counts : sequence of int, optional
         Sizes of blocks along the first axis.
+    shape : str, optional
+        What ranks compare of the shapes of their arrays.
 
     Raises
     ------
@@ -134,7 +137,7 @@ def of_blocks(
         source = bind(x, writable=False, name="x", blocks=blocks.in_blocks, copied=True)
     return Request(
         kind, output, operator_of(kind, op, output.dtype), root, source, _count_of(of), collective.counts,
-        collective.out_counts, collective.count, result,
+        collective.out_counts, collective.count, result, shape,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ FIELDS = {
     "sequence": "the number of the call", "kind": "the kind", "op": "the operation", "dtype": "the type",
     "count": "the number of elements", "root": "the root", "arrays": "the number of arrays", "group": "the group",
     "name": "the name", "counts": "the sizes of blocks (counts)", "pair": "what they send each other",
-    "cut": "the sizes of the arrays in their lists",
+    "cut": "the sizes of the arrays in their lists", "shape": "the shape",
 }  # fmt: skip
 """What errors call the fields of a descriptor."""
 
@@ -37,6 +37,7 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     ``pair`` : where each rank states its own sizes, those for the rank that is told: the elements that this rank sends
     to it, and gets from it.
     ``cut`` : of a list of arrays, `digest_of` their elements in a block; empty for one array.
+    ``shape`` : for people, and empty where shapes may differ; what is too long for the record is a digest there.
     """
 
     sequence: int
@@ -51,11 +52,12 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     counts: str = ""
     pair: tuple[int, ...] = ()
     cut: str = ""
+    shape: str = ""
 
     @property
     def brief(self) -> str:
         """What was called, for people: the same for calls that fit together."""
-        return brief(self.kind, self.op, self.dtype, self.count, self.root, self.arrays, self.name)
+        return brief(self.kind, self.op, self.dtype, self.count, self.root, self.arrays, self.name, self.shape)
 
     @property
     def told(self) -> str:
@@ -70,6 +72,9 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
         text = msgspec.json.encode(self)
         if len(text) > HELLO_BYTES - 2:  # control characters of a name take six bytes each
             text = msgspec.json.encode(msgspec.structs.replace(self, name=shortened(self.name)))
+        if len(text) > HELLO_BYTES - 2 and self.shape:
+            digests = {"name": _digest(self.name, 8), "shape": _digest(self.shape, 4)}
+            text = msgspec.json.encode(msgspec.structs.replace(self, **digests))
         if len(text) > HELLO_BYTES - 2:
             raise UsageError(f"{self} is too long to describe")
         return (len(text).to_bytes(2, "little") + text).ljust(HELLO_BYTES, b"\0")
@@ -84,23 +89,31 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
         """
         expected = self if not self.pair else msgspec.structs.replace(self, pair=self.pair[::-1])
         if record != expected.encode():
-            called, differences = expected._against(record[2 : 2 + int.from_bytes(record[:2], "little")])
+            called, differences = _decode(expected.encode())._against(record)
             raise PlanMismatch(
                 f"ranks called different collectives: rank {rank} called {self.told}, rank {other} called {called}"
                 f"{differences}"
             )
 
-    def _against(self, text: bytes) -> tuple[str, str]:
+    def _against(self, record: bytes) -> tuple[str, str]:
         """Say for people what another rank called and what differs; of some sizes there are only digests."""
         try:
-            other = msgspec.json.decode(text, type=Descriptor)
+            other = _decode(record)
             called = other.told
         except (msgspec.MsgspecError, UsageError, ValueError):
             return "something that this rank cannot read", ""
-        found = [word for field, word in FIELDS.items() if getattr(self, field) != getattr(other, field)]
+        differing = [field for field in FIELDS if getattr(self, field) != getattr(other, field)]
+        if {"kind", "count"} & {*differing}:  # so shapes differ as well
+            differing = [field for field in differing if field != "shape"]
+        found = [FIELDS[field] for field in differing]
         if self.sequence != other.sequence:
             found[0] += f" (here {self.sequence}, there {other.sequence})"
         return called, f"; they differ in {' and '.join(found)}" if found else ""
+
+
+def _decode(record: bytes) -> Descriptor:
+    """Return what a record tells of a descriptor."""
+    return msgspec.json.decode(record[2 : 2 + int.from_bytes(record[:2], "little")], type=Descriptor)
 
 
 def is_out_of_step(error: Exception) -> bool:
@@ -111,26 +124,32 @@ def is_out_of_step(error: Exception) -> bool:
 def shortened(name: str) -> str:
     """Return 41 plain characters, or fewer, that differ for different names, by all odds."""
     plain = "".join(letter for letter in name if letter.isalnum() and letter.isascii())
-    return f"{plain[:24]}~{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
+    return f"{plain[:24]}~{_digest(name, 8)}"
 
 
 def digest_of(counts: Sequence[int]) -> str:
     """Return eight hexadecimal digits that differ for different ``counts``, by all odds; none for no counts."""
-    return hashlib.blake2b(repr(tuple(counts)).encode(), digest_size=4).hexdigest() if counts else ""
+    return _digest(repr(tuple(counts)), 4) if counts else ""
+
+
+def _digest(text: str, nbytes: int) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=nbytes).hexdigest()
 
 
 def brief(
-    kind: str, op: ReduceOp | str, dtype: np.dtype[Any] | str, count: int, root: int, arrays: int, name: str
-) -> str:
+    kind: str, op: ReduceOp | str, dtype: np.dtype[Any] | str, count: int, root: int, arrays: int, name: str,
+    shape: str = "",
+) -> str:  # fmt: skip
     """Return what was called, for people: the same for calls that fit together."""
     named = f" ({name})" if name else ""
     signature = signature_of(kind)
     if not signature.has_array:
         return f"{kind}{named}"
     several = f" in {arrays} arrays" if arrays > 1 else ""
+    shaped = f" of shape {shape}" if shape else ""
     operation = f", {ReduceOp(op).value}" if signature.has_op else ""
     source = f", root {root}" if signature.has_root else ""
-    return f"{kind} of {count} {dtype}{several}{operation}{source}{named}"
+    return f"{kind} of {count} {dtype}{several}{shaped}{operation}{source}{named}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +188,13 @@ class Announcement:
 @lru_cache(LARGEST_KEPT_ANNOUNCEMENTS)
 def announce(
     kind: str, op: str, dtype: np.dtype[Any], count: int, root: int, arrays: int, name: str = "",
-    counts: tuple[int, ...] = (), cut: tuple[int, ...] = (),
+    counts: tuple[int, ...] = (), cut: tuple[int, ...] = (), shape: str = "",
 ) -> Announcement:  # fmt: skip
     """Return the announcement of a call without its number, which differs from call to call."""
     descriptor = Descriptor(
-        0, kind, op, dtype.name, count, root, arrays, name=name, counts=digest_of(counts), cut=digest_of(cut)
-    )
+        0, kind, op, dtype.name, count, root, arrays, name=name, counts=digest_of(counts), cut=digest_of(cut),
+        shape=shape,
+    )  # fmt: skip
     record = descriptor.encode()
     return Announcement(
         descriptor, record, int.from_bytes(hashlib.blake2b(record, digest_size=8).digest(), "big") >> 2

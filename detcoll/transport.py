@@ -371,7 +371,8 @@ class NativeCall(msgspec.Struct, frozen=True):
     the ranks' blocks where they differ in size, see `detcoll.plan.Collective`.  ``root`` : a rank of the group.
     ``arrays`` : how many arrays the caller coalesced into one.  ``name`` : what the caller calls it.  ``sequence`` :
     number of the call in its group, or -1 where calls are not numbered; calls of different numbers do not fit together.
-    ``cut`` : the elements that each array of a list has in a block; empty for one array.
+    ``cut`` : the elements that each array of a list has in a block; empty for one array.  ``shape`` : what ranks
+    compare of the shapes of their arrays, for people; empty where these may differ.
     """
 
     kind: str
@@ -386,6 +387,7 @@ class NativeCall(msgspec.Struct, frozen=True):
     name: str = ""
     sequence: int = -1
     cut: Sequence[int] = ()
+    shape: str = ""
 
     @property
     def announcement(self) -> Announcement:
@@ -400,6 +402,7 @@ class NativeCall(msgspec.Struct, frozen=True):
             self.name,
             self.counts,
             tuple(self.cut),
+            self.shape,
         )
 
 

@@ -259,7 +259,8 @@ def test_every_valid_call_can_be_described(name: str) -> None:
     whole = Descriptor(largest, "reduce_scatter", "prod", "bfloat16", largest, 10**6, 10**6, "f" * 16, name, "f" * 8)
     cut = Descriptor(largest, "reduce_scatter", "prod", "bfloat16", largest, 10**6, 10**6, "f" * 16, name, cut="f" * 8)
     pair = Descriptor(largest, "all_to_all", "sum", "bfloat16", 0, 0, 1, "f" * 16, name, "", (largest, largest - 1))
-    for one in (whole, cut, pair):
+    shaped = msgspec.structs.replace(cut, shape="(1, " + 48 * "9")
+    for one in (whole, cut, pair, shaped):
         assert len(one.encode()) == HELLO_BYTES
 
     def program(comm: Communicator) -> None:

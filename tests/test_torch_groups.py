@@ -75,9 +75,11 @@ def test_calls_that_differ_end_on_every_rank() -> None:
     ended = launch(3, "torch_groups.py", "mismatches", timeout_s=GUARD_S)
     assert sorted(ended.said) == [0, 1, 2], ended.err
     expected = {
-        "kind": ("all_reduce", "broadcast"), "size": ("of 4", "of 5"), "dtype": ("float32", "int32"),
+        "kind": ("all_reduce", "broadcast"), "size": ("of 4", "of 5"),
+        "shape": ("shape (2, 3), sum", "shape (3, 2), sum"), "shapes": ("shape (4,) (6, 1)", "shape (4,) (1, 6)"),
+        "gathered": ("shape (2, 3)", "shape (6,)"), "dtype": ("float32", "int32"),
         "half": ("bfloat16", "float16"), "bytes": ("float8_e5m2", "float8_e4m3fn"), "op": ("sum", "max"),
-        "average": ("int64, sum", "(avg)"), "root": ("root 0", "root 1"), "async": ("of 4", "of 5"),
+        "average": ("(4,), sum", "sum (avg)"), "root": ("root 0", "root 1"), "async": ("of 4", "of 5"),
     }  # fmt: skip
     for rank, [heard] in ended.said.items():
         for name, (one, other) in expected.items():

@@ -109,3 +109,40 @@ def test_elements_that_share_memory_are_found_exactly() -> None:
     assert not refused(empty, empty, same, empty)
     assert not refused(*torch.zeros(50, 60).unbind(1))
     assert refused(torch.zeros(1).expand(2**40))
+
+
+def test_calls_compare_shapes_where_torch_asks_for_equal_tensors() -> None:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from detcoll.torch.process_group import create_apart
+
+    group = create_apart(dist.HashStore(), 0, 1, timedelta(seconds=60))
+    try:
+        x, y, other, flat = (torch.ones(*shape) for shape in ((2, 3), (2, 3), (3, 2), (6,)))
+        group.allreduce([x])
+        group.allreduce_coalesced([x, flat])
+        group.allreduce_coalesced([torch.ones(1, 1, 1, 1, 1) for _ in range(9)] + [x])
+        group.reduce([x])
+        group.reduce_scatter([x], [[y]])
+        group.reduce_scatter_single(flat, x)
+        group.allgather([[other]], [x])
+        group.all_gather_single(flat, x)
+        group.gather([[y]], [x])
+        group.scatter([x], [[y]])
+        group.broadcast([x])
+        group.alltoall([x], [y]).wait()
+        called = [row["called"] for row in group.communicator._job.recorder.rows() if row["event"] == "call"]
+    finally:
+        group.shutdown()
+    said = [(call["kind"], call["shape"]) for call in called]
+    long = said[2][1]
+    assert long.startswith("(1, 1, 1, 1, 1) (1, 1")
+    assert len(long) <= 48
+    assert said == [
+        ("all_reduce", "(2, 3)"), ("all_reduce", "(2, 3) (6,)"), ("all_reduce", long), ("reduce", "(2, 3)"),
+        ("reduce_scatter", "(2, 3)"), ("reduce_scatter", "(2, 3)"), ("all_gather", "(2, 3)"), ("all_gather", "(2, 3)"),
+        ("gather", "(2, 3)"), ("scatter", "(2, 3)"), ("broadcast", ""), ("all_to_all", ""),
+    ]  # fmt: skip

@@ -37,6 +37,7 @@ class Request(msgspec.Struct, frozen=True):
     ``output`` : where the result goes; of a collective on one array, that array.  ``source`` : the input, None for a
     collective on one array.  ``arrays`` : how many arrays the caller coalesced.  ``counts``, ``out_counts`` : elements
     of blocks that differ in size, see `detcoll.plan.Collective`.  ``result`` : what `Work.wait` returns.
+    ``shape`` : what ranks compare of the shapes of their arrays; empty where these may differ.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Request(msgspec.Struct, frozen=True):
     out_counts: tuple[int, ...] = ()
     elems: int = -1
     result: Any = None
+    shape: str = ""
 
     @property
     def spans(self) -> Sequence[Span]:
@@ -159,7 +161,7 @@ class Caller:
         call = NativeCall(
             request.kind, array, array.size if request.elems < 0 else request.elems, request.op, request.root,
             None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
-            sequence, request.cut if request.arrays > 1 else (),
+            sequence, request.cut if request.arrays > 1 else (), request.shape,
         )  # fmt: skip
         load, store = loads.load if loads.staged else None, output.store if output.staged else None
         if wait and native.run_at_once(call, timeout_ns, called_ns, load, store):
@@ -190,7 +192,7 @@ class Caller:
         descriptor = Descriptor(
             sequence, kind, request.op.value, output.dtype.name, 0 if is_pairwise else collective.count,
             collective.root, request.arrays, self._group_text, name,
-            "" if is_pairwise else digest_of(collective.counts), cut=digest_of(request.cut),
+            "" if is_pairwise else digest_of(collective.counts), cut=digest_of(request.cut), shape=request.shape,
         )  # fmt: skip
         work = Work(f"{kind} number {sequence}", request.result)
         spans = request.spans

@@ -155,7 +155,7 @@ class Engine:
         membership = self.groups.get(operation.group.id)
         if isinstance(operation, Operation):
             of = operation.descriptor
-            called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name)
+            called = (of.kind, of.op, of.dtype, of.count, of.root, of.arrays, of.name, of.shape)
             self.recorder.note(now_ns, "call", operation.group.number, operation.sequence, detail=called)
         if membership is None:
             closed = Closed(f"{operation.title}: the group was closed")

@@ -328,4 +328,4 @@ def _title(call: NativeCall) -> str:
 
 
 def _called(call: NativeCall) -> Called:
-    return call.kind, call.op, call.array.dtype, call.count, call.root, call.arrays, call.name
+    return call.kind, call.op, call.array.dtype, call.count, call.root, call.arrays, call.name, call.shape

@@ -17,10 +17,10 @@ LARGEST_RECORD = 2_000
 """Number of events kept; the oldest are dropped first."""
 
 COLUMNS = ("at_ns", "event", "group", "sequence", "step", "peer", "detail")
-CALLED = ("kind", "op", "dtype", "count", "root", "arrays", "name")
+CALLED = ("kind", "op", "dtype", "count", "root", "arrays", "name", "shape")
 """What a row of a ``call`` has beside `COLUMNS`, under the key ``called``."""
 
-Called = tuple[str, ReduceOp | str, np.dtype[Any] | str, int, int, int, str]
+Called = tuple[str, ReduceOp | str, np.dtype[Any] | str, int, int, int, str, str]
 """The arguments of `detcoll.descriptor.brief`, which formats them only when the events are read."""
 
 Detail = str | Called

@@ -20,6 +20,7 @@ from detcoll.errors import UsageError
 from detcoll.job.caller import Request
 from detcoll.torch import sparse
 from detcoll.torch.lists import (
+    are_alike,
     as_list,
     by_type,
     check_pairs,
@@ -29,6 +30,7 @@ from detcoll.torch.lists import (
     inner,
     only,
     pairs_by_type,
+    shape_name,
     type_name,
     uneven,
 )
@@ -91,7 +93,8 @@ class Kinds:
     def _all_reduce(self, tensors: list[Tensor], opts: Any) -> Work:
         def check(reduction: Reduction) -> Request:
             return on_one_array(
-                "all_reduce", _single([reduction.of(each) for each in all_writable(tensors, "tensor")]), reduction.op
+                "all_reduce", _single([reduction.of(each) for each in all_writable(tensors, "tensor")]), reduction.op,
+                shape=shape_name(tensors),
             )  # fmt: skip
 
         return self._reduce("all_reduce", tensors, check, tensors, opts)
@@ -104,7 +107,7 @@ class Kinds:
             tensor = only(listed)
             own, rank = self.getRank(), rank_of("rootRank", root, self.getSize())
             buffer = reduction.of(writable(tensor) if own == rank else readable(tensor))
-            return to_root("reduce", buffer, reduction.op, rank, own)
+            return to_root("reduce", buffer, reduction.op, rank, own, shape_name(listed))
 
         return self._reduce("reduce", listed, check, listed, opts)
 
@@ -119,7 +122,7 @@ class Kinds:
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
                 reduction.of(joined(given, "input_list", is_written=False)), reduction.of(writable(output, "output")),
-                op=reduction.op, counts=uneven(given),
+                op=reduction.op, counts=uneven(given), shape=shape_name(given),
             )  # fmt: skip
 
         return self._reduce("reduce_scatter", listed, check, listed, opts)
@@ -145,6 +148,7 @@ class Kinds:
                 "reduce_scatter", self.getSize(), self.getRank(),
                 _single([reduction.of(readable(each, "input")) for each in inputs]),
                 _single([reduction.of(each) for each in all_writable(outputs, "output")]), op=reduction.op,
+                shape=shape_name(inputs),
             )  # fmt: skip
 
         return self._reduce("reduce_scatter", inputs, check, outputs, opts)
@@ -175,6 +179,7 @@ class Kinds:
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), readable(given),
                 joined(taken, "tensor_list", is_written=True), counts=uneven(taken),
+                shape=shape_name(listed) if are_alike(taken) else "",
             )  # fmt: skip
 
         return self._run("all_gather", check, flat(outputs), opts, type_name(listed))
@@ -196,7 +201,7 @@ class Kinds:
                 check_types(taken[0], given[0], "output_tensor_lists[0][0]", "input_tensor_list[0]")
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), joined(given, "input_tensor_list", is_written=False),
-                joined(taken, "output_tensor_lists", is_written=True),
+                joined(taken, "output_tensor_lists", is_written=True), shape=shape_name(given),
             )  # fmt: skip
 
         return self._run("all_gather", check, taken, opts, type_name(given))
@@ -220,7 +225,7 @@ class Kinds:
             check_pairs(outputs, inputs)
             return of_blocks(
                 "all_gather", self.getSize(), self.getRank(), _single([readable(each, "input") for each in inputs]),
-                _single(all_writable(outputs, "output")),
+                _single(all_writable(outputs, "output")), shape=shape_name(inputs),
             )  # fmt: skip
 
         return self._run("all_gather", check, outputs, opts, type_name(inputs))
@@ -237,7 +242,8 @@ class Kinds:
                 check_sizes(taken, [given.numel()] * len(taken), "gather_list", "tensor has")
                 check_types(taken[0], given, "gather_list[0]", "tensor")
             out = joined(taken, "gather_list", is_written=True) if is_root else None
-            return of_blocks("gather", self.getSize(), self.getRank(), readable(given), out, root=root)
+            shape = shape_name(listed)
+            return of_blocks("gather", self.getSize(), self.getRank(), readable(given), out, root=root, shape=shape)
 
         return self._run("gather", check, flat(outputs), opts, type_name(listed))
 
@@ -253,7 +259,8 @@ class Kinds:
                 check_sizes(given, [output.numel()] * len(given), "scatter_list", "tensor has")
                 check_types(output, given[0], "tensor", "scatter_list[0]")
             x = joined(given, "scatter_list", is_written=False) if is_root else None
-            return of_blocks("scatter", self.getSize(), self.getRank(), x, writable(output), root=root)
+            shape = shape_name(listed)
+            return of_blocks("scatter", self.getSize(), self.getRank(), x, writable(output), root=root, shape=shape)
 
         return self._run("scatter", check, listed, opts, type_name(listed))
 

@@ -5,7 +5,9 @@ torch wraps most tensors in a list, and most lists in another one, though a proc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +46,32 @@ def inner(lists: Any) -> list[Tensor]:
 def type_name(tensors: Sequence[Tensor]) -> str:
     """Return how a call names the type of its first tensor."""
     return name_of(tensors[0].dtype) if tensors else ""
+
+
+LARGEST_SHAPE_NAME = 48
+
+
+def shape_name(tensors: Sequence[Tensor]) -> str:
+    """Return how a call names the shapes of its tensors: by one where they are all alike.
+
+    Ranks compare it where torch asks for equal tensors, as its own checks do (TORCH_DISTRIBUTED_DEBUG=DETAIL): equal
+    numbers of elements in other shapes are added up, or put together, in the wrong places.
+    """
+    return _shape_name(tuple([each.shape for each in tensors]))
+
+
+@lru_cache(1024)
+def _shape_name(shapes: tuple[tuple[int, ...], ...]) -> str:
+    listed = [str(tuple(each)) for each in shapes]
+    text = listed[0] if len(set(listed)) == 1 else " ".join(listed)
+    if len(text) <= LARGEST_SHAPE_NAME:
+        return text
+    return f"{text[:32]}...~{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def are_alike(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all tensors have one shape."""
+    return all(each.shape == tensors[0].shape for each in tensors)
 
 
 def by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

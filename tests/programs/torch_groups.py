@@ -187,6 +187,13 @@ def others_called(rank: int) -> dict[str, Callable[[Any], Any]]:
     return {
         "kind": lambda group: dist.broadcast(ones, 0, group=group) if odd else dist.all_reduce(ones, group=group),
         "size": lambda group: dist.all_reduce(torch.ones(5 if odd else 4), group=group),
+        "shape": lambda group: dist.all_reduce(torch.ones((3, 2) if odd else (2, 3)), group=group),
+        "shapes": lambda group: dist.all_reduce_coalesced(
+            [ones, torch.ones((1, 6) if odd else (6, 1))], group=group
+        ),
+        "gathered": lambda group: dist.all_gather_into_tensor(
+            torch.ones(6 * dist.get_world_size()), torch.ones(6 if odd else (2, 3)), group=group
+        ),
         "dtype": lambda group: dist.all_reduce(torch.ones(4, dtype=torch.int32 if odd else torch.float32), group=group),
         "half": lambda group: dist.all_reduce(
             torch.ones(4, dtype=torch.float16 if odd else torch.bfloat16), group=group
@@ -228,6 +235,9 @@ def mismatches() -> None:
     for name, refusal in refused.items():
         error = error_of(refusal)
         heard[name] = (type(error).__name__, str(error), 0.0)
+    received = torch.full((3, 2) if rank else (2, 3), float(rank))
+    dist.broadcast(received, 0)  # torch asks for as many elements, not for one shape
+    assert received.count_nonzero() == 0
     assert total() == size  # what was refused ended that call alone
     error = error_of(lambda: dist.all_reduce(torch.ones(4).expand(2, 4) if rank else torch.ones(8)))
     heard["one rank"] = (type(error).__name__, str(error), 0.0)

@@ -85,7 +85,7 @@ class Collectives:
     def run(self, call: NativeCall, deadline_ns: int) -> None:
         """Carry out one collective."""
         array = call.array
-        key = (call.kind, call.op, array.dtype, array.size, call.root, call.arrays, call.cut)
+        key = (call.kind, call.op, array.dtype, array.size, call.root, call.arrays, call.cut, call.shape)
         layout = self._layouts.get(key) or self._lay_out(key, call)
         if call.name:
             layout = layout.named(call.name)
@@ -125,8 +125,9 @@ class Collectives:
         if not 0 <= call.root <= len(self._lockstep.peers):
             raise UsageError(f"root={call.root} must be a rank from 0 to {len(self._lockstep.peers)}")
         descriptor = Descriptor(
-            0, call.kind, call.op.value, dtype.name, call.array.size, call.root, call.arrays, cut=digest_of(call.cut)
-        )
+            0, call.kind, call.op.value, dtype.name, call.array.size, call.root, call.arrays, cut=digest_of(call.cut),
+            shape=call.shape,
+        )  # fmt: skip
         if len(self._layouts) >= LARGEST_KEPT_LAYOUTS:
             self._layouts.popitem(last=False)
         layout = self._layouts[key] = self._cutter.layout(descriptor, call.op, dtype)
