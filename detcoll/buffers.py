@@ -207,6 +207,8 @@ def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, 
             raise UsageError(f"{name}={x!r} is empty; expected at least one array")
         parts = tuple(_part(item, f"{name}[{index}]", writable) for index, item in enumerate(x))
         _check_together(parts)
+        if writable:
+            _check_apart(parts)
     else:
         parts = (_part(x, name, writable),)
     first = parts[0]
@@ -259,6 +261,10 @@ def _check_together(parts: Sequence[_Part]) -> None:
             )
         if part.device != first.device:
             raise UsageError(f"{part.name} is on {part.device}, {first.name} on {first.device}; expected one device")
+
+
+def _check_apart(parts: Sequence[_Part]) -> None:
+    """Raise UsageError if arrays of a list that results are written to share memory."""
     # The bytes of arrays with gaps may lie between each other's.
     whole = [part for part in parts if part.nbytes and part.nbytes == part.size * part.dtype.itemsize]
     for low, high in pairwise(sorted(whole, key=lambda part: part.address)):

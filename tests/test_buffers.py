@@ -147,6 +147,13 @@ def test_arrays_that_overlap_are_refused_in_a_list():
     assert bind([x[:5], x[5:], x[2:2]]).array.size == 10
 
 
+def test_arrays_that_are_only_read_may_overlap_in_a_list():
+    x = np.arange(4)
+    bound = bind([x[1:], x[:2], x], writable=False)
+    bound.load()
+    assert bound.array.tolist() == [1, 2, 3, 0, 1, 0, 1, 2, 3]
+
+
 def test_pieces_are_staged_in_their_order() -> None:
     whole = np.arange(24, dtype=np.int32).reshape(4, 6)
     pieces = Pieces((whole[:, ::2], whole[:2, 1::2]), whole.dtype)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import random
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
 
 import pytest
 from ranks import launch
@@ -111,32 +114,35 @@ def test_elements_that_share_memory_are_found_exactly() -> None:
     assert refused(torch.zeros(1).expand(2**40))
 
 
-def test_calls_compare_shapes_where_torch_asks_for_equal_tensors() -> None:
-    from datetime import timedelta
-
-    import torch
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    """A group of one rank in this process."""
     import torch.distributed as dist
 
     from detcoll.torch.process_group import create_apart
 
     group = create_apart(dist.HashStore(), 0, 1, timedelta(seconds=60))
-    try:
-        x, y, other, flat = (torch.ones(*shape) for shape in ((2, 3), (2, 3), (3, 2), (6,)))
-        group.allreduce([x])
-        group.allreduce_coalesced([x, flat])
-        group.allreduce_coalesced([torch.ones(1, 1, 1, 1, 1) for _ in range(9)] + [x])
-        group.reduce([x])
-        group.reduce_scatter([x], [[y]])
-        group.reduce_scatter_single(flat, x)
-        group.allgather([[other]], [x])
-        group.all_gather_single(flat, x)
-        group.gather([[y]], [x])
-        group.scatter([x], [[y]])
-        group.broadcast([x])
-        group.alltoall([x], [y]).wait()
-        called = [row["called"] for row in group.communicator._job.recorder.rows() if row["event"] == "call"]
-    finally:
-        group.shutdown()
+    yield group
+    group.shutdown()
+
+
+def test_calls_compare_shapes_where_torch_asks_for_equal_tensors(alone: Any) -> None:
+    import torch
+
+    x, y, other, flat = (torch.ones(*shape) for shape in ((2, 3), (2, 3), (3, 2), (6,)))
+    alone.allreduce([x])
+    alone.allreduce_coalesced([x, flat])
+    alone.allreduce_coalesced([torch.ones(1, 1, 1, 1, 1) for _ in range(9)] + [x])
+    alone.reduce([x])
+    alone.reduce_scatter([x], [[y]])
+    alone.reduce_scatter_single(flat, x)
+    alone.allgather([[other]], [x])
+    alone.all_gather_single(flat, x)
+    alone.gather([[y]], [x])
+    alone.scatter([x], [[y]])
+    alone.broadcast([x])
+    alone.alltoall([x], [y]).wait()
+    called = [row["called"] for row in alone.communicator._job.recorder.rows() if row["event"] == "call"]
     said = [(call["kind"], call["shape"]) for call in called]
     long = said[2][1]
     assert long.startswith("(1, 1, 1, 1, 1) (1, 1")
@@ -146,3 +152,14 @@ def test_calls_compare_shapes_where_torch_asks_for_equal_tensors() -> None:
         ("reduce_scatter", "(2, 3)"), ("reduce_scatter", "(2, 3)"), ("all_gather", "(2, 3)"), ("all_gather", "(2, 3)"),
         ("gather", "(2, 3)"), ("scatter", "(2, 3)"), ("broadcast", ""), ("all_to_all", ""),
     ]  # fmt: skip
+
+
+def test_inputs_of_a_list_may_share_memory(alone: Any) -> None:
+    import torch
+
+    x = torch.arange(4.0)
+    outputs = [torch.zeros(3), torch.zeros(3)]
+    alone.all_gather_single_coalesced(outputs, [x[:3], x[1:]]).wait()
+    assert [each.tolist() for each in outputs] == [[0, 1, 2], [1, 2, 3]]
+    alone.reduce_scatter_single_coalesced([x[:2], x[2:]], [outputs[1][:2]] * 2).wait()
+    assert x.tolist() == [1, 2, 1, 2]
