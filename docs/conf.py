@@ -13,7 +13,7 @@ html_title = f"detcoll {VERSION}"
 
 myst_heading_anchors = 3
 default_role = "py:obj"  # docstrings name other things between single backquotes
-autodoc_mock_imports = [] if find_spec("torch") else ["torch"]
+autodoc_mock_imports = [name for name in ("torch", "torchft") if not find_spec(name)]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"show-inheritance": True}

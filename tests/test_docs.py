@@ -51,6 +51,13 @@ def test_every_public_name_for_torch_has_an_entry() -> None:
     assert set(module.__all__) <= entries(module)
 
 
+def test_every_module_that_guides_import_has_an_entry() -> None:
+    guides = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "guides").glob("*.md")))
+    imported = set(re.findall(r"^ *from (detcoll[\w.]*) import", guides, re.MULTILINE))
+    assert len(imported) > 2
+    assert {name for name in imported if not re.search(rf":: {re.escape(name)}(?:\.\w+)?$", REFERENCE, re.M)} == set()
+
+
 @pytest.mark.parametrize("name", OF_AUTHORS)
 def test_modules_of_authors_are_described(name: str) -> None:
     module = import_module(f"detcoll.{name}")
