@@ -43,8 +43,8 @@ def test_groups_begin_work_and_end(tmp_path: Path) -> None:
     ended = launch(3, "torch_groups.py", "works", tmp_path, 200, timeout_s=GUARD_S)
     assert ended.code == 0, ended.err
     for said in ended.said.values():
-        done, left, late, last = said
-        assert (done, late, last) == ("done", "done", "done")
+        in_a_job, done, left, late, last = said
+        assert (in_a_job, done, late, last) == ("done",) * 4
         assert left["threads"] < 20, "threads are left over"
         assert left["open"] < 200, "descriptors are left over"
     assert not ended.err, "ranks that end without destroying their group are silent"
@@ -118,6 +118,18 @@ def test_a_future_that_failed_tells_why_wherever_torch_looks() -> None:
     assert "rank 2 is lost" in repr(seen)
     with pytest.raises(PeerLost, match="rank 2 is lost"):
         torch._jit_internal._extract_tensors(seen)
+
+
+def test_ranks_of_several_jobs_open_another_one(caplog: pytest.LogCaptureFixture) -> None:
+    from detcoll.torch.jobs import _are_all_in, _Introduction
+
+    def told(*opened: str) -> list[_Introduction]:
+        return [_Introduction("host", "network", "", "job", each) for each in opened]
+
+    assert _are_all_in("a", told("a", "a"))
+    assert not caplog.records
+    assert not _are_all_in("a", told("a", "", "b"))
+    assert "a second job beside that of detcoll.init(), which ranks [1, 2] of the group are not in" in caplog.text
 
 
 def test_who_loses_the_store_is_not_told_that_a_rank_was_late() -> None:

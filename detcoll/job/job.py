@@ -57,8 +57,9 @@ TRACED_PHASES = 256
 class Job:
     """One process's part of a job; see the module. It has many fields because it holds everything that groups share.
 
-    ``natives`` : the transport's native collectives, of the world and of groups.  ``costs`` : costs of the hosts, for
-    predictions.  ``ahead`` : keeps calls on the same memory in order if there are native collectives.
+    ``name`` : the same on all ranks, and no other job's.  ``natives`` : the transport's native collectives, of the
+    world and of groups.  ``costs`` : costs of the hosts, for predictions.  ``ahead`` : keeps calls on the same memory
+    in order if there are native collectives.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class Job:
         )  # fmt: skip
         self._timekeeper = timekeeper
         self.recorder = Recorder()
-        self.flight = Flight(facts[0].job, session.rank, self.describe, settings.record)
+        self.name = facts[0].job
+        self.flight = Flight(self.name, session.rank, self.describe, settings.record)
         self._lock = threading.Lock()
         self._loop: Loop | None = None
         self._finalized = False

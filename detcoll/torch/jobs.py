@@ -5,6 +5,9 @@ whose ranks are all in an open job becomes a group of that job, so that all of t
 beside a default group of another backend, if its ranks are in a job; else it opens a job of its own, with its share of
 the lines.
 
+A job that the program opened itself before, with `detcoll.init`, counts as open: if all ranks of a group are in it, in
+whatever order, they become a group of it, and the job outlives them. So a process has one calendar for its lines.
+
 torch hands the same store, with the same prefix, to every group that a process makes after it destroyed one. So each
 rank counts its groups of each size in the store, since it may sit out a smaller one, and ranks meet under the number of
 theirs. The store of the last meeting is kept until the next one, since its server may be in this process: another rank
@@ -14,6 +17,7 @@ may come there for the next meeting before this one does.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import threading
@@ -26,6 +30,7 @@ from typing import Any, Literal
 import msgspec
 import torch.distributed as dist
 
+import detcoll
 from detcoll.communicator import Communicator, open_communicator
 from detcoll.errors import ConnectError, DetcollError, UsageError
 from detcoll.job.settings import read_topology
@@ -34,6 +39,8 @@ from detcoll.quantities import LONGEST_TIMEOUT_S
 from detcoll.topology import Site, Topology
 from detcoll.torch.settings import Options
 from detcoll.transport import host_identity
+
+log = logging.getLogger("detcoll")
 
 _LEVELS = {"INFO": "info", "DETAIL": "debug"}
 """Levels of torch's variable for distributed programs, as those of DETCOLL_LOG."""
@@ -48,13 +55,16 @@ class _Introduction(msgspec.Struct, frozen=True):
     """What a rank tells the others through the store.
 
     ``network`` : differs where ranks do not reach each other by loopback.  ``job`` of rank 0 names the job, which no
-    other one is called.
+    other one is called.  ``opened`` : the name of the job that the program opened before, if any, and ``number`` this
+    rank's in it.
     """
 
     host: str
     network: str
     site: str
     job: str
+    opened: str = ""
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +85,10 @@ class Members:
 
 @dataclass(eq=False, slots=True)
 class _Opened:
-    """A job that a group opened.
+    """A job that a group opened, or the group of the program's own job that stands for it.
 
-    ``ranks`` : its ranks as torch's default group numbers them; none if it does not.  ``users`` counts its groups that
-    are not closed.
+    ``ranks`` : its ranks as torch's default group numbers them; none if it does not.  ``communicator`` : of all of
+    them.  ``users`` counts its groups that are not closed.
     """
 
     ranks: tuple[int, ...]
@@ -188,11 +198,20 @@ def seconds_of(timeout: timedelta) -> float:
 
 
 def _open(members: Members, store: Any, seconds: float, options: Options) -> Communicator:
-    """Open a job whose ranks meet through a store of torch."""
+    """Open a job whose ranks meet through a store of torch, or a group of the job that they are all in already."""
     rank, size, environ = members.rank, len(members.ranks), os.environ
     host = environ.get("DETCOLL_HOST") or host_identity()
-    own = _Introduction(host, f"{host} {_network()}", environ.get("DETCOLL_SITE", ""), secrets.token_hex(8))
+    opened = None if members.kind == "apart" else _job_of_the_program()
+    own = _Introduction(
+        host, f"{host} {_network()}", environ.get("DETCOLL_SITE", ""), secrets.token_hex(8),
+        *(() if opened is None else (opened._job.name, opened.rank)),
+    )  # fmt: skip
     introductions = _introduce(own, rank, size, store)
+    if opened is not None and _are_all_in(own.opened, introductions):
+        numbers = [each.number for each in introductions]
+        topology = None if options.topology is None else _topology(environ, members, options, introductions)
+        _check_options(options, topology, opened, numbers)
+        return opened.group(numbers, members.name[:64])
     neighbours = [other for other, each in enumerate(introductions) if each.network == own.network]
     world = World(
         rank, size, neighbours.index(rank), len(neighbours), "torch", "alone" if size == 1 else "store",
@@ -204,6 +223,43 @@ def _open(members: Members, store: Any, seconds: float, options: Options) -> Com
     if level is not None:
         own_environ.setdefault("DETCOLL_LOG", level)
     return open_communicator(own_environ, options.transport, topology, seconds, options.reproducible, world, store)
+
+
+def _job_of_the_program() -> Communicator | None:
+    """Return the world of `detcoll.init`, if it is open and has more ranks than this one."""
+    try:
+        world = detcoll.communicator()
+    except UsageError:
+        return None
+    is_open = world.usable and world._job.failure(world._group) is None
+    return world if is_open and world.size > 1 else None
+
+
+def _are_all_in(job: str, introductions: Sequence[_Introduction]) -> bool:
+    """Return whether all ranks of a group are in the job that the program opened here; if not, warn."""
+    others = [rank for rank, each in enumerate(introductions) if each.opened != job]
+    if others:
+        log.warning(
+            "a process group opens a second job beside that of detcoll.init(), which ranks %s of the group are not in; "
+            "each paces its own traffic as if it had the lines to itself", others,
+        )  # fmt: skip
+    return not others
+
+
+def _check_options(options: Options, topology: Topology | None, job: Communicator, numbers: Sequence[int]) -> None:
+    """Raise UsageError if a group asks for another job than the one that is open."""
+    if options.transport not in ("auto", job.transport):
+        asked, found = f"transport={options.transport!r}", f"{job.transport!r}"
+    elif options.reproducible and not job._job.settings.reproducible:
+        asked, found = "reproducible=True", "False"
+    elif topology and topology.restricted(range(topology.size)).digest != job.topology.restricted(numbers).digest:
+        asked, found = "topology= of other sites or lines", "its own"
+    else:
+        return
+    raise UsageError(
+        f"pg_options has {asked}, and the job of detcoll.init(), of which this becomes a group, has {found}; expected "
+        "the same, or detcoll.finalize() before"
+    )
 
 
 def _address_of(store: Any) -> str | None:

@@ -12,7 +12,8 @@ from detcoll.topology import Topology
 class Options:
     """Options of the job that a process group opens, for ``pg_options`` of torch's functions; see `detcoll.init`.
 
-    A group whose ranks are all in an open job becomes a group of that job and has no use for them.
+    A group whose ranks are all in an open job becomes a group of that job. Where `detcoll.init` opened it, they must
+    fit it; where another process group did, they are not used.
     """
 
     transport: str = "auto"

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_ranks import begin, say
 
 import detcoll
+from detcoll.topology import Topology
 from detcoll.torch import Options, communicator
 
 FAR_S = 60.0
@@ -149,6 +150,44 @@ def beside_another_backend(size: int) -> None:
     dist.barrier()  # an abort ends what other ranks are still in
     apart.abort()
     dist.destroy_process_group()
+
+
+def in_a_job(folder: str) -> None:
+    """Open groups in the job that the program opened before, which goes on when they end."""
+    world = detcoll.init()
+    rank, size = world.rank, world.size
+    asked = Options(transport="tcp"), Options(reproducible=True), Options(topology=Topology.uniform(size, 1, 1e9, 0))
+    for number, options in enumerate(asked):
+        store = dist.FileStore(f"{folder}/asks{number}", size)
+        error = error_of(lambda: begin(store=store, rank=rank, world_size=size, pg_options=options))  # noqa: B023
+        assert isinstance(error, detcoll.errors.UsageError), error
+        assert "the job of detcoll.init()" in str(error)
+    for number, options in enumerate((None, Options(topology=Topology.single_site(size)))):
+        store = dist.FileStore(f"{folder}/job{number}", size)
+        begin(store=store, rank=size - 1 - rank, world_size=size, pg_options=options)  # in another order
+        assert communicator()._job is world._job
+        assert communicator().ranks == tuple(reversed(range(size)))
+        pair = dist.new_group([0, 2])
+        if pair != dist.GroupMember.NON_GROUP_MEMBER:
+            assert total(pair) == 2
+            assert (communicator(pair)._job, set(communicator(pair).ranks)) == (world._job, {0, 2})
+        gathered = [torch.zeros(1) for _ in range(size)]
+        dist.all_gather(gathered, torch.tensor([float(rank)]))
+        assert [each.item() for each in gathered] == list(reversed(range(size)))
+        dist.destroy_process_group()
+        assert detcoll.all_gather_object(rank) == list(range(size))
+    begin("gloo", store=dist.FileStore(f"{folder}/beside", size), rank=rank, world_size=size)
+    pair = dist.new_group([0, 2], backend="detcoll")
+    again = dist.new_group([2, 0], backend="detcoll")
+    if rank != 1:
+        assert total(pair) == total(again) == 2
+        assert communicator(pair)._job is communicator(again)._job is world._job
+    dist.destroy_process_group()
+    begin(store=dist.FileStore(f"{folder}/last", size), rank=rank, world_size=size)
+    assert total() == size
+    detcoll.finalize()
+    dist.destroy_process_group()
+    say(rank, "done")
 
 
 def two_threads(calls: int) -> None:
@@ -290,6 +329,7 @@ def timeouts() -> None:
 
 def works(folder: str, calls: str) -> None:
     """Do one after another what ends well."""
+    in_a_job(folder)
     groups()
     two_threads(int(calls))
     timeouts()
@@ -297,7 +337,8 @@ def works(folder: str, calls: str) -> None:
 
 
 PROGRAMS: dict[str, Callable[..., None]] = {
-    "beginnings": beginnings, "groups": groups, "two_threads": lambda calls: two_threads(int(calls)),
+    "beginnings": beginnings, "in_a_job": in_a_job, "groups": groups,
+    "two_threads": lambda calls: two_threads(int(calls)),
     "mismatches": mismatches, "lost": lost, "timeouts": timeouts, "works": works,
 }  # fmt: skip
 
