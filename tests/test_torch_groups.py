@@ -62,6 +62,19 @@ def test_ddp_trains_as_over_gloo_under_torchrun() -> None:
     assert ended.said == {0: [19, 19]}, ended.err
 
 
+def test_ddp_gives_one_clusters_bits_across_sites_of_the_same_grouping() -> None:
+    ended = launch(3, "torch_training.py", "grouped", environ={"OMP_NUM_THREADS": "1"}, timeout_s=GUARD_S)
+    assert ended.code == 0, ended.err
+    told = ended.said[0]
+    assert len(told) == 3, "every rank tells"
+    for each in told:
+        (sites, losses, *wide), (cluster, _, *near) = each["sites"], each["cluster"]
+        assert (wide, near) == (["slotted"], ["shm"])
+        assert sites == cluster == told[0]["sites"][0]
+        assert each["ungrouped"][0] != sites, "these weights do not show in which order gradients were added"
+        assert losses == pytest.approx(each["gloo"][1], rel=1e-5)
+
+
 def both_called(heard: Any, rank: int, odd: int) -> str:
     """Return the text of a mismatch, in which both ranks say what they called."""
     kind, text, _ = heard

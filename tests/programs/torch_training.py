@@ -1,12 +1,22 @@
-"""Train with Gloo and with detcoll in one process and compare: on every rank, under any launcher that torch knows."""
+"""Train with Gloo and with detcoll in one process and compare: on every rank, under any launcher that torch knows.
+
+``torch_training.py grouped`` trains over Gloo, across two sites with a line between, in one cluster of the same
+grouping, and in one of another grouping, and tells the weights and losses of each.
+"""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch_ranks import begin, say
+
+from detcoll.topology import Topology
+from detcoll.torch import Options, communicator
 
 OPTIONS = [{}, {"gradient_as_bucket_view": True, "static_graph": True}, {"find_unused_parameters": True}]
 
@@ -56,7 +66,53 @@ def losses(backend: str) -> list[float]:
     return found
 
 
-if __name__ == "__main__":
+def grouped() -> None:
+    """Tell weights and losses of a few steps over Gloo, and over detcoll with several topologies of three ranks."""
+    wide = Topology.parse(
+        """
+        [[site]]
+        name = "near"
+        ranks = 1
+        uplink = "100 MB/s"
+        [[site]]
+        name = "far"
+        ranks = 2
+        uplink = "100 MB/s"
+        [[link]]
+        between = ["near", "far"]
+        one_way = "1 ms"
+        """
+    )
+    topologies = {"sites": wide, "cluster": wide.as_single_cluster(), "ungrouped": Topology.single_site(3)}
+    told = {"gloo": trained("gloo")}
+    for name, topology in topologies.items():
+        told[name] = trained("detcoll", pg_options=Options(topology=topology, reproducible=True))
+    say(0, told)
+
+
+def trained(backend: str, **options: Any) -> tuple[str, list[float], str]:
+    """Return the bits of the weights after some steps of DDP, the loss of each step, and the transport."""
+    rank, _ = begin(backend, **options)
+    torch.manual_seed(3)
+    model = DistributedDataParallel(Net(), bucket_cap_mb=0.001)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(rank)
+    losses = []
+    for _ in range(6):
+        loss = model(torch.randn(4, 8, generator=generator), whole=True).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    weights = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
+    transport = communicator().transport if backend == "detcoll" else backend
+    dist.destroy_process_group()
+    return weights.numpy().tobytes().hex(), losses, transport
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["grouped"]:
+    grouped()
+elif __name__ == "__main__":
     before, after = losses("gloo"), losses("detcoll")
     assert torch.allclose(torch.tensor(before), torch.tensor(after), rtol=1e-5, atol=1e-6), (before, after)
     say(0, len(after))
