@@ -100,6 +100,14 @@ class Messages:
             work.wait()
         return None
 
+    def _send_checked(self, x: Any, dst: int, tag: int, name: str) -> Work:
+        """Send as `send` does; the work of a small message, too, ends when its receive is found, or does not fit."""
+        bound = self._checked_message(lambda: bind(x, writable=False), "dst", dst, tag, None, name)
+        return transfer(
+            self._caller, bound, is_send=True, peer=int(dst), tag=int(tag), timeout_s=self._timeout, name=name,
+            awaits_receive=True,
+        )  # fmt: skip
+
     @overload
     def recv(
         self, x: Any, src: int | None = None, tag: int = 0, async_op: Literal[False] = False, *,

@@ -64,13 +64,13 @@ def test_keys_of_messages_are_apart_from_each_other_and_from_calls(number, other
     kind=st.sampled_from([NoteKind.ANNOUNCE, NoteKind.GRANT]), number=st.integers(0, 2**63),
     tag=st.integers(0, LARGEST_TAG), key=st.integers(0, MESSAGES - 1),
     dtype=st.sampled_from(["bfloat16", "complex128", ""]), count=st.integers(0, 2**63), eager=st.booleans(),
-    name=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=16),
+    name=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=16), asks=st.booleans(),
 )  # fmt: skip
-def test_notes_are_read_as_they_were_written(kind, number, tag, key, dtype, count, eager, name) -> None:
+def test_notes_are_read_as_they_were_written(kind, number, tag, key, dtype, count, eager, name, asks) -> None:
     inline = eager and not name
     payload = bytes(range(count % (INLINE_BYTES + 1))) if inline else b""
     nbytes = len(payload) if inline else 8 * count % 2**63
-    note = Note(kind, number, tag, dtype, count, nbytes, 77, eager, name, inline, payload, key)
+    note = Note(kind, number, tag, dtype, count, nbytes, 77, eager, name, inline, payload, key, asks=asks)
     record = note.pack(memoryview(payload))
     assert len(record) == NOTE_BYTES
     assert Note.unpack(record) == note
@@ -97,17 +97,19 @@ def test_what_is_no_note_is_told(record: bytes) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 16, 17, 1024, 1025, LARGE, 1_000_000])
 @pytest.mark.parametrize("first", ["send", "recv"])
-def test_one_message(count: int, first: str) -> None:
+@pytest.mark.parametrize("awaits_receive", [False, True])
+def test_one_message(count: int, first: str, awaits_receive: bool) -> None:
     fleet = Fleet(2)
     late_ns = 50 * MS
-    sent = fleet.send(0, 1, numbers(count), 7, at_ns=0 if first == "send" else late_ns)
+    sent_ns = 0 if first == "send" else late_ns
+    sent = fleet.send(0, 1, numbers(count), 7, at_ns=sent_ns, awaits_receive=awaits_receive)
     got = fleet.recv(1, 0, room(count), 7, at_ns=late_ns if first == "send" else 0)
     fleet.run()
     check(sent, got)
     assert got.operation.source == 0
     assert fleet.idle
     is_eager = count * 4 <= EAGER_BYTES
-    assert (sent.ended_ns < late_ns) == (is_eager and first == "send")
+    assert (sent.ended_ns < late_ns) == (is_eager and first == "send" and not awaits_receive)
 
 
 @pytest.mark.parametrize("count", [3, LARGE])
@@ -479,17 +481,20 @@ def test_an_announcement_that_missed_its_window_keeps_its_place(monkeypatch) -> 
         (np.zeros(10, np.float32), "second", "float32, tag 4 (second)"),
     ],
 )
-@pytest.mark.parametrize("count", [10, LARGE])
-def test_messages_that_do_not_fit_end_the_group_on_all_ranks(array, name: str, text: str, count: int) -> None:
+@pytest.mark.parametrize(("count", "awaits"), [(10, False), (10, True), (1000, True), (LARGE, False)])
+def test_messages_that_do_not_fit_end_the_group_on_all_ranks(
+    array, name: str, text: str, count: int, awaits: bool
+) -> None:
     fleet = Fleet(3)
     other = fleet.group([0, 1])
     waits = fleet.recv(2, 1, room(1), 3)
     own = fleet.recv(0, 1, room(1), 5)
     fleet.recv(1, 2, room(1), 5)
     array = np.resize(array, len(array) - 10 + count)
-    sent, got = fleet.send(0, 1, numbers(count), 4), fleet.recv(1, 0, array, 4, name=name)
+    sent = fleet.send(0, 1, numbers(count), 4, awaits_receive=awaits)
+    got = fleet.recv(1, 0, array, 4, name=name)
     fleet.run(10 * SECOND_NS)
-    for call in (got, waits, own):
+    for call in (got, waits, own) if count == 10 and not awaits else (got, waits, own, sent):
         assert isinstance(call.error, PlanMismatch), call.error
         assert f"rank 0 called send to rank 1 of {count} float32, tag 4; rank 1 called recv" in str(call.error)
     assert text.format(array.size) in str(got.error)
@@ -528,9 +533,10 @@ def test_a_message_that_nobody_sends_is_missed_by_name(count: int) -> None:
     assert isinstance(waits.error, DeadlineMissed)
 
 
-def test_a_message_that_nobody_takes_is_missed_by_name() -> None:
+@pytest.mark.parametrize("count", [0, 10, 1000, LARGE])
+def test_a_message_that_nobody_takes_is_missed_by_name(count: int) -> None:
     fleet = Fleet(3)
-    sent = fleet.send(0, 1, numbers(LARGE), 7, timeout_s=2.0)
+    sent = fleet.send(0, 1, numbers(count), 7, timeout_s=2.0, awaits_receive=True)
     fleet.recv(1, 2, room(LARGE), 7)
     fleet.run(10 * SECOND_NS)
     assert "rank 1 has not received tag 7" in str(sent.error)
@@ -621,7 +627,8 @@ def test_random_messages_all_arrive(seed: int, sites: Sequence[int], count: int,
         source, dst = (int(rank) for rank in draw.integers(0, size, 2))
         elems = int(draw.choice([0, 1, 1000, 5000, 40_000]))
         at_ns = [int(at) for at in draw.integers(0, 50 * MS, 2)]
-        sent = fleet.send(source, dst, numbers(elems, number), number, at_ns=at_ns[0])
+        awaits = bool(draw.integers(0, 2))
+        sent = fleet.send(source, dst, numbers(elems, number), number, at_ns=at_ns[0], awaits_receive=awaits)
         pairs.append((sent, fleet.recv(dst, draw.choice([source, None]), room(elems), number, at_ns=at_ns[1])))
     calls = [fleet.call(rank, "all_reduce", numbers(3000, 1)) for _ in range(5) for rank in range(size)]
     fleet.run()

@@ -93,6 +93,9 @@ def test_calls_that_differ_end_on_every_rank() -> None:
         "gathered": ("shape (2, 3)", "shape (6,)"), "dtype": ("float32", "int32"),
         "half": ("bfloat16", "float16"), "bytes": ("float8_e5m2", "float8_e4m3fn"), "op": ("sum", "max"),
         "average": ("(4,), sum", "sum (avg)"), "root": ("root 0", "root 1"), "async": ("of 4", "of 5"),
+        "message": ("send to rank 2 of 2 float32", "recv from rank 0 of 3 float32"),
+        "message type": ("send to rank 2 of 2 float32", "recv from rank 0 of 2 int32"),
+        "long message": ("send to rank 2 of 9998 float32", "recv from rank 0 of 9999 float32"),
     }  # fmt: skip
     for rank, [heard] in ended.said.items():
         for name, (one, other) in expected.items():

@@ -18,8 +18,12 @@ from detcoll.runtime.transfer import ANY, Transfer
 
 def transfer(
     caller: Caller, bound: Bound, *, is_send: bool, peer: int | None, tag: int, timeout_s: float, name: str,
+    awaits_receive: bool = False,
 ) -> Work:  # fmt: skip
-    """Start a send to or a receive from ``peer``, a rank of the group (None: any), and return its work."""
+    """Start a send to or a receive from ``peer``, a rank of the group (None: any), and return its work.
+
+    ``awaits_receive`` : whether a small send, too, ends when it has found its receive.
+    """
     caller.check_usable()
     job, group = caller.job, caller.group
     rank = ANY if peer is None else group.ranks[peer]
@@ -32,6 +36,7 @@ def transfer(
     call = Transfer(
         group, is_send, rank, tag, bound.dtype.name, bound.array.size, bound.array.nbytes, round(timeout_s * 1e9),
         time.monotonic_ns(), spans=bound.spans, name=name, memory=parcel,
+        awaits_receive=awaits_receive,
     )  # fmt: skip
     if is_send:
         pieces = cut(job.topology.granted, job.calendar, job.session.rank, rank)

@@ -11,6 +11,8 @@
   at most `INLINE_BYTES` travels inside the announcement. The number of those that have found no receive is bounded by
   `LARGEST_EAGER`, and their bytes by `detcoll.runtime.credit`; beyond that, messages are only announced.
   Announcements are bounded by these, and by the calls that have not ended (`loop.LARGEST_QUEUE`).
+- A caller that wants to hear of a misfit (`Transfer.awaits_receive`) goes on when such a message has found its receive,
+  of which a GRANT tells; the message is there by then. Longer messages wait for that in any case.
 - Data moves once a receive has granted it and no earlier call works on the memory of either end. A sender has at most
   `Transfer.ahead_bytes` under way, which leave in windows like those of collectives.
 - A message to this rank itself goes from memory to memory.
@@ -193,25 +195,27 @@ class Messages:
             send.key = pair.take_key()
         note = Note(
             NoteKind.ANNOUNCE, send.number, send.tag, send.dtype, send.count, send.nbytes, send.chunk_bytes,
-            send.is_eager, send.name, is_inline, key=max(send.key, 0),
+            send.is_eager, send.name, is_inline, key=max(send.key, 0), asks=send.is_eager and send.awaits_receive,
         )  # fmt: skip
         if send.is_eager:
             pair.unasked += 1
             pair.unasked_bytes += send.nbytes
             self._do(Verb.KEEP, send)
-            self._finish(send, now_ns)
+            if not note.asks or is_own:
+                self._finish(send, now_ns)
         if is_own:
             if send.is_eager:
                 self._end(membership, send, now_ns)
             self._arrive(membership, Arrived(peer, note, send), now_ns)
             return
         self._tell(membership, peer, note, now_ns, send if note.is_inline else None)
+        if note.asks or not send.is_eager:
+            pair.awaiting[send.number] = send
         if note.is_inline:
-            self._end(membership, send, now_ns)
+            send.done_bytes = send.nbytes
+            self._conclude(membership, send, now_ns)
         elif send.is_eager:
             self._flow(membership, send, now_ns)
-        else:
-            pair.awaiting[send.number] = send
 
     def noted(self, group_id: int, peer: int, record: bytes, now_ns: int) -> None:
         """Take in what a peer tells about messages of a group."""
@@ -240,7 +244,10 @@ class Messages:
             if send is not None:
                 send.is_matched = True
                 membership.mail.progressed(send, now_ns)
-                self._advance(membership, send, now_ns)
+                if not send.is_eager:
+                    self._advance(membership, send, now_ns)
+                elif send.done_bytes == send.nbytes:
+                    self._conclude(membership, send, now_ns)
 
     def _arrive(self, membership: Membership, letter: Arrived, now_ns: int) -> None:
         recv = membership.mail.take_posted(letter.source, letter.note.tag)
@@ -258,6 +265,8 @@ class Messages:
         if (note.dtype, note.count, note.name) != (recv.dtype, recv.count, recv.name):
             self._failures.end_group(membership, self._misfit(recv, letter), now_ns)
             return
+        if note.asks and letter.sender is None:
+            self._tell(membership, source, Note(NoteKind.GRANT, note.number), now_ns)
         if letter.sender is not None:
             letter.sender.is_matched, letter.sender.mate = True, recv
             if note.is_eager:
@@ -337,7 +346,7 @@ class Messages:
             else:
                 self._do(Verb.SEND, send, chunk, None, None)
         if not send.nbytes:
-            self._end(membership, send, now_ns)
+            self._conclude(membership, send, now_ns)
 
     def give(self, queued: Queued[Any], window: Window | None, now_ns: int) -> bool:
         """Send what the line was given to, a chunk or a note; return whether this has put others into the queue."""
@@ -391,7 +400,7 @@ class Messages:
         transfer.done_bytes, transfer.under_way_bytes = transfer.done_bytes + nbytes, transfer.under_way_bytes - nbytes
         membership.mail.progressed(transfer, now_ns)
         if transfer.done_bytes == transfer.nbytes:
-            self._end(membership, transfer, now_ns)
+            self._conclude(membership, transfer, now_ns)
         elif transfer.is_send:
             self._flow(membership, transfer, now_ns)
         else:
@@ -415,6 +424,11 @@ class Messages:
             transfer.reported = True
             self._recorder.note(now_ns, "end", transfer.group.number, peer=transfer.partner, detail=transfer.what)
             self._actions.append((Act.FINISH, transfer, None))
+
+    def _conclude(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
+        """End a transfer whose data has moved, unless its caller waits to hear of its receive."""
+        if transfer.is_matched or not transfer.awaits_receive:
+            self._end(membership, transfer, now_ns)
 
     def _end(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         membership.mail.remove(transfer)

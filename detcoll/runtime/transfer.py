@@ -4,7 +4,7 @@ A note is a record of `NOTE_BYTES`. Notes of one rank to another keep their orde
 arrive in the order in which they were sent::
 
     ANNOUNCE  sender to receiver: number, key, tag, type, count; an eager message follows at once, or is in the note
-    GRANT     receiver to sender: a receive waits for this message, send it
+    GRANT     receiver to sender: a receive waits for this message, send it; or, if it came unasked, it has found one
     TAKEN     receiver to sender: so many eager messages of so many bytes in all have found their receive; their keys
 """
 
@@ -34,7 +34,7 @@ LARGEST_KEYS = (NOTE_BYTES - _NOTE.size) // 4
 INLINE_BYTES = 64
 """A message of up to this size that has no name is a part of its announcement."""
 
-_EAGER, _INLINE = 1, 2
+_EAGER, _INLINE, _ASKS = 1, 2, 4
 
 NEVER_NS = 2**63 - 1
 
@@ -52,7 +52,8 @@ class Note:
     """A note about messages. ``number`` : counts the messages of the sender to the receiver.  ``key`` : its tags' own.
 
     ``tag``, ``dtype``, ``count``, ``name`` : of an announced message.  ``chunk_bytes`` : how it is cut.  ``is_eager`` :
-    it is not waiting for a GRANT.  ``is_inline`` : it is ``payload``, in place of a name.  ``count``, ``nbytes``
+    it is not waiting for a GRANT.  ``is_inline`` : it is ``payload``, in place of a name.  ``asks`` : its sender waits
+    to hear that it has found its receive.  ``count``, ``nbytes``
     and ``keys`` of TAKEN: how many messages, their bytes, and the keys of those that had one.
     """
 
@@ -69,10 +70,11 @@ class Note:
     payload: bytes = b""
     key: int = 0
     keys: tuple[int, ...] = ()
+    asks: bool = False
 
     def pack(self, payload: bytes | memoryview = b"") -> bytes:
         """Encode the note as a record of `NOTE_BYTES`.  ``payload`` : the message, if it is a part of the note."""
-        flags = self.is_eager * _EAGER | self.is_inline * _INLINE
+        flags = self.is_eager * _EAGER | self.is_inline * _INLINE | self.asks * _ASKS
         tail = payload if self.is_inline else self.name.encode() or struct.pack(f"<{len(self.keys)}I", *self.keys)
         head = _NOTE.pack(
             self.kind, flags, len(tail), self.tag, self.key, self.number, self.count, self.nbytes, self.chunk_bytes,
@@ -101,7 +103,7 @@ class Note:
             of = dtype.rstrip(b"\0").decode()
             return cls(
                 NoteKind(kind), number, tag, of, count, nbytes, chunk_bytes, bool(flags & _EAGER), name, is_inline,
-                payload, key, keys,
+                payload, key, keys, bool(flags & _ASKS),
             )  # fmt: skip
         except (struct.error, ValueError) as error:
             raise FrameError(f"invalid note about a message: {error}") from error
@@ -142,6 +144,8 @@ class Transfer:
     is_matched: bool = False
     """Whether a send was granted, or a receive has found its message."""
     is_eager: bool = False
+    awaits_receive: bool = False
+    """Of a send: its caller goes on when it has found its receive, however small it is."""
     is_free: bool = False
     """Whether no earlier call works on its memory any more."""
     payload: bytes | None = None

@@ -236,12 +236,14 @@ class Fleet:
         self, rank: int, peer: int, array: NDArray[Any], tag: int, *, is_send: bool, group: Group | None = None,
         timeout_s: float = 600.0, at_ns: int | None = None, spans: bool = False, name: str = "",
         chunk_bytes: int = 65_536, ahead_bytes: int = 262_144, load: Callable[[], None] | None = None,
+        awaits_receive: bool = False,
     ) -> Called:  # fmt: skip
         address = array.__array_interface__["data"][0]
         transfer = Transfer(
             group or self.world, is_send, peer, tag, array.dtype.name, array.size, array.nbytes,
             round(timeout_s * SECOND_NS), self.now_ns, chunk_bytes, ahead_bytes,
             [(address, address + array.nbytes)] if spans else (), name, Parcel(array, Work("message"), load),
+            awaits_receive=awaits_receive,
         )  # fmt: skip
         host, called = self.hosts[rank], Called(rank, transfer, array)
         host.calls[transfer] = called

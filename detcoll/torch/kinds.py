@@ -317,12 +317,12 @@ class Kinds:
         return [tensor.numel() // size] * size
 
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Work:
-        """Send a tensor to another rank."""
+        """Send a tensor to another rank; the work ends when that has received it."""
         tensor = only(tensors)
         array = np.ascontiguousarray(view_of(tensor)).reshape(-1)
 
         def call() -> Work:
-            inner = self.communicator.send(array, dst, tag, async_op=True, name=name_of(tensor.dtype))
+            inner = self.communicator._send_checked(array, dst, tag, name_of(tensor.dtype))
             return self._kept(Work(inner, [tensor], None))
 
         return profiled("send", call)

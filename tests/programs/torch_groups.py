@@ -246,12 +246,27 @@ def others_called(rank: int) -> dict[str, Callable[[Any], Any]]:
         ),
         "root": lambda group: dist.reduce(ones, 1 if odd else 0, group=group),
         "async": lambda group: dist.all_reduce(torch.ones(5 if odd else 4), group=group, async_op=True).wait(),
+        **{name: lambda group, odd_x=odd_x: mail(group, odd_x) for name, odd_x in (
+            ("message", torch.ones(3)), ("message type", torch.ones(2, dtype=torch.int32)),
+            ("long message", torch.ones(9999)),
+        )},
         "list": lambda group: dist.all_gather([torch.ones(6 if odd else 4) for _ in range(dist.get_world_size())],
                                               torch.ones(6 if odd else 4), group=group),
         "split": lambda group: dist.all_to_all_single(
             torch.ones(6), torch.ones(6), [1, 2, 3] if odd else None, [2, 2, 2] if odd else None, group=group
         ),
     }  # fmt: skip
+
+
+def mail(group: Any, x: torch.Tensor) -> None:
+    """Let rank 0 send to the last rank, which receives into ``x`` and raises if that does not fit; others wait."""
+    last = dist.get_world_size() - 1
+    if dist.get_rank() == 0:
+        dist.send(torch.ones(9998 if x.numel() == 9999 else 2), last, group=group)
+    elif dist.get_rank() == last:
+        dist.recv(x, 0, group=group)
+    else:
+        dist.barrier(group=group)
 
 
 def mismatches() -> None:
