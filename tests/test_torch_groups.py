@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,35 @@ def test_a_future_that_failed_tells_why_wherever_torch_looks() -> None:
     assert "rank 2 is lost" in repr(seen)
     with pytest.raises(PeerLost, match="rank 2 is lost"):
         torch._jit_internal._extract_tensors(seen)
+
+
+def test_a_future_of_several_calls_needs_no_thread_until_they_have_ended() -> None:
+    from detcoll.errors import PeerLost
+    from detcoll.runtime import Work as Call
+    from detcoll.torch.work import Work, all_of
+
+    calls = [Call("a call") for _ in range(100)]
+    followed: list[int] = []
+    threads = threading.active_count()
+    works = [
+        all_of([Work(calls[at : at + 1], [], None), Work(calls[at + 1 : at + 2], [], None)], lambda: followed.append(0))
+        for at in range(0, 100, 2)
+    ]
+    futures = [work.get_future() for work in works]
+    assert threading.active_count() == threads
+    for call in calls[:50]:
+        call.finish()
+    assert [future.wait() for future in futures[:25]] == [[]] * 25
+    assert [work.wait() for work in works[:25]] == [True] * 25
+    assert len(followed) == 25, "what follows is done once"
+    assert [work.is_completed() for work in works] == [True] * 25 + [False] * 25
+    calls[51].finish(PeerLost("rank 1 is lost"))
+    assert not works[25].is_completed(), "the other call has not ended"
+    calls[50].finish()
+    with pytest.raises(PeerLost, match="rank 1 is lost"):
+        futures[25].wait()
+    assert works[25].is_completed()
+    assert not works[25].is_success()
 
 
 def test_ranks_of_several_jobs_open_another_one(caplog: pytest.LogCaptureFixture) -> None:

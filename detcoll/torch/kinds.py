@@ -323,7 +323,7 @@ class Kinds:
 
         def call() -> Work:
             inner = self.communicator._send_checked(array, dst, tag, name_of(tensor.dtype))
-            return self._kept(Work(inner, [tensor], None))
+            return self._kept(Work((inner,), [tensor], None))
 
         return profiled("send", call)
 
@@ -334,7 +334,7 @@ class Kinds:
 
         def call() -> Work:
             inner = self.communicator.recv(buffer, src, tag, async_op=True, name=name_of(tensor.dtype))
-            return self._kept(Work(inner, [tensor], None))
+            return self._kept(Work((inner,), [tensor], None))
 
         return profiled("recv", call)
 

@@ -165,7 +165,7 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         is_async = getattr(opts, "asyncOp", True)
         called = short(f"{label} {name}".strip()) if label else name
         inner = communicator._run(kind, check, is_async, timeout, called)
-        return self._kept(Work(inner if is_async else None, result, self._lanes.program))
+        return self._kept(Work((inner,) if is_async else (), result, self._lanes.program))
 
     def _kept(self, work: Work) -> Work:
         self._latest.append(work)

@@ -15,7 +15,7 @@ from detcoll.arguments import of_blocks
 from detcoll.errors import PlanMismatch, UsageError
 from detcoll.job.caller import Request
 from detcoll.torch.tensors import readable, writable
-from detcoll.torch.work import Followed, Work
+from detcoll.torch.work import Work, all_of
 
 
 def all_reduce(group: Any, tensor: torch.Tensor, op: Any, opts: Any) -> Work:
@@ -53,7 +53,7 @@ def all_reduce(group: Any, tensor: torch.Tensor, op: Any, opts: Any) -> Work:
             tensor.copy_(total.coalesce())
 
     gathered = [group.allgather([indices], [own.indices()], opts), group.allgather([values], [own.values()], opts)]
-    work = Followed(gathered, add, [tensor])
+    work = all_of(gathered, add, [tensor])
     if not getattr(opts, "asyncOp", True):
         work.wait()
     return work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -100,47 +101,52 @@ class _Failure:
 
 
 class Work(_TorchWork):
-    """A call under way, or one that has ended (``inner`` is None).
+    """Calls under way, as one; none of them if they have ended well already.
 
-    ``result`` : the tensors that hold the result.  ``program`` : the scope of the program in its group; None for send
-    and recv, whose callbacks ranks do not count alike.
+    ``calls`` : what is waited for.  ``result`` : the tensors that hold the result.  ``program`` : the scope of the
+    program in the group of the calls; None for send and recv, whose callbacks ranks do not count alike.  ``follow`` :
+    what is left to do once all calls have ended well; done once, by the first who waits, or else by a thread.
     """
 
     def __init__(
-        self, inner: runtime.Work | None, result: list[torch.Tensor], program: Scope | None, source: int = -1
-    ) -> None:
+        self, calls: Sequence[runtime.Work], result: list[torch.Tensor], program: Scope | None,
+        follow: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._inner, self._result, self._program, self._source = inner, result, program, source
+        self._calls, self._result, self._program, self._follow = calls, result, program, follow
+        self._following = threading.Lock()
         self._future: Future | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block until the call has ended, at most for ``timeout`` unless that is zero; return True.
+        """Block until all calls have ended, at most for ``timeout`` each unless that is zero; return True.
 
         Raises
         ------
         DetcollError
-            The error that ended the call, or `DeadlineMissed` if ``timeout`` passes first.
+            The error that ended a call, or `DeadlineMissed` if ``timeout`` passes first.
         """
-        if self._inner is not None:
-            seconds = 0.0 if timeout is None else timeout.total_seconds()
-            self._inner.wait(seconds if seconds > 0 else None)
+        seconds = 0.0 if timeout is None else timeout.total_seconds()
+        for call in self._calls:
+            call.wait(seconds if seconds > 0 else None)
+        if self._follow is not None:
+            with self._following:
+                if self._follow is not None:
+                    self._follow()
+                    self._follow = None
         return True
 
     def is_completed(self) -> bool:
-        """Return whether the call has ended."""
-        return self._inner is None or self._inner.done()
+        """Return whether all is done; does what is left where all calls have ended."""
+        return all(call.done() for call in self._calls) and (self.exception() is not None or self.wait())
 
     def is_success(self) -> bool:
-        """Return whether the call has ended without an error."""
+        """Return whether all is done without an error."""
         return self.is_completed() and self.exception() is None
 
     def exception(self) -> Exception | None:
-        """Return the error that ended the call, if there is one by now."""
-        return None if self._inner is None or not self._inner.done() else self._inner.exception()
-
-    def error(self) -> Exception | None:
-        """Block until the call has ended, and return the error that ended it, or None."""
-        return None if self._inner is None else self._inner.exception()
+        """Return the first error that ended a call, if there is one by now."""
+        ended = (call.exception() for call in self._calls if call.done())
+        return next((error for error in ended if error is not None), None)
 
     def result(self) -> list[torch.Tensor]:
         """Return the tensors that hold the result."""
@@ -150,106 +156,58 @@ class Work(_TorchWork):
         """Do nothing, since results on the host need no stream."""
 
     def block_current_stream(self) -> None:
-        """Do nothing, since results on the host need no stream."""
+        """Block until the calls have ended, since results on the host have no stream."""
         self.wait()
 
     def source_rank(self) -> int:
-        """Return the rank of the group that a received message came from."""
-        source = self._inner.source if self._inner is not None else None
-        return self._source if source is None else source
+        """Return the rank of the group that a received message came from; -1 of anything else."""
+        source = self._calls[0].source if len(self._calls) == 1 else None
+        return -1 if source is None else source
 
     _source_rank = source_rank
 
     def get_future(self) -> Future:
-        """Return the future of this call, always the same."""
+        """Return the future of these calls, always the same."""
         if self._future is None:
             future = self._future = Future(self._program)
-            inner, result = self._inner, self._result
-            if inner is None:
-                future.set_result(result)
+            if self._calls:
+                _after(self._calls, lambda: completion.run(lambda: self._complete(future)))
             else:
-                inner.notify(lambda: completion.run(lambda: _complete(future, inner, result)))
+                self._complete(future)
         return self._future
 
-
-def _complete(future: Future, ended: runtime.Work, result: list[torch.Tensor]) -> None:
-    error = ended.exception()
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
-
-
-def all_of(works: Sequence[Work]) -> Work:
-    """Return a work that ends with several calls."""
-    return works[0] if len(works) == 1 else _Together(works)
-
-
-class _Together(Work):
-    """Several calls as one."""
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        super().__init__(None, [each for work in works for each in work.result()], works[0]._program if works else None)
-        self._works = works
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block until all calls have ended; see `Work.wait`. Each is given ``timeout``."""
-        for work in self._works:
-            work.wait(timeout)
-        return True
-
-    def is_completed(self) -> bool:
-        """Return whether all calls have ended."""
-        return all(work.is_completed() for work in self._works)
-
-    def exception(self) -> Exception | None:
-        """Return the first error that ended one of the calls, if there is one by now."""
-        return next((error for work in self._works if (error := work.exception()) is not None), None)
-
-    def error(self) -> Exception | None:
-        """Block until all calls have ended, and return the first error that ended one, or None."""
-        return next((error for work in self._works if (error := work.error()) is not None), None)
-
-    def get_future(self) -> Future:
-        """Return the future of all calls."""
-        if self._future is None:
-            future = self._future = Future(self._program)
-
-            def complete() -> None:
-                error = self.error()
-                if error is None:
-                    future.set_result(self._result)
-                else:
-                    future.set_exception(error)
-
-            completion.run(complete)
-        return self._future
-
-
-class Followed(_Together):
-    """Several calls, and what is done once they have ended well: by the first who waits, or else by a thread."""
-
-    def __init__(self, works: Sequence[Work], follow: Callable[[], object], result: list[torch.Tensor]) -> None:
-        super().__init__(works)
-        self._result, self._follow = result, follow
-        self._following, self._is_done = threading.Lock(), False
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Block until all is done; see `Work.wait`."""
-        super().wait(timeout)
-        with self._following:
-            if not self._is_done:
-                self._follow()
-                self._is_done = True
-        return True
-
-    def is_completed(self) -> bool:
-        """Return whether all is done; does what is left where all calls have ended."""
-        return super().is_completed() and (self.exception() is not None or self.wait())
-
-    def error(self) -> Exception | None:
-        """Block until all is done, and return the first error that ended a call, or None."""
-        error = super().error()
+    def _complete(self, future: Future) -> None:
+        """Complete the future of calls that have ended."""
+        error = self.exception()
         if error is None:
-            self.wait()
-        return error
+            try:
+                self.wait()
+            except Exception as trouble:
+                error = trouble
+        if error is None:
+            future.set_result(self._result)
+        else:
+            future.set_exception(error)
+
+
+def _after(calls: Sequence[runtime.Work], notice: Callable[[], object]) -> None:
+    """Call ``notice`` on the thread that ends the last one of some calls, or at once if they have ended."""
+    left = itertools.count(len(calls) - 1, -1)
+
+    def ended() -> None:
+        if next(left) == 0:
+            notice()
+
+    for call in calls:
+        call.notify(ended)
+
+
+def all_of(
+    works: Sequence[Work], follow: Callable[[], object] | None = None, result: list[torch.Tensor] | None = None
+) -> Work:  # fmt: skip
+    """Return a work that ends with several, and with what is left to do after them; by default it has their results."""
+    if len(works) == 1 and follow is None:
+        return works[0]
+    calls = [call for work in works for call in work._calls]
+    given = [each for work in works for each in work.result()] if result is None else result
+    return Work(calls, given, works[0]._program if works else None, follow)
