@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def test_groups_begin_work_and_end(tmp_path: Path) -> None:
     ended = launch(3, "torch_groups.py", "works", tmp_path, 200, timeout_s=GUARD_S)
     assert ended.code == 0, ended.err
     for said in ended.said.values():
-        in_a_job, done, left, late, last = said
-        assert (in_a_job, done, late, last) == ("done",) * 4
+        *done, left, late, last = said
+        assert (*done, late, last) == ("done",) * 5
         assert left["threads"] < 20, "threads are left over"
         assert left["open"] < 200, "descriptors are left over"
     assert not ended.err, "ranks that end without destroying their group are silent"
@@ -164,6 +165,23 @@ def test_a_future_of_several_calls_needs_no_thread_until_they_have_ended() -> No
         futures[25].wait()
     assert works[25].is_completed()
     assert not works[25].is_success()
+
+
+def test_a_group_that_is_closed_waits_for_progress_alone() -> None:
+    from detcoll.torch.jobs import settle
+
+    def waited_s(standing: Callable[[float], object], longest: float = 1000.0) -> float:
+        clock = [0.0]
+        has_ended = settle(
+            lambda: standing(clock[0]), 10.0, longest, lambda: clock[0], lambda s: clock.append(clock.pop() + s)
+        )
+        assert has_ended == (standing(clock[0]) is None)
+        return clock[0]
+
+    assert waited_s(lambda now_s: None) == 0
+    assert waited_s(lambda now_s: now_s // 9 if now_s < 100 else None) == pytest.approx(100, abs=1)
+    assert waited_s(lambda now_s: min(now_s // 9, 5)) == pytest.approx(55, abs=1), "10 s after the last progress"
+    assert waited_s(lambda now_s: now_s) == pytest.approx(1000, abs=1)
 
 
 def test_ranks_of_several_jobs_open_another_one(caplog: pytest.LogCaptureFixture) -> None:

@@ -285,6 +285,23 @@ class Job:
             loop.post(lambda now_ns: loop.engine.leave(group))
         return is_clean
 
+    def standing(self, group: Group) -> tuple[int, int] | None:
+        """Return what changes while the calls of a group make progress, or None if all have ended."""
+        runner = self.natives.of(group)
+        latest = -1 if runner is None or runner.unfinished is None else runner.latest
+
+        def look(now_ns: int) -> tuple[int, int] | None:
+            membership = self.membership(group)
+            if latest < 0 and (membership is None or membership.idle):
+                return None
+            heard_ns = self.loop.engine.failures.heard_ns
+            return latest, max(heard_ns.get(rank, 0) for rank in group.ranks)
+
+        try:
+            return look(0) if self._loop is None else self._loop.ask(look)
+        except Closed:  # and so are all calls
+            return None
+
     def was_told(self, group: Group) -> bool:
         """Return whether the failure of a group was raised to a caller, or the group is not open."""
         runner = self.natives.of(group)

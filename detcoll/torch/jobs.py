@@ -22,7 +22,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -47,6 +47,9 @@ _LEVELS = {"INFO": "info", "DETAIL": "debug"}
 
 SHORTEST_CLOSING_S = 0.1
 """How long to wait for the other ranks of a group when the time for all of them has passed."""
+
+LOOK_S = 0.01
+"""How often to look whether the calls of a group that is closed have ended."""
 
 _PLACING = ("DETCOLL_TOPOLOGY", "DETCOLL_SITES", "DETCOLL_SITE")
 
@@ -104,8 +107,15 @@ class Lease:
         self.communicator = communicator
         job.users += 1
 
-    def close(self, timeout: float, lanes: Sequence[Communicator] = ()) -> None:
-        """Leave the group and its ``lanes``, in ``timeout`` seconds, or the job with all its groups after the last."""
+    def close(self, timeout: float, longest: float, lanes: Sequence[Communicator] = ()) -> None:
+        """Leave the group and its ``lanes``, or the job with all its groups after the last.
+
+        Calls under way may end, for ``longest`` seconds at most, as long as no ``timeout`` passes without progress.
+        Then the other ranks are waited for, for ``timeout`` seconds.
+        """
+        for each in (self.communicator, *lanes):
+            if self._job is not None and each.usable and not settle(_standing_of(each), timeout, longest):
+                timeout = SHORTEST_CLOSING_S  # it has passed without progress
         with _lock:
             job, self._job = self._job, None
             if job is None or job not in _jobs:  # closed, or inherited from a parent process
@@ -140,6 +150,28 @@ class Lease:
         self.communicator.abort(reason)
         if not job.users:
             job.communicator.abort(reason)
+
+
+def settle(
+    standing: Callable[[], object], timeout: float, longest: float, now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:  # fmt: skip
+    """Wait until ``standing`` returns None, or the same for ``timeout`` seconds, or ``longest`` seconds have passed.
+
+    Return whether it returned None.
+    """
+    until_s = now() + longest
+    seen, still_s = standing(), now() + timeout
+    while seen is not None and now() < min(until_s, still_s):
+        sleep(LOOK_S)
+        found = standing()
+        if found != seen:
+            seen, still_s = found, now() + timeout
+    return seen is None
+
+
+def _standing_of(group: Communicator) -> Callable[[], object]:
+    return lambda: group._job.standing(group._group)
 
 
 _lock = threading.Lock()

@@ -27,7 +27,7 @@ from detcoll.torch.work import Work, all_of
 log = logging.getLogger("detcoll")
 
 CLOSING_S = 10.0
-"""How long a group that is destroyed waits for its calls and for the other ranks."""
+"""How long a group that is destroyed waits for calls that make no progress, and for the other ranks."""
 
 SHORTEST_S = 0.01
 """The timeout of a monitored barrier whose timeout is zero."""
@@ -119,9 +119,12 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
     set_timeout = _set_default_timeout
 
     def shutdown(self) -> None:
-        """Wait for the calls to end and leave the group; what goes wrong meanwhile is only logged."""
+        """Wait for the calls to end and leave the group; what goes wrong meanwhile is only logged.
+
+        It waits as long as they make progress, at most for the timeout of the group.
+        """
         try:
-            self._lease.close(CLOSING_S, self._lanes.made)
+            self._lease.close(CLOSING_S, seconds_of(self._timeout), self._lanes.made)
         except DetcollError as error:
             log.warning("rank %d: closing the process group %s: %s", self.rank(), self._name, error)
 

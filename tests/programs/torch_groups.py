@@ -19,7 +19,7 @@ from torch_ranks import begin, say
 
 import detcoll
 from detcoll.topology import Topology
-from detcoll.torch import Options, communicator
+from detcoll.torch import Options, communicator, process_group
 
 FAR_S = 60.0
 
@@ -324,6 +324,21 @@ def lost() -> None:
     dist.destroy_process_group()
 
 
+def slow_ends() -> None:
+    """Destroy a group whose calls take some seconds, though calls that make no progress are given less."""
+    given, process_group.CLOSING_S = process_group.CLOSING_S, 1.0
+    rank, size = begin(pg_options=Options(topology=Topology.uniform(3, 1, 2e6, 1_000_000)))
+    x, y = torch.ones(500_000), torch.ones(1000)
+    works = [dist.all_reduce(x, async_op=True), dist.all_reduce(y, async_op=True)]
+    dist.destroy_process_group()
+    process_group.CLOSING_S = given
+    for work in works:
+        work.wait()
+    assert x.eq(size).all()
+    assert y.eq(size).all()
+    say(rank, "done")
+
+
 def timeouts() -> None:
     """Wait too short for a call that another rank makes late, and then long enough."""
     rank, _ = begin()
@@ -345,6 +360,7 @@ def timeouts() -> None:
 def works(folder: str, calls: str) -> None:
     """Do one after another what ends well."""
     in_a_job(folder)
+    slow_ends()
     groups()
     two_threads(int(calls))
     timeouts()
@@ -352,7 +368,7 @@ def works(folder: str, calls: str) -> None:
 
 
 PROGRAMS: dict[str, Callable[..., None]] = {
-    "beginnings": beginnings, "in_a_job": in_a_job, "groups": groups,
+    "beginnings": beginnings, "in_a_job": in_a_job, "groups": groups, "slow_ends": slow_ends,
     "two_threads": lambda calls: two_threads(int(calls)),
     "mismatches": mismatches, "lost": lost, "timeouts": timeouts, "works": works,
 }  # fmt: skip
