@@ -91,11 +91,13 @@ class _Opened:
     """A job that a group opened, or the group of the program's own job that stands for it.
 
     ``ranks`` : its ranks as torch's default group numbers them; none if it does not.  ``communicator`` : of all of
-    them.  ``users`` counts its groups that are not closed.
+    them.  ``is_own`` : whether a group opened it, so that it ends with the last one.  ``users`` counts
+    its groups that are not closed.
     """
 
     ranks: tuple[int, ...]
     communicator: Communicator
+    is_own: bool
     users: int = 0
 
 
@@ -124,13 +126,14 @@ class Lease:
             is_last = not job.users
             if is_last:
                 _jobs.remove(job)
-        if is_last:
+        if is_last and job.is_own:
             job.communicator.finalize(timeout)
             return
         until_s = time.monotonic() + timeout
         own = [] if self.communicator is job.communicator else [self.communicator]
+        whole = [job.communicator] if is_last else []
         trouble: DetcollError | None = None
-        for each in [*lanes, *own]:
+        for each in [*lanes, *own, *whole]:
             try:
                 each.close(max(until_s - time.monotonic(), SHORTEST_CLOSING_S))
             except DetcollError as error:
@@ -138,8 +141,8 @@ class Lease:
         if trouble is not None:
             raise trouble
 
-    def abort(self, reason: str) -> None:
-        """End the group on all its ranks; the job too, if this is its last group."""
+    def abort(self, reason: str, lanes: Sequence[Communicator] = ()) -> None:
+        """End the group and its ``lanes`` on all its ranks; the job too, if this is its last group."""
         with _lock:
             job, self._job = self._job, None
             if job is None or job not in _jobs:  # closed, or inherited from a parent process
@@ -147,7 +150,8 @@ class Lease:
             job.users -= 1
             if not job.users:
                 _jobs.remove(job)
-        self.communicator.abort(reason)
+        for each in (*lanes, self.communicator):
+            each.abort(reason)
         if not job.users:
             job.communicator.abort(reason)
 
@@ -207,7 +211,7 @@ def lease(members: Members, store: Any, timeout: timedelta, options: Options) ->
     if job is None:
         opened = _open(members, store, seconds, options)
         opened.timeout = seconds
-        job = _Opened(() if members.kind == "apart" else members.ranks, opened)
+        job = _Opened(() if members.kind == "apart" else members.ranks, opened, opened._parent is None)
         with _lock:
             _jobs.append(job)
             _kept_stores[:] = [store]

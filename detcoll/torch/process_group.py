@@ -130,7 +130,7 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
 
     def abort(self) -> None:
         """End the group on all its ranks, without waiting."""
-        self._lease.abort(f"the process group {self._name} was aborted")
+        self._lease.abort(f"the process group {self._name} was aborted", self._lanes.made)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Block until all ranks have called it, at most for ``timeout``; the error names those that have not.

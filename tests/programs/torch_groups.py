@@ -171,11 +171,14 @@ def in_a_job(folder: str) -> None:
         if pair != dist.GroupMember.NON_GROUP_MEMBER:
             assert total(pair) == 2
             assert (communicator(pair)._job, set(communicator(pair).ranks)) == (world._job, {0, 2})
+        twice = dist.all_reduce(torch.ones(1), async_op=True).get_future().then(lambda ended: total())
+        assert twice.wait() == size
         gathered = [torch.zeros(1) for _ in range(size)]
         dist.all_gather(gathered, torch.tensor([float(rank)]))
         assert [each.item() for each in gathered] == list(reversed(range(size)))
         dist.destroy_process_group()
         assert detcoll.all_gather_object(rank) == list(range(size))
+        assert world._job.loop.ask(lambda now_ns: len(world._job.loop.engine.groups)) == 1, "a group is left over"
     begin("gloo", store=dist.FileStore(f"{folder}/beside", size), rank=rank, world_size=size)
     pair = dist.new_group([0, 2], backend="detcoll")
     again = dist.new_group([2, 0], backend="detcoll")
