@@ -57,13 +57,15 @@ def shape_name(tensors: Sequence[Tensor]) -> str:
     Ranks compare it where torch asks for equal tensors, as its own checks do (TORCH_DISTRIBUTED_DEBUG=DETAIL): equal
     numbers of elements in other shapes are added up, or put together, in the wrong places.
     """
-    return _shape_name(tuple([each.shape for each in tensors]))
+    first: tuple[int, ...] = tensors[0].shape
+    if len(tensors) == 1 or are_alike(tensors):
+        return _shortened(first)
+    return _shortened(*[each.shape for each in tensors])
 
 
 @lru_cache(1024)
-def _shape_name(shapes: tuple[tuple[int, ...], ...]) -> str:
-    listed = [str(tuple(each)) for each in shapes]
-    text = listed[0] if len(set(listed)) == 1 else " ".join(listed)
+def _shortened(*shapes: tuple[int, ...]) -> str:
+    text = " ".join(str(tuple(each)) for each in shapes)
     if len(text) <= LARGEST_SHAPE_NAME:
         return text
     return f"{text[:32]}...~{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
