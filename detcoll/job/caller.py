@@ -166,7 +166,7 @@ class Caller:
         load, store = loads.load if loads.staged else None, output.store if output.staged else None
         if wait and native.run_at_once(call, timeout_ns, called_ns, load, store):
             return None
-        work = Work(f"{request.kind} number {sequence}", request.result)
+        work = Work(f"{request.kind} number {sequence}", request.result, sequence)
         try:
             native.run(Submission(call, timeout_ns, called_ns, load, store), work)
         except BaseException as error:
@@ -194,7 +194,7 @@ class Caller:
             collective.root, request.arrays, self._group_text, name,
             "" if is_pairwise else digest_of(collective.counts), cut=digest_of(request.cut), shape=request.shape,
         )  # fmt: skip
-        work = Work(f"{kind} number {sequence}", request.result)
+        work = Work(f"{kind} number {sequence}", request.result, sequence)
         spans = request.spans
         ahead = self.job.ahead if self.job.natives else None
         try:

@@ -24,8 +24,10 @@ class Work:
     The array passed to the call belongs to detcoll until the call has ended. All methods are thread-safe.
     """
 
-    def __init__(self, name: str, value: Any = None) -> None:
+    def __init__(self, name: str, value: Any = None, sequence: int = -1) -> None:
         self._name, self._value = name, value
+        self.sequence = sequence
+        """The number of a collective in its group; -1 of a message."""
         self._finished = threading.Event()
         self._error: Exception | None = None
         self._lock = threading.Lock()

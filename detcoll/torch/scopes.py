@@ -9,8 +9,10 @@ that one; each other one takes the next lane. In a lane, the calls of a callback
 have returned.
 
 So the order of calls in a lane depends on the program alone: on the order in which it adds callbacks, and on what they
-do, but not on when they run. Each call carries the number of its callback as a name, so if ranks add callbacks in
-different orders after all, the call fails instead of giving wrong values.
+do, but not on when they run. Each call carries as a name the number of its callback and that of the call to which the
+program added it. So if ranks add callbacks in different orders after all, as two threads may that agree only on the
+order of calls, the call fails instead of giving wrong values. Nothing else depends on threads: a callback runs on one
+thread, and its calls have their numbers before it returns and lets the next one of its lane go on.
 
 A callback of a group that makes a call of a group with other ranks too has no lane for it, since those ranks may not
 have this callback. Such a call is counted among those of the program.
@@ -38,39 +40,40 @@ class Scope:
     """A callback, or (with an empty ``order``) the program as far as it makes calls of one group.
 
     ``root`` : the group.  ``lane`` : names the lane, equal on all ranks.  ``order`` : the number among the callbacks
-    that ``outer`` adds, behind the order of that one.
+    that ``outer`` adds, behind the order of that one.  ``path`` : names the callback among all of the root, by these
+    numbers and those of the calls to which callbacks were added.
     """
 
-    def __init__(self, root: Communicator, lane: str, order: tuple[int, ...] = (), outer: Scope | None = None) -> None:
-        self.root, self.lane, self.order, self._outer = root, lane, order, outer
+    def __init__(
+        self, root: Communicator, lane: str, order: tuple[int, ...] = (), path: str = "", outer: Scope | None = None
+    ) -> None:  # fmt: skip
+        self.root, self.lane, self.order, self.path, self._outer = root, lane, order, path, outer
         self.calls: Counter[Communicator] = Counter()
         self._added, self._chains = itertools.count(), itertools.count()
         self._place = id(root), lane
 
-    @property
-    def path(self) -> str:
-        """What names the callback among all of the root."""
-        return ">".join(map(str, self.order))
-
-    def next(self, before: Scope | None) -> Scope:
+    def next(self, before: Scope | None, of: int) -> Scope:
         """Return the scope of a callback that this thread adds now to a call of the program's scope ``self``.
 
-        ``before`` : the callback whose result it gets, if it is the first one to get it.
+        ``before`` : the callback whose result it gets, if it is the first one to get it.  ``of`` : the number of the
+        call.
         """
         here = current()
-        return (here if here is not None and here.covers(self.root) else self)._add(before)
+        return (here if here is not None and here.covers(self.root) else self)._add(before, of)
 
     def covers(self, group: Communicator) -> bool:
         """Return whether all ranks of a group have the callback."""
         return group._job is self.root._job and set(group.ranks) <= set(self.root.ranks)
 
-    def _add(self, before: Scope | None) -> Scope:
+    def _add(self, before: Scope | None, of: int) -> Scope:
         if before is not None and before._outer is self:
             lane = before.lane
         else:
             lane = f"{self.lane}>{next(self._chains) % LANES}"
         with _changed:
-            added = Scope(self.root, lane, (*self.order, next(self._added)), self)
+            number = next(self._added)
+            path = f"{self.path}>{number}@{of}" if self.path else f"{number}@{of}"
+            added = Scope(self.root, lane, (*self.order, number), path, self)
             _open.setdefault(added._place, set()).add(added)
         return added
 

@@ -20,17 +20,17 @@ class Future(torch.futures.Future):  # type: ignore[misc]
     """The result of a call or of a callback.
 
     Callbacks always run on threads of `completion`, each in a scope of its own.  ``program`` : the scope of the program
-    in the group of the call.  ``scope`` : of the callback whose result this is.
+    in the group of the call.  ``of`` : the number of the call.  ``scope`` : of the callback whose result this is.
     """
 
-    def __init__(self, program: Scope | None, scope: Scope | None = None) -> None:
+    def __init__(self, program: Scope | None, of: int = -1, scope: Scope | None = None) -> None:
         super().__init__()
-        self._program, self._before = program, scope
+        self._program, self._of, self._before = program, of, scope
 
     def then(self, callback: Callable[[Future], Any]) -> Future:
         """Return the future of what ``callback`` returns, which is called with this future when it has completed."""
         scope = self._scope_of_next()
-        child = Future(self._program, scope)
+        child = Future(self._program, self._of, scope)
 
         def run() -> None:
             try:
@@ -59,7 +59,7 @@ class Future(torch.futures.Future):  # type: ignore[misc]
     def _scope_of_next(self) -> Scope | None:
         """Return the scope of a callback that is added now."""
         before, self._before = self._before, None  # the first one alone goes on where that one was
-        return None if self._program is None else self._program.next(before)
+        return None if self._program is None else self._program.next(before, self._of)
 
     def _call(self, callback: Callable[[], Any], scope: Scope | None) -> None:
         def run() -> None:
@@ -169,7 +169,7 @@ class Work(_TorchWork):
     def get_future(self) -> Future:
         """Return the future of these calls, always the same."""
         if self._future is None:
-            future = self._future = Future(self._program)
+            future = self._future = Future(self._program, self._calls[0].sequence if self._calls else -1)
             if self._calls:
                 _after(self._calls, lambda: completion.run(lambda: self._complete(future)))
             else:

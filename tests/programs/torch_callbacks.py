@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power
 from torch.nn.parallel import DistributedDataParallel
 from torch_ranks import begin, say
 
-from detcoll.errors import DeadlineMissed
+from detcoll.errors import Closed, DeadlineMissed, PlanMismatch
 
 TIMEOUT_S = 60.0
 
@@ -167,6 +167,21 @@ def added_in_reverse(rank: int, size: int) -> None:
     assert [end.wait().item() for end in ends[1:]] == [size**2] * 8 + [size**3]
 
 
+def swapped(rank: int, size: int) -> None:
+    """Add callbacks to two calls in an order that differs between ranks, as two threads could: no wrong values."""
+    group = dist.new_group(list(range(size)))
+    works = [dist.all_reduce(torch.ones(1), group=group, async_op=True) for _ in range(2)]
+    ends = [
+        works[number].get_future().then(lambda _, number=number: dist.all_reduce(torch.ones(1) + number, group=group))
+        for number in ((0, 1) if rank else (1, 0))
+    ]
+    for end in ends:
+        with pytest.raises((PlanMismatch, Closed)):
+            end.wait()
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
 def a_group_with_lanes_is_closed(rank: int, size: int) -> None:
     """Close a group whose callbacks have made lanes, before the job ends."""
     group = dist.new_group(list(range(size)))
@@ -223,6 +238,7 @@ def main(steps: int) -> None:
     branches(rank, size)
     added_in_reverse(rank, size)
     dist.all_reduce(torch.ones(1), async_op=True).get_future().then(lambda _: added_in_reverse(rank, size)).wait()
+    swapped(rank, size)
     a_group_with_lanes_is_closed(rank, size)
     blocked_callbacks(rank)
     say(rank, "done")
