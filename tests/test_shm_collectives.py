@@ -17,7 +17,7 @@ import pytest
 
 from detcoll.errors import Closed, DeadlineMissed, PeerLost, PlanMismatch, TransportError, UsageError
 from detcoll.fold import reference
-from detcoll.testing.fabric import Here, ThreadFabric
+from detcoll.testing.fabric import TIMEOUT_NS, Here, ThreadFabric
 from detcoll.testing.natives import Natives
 from detcoll.testing.values import varied
 from detcoll.testing.worlds import ProcessFabric, Worlds
@@ -319,6 +319,33 @@ def different(here: Here) -> None:
 def test_calls_that_differ() -> None:
     with ThreadFabric(ShmTransport(), 4) as fabric:
         fabric.run(different)
+
+
+def test_who_heard_of_a_difference_before_it_looked_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 waits for what rank 0 called, which has ended by what rank 1 says of the two others."""
+    first_is_here, second_has_raised, last_is_here = (threading.Event() for _ in range(3))
+    look = lockstep.Lockstep.await_all_here
+
+    def late(own: lockstep.Lockstep) -> None:
+        if own.rank == 0:
+            first_is_here.set()
+            assert last_is_here.wait(TIMEOUT_NS / 1e9)
+        elif own.rank == 3:
+            last_is_here.set()
+        look(own)
+
+    def program(here: Here) -> None:
+        for rank, event in ((1, first_is_here), (2, first_is_here), (3, second_has_raised)):
+            assert here.rank != rank or event.wait(TIMEOUT_NS / 1e9)
+        array = np.ones(100 + (here.rank == 2), np.float32)
+        with pytest.raises(PlanMismatch, match=r"(?s)rank 1 .* of 100 .* rank 2 .* of 101|rank 2 .* of 101 .* of 100"):
+            Natives(here.endpoint).all_reduce(array, ReduceOp.SUM, here.deadline_ns())
+        if here.rank == 1:
+            second_has_raised.set()
+
+    monkeypatch.setattr(lockstep.Lockstep, "await_all_here", late)
+    with ThreadFabric(ShmTransport(), 4) as fabric:
+        fabric.run(program)
 
 
 def one_is_missing(here: Here) -> None:

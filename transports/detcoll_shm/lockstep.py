@@ -393,9 +393,14 @@ class Lockstep:
         self.stage.write_text(mine.encode())
         self.publish(TOLD, sequence)
         words = peer.stage.words
-        error = self._hear_until(
-            lambda: words[TOLD] >= sequence, lambda: self._trouble_with(peer, self._deadline_ns, TOLD)
-        )
+
+        def trouble() -> DetcollError | None:
+            error = self._trouble_with(peer, self._deadline_ns, TOLD)
+            # Who heard of a difference from another rank may have done so after all had arrived, and counts this
+            # collective as done: it ends with the next one, and tells nothing here.
+            return self._relay(peer) if error is None and words[ENDED] > 0 else error
+
+        error = self._hear_until(lambda: words[TOLD] >= sequence, trouble)
         if error is not None:
             raise error
         mine.compare(self.name, peer.name, peer.stage.read_text())
