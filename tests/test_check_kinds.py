@@ -18,6 +18,7 @@ from detcoll.errors import PlanError
 from detcoll.plan import Buffer, ChunkSize, Collective, Kind, Plan, Planner, Slotting, build_calendar, check
 from detcoll.plan.collectives import declaration_of
 from detcoll.plan.compiler import compile_plan
+from detcoll.plan.staging import staged
 from detcoll.signature import DECLARED
 from detcoll.sim import simulate
 from detcoll.testing.plans import all_parts, packed, sites_of, unpacked
@@ -66,6 +67,13 @@ def call_of(kind: str, size: int, seed: int, largest: int) -> Call:
     return replace(call, rows=call.rows[:1], tails=call.tails[:1])
 
 
+def on_devices(parts: list[Plan], seed: int) -> list[Plan]:
+    """Return the parts with the arrays of some ranks on devices: those of all, of none, inputs or outputs alone."""
+    drawn = np.random.default_rng(seed)
+    ranks = [(drawn.random() < 0.6, drawn.random() < 0.6) for _ in parts]
+    return [staged(part, source=source, output=output) for part, (source, output) in zip(parts, ranks, strict=True)]
+
+
 @settings(max_examples=20)
 @given(sites(), st.sampled_from(sorted(DECLARED)), st.integers(0, 2**31), st.integers(4, 40), st.integers(2, 5))
 def test_every_plan_of_every_kind_proves_itself(
@@ -78,6 +86,7 @@ def test_every_plan_of_every_kind_proves_itself(
             compile_plan(c, topology, rank, algorithm.name, ChunkSize(elems, depth)) for rank, c in enumerate(every)
         ]
         check(parts, topology, build_calendar(topology, list(Slotting)[seed % len(Slotting)]))
+        check(on_devices(parts, seed), topology)
 
 
 @settings(max_examples=12)
@@ -94,7 +103,7 @@ def test_simulated_data_has_the_promised_bits(ranks: list[list[int]], kind: str,
             compile_plan(c, topology, rank, algorithm.name, ChunkSize(elems, 3))
             for rank, c in enumerate(collectives_of(call, size))
         ]
-        result = simulate(parts, topology, calendar, data=data, op=call.op)
+        result = simulate(on_devices(parts, seed), topology, calendar, data=data, op=call.op)
         assert result.arrays is not None
         for rank, array in enumerate(result.arrays):
             if rank == call.root or kind not in ("gather", "reduce"):
@@ -153,8 +162,9 @@ def shift_input(rows: list[dict[str, Any]], step: int) -> bool:
 
 def write_input(rows: list[dict[str, Any]], step: int) -> bool:
     """Let a step write to the caller's input."""
+    had = rows[step]["buffer"], rows[step]["offset"]
     rows[step]["buffer"], rows[step]["offset"] = int(Buffer.IN), 0
-    return bool(rows[step]["kind"] != Kind.SEND)
+    return bool(rows[step]["kind"] != Kind.SEND and had != (Buffer.IN, 0))
 
 
 def send_output(rows: list[dict[str, Any]], step: int) -> bool:
@@ -174,19 +184,23 @@ def hurry(rows: list[dict[str, Any]], step: int) -> bool:
 CHANGES = [drop, shift, shift_input, write_input, send_output, hurry]
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("counts", [(), (0, 70, 5, 0, 1)])
 @pytest.mark.parametrize("kind", DECLARED)
-def test_every_mistake_in_any_step_is_seen(kind: str, counts: tuple[int, ...], change: Change) -> None:
+def test_every_mistake_in_any_step_is_seen(kind: str, counts: tuple[int, ...], change: Change, on_device: bool) -> None:
     if counts and (not declaration_of(kind).has_counts or declaration_of(kind).is_pairwise):
         pytest.skip("blocks of this kind do not differ like this")
     parts, changed = parts_of(kind, 3, counts), 0
+    if on_device:
+        parts = [staged(part, source=True, output=True) for part in parts]
     check(parts, TOPOLOGY)
     for rank in (1, 2, 3):  # each is an owner of something, and 3 is the root
         part = parts[rank]
         for step in range(len(part.steps)):
             rows = unpacked(part)
-            if not change(rows, step):
+            needless = on_device and change is hurry and not part.copies & {step, *part.after_of(step)}
+            if needless or not change(rows, step):  # copies order what the order of steps in one array had to
                 continue
             changed += 1
             try:

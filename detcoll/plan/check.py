@@ -8,7 +8,7 @@ It looks at the parts of all ranks together and proves, or raises with the rank,
 (c) every rank ends with every contribution exactly once, in the promised fold order, and every input of a fold states
     how many contributions it holds
 (d) inside a rank, steps that touch the same memory, one of them writing, are ordered by ``after``; what a RECV lends is
-    read by exactly one FOLD, after it arrived; scratch is large enough
+    read by exactly one FOLD, after it arrived; scratch is large enough; only copies touch a device
 (e) with a calendar: no line carries more than it may, and no message is larger than a window
 
 (c) runs symbolic contributions through the steps (`detcoll.plan.execution`). Work is about linear in the number of
@@ -29,6 +29,10 @@ from detcoll.plan.execution import Execution, describe, run
 from detcoll.plan.ir import LARGEST_PLAN_TAG, Buffer, Collective, Kind, Plan
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, uses_window
 from detcoll.topology import Topology
+
+_DEVICES = {Buffer.DEVICE_OUT, Buffer.DEVICE_IN}
+_COPIES = ({Buffer.DEVICE_OUT, Buffer.OUT}, {Buffer.DEVICE_IN, Buffer.IN})
+"""What a copy between a device and the host touches."""
 
 Place = tuple[int, int]
 """A rank and one of its steps."""
@@ -107,10 +111,10 @@ def _check_rows(plan: Plan, topology: Topology) -> None:
             raise PlanError(f"{where}: tags go up to {LARGEST_PLAN_TAG}")
         if bool(row["wide"]) != (topology.site_of(peer) != home):
             raise PlanError(f"{where}: wide={int(row['wide'])}, but that is not where its peer is")
-        if row["kind"] == Kind.SEND and row["buffer"] == Buffer.LENT:
-            raise PlanError(f"{where} sends what was lent")
-        if row["kind"] == Kind.RECV and row["buffer"] == Buffer.IN:
-            raise PlanError(f"{where} writes the input")
+        if row["kind"] == Kind.SEND and row["buffer"] in (Buffer.LENT, *_DEVICES):
+            raise PlanError(f"{where} sends {Buffer(row['buffer']).name}, which no message is made of")
+        if row["kind"] == Kind.RECV and row["buffer"] in (Buffer.IN, *_DEVICES):
+            raise PlanError(f"{where} writes {Buffer(row['buffer']).name}")
         if row["buffer"] != Buffer.LENT and bool(row["accumulated"]) != (row["buffer"] == Buffer.ACCUMULATOR):
             raise PlanError(f"{where}: accumulated={int(row['accumulated'])}, but its buffer has the other type")
 
@@ -121,6 +125,8 @@ def _check_span(plan: Plan, where: str, buffer: int, offset: int, length: int) -
         Buffer.IN: plan.in_elems,
         Buffer.PARTIAL: plan.partial_elems,
         Buffer.ACCUMULATOR: plan.accumulator_elems,
+        Buffer.DEVICE_OUT: plan.out_elems if plan.device_out else 0,
+        Buffer.DEVICE_IN: plan.in_elems if plan.device_in else 0,
     }
     if length < 1:
         raise PlanError(f"{where}: length {length} must be at least 1")
@@ -132,8 +138,15 @@ def _check_span(plan: Plan, where: str, buffer: int, offset: int, length: int) -
 def _check_fold(plan: Plan, step: int, where: str) -> None:
     row = plan.steps[step]
     inputs = plan.inputs_of(step)
-    if not inputs or row["buffer"] in (Buffer.LENT, Buffer.IN):
+    if not inputs or row["buffer"] in (Buffer.LENT, Buffer.DEVICE_IN):
         raise PlanError(f"{where} needs inputs and a buffer to write")
+    sources = [buffer for buffer, _ in inputs]
+    touched = {int(row["buffer"]), *sources}
+    if row["buffer"] == Buffer.IN and not (plan.device_in and sources == [Buffer.DEVICE_IN]):
+        raise PlanError(f"{where} writes the input")
+    if touched & _DEVICES and (len(inputs) > 1 or row["final"] or touched not in _COPIES):
+        names = ", ".join(sorted(Buffer(buffer).name for buffer in touched))
+        raise PlanError(f"{where} touches {names}; a device's array and its copy on the host are only copied")
     for buffer, offset in inputs:
         if buffer != Buffer.LENT:
             _check_span(plan, where, buffer, offset, int(row["length"]))
@@ -157,7 +170,7 @@ def _check_memory(plan: Plan) -> None:
     for step in range(len(plan.steps)):
         touched = list(_touches(plan, step))
         if common is not None:  # the caller may pass input and output in one array, where they lie like this
-            touched = _in_one_array(touched, *common)
+            touched = _in_one_array(plan, touched, *common)
         for buffer, begin, end, writes in touched:
             if buffer == Buffer.LENT:
                 readers[begin].append(step)
@@ -177,14 +190,18 @@ def _check_memory(plan: Plan) -> None:
 
 
 def _in_one_array(
-    touched: list[tuple[int, int, int, bool]], in_at: int, out_at: int
+    plan: Plan, touched: list[tuple[int, int, int, bool]], in_at: int, out_at: int
 ) -> list[tuple[int, int, int, bool]]:
-    """Return what a step touches if input and output begin at these places of one array."""
-    at = {int(Buffer.IN): in_at, int(Buffer.OUT): out_at}
+    """Return what a step touches if the caller's input and output begin at these places of one array.
+
+    If only one of them is on a device they are two arrays.
+    """
+    if plan.device_in != plan.device_out:
+        return touched
+    given, result = (Buffer.DEVICE_IN, Buffer.DEVICE_OUT) if plan.device_in else (Buffer.IN, Buffer.OUT)
+    at = {int(given): in_at, int(result): out_at}
     moved = [
-        (int(Buffer.OUT), begin + at[buffer], end + at[buffer], writes)
-        if buffer in at
-        else (buffer, begin, end, writes)
+        (int(result), begin + at[buffer], end + at[buffer], writes) if buffer in at else (buffer, begin, end, writes)
         for buffer, begin, end, writes in touched
     ]
     if len(moved) == 2 and moved[0][:3] == moved[1][:3]:  # a copy onto itself writes nothing new

@@ -29,6 +29,8 @@ class Costs:
     as cores, most of which begin on time and one in ten more than a millisecond late. ``aligned_late_ns`` is the same
     where windows lead to one site each. ``call_ns`` is what passes in a call across sites before the first step begins,
     ``return_ns`` what ranks that all own a part keep each other waiting for at its end, which simulated hosts do not.
+    ``device_bytes_per_s`` is what a device and pinned memory exchange in each direction, ``device_latency_ns`` what
+    passes besides from when a copy is queued until its end is noticed.
     """
 
     step_ns: int = STEP_NS
@@ -40,6 +42,12 @@ class Costs:
     call_ns: int = 0
     return_ns: int = 0
     frame_bytes: int = LARGEST_FRAME_BYTES
+    device_bytes_per_s: float = 20e9
+    device_latency_ns: int = 20_000
+
+    def device_ns(self, nbytes: float) -> float:
+        """Return how long a copy of ``nbytes`` between pinned memory and a device takes, one way."""
+        return self.device_latency_ns + nbytes / self.device_bytes_per_s * 1e9
 
     def copy_ns(self, nbytes: float) -> float:
         """Return how long the host takes to read or write ``nbytes``."""

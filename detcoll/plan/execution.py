@@ -73,10 +73,16 @@ class Execution:
         for plan in plans:
             declared = declaration_of(plan.collective.kind)
             given = Values.of(declared.before(self.symbols, plan.collective, topology, plan.rank))
+            result = given if declared.has_one_array else Values.unwritten(plan.out_elems)
+            on_host: dict[int, Values] = {
+                Buffer.IN: Values.unwritten(plan.in_elems) if plan.device_in else given,
+                Buffer.OUT: Values.unwritten(plan.out_elems) if plan.device_out else result,
+            }
             self._buffers.append(
                 {
-                    Buffer.IN: given,
-                    Buffer.OUT: given if declared.has_one_array else Values.unwritten(plan.out_elems),
+                    **on_host,
+                    Buffer.DEVICE_IN: given,
+                    Buffer.DEVICE_OUT: result,
                     Buffer.PARTIAL: Values.unwritten(plan.partial_elems),
                     Buffer.ACCUMULATOR: Values.unwritten(plan.accumulator_elems),
                 }
@@ -133,7 +139,7 @@ class Execution:
         for rank, plan in enumerate(self.plans):
             declared = declaration_of(plan.collective.kind)
             promised = Values.of(declared.after(self.symbols, plan.collective, self.topology, rank))
-            there = self._buffers[rank][Buffer.OUT]
+            there = self._buffers[rank][Buffer.DEVICE_OUT if plan.device_out else Buffer.OUT]
             if len(promised.elements) != len(there.elements):
                 raise PlanError(
                     f"rank {rank} ends with {len(there.elements)} elements; promised {len(promised.elements)}"

@@ -14,6 +14,9 @@ serves every element type of one width.
 Buffers: IN is the caller's input, OUT its output; a collective that works in place has OUT alone. PARTIAL is scratch in
 the array's own type, ACCUMULATOR scratch in the type that folds use (float32 for 16-bit floats). Scratch is a ring of
 chunk-sized places that steps reuse in turn, so memory does not grow with the array.
+
+Where the caller's arrays lie on a device they are DEVICE_IN and DEVICE_OUT, and IN and OUT are memory of the host.
+FOLDs of one input copy between them; no other step touches a device (`detcoll.plan.staging`).
 """
 
 from __future__ import annotations
@@ -48,6 +51,11 @@ class Buffer(IntEnum):
     ACCUMULATOR = 2
     LENT = 3
     IN = 4
+    DEVICE_OUT = 5
+    DEVICE_IN = 6
+
+
+_DEVICES = [Buffer.DEVICE_OUT, Buffer.DEVICE_IN]
 
 
 class Phase(IntEnum):
@@ -176,6 +184,7 @@ class Plan:
     """One rank's part.
 
     ``in_elems``, ``out_elems``, ``partial_elems``, ``accumulator_elems`` : how many elements the buffers hold.
+    ``device_in``, ``device_out`` : whether the caller's input and output lie on a device.
     """
 
     collective: Collective
@@ -189,13 +198,15 @@ class Plan:
     in_elems: int = 0
     partial_elems: int = 0
     accumulator_elems: int = 0
+    device_in: bool = False
+    device_out: bool = False
 
     @property
     def digest(self) -> str:
         """Hexadecimal hash of everything in this part."""
         hashed = hashlib.blake2b(digest_size=16)
         elems = (self.out_elems, self.in_elems, self.partial_elems, self.accumulator_elems)
-        head = (self.collective, self.algorithm, self.rank, self.size, *elems)
+        head = (self.collective, self.algorithm, self.rank, self.size, *elems, self.device_in, self.device_out)
         hashed.update(repr(head).encode())
         for part in (self.steps, self.after, self.inputs):
             hashed.update(np.ascontiguousarray(part).tobytes())
@@ -220,10 +231,21 @@ class Plan:
     @cached_property
     def retained(self) -> list[bool]:
         """For each step whether a transport may still keep its scratch when the caller's array is finished."""
-        buffer = self.steps["buffer"]
-        from_scratch = (self.steps["kind"] == Kind.SEND) & (buffer != Buffer.OUT) & (buffer != Buffer.IN)
-        kept: list[bool] = from_scratch.tolist()
+        sends, buffer = self.steps["kind"] == Kind.SEND, self.steps["buffer"]
+        from_caller = ((buffer == Buffer.OUT) & (not self.device_out)) | ((buffer == Buffer.IN) & (not self.device_in))
+        kept: list[bool] = (sends & ~from_caller).tolist()
         return kept
+
+    @cached_property
+    def copies(self) -> frozenset[int]:
+        """The steps that copy between a device and the host."""
+        if not (self.device_in or self.device_out):
+            return frozenset()
+        firsts = np.diff(self.steps["inputs_end"], prepend=0) == 1
+        to_host = np.zeros(len(self.steps), bool)
+        to_host[firsts] = np.isin(self.inputs["buffer"][self.steps["inputs_end"][firsts] - 1], _DEVICES)
+        to_device = np.isin(self.steps["buffer"], _DEVICES)
+        return frozenset(np.flatnonzero(to_host | to_device).tolist())
 
     @cached_property
     def followers(self) -> list[list[int]]:
@@ -294,6 +316,8 @@ class Plan:
             "in_elems": self.in_elems,
             "partial_elems": self.partial_elems,
             "accumulator_elems": self.accumulator_elems,
+            "device_in": self.device_in,
+            "device_out": self.device_out,
             "steps": [
                 {name: int(row[name]) for name in names}
                 | {"kind": Kind(row["kind"]).name, "buffer": Buffer(row["buffer"]).name}

@@ -21,6 +21,7 @@ from detcoll.plan.homes import home_sites
 from detcoll.plan.ir import Collective, Plan
 from detcoll.plan.layout import LARGEST_SCRATCH_BYTES, ChunkSize, choose_chunk, uses_window
 from detcoll.plan.predict import predict_ns
+from detcoll.plan.staging import staged
 from detcoll.topology import Topology
 
 LARGEST_KEPT_STEPS = 2_000_000
@@ -147,7 +148,7 @@ class Planner:
         self.rank = rank
         self.calendar = calendar
         self.costs = costs or Costs()
-        self._plans: OrderedDict[tuple[Collective, str], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Collective, str, bool, bool], Plan] = OrderedDict()
         self._kept_steps = 0
         self._choose = lru_cache(LARGEST_KEPT_CHOICES)(self._choose_now)
         self._chunk = lru_cache(LARGEST_KEPT_CHOICES)(self._chunk_now)
@@ -157,8 +158,13 @@ class Planner:
         """Return the algorithm that `plan` takes for this collective."""
         return self._choose(collective)
 
-    def plan(self, collective: Collective, algorithm: str | None = None) -> Plan:
+    def plan(
+        self, collective: Collective, algorithm: str | None = None, *, device_in: bool = False, device_out: bool = False
+    ) -> Plan:
         """Return this rank's part, by the algorithm named or the one predicted to be fastest.
+
+        ``device_in``, ``device_out`` : whether the caller's input and output are on a device, which other ranks need
+        not know; see `detcoll.plan.staging.staged`.
 
         Raises
         ------
@@ -167,10 +173,11 @@ class Planner:
         PlanError
             If the collective is too large for the tags of a plan.
         """
-        key = (collective, algorithm or self._choose(collective))
+        key = (collective, algorithm or self._choose(collective), device_in, device_out)
         plan = self._plans.get(key)
         if plan is None:
-            plan = compile_plan(collective, self.topology, self.rank, key[1], self._chunk(*key))
+            compiled = compile_plan(collective, self.topology, self.rank, key[1], self._chunk(*key[:2]))
+            plan = staged(compiled, source=device_in, output=device_out)
             self._keep(key, plan)
         else:
             self._plans.move_to_end(key)
@@ -194,7 +201,7 @@ class Planner:
         chunk_size = self._chunk(collective, algorithm)
         return predict_ns(collective, self.topology, self.calendar, algorithm, chunk_size, self.costs, phase_ns)
 
-    def _keep(self, key: tuple[Collective, str], plan: Plan) -> None:
+    def _keep(self, key: tuple[Collective, str, bool, bool], plan: Plan) -> None:
         self._plans[key] = plan
         self._kept_steps += len(plan.steps)
         while len(self._plans) > 1 and (self._kept_steps > LARGEST_KEPT_STEPS or len(self._plans) > LARGEST_KEPT_PLANS):

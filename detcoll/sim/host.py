@@ -40,12 +40,20 @@ class Memory:
         wanted = ((elems,), collective.itemsize, collective.accumulator_itemsize)
         if given != wanted:
             raise UsageError(f"data of rank {plan.rank}: shape and item sizes are {given}; expected {wanted}")
+        result = self.given.copy() if has_one else np.zeros(plan.out_elems, dtype)
         self.buffers = {
-            Buffer.IN: self.given,
-            Buffer.OUT: self.given.copy() if has_one else np.zeros(plan.out_elems, dtype),
+            Buffer.IN: np.zeros(plan.in_elems, dtype) if plan.device_in else self.given,
+            Buffer.OUT: np.zeros(plan.out_elems, dtype) if plan.device_out else result,
+            Buffer.DEVICE_IN: self.given,
+            Buffer.DEVICE_OUT: result,
             Buffer.PARTIAL: np.zeros(plan.partial_elems, dtype),
             Buffer.ACCUMULATOR: np.zeros(self.plan.accumulator_elems, wide),
         }
+
+    @property
+    def result(self) -> NDArray[Any]:
+        """The caller's output."""
+        return self.buffers[Buffer.DEVICE_OUT if self.plan.device_out else Buffer.OUT]
 
     def read(self, step: int) -> NDArray[Any]:
         """Return a copy of the data that SEND ``step`` sends."""
@@ -74,12 +82,14 @@ class Memory:
 def taken_ns(plan: Plan, costs: Costs, *, lines: bool) -> list[int]:
     """Return the core time of each step, including the copies that it makes.
 
-    A FOLD copies every input. A SEND over a line and a RECV that lends its memory copy nothing. Others copy once.
+    A FOLD copies every input. A SEND over a line and a RECV that lends its memory copy nothing, and a copy between host
+    and device is the device's work. Others copy once.
     """
     steps, kind = plan.steps, plan.steps["kind"]
     over_line = (steps["wide"] == 1) & (kind == Kind.SEND) & lines
     nothing = over_line | ((kind == Kind.RECV) & (steps["buffer"] == Buffer.LENT))
-    copies = np.where(kind == Kind.FOLD, np.diff(steps["inputs_end"], prepend=0), np.where(nothing, 0, 1))
+    nothing[list(plan.copies)] = True
+    copies = np.where((kind == Kind.FOLD) & ~nothing, np.diff(steps["inputs_end"], prepend=0), np.where(nothing, 0, 1))
     copy_ns = np.array(plan.columns.nbytes, np.int64) / costs.copy_bytes_per_s * 1e9
     return shared(costs.step_ns + np.rint(copies * copy_ns).astype(np.int64))
 
@@ -94,7 +104,7 @@ class Host:
     ``tickets`` : ended steps that the core has not processed yet, a RECV with its data.
     ``arrived`` : messages without a posted receive, by (source, tag).  ``posted`` : pending receives, by the same key.
     ``timed`` : sends that wait for their window to open.  ``connection_free_ns`` : by peer, when kernel pacing lets the
-    next message begin.
+    next message begin.  ``device_free_ns`` : by the buffer that copies fill, when the device has done those before.
     """
 
     site: int
@@ -109,6 +119,7 @@ class Host:
     drained_ns: int = -1
     asks_ns: int = -1
     line_free_ns: dict[int, int] = field(default_factory=dict)
+    device_free_ns: dict[int, int] = field(default_factory=dict)
     arrived: dict[tuple[int, int], NDArray[Any] | None] = field(default_factory=dict)
     posted: dict[tuple[int, int], int] = field(default_factory=dict)
     timed: list[tuple[Queued[Wide], Window]] = field(default_factory=list)

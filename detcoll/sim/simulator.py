@@ -10,6 +10,8 @@ The model, with `detcoll.plan.predict.Costs`:
   order of arrival, and steps that become ready run before the next ticket, lowest step first. One difference: the
   runtime processes all available tickets before it runs such steps, and polls for more every 0.2 ms; the simulator
   processes one ticket at a time.
+- Device: copies between it and its host cost the core ``step_ns`` each. Those of one direction follow each other at
+  ``device_bytes_per_s``, and the end of each is noticed ``device_latency_ns`` later.
 - Local message: arrives ``local_latency_ns`` after the sender's step.
 - Wide message: if the collective uses windows, it waits in `detcoll.machine.Slots` and is paced to its window's rate;
   otherwise it leaves at the line's rate. It crosses `WideArea` in parcels. The receiver wakes up ``wake_ns`` after the
@@ -38,7 +40,7 @@ from detcoll.errors import PlanError, UsageError
 from detcoll.machine import Queued, Slots
 from detcoll.plan.calendar import Calendar, Slotting
 from detcoll.plan.costs import Costs
-from detcoll.plan.ir import Buffer, Kind, Plan, shared
+from detcoll.plan.ir import Kind, Plan, shared
 from detcoll.plan.layout import uses_window
 from detcoll.runtime import engine as calls
 from detcoll.runtime.actions import Act
@@ -235,7 +237,7 @@ class _Run:
     def report(self, phase_ns: int) -> Simulation:
         """Return the result, with times relative to ``phase_ns``."""
         up, down = (self.area.uplinks, self.area.downlinks) if self.area else ([], [])
-        arrays = tuple(host.memory.buffers[Buffer.OUT] for host in self.hosts if host.memory is not None)
+        arrays = tuple(host.memory.result for host in self.hosts if host.memory is not None)
         return Simulation(
             finish_ns=tuple(host.finish_ns - phase_ns for host in self.hosts),
             drained_ns=tuple(host.drained_ns - phase_ns for host in self.hosts),
@@ -282,16 +284,35 @@ class _Run:
     def _worked(self, host: Host, step: int) -> None:
         engine, operation = host.engine, host.operation
         if operation.columns.kind[step] == FOLD:
-            if host.memory is not None:
-                host.memory.fold(step)
-            engine.worked(operation, step, self.now_ns)
-            self._ended(host)
+            if step in operation.plan.copies:
+                self.at(self._copied_ns(host, step), self._copied, host, step)
+            else:
+                self._folded(host, step)
         else:
             engine.worked(operation, step, self.now_ns)
             self._carry_out(host)
             if self.paced and operation.columns.peer[step] in engine.wide:
                 self._give_the_line(host)
         self._go_on(host)
+
+    def _folded(self, host: Host, step: int) -> None:
+        if host.memory is not None:
+            host.memory.fold(step)
+        host.engine.worked(host.operation, step, self.now_ns)
+        self._ended(host)
+
+    def _copied_ns(self, host: Host, step: int) -> int:
+        """Return when the device ends a copy that is queued now, behind those before in the same direction."""
+        columns, costs = host.operation.columns, self.costs
+        target, takes_ns = columns.buffer[step], columns.nbytes[step] / costs.device_bytes_per_s * 1e9
+        free_ns = max(self.now_ns, host.device_free_ns.get(target, 0)) + round(takes_ns)
+        host.device_free_ns[target] = free_ns
+        return free_ns + costs.device_latency_ns
+
+    def _copied(self, host: Host, step: int) -> None:
+        self._folded(host, step)
+        if not host.working:
+            self._go_on(host)
 
     def _received(self, host: Host, step: int, values: NDArray[Any] | None) -> None:
         if host.memory is not None and values is not None:
