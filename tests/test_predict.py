@@ -325,3 +325,19 @@ def test_small_blocks_of_many_ranks_wait_for_no_acknowledgement() -> None:
     stated = Collective("all_to_all", 64 * size, 4, 4, 0, counts, counts)
     parts = [Planner(topology, rank, calendar).plan(stated) for rank in range(size)]
     assert max(simulate(parts, topology, calendar).finish_ns) < 2 * 20_000_000
+
+
+@pytest.mark.parametrize(("rate", "most"), [(1.25e8, 1.03), (1.25e9, 1.06)])
+@pytest.mark.parametrize("ranks", [[1, 1], [2, 2]])
+@pytest.mark.parametrize("kind", ["all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"])
+def test_copies_to_and_from_devices_hide_behind_the_line(kind: str, ranks: list[int], rate: float, most: float) -> None:
+    topology = sites_of(ranks, rate)
+    calendar = build_calendar(topology)
+    collective = Collective(kind, 2**20 if rate < 1e9 else 2**24, 4, 4)
+    planners = [Planner(topology, rank, calendar) for rank in range(topology.size)]
+    on_host = [planner.plan(collective) for planner in planners]
+    on_devices = [planner.plan(collective, device_in=True, device_out=True) for planner in planners]
+    host_ns, device_ns = (simulate(parts, topology, calendar).slowest_ns for parts in (on_host, on_devices))
+    assert host_ns < device_ns < most * host_ns
+    predicted_ns = planners[0].predict_ns(collective, on_device=True)
+    assert predicted_ns - planners[0].predict_ns(collective) == pytest.approx(device_ns - host_ns, abs=0.06 * host_ns)

@@ -183,9 +183,12 @@ class Planner:
             self._plans.move_to_end(key)
         return plan
 
-    def predict_ns(self, collective: Collective, algorithm: str | None = None, phase_ns: int | None = None) -> int:
+    def predict_ns(
+        self, collective: Collective, algorithm: str | None = None, phase_ns: int | None = None, *,
+        on_device: bool = False,
+    ) -> int:  # fmt: skip
         """Return the predicted time of the slowest rank; see `detcoll.plan.predict.predict_ns`."""
-        return self._predict(collective, algorithm or self._choose(collective), phase_ns)
+        return self._predict(collective, algorithm or self._choose(collective), phase_ns, on_device)
 
     def floor_ns(self, collective: Collective) -> float | None:
         """Return the physical floor, or None where there is no line; see `detcoll.plan.bounds.floor_of`."""
@@ -197,9 +200,11 @@ class Planner:
     def _chunk_now(self, collective: Collective, algorithm: str) -> ChunkSize:
         return predicted_chunk(collective, self.topology, self.calendar, algorithm, self.costs)
 
-    def _predict_now(self, collective: Collective, algorithm: str, phase_ns: int | None) -> int:
+    def _predict_now(self, collective: Collective, algorithm: str, phase_ns: int | None, on_device: bool) -> int:
         chunk_size = self._chunk(collective, algorithm)
-        return predict_ns(collective, self.topology, self.calendar, algorithm, chunk_size, self.costs, phase_ns)
+        return predict_ns(
+            collective, self.topology, self.calendar, algorithm, chunk_size, self.costs, phase_ns, on_device=on_device
+        )
 
     def _keep(self, key: tuple[Collective, str, bool, bool], plan: Plan) -> None:
         self._plans[key] = plan

@@ -27,6 +27,8 @@ Acknowledged    What is sent from the caller's array (ring) must be acknowledged
 Call            All of it begins when the hosts of a call across sites have woken up, `Costs.call_ns`, and ends when
                 ranks that share a core have done what is left, one after another, `Costs.return_ns`.
 Host            Nothing ends before the busiest rank has done all its steps.
+Device          The first chunk comes to the host before, the last goes to the device after; in between copies hide,
+                unless the device takes longer for all bytes than everything else does.
 
 With windows the answer depends on where in the cycle the call falls; without a phase it is the mean over
 `PHASES` of them.
@@ -86,6 +88,8 @@ def predict_ns(
     chunk_size: ChunkSize,
     costs: Costs | None = None,
     phase_ns: int | None = None,
+    *,
+    on_device: bool = False,
 ) -> int:
     """Return when the slowest rank has its result, in nanoseconds after all ranks called at once.
 
@@ -97,13 +101,22 @@ def predict_ns(
         What a host costs.
     phase_ns : int, optional
         Where in the cycle of the calendar the call falls; by default the mean over phases.
+    on_device : bool
+        Whether all ranks have their arrays on devices.
     """
-    collective = collective.evened(topology.size)
+    collective, costs = collective.evened(topology.size), costs or Costs()
     if topology.size == 1 or collective.count == 0:
         return 0
     has_blocks = declaration_of(collective.kind).algorithm(algorithm).blocks is not None
     terms = _OfBlocks if has_blocks else _OfChunks
-    return terms(collective, topology, calendar, algorithm, chunk_size, costs or Costs()).mean_ns(phase_ns)
+    finish_ns = terms(collective, topology, calendar, algorithm, chunk_size, costs).mean_ns(phase_ns)
+    return round(_with_copies_ns(finish_ns, collective, chunk_size, costs)) if on_device else finish_ns
+
+
+def _with_copies_ns(finish_ns: float, collective: Collective, chunk_size: ChunkSize, costs: Costs) -> float:
+    """Return when the slowest has its result on its device, given when it would have it on the host."""
+    first_ns = costs.device_ns(min(chunk_size.elems * collective.itemsize, collective.nbytes))
+    return max(finish_ns + first_ns, costs.device_ns(collective.nbytes)) + first_ns
 
 
 class _Prediction(ABC):
