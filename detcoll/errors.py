@@ -11,6 +11,7 @@
         +-- ConnectError                 ranks did not find each other in time
         +-- PeerLost                     a rank is gone
         +-- FrameError                   bytes that break the protocol
+        +-- DeviceError                  a call of a device's driver failed
         +-- DeadlineMissed (TimeoutError)    a wait reached its deadline
         +-- Closed                       used after close or abort
 
@@ -87,6 +88,39 @@ class FrameError(TransportError):
 
     State after: the receive failed; where it was part of a collective, the group has ended on all its members.
     """
+
+
+class DeviceError(TransportError):
+    """A call of a device's driver failed; the message names the call and gives the driver's own words.
+
+    Parameters
+    ----------
+    call : str
+        The function of the driver.
+    code : int
+        What it returned.
+    name, text : str
+        The driver's name for that, and its description.
+
+    State after: the collective that uses the device failed, and its group has ended on all its members. If `is_sticky`,
+    this process cannot use the device any more.
+    """
+
+    # The device faulted (an uncorrectable memory error, or a kernel that broke a rule), or its context is gone. CUDA
+    # answers all later calls in the same way.
+    _STICKY = frozenset({4, 214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719})
+
+    def __init__(self, call: str, code: int, name: str, text: str) -> None:
+        super().__init__(call, code, name, text)
+        self.call, self.code, self.name, self.text = call, code, name, text
+
+    def __str__(self) -> str:
+        return f"{self.call} failed with {self.name} ({self.code}): {self.text}"
+
+    @property
+    def is_sticky(self) -> bool:
+        """Whether every later call on the device fails too. Copies under way have ended, with unspecified results."""
+        return self.code in self._STICKY
 
 
 class DeadlineMissed(TransportError, TimeoutError):
