@@ -1,10 +1,13 @@
-"""Arrays in the memory of CUDA devices: the driver.
+"""Arrays in the memory of CUDA devices: the driver, pinned memory, and copies between device and host.
 
 Nothing of CUDA is loaded before `driver` is called first, which the first device array causes. Tests hand in
 `detcoll.testing.device.StrictDevice` instead.
 """
 
+from detcoll.device.copies import Copies, Copy, DeviceBuffer, Segment
 from detcoll.device.cuda import Cuda, driver
 from detcoll.device.driver import Driver, MemoryType
+from detcoll.device.gate import Gate
+from detcoll.device.pinned import PinnedPool
 
-__all__ = ["Cuda", "Driver", "MemoryType", "driver"]
+__all__ = ["Copies", "Copy", "Cuda", "DeviceBuffer", "Driver", "Gate", "MemoryType", "PinnedPool", "Segment", "driver"]
