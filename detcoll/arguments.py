@@ -135,9 +135,11 @@ def of_blocks(
         source = bind(np.empty(0, output.dtype))
     elif not (source.staged or output.staged) and _disturbs(source, output, collective, size, rank):
         source = bind(x, writable=False, name="x", blocks=blocks.in_blocks, copied=True)
+    on_device = source.buffer is not None and output.buffer is not None
     return Request(
         kind, output, operator_of(kind, op, output.dtype), root, source, _count_of(of), collective.counts,
         collective.out_counts, collective.count, result, shape,
+        on_device and _disturbs(source, output, collective, size, rank),
     )  # fmt: skip
 
 
@@ -250,7 +252,7 @@ def _disturbs(source: Bound, output: Bound, collective: Collective, size: int, r
     if not overlap(source.spans, output.spans):
         return False
     common = declaration_of(collective.kind).in_place(collective, size, rank)
-    if common is None:
+    if common is None or len(source.spans) > 1 or len(output.spans) > 1:
         return True
     begins = [bound.spans[0][0] - at * bound.dtype.itemsize for bound, at in zip((source, output), common, strict=True)]
     return begins[0] != begins[1]

@@ -27,6 +27,9 @@ WHOLE = [dtype for dtype in DTYPES.values() if is_integer(dtype)]
 GUARD = 16
 """Bytes before and after an array that nobody may write to."""
 
+cuda: Any = None
+"""The double of CUDA on which ranks hold arrays too, if a test sets it: a `detcoll.testing.device.StrictDevice`."""
+
 torch: Any = sys.modules.get("torch")
 """Whoever imports this decides whether torch takes part: a process needs seconds to load it."""
 
@@ -142,7 +145,9 @@ class _Held:
         self.given = call.given(size, rank)
         is_in, is_out = kind != "scatter" or rank == call.root, kind != "gather" or rank == call.root
         self.wanted = call.expected([site.ranks for site in comm.topology.sites], size, rank) if is_out else None
-        self.is_torch = torch is not None and self.how.random() < 0.25
+        self.is_device = cuda is not None and call.dtype != BFLOAT16 and self.how.random() < 0.7
+        self.is_torch = torch is not None and not self.is_device and self.how.random() < 0.25
+        self.uploaded: list[tuple[np.ndarray, Any]] = []
         self.guards: list[tuple[np.ndarray, bytes]] = []
         self.is_placed = False
         self.outs: list[np.ndarray] | None = None
@@ -155,7 +160,7 @@ class _Held:
                 for each in self.ins:
                     each.flags.writeable = False
             return
-        if is_out and (must or self.how.random() < 0.7):
+        if is_out and (must or self.is_device or self.how.random() < 0.7):
             assert self.wanted is not None
             self.outs = [self._blank(each.shape) for each in self.wanted]
         if is_in and self.outs is not None and self.how.random() < 0.6:
@@ -190,6 +195,7 @@ class _Held:
 
     def _check(self, result: Any, out: Any) -> None:
         kind = self.call.kind
+        self._download()
         for memory, guard in self.guards:
             assert bytes(memory[:GUARD]) + bytes(memory[-GUARD:]) == guard, "what lies beside an array was written"
         if self.declared.has_one_array or kind == "reduce":
@@ -204,7 +210,10 @@ class _Held:
             assert out is None or result is out
             results = list(result) if isinstance(result, list) else [result]
             assert isinstance(result, list) == (len(self.call.rows) > 1)
-            if torch is not None and self.is_torch:
+            if self.is_device:
+                assert self.outs is not None
+                results = self.outs
+            elif torch is not None and self.is_torch:
                 assert all(type(each) is torch.Tensor for each in results)
             else:
                 assert all(type(each) is np.ndarray for each in results)
@@ -213,6 +222,12 @@ class _Held:
             self._same([_plain(each) for each in results], self.wanted)
         if self.ins is not None and not self.is_placed:
             self._same(self.ins, self.given)
+
+    def _download(self) -> None:
+        for memory, there in self.uploaded:
+            while cuda.drive_one(self.stream, self.device):  # the caller's own work, which no empty call waits for
+                pass
+            memory[:] = cuda.peek(there)
 
     def _same(self, arrays: list[np.ndarray], wanted: list[np.ndarray]) -> None:
         for array, expected in zip(arrays, wanted, strict=True):
@@ -272,8 +287,42 @@ class _Held:
         return array
 
     def _shown(self, arrays: list[np.ndarray]) -> Any:
-        shown = [_tensor(each) for each in arrays] if self.is_torch else list(arrays)
+        shown: list[Any] = list(arrays)
+        if self.is_torch:
+            shown = [_tensor(each) for each in arrays]
+        elif self.is_device:
+            shown = [self._on_device(each) for each in arrays]
         return shown if len(self.call.rows) > 1 else shown[0]
+
+    def _on_device(self, array: np.ndarray) -> OnDevice:
+        """Return an array on the double; what it holds comes there by a kernel that the caller has queued."""
+        address = array.__array_interface__["data"][0]
+        for memory, _ in self.guards:
+            begin = memory.__array_interface__["data"][0]
+            if begin <= address < begin + memory.size:
+                break
+        there = next((there for kept, there in self.uploaded if kept is memory), None)
+        if there is None:
+            if not hasattr(self, "stream"):
+                self.device = int(self.how.integers(2))
+                with cuda.on(self.device):
+                    self.stream = cuda.stream(self.device)
+            values = memory.copy()
+            there = cuda.array(np.full_like(memory, 0x77), self.device, self.stream)
+            cuda.kernel(self.stream, lambda: cuda.poke(there, values))
+            self.uploaded.append((memory, there))
+        return OnDevice(there, address - begin, array)
+
+
+class OnDevice:
+    """A part of an array on the double, as the CUDA array interface describes it."""
+
+    def __init__(self, whole: Any, offset: int, array: np.ndarray) -> None:
+        self.whole, self.size, self.shape = whole, array.size, array.shape
+        self.__cuda_array_interface__ = {
+            "shape": array.shape, "typestr": array.dtype.str, "strides": None,
+            "data": (whole.address + offset, not array.flags.writeable), "stream": whole.stream, "version": 3,
+        }  # fmt: skip
 
 
 def _waiting(made: Any, check: Callable[[Any], None]) -> Callable[[], None]:

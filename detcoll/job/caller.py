@@ -12,16 +12,19 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from detcoll.buffers import Bound
 from detcoll.descriptor import digest_of
+from detcoll.device import DeviceBuffer, Gate, driver
 from detcoll.errors import Closed, DetcollError, TransportError, UsageError
 from detcoll.job.job import Job
-from detcoll.plan import Calendar, Collective, Planner
+from detcoll.plan import Buffer, Calendar, Collective, Planner
 from detcoll.runtime import Descriptor, Group, Memory, Operation, Work
+from detcoll.runtime.devices import Devices
 from detcoll.runtime.group import WORLD_ID
 from detcoll.runtime.native import NativeRunner, Submission
 from detcoll.runtime.operation import Span
@@ -38,6 +41,7 @@ class Request(msgspec.Struct, frozen=True):
     collective on one array.  ``arrays`` : how many arrays the caller coalesced.  ``counts``, ``out_counts`` : elements
     of blocks that differ in size, see `detcoll.plan.Collective`.  ``result`` : what `Work.wait` returns.
     ``shape`` : what ranks compare of the shapes of their arrays; empty where these may differ.
+    ``disturbs`` : whether writing the output on a device changes input there that may still have to be read.
     """
 
     kind: str
@@ -51,6 +55,7 @@ class Request(msgspec.Struct, frozen=True):
     elems: int = -1
     result: Any = None
     shape: str = ""
+    disturbs: bool = False
 
     @property
     def spans(self) -> Sequence[Span]:
@@ -79,6 +84,21 @@ class Request(msgspec.Struct, frozen=True):
             self.kind, self.count, dtype.itemsize, accumulation_dtype(dtype).itemsize, self.root, self.counts,
             self.out_counts,
         )  # fmt: skip
+
+
+def _devices_of(request: Request) -> Devices | None:
+    """Return where the arrays of a call are on devices, and what its copies wait for; None if none is on one.
+
+    It is called by the thread that makes the call, whose streams hold what comes before.
+    """
+    bounds = {Buffer.DEVICE_OUT: request.output, Buffer.DEVICE_IN: request.source}
+    buffers: dict[int, DeviceBuffer] = {
+        name: buffer for name, bound in bounds.items() if bound is not None and (buffer := bound.buffer) is not None
+    }
+    if not buffers:
+        return None
+    streams = set().union(*(bound.streams for bound in bounds.values() if bound is not None))
+    return Devices(buffers, [Gate(driver(), device, stream) for device, stream in sorted(streams)])
 
 
 class Caller:
@@ -164,6 +184,16 @@ class Caller:
             sequence, request.cut if request.arrays > 1 else (), request.shape,
         )  # fmt: skip
         load, store = loads.load if loads.staged else None, output.store if output.staged else None
+        try:
+            devices = _devices_of(request) if load or store else None
+        except DetcollError as error:
+            self._tell_refusal(request.kind, sequence, error)
+            raise
+        if devices is not None:
+            if loads.buffer is not None:
+                load = partial(devices.load, loads.array, Buffer.DEVICE_OUT if source is None else Buffer.DEVICE_IN)
+            if output.buffer is not None:
+                store = partial(devices.store, output.array)
         if wait and native.run_at_once(call, timeout_ns, called_ns, load, store):
             return None
         work = Work(f"{request.kind} number {sequence}", request.result, sequence)
@@ -198,12 +228,18 @@ class Caller:
         spans = request.spans
         ahead = self.job.ahead if self.job.natives else None
         try:
-            plan = self.planner.plan(collective)
-            loads = request.source or output
+            devices = _devices_of(request)
+            on_devices = devices.buffers if devices is not None else ()
+            plan = self.planner.plan(
+                collective, device_in=Buffer.DEVICE_IN in on_devices, device_out=Buffer.DEVICE_OUT in on_devices,
+                disturbs=request.disturbs,
+            )  # fmt: skip
+            loads, loaded = request.source or output, Buffer.DEVICE_IN if request.source else Buffer.DEVICE_OUT
             memory = Memory(
                 output.array, request.op, work, b"" if is_pairwise else descriptor.encode(),
-                loads.load if loads.staged else None, output.store if output.staged else None,
-                None if request.source is None else request.source.array,
+                loads.load if loads.staged and loaded not in on_devices else None,
+                output.store if output.staged and Buffer.DEVICE_OUT not in on_devices else None,
+                None if request.source is None else request.source.array, devices,
             )  # fmt: skip
             if ahead is not None:
                 ahead.wait(spans, None)

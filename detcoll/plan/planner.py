@@ -148,7 +148,7 @@ class Planner:
         self.rank = rank
         self.calendar = calendar
         self.costs = costs or Costs()
-        self._plans: OrderedDict[tuple[Collective, str, bool, bool], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Collective, str, bool, bool, bool], Plan] = OrderedDict()
         self._kept_steps = 0
         self._choose = lru_cache(LARGEST_KEPT_CHOICES)(self._choose_now)
         self._chunk = lru_cache(LARGEST_KEPT_CHOICES)(self._chunk_now)
@@ -159,12 +159,13 @@ class Planner:
         return self._choose(collective)
 
     def plan(
-        self, collective: Collective, algorithm: str | None = None, *, device_in: bool = False, device_out: bool = False
-    ) -> Plan:
+        self, collective: Collective, algorithm: str | None = None, *, device_in: bool = False,
+        device_out: bool = False, disturbs: bool = False,
+    ) -> Plan:  # fmt: skip
         """Return this rank's part, by the algorithm named or the one predicted to be fastest.
 
-        ``device_in``, ``device_out`` : whether the caller's input and output are on a device, which other ranks need
-        not know; see `detcoll.plan.staging.staged`.
+        ``device_in``, ``device_out``, ``disturbs`` : whether the caller's input and output are on a device, and whether
+        they share memory there, which other ranks need not know; see `detcoll.plan.staging.staged`.
 
         Raises
         ------
@@ -173,11 +174,11 @@ class Planner:
         PlanError
             If the collective is too large for the tags of a plan.
         """
-        key = (collective, algorithm or self._choose(collective), device_in, device_out)
+        key = (collective, algorithm or self._choose(collective), device_in, device_out, disturbs)
         plan = self._plans.get(key)
         if plan is None:
             compiled = compile_plan(collective, self.topology, self.rank, key[1], self._chunk(*key[:2]))
-            plan = staged(compiled, source=device_in, output=device_out)
+            plan = staged(compiled, source=device_in, output=device_out, disturbs=disturbs)
             self._keep(key, plan)
         else:
             self._plans.move_to_end(key)
@@ -206,7 +207,7 @@ class Planner:
             collective, self.topology, self.calendar, algorithm, chunk_size, self.costs, phase_ns, on_device=on_device
         )
 
-    def _keep(self, key: tuple[Collective, str, bool, bool], plan: Plan) -> None:
+    def _keep(self, key: tuple[Collective, str, bool, bool, bool], plan: Plan) -> None:
         self._plans[key] = plan
         self._kept_steps += len(plan.steps)
         while len(self._plans) > 1 and (self._kept_steps > LARGEST_KEPT_STEPS or len(self._plans) > LARGEST_KEPT_PLANS):

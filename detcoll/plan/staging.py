@@ -54,7 +54,7 @@ class _Touch(NamedTuple):
     writes: bool
 
 
-def staged(plan: Plan, *, source: bool, output: bool) -> Plan:
+def staged(plan: Plan, *, source: bool, output: bool, disturbs: bool = False) -> Plan:
     """Return ``plan`` for arrays that lie on a device.
 
     Parameters
@@ -64,6 +64,9 @@ def staged(plan: Plan, *, source: bool, output: bool) -> Plan:
     source, output : bool
         Whether the caller's input, and whether its output, is on a device. Of a kind with one array, ``output`` says
         it.
+    disturbs : bool
+        Whether input and output share memory in another way than the kind allows in one array, so that all input is
+        copied before any output.
 
     Returns
     -------
@@ -75,18 +78,19 @@ def staged(plan: Plan, *, source: bool, output: bool) -> Plan:
     if not declared.has_array or not (source or output):
         return plan
     buffers = [buffer for buffer, is_there in ((Buffer.IN, source), (Buffer.OUT, output)) if is_there]
-    return _Staging(plan, buffers).build()
+    return _Staging(plan, buffers, disturbs).build()
 
 
 class _Staging:
     """A plan that is being rewritten: its cells, those that each step touches, and the new numbers of steps."""
 
-    def __init__(self, plan: Plan, buffers: Sequence[Buffer]) -> None:
+    def __init__(self, plan: Plan, buffers: Sequence[Buffer], disturbs: bool) -> None:
         self._plan, self._buffers, self._builder = plan, buffers, PlanBuilder()
         declared = declaration_of(plan.collective.kind)
         self._has_one_array = declared.has_one_array
         self._weight = plan.size if declared.has_op else 1
         self._together = declared.in_place(plan.collective, plan.size, plan.rank)
+        self._disturbs = disturbs
         self._moved: list[int] = []
         self._touched: dict[int, list[_Cell]] = {}
         self._cells = [cell for buffer in buffers for cell in self._cut(buffer)]
@@ -147,6 +151,10 @@ class _Staging:
 
     def _loads_beside(self, cell: _Cell) -> list[int]:
         """Return the copies of input that lies where ``cell`` goes, if the caller passes both in one array."""
+        if self._disturbs:
+            for other in self._inputs:
+                self._load(other)
+            return [other.copied for other in self._inputs]
         if self._together is None:
             return []
         moved = self._together[1] - self._together[0]

@@ -24,6 +24,7 @@ from detcoll.machine import Queued
 from detcoll.plan.ir import Buffer
 from detcoll.runtime.actions import Act
 from detcoll.runtime.control import CONTROL_BYTES, CONTROL_TAG, Cause, Message, pack, unpack
+from detcoll.runtime.copying import Copying
 from detcoll.runtime.endings import Endings
 from detcoll.runtime.engine import HELLO_TAG, Engine, Wide
 from detcoll.runtime.group import Group
@@ -73,6 +74,7 @@ class Courier:
         self._engine, self._routes, self._trace, self._ended = engine, routes, trace, ended
         self._endpoint_of, self._pool = routes.endpoint_of, ScratchPool()
         self.endings, self.peers_may_leave = Endings(), False
+        self.copying: Copying | None = None
         self._postman = Postman(
             engine, self._post_recv, self._post_send, self._settle, self._note_send, self._lose, MAIL
         )  # fmt: skip
@@ -209,6 +211,8 @@ class Courier:
 
     def _finish(self, operation: Operation | Transfer, error: Exception | None) -> None:
         memory = operation.memory
+        if self.copying is not None and isinstance(operation, Operation) and memory.devices is not None:
+            self.copying.end(operation)
         if error is not None:
             try:
                 memory.drop()

@@ -22,7 +22,9 @@ from detcoll.errors import Closed, DetcollError, PeerLost, TransportError
 from detcoll.machine import Queued
 from detcoll.plan.ir import Kind
 from detcoll.priority import make_prompt, quick_switches, shorten_turns
+from detcoll.runtime import blame
 from detcoll.runtime.control import JOB_ID, WHOLE_GROUP, Cause
+from detcoll.runtime.copying import LOOK_NS, Copying
 from detcoll.runtime.courier import Courier
 from detcoll.runtime.engine import Engine, Wide
 from detcoll.runtime.failures import Failures
@@ -96,6 +98,8 @@ class Loop:
         self._courier = Courier(
             engine, routes, trace, rest.announce, on_failure, self._room.release, stop_natives
         )  # fmt: skip
+        self._copying = Copying(self._copies_begin, self._copied, self._device_failed)
+        self._courier.copying = self._copying
         self._failure: Exception | None = None
         self._closing = self._stopping = self._asleep = False
         self._awaited_idle: list[tuple[Membership, threading.Event]] = []
@@ -290,6 +294,7 @@ class Loop:
             self._posted.popleft()(now_ns)
         engine.start_ready(now_ns)
         self._courier.act()
+        self._copying.advance()
         if engine.has_work:
             self._work()
             now_ns = time.monotonic_ns()
@@ -322,10 +327,15 @@ class Loop:
         until_ns = time.monotonic_ns() + _BUSY_NS
         while (work := engine.next_work()) is not None:
             operation, step = work
-            if operation.plan.rows[step].kind == Kind.FOLD:
-                operation.memory.fold(operation.plan, step)
+            if step in operation.plan.copies:
+                self._copying.begin(operation, step)
+            else:
+                if operation.plan.rows[step].kind == Kind.FOLD:
+                    operation.memory.fold(operation.plan, step)
+                engine.worked(operation, step, time.monotonic_ns())
+            if self._copying.is_busy:
+                self._copying.advance()
             now_ns = time.monotonic_ns()
-            engine.worked(operation, step, now_ns)
             if engine.slots.waiting:
                 if self.timekeeper.asks:
                     self._keep_time(now_ns)
@@ -337,6 +347,18 @@ class Loop:
                 os.sched_yield()  # real-time threads of equal priority would else wait up to 100 ms for each other
             if time.monotonic_ns() >= until_ns:  # a send copies its message, which takes as long as a fold
                 return
+
+    def _copies_begin(self, operation: Operation) -> None:
+        """Let the time of a call run from when what its caller queued on a device is done."""
+        blame.progressed(operation, time.monotonic_ns())
+
+    def _copied(self, operation: Operation, step: int) -> None:
+        self.engine.worked(operation, step, time.monotonic_ns())
+        self._courier.act()
+
+    def _device_failed(self, operation: Operation, error: Exception) -> None:
+        self.engine.failures.broken(operation, error, time.monotonic_ns())
+        self._courier.act()
 
     def _ask_time(self, now_ns: int) -> None:
         if not self._drained.is_set():  # peers may close from then on
@@ -376,6 +398,11 @@ class Loop:
                 return None
             if self.engine.can_start:
                 return None
+            if self._copying.is_busy:  # an end that nothing announces
+                os.sched_yield()
+                wake_ns = now_ns
+            elif self._copying.waits:
+                wake_ns = min(wake_ns, now_ns + LOOK_NS)
             full = [descriptor for endpoint, descriptor in self._polled if not endpoint.arm(wake_ns)]
             if self._has_silent and not self.engine.idle:
                 wake_ns = min(wake_ns, now_ns + _UNWAITABLE_STEP_NS)

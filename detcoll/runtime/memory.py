@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from detcoll.fold import fold_step
 from detcoll.plan.ir import Buffer, Plan
+from detcoll.runtime.devices import Devices
 from detcoll.runtime.work import Work
 from detcoll.transport import Ticket, byte_view
 from detcoll.types import ReduceOp, accumulation_dtype
@@ -42,6 +43,7 @@ class Memory:
     ``source`` : the caller's input or its staging copy, which is only read; None for a collective on one array.
     ``hello`` : the record that ranks compare; empty if each rank is told another.
     ``load``, ``store`` : copy between a staging array and the caller's memory; None where there is none.
+    ``devices`` : where the caller's arrays are, if the plan copies from and to devices.
     """
 
     array: NDArray[Any]
@@ -51,6 +53,7 @@ class Memory:
     load: Callable[[], None] | None = None
     store: Callable[[], None] | None = None
     source: NDArray[Any] | None = None
+    devices: Devices | None = None
     lent: dict[int, Ticket] = field(default_factory=dict)
     copies: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     """What was lent and had to be copied, by RECV step."""

@@ -36,15 +36,15 @@ _WITHIN = "in the transport's own collective"
 class Submission(NamedTuple):
     """A native call that was submitted.
 
-    ``timeout_ns`` : counts from when the call runs.  ``load``, ``store`` : fill its input and empty its output, where
-    the caller's memory is elsewhere.
+    ``timeout_ns`` : counts from when the call runs.  ``load``, ``store`` : fill its input and empty its output until
+    then, where the caller's memory is elsewhere.
     """
 
     call: NativeCall
     timeout_ns: int
     called_ns: int
-    load: Callable[[], None] | None = None
-    store: Callable[[], None] | None = None
+    load: Callable[[int], None] | None = None
+    store: Callable[[int], None] | None = None
 
 
 class NativeRunner:
@@ -152,8 +152,8 @@ class NativeRunner:
             raise
 
     def run_at_once(
-        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[], None] | None = None,
-        store: Callable[[], None] | None = None,
+        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[int], None] | None = None,
+        store: Callable[[int], None] | None = None,
     ) -> bool:  # fmt: skip
         """Run a call on this thread and return True, or return False if other calls of the group are pending.
 
@@ -252,8 +252,8 @@ class NativeRunner:
             work.finish(error)
 
     def _do(
-        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[], None] | None,
-        store: Callable[[], None] | None,
+        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[int], None] | None,
+        store: Callable[[int], None] | None,
     ) -> Exception | None:  # fmt: skip
         """Run a call; return the error that ended it, or None on success."""
         error: Exception
@@ -267,11 +267,12 @@ class NativeRunner:
             return self._refuse(sequence, cause.error())
         self._recorder.note(called_ns, "call", number, sequence, detail=_called(call))
         try:
+            deadline_ns = time.monotonic_ns() + timeout_ns
             if load is not None:
-                load()
-            self._collectives.run(call, time.monotonic_ns() + timeout_ns)
+                load(deadline_ns)
+            self._collectives.run(call, deadline_ns)
             if store is not None:
-                store()
+                store(deadline_ns)
         except UsageError as problem:  # nothing has moved
             return self._refuse(sequence, problem)
         except DetcollError as problem:

@@ -1,0 +1,146 @@
+"""Arrays in device memory: torch tensors, CuPy arrays, the CUDA array interface, and what DLPack hands over.
+
+All arrays of CUDA become an address, a device, and the stream that was current where the call was made; copies are the
+work of `detcoll.device`. Tensors of torch on other devices (ROCm, XPU, MPS) are copied by torch, as a whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.buffers.host import check_torch, numpy_part, torch_part
+from detcoll.buffers.part import Part, Place, check_dtype, not_contiguous
+from detcoll.device import DeviceBuffer, Gate, Segment, copy_now, driver
+from detcoll.errors import DeviceError, UsageError
+from detcoll.installation import install_command
+from detcoll.types import DTYPES
+
+_DLPACK_HOST = frozenset({1, 3, 11})  # kDLCPU, kDLCUDAHost, kDLROCMHost
+_DLPACK_CUDA = frozenset({2, 13})  # kDLCUDA, kDLCUDAManaged
+_LEGACY, _PER_THREAD = 1, 2
+LONGEST_NS = 2**63
+"""No deadline, on the monotonic clock."""
+
+
+def _cuda_part(name: str, dtype: np.dtype[Any], size: int, place: Place) -> Part:
+    def load(piece: NDArray[Any], deadline_ns: int | None) -> None:
+        copy(piece, False, deadline_ns)
+
+    def store(piece: NDArray[Any], deadline_ns: int | None) -> None:
+        copy(piece, True, deadline_ns)
+
+    def copy(piece: NDArray[Any], to_device: bool, deadline_ns: int | None) -> None:
+        Gate(driver(), place.device, place.stream).wait(LONGEST_NS if deadline_ns is None else deadline_ns)
+        whole = (Segment(0, size, place.address),)
+        copy_now(DeviceBuffer(whole, place.device, place.owner, dtype.itemsize), piece, to_device=to_device)
+
+    return Part(
+        name, dtype, size, f"cuda:{place.device}", place.address, size * dtype.itemsize, None, load, store, place
+    )
+
+
+def _stream(handle: int) -> int:
+    """Return a stream by which other threads may order copies after what ``handle`` of this one holds.
+
+    The default stream of a thread has one handle in all threads. The legacy default stream waits for it, and it waits
+    for that.
+    """
+    return _LEGACY if handle == _PER_THREAD else handle
+
+
+def any_torch_part(x: Any, name: str, writable: bool) -> Part:
+    """Return a tensor of torch, on any device."""
+    if x.device.type == "cpu":
+        return torch_part(x, name, writable)
+    torch = sys.modules["torch"]
+    check_torch(torch, x, name)
+    dtype = DTYPES[str(x.dtype).removeprefix("torch.")]
+    flat = x.detach().reshape(-1)
+    if x.device.type == "cuda" and torch.version.hip is None:
+        handle = _stream(torch.cuda.current_stream(x.device).cuda_stream)
+        return _cuda_part(name, dtype, x.numel(), Place(x.device.index, x.data_ptr(), handle, flat))
+    load, store = _by_torch(torch, flat, x.dtype)
+    return Part(name, dtype, x.numel(), str(x.device), x.data_ptr(), x.numel() * dtype.itemsize, None, load, store)
+
+
+def _by_torch(torch: Any, flat: Any, dtype: Any) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return how torch copies a flat tensor; from and to pageable memory it returns when it has copied."""
+
+    def host(piece: NDArray[Any]) -> Any:
+        return torch.from_numpy(piece.view(np.uint8)).view(dtype)
+
+    def load(piece: NDArray[Any], deadline_ns: int | None) -> None:
+        host(piece).copy_(flat)
+
+    def store(piece: NDArray[Any], deadline_ns: int | None) -> None:
+        flat.copy_(host(piece))
+
+    return load, store
+
+
+def cupy_part(x: Any, name: str) -> Part:
+    """Return an array of CuPy."""
+    cupy = sys.modules["cupy"]
+    check_dtype(x.dtype, name)
+    if not x.flags.c_contiguous:
+        raise not_contiguous(name, x.shape, x.strides, f"cupy.ascontiguousarray({name})")
+    with x.device:
+        handle = _stream(cupy.cuda.get_current_stream().ptr)
+    return _cuda_part(name, x.dtype, x.size, Place(x.device.id, x.data.ptr, handle, x))
+
+
+def cuda_interface_part(x: Any, name: str, writable: bool) -> Part:
+    """Return an array of any library that has the CUDA array interface, version 3 (numba's documentation of it)."""
+    interface = x.__cuda_array_interface__
+    address, is_read_only = interface["data"]
+    if interface.get("mask") is not None:
+        raise UsageError(f"{name} has a mask, which would be ignored; expected an array without")
+    if writable and is_read_only:
+        raise UsageError(f"{name} is read-only; expected an array that the result can be written to, such as a copy")
+    shape, strides, dtype = interface["shape"], interface.get("strides"), np.dtype(interface["typestr"])
+    check_dtype(dtype, name)
+    packed = np.lib.stride_tricks.as_strided(np.empty((), dtype), shape, strides).flags if strides else None
+    if packed is not None and not packed.c_contiguous:
+        raise not_contiguous(name, shape, strides, "a contiguous copy")
+    size = int(np.prod(shape, dtype=np.int64))
+    try:
+        device = driver().device_of(address) if size else 0
+    except DeviceError as error:
+        raise UsageError(
+            f"{name} says that it is at address {address:#x}, which no device of CUDA has: {error}"
+        ) from error
+    stated = interface.get("stream")
+    return _cuda_part(name, dtype, size, Place(device, address, _stream(_LEGACY if stated is None else stated), x))
+
+
+def dlpack_part(x: Any, name: str, writable: bool) -> Part:
+    """Return an array of any library that speaks DLPack."""
+    kind = int(x.__dlpack_device__()[0])
+    try:
+        if kind in _DLPACK_HOST:
+            return numpy_part(np.from_dlpack(x), name, writable)
+        if kind in _DLPACK_CUDA:
+            return _taken_over(x, name, writable)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise UsageError(f"{name} is a {type(x).__name__} that DLPack does not hand over: {error}") from error
+    raise UsageError(f"{name} is on DLPack device {kind}; expected the host or CUDA, or a tensor of torch")
+
+
+def _taken_over(x: Any, name: str, writable: bool) -> Part:
+    """Return an array on a CUDA device as one of torch or CuPy, whichever is loaded."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return any_torch_part(torch.from_dlpack(x), name, writable)
+    try:
+        return cupy_part(importlib.import_module("cupy").from_dlpack(x), name)
+    except ImportError as error:
+        raise UsageError(
+            f"{name} is in device memory, which needs torch or CuPy here; for CUDA 12 install CuPy with: "
+            f"{install_command('cuda12')} and for CUDA 13 with: {install_command('cuda13')}"
+        ) from error

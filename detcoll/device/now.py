@@ -1,0 +1,83 @@
+"""What callers' threads do by themselves: pinned memory for a call, and copies that they wait for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detcoll.device.copies import Copies, DeviceBuffer
+from detcoll.device.cuda import driver
+from detcoll.device.gate import wait_until
+from detcoll.device.pinned import PinnedPool
+from detcoll.errors import DeadlineMissed
+
+LONGEST_COPY_NS = 60_000_000_000
+
+
+class _Shared:
+    """What all calls of a process share; made when it is needed, and anew in a forked child."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.lock, self.turn = threading.Lock(), threading.Lock()
+        self._pool: PinnedPool | None = None
+        self._copies: Copies | None = None
+
+    @property
+    def pool(self) -> PinnedPool:
+        with self.lock:
+            if self._pool is None:
+                self._pool = PinnedPool(driver())
+            return self._pool
+
+    @property
+    def copies(self) -> Copies:
+        with self.lock:
+            if self._copies is None:
+                self._copies = Copies(driver())
+            return self._copies
+
+
+_shared = _Shared()
+os.register_at_fork(after_in_child=_shared.forget)
+
+
+def pinned_memory(nbytes: int, device: int) -> NDArray[np.uint8]:
+    """Return memory for a call, (nbytes,), pinned as far as the process may; for threads of callers, see `PinnedPool`.
+
+    Raises
+    ------
+    DeviceError
+        If the device is of no use any more.
+    """
+    pool = _shared.pool
+    pool.reserve(nbytes, device)
+    return pool.take(nbytes)
+
+
+def copy_now(buffer: DeviceBuffer, host: NDArray[Any], *, to_device: bool) -> None:
+    """Copy a whole buffer to or from the host, and return when that is done.
+
+    What the caller had queued on the device must be done already.
+
+    Raises
+    ------
+    DeviceError
+        If the device refused it.
+    DeadlineMissed
+        If the device does nothing any more.
+    """
+    elems = buffer.segments[-1].first + buffer.segments[-1].elems
+    with _shared.turn:
+        copy = _shared.copies.begin(buffer, 0, elems, host, to_device)
+        if not wait_until(copy.is_past, time.monotonic_ns() + LONGEST_COPY_NS):
+            raise DeadlineMissed(f"cuda:{buffer.device} did not end a copy of {host.nbytes} bytes within 60 s")
+    if copy.error is not None:
+        raise copy.error
