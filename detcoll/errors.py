@@ -106,9 +106,9 @@ class DeviceError(TransportError):
     this process cannot use the device any more.
     """
 
-    # The device faulted (an uncorrectable memory error, or a kernel that broke a rule), or its context is gone. CUDA
+    # The device faulted (memory or links beyond repair, or a kernel that broke a rule), or its context is gone. CUDA
     # answers all later calls in the same way.
-    _STICKY = frozenset({4, 214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719})
+    _STICKY = frozenset({4, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721})
 
     def __init__(self, call: str, code: int, name: str, text: str) -> None:
         super().__init__(call, code, name, text)

@@ -447,6 +447,8 @@ def test_taking_never_pins(fake: StrictDevice) -> None:
     assert (fake.pinned_bytes, pool.bytes, pool.unpinned_bytes) == (0, 0, 150)
     blocks.pop()
     pool.take(60)
+    blocks.clear()
+    pool.take(1)
     assert pool.unpinned_bytes == 160, "the most at a time"
     pool.reserve(0, 0)
     assert pool.take(0).nbytes == 0
@@ -480,6 +482,8 @@ def test_the_limit_holds(fake: StrictDevice, pool: PinnedPool) -> None:
     assert pool.unpinned_bytes == 49 * UNIT
     pool.reserve(48 * UNIT, 0)
     assert fake.pinned_bytes == 64 * UNIT
+    pool.reserve(49 * UNIT, 0)
+    assert fake.pinned_bytes == 64 * UNIT, "unpinning the idle slab would not have been enough"
     del block
 
 
@@ -548,6 +552,21 @@ def test_a_slab_that_the_driver_does_not_unpin_stays_mapped(
     pool.close()
     assert [slab.nbytes for slab in leaked] == [16 * UNIT]
     assert pool.leaked_bytes == 16 * UNIT
+
+
+def test_taking_does_not_wait_for_pinning(
+    fake: StrictDevice, pool: PinnedPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register, taken = fake.register, list[int]()
+
+    def slow(begin: int, nbytes: int) -> None:
+        taken.append(pool.take(UNIT).nbytes)  # what the progress thread does meanwhile
+        register(begin, nbytes)
+
+    monkeypatch.setattr(fake, "register", slow)
+    pool.reserve(17 * UNIT, 0)
+    assert taken == [UNIT]
+    assert pool.unpinned_bytes == 0
 
 
 def test_a_block_may_be_freed_while_the_pool_is_at_work(fake: StrictDevice, pool: PinnedPool) -> None:

@@ -163,6 +163,8 @@ class _Lane:
 class Copies:
     """The copies of a job between its devices and the host; one thread at a time uses it.
 
+    Whoever has many copies under way calls `advance` and then looks at `Copy.is_over` of each, which asks no device.
+
     Parameters
     ----------
     cuda : Driver

@@ -29,6 +29,8 @@ def _no_trouble() -> None:
 class Gate:
     """What the caller's stream held when a collective was called; copies of the call begin when it is past.
 
+    Only one thread at a time asks a gate, which need not be the caller's.
+
     Parameters
     ----------
     cuda : Driver
