@@ -117,7 +117,7 @@ def run_in_lab(bench: LabBench, say: Say) -> BenchResult:
     rows, lines, failed = list[Row](), list[BenchLine](), list[LeftOut]()
     audits: list[AuditResult] = []
     runs = [(transport, network) for network in bench.networks for transport in bench.transports]
-    count = len(bench.sweep.points())
+    count = len(bench.sweep.points()) * len(bench.sweep.devices)
     for transport, network in runs:
         where = Setting(transport, transport, WIDE_AREA, network).title
         say(f"{where}: {format_count(count, 'row')} of {format_count(bench.sweep.iterations, 'call')}")

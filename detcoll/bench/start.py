@@ -9,7 +9,6 @@ greatest of the ranks' own.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.transport import host_identity
+from detcoll.bench.arrays import host_number
 
 SLACK_NS = 500_000
 LARGEST_WAIT_NS = 250_000_000
@@ -78,8 +77,7 @@ def combine(comm: Any, kind: StartKind, entered_ns: NDArray[np.int64], left_ns: 
 
 def _share_a_clock(comm: Any) -> bool:
     """Tell whether all ranks are on one host; all ranks call it and get the same answer."""
-    digest = hashlib.blake2b(host_identity().encode(), digest_size=7).digest()
-    least = np.array([int.from_bytes(digest, "big")], np.int64)
+    least = np.array([host_number()], np.int64)
     greatest = least.copy()
     comm.all_reduce(least, op="min")
     comm.all_reduce(greatest, op="max")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from detcoll.bench.arrays import CPU, Arrays, arrays_on, require_device
 from detcoll.bench.consumption import Meter
 from detcoll.bench.start import CallTimes, Starter, combine
 from detcoll.bench.verification import Contents, reduction_of
@@ -34,7 +36,8 @@ class Sweep:
     """What to time: each of ``collectives`` at each of ``sizes_bytes``, ``iterations`` times after ``warmup`` calls.
 
     A barrier has no size and is timed once. ``empty`` : arrays come from `Communicator.empty`. ``time_limit_s`` : no
-    more calls begin once those of a point have taken so long, warm-up included; one is timed in any case.
+    more calls begin once those of a point have taken so long, warm-up included; one is timed in any case. ``devices`` :
+    where arrays are, "cpu" or "cuda", one after another.
     """
 
     collectives: tuple[str, ...]
@@ -44,6 +47,7 @@ class Sweep:
     warmup: int
     empty: bool = False
     time_limit_s: float | None = None
+    devices: tuple[str, ...] = (CPU,)
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -51,9 +55,10 @@ class Sweep:
         Raises
         ------
         UsageError
-            If a collective, size, type or count is not usable; names it and what was expected.
+            If a collective, size, type, count or device is not usable; names it and what was expected.
         """
-        itemsize = parse_dtype(self.dtype).itemsize
+        dtype = parse_dtype(self.dtype)
+        itemsize = dtype.itemsize
         for name in self.collectives:
             if name not in DECLARED:
                 raise UsageError(f"collective={name!r} is not known; expected {', '.join(DECLARED)}")
@@ -67,6 +72,15 @@ class Sweep:
                 raise UsageError(f"{name}={count} must be at least {least}")
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             raise UsageError(f"time_limit_s={self.time_limit_s:g} must be more than 0")
+        self._validate_devices(dtype)
+
+    def _validate_devices(self, dtype: np.dtype[Any]) -> None:
+        if not self.devices:
+            raise UsageError("a sweep needs at least one device")
+        if self.empty and set(self.devices) != {CPU}:
+            raise UsageError("empty=True is for arrays of the host; expected device='cpu' with it")
+        for device in self.devices:
+            require_device(device, dtype)
 
     def points(self) -> list[tuple[str, int]]:
         """Return each collective with each of its sizes."""
@@ -77,7 +91,12 @@ class Sweep:
         ]
 
 
-def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = None) -> tuple[Row, ...]:
+def run_sweep(
+    comm: Any,
+    sweep: Sweep,
+    on_row: Callable[[Row], None] | None = None,
+    arrays_on: Callable[[str, Any], Arrays] = arrays_on,
+) -> tuple[Row, ...]:
     """Time every point of ``sweep``; all ranks call it and get the same rows.
 
     Parameters
@@ -88,6 +107,8 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
         What to time.
     on_row : callable, optional
         Gets each row as soon as it is there.
+    arrays_on : callable, optional
+        Returns what makes the arrays on a device, given its name and the communicator.
 
     Raises
     ------
@@ -97,8 +118,8 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
     sweep.validate()
     start = Starter(comm)
     rows = []
-    for collective, nbytes in sweep.points():
-        case = _Case(comm, collective, nbytes, sweep)
+    for arrays, (collective, nbytes) in product([arrays_on(name, comm) for name in sweep.devices], sweep.points()):
+        case = Case(comm, collective, nbytes, sweep, arrays)
         before = network_counts()
         times, cost = _time_calls(comm, start, case, sweep)
         again = _retransmits(comm, network_counts().since(before))
@@ -109,16 +130,17 @@ def run_sweep(comm: Any, sweep: Sweep, on_row: Callable[[Row], None] | None = No
     return tuple(rows)
 
 
-class _Case:
+class Case:
     """One collective at one size: its arrays, what goes in and what must come out.
 
     ``nbytes`` is that of the largest array of a rank, rounded up to equal blocks where the kind has blocks.
+    ``array`` and ``out`` are the arrays of the call. Values are written to and compared on the host.
     """
 
-    def __init__(self, comm: Any, collective: str, nbytes: int, sweep: Sweep) -> None:
+    def __init__(self, comm: Any, collective: str, nbytes: int, sweep: Sweep, arrays: Arrays) -> None:
         dtype, size = parse_dtype(sweep.dtype), comm.size
         self.collective, self.dtype = collective, sweep.dtype
-        self.signature, self._comm = signature_of(collective), comm
+        self.signature, self.arrays, self._comm = signature_of(collective), arrays, comm
         declared, elements = declaration_of(collective), nbytes // dtype.itemsize
         if self.signature.has_counts:
             elements = -(-elements // size) * size
@@ -134,23 +156,39 @@ class _Case:
 
         self._input, self._expected = contents(declared.before), contents(declared.after)
         make = comm.empty if sweep.empty else np.zeros
-        self._array: NDArray[Any] = make(gives, dtype)
-        self._out: NDArray[Any] = make(gets, dtype) if self.signature.has_out else self._array[:gets]
+        self._given: NDArray[Any] = make(gives, dtype)
+        self._got: NDArray[Any] = make(gets, dtype) if self.signature.has_out else self._given[:gets]
+        self.array = arrays.array(self._given)
+        self.out, self._landed = self.array, self._given
+        if self.signature.has_out:
+            self.out, self._landed = arrays.array(self._got), self._got
 
     def prepare(self) -> None:
-        self._input.write(self._array)
+        """Write what goes in."""
+        self._input.write(self._given)
+        self.arrays.upload(self._given, self.array)
 
     def call(self) -> None:
-        arguments: dict[str, Any] = {"op": reduction_of(self._array.dtype).value} if self.signature.has_op else {}
+        """Do what is timed."""
+        arguments: dict[str, Any] = {"op": reduction_of(self._given.dtype).value} if self.signature.has_op else {}
         if self.signature.has_root:
             arguments["root"] = ROOT
         if self.signature.has_out:
-            arguments["out"] = self._out
-        arrays = (self._array,) if self.signature.has_array else ()
+            arguments["out"] = self.out
+        arrays = (self.array,) if self.signature.has_array else ()
         getattr(self._comm, self.collective)(*arrays, **arguments)
+        self.arrays.settle()
 
     def verify(self) -> None:
-        self._expected.require(self._out, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
+        """Compare what came out.
+
+        Raises
+        ------
+        TransportError
+            If it is wrong.
+        """
+        self.arrays.download(self.out, self._landed)
+        self._expected.require(self._got, f"{self.collective} of {self.nbytes} bytes, rank {self._comm.rank}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +204,7 @@ class _Cost:
     late_windows: _LateWindows
 
 
-def _time_calls(comm: Any, start: Starter, case: _Case, sweep: Sweep) -> tuple[CallTimes, _Cost]:
+def _time_calls(comm: Any, start: Starter, case: Case, sweep: Sweep) -> tuple[CallTimes, _Cost]:
     entered, left = np.zeros(sweep.iterations, np.int64), np.zeros(sweep.iterations, np.int64)
     meter, before, timed, begun_ns = Meter(), _late_windows(comm), 0, time.monotonic_ns()
     for number in range(-sweep.warmup, sweep.iterations):
@@ -224,7 +262,7 @@ def _over_all_ranks(comm: Any, before: _LateWindows, after: _LateWindows) -> _La
     return int(total[0]), int(total[1])
 
 
-def _predicted_s(comm: Any, case: _Case, began_ns: tuple[int, ...]) -> float | None:
+def _predicted_s(comm: Any, case: Case, began_ns: tuple[int, ...]) -> float | None:
     """Return the median of what was predicted for calls at these times."""
     if not case.signature.has_array:
         return None
@@ -244,7 +282,7 @@ def _retransmits(comm: Any, counts: NetworkCounts) -> int | None:
 
 
 def _row(
-    comm: Any, sweep: Sweep, case: _Case, times: CallTimes, cost: _Cost, kind: str, retransmits: int | None
+    comm: Any, sweep: Sweep, case: Case, times: CallTimes, cost: _Cost, kind: str, retransmits: int | None
 ) -> Row:  # fmt: skip
     seen = tails(times.calls_s)
     has_size = case.signature.has_array
@@ -277,4 +315,5 @@ def _row(
         retransmits=retransmits,
         samples_s=times.calls_s,
         began_s=tuple(at_ns / 1e9 for at_ns in times.began_ns),
+        device=case.arrays.device,
     )

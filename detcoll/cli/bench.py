@@ -66,6 +66,10 @@ class SweepOptions:
     empty: bool = False
     """Time arrays of comm.empty, which ranks of one host need not stage."""
 
+    device: str = "cpu"
+    """Where arrays are: cpu, or cuda (tensors of torch, or else arrays of CuPy; the ranks of a host use its devices in
+    turn); several separated by commas, one after another."""
+
     def sweep(self) -> Sweep:
         """Return what to time.
 
@@ -77,8 +81,9 @@ class SweepOptions:
         sizes = tuple(parse_size_bytes(text, "bytes") for text in comma_separated(self.bytes))
         limit_s = None if self.time_limit is None else parse_timeout_s(self.time_limit, "time_limit")
         sweep = Sweep(
-            comma_separated(self.collective), sizes, self.dtype, self.iterations, self.warmup, self.empty, limit_s
-        )
+            comma_separated(self.collective), sizes, self.dtype, self.iterations, self.warmup, self.empty, limit_s,
+            comma_separated(self.device),
+        )  # fmt: skip
         sweep.validate()
         return sweep
 

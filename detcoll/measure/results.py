@@ -136,7 +136,8 @@ class Row:
     included. ``samples_s`` are the times of all timed calls in their order, and ``began_s`` when each began by the
     monotonic clock of the host. ``co_tenant`` : others' small packets that left in the lab during these calls.
     ``load`` : what the machine did during these calls; ``limits`` : what of the lab limited them, None where nobody
-    looked. Where there is any, ``fraction_of_bound`` and ``prediction_error`` do not apply.
+    looked. Where there is any, ``fraction_of_bound`` and ``prediction_error`` do not apply. ``device`` :
+    where the arrays were, "cpu" or "cuda".
     """
 
     collective: str
@@ -170,6 +171,7 @@ class Row:
     co_tenant: CoTenant | None = None
     load: Load | None = None
     limits: tuple[Limit, ...] | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

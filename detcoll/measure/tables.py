@@ -169,10 +169,12 @@ def _row_columns(rows: Sequence[Row]) -> list[Column]:
         column("service", lambda row: row.service, is_label=True),
         column("others", lambda row: f"{row.cross_traffic:.0%}", is_label=True),
     ]
+    device = [column("device", lambda row: row.device, is_label=True)]
     return [
         column("size", lambda row: format_bytes(row.bytes) if row.bytes else NONE, is_label=True),
         column("collective", lambda row: row.collective, is_label=True),
         column("transport", lambda row: row.transport, is_label=True),
+        *(device if any(row.device != "cpu" for row in rows) else ()),
         *(network if _has_networks(rows) else ()),
         column("algorithm", lambda row: f"{row.algorithm or NONE}{', empty' if row.empty else ''}", is_label=True),
         column("median", lambda row: _time(row.median_s)),
