@@ -12,18 +12,26 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
-from detcoll import registry
+from detcoll import pci, registry
+from detcoll.device import driver
+from detcoll.device.pinned import LIMIT_BYTES
+from detcoll.errors import DeviceError, TransportUnavailable
+from detcoll.installation import install_command
 from detcoll.job.settings import AUTO
 from detcoll.path_mtu import PORT, PathMtu, probe
 from detcoll.priority import make_prompt
+from detcoll.quantities import format_bytes
 from detcoll.topology import Topology
 
 DEFAULT_RATE_BYTES_PER_S, DEFAULT_ROUND_TRIP_NS = 125e6, 20_000_000
@@ -32,6 +40,12 @@ DEFAULT_RATE_BYTES_PER_S, DEFAULT_ROUND_TRIP_NS = 125e6, 20_000_000
 GOOD_CLOCK_SOURCES = ("tsc", "kvm-clock", "hyperv_clocksource_tsc_page", "arch_sys_counter", "xen")
 LEAST_PACING_KERNEL = (5, 1)
 """Since then the kernel takes 64-bit pacing rates (``SO_MAX_PACING_RATE``)."""
+
+_CUPY = ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy")
+_NCCL = ("nvidia-nccl-cu11", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_NO_LIMIT_BYTES = 2**60
+"""What control groups of version 1 say where there is no limit is about 2**63."""
 
 LATE_NS = 1_000_000
 _SLEEPS, _SLEEP_NS = 200, 1_000_000
@@ -67,10 +81,7 @@ class System:
 
     def text(self, path: str) -> str | None:
         """Return a file's text without white space at its ends, or None where it cannot be read."""
-        try:
-            return (self.root / path).read_text(encoding="ascii").strip()
-        except (OSError, ValueError):
-            return None
+        return pci.text(self.root / path)
 
 
 def examine(
@@ -107,6 +118,7 @@ def examine(
         _lateness(late_ns()),
         _cores(seen, topology),
         *_transports(),
+        *_cuda(seen),
     ]
 
 
@@ -268,3 +280,92 @@ def _transports() -> Iterator[Finding]:
             yield Finding(f"transport {name}", "installed", Verdict.GOOD)
         else:
             yield Finding(f"transport {name}", "not installed", Verdict.NOTE, why)
+
+
+def _cuda(seen: System) -> Iterator[Finding]:
+    """Look at CUDA's devices. Without a driver library nothing is loaded; with one, no context is made."""
+    try:
+        cuda = driver()
+        of_cuda, count = ".".join(map(str, cuda.version())), cuda.count()
+        places = [cuda.pci_bus_id(number) for number in range(count)]
+    except TransportUnavailable:
+        yield Finding("CUDA", "no driver of NVIDIA on this host", Verdict.NOTE)
+        return
+    except DeviceError as error:
+        advice = "in a container, start it with the devices (docker run --gpus all); else see what nvidia-smi says"
+        verdict = Verdict.NOTE if error.code == _NO_DEVICE else Verdict.CHANGE
+        yield Finding("CUDA", str(error), verdict, advice)
+        return
+    many = "1 device" if count == 1 else f"{count} devices"
+    yield Finding("CUDA", f"the driver carries out CUDA {of_cuda}; {many}", Verdict.GOOD if count else Verdict.NOTE)
+    for number, place in enumerate(places):
+        yield _device(seen, number, place)
+    if count:
+        yield _pinning(seen, count)
+        yield _arrays()
+        yield _nccl()
+
+
+def _device(seen: System, number: int, place: str) -> Finding:
+    node = pci.numa_node(seen.root, place)
+    where = f"PCI {place}" + ("" if node is None else f", NUMA node {node}")
+    near = pci.nearest(seen.root, place)
+    if near is None:
+        return Finding(f"cuda:{number}", f"{where}; no network card is known", Verdict.GOOD)
+    value = f"{where}; {near.how} {', '.join(near.cards)}"
+    if near.is_far:
+        advice = (
+            f"what leaves by {', '.join(near.cards)} crosses between processors; a card on node {node} would be near"
+        )
+        return Finding(f"cuda:{number}", value, Verdict.NOTE, advice)
+    return Finding(f"cuda:{number}", value, Verdict.GOOD)
+
+
+def _pinning(seen: System, count: int) -> Finding:
+    """Return whether a container leaves room for pinned memory, which counts in its limit; memlock does not matter."""
+    needed = count * LIMIT_BYTES
+    pool = f"up to {format_bytes(LIMIT_BYTES)} a process (ulimit -l does not limit it)"
+    limits = [
+        int(text)
+        for path in ("memory.max", "memory/memory.limit_in_bytes")
+        if (text := seen.text(f"sys/fs/cgroup/{path}")) is not None and text.isdecimal()
+    ]
+    if not limits or min(limits) >= _NO_LIMIT_BYTES:
+        return Finding("pinned memory", pool, Verdict.GOOD)
+    value = f"{pool}; this container may use {format_bytes(min(limits))}"
+    if min(limits) >= 2 * needed:
+        return Finding("pinned memory", value, Verdict.GOOD)
+    advice = (
+        f"a rank for each device may pin {format_bytes(needed)} together, which counts in the container's limit: raise "
+        "that (docker run --memory); what cannot be pinned is copied slowly"
+    )
+    return Finding("pinned memory", value, Verdict.CHANGE, advice)
+
+
+def _arrays() -> Finding:
+    """Return which libraries make arrays on devices; none is imported, since that takes seconds."""
+    name = "arrays on devices"
+    torch = find_spec("torch")
+    made_for = None if torch is None or torch.origin is None else pci.text(Path(torch.origin).with_name("version.py"))
+    built = None if made_for is None else re.search(r"^cuda\b[^=]*= '([\d.]+)'", made_for, re.MULTILINE)
+    found = [] if built is None else [f"torch for CUDA {built[1]}"]
+    found += [f"{each} {own}" for each in _CUPY if (own := _installed(each)) is not None]
+    if found:
+        return Finding(name, ", ".join(found), Verdict.GOOD)
+    if torch is not None:
+        advice = "install torch for CUDA, see https://pytorch.org/get-started"
+        return Finding(name, "this torch is a build without CUDA", Verdict.CHANGE, advice)
+    advice = f"pip install torch, or CuPy by {install_command('cuda12')} or {install_command('cuda13')}"
+    return Finding(name, "neither torch nor CuPy is installed", Verdict.NOTE, advice)
+
+
+def _nccl() -> Finding:
+    found = [f"{each} {own}" for each in _NCCL if (own := _installed(each)) is not None]
+    return Finding("NCCL", ", ".join(found) or "no package of it is installed", Verdict.GOOD if found else Verdict.NOTE)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
