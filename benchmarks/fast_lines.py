@@ -123,7 +123,7 @@ def environments(topology: Topology, topology_path: Path) -> list[dict[str, str]
     return found
 
 
-def _start(site: Namespace, argv: Sequence[str], env: dict[str, str], outputs: Outputs) -> subprocess.Popen[bytes]:
+def start_in(site: Namespace, argv: Sequence[str], env: dict[str, str], outputs: Outputs) -> subprocess.Popen[bytes]:
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             argv, env={**env, **outputs.variables}, stdin=subprocess.DEVNULL, stdout=outputs.stdout,
@@ -146,7 +146,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     ]  # fmt: skip
     with joined_sites(topology.mtu_bytes, keeps_order=given.order == "kept") as sites:
         starts = [
-            partial(_start, sites[topology.site_of(rank)], argv, own)
+            partial(start_in, sites[topology.site_of(rank)], argv, own)
             for rank, own in enumerate(environments(topology, topology_path))
         ]
         code = run_crew(starts, logs=folder, deadline_s=given.deadline)
