@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -117,8 +118,26 @@ class DeviceTensor(torch.Tensor):
     __dlpack__ = numpy
 
 
+class FakeStreams:
+    """The streams of torch's module of a device."""
+
+    def __init__(self):
+        self.users, self.entered = object(), []
+
+    def current_stream(self, device):
+        assert device == DeviceTensor.device
+        return self.users
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.entered.append(stream)
+        yield
+
+
 @pytest.mark.parametrize("name", DTYPES)
-def test_a_device_tensor_is_staged(name):
+def test_a_device_tensor_is_staged_by_torch_on_the_callers_stream(monkeypatch, name):
+    streams = FakeStreams()
+    monkeypatch.setattr(torch, "xpu", streams)
     given = torch.arange(6) % 2 if name == "bool" else torch.arange(6)
     x = given.to(getattr(torch, name)).reshape(2, 3).as_subclass(DeviceTensor)
     bound = bind(x)
@@ -131,8 +150,35 @@ def test_a_device_tensor_is_staged(name):
     assert x.as_subclass(torch.Tensor).reshape(-1).tolist() == given.tolist()
     bound.store()
     assert x.as_subclass(torch.Tensor).tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert streams.entered == [streams.users, streams.users]
 
 
-def test_host_and_device_do_not_mix_in_a_list():
+def test_a_tensor_of_rocm_is_staged_by_torch(monkeypatch):
+    """Its device is called cuda, but there is no driver of CUDA."""
+    streams = FakeStreams()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch, "cuda", streams)
+    monkeypatch.setattr(DeviceTensor, "device", torch.device("cuda", 1))
+    x = torch.arange(3).as_subclass(DeviceTensor)
+    bound = bind(x)
+    assert bound.device == "cuda:1"
+    assert bound.buffer is None
+    bound.load()
+    bound.array[:] += 1
+    bound.store()
+    assert x.as_subclass(torch.Tensor).tolist() == [1, 2, 3]
+    assert streams.entered == [streams.users, streams.users]
+
+
+def test_a_device_without_streams_needs_none(monkeypatch):
+    monkeypatch.setattr(torch, "xpu", object())
+    x = torch.arange(3).as_subclass(DeviceTensor)
+    bound = bind(x)
+    bound.load()
+    assert bound.array.tolist() == [0, 1, 2]
+
+
+def test_host_and_device_do_not_mix_in_a_list(monkeypatch):
+    monkeypatch.setattr(torch, "xpu", object())
     with pytest.raises(UsageError, match=r"x\[1\] is on xpu:1, x\[0\] on cpu; expected one device"):
         bind([torch.zeros(2), torch.zeros(2).as_subclass(DeviceTensor)])

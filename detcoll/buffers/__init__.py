@@ -26,7 +26,7 @@ from detcoll.buffers.device import any_torch_part, cuda_interface_part, cupy_par
 from detcoll.buffers.host import numpy_part
 from detcoll.buffers.part import Part, check_together, leader_of
 from detcoll.buffers.pieces import Pieces
-from detcoll.device import DeviceBuffer, Segment, pinned_memory
+from detcoll.device import DeviceBuffer, Gate, Segment, copy_now, driver, pinned_memory
 from detcoll.errors import UsageError
 from detcoll.types import DTYPES
 
@@ -37,6 +37,7 @@ _EXPECTED = (
     "or a list or tuple of those"
 )
 _TYPES = frozenset(DTYPES.values())
+_LONGEST_NS = 2**63
 
 
 class Bound(msgspec.Struct, frozen=True):
@@ -104,14 +105,14 @@ class Bound(msgspec.Struct, frozen=True):
         DeadlineMissed
             If a device has not done what the caller queued on it, by ``deadline_ns`` of the monotonic clock.
         """
-        if not self.staged:
+        if not self.staged or self._copied_now(False, deadline_ns):
             return
         for part, piece in self._pieces():
             if self.blocks == 1:
-                part.load(piece[0], deadline_ns)
+                part.load(piece[0])
                 continue
             whole = np.empty(part.size, part.dtype)
-            part.load(whole, deadline_ns)
+            part.load(whole)
             piece[:] = whole.reshape(piece.shape)
 
     def store(self, deadline_ns: int | None = None) -> None:
@@ -126,9 +127,20 @@ class Bound(msgspec.Struct, frozen=True):
         """
         if not self.writable:
             raise UsageError("store() of a buffer that was bound with writable=False")
-        if self.staged:
-            for part, piece in self._pieces():
-                part.store(piece[0] if self.blocks == 1 else np.ascontiguousarray(piece).reshape(-1), deadline_ns)
+        if not self.staged or self._copied_now(True, deadline_ns):
+            return
+        for part, piece in self._pieces():
+            part.store(piece[0] if self.blocks == 1 else np.ascontiguousarray(piece).reshape(-1))
+
+    def _copied_now(self, to_device: bool, deadline_ns: int | None) -> bool:
+        """Copy to or from a device of CUDA if the memory is there, and return whether it is."""
+        buffer = self.buffer
+        if buffer is None:
+            return False
+        for device, stream in self.streams:
+            Gate(driver(), device, stream).wait(_LONGEST_NS if deadline_ns is None else deadline_ns)
+        copy_now(buffer, self.array, to_device=to_device)
+        return True
 
     def _pieces(self) -> list[tuple[Part, NDArray[Any]]]:
         """Return each array that has elements, and where its blocks lie in ``array``, one a row."""

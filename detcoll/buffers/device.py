@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from detcoll.buffers.host import check_torch, numpy_part, torch_part
 from detcoll.buffers.part import Part, Place, check_dtype, not_contiguous
-from detcoll.device import DeviceBuffer, Gate, Segment, copy_now, driver
+from detcoll.device import driver
 from detcoll.errors import DeviceError, UsageError
 from detcoll.installation import install_command
 from detcoll.types import DTYPES
@@ -24,25 +25,14 @@ from detcoll.types import DTYPES
 _DLPACK_HOST = frozenset({1, 3, 11})  # kDLCPU, kDLCUDAHost, kDLROCMHost
 _DLPACK_CUDA = frozenset({2, 13})  # kDLCUDA, kDLCUDAManaged
 _LEGACY, _PER_THREAD = 1, 2
-LONGEST_NS = 2**63
-"""No deadline, on the monotonic clock."""
 
 
 def _cuda_part(name: str, dtype: np.dtype[Any], size: int, place: Place) -> Part:
-    def load(piece: NDArray[Any], deadline_ns: int | None) -> None:
-        copy(piece, False, deadline_ns)
+    def copy(piece: NDArray[Any]) -> None:
+        return None
 
-    def store(piece: NDArray[Any], deadline_ns: int | None) -> None:
-        copy(piece, True, deadline_ns)
-
-    def copy(piece: NDArray[Any], to_device: bool, deadline_ns: int | None) -> None:
-        Gate(driver(), place.device, place.stream).wait(LONGEST_NS if deadline_ns is None else deadline_ns)
-        whole = (Segment(0, size, place.address),)
-        copy_now(DeviceBuffer(whole, place.device, place.owner, dtype.itemsize), piece, to_device=to_device)
-
-    return Part(
-        name, dtype, size, f"cuda:{place.device}", place.address, size * dtype.itemsize, None, load, store, place
-    )
+    nbytes = size * dtype.itemsize
+    return Part(name, dtype, size, f"cuda:{place.device}", place.address, nbytes, None, copy, copy, place)
 
 
 def _stream(handle: int) -> int:
@@ -65,21 +55,27 @@ def any_torch_part(x: Any, name: str, writable: bool) -> Part:
     if x.device.type == "cuda" and torch.version.hip is None:
         handle = _stream(torch.cuda.current_stream(x.device).cuda_stream)
         return _cuda_part(name, dtype, x.numel(), Place(x.device.index, x.data_ptr(), handle, flat))
-    load, store = _by_torch(torch, flat, x.dtype)
+    load, store = _by_torch(torch, flat)
     return Part(name, dtype, x.numel(), str(x.device), x.data_ptr(), x.numel() * dtype.itemsize, None, load, store)
 
 
-def _by_torch(torch: Any, flat: Any, dtype: Any) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return how torch copies a flat tensor; from and to pageable memory it returns when it has copied."""
+def _by_torch(torch: Any, flat: Any) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return how torch copies a flat tensor, on the caller's stream; to and from pageable memory it then waits."""
+    streams = getattr(torch, flat.device.type)
+    stream = streams.current_stream(flat.device) if hasattr(streams, "current_stream") else None
+
+    def copy(target: Any, source: Any) -> None:
+        with streams.stream(stream) if stream is not None else nullcontext():
+            target.copy_(source)
 
     def host(piece: NDArray[Any]) -> Any:
-        return torch.from_numpy(piece.view(np.uint8)).view(dtype)
+        return torch.from_numpy(piece.view(np.uint8)).view(flat.dtype)
 
-    def load(piece: NDArray[Any], deadline_ns: int | None) -> None:
-        host(piece).copy_(flat)
+    def load(piece: NDArray[Any]) -> None:
+        copy(host(piece), flat)
 
-    def store(piece: NDArray[Any], deadline_ns: int | None) -> None:
-        flat.copy_(host(piece))
+    def store(piece: NDArray[Any]) -> None:
+        copy(flat, host(piece))
 
     return load, store
 
@@ -87,6 +83,8 @@ def _by_torch(torch: Any, flat: Any, dtype: Any) -> tuple[Callable[..., None], C
 def cupy_part(x: Any, name: str) -> Part:
     """Return an array of CuPy."""
     cupy = sys.modules["cupy"]
+    if cupy.cuda.runtime.is_hip:
+        raise UsageError(f"{name} is an array of CuPy on a device of ROCm; expected one of CUDA, or a tensor of torch")
     check_dtype(x.dtype, name)
     if not x.flags.c_contiguous:
         raise not_contiguous(name, x.shape, x.strides, f"cupy.ascontiguousarray({name})")
@@ -141,6 +139,6 @@ def _taken_over(x: Any, name: str, writable: bool) -> Part:
         return cupy_part(importlib.import_module("cupy").from_dlpack(x), name)
     except ImportError as error:
         raise UsageError(
-            f"{name} is in device memory, which needs torch or CuPy here; for CUDA 12 install CuPy with: "
-            f"{install_command('cuda12')} and for CUDA 13 with: {install_command('cuda13')}"
+            f"{name} is in device memory, which needs torch or CuPy here; import torch, or install CuPy, "
+            f"for CUDA 12 with: {install_command('cuda12')} and for CUDA 13 with: {install_command('cuda13')}"
         ) from error

@@ -27,10 +27,10 @@ def numpy_part(x: NDArray[Any], name: str, writable: bool) -> Part:
 
 
 def _host_part(flat: NDArray[Any], name: str) -> Part:
-    def load(piece: NDArray[Any], deadline_ns: int | None) -> None:
+    def load(piece: NDArray[Any]) -> None:
         np.copyto(piece, flat)
 
-    def store(piece: NDArray[Any], deadline_ns: int | None) -> None:
+    def store(piece: NDArray[Any]) -> None:
         np.copyto(flat, piece)
 
     address: int = flat.__array_interface__["data"][0]

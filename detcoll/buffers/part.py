@@ -28,8 +28,8 @@ class Part:
     """One array of the user, checked; ``host`` is a flat view of it unless it is staged.
 
     ``address``, ``nbytes`` : the user's memory; no bytes for memory that no other call has to wait for.
-    ``load``, ``store`` : copy into and from a staging array, until a time at which that raises DeadlineMissed.
-    ``place`` : of an array on a CUDA device.
+    ``load``, ``store`` : copy into and from a staging array.  ``place`` : of an array on a CUDA device, where they do
+    nothing: all of a call's arrays are copied together, see `Bound.buffer`.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Part:
     address: int
     nbytes: int
     host: NDArray[Any] | None
-    load: Callable[[NDArray[Any], int | None], None]
-    store: Callable[[NDArray[Any], int | None], None]
+    load: Callable[[NDArray[Any]], None]
+    store: Callable[[NDArray[Any]], None]
     place: Place | None = None
 
 

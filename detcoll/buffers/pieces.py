@@ -31,12 +31,12 @@ class Pieces:
         """The number of elements of all arrays."""
         return (sum(array.size for array in self.arrays),)
 
-    def load(self, staging: NDArray[Any], deadline_ns: int | None = None) -> None:
+    def load(self, staging: NDArray[Any]) -> None:
         """Copy the arrays into a staging array."""
         for array, piece in self._pairs(staging):
             np.copyto(piece.reshape(array.shape), array if self.enter is None else self.enter(array), casting="unsafe")
 
-    def store(self, staging: NDArray[Any], deadline_ns: int | None = None) -> None:
+    def store(self, staging: NDArray[Any]) -> None:
         """Copy a staging array back into the arrays."""
         for array, piece in self._pairs(staging):
             left = piece if self.leave is None else self.leave(piece)
