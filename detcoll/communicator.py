@@ -311,6 +311,10 @@ class Communicator(Collectives, Messages):
 
         ``slot_misses`` counts windows in which data waited and nothing was sent, ``slot_trims`` windows in which some
         of the data was too late. Both exist only if lines have slots, including a slot that never closes.
+
+        ``pinned_bytes`` is how much memory of the host is pinned now for copies from and to GPUs, by all jobs of this
+        process, ``unpinned_bytes`` the most ordinary memory that calls used at a time instead, which makes their copies
+        slower. Both exist only once an array was on a GPU.
         """
         return self._job.counters()
 

@@ -8,10 +8,10 @@ from detcoll.device.copies import Copies, Copy, DeviceBuffer, Segment
 from detcoll.device.cuda import Cuda, driver
 from detcoll.device.driver import Driver, MemoryType
 from detcoll.device.gate import Gate
-from detcoll.device.now import copy_now, pinned_memory
+from detcoll.device.now import copy_now, pinned_counts, pinned_memory
 from detcoll.device.pinned import PinnedPool
 
 __all__ = [
     "Copies", "Copy", "Cuda", "DeviceBuffer", "Driver", "Gate", "MemoryType", "PinnedPool", "Segment", "copy_now",
-    "driver", "pinned_memory",
+    "driver", "pinned_counts", "pinned_memory",
 ]  # fmt: skip

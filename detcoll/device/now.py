@@ -38,6 +38,10 @@ class _Shared:
             return self._pool
 
     @property
+    def made_pool(self) -> PinnedPool | None:
+        return self._pool
+
+    @property
     def copies(self) -> Copies:
         with self.lock:
             if self._copies is None:
@@ -60,6 +64,12 @@ def pinned_memory(nbytes: int, device: int) -> NDArray[np.uint8]:
     pool = _shared.pool
     pool.reserve(nbytes, device)
     return pool.take(nbytes)
+
+
+def pinned_counts() -> dict[str, int]:
+    """Return what `PinnedPool` counts, by name: ``pinned_bytes``, ``unpinned_bytes``; empty if no device was used."""
+    pool = _shared.made_pool
+    return {} if pool is None else {"pinned_bytes": pool.bytes, "unpinned_bytes": pool.unpinned_bytes}
 
 
 def copy_now(buffer: DeviceBuffer, host: NDArray[Any], *, to_device: bool) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detcoll.device import pinned_counts
 from detcoll.errors import Closed, ConnectError, DeadlineMissed, DetcollError, PlanMismatch, TransportError, UsageError
 from detcoll.job.ahead import Ahead
 from detcoll.job.assembly import Assembled, deadline_after
@@ -362,7 +363,7 @@ class Job:
         return (at_ns + self.site_offset_ns()) % cycle_ns
 
     def counters(self) -> dict[str, int]:
-        """Return the counters of all endpoints, summed by name, and those of the slots."""
+        """Return the counters of all endpoints, summed by name, those of the slots, and those of pinned memory."""
         counted: dict[str, int] = {}
         for endpoint in self.assembled.endpoints:
             for name, value in endpoint.counters().items():
@@ -370,7 +371,7 @@ class Job:
         if self._loop is not None and self.calendar.mode in (Slotting.CALENDAR, Slotting.TURNS):
             slots = self._loop.engine.slots
             counted["slot_misses"], counted["slot_trims"] = slots.misses, slots.trimmed
-        return counted
+        return counted | pinned_counts()
 
     def finalize(self, timeout: float) -> None:
         """Wait for all calls to end, synchronise with all ranks, and release all resources. Idempotent.
