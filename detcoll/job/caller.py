@@ -86,12 +86,20 @@ class Request(msgspec.Struct, frozen=True):
         )  # fmt: skip
 
 
-def _devices_of(request: Request) -> Devices | None:
+def devices_of(output: Bound, source: Bound | None = None) -> Devices | None:
     """Return where the arrays of a call are on devices, and what its copies wait for; None if none is on one.
 
-    It is called by the thread that makes the call, whose streams hold what comes before.
+    It is called by the thread that makes the call, whose streams hold what comes before. Of a message, ``output`` is
+    its array.
+
+    Raises
+    ------
+    UsageError
+        If a stream captures a CUDA graph.
+    DeviceError
+        If a device cannot be used.
     """
-    bounds = {Buffer.DEVICE_OUT: request.output, Buffer.DEVICE_IN: request.source}
+    bounds = {Buffer.DEVICE_OUT: output, Buffer.DEVICE_IN: source}
     buffers: dict[int, DeviceBuffer] = {
         name: buffer for name, bound in bounds.items() if bound is not None and (buffer := bound.buffer) is not None
     }
@@ -185,7 +193,7 @@ class Caller:
         )  # fmt: skip
         load, store = loads.load if loads.staged else None, output.store if output.staged else None
         try:
-            devices = _devices_of(request) if load or store else None
+            devices = devices_of(output, source) if load or store else None
         except DetcollError as error:
             self._tell_refusal(request.kind, sequence, error)
             raise
@@ -228,7 +236,7 @@ class Caller:
         spans = request.spans
         ahead = self.job.ahead if self.job.natives else None
         try:
-            devices = _devices_of(request)
+            devices = devices_of(output, request.source)
             on_devices = devices.buffers if devices is not None else ()
             plan = self.planner.plan(
                 collective, device_in=Buffer.DEVICE_IN in on_devices, device_out=Buffer.DEVICE_OUT in on_devices,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from detcoll.buffers import Bound
-from detcoll.job.caller import Caller
+from detcoll.job.caller import Caller, devices_of
 from detcoll.plan.cut import cut
 from detcoll.runtime import Work
 from detcoll.runtime.postman import Parcel
@@ -29,13 +29,15 @@ def transfer(
     rank = ANY if peer is None else group.ranks[peer]
     way = "send to" if is_send else "recv from"
     work = Work(f"{way} {'any source' if peer is None else f'rank {rank}'}, tag {tag}")
+    devices = devices_of(bound) if bound.staged else None
+    is_staged = bound.staged and devices is None
     parcel = Parcel(
-        bound.array, work, bound.load if bound.staged and is_send else None,
-        bound.store if bound.staged and not is_send else None,
+        bound.array, work, bound.load if is_staged and is_send else None,
+        bound.store if is_staged and not is_send else None, devices,
     )  # fmt: skip
     call = Transfer(
         group, is_send, rank, tag, bound.dtype.name, bound.array.size, bound.array.nbytes, round(timeout_s * 1e9),
-        time.monotonic_ns(), spans=bound.spans, name=name, memory=parcel,
+        time.monotonic_ns(), spans=bound.spans, name=name, memory=parcel, is_on_device=devices is not None,
         awaits_receive=awaits_receive,
     )  # fmt: skip
     if is_send:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 
 from detcoll.device import Copies, Copy, driver
 from detcoll.errors import DeviceError
+from detcoll.runtime.devices import DeviceCopy
 from detcoll.runtime.operation import Operation
+from detcoll.runtime.transfer import Transfer
 
 LOOK_NS = 1_000_000
 """How often callers' streams are looked at."""
@@ -25,9 +27,9 @@ LONGEST_SETTLING_NS = 10_000_000_000
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """Steps whose copies have not begun, in order, and whether the caller's work before the call is done."""
+    """Copies that have not begun, in order, by their step, and whether the caller's work before the call is done."""
 
-    steps: deque[int] = field(default_factory=deque)
+    steps: deque[tuple[int, DeviceCopy]] = field(default_factory=deque)
     is_open: bool = False
 
 
@@ -45,12 +47,12 @@ class Copying:
     """
 
     def __init__(
-        self, opened: Callable[[Operation], object], ended: Callable[[Operation, int], object],
-        failed: Callable[[Operation, Exception], object],
+        self, opened: Callable[[Operation | Transfer], object], ended: Callable[[Operation | Transfer, int], object],
+        failed: Callable[[Operation | Transfer, Exception], object],
     ) -> None:  # fmt: skip
         self._opened, self._ended, self._failed = opened, ended, failed
-        self._calls: dict[Operation, _Call] = {}
-        self._under_way: dict[tuple[Operation, int], Copy] = {}
+        self._calls: dict[Operation | Transfer, _Call] = {}
+        self._under_way: dict[tuple[Operation | Transfer, int], Copy] = {}
         self._copies: Copies | None = None
 
     @property
@@ -63,9 +65,9 @@ class Copying:
         """Whether a call waits for what its caller queued."""
         return any(not call.is_open for call in self._calls.values())
 
-    def begin(self, operation: Operation, step: int) -> None:
-        """Take in a step of a plan that copies."""
-        self._calls.setdefault(operation, _Call()).steps.append(step)
+    def begin(self, operation: Operation | Transfer, step: int, wanted: DeviceCopy) -> None:
+        """Take in a step of a plan that copies, or the copy of a message, which is step 0."""
+        self._calls.setdefault(operation, _Call()).steps.append((step, wanted))
         self._start(operation)
 
     def advance(self) -> None:
@@ -83,7 +85,7 @@ class Copying:
             else:
                 self._ended(operation, step)
 
-    def end(self, operation: Operation) -> None:
+    def end(self, operation: Operation | Transfer) -> None:
         """Forget a call that ends: drop its copies that have not begun, and wait for those that have.
 
         Its arrays are the caller's then. Copies that have begun wait for nothing but the device.
@@ -102,7 +104,7 @@ class Copying:
         if self._copies is not None:
             self._copies.close()
 
-    def _start(self, operation: Operation) -> None:
+    def _start(self, operation: Operation | Transfer) -> None:
         call, devices = self._calls[operation], operation.memory.devices
         try:
             if not call.is_open:
@@ -111,22 +113,18 @@ class Copying:
                 call.is_open = True
                 self._opened(operation)
             while call.steps:
-                step = call.steps.popleft()
-                self._under_way[operation, step] = self._copy(operation, step)
+                step, wanted = call.steps.popleft()
+                self._under_way[operation, step] = self._copy(wanted)
         except DeviceError as error:
             self._fail(operation, error)
 
-    def _copy(self, operation: Operation, step: int) -> Copy:
-        row, devices = operation.plan.rows[step], operation.memory.devices
-        ((source, _),) = operation.plan.inputs_of(step)
-        to_device = row.buffer in devices.buffers
-        buffer = devices.buffers[row.buffer if to_device else source]
-        host = operation.memory.elements(source if to_device else row.buffer, row.offset, row.length)
+    def _copy(self, wanted: DeviceCopy) -> Copy:
         if self._copies is None:
             self._copies = Copies(driver())
-        return self._copies.begin(buffer, row.offset, row.length, host, to_device=to_device)
+        buffer, begin, host, to_device = wanted
+        return self._copies.begin(buffer, begin, host.size, host, to_device=to_device)
 
-    def _fail(self, operation: Operation, error: DeviceError) -> None:
+    def _fail(self, operation: Operation | Transfer, error: DeviceError) -> None:
         self._calls.pop(operation, None)
         if not operation.over:
             self._failed(operation, error)

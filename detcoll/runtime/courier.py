@@ -76,7 +76,8 @@ class Courier:
         self.endings, self.peers_may_leave = Endings(), False
         self.copying: Copying | None = None
         self._postman = Postman(
-            engine, self._post_recv, self._post_send, self._settle, self._note_send, self._lose, MAIL
+            engine, self._post_recv, self._post_send, self._settle, self._note_send, self._lose, self._copy_message,
+            MAIL,
         )  # fmt: skip
         self._carry: tuple[Callable[..., object], ...] = (
             self._open, self._recv, self._send, self._hello, self._await_hello, self._copy, self._finish,
@@ -209,9 +210,13 @@ class Courier:
     def _copy(self, operation: Operation, step: int) -> None:
         operation.memory.keep(step)
 
+    def _copy_message(self, transfer: Transfer) -> None:
+        assert self.copying is not None
+        self.copying.begin(transfer, 0, transfer.memory.device_copy(to_device=not transfer.is_send))
+
     def _finish(self, operation: Operation | Transfer, error: Exception | None) -> None:
         memory = operation.memory
-        if self.copying is not None and isinstance(operation, Operation) and memory.devices is not None:
+        if self.copying is not None and memory.devices is not None:
             self.copying.end(operation)
         if error is not None:
             try:

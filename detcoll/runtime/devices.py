@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
 from detcoll.device import DeviceBuffer, Gate, copy_now
 from detcoll.plan.ir import Buffer
+
+
+class DeviceCopy(NamedTuple):
+    """A copy that a call needs: as many elements of ``buffer``, from ``begin`` on, as ``host`` has."""
+
+    buffer: DeviceBuffer
+    begin: int
+    host: NDArray[Any]
+    to_device: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,7 +328,7 @@ class Loop:
         while (work := engine.next_work()) is not None:
             operation, step = work
             if step in operation.plan.copies:
-                self._copying.begin(operation, step)
+                self._copying.begin(operation, step, operation.memory.device_copy(operation.plan, step))
             else:
                 if operation.plan.rows[step].kind == Kind.FOLD:
                     operation.memory.fold(operation.plan, step)
@@ -348,16 +348,23 @@ class Loop:
             if time.monotonic_ns() >= until_ns:  # a send copies its message, which takes as long as a fold
                 return
 
-    def _copies_begin(self, operation: Operation) -> None:
-        """Let the time of a call run from when what its caller queued on a device is done."""
-        blame.progressed(operation, time.monotonic_ns())
+    def _copies_begin(self, call: Operation | Transfer) -> None:
+        """Let the time of a collective run from when what its caller queued on a device is done."""
+        if isinstance(call, Operation):
+            blame.progressed(call, time.monotonic_ns())
 
-    def _copied(self, operation: Operation, step: int) -> None:
-        self.engine.worked(operation, step, time.monotonic_ns())
+    def _copied(self, call: Operation | Transfer, step: int) -> None:
+        if isinstance(call, Operation):
+            self.engine.worked(call, step, time.monotonic_ns())
+        else:
+            self.engine.messages.copied(call, time.monotonic_ns())
         self._courier.act()
 
-    def _device_failed(self, operation: Operation, error: Exception) -> None:
-        self.engine.failures.broken(operation, error, time.monotonic_ns())
+    def _device_failed(self, call: Operation | Transfer, error: Exception) -> None:
+        if isinstance(call, Operation):
+            self.engine.failures.broken(call, error, time.monotonic_ns())
+        else:
+            self.engine.failures.fail_group(call.group, error, time.monotonic_ns())
         self._courier.act()
 
     def _ask_time(self, now_ns: int) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from detcoll.fold import fold_step
 from detcoll.plan.ir import Buffer, Plan
-from detcoll.runtime.devices import Devices
+from detcoll.runtime.devices import DeviceCopy, Devices
 from detcoll.runtime.work import Work
 from detcoll.transport import Ticket, byte_view
 from detcoll.types import ReduceOp, accumulation_dtype
@@ -100,6 +100,15 @@ class Memory:
     def view(self, buffer: int, offset: int, length: int) -> memoryview:
         """Return the same as `elements`, as bytes."""
         return byte_view(self.elements(buffer, offset, length))
+
+    def device_copy(self, plan: Plan, step: int) -> DeviceCopy:
+        """Return what the step copies, which is one of those that copy from or to a device."""
+        assert self.devices is not None
+        row, buffers = plan.rows[step], self.devices.buffers
+        ((source, _),) = plan.inputs_of(step)
+        to_device = row.buffer in buffers
+        host = self.elements(source if to_device else row.buffer, row.offset, row.length)
+        return DeviceCopy(buffers[row.buffer if to_device else source], row.offset, host, to_device)
 
     def arrived(self, step: int, accumulated: bool) -> NDArray[Any]:
         """Return what the RECV ``step`` lent."""

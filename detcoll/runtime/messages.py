@@ -15,6 +15,9 @@
   of which a GRANT tells; the message is there by then. Longer messages wait for that in any case.
 - Data moves once a receive has granted it and no earlier call works on the memory of either end. A sender has at most
   `Transfer.ahead_bytes` under way, which leave in windows like those of collectives.
+- The values of a send on a device are copied to the host first (COPY, `Messages.copied`), those of a receive to it
+  last; only then has the call ended. So they are never eager. But a send of up to `EAGER_BYTES` lets its caller go on
+  once it is copied, within the same bounds.
 - A message to this rank itself goes from memory to memory.
 - Messages that do not fit their receive end the group on all ranks. So does a call without progress for its timeout:
   a grant, or a chunk that was received or acknowledged.
@@ -86,6 +89,8 @@ class Verb(IntEnum):
     """send, recv: copy a message of this rank to itself."""
     PUT = 7
     """transfer, payload: copy it into the memory of a receive."""
+    COPY = 8
+    """transfer: copy the values of a send from its device, or of a receive to it; then call `Messages.copied`."""
 
 
 class Messages:
@@ -166,7 +171,8 @@ class Messages:
 
     def _begin(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         transfer.is_free = True
-        self._do(Verb.OPEN, transfer)
+        transfer.is_copying = transfer.is_send and transfer.is_on_device
+        self._do(Verb.COPY if transfer.is_copying else Verb.OPEN, transfer)
         membership.mail.progressed(transfer, now_ns)
 
     def _reach(self, membership: Membership, transfer: Transfer) -> None:
@@ -188,8 +194,7 @@ class Messages:
         send.number = pair.sent
         pair.sent += 1
         is_own = peer == self._rank
-        is_small = send.nbytes <= EAGER_BYTES and send.is_free and pair.unasked < LARGEST_EAGER
-        send.is_eager = is_small and self._credit.take_unasked(peer, send.nbytes)
+        send.is_eager = send.is_free and not send.is_on_device and self._goes_unasked(pair, send)
         is_inline = send.is_eager and 0 < send.nbytes <= INLINE_BYTES and not (send.name or is_own)
         if _has_key(send.nbytes, is_inline) and not is_own:
             send.key = pair.take_key()
@@ -198,8 +203,6 @@ class Messages:
             send.is_eager, send.name, is_inline, key=max(send.key, 0), asks=send.is_eager and send.awaits_receive,
         )  # fmt: skip
         if send.is_eager:
-            pair.unasked += 1
-            pair.unasked_bytes += send.nbytes
             self._do(Verb.KEEP, send)
             if not note.asks or is_own:
                 self._finish(send, now_ns)
@@ -216,6 +219,16 @@ class Messages:
             self._conclude(membership, send, now_ns)
         elif send.is_eager:
             self._flow(membership, send, now_ns)
+
+    def _goes_unasked(self, pair: Pair, send: Transfer) -> bool:
+        """Tell whether the caller of a send may go on before it has found its receive; then count it as such."""
+        if send.nbytes > EAGER_BYTES or pair.unasked >= LARGEST_EAGER:
+            return False
+        if not self._credit.take_unasked(send.peer, send.nbytes):
+            return False
+        pair.unasked += 1
+        pair.unasked_bytes += send.nbytes
+        return True
 
     def noted(self, group_id: int, peer: int, record: bytes, now_ns: int) -> None:
         """Take in what a peer tells about messages of a group."""
@@ -242,7 +255,7 @@ class Messages:
         else:
             send = pair.awaiting.pop(note.number, None)
             if send is not None:
-                send.is_matched = True
+                self._found(membership, send)
                 membership.mail.progressed(send, now_ns)
                 if not send.is_eager:
                     self._advance(membership, send, now_ns)
@@ -268,12 +281,17 @@ class Messages:
         if note.asks and letter.sender is None:
             self._tell(membership, source, Note(NoteKind.GRANT, note.number), now_ns)
         if letter.sender is not None:
-            letter.sender.is_matched, letter.sender.mate = True, recv
-            if note.is_eager:
-                self._returned(membership.mail.pairs[source], source, 1, recv.nbytes)
+            letter.sender.mate = recv
+            self._found(membership, letter.sender)
         if recv.is_free:
             membership.mail.progressed(recv, now_ns)
             self._advance(membership, recv, now_ns)
+
+    def _found(self, membership: Membership, send: Transfer) -> None:
+        """Take note that a send has found its receive; of an eager one to another rank, that says when."""
+        send.is_matched = True
+        if send.is_kept or send.is_eager:
+            self._returned(membership.mail.pairs[send.peer], send.peer, 1, send.nbytes)
 
     def _misfit(self, recv: Transfer, letter: Arrived) -> PlanMismatch:
         note = letter.note
@@ -306,7 +324,9 @@ class Messages:
 
     def _advance(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         """Let data move if the message has found its receive and the memory may be used."""
-        if transfer.reported or not transfer.is_matched or not transfer.is_free:
+        if transfer.over or not transfer.is_matched or not transfer.is_ready:
+            return
+        if transfer.reported and not transfer.is_kept:
             return
         if transfer.mate is not None:
             self._move(membership, transfer, transfer.mate, now_ns)
@@ -325,7 +345,7 @@ class Messages:
 
     def _move(self, membership: Membership, one: Transfer, other: Transfer, now_ns: int) -> None:
         send, recv = (one, other) if one.is_send else (other, one)
-        if send.is_free and recv.is_free:
+        if send.is_ready and recv.is_ready:
             self._do(Verb.MOVE, send, recv)
             self._end(membership, send, now_ns)
             self._end(membership, recv, now_ns)
@@ -406,6 +426,20 @@ class Messages:
         else:
             self._post(membership, transfer, now_ns)
 
+    def copied(self, transfer: Transfer, now_ns: int) -> None:
+        """Take note that the values of a send are at the host, or those of a receive on its device."""
+        if transfer.over:
+            return
+        membership, transfer.is_copying = self._groups[transfer.group.id], False
+        if not transfer.is_send:
+            self._close(membership, transfer, now_ns)
+            return
+        membership.mail.progressed(transfer, now_ns)
+        if not transfer.is_matched and self._goes_unasked(membership.mail.pairs[transfer.peer], transfer):
+            transfer.is_kept = True
+            self._finish(transfer, now_ns)
+        self._advance(membership, transfer, now_ns)
+
     def failed(self, transfer: Transfer, chunk: int, error: Exception, now_ns: int) -> None:
         """Take note that sending or receiving a chunk failed."""
         transfer.settled.add(chunk)
@@ -431,6 +465,13 @@ class Messages:
             self._end(membership, transfer, now_ns)
 
     def _end(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
+        if transfer.is_on_device and not transfer.is_send:
+            transfer.is_copying = True
+            self._do(Verb.COPY, transfer)
+        else:
+            self._close(membership, transfer, now_ns)
+
+    def _close(self, membership: Membership, transfer: Transfer, now_ns: int) -> None:
         membership.mail.remove(transfer)
         if transfer.is_send and not transfer.is_eager:  # of an eager one, the receiver says when
             membership.mail.pairs[transfer.peer].keys.discard(transfer.key)

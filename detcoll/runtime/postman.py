@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from detcoll.errors import PeerLost, TransportError
 from detcoll.machine import Queued
+from detcoll.plan.ir import Buffer
+from detcoll.runtime.devices import DeviceCopy, Devices
 from detcoll.runtime.engine import Engine, Wide
 from detcoll.runtime.group import Group
 from detcoll.runtime.messages import Verb
@@ -36,13 +38,20 @@ class Parcel:
     """The memory of a send or recv.
 
     ``array`` : (count,), the caller's memory or its staging copy; read or written in place.
-    ``load``, ``store`` : copy between a staging array and the caller's memory; None where there is none.
+    ``load``, ``store`` : copy between a staging array and the caller's memory; None where there is none, and where the
+    caller's memory is on a device of CUDA: ``devices``.
     """
 
     array: NDArray[Any]
     work: Work
     load: Callable[[], None] | None = None
     store: Callable[[], None] | None = None
+    devices: Devices | None = None
+
+    def device_copy(self, *, to_device: bool) -> DeviceCopy:
+        """Return the copy between the staging array and the device."""
+        assert self.devices is not None
+        return DeviceCopy(self.devices.buffers[Buffer.DEVICE_OUT], 0, self.array, to_device)
 
     def keep(self) -> None:
         """Copy the values, so that the caller may change them."""
@@ -75,6 +84,8 @@ class Postman:
         Notes a wide send.
     lose : callable
         Takes in that a ticket has failed.
+    copy : callable
+        Begins the copy of a transfer between its staging array and its device.
     kind : int
         The first entry of the contexts of its tickets.
     """
@@ -82,13 +93,14 @@ class Postman:
     def __init__(
         self, engine: Engine, post_recv: Callable[..., None], post_send: Callable[..., None],
         settle: Callable[[Transfer, int], None], note_send: Callable[[Transfer | Posting, Ticket, Wished, int], None],
-        lose: Callable[[Ticket], None], kind: int,
+        lose: Callable[[Ticket], None], copy: Callable[[Transfer], None], kind: int,
     ) -> None:  # fmt: skip
         self._engine, self._post_recv, self._post_send, self._settle = engine, post_recv, post_send, settle
-        self._note_send, self._lose, self._kind = note_send, lose, kind
+        self._note_send, self._lose, self._copy, self._kind = note_send, lose, copy, kind
         self._carry: dict[Verb, Callable[..., None]] = {
             Verb.LISTEN: self._listen, Verb.NOTE: self._tell, Verb.OPEN: self._open, Verb.KEEP: self._keep,
             Verb.SEND: self._send, Verb.RECV: self._recv, Verb.MOVE: self._move, Verb.PUT: self._put,
+            Verb.COPY: self._to_or_from_device,
         }  # fmt: skip
 
     def act(self, verb: Verb, *fields: Any) -> None:
@@ -121,6 +133,10 @@ class Postman:
             error = TransportError(f"{transfer.title}: its memory cannot be used: {problem!r}")
             error.__cause__ = problem
             self._engine.failures.fail_group(transfer.group, error, time.monotonic_ns())
+
+    def _to_or_from_device(self, transfer: Transfer) -> None:
+        if not transfer.over:
+            self._copy(transfer)
 
     def _keep(self, transfer: Transfer) -> None:
         if not transfer.over:

@@ -148,6 +148,12 @@ class Transfer:
     """Of a send: its caller goes on when it has found its receive, however small it is."""
     is_free: bool = False
     """Whether no earlier call works on its memory any more."""
+    is_on_device: bool = False
+    """Whether the driver copies its values between a device and the host, which takes time: those of a send when it has
+    begun, those of a receive when they have arrived."""
+    is_copying: bool = False
+    is_kept: bool = False
+    """Whether the caller of a send goes on although the message, which was copied, has found no receive."""
     payload: bytes | None = None
     """Of a receive: the message, if it came in its announcement."""
     mate: Transfer | None = None
@@ -174,6 +180,11 @@ class Transfer:
         return self.peer if self.is_send or not self.is_matched else self.source
 
     @property
+    def is_ready(self) -> bool:
+        """Whether its memory may be sent from, or received into."""
+        return self.is_free and not self.is_copying
+
+    @property
     def what(self) -> str:
         """The call for people, without its group."""
         named = f" ({self.name})" if self.name else ""
@@ -190,6 +201,8 @@ class Transfer:
     @property
     def awaits(self) -> str:
         """What it waits for."""
+        if self.is_copying:
+            return "what its caller queued on the device before, or the copy after that, has not ended"
         if not self.is_matched:
             who = "no rank of the group" if self.peer == ANY else f"rank {self.peer}"
             verb = "received" if self.is_send else "sent"
