@@ -69,7 +69,8 @@ class StrictDevice(Driver):
 
     def array(self, values: NDArray[Any], device: int = 0, stream: int = 0) -> DeviceArray:
         """Return a device array with these values."""
-        return self._memory.array(values, device, stream)
+        with self._lock:  # ranks are threads, and two arrays must not get one address
+            return self._memory.array(values, device, stream)
 
     def peek(self, array: DeviceArray) -> NDArray[Any]:
         """Return a copy of what a device array holds now."""
