@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import kinds
 import numpy as np
 import pytest
-from ranks import lines, run_ranks
+from devices import assert_nothing_left, doubled, hold, own_stream, until
+from ranks import attempt, lines, run_ranks
 from test_kinds import serve
 
+from detcoll.buffers import bind
 from detcoll.communicator import Communicator
-from detcoll.device import cuda, now
-from detcoll.errors import DetcollError, UsageError
+from detcoll.device import PinnedPool, copies, now
+from detcoll.errors import DetcollError, DeviceError, UsageError
+from detcoll.runtime import copying
 from detcoll.testing.device import StrictDevice
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
     """Let all ranks of this process have devices."""
-    strict = StrictDevice()
-    monkeypatch.setattr(cuda, "_driver", strict)
-    monkeypatch.setattr(kinds, "cuda", strict)
-    now._shared.forget()
-    yield strict
-    now._shared.forget()
-    assert not strict.misuses
+    with doubled(monkeypatch) as strict:
+        monkeypatch.setattr(kinds, "cuda", strict)
+        yield strict
 
 
 PLACES = {
@@ -45,19 +46,6 @@ def test_random_calls_on_devices(device: StrictDevice, place: str) -> None:
     run_ranks(size, lambda comm: serve(comm, [3], 40, 3000), transport=transport, topology=topology)
     assert not device.pending
     assert not device.unpinned, "a copy blocked"
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    """Drive nothing, and wait for what another thread does."""
-    limit = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < limit
-        time.sleep(0.001)
-
-
-def own_stream(device: StrictDevice, number: int = 0) -> int:
-    with device.on(number):
-        return device.stream(number)
 
 
 WAYS = pytest.mark.parametrize("transport", ["tcp", "shm"], ids=["planned", "native"])
@@ -149,3 +137,280 @@ def test_a_call_is_no_part_of_a_graph(device: StrictDevice, transport: str) -> N
 
     told = run_ranks(2, program, transport=transport)
     assert all("graph" in text for text in told), told
+
+
+# What a call that ends leaves behind.
+
+
+def held_at(device: StrictDevice, monkeypatch: pytest.MonkeyPatch, call: str) -> list[threading.Event]:
+    """Let each copy of one direction stay under way until its event is set; return the events, one a copy begun."""
+    held: list[threading.Event] = []
+    inner = getattr(device, call)
+
+    def copy(first: int, second: int, nbytes: int, stream: int) -> None:
+        held.append(hold(device, stream))
+        inner(first, second, nbytes, stream)
+
+    monkeypatch.setattr(device, call, copy)
+    return held
+
+
+@pytest.mark.parametrize("call", ["to_host", "to_device"])
+def test_a_call_that_fails_waits_for_its_copies_that_have_begun_and_drops_the_others(
+    monkeypatch: pytest.MonkeyPatch, device: StrictDevice, call: str
+) -> None:
+    """So nothing is written to an array, and none of its memory is read, after its caller has heard of the failure."""
+    device.seeded(2)
+    monkeypatch.setattr(copies, "UNDER_WAY_BYTES", 1)
+    held = held_at(device, monkeypatch, call)
+
+    def program(comm: Communicator) -> None:
+        pair = comm.group([0, 1], "pair")
+        x = device.array(np.full(500_000, 1.0), 0, own_stream(device)) if comm.rank == 0 else np.ones(500_000)
+        work = pair.all_reduce(x, async_op=True)
+        if comm.rank == 0:
+            until(lambda: held)
+            pair.abort("enough")
+            until(lambda: comm._job.failure(pair._group))
+            held[0].set()
+        assert "enough" in str(work.exception(20))
+        if comm.rank == 0:
+            assert len(held) == 1, "a copy began after the call had failed"
+            assert not any(stream.queue for stream in device._streams.all)
+        comm.barrier()
+
+    run_ranks(2, program, transport="tcp")
+    assert_nothing_left(device)
+
+
+def test_memory_that_a_copy_still_uses_is_not_borrowed_again(
+    monkeypatch: pytest.MonkeyPatch, device: StrictDevice
+) -> None:
+    """A device that does not end a copy is not waited for without end, so the copy outlives its call."""
+    device.seeded(3)
+    monkeypatch.setattr(copying, "LONGEST_SETTLING_NS", 0)
+    held = held_at(device, monkeypatch, "to_host")
+
+    def program(comm: Communicator) -> None:
+        pair = comm.group([0, 1], "pair")
+        if comm.rank == 1:
+            assert pair.all_reduce(np.ones(500), async_op=True).exception(20) is not None
+            return
+        address = now.pinned_memory(4000, 0).__array_interface__["data"][0]
+        work = pair.all_reduce(device.array(np.ones(500), 0, own_stream(device)), async_op=True)
+        until(lambda: held)
+        pair.abort("enough")
+        assert work.exception(20) is not None
+        del work
+        gc.collect()
+        assert now.pinned_memory(4000, 0).__array_interface__["data"][0] != address
+        held[0].set()
+        until(
+            lambda: device.drive() or comm._job.loop._copying._copies.advance() or comm._job.loop._copying._copies.idle
+        )
+        gc.collect()
+        assert now.pinned_memory(4000, 0).__array_interface__["data"][0] == address
+
+    run_ranks(2, program, transport="tcp")
+    assert_nothing_left(device)
+
+
+@pytest.mark.parametrize("call", ["to_host", "to_device"])
+def test_a_rank_that_leaves_while_copies_are_under_way(
+    monkeypatch: pytest.MonkeyPatch, device: StrictDevice, call: str
+) -> None:
+    device.seeded(4)
+    held = held_at(device, monkeypatch, call)
+
+    def program(comm: Communicator) -> None:
+        if comm.rank == 1:
+            comm.all_reduce(np.ones(5000), async_op=True)
+            until(lambda: held)
+            raise ZeroDivisionError
+        x = device.array(np.ones(5000), 0, own_stream(device))
+        work = comm.all_reduce(x, async_op=True)
+        until(lambda: comm._job.failure(comm._group))
+        for each in held:
+            each.set()
+        assert work.exception(20) is not None
+        before = device.peek(x)
+        device.drive()
+        assert (device.peek(x) == before).all()
+
+    told = attempt(2, program, transport="tcp")
+    assert told[0] is None, told
+    assert isinstance(told[1], ZeroDivisionError)
+    assert_nothing_left(device)
+
+
+@WAYS
+def test_finalize_does_not_wait_for_ever_for_a_stream(device: StrictDevice, transport: str) -> None:
+    device.seeded(5)
+    stream = own_stream(device)
+    released = hold(device, stream)
+    x = device.array(np.ones(5000), 0, stream)
+
+    def program(comm: Communicator) -> None:
+        work = comm.all_reduce(x if comm.rank == 0 else np.ones(5000), async_op=True)
+        with pytest.raises(DetcollError):
+            comm.finalize(0.3)
+        assert work.exception(20) is not None
+
+    run_ranks(2, program, transport=transport)
+    released.set()
+    device.drive()
+    assert (device.peek(x) == 1).all()
+    assert_nothing_left(device)
+
+
+def test_an_interrupted_wait_leaves_the_call_under_way(monkeypatch: pytest.MonkeyPatch, device: StrictDevice) -> None:
+    device.seeded(6)
+
+    def interrupt(timeout: float | None = None) -> bool:
+        raise KeyboardInterrupt
+
+    def program(comm: Communicator) -> None:
+        stream = own_stream(device)
+        released = hold(device, stream)
+        x = device.array(np.ones(5000), 0, stream)
+        work = comm.all_reduce(x, async_op=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(work._finished, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                work.wait()
+        assert not work.done()
+        released.set()
+        work.wait(20)
+        assert (device.peek(x) == 2).all()
+
+    run_ranks(2, program, transport="tcp")
+    assert_nothing_left(device)
+
+
+def test_an_interrupt_in_a_native_call_ends_it_on_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, device: StrictDevice
+) -> None:
+    inner, interrupted = device.is_past, threading.Event()
+
+    def is_past(event: int) -> bool:
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        return inner(event)
+
+    def program(comm: Communicator) -> None:
+        comm.all_reduce(device.array(np.ones(5000), 0, own_stream(device)) if comm.rank == 0 else np.ones(5000))
+
+    monkeypatch.setattr(device, "is_past", is_past)
+    told = attempt(2, program, transport="shm")
+    assert isinstance(told[0], KeyboardInterrupt)
+    assert "rank 0 was interrupted" in str(told[1])
+    device.drive()
+    told.clear()
+    assert_nothing_left(device)
+
+
+# Sizes, groups, and processes.
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+@WAYS
+def test_worlds_of_any_size(device: StrictDevice, transport: str, size: int) -> None:
+    device.seeded(7)
+
+    def program(comm: Communicator) -> None:
+        for count in (0, 1, 20_000):
+            x = device.array(np.full(count, comm.rank + 1.0), comm.rank % 2, own_stream(device, comm.rank % 2))
+            comm.all_reduce(x)
+            assert (device.peek(x) == size * (size + 1) / 2).all()
+            whole = device.array(np.zeros((size, count)), comm.rank % 2)
+            comm.all_gather(x, whole)
+            if count:
+                assert (device.peek(whole) == size * (size + 1) / 2).all()
+
+    run_ranks(size, program, transport=transport)
+    assert not device.unpinned
+    assert_nothing_left(device)
+
+
+def test_groups_used_from_several_threads(device: StrictDevice) -> None:
+    device.seeded(8)
+
+    def program(comm: Communicator) -> None:
+        groups = [comm, comm.group([0, 1], "other")]
+        wrong: list[str] = []
+
+        def use(at: int) -> None:
+            x = device.array(np.zeros(3000), at, own_stream(device, at))
+            for number in range(10):
+                device.kernel(x.stream, lambda: device.poke(x, number + at))  # noqa: B023  # awaited in this round
+                groups[at].all_reduce(x)
+                if not (device.peek(x) == 2 * (number + at)).all():
+                    wrong.append(f"group {at}, round {number}: {device.peek(x)}")
+
+        threads = [threading.Thread(target=use, args=(at,)) for at in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not wrong
+
+    run_ranks(2, program, transport="tcp")
+    assert_nothing_left(device)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_more_than_may_be_pinned_goes_through_ordinary_memory(device: StrictDevice, transport: str) -> None:
+    device.seeded(9)
+    now._shared._pool = PinnedPool(device, 16 * 2**20)
+    nbytes = 64 * 2**20
+
+    def program(comm: Communicator) -> dict[str, int]:
+        assert "pinned_bytes" in comm.counters()
+        x = device.array(np.full(nbytes // 4, comm.rank + 1, np.float32), comm.rank)
+        comm.all_reduce(x)
+        assert (device.peek(x) == 3).all()
+        small = device.array(np.ones(1000), comm.rank)
+        comm.all_reduce(small)
+        return comm.counters()
+
+    for counted in run_ranks(2, program, transport=transport):
+        assert 0 < counted["pinned_bytes"] <= 16 * 2**20
+        assert nbytes <= counted["unpinned_bytes"] <= 2 * nbytes
+    assert device.unpinned
+    assert_nothing_left(device)
+
+
+def test_counters_speak_of_pinned_memory_only_if_there_is_some(device: StrictDevice) -> None:
+    device.seeded(10)
+
+    def program(comm: Communicator) -> None:
+        comm.all_reduce(np.ones(10))
+        comm.barrier()
+        assert "pinned_bytes" not in comm.counters()
+        comm.barrier()
+        comm.all_reduce(device.array(np.ones(10)))
+        assert comm.counters()["pinned_bytes"] > 0
+        assert comm.counters()["unpinned_bytes"] == 0
+
+    run_ranks(2, program)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_is_told_that_it_has_no_device(device: StrictDevice) -> None:
+    device.seeded(11)
+    x = device.array(np.arange(1000.0))
+    bind(x).load()
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):
+            bind(np.ones(3)).load()
+            try:
+                bind(x).load()
+            except DeviceError as error:
+                os._exit(0 if "forked process" in str(error) else 2)
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    bound = bind(x)
+    bound.load()
+    assert bound.array.tolist() == list(range(1000))
