@@ -139,7 +139,7 @@ def test_a_call_is_no_part_of_a_graph(device: StrictDevice, transport: str) -> N
     assert all("graph" in text for text in told), told
 
 
-# What a call that ends leaves behind.
+# In which order copies begin.
 
 
 def held_at(device: StrictDevice, monkeypatch: pytest.MonkeyPatch, call: str) -> list[threading.Event]:
@@ -153,6 +153,70 @@ def held_at(device: StrictDevice, monkeypatch: pytest.MonkeyPatch, call: str) ->
 
     monkeypatch.setattr(device, call, copy)
     return held
+
+
+def test_a_result_is_not_written_while_the_caller_still_reads_what_was_there(device: StrictDevice) -> None:
+    """A call whose output alone is on a device has nothing to load, which would wait for the caller's stream too."""
+    device.seeded(12)
+    seen = []
+
+    def program(comm: Communicator) -> None:
+        x, copying = np.full(3000, comm.rank + 1.0), comm._job.loop._copying
+        stream = own_stream(device)
+        out = device.array(np.zeros((2, 3000)), 0, stream)
+        released = hold(device, stream)
+        device.kernel(stream, lambda: seen.append(device.peek(out)))
+        work = comm.all_gather(x, out, async_op=True)
+        until(lambda: work.done() or any(call.steps for call in copying._calls.values()))
+        released.set()
+        work.wait(20)
+        assert (device.peek(out) == [[1], [2]]).all()
+
+    run_ranks(2, program, transport="tcp")
+    assert [held.any() for held in seen] == [False, False]
+    assert_nothing_left(device)
+
+
+@pytest.mark.parametrize(("shift", "loaded"), [(0, 0), (1, 1), (-1, 1)], ids=["in place", "behind", "before"])
+def test_a_result_is_not_written_over_input_that_is_still_to_be_read(
+    monkeypatch: pytest.MonkeyPatch, device: StrictDevice, shift: int, loaded: int
+) -> None:
+    """The output lies ``shift`` blocks behind the input; so many blocks are loaded when the other rank's arrives."""
+    device.seeded(13)
+    loads, stores = held_at(device, monkeypatch, "to_host"), held_at(device, monkeypatch, "to_device")
+    block, whole = 5000, device.array(np.arange(20_000.0), 0, own_stream(device))
+
+    def at(begin: int) -> kinds.OnDevice:
+        return kinds.OnDevice(whole, begin * block * 8, np.empty(2 * block))
+
+    def program(comm: Communicator) -> None:
+        if comm.rank == 1:
+            got = np.empty(2 * block)
+            comm.all_to_all(np.arange(2 * block) + 1e6, got)
+            assert got.tolist() == [*range(2 * block, 3 * block), *(np.arange(block, 2 * block) + 1e6)]
+            return
+        loop = comm._job.loop
+        work = comm.all_to_all(at(1), at(1 + shift), async_op=True)
+        until(lambda: len(loads) == 2)
+        for each in loads[:loaded]:
+            each.set()
+        until(lambda: stores or len(loop._copying._under_way) == 2 - loaded)
+        until(lambda: comm.counters()["bytes_received"] >= block * 8)
+        for _ in range(5):  # turns of the progress thread
+            loop.ask(lambda now_ns: None)
+        assert not stores
+        loads[1].set()
+        loads[0].set()
+        until(lambda: [each.set() for each in stores] and work.done())
+        work.wait()
+        got = device.peek(whole)[(1 + shift) * block :][: 2 * block]
+        assert got.tolist() == [*range(block, 2 * block), *(np.arange(block) + 1e6)]
+
+    run_ranks(2, program, transport="tcp")
+    assert_nothing_left(device)
+
+
+# What a call that ends leaves behind.
 
 
 @pytest.mark.parametrize("call", ["to_host", "to_device"])
