@@ -46,7 +46,8 @@ class Messages:
         """Send ``x`` to rank ``dst``, which takes it with `recv`.
 
         It returns when ``x`` may be changed again. For up to 4 KiB that is at once, as long as few earlier messages
-        wait at ``dst`` for their receive; for more it is when ``dst`` has received them.
+        wait at ``dst`` for their receive; for more it is when ``dst`` has received them. An array on a GPU is copied
+        first, once what the current stream holds has ended.
 
         Parameters
         ----------

@@ -12,7 +12,7 @@ import kinds
 import numpy as np
 import pytest
 from devices import assert_nothing_left, doubled, hold, own_stream, until
-from ranks import attempt, lines, run_ranks
+from ranks import attempt, launch, lines, run_ranks
 from test_kinds import serve
 
 from detcoll.buffers import bind
@@ -305,6 +305,12 @@ def test_a_rank_that_leaves_while_copies_are_under_way(
     assert told[0] is None, told
     assert isinstance(told[1], ZeroDivisionError)
     assert_nothing_left(device)
+
+
+def test_a_rank_that_dies_while_copies_are_under_way() -> None:
+    ended = launch(2, "device_death.py", environ={"DETCOLL_TRANSPORT": "tcp"})
+    assert "PeerLost" in ended.out
+    assert "nothing left" in ended.out
 
 
 @WAYS

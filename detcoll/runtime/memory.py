@@ -87,6 +87,8 @@ class Memory:
         self.copies.clear()
         self._buffers.clear()
         self._scratch.clear()
+        # The error of the call, which is kept, may refer to the call by its traceback.
+        self.array, self.source, self.devices = np.empty(0, self.array.dtype), None, None
 
     @property
     def accumulator_dtype(self) -> np.dtype[Any]:

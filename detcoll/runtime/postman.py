@@ -62,7 +62,8 @@ class Parcel:
         return byte_view(self.array)[begin:end]
 
     def drop(self) -> None:
-        """Do nothing: what a transport still borrows lives until its tickets end."""
+        """Let go of everything; what a transport still borrows lives until its tickets end."""
+        self.array, self.devices = np.empty(0, self.array.dtype), None
 
     def take(self, other: Parcel) -> None:
         """Copy the values of another one."""
