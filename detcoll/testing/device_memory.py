@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -71,15 +72,17 @@ class DeviceMemory:
     def __init__(self, misuse: Callable[[str], Misuse]) -> None:
         self._misuse = misuse
         self._next = _FIRST_ADDRESS
+        self._lock = threading.Lock()
         self._pieces: dict[int, tuple[int, NDArray[np.uint8]]] = {}
         self._freed: set[int] = set()
 
     def array(self, values: NDArray[Any], device: int, stream: int) -> DeviceArray:
         """Return a new device array; its memory is freed with it."""
-        array = DeviceArray(values, device, self._next, stream)
         held = np.frombuffer(bytearray(values.tobytes()), np.uint8)
+        with self._lock:
+            array = DeviceArray(values, device, self._next, stream)
+            self._next += -(-max(array.nbytes, 1) // _GAP_BYTES) * _GAP_BYTES + _GAP_BYTES
         self._pieces[array.address] = device, held
-        self._next += -(-max(array.nbytes, 1) // _GAP_BYTES) * _GAP_BYTES + _GAP_BYTES
         weakref.finalize(array, self.free, array.address).atexit = False
         return array
 
