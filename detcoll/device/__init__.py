@@ -8,10 +8,11 @@ from detcoll.device.copies import Copies, Copy, DeviceBuffer, Segment
 from detcoll.device.cuda import Cuda, driver
 from detcoll.device.driver import Driver, MemoryType
 from detcoll.device.gate import Gate
-from detcoll.device.now import copy_now, pinned_counts, pinned_memory
+from detcoll.device.now import copy_now, give_copies, pinned_counts, pinned_memory, pins, take_copies
 from detcoll.device.pinned import PinnedPool
+from detcoll.device.pins import Pins
 
 __all__ = [
-    "Copies", "Copy", "Cuda", "DeviceBuffer", "Driver", "Gate", "MemoryType", "PinnedPool", "Segment", "copy_now",
-    "driver", "pinned_counts", "pinned_memory",
+    "Copies", "Copy", "Cuda", "DeviceBuffer", "Driver", "Gate", "MemoryType", "PinnedPool", "Pins", "Segment",
+    "copy_now", "driver", "give_copies", "pinned_counts", "pinned_memory", "pins", "take_copies",
 ]  # fmt: skip

@@ -231,6 +231,11 @@ class Copies:
         """Whether no copy is under way or waits, as far as the device was asked."""
         return not any(lane.under_way or lane.waiting for lane in self._lanes.values())
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a device does not tell any more what becomes of copies."""
+        return any(lane.lost is not None for lane in self._lanes.values())
+
     def cancel(self, copies: Iterable[Copy]) -> None:
         """Drop those that have not begun; the others go on, and use their memory until they are over."""
         dropped = set(copies)

@@ -1,4 +1,4 @@
-"""What callers' threads do by themselves: pinned memory for a call, and copies that they wait for."""
+"""What callers' threads do by themselves: pinned memory for a call, and copies that they wait for or look after."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from detcoll.device.copies import Copies, DeviceBuffer
 from detcoll.device.cuda import driver
 from detcoll.device.gate import wait_until
 from detcoll.device.pinned import PinnedPool
+from detcoll.device.pins import Pins
 from detcoll.errors import DeadlineMissed
 
 LONGEST_COPY_NS = 60_000_000_000
@@ -29,6 +30,15 @@ class _Shared:
         self.lock, self.turn = threading.Lock(), threading.Lock()
         self._pool: PinnedPool | None = None
         self._copies: Copies | None = None
+        self._pins: Pins | None = None
+        self.spare: list[Copies] = []
+
+    @property
+    def pins(self) -> Pins:
+        with self.lock:
+            if self._pins is None:
+                self._pins = Pins(driver())
+            return self._pins
 
     @property
     def pool(self) -> PinnedPool:
@@ -70,6 +80,27 @@ def pinned_counts() -> dict[str, int]:
     """Return what `PinnedPool` counts, by name: ``pinned_bytes``, ``unpinned_bytes``; empty if no device was used."""
     pool = _shared.made_pool
     return {} if pool is None else {"pinned_bytes": pool.bytes, "unpinned_bytes": pool.unpinned_bytes}
+
+
+def pins() -> Pins:
+    """Return what is pinned in this process beside the memory of calls."""
+    return _shared.pins
+
+
+def take_copies() -> Copies:
+    """Return streams for one call that looks after its copies itself; give them back with `give_copies`."""
+    try:
+        return _shared.spare.pop()
+    except IndexError:
+        return Copies(driver())
+
+
+def give_copies(copies: Copies) -> None:
+    """Take streams back. What a call that failed left under way goes on, and keeps its memory."""
+    if copies.idle and not copies.is_lost:
+        _shared.spare.append(copies)
+    else:
+        copies.close()
 
 
 def copy_now(buffer: DeviceBuffer, host: NDArray[Any], *, to_device: bool) -> None:
