@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.descriptor import Announcement, announce
-from detcoll.errors import UsageError
+from detcoll.errors import DetcollError, UsageError
 from detcoll.signature import signature_of
 from detcoll.types import DTYPES, ReduceOp, operators_of
 
@@ -74,6 +74,7 @@ class Capabilities:
     ``native_uneven``: those of them that take blocks of different sizes.
     ``native_blocks_bytes``: the largest size of all blocks together that a native collective of blocks moves.
     ``native_groups``: it has native collectives for groups of its ranks too; see `NativeCollectives.group`.
+    ``native_devices``: they take arrays on devices themselves; see `NativeCall`.
     ``ordered``: its native collectives fold in the order of the groups given to `NativeCollectives.arrange` and compare
     the calls of the ranks, so reproducible results need no plan.
     ``largest_message_bytes``: a larger send raises UsageError.
@@ -90,6 +91,7 @@ class Capabilities:
     native_uneven: frozenset[str] = frozenset()
     native_blocks_bytes: int = 2**31 - 1
     native_groups: bool = False
+    native_devices: bool = False
     ordered: bool = False
     largest_message_bytes: int = 2**30
     frame_bytes: int = 128
@@ -358,6 +360,39 @@ class Endpoint(ABC):
         return []
 
 
+class DeviceCopy(Protocol):
+    """A copy between a device and the host that was begun."""
+
+    @property
+    def error(self) -> DetcollError | None:
+        """Why it failed, once it is past; then its target holds unspecified values."""
+
+    def is_past(self) -> bool:
+        """Ask the device whether the copy ended, so that its memory may be used again; never blocks."""
+
+
+class DeviceArray(Protocol):
+    """An array of a call where it lies on a device. One thread at a time uses it, and only during `run`.
+
+    Methods raise DeviceError if the device is of no use any more.
+    """
+
+    def is_ready(self) -> bool:
+        """Tell whether what the caller had queued on the device before the call is done; no copy begins before."""
+
+    def begin(self, begin: int, end: int, host: NDArray[np.uint8], *, to_device: bool) -> DeviceCopy:
+        """Copy bytes ``[begin, end)``, which are whole elements, to or from ``host``; in each direction in order.
+
+        ``host`` is used until the copy is past. If it is not pinned, this blocks.
+        """
+
+    def pin(self, memory: NDArray[np.uint8]) -> Callable[[], None]:
+        """Pin memory that copies use, and return what ends that; until then the memory stays alive.
+
+        It must not be ended while a copy uses the memory. Memory that the system does not pin stays as it is.
+        """
+
+
 class NativeCall(msgspec.Struct, frozen=True):
     """One call of a native collective.
 
@@ -373,6 +408,9 @@ class NativeCall(msgspec.Struct, frozen=True):
     number of the call in its group, or -1 where calls are not numbered; calls of different numbers do not fit together.
     ``cut`` : the elements that each array of a list has in a block; empty for one array.  ``shape`` : what ranks
     compare of the shapes of their arrays, for people; empty where these may differ.
+    ``device`` : where the values are, if they are on a device and the transport says ``native_devices``; only a
+    collective on one array has it. Then ``array`` is memory of the host for free use, and its content is unspecified.
+    Before `run` returns or raises, all copies are past, as long as the device ends them at all.
     """
 
     kind: str
@@ -388,6 +426,7 @@ class NativeCall(msgspec.Struct, frozen=True):
     sequence: int = -1
     cut: Sequence[int] = ()
     shape: str = ""
+    device: DeviceArray | None = None
 
     @property
     def announcement(self) -> Announcement:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from detcoll.errors import Closed, DetcollError, TransportError, UsageError
 from detcoll.job.job import Job
 from detcoll.plan import Buffer, Calendar, Collective, Planner
 from detcoll.runtime import Descriptor, Group, Memory, Operation, Work
-from detcoll.runtime.devices import Devices
+from detcoll.runtime.devices import Devices, OnDevice
 from detcoll.runtime.group import WORLD_ID
 from detcoll.runtime.native import NativeRunner, Submission
 from detcoll.runtime.operation import Span
@@ -109,6 +109,27 @@ def devices_of(output: Bound, source: Bound | None = None) -> Devices | None:
     return Devices(buffers, [Gate(driver(), device, stream) for device, stream in sorted(streams)])
 
 
+_Copy = Callable[[int], None] | None
+_NOT_STAGED = None, None, None
+
+
+def _staging_of(request: Request, native: NativeRunner) -> tuple[_Copy, _Copy, OnDevice | None]:
+    """Return what fills the input of a native call, what empties its output, and what its transport copies itself."""
+    output, source = request.output, request.source
+    loads = source or output
+    load, store = loads.load if loads.staged else None, output.store if output.staged else None
+    devices = _devices_of(request) if load or store else None
+    if devices is None:
+        return load, store, None
+    if source is None and native.takes_devices:
+        return None, None, OnDevice(devices.buffers[Buffer.DEVICE_OUT], devices.gates)
+    if loads.buffer is not None:
+        load = partial(devices.load, loads.array, Buffer.DEVICE_OUT if source is None else Buffer.DEVICE_IN)
+    if output.buffer is not None:
+        store = partial(devices.store, output.array)
+    return load, store, None
+
+
 class Caller:
     """Makes the calls of one group; see the module.
 
@@ -185,28 +206,24 @@ class Caller:
         if self.job.ahead.calls:  # before the call has a number, which others would wait for
             self.job.ahead.wait(request.spans, native)
         sequence, output, source = next(self._sequence), request.output, request.source
-        array, loads = output.array, source or output
-        call = NativeCall(
-            request.kind, array, array.size if request.elems < 0 else request.elems, request.op, request.root,
-            None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
-            sequence, request.cut if request.arrays > 1 else (), request.shape,
-        )  # fmt: skip
-        load, store = loads.load if loads.staged else None, output.store if output.staged else None
         try:
-            devices = devices_of(output, source) if load or store else None
+            is_staged = output.staged or (source is not None and source.staged)
+            load, store, on_device = _staging_of(request, native) if is_staged else _NOT_STAGED
         except DetcollError as error:
             self._tell_refusal(request.kind, sequence, error)
             raise
-        if devices is not None:
-            if loads.buffer is not None:
-                load = partial(devices.load, loads.array, Buffer.DEVICE_OUT if source is None else Buffer.DEVICE_IN)
-            if output.buffer is not None:
-                store = partial(devices.store, output.array)
-        if wait and native.run_at_once(call, timeout_ns, called_ns, load, store):
+        array = output.array
+        call = NativeCall(
+            request.kind, array, array.size if request.elems < 0 else request.elems, request.op, request.root,
+            None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
+            sequence, request.cut if request.arrays > 1 else (), request.shape, on_device,
+        )  # fmt: skip
+        release = on_device.release if on_device is not None else None
+        if wait and native.run_at_once(call, timeout_ns, called_ns, load, store, release):
             return None
         work = Work(f"{request.kind} number {sequence}", request.result, sequence)
         try:
-            native.run(Submission(call, timeout_ns, called_ns, load, store), work)
+            native.run(Submission(call, timeout_ns, called_ns, load, store, release), work)
         except BaseException as error:
             self._tell_refusal(request.kind, sequence, error)
             raise

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.device import DeviceBuffer, Gate, copy_now
+from detcoll.device import Copies, Copy, DeviceBuffer, Gate, copy_now, give_copies, pins, take_copies
 from detcoll.plan.ir import Buffer
 
 
@@ -49,3 +50,40 @@ class Devices:
     def _wait(self, deadline_ns: int) -> None:
         for gate in self.gates:
             gate.wait(deadline_ns)
+
+
+class OnDevice:
+    """The array of a native call on a device, for transports that copy it themselves; a `DeviceArray` of the SPI.
+
+    Parameters
+    ----------
+    buffer : DeviceBuffer
+        Where it is.
+    gates : sequence of Gate
+        What its copies wait for.
+    """
+
+    def __init__(self, buffer: DeviceBuffer, gates: Sequence[Gate]) -> None:
+        self._buffer, self._gates = buffer, gates
+        self._copies: Copies | None = None
+
+    def is_ready(self) -> bool:
+        """See `detcoll.transport.DeviceArray.is_ready`."""
+        return all(gate.is_open() for gate in self._gates)
+
+    def begin(self, begin: int, end: int, host: NDArray[np.uint8], *, to_device: bool) -> Copy:
+        """See `detcoll.transport.DeviceArray.begin`."""
+        if self._copies is None:
+            self._copies = take_copies()
+        size = self._buffer.itemsize
+        return self._copies.begin(self._buffer, begin // size, (end - begin) // size, host, to_device)
+
+    def pin(self, memory: NDArray[np.uint8]) -> Callable[[], None]:
+        """See `detcoll.transport.DeviceArray.pin`."""
+        return pins().pin(memory, self._buffer.device)
+
+    def release(self) -> None:
+        """Give the streams back, when the transport is through with the call."""
+        copies, self._copies = self._copies, None
+        if copies is not None:
+            give_copies(copies)

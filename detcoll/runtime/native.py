@@ -37,7 +37,7 @@ class Submission(NamedTuple):
     """A native call that was submitted.
 
     ``timeout_ns`` : counts from when the call runs.  ``load``, ``store`` : fill its input and empty its output until
-    then, where the caller's memory is elsewhere.
+    then, where the caller's memory is elsewhere.  ``release`` : called when it has ended in any way, or is queued.
     """
 
     call: NativeCall
@@ -45,6 +45,7 @@ class Submission(NamedTuple):
     called_ns: int
     load: Callable[[int], None] | None = None
     store: Callable[[int], None] | None = None
+    release: Callable[[], None] | None = None
 
 
 class NativeRunner:
@@ -153,7 +154,7 @@ class NativeRunner:
 
     def run_at_once(
         self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[int], None] | None = None,
-        store: Callable[[int], None] | None = None,
+        store: Callable[[int], None] | None = None, release: Callable[[], None] | None = None,
     ) -> bool:  # fmt: skip
         """Run a call on this thread and return True, or return False if other calls of the group are pending.
 
@@ -177,6 +178,8 @@ class NativeRunner:
             raise
         finally:
             self._turn.release()
+            if release is not None:
+                release()
         if error is not None:
             raise error
         return True
@@ -185,6 +188,11 @@ class NativeRunner:
         if self.failure is not None or self._closing:
             reason = "the job is closed" if self.failure is None else f"the group has ended: {self.failure}"
             raise Closed(reason) from self.failure
+
+    @property
+    def takes_devices(self) -> bool:
+        """Whether the transport copies arrays on devices itself; see `Capabilities`."""
+        return self._capabilities.native_devices
 
     @property
     def latest(self) -> int:
@@ -246,7 +254,9 @@ class NativeRunner:
                 continue
             submission, work = entry
             with self._turn:
-                error = self._do(*submission)
+                error = self._do(*submission[:-1])
+            if submission.release is not None:
+                submission.release()
             with self._count:
                 self._queued -= 1
             work.finish(error)
