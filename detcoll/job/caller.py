@@ -118,7 +118,7 @@ def _staging_of(request: Request, native: NativeRunner) -> tuple[_Copy, _Copy, O
     output, source = request.output, request.source
     loads = source or output
     load, store = loads.load if loads.staged else None, output.store if output.staged else None
-    devices = _devices_of(request) if load or store else None
+    devices = devices_of(output, source) if load or store else None
     if devices is None:
         return load, store, None
     if source is None and native.takes_devices:

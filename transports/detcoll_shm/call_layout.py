@@ -40,12 +40,14 @@ Piece = tuple[Bytes, int, int]
 class Cut:
     """One chunk in one half of the stages.
 
-    ``gives`` : where this rank puts what others fold.  ``inputs`` : contributions to this rank's share, by rank; None
-    for its own.  ``share`` : first and last byte of that share in the chunk.  ``out`` : where its result goes, as
-    elements and as bytes.  ``takes`` : other ranks' results.
+    ``gives`` : where this rank puts what others fold.  ``given`` : where it puts the whole chunk, if it comes from a
+    device.  ``inputs`` : contributions to this rank's share, by rank; None for its own.  ``share`` : first and last
+    byte of that share in the chunk.  ``out`` : where its result goes, as elements and as bytes.  ``takes`` : other
+    ranks' results.
     """
 
     gives: tuple[Piece, ...]
+    given: Bytes
     inputs: tuple[NDArray[Any] | None, ...]
     share: tuple[int, int]
     out: NDArray[Any]
@@ -104,22 +106,27 @@ class Cutter:
     groups: Sequence[Sequence[int]]
     chunk_bytes: int
     direct_bytes: int
+    device_chunk_bytes: int
 
     def layout(self, descriptor: Descriptor, op: ReduceOp, dtype: np.dtype[Any]) -> CallLayout:
         """Return the layout for calls that `descriptor` (of number 0) describes."""
         nbytes = descriptor.count * dtype.itemsize
         digest, fold = digest_of(descriptor), folder(op, self.groups, dtype)
-        step = self._step_bytes(nbytes, dtype.itemsize)
+        step = self._step_bytes(nbytes, dtype.itemsize, self.chunk_bytes)
         if nbytes * (len(self.stages) - 1) <= self.direct_bytes and nbytes <= self.chunk_bytes:
             whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
             rooms = self._rooms(descriptor.count, dtype)
             return CallLayout(descriptor, digest, dtype, step, 0, nbytes, 0, (), (), whole, rooms, fold)
-        chunks = -(-nbytes // step)
-        full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
-        last = tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
+        chunks, full, last = self._chunks(nbytes, step, dtype)
         read_step = self._read_step_bytes(nbytes, dtype.itemsize)
         rooms = self._rooms(max(step, read_step) // dtype.itemsize, dtype)
         return CallLayout(descriptor, digest, dtype, step, read_step, nbytes, chunks, full, last, (), rooms, fold)
+
+    def for_devices(self, layout: CallLayout) -> CallLayout:
+        """Return the layout of the same call in large chunks, since each costs copies that have to be waited for."""
+        step = self._step_bytes(layout.nbytes, layout.dtype.itemsize, self.device_chunk_bytes)
+        chunks, full, last = self._chunks(layout.nbytes, step, layout.dtype)
+        return replace(layout, chunk_bytes=step, chunks=chunks, full=full, last=last)
 
     def edges(self, nbytes: int, itemsize: int) -> list[int]:
         """Return where shares of an array begin, by rank, and its end, in bytes."""
@@ -127,10 +134,16 @@ class Cutter:
         unit = LINE_BYTES if nbytes >= LINE_BYTES * ranks else itemsize
         return [nbytes * rank // ranks // unit * unit for rank in range(ranks)] + [nbytes]
 
-    def _step_bytes(self, nbytes: int, itemsize: int) -> int:
+    def _chunks(self, nbytes: int, step: int, dtype: np.dtype[Any]) -> tuple[int, tuple[Cut, ...], tuple[Cut, ...]]:
+        """Return how many chunks of ``step`` bytes there are, and where those and the last one lie, by half."""
+        chunks = -(-nbytes // step)
+        full = tuple(self._cut(step, half, dtype) for half in (0, 1)) if chunks > 1 else ()
+        return chunks, full, tuple(self._cut(nbytes - (chunks - 1) * step, half, dtype) for half in (0, 1))
+
+    def _step_bytes(self, nbytes: int, itemsize: int, largest: int) -> int:
         """Return the size of chunks: some for each call, so that giving, folding and taking overlap."""
-        wanted = max(min(self.chunk_bytes, nbytes // CHUNKS_A_CALL), SMALLEST_CHUNK_BYTES)
-        step = min(wanted // LINE_BYTES * LINE_BYTES, self.chunk_bytes)
+        wanted = max(min(largest, nbytes // CHUNKS_A_CALL), SMALLEST_CHUNK_BYTES)
+        step = min(wanted // LINE_BYTES * LINE_BYTES, largest)
         return max(step, itemsize)
 
     def _read_step_bytes(self, nbytes: int, itemsize: int) -> int:
@@ -146,7 +159,8 @@ class Cutter:
         edges = self.edges(nbytes, dtype.itemsize)
         begin, end = edges[self.rank], edges[self.rank + 1]
         own = self.stages[self.rank]
-        gives = tuple((own.given[half][a:b], a, b) for a, b in ((0, begin), (end, nbytes)) if a < b)
+        given = own.given[half][:nbytes]
+        gives = tuple((given[a:b], a, b) for a, b in ((0, begin), (end, nbytes)) if a < b)
         inputs = tuple(
             None if rank == self.rank else stage.given[half][begin:end].view(dtype)
             for rank, stage in enumerate(self.stages)
@@ -158,7 +172,7 @@ class Cutter:
             if rank != self.rank and edges[rank] < edges[rank + 1]
         )
         rooms = self._rooms((end - begin) // dtype.itemsize, dtype)
-        return Cut(gives, inputs, (begin, end), out_bytes.view(dtype), out_bytes, takes, rooms)
+        return Cut(gives, given, inputs, (begin, end), out_bytes.view(dtype), out_bytes, takes, rooms)
 
     def _rooms(self, count: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], ...]:
         """Return memory for the sums of groups, if there is more than one."""

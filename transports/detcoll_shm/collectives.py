@@ -8,6 +8,18 @@ of which each rank folds a share from what the others give and shows the result,
                  fold k-1     take k-1
                  take k-2
 
+Where the array of a rank is on a device (`detcoll_shm.transfers`), the device copies between it and the stages while
+the processor folds, so a step ends when its copies are past::
+
+    step         k                       k+1
+    this rank    begin take k-2, give k  begin take k-1, give k+1
+                 fold k-1                fold k
+                 await, say GIVEN        await, say GIVEN
+
+Such a rank gives its own share too, folds from its stage, and takes its own result from there, since the processor
+cannot touch the array. It says GIVEN only when its copies from others' stages are past as well: then others write their
+next results there. All ranks take larger chunks if there is such a rank.
+
 The stage has two halves in turn, so that ranks may be a step apart. A half may be given again once its last chunk was
 taken, since whoever shows a result has read what it was made from; and across calls, since whoever has arrived at a
 call is through with the one before.
@@ -36,13 +48,14 @@ from numpy.typing import NDArray
 from detcoll.descriptor import Descriptor, digest_of
 from detcoll.errors import Closed, UsageError
 from detcoll.signature import signature_of
-from detcoll.transport import NativeCall
+from detcoll.transport import DeviceArray, NativeCall
 from detcoll.types import check_op, parse_dtype
 from detcoll_shm.call_layout import CallLayout, Cut, Cutter
 from detcoll_shm.lockstep import NEVER, Lockstep
 from detcoll_shm.reading import Reader
-from detcoll_shm.regions import NOWHERE, OPEN, Mapped, Place, Regions
+from detcoll_shm.regions import DEVICE, NOWHERE, OPEN, Mapped, Place, Regions
 from detcoll_shm.stage import FOLDED, GIVEN, TAKEN
+from detcoll_shm.transfers import Transfers
 
 LARGEST_KEPT_LAYOUTS = 256
 
@@ -79,13 +92,17 @@ class Collectives:
         self._ended = ""
         """Why no later call is taken, or nothing."""
         self._cause: BaseException | None = None
+        self.transfers = Transfers(lockstep, cutter.stages)
+        """Copies to and from devices."""
         self.turn = threading.Lock()
         """Held while a collective uses shared memory."""
 
     def run(self, call: NativeCall, deadline_ns: int) -> None:
         """Carry out one collective."""
         array = call.array
-        key = (call.kind, call.op, array.dtype, array.size, call.root, call.arrays, call.cut, call.shape)
+        key: tuple[Any, ...] = (
+            call.kind, call.op, array.dtype, array.size, call.root, call.arrays, call.cut, call.shape
+        )  # fmt: skip
         layout = self._layouts.get(key) or self._lay_out(key, call)
         if call.name:
             layout = layout.named(call.name)
@@ -97,9 +114,10 @@ class Collectives:
                 raise Closed(self._ended) from self._cause
             before, lockstep.number = lockstep.sequence, call.sequence
             try:
-                _HOW[call.kind](self, layout, array, deadline_ns)
+                _HOW[call.kind](self, layout, call, deadline_ns)
             except BaseException as error:
                 self._end(error, layout, before)
+                self.transfers.end()
                 raise
 
     def refuse(self, reason: str) -> None:
@@ -128,35 +146,56 @@ class Collectives:
             0, call.kind, call.op.value, dtype.name, call.array.size, call.root, call.arrays, cut=digest_of(call.cut),
             shape=call.shape,
         )  # fmt: skip
+        return self._keep(key, self._cutter.layout(descriptor, call.op, dtype))
+
+    def _keep(self, key: tuple[Any, ...], layout: CallLayout) -> CallLayout:
         if len(self._layouts) >= LARGEST_KEPT_LAYOUTS:
             self._layouts.popitem(last=False)
-        layout = self._layouts[key] = self._cutter.layout(descriptor, call.op, dtype)
+        self._layouts[key] = layout
         return layout
 
-    def _barrier(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+    def _for_devices(self, layout: CallLayout) -> CallLayout:
+        """Return the layout of the same call where a rank has its array on a device."""
+        key = "on devices", layout.descriptor.op, layout.dtype, layout.nbytes
+        return self._layouts.get(key) or self._keep(key, self._cutter.for_devices(layout))
+
+    def _barrier(self, layout: CallLayout, call: NativeCall, deadline_ns: int) -> None:
         self._lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
         self._lockstep.await_all_here()
 
-    def _all_reduce(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
-        (self._all_reduce_in_chunks if layout.chunks else self._all_reduce_whole)(layout, array, deadline_ns)
+    def _all_reduce(self, layout: CallLayout, call: NativeCall, deadline_ns: int) -> None:
+        (self._all_reduce_in_chunks if layout.chunks else self._all_reduce_whole)(layout, call, deadline_ns)
 
-    def _all_reduce_whole(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
-        given = layout.whole[self._chunk & 1]
+    def _all_reduce_whole(self, layout: CallLayout, call: NativeCall, deadline_ns: int) -> None:
+        given, array, device = layout.whole[self._chunk & 1], call.array, call.device
         lockstep = self._lockstep
-        given[lockstep.rank][...] = array
+        if device is None:
+            given[lockstep.rank][...] = array
+        else:
+            lockstep.prepare(layout.descriptor, deadline_ns)
+            self.transfers.open(device)
+            self.transfers.copy(device, 0, given[lockstep.rank].view(np.uint8), to_device=False)
         lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
         lockstep.await_all_here()
         layout.fold(given, array, layout.rooms)
         self._chunk += 1
+        if device is not None:
+            self.transfers.copy(device, 0, array.view(np.uint8), to_device=True)
 
-    def _all_reduce_in_chunks(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
-        lockstep, memory = self._lockstep, array.view(np.uint8)
+    def _all_reduce_in_chunks(self, layout: CallLayout, call: NativeCall, deadline_ns: int) -> None:
+        lockstep, memory, device = self._lockstep, call.array.view(np.uint8), call.device
         lockstep.last_word = FOLDED, NEVER
-        place = self._place_of(layout, memory)
+        place = self._place_of(layout, memory) if device is None else DEVICE
+        if device is not None:
+            lockstep.prepare(layout.descriptor, deadline_ns)
         if place is NOWHERE:
             self._give(layout, 0, memory)
         lockstep.arrive(layout.descriptor, layout.digest, deadline_ns, place)
         lockstep.await_all_here()
+        if lockstep.anyone_is(DEVICE.region):
+            self._all_reduce_with_devices(layout, memory, device)
+            self._finish()
+            return
         if place is NOWHERE:
             self._reader.try_all()
         else:
@@ -196,6 +235,53 @@ class Collectives:
             if step <= chunks:
                 self._fold(layout, step - 1, memory)
         self._chunk += chunks
+
+    def _all_reduce_with_devices(
+        self, layout: CallLayout, memory: NDArray[np.uint8], device: DeviceArray | None
+    ) -> None:
+        layout = self._for_devices(layout)
+        self._chunk += 1  # a rank that did not know that there are devices has given a small first chunk
+        if device is not None:
+            self._all_reduce_on_device(layout, device)
+            return
+        self._give(layout, 0, memory)
+        self._all_reduce_staged(layout, memory)
+
+    def _all_reduce_on_device(self, layout: CallLayout, device: DeviceArray) -> None:
+        """Go through the stages, to which the device copies and from which it takes."""
+        lockstep, transfers, chunks = self._lockstep, self.transfers, layout.chunks
+        lockstep.last_word = FOLDED, self._chunk + chunks
+        transfers.open(device)
+        for step in range(chunks + 2):
+            at, chunk = step * layout.chunk_bytes, self._chunk + step
+            if step >= 2:
+                self._begin_to_take(layout, step - 2, device)
+            if step < chunks:
+                transfers.begin(device, at, layout.cut(step, chunk & 1).given, to_device=False)
+            if 1 <= step <= chunks:
+                self._fold_given(layout, step - 1)
+            transfers.settle()
+            if step < chunks:
+                lockstep.publish(GIVEN, chunk + 1)
+        self._chunk += chunks
+
+    def _fold_given(self, layout: CallLayout, number: int) -> None:
+        chunk = self._chunk + number
+        cut = layout.cut(number, chunk & 1)
+        begin, end = cut.share
+        self._lockstep.await_all(GIVEN, chunk + 1)
+        if begin < end:
+            mine = cut.given[begin:end].view(layout.dtype)
+            layout.fold([mine if given is None else given for given in cut.inputs], cut.out, cut.rooms)
+        self._lockstep.publish(FOLDED, chunk + 1)
+
+    def _begin_to_take(self, layout: CallLayout, number: int, device: DeviceArray) -> None:
+        at, chunk = number * layout.chunk_bytes, self._chunk + number
+        cut = layout.cut(number, chunk & 1)
+        self._lockstep.await_all(FOLDED, chunk + 1)
+        for place, begin, end in (*cut.takes, (cut.out_bytes, *cut.share)):
+            if begin < end:
+                self.transfers.begin(device, at + begin, place, to_device=True)
 
     def _all_reduce_in_place(self, layout: CallLayout, places: Sequence[Place], memory: NDArray[np.uint8]) -> None:
         lockstep = self._lockstep
@@ -277,38 +363,62 @@ class Collectives:
         for place, begin, end in layout.cut(number, chunk & 1).takes:
             np.copyto(memory[at + begin : at + end], place)
 
-    def _broadcast(self, layout: CallLayout, array: NDArray[Any], deadline_ns: int) -> None:
+    def _broadcast(self, layout: CallLayout, call: NativeCall, deadline_ns: int) -> None:
         lockstep, step, root = self._lockstep, self._cutter.chunk_bytes, layout.descriptor.root
-        memory = array.view(np.uint8)
-        parts = [memory[at : at + step] for at in range(0, memory.size, step)]
-        given = self._cutter.stages[root].given
-        is_root = lockstep.rank == root
-        if len(parts) > 1:
+        nbytes, device = call.array.nbytes, call.device
+        is_root, has_many = lockstep.rank == root, nbytes > step
+        begins_here = is_root and not (has_many and device is not None)
+        place = None
+        if has_many:
             lockstep.last_word = FOLDED, NEVER
-        if is_root and parts:
-            self._show(given, parts[0], self._chunk)
-        lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
+            place = NOWHERE if device is None else DEVICE
+        if device is not None:
+            lockstep.prepare(layout.descriptor, deadline_ns)
+        if begins_here and nbytes:
+            self._show(call, 0, step, self._chunk)
+        lockstep.arrive(layout.descriptor, layout.digest, deadline_ns, place)
         lockstep.await_all_here()
-        for chunk, part in enumerate(parts, self._chunk):
+        if has_many and lockstep.anyone_is(
+            DEVICE.region
+        ):  # begin anew with large chunks, see `_all_reduce_with_devices`
+            step, begins_here = self._cutter.device_chunk_bytes, False
+            self._chunk += 1
+        first = self._chunk
+        for chunk, at in enumerate(range(0, nbytes, step), first):
             if not is_root:
                 lockstep.await_one(root, GIVEN, chunk + 1)
-                np.copyto(part, given[chunk & 1][: part.size])
+                self._see(call, at, step, chunk)
                 lockstep.publish(FOLDED, chunk + 1)
-            elif chunk > self._chunk:
-                lockstep.await_all(FOLDED, chunk - 1 if chunk > self._chunk + 1 else 0)
-                self._show(given, part, chunk)
-        self._chunk += len(parts)
-        if len(parts) > 1:
+            elif at or not begins_here:
+                lockstep.await_all(FOLDED, chunk - 1 if chunk > first + 1 else 0)
+                self._show(call, at, step, chunk)
+            self._chunk += 1
+        if has_many:
             if is_root:
                 lockstep.await_all(FOLDED, self._chunk)
             self._finish()
 
-    def _show(self, given: tuple[NDArray[np.uint8], ...], part: NDArray[np.uint8], chunk: int) -> None:
-        np.copyto(given[chunk & 1][: part.size], part)
+    def _show(self, call: NativeCall, at: int, step: int, chunk: int) -> None:
+        """Put ``step`` bytes of the array, or what is left, where all see them."""
+        given = self._cutter.stages[self._lockstep.rank].given[chunk & 1][: min(step, call.array.nbytes - at)]
+        if call.device is None:
+            np.copyto(given, call.array.view(np.uint8)[at : at + step])
+        else:
+            self.transfers.open(call.device)
+            self.transfers.copy(call.device, at, given, to_device=False)
         self._lockstep.publish(GIVEN, chunk + 1)
 
+    def _see(self, call: NativeCall, at: int, step: int, chunk: int) -> None:
+        """Copy what the root shows."""
+        given = self._cutter.stages[call.root].given[chunk & 1][: min(step, call.array.nbytes - at)]
+        if call.device is None:
+            np.copyto(call.array.view(np.uint8)[at : at + step], given)
+        else:
+            self.transfers.open(call.device)
+            self.transfers.copy(call.device, at, given, to_device=True)
 
-_HOW: dict[str, Callable[[Collectives, CallLayout, NDArray[Any], int], None]] = {
+
+_HOW: dict[str, Callable[[Collectives, CallLayout, NativeCall, int], None]] = {
     "all_reduce": Collectives._all_reduce,
     "broadcast": Collectives._broadcast,
     "barrier": Collectives._barrier,

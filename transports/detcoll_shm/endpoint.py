@@ -86,7 +86,9 @@ class ShmEndpoint(Endpoint, NativeCollectives):
         self._clock = clock
         self._settings = settings
         self._largest_message_bytes = largest_message_bytes
-        self._geometry = Geometry(settings.ring_bytes, settings.slots, settings.chunk_bytes)
+        self._geometry = Geometry(
+            settings.ring_bytes, settings.slots, settings.chunk_bytes, settings.device_chunk_bytes
+        )  # fmt: skip
         self._pool = Pool(settings.pool_bytes)
         self._budget = Budget(settings.unexpected_bytes)
         self._counts, self._native_counts = Counts(), Counts()
@@ -377,11 +379,10 @@ class ShmEndpoint(Endpoint, NativeCollectives):
 
     def _join(self, rank: int, address: Address) -> None:
         """Map this rank's ring in the memory of ``rank``, and tell it."""
-        if address.chunk_bytes != self._settings.chunk_bytes:
-            raise ConnectError(
-                f"rank {rank} has chunk_bytes={address.chunk_bytes}, this rank {self._settings.chunk_bytes}; "
-                "expected the same on all ranks"
-            )
+        for name in ("chunk_bytes", "device_chunk_bytes"):
+            theirs, own = getattr(address, name), getattr(self._settings, name)
+            if theirs != own:
+                raise ConnectError(f"rank {rank} has {name}={theirs}, this rank {own}; expected the same on all ranks")
         if self._rank >= address.ranks or not 0 <= rank < self._size:
             raise ConnectError(f"rank {rank} expects {address.ranks} ranks; this is rank {self._rank} of {self._size}")
         check_reachable(rank, address)
@@ -436,7 +437,8 @@ class ShmEndpoint(Endpoint, NativeCollectives):
     ) -> Natives:
         settings = self._settings
         given = NativeSettings(
-            groups, settings.chunk_bytes, settings.direct_bytes, settings.wait_ns, settings.read_bytes
+            groups, settings.chunk_bytes, settings.device_chunk_bytes, settings.direct_bytes, settings.wait_ns,
+            settings.read_bytes,
         )  # fmt: skip
         return Natives(
             number, self._rank, own, self._address.key_bytes, self._regions, peers, given, lambda: self._open,

@@ -46,7 +46,7 @@ import msgspec
 
 from detcoll.errors import ConnectError
 
-VERSION = 4
+VERSION = 5
 MAGIC = b"detcoll\0"
 KEY_BYTES = 16
 HEADER = struct.Struct(f"<8sqqqqq{KEY_BYTES}s")
@@ -106,11 +106,13 @@ class Geometry:
 
     ``ring_bytes`` : payload that four of the largest undivided messages hold.  ``slots`` : a power of two.
     ``chunk_bytes`` : how much of an array the stage holds at once, a multiple of a cache line.
+    ``device_chunk_bytes`` : the same where the array of a rank is on a device.
     """
 
     ring_bytes: int
     slots: int
     chunk_bytes: int = LINE_BYTES
+    device_chunk_bytes: int = LINE_BYTES
 
     @property
     def whole_bytes(self) -> int:
@@ -153,7 +155,7 @@ class Geometry:
     @property
     def half_bytes(self) -> int:
         """Room for one chunk, in whole pages."""
-        return _round_up(self.chunk_bytes, PAGE_BYTES)
+        return _round_up(max(self.chunk_bytes, self.device_chunk_bytes), PAGE_BYTES)
 
     @property
     def stage_bytes(self) -> int:
@@ -174,6 +176,7 @@ class Address(msgspec.Struct, frozen=True):
     ring_bytes: int
     slots: int
     chunk_bytes: int
+    device_chunk_bytes: int
     key: str
 
     def encode(self) -> str:
@@ -203,7 +206,7 @@ class Address(msgspec.Struct, frozen=True):
     @property
     def geometry(self) -> Geometry:
         """The sizes of this rank's rings and stage."""
-        return Geometry(self.ring_bytes, self.slots, self.chunk_bytes)
+        return Geometry(self.ring_bytes, self.slots, self.chunk_bytes, self.device_chunk_bytes)
 
     @property
     def key_bytes(self) -> bytes:

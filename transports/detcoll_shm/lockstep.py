@@ -55,6 +55,9 @@ in some 15 us, and sleeps."""
 _LACKS = {ARRIVED: "has not begun it", TOLD: "does not say what it called", TAKEN: "has not taken the result"}
 
 
+SHORTEST_PAUSE_NS, LONGEST_PAUSE_NS = 20_000, 10**6
+"""Between two looks at a device, after as many looks without one as at a word."""
+
 LONGEST_VERDICT_NS = 10**9
 """How long to wait for one that is about to say whether it gives up: two stores, if only it is allowed to run."""
 
@@ -122,6 +125,7 @@ class Lockstep:
         self._peers = tuple((peer, peer.stage.words) for peer in peers)
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
         self._digest = self._began_ns = self._deadline_ns = 0
+        self._coming = 0
         self._thread = _Thread()
         self._relayed: Reason | None = None
         """Why another rank gave up, once that was found to end a collective of this rank."""
@@ -138,6 +142,36 @@ class Lockstep:
             at = PLACE + PLACE_WORDS * (sequence & 1)
             self._words[at], self._words[at + 1], self._words[at + 2] = place
         self.publish(ARRIVED, sequence)
+
+    def prepare(self, descriptor: Descriptor, deadline_ns: int) -> None:
+        """Say what the next collective is, for waits for a device that come before `arrive`."""
+        self._descriptor, self._deadline_ns, self._began_ns = descriptor, deadline_ns, time.monotonic_ns()
+        self._coming = self.sequence + 1
+
+    def await_device(self, is_past: Callable[[], bool], what: str) -> None:
+        """Return once ``is_past``, for which the device is asked; ``what`` : what this rank waits for.
+
+        Raises
+        ------
+        DeviceError
+            If ``is_past`` raises it.
+        DeadlineMissed
+            If it is not before the deadline.
+        PeerLost, TransportError
+            If a rank that the collective still needs is gone, or another rank gave up.
+        Closed
+            If this endpoint is closed meanwhile.
+        """
+        began_ns, pause_ns = time.monotonic_ns(), SHORTEST_PAUSE_NS
+        while not is_past():
+            if time.monotonic_ns() - began_ns < self._wait_ns:
+                os.sched_yield()
+                continue
+            error = self._trouble_beside_device(what)
+            if error is not None:
+                raise error
+            self._hooks.hear(pause_ns)
+            pause_ns = min(2 * pause_ns, LONGEST_PAUSE_NS)
 
     def await_all_here(self) -> None:
         """Return once all ranks have arrived and have called the same.
@@ -180,6 +214,11 @@ class Lockstep:
         found = [Place(words[at], words[at + 1], words[at + 2]) for _, words in self._peers]
         found.insert(self.rank, Place(self._words[at], self._words[at + 1], self._words[at + 2]))
         return found
+
+    def anyone_is(self, region: int) -> bool:
+        """Tell whether the array of a rank is in ``region``, in the collective at which all have arrived."""
+        at = PLACE + PLACE_WORDS * (self.sequence & 1)
+        return self._words[at] == region or any(words[at] == region for _, words in self._peers)
 
     def publish(self, word: int, value: int) -> None:
         """Write one of this rank's words, and wake those who sleep."""
@@ -339,6 +378,22 @@ class Lockstep:
             return self._late(word, self.sequence)
         return error
 
+    def _trouble_beside_device(self, what: str) -> DetcollError | None:
+        """Return why this rank waits for its device in vain."""
+        if not self._hooks.is_open():
+            return Closed("the endpoint was closed during a collective")
+        word, value = self.last_word or (ARRIVED, self._coming)
+        if value == NEVER:
+            word, value = ARRIVED, self._coming
+        for peer, theirs in self._peers:
+            error = self._hooks.why_lost(peer.rank)
+            if error is not None and theirs[word] < value:
+                return error
+        for peer, theirs in self._peers:
+            if 0 < theirs[ENDED] <= self._coming:
+                return self._relay(peer)
+        return self._missed(what) if time.monotonic_ns() >= self._deadline_ns else None
+
     def _relay(self, peer: PeerStage) -> DetcollError:
         """Return why ``peer`` gave up, as this rank raises it; those who look here are told the same."""
         self._relayed = Reason.decode(peer.stage.read_reason())
@@ -357,10 +412,13 @@ class Lockstep:
         lack = _LACKS.get(word, "has not folded its part" if word == FOLDED else "has not given its part")
         behind = [peer.name for peer, words in self._peers if words[word] < value]
         awaited = ", ".join(f"rank {rank}, which {lack}" for rank in behind)
+        return self._missed(awaited or "nobody")
+
+    def _missed(self, awaited: str) -> DeadlineMissed:
         seconds = round((self._deadline_ns - self._began_ns) / 1e9, 2)
         return DeadlineMissed(
             f"rank {self.name}: {self._call} was not finished after {seconds:g} s, when its timeout had passed; "
-            f"it waits for {awaited or 'nobody'}"
+            f"it waits for {awaited}"
         )
 
     def _compare_with_those_here(self) -> None:

@@ -67,6 +67,7 @@ def create(ranks: int, geometry: Geometry, bell_fd: int) -> tuple[int, Address]:
             ring_bytes=geometry.ring_bytes,
             slots=geometry.slots,
             chunk_bytes=geometry.chunk_bytes,
+            device_chunk_bytes=geometry.device_chunk_bytes,
             key=os.urandom(KEY_BYTES).hex(),
         )
         os.pwrite(fd, address.header(), 0)

@@ -49,6 +49,7 @@ class NativeSettings:
 
     groups: Sequence[Sequence[int]]
     chunk_bytes: int
+    device_chunk_bytes: int
     direct_bytes: int
     wait_ns: int
     read_bytes: int
@@ -116,7 +117,9 @@ class Natives:
         )  # fmt: skip
         lockstep = Lockstep(rank, name, own, shown, hooks, settings.wait_ns, counts)
         in_order = [stages[other] for other in sorted(stages)]
-        cutter = Cutter(rank, in_order, settings.groups, settings.chunk_bytes, settings.direct_bytes)
+        cutter = Cutter(
+            rank, in_order, settings.groups, settings.chunk_bytes, settings.direct_bytes, settings.device_chunk_bytes
+        )  # fmt: skip
         marked = {peer.rank: (peer.stage.words, peer.mapped.key) for peer in peers}
         reader = Reader(own.words, key, marked, watch.why_lost)
         mapped: Mapping[int, Mapped] = {peer.rank: peer.mapped for peer in peers}
@@ -136,6 +139,7 @@ class Natives:
         """Give everything back, once a collective under way on another thread has ended."""
         with self.collectives.turn:
             self.collectives.refuse("the endpoint was closed")
+            self.collectives.transfers.close()
             self._own.words[BELL] = 0
             self._watch.bell.close()
             for bell in self._bells.values():

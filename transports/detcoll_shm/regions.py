@@ -40,7 +40,8 @@ _FAILED = ctypes.c_void_p(-1).value
 class Place(NamedTuple):
     """Where an array is: number of the region (from 1), its descriptor in the owner's process, offset in bytes.
 
-    With `OPEN` for the region, the offset is an address in the owner's process, where whoever may reads it.
+    With `OPEN` for the region, the offset is an address in the owner's process, where whoever may reads it. `DEVICE`
+    says that the array is on a device, and not where.
     """
 
     region: int
@@ -49,6 +50,7 @@ class Place(NamedTuple):
 
 
 OPEN = -1
+DEVICE = Place(-2, 0, 0)
 NOWHERE = Place(0, 0, 0)
 
 

@@ -6,6 +6,8 @@ A stage lies in the memory of its rank; that rank writes it and all others read 
     given 0, given 1  chunks of this rank's array, one after the other in turn
     folded 0, 1       this rank's share of those chunks, folded over all ranks
 
+The halves have room for the large chunks of arrays on devices. What no chunk has used takes no memory.
+
 ========= ====================================================================================================
 word      meaning
 ========= ====================================================================================================
@@ -54,17 +56,18 @@ TABLE, TABLE_WORDS = 384, 128
 class Stage:
     """The stage of one rank, mapped into this process: the ``memory`` of its file, or a part of that."""
 
-    __slots__ = ("_reason", "_text", "folded", "given", "words")
+    __slots__ = ("_reason", "_text", "chunks", "folded", "given", "words")
 
     def __init__(self, memory: Any, geometry: Geometry) -> None:
         words = memoryview(memory)[:PAGE_BYTES]
         self.words: memoryview[int] = words.cast("q")
         self._text = memoryview(memory)[TEXT_AT : TEXT_AT + HELLO_BYTES]
         self._reason = memoryview(memory)[REASON_AT : REASON_AT + REASON_BYTES]
-        chunk, half = geometry.chunk_bytes, geometry.half_bytes
-        halves = [np.frombuffer(memory, np.uint8, chunk, PAGE_BYTES + index * half) for index in range(4)]
+        half = geometry.half_bytes
+        halves = [np.frombuffer(memory, np.uint8, half, PAGE_BYTES + index * half) for index in range(4)]
         self.given: tuple[NDArray[np.uint8], ...] = tuple(halves[:2])
         self.folded: tuple[NDArray[np.uint8], ...] = tuple(halves[2:])
+        self.chunks = np.frombuffer(memory, np.uint8, 4 * half, PAGE_BYTES)
 
     @classmethod
     def in_file(cls, fd: int, geometry: Geometry, ranks: int) -> Stage:

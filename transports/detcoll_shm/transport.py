@@ -32,6 +32,7 @@ class ShmTransport(Transport):
         native_dtypes=frozenset(DTYPES),
         native_ops=frozenset(ReduceOp),
         native_groups=True,
+        native_devices=True,
         ordered=True,
     )
 
@@ -76,15 +77,19 @@ def _settings(options: Mapping[str, Any]) -> Settings:
     if unknown:
         raise UsageError(f"transport 'shm' has no option {', '.join(unknown)}; expected some of {', '.join(known)}")
     values = known | {name: _whole(name, value) for name, value in options.items()}
-    lowest = {"ring_bytes": SMALLEST_RING_BYTES, "slots": 2, "fragment_bytes": 64, "chunk_bytes": LINE_BYTES}
+    lowest = {
+        "ring_bytes": SMALLEST_RING_BYTES, "slots": 2, "fragment_bytes": 64, "chunk_bytes": LINE_BYTES,
+        "device_chunk_bytes": LINE_BYTES,
+    }  # fmt: skip
     for name, value in values.items():
         low = lowest.get(name, 0)
         if not low <= value <= LARGEST_OPTION:
             raise UsageError(f"{name}={value} must be from {low} to {LARGEST_OPTION}")
     if values["slots"] & (values["slots"] - 1):
         raise UsageError(f"slots={values['slots']} must be a power of two")
-    if values["chunk_bytes"] % LINE_BYTES:
-        raise UsageError(f"chunk_bytes={values['chunk_bytes']} must be a multiple of {LINE_BYTES}")
+    for name in ("chunk_bytes", "device_chunk_bytes"):
+        if values[name] % LINE_BYTES:
+            raise UsageError(f"{name}={values[name]} must be a multiple of {LINE_BYTES}")
     return Settings(**values)
 
 
