@@ -3,7 +3,8 @@
 `bind` takes NumPy arrays, torch tensors, CuPy arrays, anything with DLPack or the CUDA array interface, and lists or
 tuples of those, which are coalesced. Host memory is never copied: the array is a view of it. Device memory and lists
 go through a staging array, which `Bound.load` fills before the collective and `Bound.store` gives back after. So does
-a `Pieces`, with which other rooms of detcoll bind host arrays that have gaps, or several as one.
+a `Pieces`, with which other rooms of detcoll bind host arrays that have gaps, or several as one, as a `Joined` does
+with arrays on devices.
 
 Everything is checked before anything moves. torch and CuPy are never imported here for somebody who did not: an object
 of theirs means that they are loaded already. Copies from and to a device are ordered after what the stream holds that
@@ -24,13 +25,13 @@ from numpy.typing import NDArray
 
 from detcoll.buffers.device import any_torch_part, cuda_interface_part, cupy_part, dlpack_part
 from detcoll.buffers.host import numpy_part
-from detcoll.buffers.part import Part, check_together, leader_of
-from detcoll.buffers.pieces import Pieces
+from detcoll.buffers.part import Part, check_apart, check_together, leader_of
+from detcoll.buffers.pieces import Joined, Pieces
 from detcoll.device import DeviceBuffer, Gate, Segment, copy_now, driver, pinned_memory
 from detcoll.errors import UsageError
 from detcoll.types import DTYPES
 
-__all__ = ["Bound", "Pieces", "bind"]
+__all__ = ["Bound", "Joined", "Pieces", "bind"]
 
 _EXPECTED = (
     "a NumPy array, a torch tensor, a CuPy array, an object with DLPack or the CUDA array interface, "
@@ -180,11 +181,10 @@ def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, 
         flags = x.flags
         if flags.c_contiguous and flags.writeable:
             return Bound(x.ravel(), "cpu", False, True, ())  # the usual case, which small calls should not pay for
-    if isinstance(x, list | tuple):
-        if not x:
-            raise UsageError(f"{name}={x!r} is empty; expected at least one array")
-        parts = tuple(_part(item, f"{name}[{index}]", writable) for index, item in enumerate(x))
-        check_together(parts)
+    if isinstance(x, Joined):
+        parts, blocks = _listed(x.arrays, name, writable), 1
+    elif isinstance(x, list | tuple):
+        parts = _listed(x, name, writable)
     else:
         parts = (_part(x, name, writable),)
     first = leader_of(parts)
@@ -199,6 +199,17 @@ def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, 
         if part.size % blocks:
             raise UsageError(f"{part.name} has {part.size} elements; expected a multiple of {blocks}, a block a rank")
     return Bound(staging, first.device, True, writable, parts, blocks)
+
+
+def _listed(arrays: Sequence[Any], name: str, writable: bool) -> tuple[Part, ...]:
+    """Return the arrays of a list, checked also against each other."""
+    if not arrays:
+        raise UsageError(f"{name}={arrays!r} is empty; expected at least one array")
+    parts = tuple(_part(item, f"{name}[{index}]", writable) for index, item in enumerate(arrays))
+    check_together(parts)
+    if writable:
+        check_apart(parts)
+    return parts
 
 
 def _staging(parts: Sequence[Part]) -> NDArray[Any]:

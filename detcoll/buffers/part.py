@@ -50,7 +50,7 @@ def leader_of(parts: Sequence[Part]) -> Part:
 
 
 def check_together(parts: Sequence[Part]) -> None:
-    """Raise UsageError unless the arrays of a list are of one type, on one device, and apart."""
+    """Raise UsageError unless the arrays of a list are of one type and on one device."""
     first = leader_of(parts)
     for part in parts:
         if part.dtype != first.dtype:
@@ -59,6 +59,10 @@ def check_together(parts: Sequence[Part]) -> None:
             )
         if part.device != first.device and part.size:
             raise UsageError(f"{part.name} is on {part.device}, {first.name} on {first.device}; expected one device")
+
+
+def check_apart(parts: Sequence[Part]) -> None:
+    """Raise UsageError if arrays of a list that results are written to share memory."""
     # The bytes of arrays with gaps may lie between each other's.
     whole = [part for part in parts if part.nbytes and part.nbytes == part.size * part.dtype.itemsize]
     for low, high in pairwise(sorted(whole, key=lambda part: part.address)):

@@ -1,7 +1,8 @@
-"""Several host arrays, or arrays with gaps, that a call sees as one."""
+"""Several arrays, or host arrays with gaps, that a call sees as one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,3 +56,18 @@ class Pieces:
             return 0, 0
         begin = min(low for low, _ in bounds)
         return int(begin), int(max(high for _, high in bounds) - begin)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Arrays that a call sees as one flat array, one after another.
+
+    ``arrays`` : what `bind` takes, of one type and on one device; where the result is written, they do not overlap.
+    """
+
+    arrays: Sequence[Any]
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The number of elements of all arrays."""
+        return (sum(math.prod(array.shape) for array in self.arrays),)
