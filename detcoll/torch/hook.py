@@ -8,6 +8,7 @@ from torch.distributed import GradBucket
 import detcoll
 from detcoll import Communicator, Work
 from detcoll.errors import UsageError
+from detcoll.torch import devices
 
 
 def comm_hook(comm: Communicator | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -39,14 +40,16 @@ def comm_hook(comm: Communicator | None, bucket: GradBucket) -> torch.futures.Fu
     """
     tensor = bucket.buffer()
     work = communicator_of(comm).all_reduce(tensor, "avg", async_op=True, name=f"bucket {bucket.index()}")
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    on = devices.of([tensor])
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=list(on))
 
     def end(work: Work) -> None:
         error = work.exception()
-        if error is None:
-            future.set_result(tensor)
-        else:
-            future.set_exception(error)
+        with devices.streams(on):
+            if error is None:
+                future.set_result(tensor)
+            else:
+                future.set_exception(error)
 
     work.add_done_callback(end)
     return future.then(lambda ended: ended.wait())  # an error that a callback raises reaches DDP as one, with its text

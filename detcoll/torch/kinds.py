@@ -18,7 +18,7 @@ from detcoll.arguments import of_blocks, on_one_array, rank_of, to_root
 from detcoll.communicator import Communicator
 from detcoll.errors import UsageError
 from detcoll.job.caller import Request
-from detcoll.torch import sparse
+from detcoll.torch import devices, sparse
 from detcoll.torch.lists import (
     are_alike,
     as_list,
@@ -42,11 +42,12 @@ from detcoll.torch.tensors import (
     joined,
     name_of,
     readable,
+    received,
     reduction_of,
-    view_of,
+    sent,
     writable,
 )
-from detcoll.torch.work import Work, all_of
+from detcoll.torch.work import Work, after, all_of
 
 
 class Kinds:
@@ -106,7 +107,8 @@ class Kinds:
         def check(reduction: Reduction) -> Request:
             tensor = only(listed)
             own, rank = self.getRank(), rank_of("rootRank", root, self.getSize())
-            buffer = reduction.of(writable(tensor) if own == rank else readable(tensor))
+            is_root = own == rank
+            buffer = reduction.of(writable(tensor) if is_root else readable(tensor), is_written=is_root)
             return to_root("reduce", buffer, reduction.op, rank, own, shape_name(listed))
 
         return self._reduce("reduce", listed, check, listed, opts)
@@ -121,8 +123,9 @@ class Kinds:
             check_types(output, given[0], "output", "input_list[0]")
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
-                reduction.of(joined(given, "input_list", is_written=False)), reduction.of(writable(output, "output")),
-                op=reduction.op, counts=uneven(given), shape=shape_name(given),
+                reduction.of(joined(given, "input_list", is_written=False), is_written=False),
+                reduction.of(writable(output, "output")), op=reduction.op, counts=uneven(given),
+                shape=shape_name(given),
             )  # fmt: skip
 
         return self._reduce("reduce_scatter", listed, check, listed, opts)
@@ -146,7 +149,7 @@ class Kinds:
             check_pairs(outputs, inputs)
             return of_blocks(
                 "reduce_scatter", self.getSize(), self.getRank(),
-                _single([reduction.of(readable(each, "input")) for each in inputs]),
+                _single([reduction.of(readable(each, "input"), is_written=False) for each in inputs]),
                 _single([reduction.of(each) for each in all_writable(outputs, "output")]), op=reduction.op,
                 shape=shape_name(inputs),
             )  # fmt: skip
@@ -319,7 +322,7 @@ class Kinds:
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Work:
         """Send a tensor to another rank; the work ends when that has received it."""
         tensor = only(tensors)
-        array = np.ascontiguousarray(view_of(tensor)).reshape(-1)
+        array = sent(tensor)
 
         def call() -> Work:
             inner = self.communicator._send_checked(array, dst, tag, name_of(tensor.dtype))
@@ -330,11 +333,12 @@ class Kinds:
     def recv(self, tensors: Sequence[Tensor], src: int | None, tag: int = 0) -> Work:
         """Receive a tensor from another rank; from any if ``src`` is None."""
         tensor = only(tensors)
-        buffer = writable(tensor, is_ordered=False)
+        devices.begin()
+        buffer, leftover = received(tensor), devices.taken()
 
         def call() -> Work:
             inner = self.communicator.recv(buffer, src, tag, async_op=True, name=name_of(tensor.dtype))
-            return self._kept(Work((inner,), [tensor], None))
+            return self._kept(after(Work((inner,), [tensor], None), leftover))
 
         return profiled("recv", call)
 

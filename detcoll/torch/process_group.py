@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 from detcoll.communicator import Communicator
 from detcoll.errors import DeadlineMissed, DetcollError, UsageError
 from detcoll.job.caller import Request
+from detcoll.torch import devices
 from detcoll.torch.jobs import Lease, Members, lease, seconds_of
 from detcoll.torch.kinds import Kinds
 from detcoll.torch.marking import mark_steps
@@ -22,7 +24,7 @@ from detcoll.torch.profiling import profiled
 from detcoll.torch.scopes import Lanes, short
 from detcoll.torch.settings import Options
 from detcoll.torch.untraced import untraced
-from detcoll.torch.work import Work, all_of
+from detcoll.torch.work import Work, after, all_of
 
 log = logging.getLogger("detcoll")
 
@@ -46,7 +48,7 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         self._lanes = Lanes(lease.communicator)
         self._coalesced: list[Work] | None = None
         self._latest: deque[Work] = deque(maxlen=_KEPT_WORKS)
-        self._bound_device: torch.device | None = None
+        self._unfinished: list[Work] = []
 
     @property
     def communicator(self) -> Communicator:
@@ -78,16 +80,16 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
 
     @property
     def bound_device_id(self) -> torch.device | None:
-        """The device that torch binds the group to; None on the host."""
-        return self._bound_device
+        """None: a group takes tensors of all devices. torch would split one that is bound, to make a mesh."""
+        return None
 
     @bound_device_id.setter
     def bound_device_id(self, device: torch.device | None) -> None:
-        self._bound_device = device
+        """Take no note of it."""
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
+        return [torch.device(kind) for kind in ("cpu", "cuda")[: 1 + _has_cuda()]]
 
     @property
     def supports_splitting(self) -> bool:
@@ -105,8 +107,9 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         return False
 
     def _get_backend(self, device: torch.device) -> ProcessGroup:
-        if torch.device(device).type != "cpu":
-            raise RuntimeError(f"the backend 'detcoll' has no backend for {device}; expected the device 'cpu'")
+        kinds = [each.type for each in self._device_types]
+        if torch.device(device).type not in kinds:
+            raise RuntimeError(f"the backend 'detcoll' has no backend for {device}; expected {' or '.join(kinds)}")
         return self
 
     def _set_sequence_number_for_group(self) -> None:
@@ -167,14 +170,33 @@ class ProcessGroup(Kinds, dist.ProcessGroup):  # type: ignore[misc]
         communicator, label = self._lanes.next(timeout)
         is_async = getattr(opts, "asyncOp", True)
         called = short(f"{label} {name}".strip()) if label else name
+        self._catch_up()
+        devices.begin()
         inner = communicator._run(kind, check, is_async, timeout, called)
-        return self._kept(Work((inner,) if is_async else (), result, self._lanes.program))
+        work, leftover = Work((inner,) if is_async else (), result, self._lanes.program), devices.taken()
+        if leftover is not None:
+            work = after(work, leftover)
+            if is_async:
+                self._unfinished.append(work)
+            else:
+                work.wait()
+        return self._kept(work)
+
+    def _catch_up(self) -> None:
+        """End calls that leave results to be copied into place, which the next call may use."""
+        while self._unfinished:
+            with contextlib.suppress(DetcollError, IndexError):  # who waits for it hears of it
+                self._unfinished.pop().wait()
 
     def _kept(self, work: Work) -> Work:
         self._latest.append(work)
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
+
+
+def _has_cuda() -> bool:
+    return devices.TAKES_CUDA and torch.cuda.is_available()
 
 
 def create(*arguments: Any) -> ProcessGroup:

@@ -36,6 +36,8 @@ def all_reduce(group: Any, tensor: torch.Tensor, op: Any, opts: Any) -> Work:
     def check() -> Request:
         if op != dist.ReduceOp.SUM:
             raise UsageError(f"op={op} of a sparse tensor; expected SUM")
+        if tensor.device.type != "cpu":
+            raise UsageError(f"tensor is sparse and on {tensor.device}; expected it on the CPU, or a dense one")
         given = torch.tensor([own._nnz(), *shape])
         return of_blocks("all_gather", size, group.getRank(), readable(given), writable(told))
 

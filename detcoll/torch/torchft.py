@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from detcoll.errors import UsageError
+from detcoll.torch import devices
 from detcoll.torch.process_group import ProcessGroup, create_apart
 from detcoll.torch.settings import Options
 from detcoll.torch.work import Work
@@ -115,7 +116,7 @@ class _Call(dist.Work):  # type: ignore[misc]
 
     def get_future(self) -> torch.futures.Future:
         """Return a future that runs its callbacks at once where the call has ended."""
-        future = torch.futures.Future()
+        future = torch.futures.Future(devices=list(devices.of(self._work.result())))
         if self.is_completed():
             _complete(future, self._work)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch._C._distributed_c10d import Work as _TorchWork
 
 from detcoll import runtime
-from detcoll.torch import completion
+from detcoll.torch import completion, devices
 from detcoll.torch.scopes import Scope, inside
 
 
@@ -21,16 +22,19 @@ class Future(torch.futures.Future):  # type: ignore[misc]
 
     Callbacks always run on threads of `completion`, each in a scope of its own.  ``program`` : the scope of the program
     in the group of the call.  ``of`` : the number of the call.  ``scope`` : of the callback whose result this is.
+    ``on`` : the devices of its tensors. There callbacks run on streams of their own, which wait for what this holds.
     """
 
-    def __init__(self, program: Scope | None, of: int = -1, scope: Scope | None = None) -> None:
-        super().__init__()
-        self._program, self._of, self._before = program, of, scope
+    def __init__(
+        self, program: Scope | None, of: int = -1, scope: Scope | None = None, on: Sequence[torch.device] = ()
+    ) -> None:  # fmt: skip
+        super().__init__(devices=list(on))
+        self._program, self._of, self._before, self._on = program, of, scope, on
 
     def then(self, callback: Callable[[Future], Any]) -> Future:
         """Return the future of what ``callback`` returns, which is called with this future when it has completed."""
         scope = self._scope_of_next()
-        child = Future(self._program, self._of, scope)
+        child = Future(self._program, self._of, scope, self._on)
 
         def run() -> None:
             try:
@@ -54,7 +58,7 @@ class Future(torch.futures.Future):  # type: ignore[misc]
             raise error
 
         self._set_unwrap_func(fail)
-        self.set_result(_Failure(error))
+        self.set_result(_Failure(error, is_looked_at=bool(self._on)))
 
     def _scope_of_next(self) -> Scope | None:
         """Return the scope of a callback that is added now."""
@@ -64,7 +68,10 @@ class Future(torch.futures.Future):  # type: ignore[misc]
     def _call(self, callback: Callable[[], Any], scope: Scope | None) -> None:
         def run() -> None:
             try:
-                with inside(scope):
+                with inside(scope), devices.streams(self._on):
+                    if self._on:
+                        with contextlib.suppress(Exception):  # the callback hears of it
+                            self.wait()
                     callback()
             finally:
                 if scope is not None:
@@ -87,14 +94,18 @@ class _Failure:
     """The value of a future that has failed.
 
     torch's own code in C++ does not see an error that Python has set. It looks for the tensors in the value by pickling
-    it, where this raises the error. After a hook in Python it tells what is no tensor instead.
+    it, where this raises the error. After a hook in Python it tells what is no tensor instead.  ``is_looked_at`` :
+    whether a future is to hold it that has devices, and looks so itself first.
     """
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+    def __init__(self, error: Exception, *, is_looked_at: bool = False) -> None:
+        self.error, self._is_looked_at = error, is_looked_at
 
-    def __reduce__(self) -> NoReturn:
-        raise self.error
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self._is_looked_at:
+            raise self.error
+        self._is_looked_at = False
+        return str, ()  # something without a tensor
 
     def __repr__(self) -> str:
         return f"{type(self.error).__name__}: {self.error}"
@@ -153,10 +164,10 @@ class Work(_TorchWork):
         return self._result
 
     def synchronize(self) -> None:
-        """Do nothing, since results on the host need no stream."""
+        """Do nothing, since calls that have ended have done with all memory, also on devices."""
 
     def block_current_stream(self) -> None:
-        """Block until the calls have ended, since results on the host have no stream."""
+        """Block until the calls have ended, since they end on the host."""
         self.wait()
 
     def source_rank(self) -> int:
@@ -169,9 +180,15 @@ class Work(_TorchWork):
     def get_future(self) -> Future:
         """Return the future of these calls, always the same."""
         if self._future is None:
-            future = self._future = Future(self._program, self._calls[0].sequence if self._calls else -1)
+            number, on = self._calls[0].sequence if self._calls else -1, devices.of(self._result)
+            future = self._future = Future(self._program, number, on=on)
+
+            def complete() -> None:
+                with devices.streams(on):
+                    self._complete(future)
+
             if self._calls:
-                _after(self._calls, lambda: completion.run(lambda: self._complete(future)))
+                _after(self._calls, lambda: completion.run(complete))
             else:
                 self._complete(future)
         return self._future
@@ -210,4 +227,17 @@ def all_of(
         return works[0]
     calls = [call for work in works for call in work._calls]
     given = [each for work in works for each in work.result()] if result is None else result
-    return Work(calls, given, works[0]._program if works else None, follow)
+    left = [work for work in works if work._follow is not None]
+
+    def finish() -> None:
+        for work in left:
+            work.wait()
+        if follow is not None:
+            follow()
+
+    return Work(calls, given, works[0]._program if works else None, finish if left else follow)
+
+
+def after(work: Work, leftover: devices.Leftover | None) -> Work:
+    """Return a work that ends when what is left to do after ``work`` is done too."""
+    return work if leftover is None else all_of([work], leftover.finish)

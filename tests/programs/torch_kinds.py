@@ -1,4 +1,4 @@
-"""Draws calls of torch.distributed and compares each with NumPy: ``torch_kinds.py SEED CASES`` on every rank.
+"""Draws calls of torch.distributed and compares each with NumPy: ``torch_kinds.py SEED CASES [DEVICE]`` on every rank.
 
 A case is a kind, a type, an operator, shapes, and how tensors lie in memory. All ranks draw the same cases and know
 each other's values, so every rank computes the result for itself. Calls go through torch's functions, or through the
@@ -78,7 +78,7 @@ class Draw:
 
     def check(self, found: torch.Tensor, expected: np.ndarray[Any, Any], what: str) -> None:
         wide = torch.complex128 if self.name in COMPLEX else torch.float64
-        got, wanted = found.to(wide).numpy(), np.asarray(expected)
+        got, wanted = found.to(wide).cpu().numpy(), np.asarray(expected)
         tolerance = TOLERANCE.get(self.name, 1e-12)
         assert got.shape == wanted.shape, f"{what}: {got.shape} instead of {wanted.shape}"
         assert np.allclose(got, wanted, rtol=tolerance, atol=tolerance), f"{what}: {got} instead of {wanted}"
@@ -473,7 +473,9 @@ def refusals(size: int, rank: int) -> None:
         assert text in heard, f"after {text}: {heard}"
 
 
-def main(seed: str, cases: int) -> None:
+def main(seed: str, cases: int, device: str = "cpu") -> None:
+    if device != "cpu":
+        torch.set_default_device(device)
     rank, size = begin(timeout=timedelta(seconds=20))
     refusals(size, rank)
     every_type_and_operator(seed, size, rank)
@@ -494,4 +496,4 @@ def main(seed: str, cases: int) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", FutureWarning)
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

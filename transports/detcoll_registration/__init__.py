@@ -17,7 +17,7 @@ def register() -> None:
         import torch.distributed as dist
 
         if dist.is_available():
-            dist.Backend.register_backend("detcoll", _create, extended_api=True, devices=["cpu"])
+            dist.Backend.register_backend("detcoll", _create, extended_api=True, devices=["cpu", "cuda"])
     except Exception as error:
         logging.getLogger("detcoll").warning("torch.distributed does not know the backend 'detcoll': %r", error)
 
