@@ -44,16 +44,16 @@ class Leftover:
 
     def finish(self) -> None:
         """Do what is left, and return when the devices have done it."""
-        steps, self._steps = self._steps, []
-        devices = of(target for target, _, _ in steps)
+        devices = of(target for target, _, _ in self._steps)
         with contextlib.ExitStack() as streams, torch.no_grad():
             own = [torch.cuda.Stream(device) for device in devices]
             for stream in own:
                 streams.enter_context(torch.cuda.stream(stream))
-            for target, source, change in reversed(steps):
+            for target, source, change in reversed(self._steps):
                 target.copy_(source if change is None else change(source), non_blocking=True)
             for stream in own:
                 stream.synchronize()
+        self._steps = []
 
 
 class _Here(threading.local):
