@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -51,16 +50,6 @@ def test_lines_between_sites_are_tried(tmp_path: Path) -> None:
     steps = tried(tmp_path, "lab,veth")
     assert {(name, step["status"]) for name, step in steps.items()} == {("lab", "ran"), ("veth", "ran")}
     assert all(len(step["rows"]) == 8 for step in steps.values())
-
-
-@pytest.mark.lab
-@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-@pytest.mark.skipif(not find_spec("torch"), reason="torch is not installed")
-@pytest.mark.skipif(not entry_points(group="torch.backends", name="detcoll"), reason="torch cannot find this detcoll")
-def test_training_across_sites_is_compared_with_one_cluster(tmp_path: Path) -> None:
-    [line] = tried(tmp_path, "training")["training"]["lines"]
-    assert line["found"].startswith("equal (")
-    assert line["reached"]
 
 
 @pytest.fixture

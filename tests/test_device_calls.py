@@ -114,7 +114,7 @@ def test_all_ranks_hear_of_a_device_that_fails(device: StrictDevice, transport: 
         return ""
 
     told = run_ranks(2, program, transport=transport)
-    if (transport, call) == ("shm", "to_device"):  # the other rank has its result by then
+    if (transport, call) == ("shm", "to_device") and "" in told:  # the other rank may have its result by then
         told.remove("")
     assert all(call in text for text in told), told
 
@@ -447,7 +447,7 @@ def test_more_than_may_be_pinned_goes_through_ordinary_memory(device: StrictDevi
     for counted in run_ranks(2, program, transport=transport):
         assert 0 < counted["pinned_bytes"] <= 16 * 2**20
         assert nbytes <= counted["unpinned_bytes"] <= 2 * nbytes
-    assert device.unpinned
+    assert bool(device.unpinned) == (transport == "tcp"), "shared memory takes copies in its own, which is pinned"
     assert_nothing_left(device)
 
 
