@@ -134,6 +134,29 @@ int cuMemcpyHtoDAsync_v2(uint64_t device, const void *host, size_t nbytes, void 
     return 0;
 }
 
+typedef struct {
+    size_t x, y;
+    unsigned kind;
+    void *host;
+    uint64_t device;
+    void *array;
+    size_t pitch;
+} side;
+
+typedef struct {
+    side from, to;
+    size_t row, rows;
+} rectangle;
+
+int cuMemcpy2DAsync_v2(const rectangle *copy, void *stream) {
+    const side *from = &copy->from, *to = &copy->to;
+    CALL(1, "%u %p %zu to %u 0x%lx %zu: %zu x %zu%s, %p", from->kind, from->host, from->pitch, to->kind, to->device,
+         to->pitch, copy->row, copy->rows,
+         from->x || from->y || from->device || from->array || to->x || to->y || to->host || to->array ? "?" : "",
+         stream);
+    return 0;
+}
+
 int cuMemHostRegister_v2(void *host, size_t nbytes, unsigned flags) {
     CALL(1, "%p, %zu, %u", host, nbytes, flags);
     return 0;

@@ -105,6 +105,18 @@ CALLS: list[tuple[Callable[[Cuda], object], str]] = [
         lambda cuda: cuda.to_device(DEVICE, HOST, NBYTES, STREAM),
         "cuMemcpyHtoDAsync_v2(0xdeadbeef00001234, 0x7f1234567890, 8589934597, 0x500000000010)",
     ),
+    (
+        lambda cuda: cuda.to_device(DEVICE, HOST, 16384, STREAM),
+        "cuMemcpy2DAsync_v2(1 0x7f1234567890 8192 to 2 0xdeadbeef00001234 8192: 8192 x 2, 0x500000000010)",
+    ),
+    (
+        lambda cuda: cuda.to_device(DEVICE, HOST, 65535, STREAM),
+        "cuMemcpyHtoDAsync_v2(0xdeadbeef00001234, 0x7f1234567890, 65535, 0x500000000010)",
+    ),
+    (
+        lambda cuda: cuda.to_device(DEVICE, HOST, 65536, STREAM),
+        "cuMemcpyHtoDAsync_v2(0xdeadbeef00001234, 0x7f1234567890, 65536, 0x500000000010)",
+    ),
     (lambda cuda: cuda.register(HOST, NBYTES), "cuMemHostRegister_v2(0x7f1234567890, 8589934597, 1)"),
     (lambda cuda: cuda.unregister(HOST), "cuMemHostUnregister(0x7f1234567890)"),
     (lambda cuda: cuda.device_of(DEVICE), "cuPointerGetAttribute(9, 0xdeadbeef00001234)"),

@@ -44,6 +44,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuEventDestroy_v2": (c_void_p,),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
+    "cuMemcpy2DAsync_v2": (c_void_p, c_void_p),
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
     "cuMemHostUnregister": (c_void_p,),
     "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
@@ -64,6 +65,25 @@ _REGISTER_PORTABLE = 1
 _CAPTURE_THREAD_LOCAL = 1
 _POINTER_MEMORY_TYPE, _POINTER_DEVICE_ORDINAL = 2, 9
 _PCI_BUS, _PCI_DEVICE, _COPY_ENGINES, _PCI_DOMAIN = 33, 34, 40, 50
+_HOST, _DEVICE = int(MemoryType.HOST), int(MemoryType.DEVICE)
+
+SMALL_BYTES = 64 * 1024
+"""The driver lets the unit that runs kernels write smaller arrays to the device. Where processes share a device, such a
+copy waits for the turn of its process: up to 280 us on an H200. As two rows, it goes by the unit for copies: 12 us.
+There the driver does so below 32 KiB; the rest is margin."""
+
+
+class _Rows(ctypes.Structure):
+    """``CUDA_MEMCPY2D``."""
+
+    _fields_ = (
+        ("srcXInBytes", c_size_t), ("srcY", c_size_t), ("srcMemoryType", c_uint), ("srcHost", c_void_p),
+        ("srcDevice", c_uint64), ("srcArray", c_void_p), ("srcPitch", c_size_t),
+        ("dstXInBytes", c_size_t), ("dstY", c_size_t), ("dstMemoryType", c_uint), ("dstHost", c_void_p),
+        ("dstDevice", c_uint64), ("dstArray", c_void_p), ("dstPitch", c_size_t),
+        ("WidthInBytes", c_size_t), ("Height", c_size_t),
+    )  # fmt: skip
+
 
 _FORKED = "CUDA cannot be used in a forked process; start processes by spawn"
 
@@ -179,7 +199,12 @@ class Cuda(Driver):
 
     def to_device(self, device_address: int, host_address: int, nbytes: int, stream: int) -> None:
         """See `Driver.to_device`."""
-        self._call("cuMemcpyHtoDAsync_v2", device_address, host_address, nbytes, stream)
+        if nbytes >= SMALL_BYTES or nbytes % 2:
+            self._call("cuMemcpyHtoDAsync_v2", device_address, host_address, nbytes, stream)
+            return
+        row = nbytes // 2
+        rows = _Rows(0, 0, _HOST, host_address, 0, None, row, 0, 0, _DEVICE, None, device_address, None, row, row, 2)
+        self._call("cuMemcpy2DAsync_v2", byref(rows), stream)
 
     def register(self, address: int, nbytes: int) -> None:
         """See `Driver.register`."""
