@@ -41,14 +41,14 @@ def case(function: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
 
 
 @contextlib.contextmanager
-def side_stream() -> Iterator[None]:
-    """Run a body on a stream of its own, which nothing else is ordered with."""
+def side_stream() -> Iterator[Any]:
+    """Run a body on a stream of its own, which nothing else is ordered with; yield the stream."""
     if not ON_CUDA:
-        yield
+        yield None
         return
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        yield
+        yield stream
         assert torch.cuda.current_stream() == stream, "a call changed the current stream"
 
 
@@ -65,20 +65,19 @@ def streams(rank: int, size: int) -> Any:
     """Compute, call and use the result on streams that differ, without synchronizing."""
     given = []
     for is_async in (False, True):
-        with side_stream():
+        with side_stream() as first:
             x, parts = late(rank + 1.0), late(0.0, LARGE * size)
             works = [
                 dist.all_reduce(x, async_op=is_async),
                 dist.all_gather_into_tensor(parts, late(rank + 1.0), async_op=is_async),
             ]
-        with side_stream():
+        with side_stream() as second:
             if is_async:
                 for work in works:
                     work.wait()
-                summed, gathered = x * 2, parts * 2
-            else:
-                torch.cuda.current_stream().synchronize() if ON_CUDA else None
-                summed, gathered = x * 2, parts * 2
+            elif ON_CUDA and not OWN:  # its results are there for the stream of the call, detcoll's for every stream
+                second.wait_stream(first)
+            summed, gathered = x * 2, parts * 2
             given.append([summed.min().item(), summed.max().item(), *gathered[:: LARGE - 1].tolist()])
             given.append(dist.all_reduce(late(1.0, 5)))
     return given
@@ -118,7 +117,7 @@ def callbacks(rank: int, size: int) -> Any:
         future = future.then(lambda ended: [ended.wait() + 1])
     with side_stream():
         x = future.wait()[0] * 1
-    return [x.min().item(), x.max().item()]
+        return [x.min().item(), x.max().item()]
 
 
 @case
