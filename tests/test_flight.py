@@ -28,11 +28,11 @@ from detcoll.runtime.recorder import CALLED, COLUMNS, LARGEST_RECORD, RECORD_SCH
 def test_the_last_events_are_kept() -> None:
     recorder = Recorder()
     for number in range(LARGEST_RECORD + 5):
-        recorder.note(number, "call", 1, number, detail=("all_reduce", "sum", "float32", number, 0, 1, ""))
+        recorder.note(number, "call", 1, number, detail=("all_reduce", "sum", "float32", number, 0, 1, "", ""))
     rows = recorder.rows()
     assert len(rows) == LARGEST_RECORD
     assert tuple(rows[0]) == (*COLUMNS, "called")
-    assert rows[0]["called"] == dict(zip(CALLED, ("all_reduce", "sum", "float32", 5, 0, 1, ""), strict=True))
+    assert rows[0]["called"] == dict(zip(CALLED, ("all_reduce", "sum", "float32", 5, 0, 1, "", ""), strict=True))
     assert rows[0]["detail"] == "all_reduce of 5 float32, sum"
     assert rows[-1]["at_ns"] == LARGEST_RECORD + 4
 

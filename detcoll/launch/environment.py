@@ -6,9 +6,11 @@ host it also gets them with the prefix ``DETCOLL_``; these take precedence over 
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 MEETING_DESCRIPTOR = "DETCOLL_RENDEZVOUS_FD"
@@ -41,7 +43,7 @@ def rank_environments(size: int, inherited: Mapping[str, str], meeting: socket.s
     common = {name: value for name, value in inherited.items() if name != MEETING_DESCRIPTOR}
     common["DETCOLL_RENDEZVOUS"] = f"{LOOPBACK}:{meeting.getsockname()[1]}"
     common["DETCOLL_JOB"] = secrets.token_hex(8)
-    common["MASTER_ADDR"], common["MASTER_PORT"] = LOOPBACK, str(_free_port())
+    common["MASTER_ADDR"], common["MASTER_PORT"] = LOOPBACK, str(free_port())
     if size > 1:
         common.setdefault("OMP_NUM_THREADS", "1")
     environments = [common | rank_numbers(rank, size, rank, size) for rank in range(size)]
@@ -54,8 +56,18 @@ def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in _PLACING}
 
 
-def _free_port() -> int:
-    """Return a free port for torch's rendezvous, in case the program uses it."""
-    with socket.create_server((LOOPBACK, 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a free port of loopback, for a program that listens on it some seconds later.
+
+    It is below those that the kernel gives to outgoing connections, if one there is free, so none of them takes it
+    meanwhile.
+    """
+    try:
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = 0
+    below = range(max(lowest - 16_384, 1_025), lowest)
+    for port in [*secrets.SystemRandom().sample(below, min(len(below), 100)), 0]:
+        with contextlib.suppress(OSError), socket.create_server((LOOPBACK, port)) as probe:
+            return int(probe.getsockname()[1])
+    raise OSError(f"no port of {LOOPBACK} is free")
