@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ def until(is_so: Callable[[], object]) -> None:
     limit = time.monotonic() + 30
     while not is_so():
         assert time.monotonic() < limit
-        time.sleep(0.001)
+        os.sched_yield()
 
 
 def own_stream(device: StrictDevice, number: int = 0) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import kinds
 import numpy as np
 import pytest
+from devices import until
 from numpy.typing import NDArray
 from ranks import grouped, run_ranks
 from test_kinds import serve
@@ -46,14 +46,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
     now._shared.forget()
     assert not strict.misuses
     assert not strict.unpinned, "a copy blocked"
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
-    limit = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < limit
-        time.sleep(0.001)
 
 
 @dataclass

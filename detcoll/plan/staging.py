@@ -12,11 +12,12 @@ array is on a device and one whose array is not fit together.
 Ranges of an array that steps touch are joined where they overlap; the result are its cells, which are chunks in most
 plans. A cell is copied to the host before the first step that touches it, if it is read before all of it is written. It
 is copied to the device after the last step that writes to it. Copies stand in the order of the steps that need them.
+Where a kind may have input and output in one array, its plan reads each element before it writes there; so the copy of
+an element to the host comes before the copy of a result to its place, too.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -89,7 +90,6 @@ class _Staging:
         declared = declaration_of(plan.collective.kind)
         self._has_one_array = declared.has_one_array
         self._weight = plan.size if declared.has_op else 1
-        self._together = declared.in_place(plan.collective, plan.size, plan.rank)
         self._disturbs = disturbs
         self._moved: list[int] = []
         self._touched: dict[int, list[_Cell]] = {}
@@ -109,7 +109,9 @@ class _Staging:
                     self._load(cell)
             self._move(step, [cell.copied for cell in cells if cell.copied >= 0])
             for cell in stores.get(step, ()):
-                after = [*(self._moved[writer] for writer in cell.writers), *self._loads_beside(cell)]
+                after = [self._moved[writer] for writer in cell.writers]
+                if self._disturbs:
+                    after += self._loads_of_all()
                 self._copy(cell, cell.buffer, DEVICE_OF[cell.buffer], self._weight, after)
         built = self._builder.build(
             plan.collective, plan.algorithm, plan.rank, plan.size, plan.out_elems, plan.in_elems, plan.partial_elems,
@@ -149,23 +151,11 @@ class _Staging:
                     if used == buffer:
                         yield _Touch(offset, offset + row.length, step, False)
 
-    def _loads_beside(self, cell: _Cell) -> list[int]:
-        """Return the copies of input that lies where ``cell`` goes, if the caller passes both in one array."""
-        if self._disturbs:
-            for other in self._inputs:
-                self._load(other)
-            return [other.copied for other in self._inputs]
-        if self._together is None:
-            return []
-        moved = self._together[1] - self._together[0]
-        begin, end = cell.begin + moved, cell.end + moved
-        found = []
-        for other in self._inputs[bisect_right(self._inputs, begin, key=lambda each: each.end) :]:
-            if other.begin >= end:
-                break
-            self._load(other)
-            found.append(other.copied)
-        return found
+    def _loads_of_all(self) -> list[int]:
+        """Return the copies of all input to the host."""
+        for cell in self._inputs:
+            self._load(cell)
+        return [cell.copied for cell in self._inputs]
 
     def _load(self, cell: _Cell) -> None:
         if cell.loads and cell.copied < 0:
