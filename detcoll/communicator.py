@@ -255,7 +255,10 @@ class Communicator(Collectives, Messages):
         memory = native.allocate(nbytes) if native is not None else None
         return np.empty(sizes, kind) if memory is None else np.frombuffer(memory, kind).reshape(sizes)
 
-    def predict(self, kind: str, nbytes: int, dtype: object = "float32", called_ns: int | None = None) -> float | None:
+    def predict(
+        self, kind: str, nbytes: int, dtype: object = "float32", called_ns: int | None = None, *,
+        on_device: bool = False,
+    ) -> float | None:  # fmt: skip
         """Return the predicted duration of a collective, or None if the transport does it by itself.
 
         Parameters
@@ -269,6 +272,8 @@ class Communicator(Collectives, Messages):
         called_ns : int, optional
             When all ranks call, in this rank's `time.monotonic_ns`; it determines the wait for the first window. By
             default the prediction is the mean over all times.
+        on_device : bool
+            Whether all ranks have their arrays on devices.
 
         Returns
         -------
@@ -285,7 +290,7 @@ class Communicator(Collectives, Messages):
             return None
         has_windows = self.calendar.has_windows
         phase_ns = None if called_ns is None or not has_windows else self._job.phase_ns(called_ns)
-        return self._caller.planner.predict_ns(collective, phase_ns=phase_ns) / 1e9
+        return self._caller.planner.predict_ns(collective, phase_ns=phase_ns, on_device=on_device) / 1e9
 
     def bound(self, kind: str, nbytes: int, dtype: object = "float32") -> float | None:
         """Return the floor in seconds (see `detcoll.plan.bounds`), or None if the topology has no lines."""

@@ -92,7 +92,9 @@ class _Member:
     def barrier(self) -> None:
         self._meet(None)
 
-    def predict(self, kind: str, nbytes: int, dtype: str = "float32", called_ns: int | None = None) -> float | None:
+    def predict(
+        self, kind: str, nbytes: int, dtype: str = "float32", called_ns: int | None = None, *, on_device: bool = False
+    ) -> float | None:
         return 2e-3
 
     def bound(self, kind: str, nbytes: int) -> float | None:

@@ -266,7 +266,11 @@ def _predicted_s(comm: Any, case: Case, began_ns: tuple[int, ...]) -> float | No
     """Return the median of what was predicted for calls at these times."""
     if not case.signature.has_array:
         return None
-    each = [comm.predict(case.collective, case.nbytes, case.dtype, called_ns=at_ns) for at_ns in began_ns]
+    on_device = case.arrays.device != CPU
+    each = [
+        comm.predict(case.collective, case.nbytes, case.dtype, called_ns=at_ns, on_device=on_device)
+        for at_ns in began_ns
+    ]
     return None if None in each else float(np.median(each))
 
 
