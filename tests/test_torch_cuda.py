@@ -61,6 +61,15 @@ def test_trainings_and_streams_give_what_torchs_own_backend_gives(device: str) -
     assert len(own.said[0]) > 8
 
 
+@pytest.mark.parametrize("device", [on_cuda("cuda")])
+def test_hsdp_trains_the_same_with_nccl_inside_the_sites(device: str) -> None:
+    own = run(4, device, "torch_cuda.py", device, "detcoll", "hsdp")
+    mixed = launch(4, "torch_cuda.py", device, "nccl", "hsdp", environ=ENVIRON, timeout_s=200.0)
+    assert (own.code, mixed.code) == (0, 0), own.err + mixed.err
+    assert sorted(own.said) == [0, 1, 2, 3]
+    assert alike([own.said[rank] for rank in range(4)], [mixed.said[rank] for rank in range(4)])
+
+
 def alike(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(alike, one, other))

@@ -235,7 +235,10 @@ def fsdp(rank: int, size: int) -> Any:
 
 @case
 def hsdp(rank: int, size: int) -> Any:
-    mesh, model = init_device_mesh(DEVICE, (size, 1), mesh_dim_names=("replicate", "shard")), layers()
+    """Shard inside two sites by the backend, and replicate across them: by it too, or with four ranks by detcoll."""
+    across = {"backend_override": {"replicate": "detcoll"}} if size > 2 else {}
+    mesh = init_device_mesh(DEVICE, (2, size // 2), mesh_dim_names=("replicate", "shard"), **across)
+    model = layers()
     fully_shard(model, mesh=mesh)
     return train(model)
 
