@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import detcoll
-from detcoll.bench.arrays import Arrays, CupyArrays, HostArrays, TorchArrays, cupy_lacks, torch_lacks
 from detcoll.bench.start import Starter, combine
 from detcoll.bench.sweep import Case, Sweep
 from detcoll.device import cuda, driver
 from detcoll.errors import DetcollError, UsageError
 from detcoll.testing.device import StrictDevice
+from detcoll.workloads.arrays import Arrays, CupyArrays, HostArrays, TorchArrays, cupy_lacks, torch_lacks
 
 HOST, TORCH, CUPY, DOUBLE, GLOO = "host", "torch", "cupy", "double", "gloo"
 RATE, LAYERS, BUCKET_MB = 0.05, 4, 1

@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from ranks import run_ranks
 
-from detcoll.bench import arrays, runs, sweep
-from detcoll.bench.arrays import Arrays, HostArrays, place_on_host
+from detcoll.bench import runs, sweep
 from detcoll.bench.sweep import Sweep, run_sweep
 from detcoll.cli import main
 from detcoll.cli.terminal import output_console
@@ -24,6 +23,8 @@ from detcoll.measure.results import BENCH_SCHEMA, BenchResult, Row
 from detcoll.measure.tables import bench_table
 from detcoll.testing.device import StrictDevice
 from detcoll.types import BFLOAT16
+from detcoll.workloads import arrays
+from detcoll.workloads.arrays import Arrays, HostArrays, place_on_host
 
 KINDS = ("all_reduce", "reduce", "all_gather", "barrier")
 

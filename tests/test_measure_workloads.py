@@ -477,7 +477,7 @@ def test_call_times_run_from_last_entry_to_last_exit() -> None:
 
 def test_ranks_of_two_hosts_start_from_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter(["one", "two"])
-    monkeypatch.setattr("detcoll.bench.arrays.host_identity", lambda: next(names))
+    monkeypatch.setattr("detcoll.workloads.arrays.host_identity", lambda: next(names))
 
     def program(comm: Any) -> Any:
         starter = Starter(comm)

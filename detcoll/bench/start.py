@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.bench.arrays import host_number
+from detcoll.workloads.arrays import host_number
 
 SLACK_NS = 500_000
 LARGEST_WAIT_NS = 250_000_000

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.bench.arrays import CPU, Arrays, arrays_on, require_device
 from detcoll.bench.consumption import Meter
 from detcoll.bench.start import CallTimes, Starter, combine
 from detcoll.bench.verification import Contents, reduction_of
@@ -23,6 +22,7 @@ from detcoll.plan import Collective, Symbols, declaration_of
 from detcoll.plan.collectives.declaration import Content
 from detcoll.signature import DECLARED, signature_of
 from detcoll.types import parse_dtype
+from detcoll.workloads.arrays import CPU, Arrays, arrays_on, require_device
 
 ROOT = 0
 GB = 10**9

@@ -27,6 +27,7 @@ from detcoll.quantities import parse_duration_ns, parse_size_bytes, parse_timeou
 from detcoll.report import forget_traces, gather, write_report
 from detcoll.report.inputs import RESULTS, TOPOLOGY, TRACES
 from detcoll.topology import Topology
+from detcoll.workloads.arrays import CPU
 from detcoll.workloads.compute import ComputeKind
 from detcoll.workloads.workload import WorkloadName, WorkloadSpec
 
@@ -107,6 +108,7 @@ def measure(
     length: LengthOptions = _LENGTH,
     synthetic: SyntheticOptions = _SYNTHETIC,
     bucket_bytes: Quantity | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
     compared: ComparedOptions = _COMPARED,
     results: MeasureResultOptions = _RESULTS,
     deadline: Quantity = "10 min",
@@ -129,6 +131,9 @@ def measure(
         gradient size.
     bucket_bytes
         What is reduced at once while the backward pass goes on; 1MiB unless given. A script has its own.
+    device
+        Where the workload's arrays are and its arithmetic is done: cpu (the default), or cuda (by torch, or else by
+        CuPy; ranks use the CUDA devices of this machine in turn, and share them). A script chooses its own.
     deadline
         How long one setting may take in one round.
     relay
@@ -137,12 +142,12 @@ def measure(
     """
     results.require_writable()
     name = workload or _DEFAULT
-    _refuse_of_no_use(script, workload, length, synthetic, bucket_bytes)
+    _refuse_of_no_use(script, workload, length, synthetic, bucket_bytes, device)
     of_the_lab = {"against": comma_separated(compared.against or ""), **given(network)}
     if relay:
         refuse_with_relay(**of_the_lab)
     topology = network.reserve(lines.wide_topology())
-    builtin = _workload(name, synthetic, bucket_bytes)
+    builtin = _workload(name, synthetic, bucket_bytes, device or CPU)
     relay = relay or must_relay(may_relay=relay is None, **of_the_lab)
     transports, left_out = compared.transports(relay=relay)
     iterations = _ITERATIONS[name] if length.iterations is None else length.iterations
@@ -204,14 +209,15 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
 
 def _refuse_of_no_use(
     script: tuple[str, ...], workload: WorkloadName | None, length: LengthOptions, synthetic: SyntheticOptions,
-    bucket_bytes: str | None,
+    bucket_bytes: str | None, device: str | None,
 ) -> None:  # fmt: skip
     """Refuse options that mean nothing to the script or the workload."""
     if script and workload is not None:
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
     if script:
         what = "a script, which has its own"
-        _refuse(what, iterations=length.iterations, warmup=length.warmup, bucket_bytes=bucket_bytes)
+        own = {"iterations": length.iterations, "warmup": length.warmup, "bucket_bytes": bucket_bytes}
+        _refuse(what, **own, device=device)
     if script or workload != "synthetic":
         what = "a script" if script else f"workload={workload or _DEFAULT!r}"
         _refuse(f"{what}; expected with --workload synthetic", **given(synthetic))
@@ -224,7 +230,9 @@ def _refuse(workload: str, **options: object) -> None:
         raise UsageError(f"{', '.join(useless)}: of no use to {workload}")
 
 
-def _workload(name: WorkloadName, synthetic: SyntheticOptions, bucket_bytes: str | None) -> WorkloadSpec:
+def _workload(
+    name: WorkloadName, synthetic: SyntheticOptions, bucket_bytes: str | None, device: str
+) -> WorkloadSpec:  # fmt: skip
     bucket = parse_size_bytes(_BUCKET if bucket_bytes is None else bucket_bytes, "bucket_bytes")
     gradient = parse_size_bytes(
         _GRADIENT if synthetic.gradient_bytes is None else synthetic.gradient_bytes, "gradient_bytes"
@@ -234,5 +242,6 @@ def _workload(name: WorkloadName, synthetic: SyntheticOptions, bucket_bytes: str
         if size < 4 or size % 4:
             raise UsageError(f"{option}={size} must be a positive multiple of 4 bytes (float32)")
     if name == "digits":
-        return WorkloadSpec("digits", bucket)
-    return WorkloadSpec("synthetic", bucket, compute_ns, gradient, compute_kind=synthetic.compute_kind or "wait")
+        return WorkloadSpec("digits", bucket, device=device)
+    kind = synthetic.compute_kind or "wait"
+    return WorkloadSpec("synthetic", bucket, compute_ns, gradient, compute_kind=kind, device=device)

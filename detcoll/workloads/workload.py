@@ -14,7 +14,8 @@ WorkloadName = Literal["digits", "synthetic"]
 class WorkloadSpec:
     """A workload and its figures; ``compute_ns``, its kind and ``gradient_bytes`` are the synthetic one's alone.
 
-    ``overlap`` : whether buckets are reduced during the backward pass, or all after it.
+    ``overlap`` : whether buckets are reduced during the backward pass, or all after it.  ``device`` : where arrays are,
+    "cpu" or "cuda".
     """
 
     name: WorkloadName
@@ -25,6 +26,7 @@ class WorkloadSpec:
     seed: int = 0
     compute_kind: ComputeKind = "wait"
     overlap: bool = True
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

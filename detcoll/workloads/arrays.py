@@ -1,6 +1,7 @@
-"""The arrays that a sweep times: of NumPy on the host, of torch or CuPy on a CUDA device.
+"""The arrays that are timed and computed with: of NumPy on the host, of torch or CuPy on a CUDA device.
 
-A sweep writes and checks values on the host. `Arrays.upload` and `Arrays.download` move them, outside the timed calls.
+Values are written and checked on the host. `Arrays.upload` and `Arrays.download` move them, outside of what is timed.
+What workloads compute has the same names and arguments in all three libraries (`Arrays.functions`).
 """
 
 from __future__ import annotations
@@ -29,9 +30,28 @@ class Arrays(ABC):
     device: str
     """What rows of results say."""
 
+    functions: Any
+    """The library, whose functions compute with its arrays."""
+
+    def put(self, host: NDArray[Any]) -> Any:
+        """Return an array with the values of ``host``, C-contiguous; on the host that array itself."""
+        array = self.array(host)
+        self.upload(host, array)
+        return array
+
+    def get(self, array: Any) -> NDArray[np.float32]:
+        """Return the values of an array of float32 on the host, once what was queued on the device is done."""
+        host = np.empty(tuple(array.shape), np.float32)
+        self.download(array, host)
+        return host
+
+    def total(self, array: Any) -> int:
+        """Return the sum of the bits of float32 elements, (n,), taken as numbers of 32 bits."""
+        return int(array.view(np.uint32).sum(dtype=np.uint64))
+
     @abstractmethod
     def array(self, host: NDArray[Any]) -> Any:
-        """Return a new array like ``host``, (n,), C-contiguous; its values are unspecified."""
+        """Return a new array like ``host``, C-contiguous; its values are unspecified."""
 
     @abstractmethod
     def upload(self, host: NDArray[Any], array: Any) -> None:
@@ -50,6 +70,15 @@ class HostArrays(Arrays):
     """Arrays of NumPy: the array of the host itself."""
 
     device = CPU
+    functions = np
+
+    def put(self, host: NDArray[Any]) -> Any:
+        """See `Arrays.put`."""
+        return host
+
+    def get(self, array: Any) -> NDArray[np.float32]:
+        """See `Arrays.get`."""
+        return array  # type: ignore[no-any-return]
 
     def array(self, host: NDArray[Any]) -> Any:
         """See `Arrays.array`."""
@@ -77,12 +106,17 @@ class TorchArrays(Arrays):
     device = CUDA
 
     def __init__(self, place: int) -> None:
-        self._torch = import_module("torch")
+        self.functions = self._torch = import_module("torch")
         self._device = self._torch.device(CUDA, place % self._torch.cuda.device_count())
+
+    def total(self, array: Any) -> int:
+        """See `Arrays.total`; torch adds up no unsigned numbers."""
+        numbers = array.view(self._torch.int32).to(self._torch.int64)
+        return int((numbers & 0xFFFFFFFF).sum())
 
     def array(self, host: NDArray[Any]) -> Any:
         """See `Arrays.array`."""
-        return self._torch.empty(host.size, dtype=getattr(self._torch, str(host.dtype)), device=self._device)
+        return self._torch.empty(host.shape, dtype=getattr(self._torch, str(host.dtype)), device=self._device)
 
     def upload(self, host: NDArray[Any], array: Any) -> None:
         """See `Arrays.upload`."""
@@ -102,18 +136,19 @@ class TorchArrays(Arrays):
 
 
 class CupyArrays(Arrays):
-    """Arrays of CuPy; ``place`` as in `TorchArrays`."""
+    """Arrays of CuPy; ``place`` as in `TorchArrays`. The device becomes current, since CuPy computes there."""
 
     device = CUDA
 
     def __init__(self, place: int) -> None:
-        self._cupy = import_module("cupy")
+        self.functions = self._cupy = import_module("cupy")
         self._device = self._cupy.cuda.Device(place % self._cupy.cuda.runtime.getDeviceCount())
+        self._device.use()
 
     def array(self, host: NDArray[Any]) -> Any:
         """See `Arrays.array`."""
         with self._device:
-            return self._cupy.empty(host.size, host.dtype)
+            return self._cupy.empty(host.shape, host.dtype)
 
     def upload(self, host: NDArray[Any], array: Any) -> None:
         """See `Arrays.upload`."""
@@ -176,9 +211,11 @@ def arrays_on(device: str, comm: Any) -> Arrays:
 
     All ranks call it. A rank uses the device with its number among the ranks of its host, counted round and round.
     """
-    if device == CPU:
-        return HostArrays()
-    place = place_on_host(comm)
+    return HostArrays() if device == CPU else arrays_of(place_on_host(comm))
+
+
+def arrays_of(place: int) -> Arrays:
+    """Return what makes arrays on the CUDA device with this number, counted round and round."""
     return CupyArrays(place) if torch_lacks() else TorchArrays(place)
 
 
