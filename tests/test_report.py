@@ -332,6 +332,17 @@ def test_a_sweep_under_cross_traffic_gives_curves() -> None:
     assert "Under cross traffic" in headings(page_of(sweep(*rows)))
 
 
+def test_a_sweep_over_devices_says_where_arrays_were() -> None:
+    rows = [row(4 << 20, device=device, fraction_of_bound=share) for device, share in (("cpu", 0.8), ("cuda", 0.9))]
+    text = page_of(sweep(*rows))
+    assert "All-reduce of 4 MiB on cuda over slotted reaches 90" in text
+    assert "arrays on cpu and cuda" in text
+    for place in ("th", "text"):
+        assert re.search(rf"<{place}[^>]*>(<[^>]*>)?slotted, cuda<", text), place
+    assert "cuda" not in page_of(sweep(*rows[:1]))
+    assert "arrays on cuda" in page_of(measurement(workload={"name": "digits", "device": "cuda"}))
+
+
 def study(**changes: Any) -> dict[str, Any]:
     runs = [
         {"setting": "single-cluster", "line_bit_per_s": None, "iteration_s": 2.0, "efficiency": 1.0, "exposed_s": 0.01},

@@ -22,11 +22,12 @@ from detcoll.report.runs import run_headline, run_sections, run_tiles
 from detcoll.report.study import study_headline, study_sections, study_setup, study_tiles
 from detcoll.report.traced import map_section, topology_section, trace_sections
 from detcoll.scenarios import Study
+from detcoll.workloads.arrays import CPU
 
 _FACTS = (
     ("cpu", "processor"), ("cores", "cores"), ("kernel", "Linux"), ("python", "Python"), ("detcoll", "detcoll"),
-    ("numpy", "NumPy"), ("pyzmq", "pyzmq"), ("libzmq", "libzmq"), ("torch", "torch"), ("mpi4py", "mpi4py"),
-    ("mpi", "MPI"), ("congestion_control", "congestion control"),
+    ("numpy", "NumPy"), ("pyzmq", "pyzmq"), ("libzmq", "libzmq"), ("gpu", "GPU"), ("torch", "torch"), ("cupy", "CuPy"),
+    ("mpi4py", "mpi4py"), ("mpi", "MPI"), ("congestion_control", "congestion control"),
 )  # fmt: skip
 
 
@@ -125,6 +126,8 @@ def _setup(result: ReportedResult) -> str:
         parts.append(f"{format_bytes(told['gradient_bytes'])} of gradients")
     if told.get("compute_s"):
         parts.append(f"{time_text(told['compute_s'])} of computing")
+    if told.get("device", CPU) != CPU:
+        parts.append(f"arrays on {told['device']}")
     if told.get("sites"):
         parts.append(
             f"{told['sites']} sites"
@@ -134,11 +137,17 @@ def _setup(result: ReportedResult) -> str:
     if result.rows:
         row = result.rows[0]
         parts += (
-            [f"{format_count(row.ranks, 'rank')} in {format_count(row.sites, 'site')}, {row.dtype}"]
+            [f"{format_count(row.ranks, 'rank')} in {format_count(row.sites, 'site')}, {row.dtype}", *_devices(result)]
             if row.ranks and row.sites
             else []
         )
     return ", ".join(parts) + "." if parts else "From a result file."
+
+
+def _devices(result: ReportedResult) -> list[str]:
+    """Return where arrays of a sweep were, if any was on a device."""
+    devices = list(dict.fromkeys(row.device for row in result.rows))
+    return [] if devices == [CPU] else [f"arrays on {' and '.join(devices)}"]
 
 
 def _lines(uplinks: Sequence[float] | None, round_trips: Sequence[float] | None) -> list[str]:

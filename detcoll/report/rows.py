@@ -29,6 +29,7 @@ from detcoll.report.cells import (
 )
 from detcoll.report.page import figure, heading, notes, section, table, tile
 from detcoll.report.reported import ReportedResult
+from detcoll.workloads.arrays import CPU
 
 CROSS = "Share of the floor against others' traffic"
 
@@ -44,7 +45,8 @@ def row_headline(result: ReportedResult) -> str | None:
     best = max(known, key=lambda row: (row.transport == SLOTTED, row.fraction_of_bound))
     share = percent(best.fraction_of_bound or 0.0, 0)
     hedge = ", at best" if len(known) > 1 else ""
-    what = f"{_called(best).capitalize()} of {format_bytes(best.bytes)} over {best.transport}"
+    where = "" if best.device == CPU else f" on {best.device}"
+    what = f"{_called(best).capitalize()} of {format_bytes(best.bytes)}{where} over {best.transport}"
     return f"{what} reaches {share} of the floor{hedge}"
 
 
@@ -59,6 +61,7 @@ def row_tiles(result: ReportedResult) -> list[Element]:
     for transport, rows in groupby(sorted(known, key=lambda row: row.transport), key=lambda row: row.transport):
         best = max(rows, key=lambda row: row.fraction_of_bound or 0.0)
         what = f"of the floor: {title_of(transport)}, {format_bytes(best.bytes)}"
+        what += "" if best.device == CPU else f", {best.device}"
         tiles.append(tile(percent(best.fraction_of_bound or 0.0), what))
     return tiles
 
@@ -71,7 +74,7 @@ def row_sections(result: ReportedResult) -> list[Element]:
 
 def _row_label(row: Row, has_networks: bool) -> str:
     others = f"others {percent(row.cross_traffic, 0)}"
-    name = title_of(row.transport)
+    name = title_of(row.transport) if row.device == CPU else f"{title_of(row.transport)}, {row.device}"
     return f"{name}, {row.service}, {others}" if has_networks else name
 
 
@@ -103,11 +106,13 @@ def _cross_traffic(result: ReportedResult) -> Element | None:
     """Return the share of the floor over the cross traffic, if rows have several loads."""
     rows = [row for row in result.rows if row.fraction_of_bound is not None]
     curves: list[Curve] = []
-    for key in dict.fromkeys((row.collective, row.bytes, row.transport, row.service) for row in rows):
-        same = [row for row in rows if (row.collective, row.bytes, row.transport, row.service) == key]
+    for key in dict.fromkeys(map(_without_traffic, rows)):
+        same = [row for row in rows if _without_traffic(row) == key]
         points = tuple(sorted((row.cross_traffic, row.fraction_of_bound or 0.0) for row in same))
         if len({share for share, _ in points}) > 1:
-            label = f"{_called(same[0])} {format_bytes(same[0].bytes)}, {same[0].transport}, {same[0].service}"
+            where = "" if same[0].device == CPU else f", {same[0].device}"
+            what = f"{_called(same[0])} {format_bytes(same[0].bytes)}"
+            label = f"{what}, {same[0].transport}{where}, {same[0].service}"
             curves.append(Curve(label, points, 1 + len(curves), has_markers=True))
     if not curves:
         return None
@@ -115,6 +120,10 @@ def _cross_traffic(result: ReportedResult) -> Element | None:
     y = Axis("share of the floor", lambda value: percent(value, 0), includes=(0.0, 1.0))
     told = "The same while others send on the same lines. A reservation should give a flat curve."
     return section("Under cross traffic", told, figure(partial(curve_chart, curves, traffic_axis(shares), y, CROSS)))
+
+
+def _without_traffic(row: Row) -> tuple[str, int, str, str, str]:
+    return row.collective, row.bytes, row.transport, row.device, row.service
 
 
 def _bound_bar(row: Row, series: dict[str, int], many: bool) -> Bar:
