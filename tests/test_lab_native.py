@@ -362,8 +362,19 @@ class TestCompiling:
         assert isinstance(library.load(), ctypes.CDLL)
         [kept] = (tmp_path / "detcoll" / "router").iterdir()
         assert kept.suffix == ".so"
-        monkeypatch.setattr(library.subprocess, "run", None)
+        monkeypatch.setattr(library.subprocess, "Popen", None)
         assert isinstance(library.load(), ctypes.CDLL)
+
+    def test_the_oldest_are_forgotten(self, tmp_path: Path) -> None:
+        folder = tmp_path / "detcoll" / "router"
+        folder.mkdir(parents=True)
+        for age in range(6):
+            (folder / f"{age}.so").touch()
+            os.utime(folder / f"{age}.so", (1000 - age, 1000 - age))
+        assert isinstance(library.load(), ctypes.CDLL)
+        kept = {path.name for path in folder.iterdir()}
+        assert {"0.so", "1.so", "2.so"} < kept
+        assert len(kept) == 4
 
     def test_another_compiler_makes_its_own(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         library.load()

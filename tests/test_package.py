@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, entry_points, metadata
 from importlib.resources import files
 from pathlib import Path
@@ -55,6 +57,13 @@ def test_what_docstrings_name_is_there() -> None:
     for name in named - {"detcoll.transports"}:  # a group of entry points
         resolve_name(name)
     assert len(named) > 50
+
+
+def test_what_is_for_torch_says_so_where_torch_is_missing() -> None:
+    program = "import sys; sys.modules['torch'] = None; import detcoll.torch"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ImportError: torch is not installed; install it with: " in ended.stderr
+    assert ended.returncode == 1
 
 
 class _Installed:

@@ -148,7 +148,7 @@ def test_bars_of_a_measurement_are_in_proportion_to_efficiency() -> None:
     assert bars[2] / bars[0] == pytest.approx(0.1, abs=1e-3)
 
 
-def test_several_networks_give_curves_and_a_neighbours_round_trip() -> None:
+def test_several_networks_give_curves_and_a_co_tenants_round_trip() -> None:
     line = {"co_tenant": {"median_s": 0.02, "p99_s": 0.0345, "answered": 9, "sent": 9}}
     runs = [
         run("slotted", 0.06, 0.5 if service == "deterministic" else 0.5 - 0.3 * share, service=service,
@@ -157,7 +157,7 @@ def test_several_networks_give_curves_and_a_neighbours_round_trip() -> None:
         for share in (0.0, 1.0)
     ]  # fmt: skip
     text = page_of(measurement(*runs))
-    assert {"Under cross traffic", "A neighbour's round trip"} <= set(headings(text))
+    assert {"Under cross traffic", "A co-tenant's round trip"} <= set(headings(text))
     assert "slotted trains at 20 to 50\N{NO-BREAK SPACE}%" in text, "the worst is not left out of the headline"
     assert "34.5\N{NO-BREAK SPACE}ms" in text
     curves = next(svg for svg in pictures(text) if svg.findtext("title") == "Efficiency against others' traffic")

@@ -211,8 +211,8 @@ def _co_tenant(result: ReportedResult) -> Element | None:
     unit, size = time_unit(max(bar.value for bar in bars))
     axis = Axis(f"round trip, {unit}", lambda value: plain(value / size))
     told = "Small packets of another user on the same lines during the run: the 99th percentile of their round trips."
-    drawn = figure(partial(bar_chart, bars, axis, "A neighbour's round trip during each run"))
-    return section("A neighbour's round trip", told, drawn)
+    drawn = figure(partial(bar_chart, bars, axis, "A co-tenant's round trip during each run"))
+    return section("A co-tenant's round trip", told, drawn)
 
 
 def _run_table(result: ReportedResult) -> Element:

@@ -82,6 +82,10 @@ _INTERFACE = {
 """What each function returns, and takes."""
 
 
+_KEPT = 4
+"""How many compiled libraries the cache keeps."""
+
+
 class NotCompiled(Exception):
     """The router's inner loop cannot be compiled or loaded here; says why."""
 
@@ -118,7 +122,15 @@ def _cached() -> ctypes.CDLL:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
         os.replace(_compiled(Path(made)), path)
+    _forget_old(folder)
     return _loaded(path)
+
+
+def _forget_old(folder: Path) -> None:
+    """Remove all but the latest libraries: each version of detcoll and each compiler leaves one."""
+    with suppress(OSError):  # another process does the same
+        for path in sorted(folder.glob("*.so"), key=lambda each: each.stat().st_mtime_ns)[:-_KEPT]:
+            path.unlink(missing_ok=True)
 
 
 def _require_own(folder: Path) -> None:
