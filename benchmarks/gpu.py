@@ -9,7 +9,8 @@
 - ``lab``: two sites of a rank, lines of 1 Gbit/s, 20 ms there and back, in turns with arrays of the host.
 - ``veth``: 64 MiB between two network namespaces at 10 Gbit/s, in turns with arrays of the host. Needs root.
 - ``training``: DDP over detcoll on the device across two emulated sites, whose parameters must equal those of the same
-  training in one cluster, bit for bit.
+  training in one cluster, bit for bit, and its efficiency: one cluster's time over theirs. The model has a gradient of
+  32 MiB, which a line carries in 0.28 s, and the first run finds the batch with which an iteration takes some 0.5 s.
 
 A time is the median over all calls, a ratio the median over rounds of the ratio of medians. Every result is checked.
 Each step has a time limit, and one that fails does not end the others. What cannot run says "not run" and why. The exit
@@ -44,11 +45,13 @@ from detcoll.emulation.lab import Conditions, Lab, obtain
 from detcoll.errors import DetcollError
 from detcoll.launch.processes import ended_by_signals
 from detcoll.launch.ranks import run_crew
-from detcoll.measure.aggregate import Setting
+from detcoll.marks import MARKS_VARIABLE
+from detcoll.measure.aggregate import Setting, marked_span_ns, marked_times_s
 from detcoll.measure.host import host_facts
 from detcoll.measure.limits import limits_of_row, scale_of
 from detcoll.measure.load import Watch, load_of
-from detcoll.measure.results import SINGLE_CLUSTER, WIDE_AREA
+from detcoll.measure.records import read_marks
+from detcoll.measure.results import SINGLE_CLUSTER, WIDE_AREA, Limit
 from detcoll.measure.runner import Runner
 from detcoll.quantities import format_bytes, parse_rate_bytes_per_s
 from detcoll.topology import Topology
@@ -61,6 +64,7 @@ PATIENCE = 5
 KIB, MIB = 2**10, 2**20
 ROUND_TRIP_NS = 20_000_000
 LAB_RATE, VETH_RATE = "1 Gbit/s", "10 Gbit/s"
+WAYS_OF_TRAINING = ("cluster", "sites")
 MOST_DEVICE_BYTES, MOST_PINNED_BYTES = 64 * MIB, 256 * MIB
 SETTLED = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -201,11 +205,7 @@ def run_lab(call: Call, library: str) -> list[Line]:
     rows, _ = _read(call, "lab", task)
     spans = [(at, at + round(s * 1e9)) for row in rows for at, s in zip(row["began_ns"], row["samples_s"], strict=True)]
     limits = limits_of_row(None, load_of([watch.readings()], [spans]), scale_of(topology)) or ()
-    lines = _beside_host("lab, 1 Gbit/s, 20 ms", library, task, rows, 1.02)
-    if limits:
-        why = "; ".join(limit.why for limit in limits)
-        lines = [replace(line, found=f"{line.found} (limited by the lab: {why})", reached=None) for line in lines]
-    return lines
+    return [_limited_by(limits, line) for line in _beside_host("lab, 1 Gbit/s, 20 ms", library, task, rows, 1.02)]
 
 
 def run_veth(call: Call, library: str) -> list[Line]:
@@ -228,30 +228,56 @@ def run_veth(call: Call, library: str) -> list[Line]:
 
 
 def run_training(call: Call) -> list[Line]:
-    """Train on the device across sites and in one cluster, and compare the parameters."""
+    """Train on the device in one cluster and across sites; compare the parameters, and how long iterations take."""
     if call.is_dry:
-        small = {"train_on": "cpu", "width": 32, "steps": 2, "timeout_s": 30 * PATIENCE}
+        small = {"train_on": "cpu", "width": 32, "batch": 16, "steps": 2, "timeout_s": 30 * PATIENCE}
     elif (why := call.facts["torch_lacks"]) is not None:
         raise NotRun(why)
     else:
         small = {"train_on": "cuda"}
     _need_lab()
     topology = Topology.uniform(2, 1, parse_rate_bytes_per_s(LAB_RATE, "rate"), ROUND_TRIP_NS // 2)
-    runner, digests = Runner(topology, call.limit_s / 2), set()
-    for name in ("cluster", "sites"):
+    runner, digests, limits = Runner(topology, call.limit_s / 2), set(), ()
+    for name in WAYS_OF_TRAINING:
         folder = call.folder / name
         folder.mkdir()
-        task = Task(str(folder), **small)
-        if name == "cluster":
-            setting = Setting(name, "shm", SINGLE_CLUSTER)
-            _run(runner, setting, task, SETTLED | {"DETCOLL_SITES": str(len(topology.sites))})
-        else:
-            with Lab(topology, Conditions()) as lab:
-                _run(runner, Setting(name, "slotted", WIDE_AREA), task, dict(SETTLED), lab, topology)
+        task, told = Task(str(folder), **small), SETTLED | {MARKS_VARIABLE: str(folder)}
+        with Watch() as watch:
+            if name == "cluster":
+                setting = Setting(name, "shm", SINGLE_CLUSTER)
+                _run(runner, setting, task, told | {"DETCOLL_SITES": str(len(topology.sites))})
+            else:
+                with Lab(topology, Conditions()) as lab:
+                    watch.router_pid = lab.router_pid
+                    _run(runner, Setting(name, "slotted", WIDE_AREA), task, told, lab, topology)
         digests |= {(folder / f"digest{rank}.txt").read_text() for rank in range(topology.size)}
+        small["batch"] = int((folder / "batch.txt").read_text())
+        marks = [read_marks(path) for path in sorted(folder.glob("marks*.json"))]
+        call.rows.append({"step": "training", "way": name, "samples_s": marked_times_s(marks), **small})
+        limits = limits_of_row(None, load_of([watch.readings()], [marked_span_ns(marks)]), scale_of(topology)) or ()
     if len(digests) != 1:
         raise Failed(f"parameters differ: {', '.join(sorted(digests))}")
-    return [Line("DDP across two sites against one cluster", f"equal ({digests.pop()[:12]})", "equal bits", True)]
+    equal = f"equal ({digests.pop()[:12]})"
+    return [
+        Line("DDP across two sites against one cluster", equal, "equal bits", True),
+        _limited_by(limits, _efficiency(call.rows)),
+    ]
+
+
+def _efficiency(rows: Sequence[dict[str, Any]]) -> Line:
+    """Return how near training across sites comes to that in one cluster."""
+    inside_s, across_s = (_median_s(rows, name) for name in WAYS_OF_TRAINING)
+    share = inside_s / across_s
+    what = f"DDP across two sites, {rows[0]['batch']} examples: one cluster's time over theirs, ms an iteration"
+    return Line(what, f"{share:.3f} (one cluster {inside_s * 1e3:.0f}, sites {across_s * 1e3:.0f})", ratio=share)
+
+
+def _limited_by(limits: Sequence[Limit], line: Line) -> Line:
+    """Return a line with what of the lab limited it, which then says little of the goal."""
+    if not limits:
+        return line
+    why = "; ".join(limit.why for limit in limits)
+    return replace(line, found=f"{line.found} (limited by the lab: {why})", reached=None)
 
 
 STEPS: dict[str, tuple[float, bool, Callable[..., list[Line]]]] = {

@@ -27,11 +27,16 @@ from detcoll.bench.start import Starter, combine
 from detcoll.bench.sweep import Case, Sweep
 from detcoll.device import cuda, driver
 from detcoll.errors import DetcollError, UsageError
+from detcoll.measure import step
 from detcoll.testing.device import StrictDevice
 from detcoll.workloads.arrays import Arrays, CupyArrays, HostArrays, TorchArrays, cupy_lacks, torch_lacks
 
 HOST, TORCH, CUPY, DOUBLE, GLOO = "host", "torch", "cupy", "double", "gloo"
-RATE, LAYERS, BUCKET_MB = 0.05, 4, 1
+RATE, LAYERS, BUCKET_MB = 0.05, 8, 1
+ITERATION_S, WARMUP = 0.5, 2
+TRIED_BATCH, BATCH_STEP = 4096, 1024
+MOST_OF_MEMORY, KEPT = 0.3, 3 * LAYERS
+"""How much of the free memory of the device a rank may use, and how many tensors of activations it keeps, at most."""
 CALLS_OF_MEMORY = 2
 
 
@@ -41,7 +46,8 @@ class Task:
 
     ``library`` : whose arrays are timed in turns with the host's, and with Gloo on tensors of torch if ``beside_gloo``.
     ``sizes`` and ``calls`` : bytes, and how many calls of them a round.  ``train_on`` : a device of torch to train on,
-    instead of all that; ``width`` of the model.
+    instead of all that; ``width`` of the model; ``batch`` : examples in an iteration, 0 for as many as take some
+    `ITERATION_S`.
     """
 
     folder: str
@@ -51,8 +57,9 @@ class Task:
     calls: tuple[int, ...] = ()
     rounds: int = 1
     train_on: str | None = None
-    width: int = 512
-    steps: int = 10
+    width: int = 1024
+    batch: int = 0
+    steps: int = 12
     timeout_s: float = 30
 
     def write(self) -> Path:
@@ -206,19 +213,57 @@ def train(task: Task) -> None:
         raise Refused(str(error)) from error
     layers = [layer for _ in range(LAYERS) for layer in (Linear(task.width, task.width), ReLU())]
     model = DistributedDataParallel(Sequential(*layers).to(task.train_on), bucket_cap_mb=BUCKET_MB)
-    examples = torch.Generator().manual_seed(2 + dist.get_rank())
-    for _ in range(task.steps):
-        model.zero_grad()
-        given = torch.randn(16, task.width, generator=examples).to(task.train_on)
-        model(given).square().mean().backward()
+    batch = task.batch or _fitting_batch(model, task)
+    (Path(task.folder) / "batch.txt").write_text(str(batch), encoding="ascii")
+    examples = torch.Generator(task.train_on).manual_seed(2 + dist.get_rank())
+    for number in range(WARMUP + task.steps):
+        if number == WARMUP:
+            step()
+        _pass(model, torch.randn(batch, task.width, generator=examples, device=task.train_on))
         with torch.no_grad():  # an optimizer would import the compiler of torch, which takes seconds
             for each in model.parameters():
                 each -= RATE * each.grad
+        _settle(task)
+        if number >= WARMUP:
+            step()
     held = b"".join(each.detach().cpu().numpy().tobytes() for each in model.parameters())
     path = Path(task.folder) / f"digest{dist.get_rank()}.txt"
     path.write_text(hashlib.sha256(held).hexdigest(), encoding="ascii")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _pass(model: Any, examples: Any) -> None:
+    """Compute the gradients of one iteration."""
+    model.zero_grad()
+    model(examples).square().mean().backward()
+
+
+def _settle(task: Task) -> None:
+    """Return when the device has done what was queued on it."""
+    import torch
+
+    if task.train_on == "cuda":
+        torch.cuda.synchronize()
+
+
+def _fitting_batch(model: Any, task: Task) -> int:
+    """Return how many examples let an iteration take `ITERATION_S` beside the other ranks, as far as memory goes."""
+    import torch
+    import torch.distributed as dist
+
+    examples = torch.ones(TRIED_BATCH, task.width, device=task.train_on)
+    took_s = 0.0
+    with model.no_sync():
+        for _ in range(3):
+            began_s = time.monotonic()
+            _pass(model, examples)
+            _settle(task)
+            took_s = time.monotonic() - began_s
+    fits = MOST_OF_MEMORY * torch.cuda.mem_get_info()[0] / (4 * task.width * KEPT)
+    found = torch.tensor([min(ITERATION_S / took_s * TRIED_BATCH, fits)])
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return max(1, int(found) // BATCH_STEP) * BATCH_STEP
 
 
 def facts() -> dict[str, Any]:

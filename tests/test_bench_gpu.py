@@ -15,6 +15,7 @@ import pytest
 from test_bench_smoke import BENCHMARKS, run
 
 from detcoll.emulation.lab import why_unavailable
+from detcoll.measure.results import Limit, LimitKind
 
 pytestmark = [
     pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are not installed"),
@@ -107,6 +108,20 @@ def test_ratios_are_those_of_one_round(program: ModuleType) -> None:
     ]
     assert program._ratio(rows, "torch", "host") == 3.0
     assert program._median_s(rows, "torch") == 30.0
+
+
+def test_the_efficiency_of_training_is_one_clusters_time_over_that_of_sites(program: ModuleType) -> None:
+    rows = [
+        {"way": way, "batch": 1024, "samples_s": [seconds * share for share in (0.9, 1.0, 1.5)]}
+        for way, seconds in (("cluster", 0.4), ("sites", 0.5))
+    ]
+    line = program._efficiency(rows)
+    assert line.ratio == pytest.approx(0.8)
+    assert "1024 examples" in line.what
+    assert line.found == "0.800 (one cluster 400, sites 500)"
+    limit = Limit(LimitKind.ROUTER, "the router was late")
+    assert program._limited_by([limit], line).found.endswith("sites 500) (limited by the lab: the router was late)")
+    assert program._limited_by([], line) is line
 
 
 def test_without_a_device_every_step_says_why() -> None:
