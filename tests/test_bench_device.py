@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from detcoll.bench.sweep import Sweep, run_sweep
 from detcoll.cli import main
 from detcoll.cli.terminal import output_console
 from detcoll.communicator import Communicator
-from detcoll.device import cuda, now
+from detcoll.device import CopyRates, cuda, now
 from detcoll.errors import TransportError
 from detcoll.measure.results import BENCH_SCHEMA, BenchResult, Row
 from detcoll.measure.tables import bench_table
@@ -72,6 +74,16 @@ def test_a_sweep_on_devices_is_checked_and_says_where_arrays_were(device: Strict
     first, second = run_ranks(2, lambda comm: run_sweep(comm, asked, None, both(device)), transport=transport)
     assert [(row.device, row.collective) for row in first] == [(name, kind) for name in asked.devices for kind in KINDS]
     assert first == second
+
+
+def test_all_ranks_tell_the_prediction_of_rank_0(device: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = count(1)
+    monkeypatch.setattr(
+        import_module("detcoll.communicator"), "copy_rates", lambda: CopyRates(next(found) * 1e9, 20_000)
+    )
+    asked = Sweep(("all_reduce",), (40_000,), "float32", 1, 0, devices=("cuda",))
+    first, second = run_ranks(2, lambda comm: run_sweep(comm, asked, None, both(device)), transport="tcp")
+    assert first[0].predicted_s == second[0].predicted_s is not None
 
 
 def test_a_wrong_result_on_a_device_is_an_error(device: StrictDevice) -> None:

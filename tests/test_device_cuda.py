@@ -156,6 +156,11 @@ def test_streams_and_events_are_made_on_their_device(fake: Fake, cuda: Cuda) -> 
     assert fake.calls() == [*ENTER, "cuEventCreate(2)", *LEAVE]
 
 
+def test_memory_is_allocated_on_its_device(fake: Fake, cuda: Cuda) -> None:
+    assert cuda.allocate(1, NBYTES) == 0xDEAD_BEEF_0000_5678
+    assert fake.calls() == [*ENTER, f"cuMemAlloc_v2({NBYTES})", *LEAVE]
+
+
 def test_events_that_are_given_back_are_used_again(fake: Fake, cuda: Cuda) -> None:
     event = cuda.take_event(1)
     cuda.give_event(1, event)

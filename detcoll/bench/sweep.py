@@ -263,7 +263,7 @@ def _over_all_ranks(comm: Any, before: _LateWindows, after: _LateWindows) -> _La
 
 
 def _predicted_s(comm: Any, case: Case, began_ns: tuple[int, ...]) -> float | None:
-    """Return the median of what was predicted for calls at these times."""
+    """Return the median of what was predicted for calls at these times; on devices, with rates that rank 0 measured."""
     if not case.signature.has_array:
         return None
     on_device = case.arrays.device != CPU
@@ -271,7 +271,12 @@ def _predicted_s(comm: Any, case: Case, began_ns: tuple[int, ...]) -> float | No
         comm.predict(case.collective, case.nbytes, case.dtype, called_ns=at_ns, on_device=on_device)
         for at_ns in began_ns
     ]
-    return None if None in each else float(np.median(each))
+    if None in each:
+        return None
+    predicted_s = np.array([np.median(each)])
+    if on_device:
+        comm.broadcast(predicted_s, root=0)
+    return float(predicted_s[0])
 
 
 def _retransmits(comm: Any, counts: NetworkCounts) -> int | None:

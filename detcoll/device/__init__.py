@@ -11,8 +11,10 @@ from detcoll.device.gate import Gate
 from detcoll.device.now import copy_now, give_copies, pinned_counts, pinned_memory, pins, take_copies
 from detcoll.device.pinned import PinnedPool
 from detcoll.device.pins import Pins
+from detcoll.device.rates import CopyRates, copy_rates
 
 __all__ = [
-    "Copies", "Copy", "Cuda", "DeviceBuffer", "Driver", "Gate", "MemoryType", "PinnedPool", "Pins", "Segment",
-    "copy_now", "driver", "give_copies", "pinned_counts", "pinned_memory", "pins", "take_copies",
+    "Copies", "Copy", "CopyRates", "Cuda", "DeviceBuffer", "Driver", "Gate", "MemoryType", "PinnedPool", "Pins",
+    "Segment", "copy_now", "copy_rates", "driver", "give_copies", "pinned_counts", "pinned_memory", "pins",
+    "take_copies",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpy2DAsync_v2": (c_void_p, c_void_p),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
     "cuMemHostUnregister": (c_void_p,),
     "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
@@ -205,6 +206,13 @@ class Cuda(Driver):
         row = nbytes // 2
         rows = _Rows(0, 0, _HOST, host_address, 0, None, row, 0, 0, _DEVICE, None, device_address, None, row, row, 2)
         self._call("cuMemcpy2DAsync_v2", byref(rows), stream)
+
+    def allocate(self, device: int, nbytes: int) -> int:
+        """See `Driver.allocate`."""
+        address = c_uint64()
+        with self.on(device):
+            self._call("cuMemAlloc_v2", byref(address), nbytes)
+        return address.value
 
     def register(self, address: int, nbytes: int) -> None:
         """See `Driver.register`."""

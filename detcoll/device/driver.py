@@ -103,6 +103,10 @@ class Driver(ABC):
         """Queue a copy to the device. If the host's memory is not pinned, block until it has been read."""
 
     @abstractmethod
+    def allocate(self, device: int, nbytes: int) -> int:
+        """Return the address of new memory of a device, which stays as long as the process."""
+
+    @abstractmethod
     def register(self, address: int, nbytes: int) -> None:
         """Pin memory of the host, for all devices."""
 

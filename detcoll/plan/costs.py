@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detcoll.plan.alignment import LATE_NS
 from detcoll.plan.layout import LARGEST_FRAME_BYTES, STEP_NS
@@ -30,7 +30,8 @@ class Costs:
     where windows lead to one site each. ``call_ns`` is what passes in a call across sites before the first step begins,
     ``return_ns`` what ranks that all own a part keep each other waiting for at its end, which simulated hosts do not.
     ``device_bytes_per_s`` is what a device and pinned memory exchange in each direction, ``device_latency_ns`` what
-    passes besides from when a copy is queued until its end is noticed.
+    passes besides from when a copy is queued until its end is noticed; `Communicator.predict` measures both, where the
+    process uses a device.
     """
 
     step_ns: int = STEP_NS
@@ -44,6 +45,10 @@ class Costs:
     frame_bytes: int = LARGEST_FRAME_BYTES
     device_bytes_per_s: float = 20e9
     device_latency_ns: int = 20_000
+
+    def with_device(self, bytes_per_s: float, latency_ns: int) -> Costs:
+        """Return the same with a device that exchanges so much."""
+        return replace(self, device_bytes_per_s=bytes_per_s, device_latency_ns=latency_ns)
 
     def device_ns(self, nbytes: float) -> float:
         """Return how long a copy of ``nbytes`` between pinned memory and a device takes, one way."""

@@ -186,10 +186,14 @@ class Planner:
 
     def predict_ns(
         self, collective: Collective, algorithm: str | None = None, phase_ns: int | None = None, *,
-        on_device: bool = False,
+        on_device: bool = False, costs: Costs | None = None,
     ) -> int:  # fmt: skip
-        """Return the predicted time of the slowest rank; see `detcoll.plan.predict.predict_ns`."""
-        return self._predict(collective, algorithm or self._choose(collective), phase_ns, on_device)
+        """Return the predicted time of the slowest rank; see `detcoll.plan.predict.predict_ns`.
+
+        ``costs`` : where they are known better than they were when the plans were chosen.
+        """
+        algorithm = algorithm or self._choose(collective)
+        return self._predict(collective, algorithm, phase_ns, on_device, costs or self.costs)
 
     def floor_ns(self, collective: Collective) -> float | None:
         """Return the physical floor, or None where there is no line; see `detcoll.plan.bounds.floor_of`."""
@@ -201,10 +205,12 @@ class Planner:
     def _chunk_now(self, collective: Collective, algorithm: str) -> ChunkSize:
         return predicted_chunk(collective, self.topology, self.calendar, algorithm, self.costs)
 
-    def _predict_now(self, collective: Collective, algorithm: str, phase_ns: int | None, on_device: bool) -> int:
+    def _predict_now(
+        self, collective: Collective, algorithm: str, phase_ns: int | None, on_device: bool, costs: Costs
+    ) -> int:  # fmt: skip
         chunk_size = self._chunk(collective, algorithm)
         return predict_ns(
-            collective, self.topology, self.calendar, algorithm, chunk_size, self.costs, phase_ns, on_device=on_device
+            collective, self.topology, self.calendar, algorithm, chunk_size, costs, phase_ns, on_device=on_device
         )
 
     def _keep(self, key: tuple[Collective, str, bool, bool, bool], plan: Plan) -> None:

@@ -56,6 +56,7 @@ class StrictDevice(Driver):
         self._devices = tuple(range(devices))
         self._used = self._devices if used is None else used
         self._memory = DeviceMemory(self._misuse)
+        self._allocated: list[DeviceArray] = []
         self._pinned = PinnedRanges(self._misuse)
         self._streams = Streams(self._misuse)
         self._failures: defaultdict[str, deque[int]] = defaultdict(deque)
@@ -219,6 +220,13 @@ class StrictDevice(Driver):
     def to_device(self, device_address: int, host_address: int, nbytes: int, stream: int) -> None:
         """See `Driver.to_device`."""
         self._copy("to_device", host_address, device_address, nbytes, stream)
+
+    def allocate(self, device: int, nbytes: int) -> int:
+        """See `Driver.allocate`."""
+        with self._lock, self.on(device):
+            self._check("allocate", device)
+            self._allocated.append(self._memory.array(np.empty(nbytes, np.uint8), device, 0))
+            return self._allocated[-1].address
 
     def register(self, address: int, nbytes: int) -> None:
         """See `Driver.register`."""
