@@ -32,7 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the many processes that tests start cheap: none compiles detcoll anew, none starts a pool of threads."""
+    """Make the many processes that tests start cheap.
+
+    None compiles detcoll anew, none starts a pool of threads, none looks for garbage among all that it imports.
+    """
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # else pytest-xdist begins with the files that have most tests
     _be_patient()
@@ -41,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
     patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # containers set it to keep images small
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent / "quick"), prepend=os.pathsep)
     if "OMP_NUM_THREADS" not in os.environ:
         patch.setenv("OMP_NUM_THREADS", "1")
 

@@ -42,7 +42,8 @@ def alone(size: int, program: str, *arguments: object) -> Ended:
 
 
 def test_groups_begin_work_and_end(tmp_path: Path) -> None:
-    ended = launch(3, "torch_groups.py", "works", tmp_path, 200, timeout_s=GUARD_S)
+    environ = {"TEST_WHOLE_END": "1"}
+    ended = launch(3, "torch_groups.py", "works", tmp_path, 200, environ=environ, timeout_s=GUARD_S)
     assert ended.code == 0, ended.err
     for said in ended.said.values():
         *done, left, late, last = said
