@@ -312,7 +312,7 @@ def test_a_delay_that_no_router_keeps_is_told(tmp_path: Path) -> None:
     """Of 50 us the router is late by more than a tenth on most machines, since it has to wake up."""
     path = tmp_path / "bench.json"
     done = run_cli(
-        "bench", "--lab", "--ranks-per-site", "1", "--round-trip", "0.1 ms", "--bytes", "4KiB", "--iterations", "2000",
+        "bench", "--lab", "--ranks-per-site", "1", "--round-trip", "0.1 ms", "--bytes", "4KiB", "--iterations", "200",
         "--json", str(path),
     )  # fmt: skip
     [row] = read_json(path)["rows"]

@@ -404,7 +404,7 @@ def test_random_all_reduces_have_the_same_bits_everywhere(tmp_path, mpiexec: lis
     digests = {}
     for transport, launcher in (("slotted", None), ("shm", None), ("mpi", [*mpiexec, "-n", "4"])):
         ended = launch(
-            4, "random_all_reduces.py", 80, 11, 3000, topology=topology, folder=tmp_path, launcher=launcher,
+            4, "random_all_reduces.py", 40, 11, 3000, topology=topology, folder=tmp_path, launcher=launcher,
             environ={"DETCOLL_TRANSPORT": transport},
         )  # fmt: skip
         assert ended.code == 0, ended.err
