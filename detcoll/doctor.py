@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 
 from detcoll import pci, registry
-from detcoll.device import driver
+from detcoll.device import Cuda, driver
 from detcoll.device.pinned import LIMIT_BYTES
 from detcoll.errors import DeviceError, TransportUnavailable
 from detcoll.installation import install_command
@@ -300,6 +301,8 @@ def _cuda(seen: System) -> Iterator[Finding]:
     yield Finding("CUDA", f"the driver carries out CUDA {of_cuda}; {many}", Verdict.GOOD if count else Verdict.NOTE)
     for number, place in enumerate(places):
         yield _device(seen, number, place)
+    if count > 1:
+        yield _peers(cuda, count)
     if count:
         yield _pinning(seen, count)
         yield _arrays()
@@ -319,6 +322,20 @@ def _device(seen: System, number: int, place: str) -> Finding:
         )
         return Finding(f"cuda:{number}", value, Verdict.NOTE, advice)
     return Finding(f"cuda:{number}", value, Verdict.GOOD)
+
+
+def _peers(cuda: Cuda, count: int) -> Finding:
+    """Return whether all devices read and write each other's memory."""
+    try:
+        apart = [(one, other) for one, other in permutations(range(count), 2) if not cuda.reaches(one, other)]
+    except DeviceError as error:
+        return Finding("peer access", str(error), Verdict.NOTE)
+    if not apart:
+        return Finding("peer access", f"all {count} devices reach each other's memory", Verdict.GOOD)
+    one, other = apart[0]
+    more = f" and {len(apart) - 1} more pairs" if len(apart) > 1 else ""
+    advice = "between these, NCCL goes through the host's memory; nvidia-smi topo -m shows how devices are joined"
+    return Finding("peer access", f"cuda:{one} does not reach cuda:{other}{more}", Verdict.NOTE, advice)
 
 
 def _pinning(seen: System, count: int) -> Finding:

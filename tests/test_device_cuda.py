@@ -252,6 +252,11 @@ def test_pointers_and_devices_tell_about_themselves(fake: Fake, cuda: Cuda) -> N
     assert fake.calls()[-1] == "cuDeviceGetAttribute(40, 42)"
 
 
+def test_devices_tell_whose_memory_they_reach(fake: Fake, cuda: Cuda) -> None:
+    assert (cuda.reaches(0, 2), cuda.reaches(2, 0)) == (True, False)
+    assert fake.calls()[-1] == "cuDeviceCanAccessPeer(42, 40)"
+
+
 def test_a_code_that_the_driver_does_not_know_is_told(fake: Fake, cuda: Cuda) -> None:
     fake.fail("cuDriverGetVersion", 999)
     with pytest.raises(DeviceError, match=r"an unknown error \(999\): no description"):

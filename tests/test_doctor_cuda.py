@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ GPU = "0000:3b:00.0"
 class Driver:
     """A driver that knows where its devices are."""
 
-    def __init__(self, *places: str) -> None:
-        self._places = places
+    def __init__(self, *places: str, apart: Collection[tuple[int, int]] = ()) -> None:
+        self._places, self._apart = places, apart
 
     def version(self) -> tuple[int, int]:
         return 12, 4
@@ -27,6 +28,10 @@ class Driver:
 
     def pci_bus_id(self, device: int) -> str:
         return self._places[device]
+
+    def reaches(self, device: int, other: int) -> bool:
+        assert device != other
+        return (device, other) not in self._apart
 
 
 class Host:
@@ -176,3 +181,22 @@ def test_what_makes_arrays_is_found_without_importing_it(
     assert (found["arrays on devices"].value, found["arrays on devices"].verdict) == (arrays, verdict)
     has_nccl = "nvidia-nccl-cu12" in packages
     assert found["NCCL"].value == ("nvidia-nccl-cu12 2.27" if has_nccl else "no package of it is installed")
+
+
+@pytest.mark.parametrize(
+    ("apart", "verdict", "said"),
+    [
+        ([], Verdict.GOOD, "all 3 devices reach each other's memory"),
+        ([(2, 0)], Verdict.NOTE, "cuda:2 does not reach cuda:0"),
+        ([(0, 1), (1, 0), (2, 1)], Verdict.NOTE, "cuda:0 does not reach cuda:1 and 2 more pairs"),
+    ],
+)
+def test_devices_that_do_not_reach_each_other_are_named(
+    apart: list[tuple[int, int]], verdict: Verdict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "driver", lambda: Driver(GPU, GPU, GPU, apart=apart))
+    found = look(tmp_path)["peer access"]
+    assert (found.verdict, found.value) == (verdict, said)
+    assert ("nvidia-smi topo -m" in found.advice) == bool(apart)
+    monkeypatch.setattr(doctor, "driver", lambda: Driver(GPU))
+    assert "peer access" not in look(tmp_path)

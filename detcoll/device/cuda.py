@@ -31,6 +31,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetCount": (_INT_P,),
     "cuDeviceGet": (_INT_P, c_int),
     "cuDeviceGetAttribute": (_INT_P, c_int, c_int),
+    "cuDeviceCanAccessPeer": (_INT_P, c_int, c_int),
     "cuDevicePrimaryCtxGetState": (c_int, _UINT_P, _INT_P),
     "cuDevicePrimaryCtxRetain": (_HANDLE_P, c_int),
     "cuStreamCreate": (_HANDLE_P, c_uint),
@@ -250,6 +251,15 @@ class Cuda(Driver):
         """Return where a device is attached, as the kernel writes it, such as ``"0000:3b:00.0"``."""
         domain, bus, slot = (self._attribute(device, number) for number in (_PCI_DOMAIN, _PCI_BUS, _PCI_DEVICE))
         return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
+
+    def reaches(self, device: int, other: int) -> bool:
+        """Tell whether a device can read and write the memory of another one."""
+        numbers = c_int(), c_int()
+        for number, found in zip((device, other), numbers, strict=True):
+            self._call("cuDeviceGet", byref(found), number)
+        can = c_int()
+        self._call("cuDeviceCanAccessPeer", byref(can), *numbers)
+        return bool(can.value)
 
     def copy_engines(self, device: int) -> int:
         """Return how many copies a device carries out at a time, beside kernels."""
