@@ -109,7 +109,7 @@ def test_digits_learn_by_torch_as_by_numpy(tmp_path: Path) -> None:
     labels = np.arange(600) % 10
     pixels = generator.random((10, 64), dtype=np.float32)[labels] + generator.random((600, 64), dtype=np.float32) / 4
     np.savez(tmp_path / "digits.npz", pixels=pixels, labels=labels)
-    spec = WorkloadSpec("digits", bucket_bytes=512 * KIB, data_path=str(tmp_path / "digits.npz"))
+    spec = WorkloadSpec("digits", bucket_bytes=512 * KIB, data_path=str(tmp_path / "digits.npz"), batches=2)
     by_torch, by_numpy = measured(spec, tmp_path, TorchOnHost(), HostArrays(), iterations=4)
     assert by_torch[0].digest == by_torch[1].digest
     for one, other in zip(by_torch, by_numpy, strict=True):

@@ -281,6 +281,25 @@ def test_digits_go_on_where_they_stopped(digits_file: str, tmp_path: Path) -> No
     assert first[0].losses + rest[0].losses == whole[0].losses
 
 
+def test_batches_of_an_iteration_are_averaged_and_reduced_once(
+    digits_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detcoll.workloads.digits.BATCH", 25)
+
+    def program(comm: Any, batches: int) -> tuple[Any, int]:
+        digits = Digits(comm, WorkloadSpec("digits", 256 * KiB, data_path=digits_file, batches=batches))
+        gradients = []
+        for index in range(8 // batches):
+            digits._gradient_of(index)
+            gradients.append(digits._gradient.copy())
+        return np.mean(gradients, axis=0), len(comm.reduced_bytes)
+
+    [(apart, apart_calls), _] = on_crew(2, lambda comm: program(comm, 1))
+    [(together, calls), _] = on_crew(2, lambda comm: program(comm, 4))
+    assert apart_calls == 4 * calls
+    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-6)
+
+
 def test_digits_depend_on_what_was_reduced(digits_file: str, tmp_path: Path) -> None:
     spec = WorkloadSpec("digits", bucket_bytes=256 * KiB, data_path=digits_file)
 

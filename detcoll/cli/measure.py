@@ -108,6 +108,7 @@ def measure(
     length: LengthOptions = _LENGTH,
     synthetic: SyntheticOptions = _SYNTHETIC,
     bucket_bytes: Quantity | None = None,
+    batches: int | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     compared: ComparedOptions = _COMPARED,
     results: MeasureResultOptions = _RESULTS,
@@ -131,6 +132,8 @@ def measure(
         gradient size.
     bucket_bytes
         What is reduced at once while the backward pass goes on; 1MiB unless given. A script has its own.
+    batches
+        Of the digits: batches in an iteration, whose gradients are added up before they are reduced; 1 unless given.
     device
         Where the workload's arrays are and its arithmetic is done: cpu (the default), or cuda (by torch, or else by
         CuPy; ranks use the CUDA devices of this machine in turn, and share them). A script chooses its own.
@@ -142,12 +145,12 @@ def measure(
     """
     results.require_writable()
     name = workload or _DEFAULT
-    _refuse_of_no_use(script, workload, length, synthetic, bucket_bytes, device)
+    _refuse_of_no_use(script, workload, length, synthetic, bucket_bytes, batches, device)
     of_the_lab = {"against": comma_separated(compared.against or ""), **given(network)}
     if relay:
         refuse_with_relay(**of_the_lab)
     topology = network.reserve(lines.wide_topology())
-    builtin = _workload(name, synthetic, bucket_bytes, device or CPU)
+    builtin = _workload(name, synthetic, bucket_bytes, 1 if batches is None else batches, device or CPU)
     relay = relay or must_relay(may_relay=relay is None, **of_the_lab)
     transports, left_out = compared.transports(relay=relay)
     iterations = _ITERATIONS[name] if length.iterations is None else length.iterations
@@ -209,7 +212,7 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
 
 def _refuse_of_no_use(
     script: tuple[str, ...], workload: WorkloadName | None, length: LengthOptions, synthetic: SyntheticOptions,
-    bucket_bytes: str | None, device: str | None,
+    bucket_bytes: str | None, batches: int | None, device: str | None,
 ) -> None:  # fmt: skip
     """Refuse options that mean nothing to the script or the workload."""
     if script and workload is not None:
@@ -217,7 +220,9 @@ def _refuse_of_no_use(
     if script:
         what = "a script, which has its own"
         own = {"iterations": length.iterations, "warmup": length.warmup, "bucket_bytes": bucket_bytes}
-        _refuse(what, **own, device=device)
+        _refuse(what, **own, batches=batches, device=device)
+    if workload == "synthetic":
+        _refuse("workload='synthetic', whose compute time is given", batches=batches)
     if script or workload != "synthetic":
         what = "a script" if script else f"workload={workload or _DEFAULT!r}"
         _refuse(f"{what}; expected with --workload synthetic", **given(synthetic))
@@ -231,7 +236,7 @@ def _refuse(workload: str, **options: object) -> None:
 
 
 def _workload(
-    name: WorkloadName, synthetic: SyntheticOptions, bucket_bytes: str | None, device: str
+    name: WorkloadName, synthetic: SyntheticOptions, bucket_bytes: str | None, batches: int, device: str
 ) -> WorkloadSpec:  # fmt: skip
     bucket = parse_size_bytes(_BUCKET if bucket_bytes is None else bucket_bytes, "bucket_bytes")
     gradient = parse_size_bytes(
@@ -242,6 +247,8 @@ def _workload(
         if size < 4 or size % 4:
             raise UsageError(f"{option}={size} must be a positive multiple of 4 bytes (float32)")
     if name == "digits":
-        return WorkloadSpec("digits", bucket, device=device)
+        if batches < 1:
+            raise UsageError(f"batches={batches} must be at least 1")
+        return WorkloadSpec("digits", bucket, device=device, batches=batches)
     kind = synthetic.compute_kind or "wait"
     return WorkloadSpec("synthetic", bucket, compute_ns, gradient, compute_kind=kind, device=device)

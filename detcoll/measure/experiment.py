@@ -423,4 +423,5 @@ def _describe(experiment: Experiment) -> dict[str, Any]:
         described |= {"compute_s": workload.compute_ns / 1e9, "compute_kind": workload.compute_kind}
         return described | {"gradient_bytes": workload.gradient_bytes}
     layers = list(LAYERS)
+    described["batches"] = workload.batches
     return described | {"gradient_bytes": PARAMETERS * 4, "layers": layers, "held_out": HELD_OUT, "dtype": "float32"}

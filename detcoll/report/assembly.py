@@ -122,6 +122,8 @@ def _setup(result: ReportedResult) -> str:
     if told.get("iterations"):
         rounds = told.get("rounds") or 1
         parts.append(format_count(told["iterations"], "iteration") + (f" in {rounds} rounds" if rounds > 1 else ""))
+    if told.get("batches", 1) > 1:
+        parts.append(f"{told['batches']} batches in each")
     if told.get("gradient_bytes"):
         parts.append(f"{format_bytes(told['gradient_bytes'])} of gradients")
     if told.get("compute_s"):

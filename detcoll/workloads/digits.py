@@ -9,7 +9,8 @@ Everything is seeded, and sums inside a rank run on one thread, so the training 
 the all-reduce gave. The digest of a run covers the parameters at the end and a checksum of every averaged gradient,
 since a parameter's rounding would swallow a difference in a gradient's last bit.
 
-On a device, all arithmetic is the device's. A pass ends when the device has done it.
+On a device, all arithmetic is the device's. A pass ends when the device has done it. An iteration of several batches
+reduces once: the last batch's backward pass adds what the earlier ones gave, layer by layer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,8 @@ class Digits:
         self._velocity, self._gradient = (self._arrays.put(as_float32(PARAMETERS)) for _ in range(2))
         self._layers = _layer_views(self._parameters)
         self._slopes = _layer_views(self._gradient)
+        self._batches = spec.batches
+        self._earlier = self._arrays.put(as_float32(PARAMETERS if spec.batches > 1 else 0))
         self._buckets = Buckets(comm, self._gradient, spec.bucket_bytes, "avg", spec.overlap)
         self._checksum = 0
         self.losses: list[float] = []
@@ -151,24 +155,44 @@ class Digits:
         return activations
 
     def _gradient_of(self, index: int) -> tuple[Any, int, int, int]:
-        """Leave the averaged gradient of iteration ``index``; return the loss and the marks."""
-        pixels, labels = self._batch(index)
+        """Leave the averaged gradient of iteration ``index``; return the loss and the marks of the last batch."""
+        first, loss = index * self._batches, 0.0
+        for batch in range(first, first + self._batches - 1):
+            activations, delta, own = self._ahead(batch)
+            self._back(activations, delta, lambda depth: None)
+            loss += own
+            self._earlier[:] = self._gradient if batch == first else self._earlier + self._gradient
+        activations, delta, own = self._ahead(first + self._batches - 1)
+        begin_ns = time.monotonic_ns()
+        self._back(activations, delta, self._layer_done)
+        self._arrays.settle()
+        backward_end_ns = time.monotonic_ns()
+        self._buckets.wait()
+        return (loss + own) / self._batches, begin_ns, backward_end_ns, time.monotonic_ns()
+
+    def _ahead(self, batch: int) -> tuple[list[Any], Any, Any]:
+        """Return the inputs of the layers, the slope of the loss with respect to the logits, and the loss."""
+        pixels, labels = self._batch(batch)
         activations = self._forward(pixels)
         loss, delta = self._cross_entropy(activations[-1], labels)
-        begin_ns = time.monotonic_ns()
-        done_elems = 0
+        return activations, delta, loss
+
+    def _back(self, activations: list[Any], delta: Any, layer_done: Callable[[int], None]) -> None:
+        """Leave the gradient of one batch, layer by layer."""
         for depth in reversed(range(len(self._layers))):
             slope, bias_slope = self._slopes[depth]
             self._functions.matmul(activations[depth].T, delta, out=slope)
             self._functions.sum(delta, axis=0, out=bias_slope)
-            done_elems += (len(slope) + 1) * len(bias_slope)
-            self._buckets.ready(done_elems)
+            layer_done(depth)
             if depth:
                 delta = (delta @ self._layers[depth][0].T) * (activations[depth] > 0)
-        self._arrays.settle()
-        backward_end_ns = time.monotonic_ns()
-        self._buckets.wait()
-        return loss, begin_ns, backward_end_ns, time.monotonic_ns()
+
+    def _layer_done(self, depth: int) -> None:
+        """Add what earlier batches gave to the gradient of a layer, and let it be reduced."""
+        begin, end = _place(depth)
+        if self._batches > 1:
+            self._gradient[begin:end] += self._earlier[begin:end]
+        self._buckets.ready(end)
 
     def _cross_entropy(self, logits: Any, labels: Any) -> tuple[Any, Any]:
         """Return the mean loss over a batch and its slope with respect to the logits."""
@@ -177,7 +201,14 @@ class Digits:
         shares = weights / weights.sum(axis=1, keepdims=True)
         loss = -functions.log(functions.clip(shares[rows, labels], 1e-12, None)).mean()
         shares[rows, labels] -= 1
-        return loss, shares / len(labels)
+        return loss, shares / (len(labels) * self._batches)
+
+
+def _place(depth: int) -> tuple[int, int]:
+    """Return where weights and bias of a layer lie in a flat array, where the last layer comes first."""
+    sizes = [(inputs + 1) * outputs for inputs, outputs in pairwise(LAYERS)]
+    begin = sum(sizes[depth + 1 :])
+    return begin, begin + sizes[depth]
 
 
 def _layer_views(flat: Any) -> list[tuple[Any, Any]]:

@@ -14,6 +14,7 @@ WorkloadName = Literal["digits", "synthetic"]
 class WorkloadSpec:
     """A workload and its figures; ``compute_ns``, its kind and ``gradient_bytes`` are the synthetic one's alone.
 
+    ``batches`` : of the digits, so many make an iteration, and their gradients are added up before they are reduced.
     ``overlap`` : whether buckets are reduced during the backward pass, or all after it.  ``device`` : where arrays are,
     "cpu" or "cuda".
     """
@@ -27,6 +28,7 @@ class WorkloadSpec:
     compute_kind: ComputeKind = "wait"
     overlap: bool = True
     device: str = "cpu"
+    batches: int = 1
 
 
 @dataclass(frozen=True, slots=True)
