@@ -76,7 +76,7 @@ def to_root(kind: str, x: Any, op: str | ReduceOp, root: int, rank: int, shape: 
     source = bind(x, writable=rank == root)
     output = bind(x) if rank == root else bind(np.empty(0, source.dtype))
     return Request(
-        kind, output, operator_of(kind, op, source.dtype), root, source, _count_of(x), elems=source.array.size,
+        kind, output, operator_of(kind, op, source.dtype), root, source, _count_of(x), elems=source.size,
         shape=shape,
     )  # fmt: skip
 
@@ -129,8 +129,8 @@ def of_blocks(
         output = bind(result, name="out", blocks=blocks.out_blocks) if source is not None else given
     if output.dtype != given.dtype:
         raise UsageError(f"out has dtype {output.dtype}, x {given.dtype}; expected one dtype")
-    if output.array.size != out_elems:
-        raise UsageError(f"out has {output.array.size} elements; expected {out_elems}")
+    if output.size != out_elems:
+        raise UsageError(f"out has {output.size} elements; expected {out_elems}")
     if source is None:
         source = bind(np.empty(0, output.dtype))
     elif not (source.staged or output.staged) and _disturbs(source, output, collective, size, rank):
@@ -176,9 +176,7 @@ class _Blocks:
                     raise UsageError(
                         f"{label} has {rows} rows; expected a multiple of {self.size}, as many for each rank"
                     )
-            return Collective(
-                self.kind, bound.array.size // blocks * self.size, dtype.itemsize, dtype.itemsize, self.root
-            )
+            return Collective(self.kind, bound.size // blocks * self.size, dtype.itemsize, dtype.itemsize, self.root)
         shape, expected = shape_of(x) or (1,), self.in_rows if self.gives else self.out_rows
         if shape[0] != expected:
             raise UsageError(f"{name} has {shape[0]} rows; expected {expected}, by counts={self.counts}")

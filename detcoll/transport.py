@@ -409,7 +409,7 @@ class NativeCall(msgspec.Struct, frozen=True):
     ``cut`` : the elements that each array of a list has in a block; empty for one array.  ``shape`` : what ranks
     compare of the shapes of their arrays, for people; empty where these may differ.
     ``device`` : where the values are, if they are on a device and the transport says ``native_devices``; only a
-    collective on one array has it. Then ``array`` is memory of the host for free use, and its content is unspecified.
+    collective on one array has it. Then ``array`` has only the type and the size, and no memory behind its elements.
     Before `run` returns or raises, all copies are past, as long as the device ends them at all.
     """
 

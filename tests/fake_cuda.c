@@ -118,6 +118,8 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
     return 0;
 }
 
+int cuStreamQuery(void *stream) { CALL(1, "%p", stream); return 0; }
+
 int cuStreamIsCapturing(void *stream, int *status) { CALL(1, "%p", stream); *status = fake_status; return 0; }
 
 int cuEventCreate(void **event, unsigned flags) { CALL(1, "%u", flags); *event = (void *)EVENT; return 0; }

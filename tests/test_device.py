@@ -75,6 +75,11 @@ def count_events(fake: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> list[in
     return made
 
 
+def busy(fake: StrictDevice, stream: int) -> int:
+    fake.kernel(stream, lambda: None)
+    return stream
+
+
 # The wait for the caller's stream.
 
 
@@ -98,20 +103,29 @@ def test_an_open_gate_asks_no_more_and_gives_its_event_back(
     fake: StrictDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = count_events(fake, monkeypatch)
-    stream = fake.stream(0)
-    gate = Gate(fake, 0, stream)
+    streams = [fake.stream(device) for device in (0, 0, 1)]
+    gate = Gate(fake, 0, busy(fake, streams[0]))
     fake.drive()
     assert gate.is_open()
     fake.fail("is_past", 700)
     assert gate.is_open()
-    other = Gate(fake, 0, stream)
+    other = Gate(fake, 0, busy(fake, streams[0]))
     assert made == [0]
     assert len({id(gate), id(other)}) == 2
     del other
-    Gate(fake, 0, stream)
+    Gate(fake, 0, busy(fake, streams[1]))
     assert made == [0], "a gate that nobody waits for any more keeps its event"
-    Gate(fake, 1, fake.stream(1))
+    Gate(fake, 1, busy(fake, streams[2]))
     assert made == [0, 1], "an event belongs to one device"
+
+
+def test_a_stream_that_holds_nothing_takes_no_event(fake: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = count_events(fake, monkeypatch)
+    stream = fake.stream(0)
+    gate = Gate(fake, 0, stream)
+    fake.kernel(stream, lambda: None)
+    assert gate.is_open(), "what is queued after the call is not waited for"
+    assert made == []
 
 
 def test_a_captured_stream_is_refused(fake: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +141,7 @@ def test_a_captured_stream_is_refused(fake: StrictDevice, monkeypatch: pytest.Mo
 
 
 def test_waiting_for_a_gate_ends_at_the_deadline_or_by_trouble(fake: StrictDevice) -> None:
-    stream = fake.stream(0)
-    gate = Gate(fake, 0, stream)
+    gate = Gate(fake, 0, busy(fake, fake.stream(0)))
     with pytest.raises(DeadlineMissed, match="stream of cuda:0 did not come to the collective"):
         gate.wait(NEVER)
     asked: list[int] = []
@@ -146,7 +159,7 @@ def test_waiting_for_a_gate_ends_at_the_deadline_or_by_trouble(fake: StrictDevic
 
 
 def test_a_gate_on_a_lost_device_raises(fake: StrictDevice) -> None:
-    gate = Gate(fake, 0, fake.stream(0))
+    gate = Gate(fake, 0, busy(fake, fake.stream(0)))
     fake.fail("is_past", 719)
     with pytest.raises(DeviceError, match=r"\(719\)"):
         gate.wait(in_time())
@@ -312,6 +325,21 @@ def test_a_copy_that_fails_in_its_middle_keeps_its_memory_until_its_beginning_is
     assert later.error is None
 
 
+def test_a_copy_without_its_event_keeps_its_memory_until_its_stream_is_empty(
+    fake: StrictDevice, pool: PinnedPool
+) -> None:
+    moved = Copies(fake)
+    fake.fail("record", 2)
+    copy = start(moved, fake, pool, 8)
+    assert not copy.is_past()
+    assert copy._host is not None
+    fake.drive()
+    assert copy.is_past()
+    assert copy.error is not None
+    assert copy.error.code == 2
+    assert moved.idle
+
+
 @pytest.mark.parametrize("call", ["stream", "on", "event"])
 def test_a_copy_that_cannot_begin_fails_alone(fake: StrictDevice, pool: PinnedPool, call: str) -> None:
     moved = Copies(fake)
@@ -392,6 +420,7 @@ def test_without_any_of_its_waits_a_call_would_be_wrong(
         pool.reserve(8, 0)
         array, seen = fake.array(np.zeros(8, np.uint8)), list[int]()
         buffer = buffer_of(array)
+        busy(fake, stream)  # the gate's look lets this much happen
         fake.kernel(stream, lambda: fake.poke(array, np.arange(8)))
         gate = Gate(fake, 0, stream)
         if dropped != "gate":

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,6 +93,7 @@ CALLS: list[tuple[Callable[[Cuda], object], str]] = [
     (lambda cuda: cuda.capturing(STREAM), "cuStreamIsCapturing(0x500000000010)"),
     (lambda cuda: cuda.capturing(0), "cuStreamIsCapturing((nil))"),
     (lambda cuda: cuda.capturing(2), "cuStreamIsCapturing(0x2)"),
+    (lambda cuda: cuda.is_idle(STREAM), "cuStreamQuery(0x500000000010)"),
     (lambda cuda: cuda.destroy_event(EVENT), "cuEventDestroy_v2(0x600000000020)"),
     (lambda cuda: cuda.record(EVENT, STREAM), "cuEventRecord(0x600000000020, 0x500000000010)"),
     (lambda cuda: cuda.is_past(EVENT), "cuEventQuery(0x600000000020)"),
@@ -190,6 +192,25 @@ def test_a_context_is_retained_once_and_popped_whatever_happens(fake: Fake) -> N
         assert fake.lines() == [f"locked {call}" for call in ENTER]
 
 
+def test_a_device_that_is_current_is_not_made_so_again(fake: Fake, cuda: Cuda) -> None:
+    with cuda.on(1):
+        fake.clear()
+        with cuda.on(1):
+            pass
+        thread = threading.Thread(target=lambda: cuda.on(1).__enter__())
+        thread.start()
+        thread.join(30)
+        assert fake.calls() == [*ENTER[:1], "cuThreadExchangeStreamCaptureMode(1)"], "another thread"
+        fake.set("depth", 1)
+        fake.set("mode", 1)
+        with cuda.on(2), cuda.on(1):
+            fake.clear()
+        assert fake.calls() == ["cuThreadExchangeStreamCaptureMode(1)", "cuCtxPopCurrent_v2()"] * 2
+        fake.clear()
+        with cuda.on(1):
+            assert fake.calls() == []
+
+
 def test_threads_that_come_together_retain_a_context_once(fake: Fake) -> None:
     cuda = Cuda(fake.path)
     assert cuda._retain(1) is cuda._retain(1), "both found that the context was not retained yet"
@@ -219,6 +240,9 @@ def test_what_is_expected_is_no_error(fake: Fake, cuda: Cuda) -> None:
         assert cuda.is_past(EVENT)
         fake.fail("cuEventQuery", 600)
         assert not cuda.is_past(EVENT)
+        assert cuda.is_idle(STREAM)
+        fake.fail("cuStreamQuery", 600)
+        assert not cuda.is_idle(STREAM)
         assert not cuda.capturing(STREAM)
         fake.fail("cuStreamIsCapturing", 906)
         assert cuda.capturing(0)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from ranks import grouped, run_ranks
 from test_kinds import serve
 
+from detcoll.buffers import bind
 from detcoll.communicator import Communicator
-from detcoll.device import DeviceBuffer, Gate, Pins, Segment, cuda, now, pinned_memory
+from detcoll.device import DeviceBuffer, Gate, PinnedPool, Pins, Segment, cuda, now
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, DeviceError
 from detcoll.fold import reference
 from detcoll.runtime.devices import OnDevice
@@ -66,9 +67,8 @@ class Held:
         size = self.values.itemsize
         buffer = DeviceBuffer((Segment(0, self.values.size, self.array.address),), self.number, self.array, size)
         on_device = OnDevice(buffer, [Gate(self.strict, self.number, self.stream)])
-        memory = pinned_memory(self.values.nbytes, self.number).view(self.values.dtype)
-        memory.view(np.uint8)[:] = 0xEE
-        call = NativeCall(kind, memory, memory.size, op, root, device=on_device)
+        outline = bind([self.values]).outline
+        call = NativeCall(kind, outline, outline.size, op, root, device=on_device)
         try:
             here.endpoint.run(call, here.clock.now_ns() + round(timeout_s * 1e9))
         finally:
@@ -260,7 +260,7 @@ def test_memory_that_a_hanging_device_may_use_stays(
 
 def test_memory_is_pinned_once_until_its_last_user_is_through() -> None:
     strict, memory = StrictDevice(), np.zeros(8192, np.uint8)
-    pins = Pins(strict)
+    pins = Pins(strict, PinnedPool(strict))
     first, second = pins.pin(memory, 0), pins.pin(memory, 1)
     assert strict.pinned_bytes == 8192
     second()
@@ -272,7 +272,7 @@ def test_memory_is_pinned_once_until_its_last_user_is_through() -> None:
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is() -> None:
     strict, memory = StrictDevice(), np.zeros(8192, np.uint8)
-    pins = Pins(strict)
+    pins = Pins(strict, PinnedPool(strict))
     strict.fail("register", 2)
     unpin = pins.pin(memory, 0)
     assert strict.pinned_bytes == 0
@@ -281,3 +281,26 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is() -> None:
     with pytest.raises(DeviceError):
         pins.pin(memory, 0)
     assert not len(pins)
+
+
+def test_what_others_pin_counts_in_the_limit_and_takes_the_place_of_what_nobody_uses() -> None:
+    strict, unit = StrictDevice(), 64 * 1024
+    pool = PinnedPool(strict, 4 * unit)
+    pins, memory = Pins(strict, pool), [np.zeros(2 * unit, np.uint8) for _ in range(4)]
+    pool.reserve(unit, 0)
+    assert strict.pinned_bytes == pool.bytes == 4 * unit
+    unpins = [pins.pin(each, 0) for each in memory[:2]]
+    assert (strict.pinned_bytes, pool.bytes, pool.unpinned_bytes) == (4 * unit, 4 * unit, 0)
+    unpins.append(pins.pin(memory[2], 0))
+    pool.reserve(unit, 0)
+    assert (strict.pinned_bytes, pool.bytes, pool.unpinned_bytes) == (4 * unit, 4 * unit, 2 * unit)
+    strict.fail("register", 2)
+    unpins.pop()()
+    unpins.pop()()
+    unpins.append(pins.pin(memory[3], 0))
+    assert (strict.pinned_bytes, pool.bytes, pool.unpinned_bytes) == (2 * unit, 2 * unit, 2 * unit)
+    for unpin in unpins:
+        unpin()
+    assert (strict.pinned_bytes, pool.bytes) == (0, 0)
+    pool.take(3 * unit)
+    assert pool.unpinned_bytes == 3 * unit, "memory of others counts although it is used no more"

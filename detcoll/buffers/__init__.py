@@ -39,19 +39,22 @@ _EXPECTED = (
 )
 _TYPES = frozenset(DTYPES.values())
 _LONGEST_NS = 2**63
+_NO_MEMORY = bytes(max(dtype.itemsize for dtype in _TYPES))
 
 
-class Bound(msgspec.Struct, frozen=True):
-    """What a collective works on: one flat host array over all that was bound.
+class Bound(msgspec.Struct):
+    """What a collective works on: one flat host array over all that was bound. Nobody changes its fields.
 
-    ``array`` : array, (n,), one of `DTYPES`, C-contiguous, host; read-only if bound so.
+    ``dtype``, ``size`` : the element type, one of `DTYPES`, and how many elements there are.
     ``device`` : where the user's memory is, ``"cpu"`` or for example ``"cuda:0"``.
     ``staged`` : whether ``array`` is memory of its own; if not, it is the user's memory and nothing is ever copied.
     ``blocks`` : into how many equal blocks each array of a list is cut. ``array`` holds the first blocks of all arrays,
     then the second ones, and so on.
     """
 
-    array: NDArray[Any]
+    _array: NDArray[Any] | None
+    dtype: np.dtype[Any]
+    size: int
     device: str
     staged: bool
     writable: bool
@@ -59,21 +62,39 @@ class Bound(msgspec.Struct, frozen=True):
     blocks: int = 1
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """The element type."""
-        return self.array.dtype
+    def array(self) -> NDArray[Any]:
+        """The array, (size,), C-contiguous, host; read-only if bound so. One thread is the first to ask for it.
+
+        Only then memory of its own is taken, pinned if the arrays are on a device of CUDA.
+        """
+        if self._array is None:
+            self._array = _staging(self._parts, self.size)
+        return self._array
+
+    @property
+    def outline(self) -> NDArray[Any]:
+        """An array that has only the type and the size of ``array``: all its elements are one, which nobody uses."""
+        return np.ndarray(self.size, self.dtype, _NO_MEMORY, strides=(0,))
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """The user's memory: the first address and the one behind the last, of each array."""
         if not self.staged:
             begin: int = self.array.__array_interface__["data"][0]
-            return ((begin, begin + self.array.nbytes),) if self.array.size else ()
+            return ((begin, begin + self.array.nbytes),) if self.size else ()
         return tuple((part.address, part.address + part.nbytes) for part in self._parts if part.nbytes)
 
     @property
     def buffer(self) -> DeviceBuffer | None:
         """Where the elements of ``array`` lie on a device of CUDA; None if they do not, or there are none."""
+        if not self.staged:
+            return None
+        size = self.dtype.itemsize
+        if len(self._parts) == 1:
+            [part] = self._parts
+            if part.place is None or not part.size:
+                return None
+            return DeviceBuffer((Segment(0, part.size, part.address),), part.place.device, part.place.owner, size)
         places = [part.place for part in self._parts if part.size and part.place is not None]
         if not places:
             return None
@@ -82,11 +103,11 @@ class Bound(msgspec.Struct, frozen=True):
             for part in self._parts:
                 elems = part.size // self.blocks
                 if elems:
-                    address = part.address + block * elems * self.dtype.itemsize
+                    address = part.address + block * elems * size
                     segments.append(Segment(first, elems, address))
                 first += elems
         owners = tuple(place.owner for place in places)
-        return DeviceBuffer(tuple(segments), places[0].device, owners, self.dtype.itemsize)
+        return DeviceBuffer(tuple(segments), places[0].device, owners, size)
 
     @property
     def streams(self) -> set[tuple[int, int]]:
@@ -180,7 +201,8 @@ def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, 
     if type(x) is np.ndarray and x.dtype in _TYPES and writable and not copied:
         flags = x.flags
         if flags.c_contiguous and flags.writeable:
-            return Bound(x.ravel(), "cpu", False, True, ())  # the usual case, which small calls should not pay for
+            # The usual case, which small calls should not pay for.
+            return Bound(x.ravel(), x.dtype, x.size, "cpu", False, True, ())
     if isinstance(x, Joined):
         parts, blocks = _listed(x.arrays, name, writable), 1
     elif isinstance(x, list | tuple):
@@ -191,14 +213,14 @@ def bind(x: object, *, writable: bool = True, name: str = "x", blocks: int = 1, 
     if len(parts) == 1 and first.host is not None and not copied:
         array = first.host.view()
         array.flags.writeable = writable
-        return Bound(array, first.device, False, writable, parts)
-    staging = _staging(parts)
+        return Bound(array, first.dtype, first.size, first.device, False, writable, parts)
+    size = sum(part.size for part in parts)
     if len(parts) == 1:
-        return Bound(staging, first.device, True, writable, parts)
+        return Bound(None, first.dtype, size, first.device, True, writable, parts)
     for part in parts:
         if part.size % blocks:
             raise UsageError(f"{part.name} has {part.size} elements; expected a multiple of {blocks}, a block a rank")
-    return Bound(staging, first.device, True, writable, parts, blocks)
+    return Bound(None, first.dtype, size, first.device, True, writable, parts, blocks)
 
 
 def _listed(arrays: Sequence[Any], name: str, writable: bool) -> tuple[Part, ...]:
@@ -212,9 +234,9 @@ def _listed(arrays: Sequence[Any], name: str, writable: bool) -> tuple[Part, ...
     return parts
 
 
-def _staging(parts: Sequence[Part]) -> NDArray[Any]:
+def _staging(parts: Sequence[Part], elems: int) -> NDArray[Any]:
     """Return memory for the elements of ``parts``, pinned if they are on a device of CUDA."""
-    place, dtype, elems = leader_of(parts).place, parts[0].dtype, sum(part.size for part in parts)
+    place, dtype = leader_of(parts).place, parts[0].dtype
     if place is None or not elems:
         return np.empty(elems, dtype)
     return pinned_memory(elems * dtype.itemsize, place.device).view(dtype)

@@ -7,6 +7,7 @@ work of `detcoll.device`. Tensors of torch on other devices (ROCm, XPU, MPS) are
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,11 +29,12 @@ _LEGACY, _PER_THREAD = 1, 2
 
 
 def _cuda_part(name: str, dtype: np.dtype[Any], size: int, place: Place) -> Part:
-    def copy(piece: NDArray[Any]) -> None:
-        return None
-
     nbytes = size * dtype.itemsize
-    return Part(name, dtype, size, f"cuda:{place.device}", place.address, nbytes, None, copy, copy, place)
+    return Part(name, dtype, size, f"cuda:{place.device}", place.address, nbytes, None, _nothing, _nothing, place)
+
+
+def _nothing(piece: NDArray[Any]) -> None:
+    return None
 
 
 def _stream(handle: int) -> int:
@@ -106,7 +108,7 @@ def cuda_interface_part(x: Any, name: str, writable: bool) -> Part:
     packed = np.lib.stride_tricks.as_strided(np.empty((), dtype), shape, strides).flags if strides else None
     if packed is not None and not packed.c_contiguous:
         raise not_contiguous(name, shape, strides, "a contiguous copy")
-    size = int(np.prod(shape, dtype=np.int64))
+    size = math.prod(shape)
     try:
         device = driver().device_of(address) if size else 0
     except DeviceError as error:

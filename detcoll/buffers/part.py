@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from detcoll.errors import UsageError
 from detcoll.types import DTYPES
 
+_TYPES = frozenset(DTYPES.values())
+
 
 class Place(NamedTuple):
     """Where an array of CUDA is: its device, address, and the stream of the caller; ``owner`` keeps it alive."""
@@ -72,7 +74,7 @@ def check_apart(parts: Sequence[Part]) -> None:
 
 def check_dtype(dtype: np.dtype[Any], name: str) -> None:
     """Raise UsageError unless detcoll takes elements of ``dtype``."""
-    if dtype not in DTYPES.values():
+    if dtype not in _TYPES:
         order = "" if dtype.isnative else " in foreign byte order"
         raise UsageError(f"{name} has dtype {dtype}{order}; expected one of {', '.join(DTYPES)} in native byte order")
 

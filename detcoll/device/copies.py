@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
@@ -53,6 +53,8 @@ class DeviceBuffer:
             If the buffer does not have them all.
         """
         end, found = begin + length, []
+        if self.segments and 0 <= begin < end <= self.segments[0].elems:  # as below, for less
+            return [(self.segments[0].address + begin * self.itemsize, 0, length * self.itemsize)]
         at = max(bisect_right(self.segments, begin, key=lambda each: each.first) - 1, 0)
         for segment in self.segments[at:]:
             low, high = max(begin, segment.first), min(end, segment.first + segment.elems)
@@ -82,7 +84,7 @@ class Copy:
     # What must stay alive; None when it is over.
     _buffer: DeviceBuffer | None = None
     _host: NDArray[Any] | None = None
-    _pieces: list[tuple[int, int, int]] = field(default_factory=list)
+    _pieces: Sequence[tuple[int, int, int]] = ()
 
     def is_past(self) -> bool:
         """Ask the device whether the copy ended; also begins copies that wait for it."""
@@ -94,7 +96,7 @@ class Copy:
         self.error = self.error or error
         self.is_over = True
         self._lane = self._buffer = self._host = None
-        self._pieces = []
+        self._pieces = ()
 
 
 class _Lane:
@@ -116,7 +118,7 @@ class _Lane:
             return
         try:
             with self.cuda.on(self.device):
-                while self.under_way and self.cuda.is_past(self.under_way[0]._event):
+                while self.under_way and self._is_past(self.under_way[0]):
                     self._end(self.under_way.popleft())
                 while self.waiting and self._has_room(self.waiting[0].nbytes):
                     self._begin(self.waiting.popleft())
@@ -134,9 +136,13 @@ class _Lane:
     def _has_room(self, nbytes: int) -> bool:
         return not self.under_way or self.under_way_bytes + nbytes <= UNDER_WAY_BYTES
 
+    def _is_past(self, copy: Copy) -> bool:
+        return self.cuda.is_past(copy._event) if copy._event else self.cuda.is_idle(self.stream)
+
     def _end(self, copy: Copy) -> None:
         self.under_way_bytes -= copy.nbytes
-        self.cuda.give_event(self.device, copy._event)
+        if copy._event:
+            self.cuda.give_event(self.device, copy._event)
         copy._end()
 
     def _begin(self, copy: Copy) -> None:
@@ -157,7 +163,12 @@ class _Lane:
                     self.cuda.to_host(host + offset, address, nbytes, self.stream)
         except DeviceError as error:
             copy.error = error  # pieces that are queued already use the memory until the event is past
-        self.cuda.record(copy._event, self.stream)
+        try:
+            self.cuda.record(copy._event, self.stream)
+        except DeviceError as error:
+            if error.is_sticky:
+                raise
+            copy.error, copy._event = copy.error or error, 0  # past with all that the stream holds
 
 
 class Copies:

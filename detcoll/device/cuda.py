@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
 
@@ -37,6 +37,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (_HANDLE_P, c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
+    "cuStreamQuery": (c_void_p,),
     "cuStreamIsCapturing": (c_void_p, _INT_P),
     "cuEventCreate": (_HANDLE_P, c_uint),
     "cuEventRecord": (c_void_p, c_void_p),
@@ -60,6 +61,8 @@ _FUNCTIONS_OF_THREAD: dict[str, tuple[Any, ...]] = {
 _INVALID_VALUE, _NOT_INITIALIZED, _NOT_READY, _CAPTURE_IMPLICIT = 1, 3, 600, 906
 # CUDA is shutting down, or the context is gone, and with it all that there was to release.
 _RELEASED = (3, 4, 201, 709)
+
+_NOT_YET = (_NOT_READY,)
 
 _STREAM_NON_BLOCKING = 1
 _EVENT_DISABLE_TIMING = 2
@@ -115,6 +118,7 @@ class Cuda(Driver):
                 f"arrays on CUDA devices need the driver library {library} of CUDA 11 or newer: {error}"
             ) from error
         self._contexts: dict[int, c_void_p] = {}
+        self._inside = _Inside()
         self._retaining = threading.Lock()
         self._call("cuInit", 0)
 
@@ -122,21 +126,11 @@ class Cuda(Driver):
         """Refuse all calls from now on, as CUDA does in a process that was forked from one that used it."""
         self._functions |= {name: _not_initialized for name in self._functions if not name.startswith("cuGetError")}
         self._retaining = threading.Lock()  # another thread may have held it
+        self._inside = _Inside()
 
-    @contextmanager
-    def on(self, device: int) -> Iterator[None]:
+    def on(self, device: int) -> AbstractContextManager[None]:
         """See `Driver.on`: push and pop the primary context, which CuPy and torch use too."""
-        context = self._contexts.get(device) or self._retain(device)
-        self._call("cuCtxPushCurrent_v2", context)
-        try:
-            mode = c_int(_CAPTURE_THREAD_LOCAL)
-            self._call("cuThreadExchangeStreamCaptureMode", byref(mode))
-            try:
-                yield
-            finally:
-                self._call("cuThreadExchangeStreamCaptureMode", byref(mode))
-        finally:
-            self._call("cuCtxPopCurrent_v2", byref(c_void_p()), expected=_RELEASED)
+        return _On(self, device)
 
     def _retain(self, device: int) -> c_void_p:
         """Retain the primary context of a device, for as long as the process lives."""
@@ -168,6 +162,10 @@ class Cuda(Driver):
         code = self._call("cuStreamIsCapturing", stream, byref(status), expected=(_CAPTURE_IMPLICIT,))
         return bool(code or status.value)
 
+    def is_idle(self, stream: int) -> bool:
+        """See `Driver.is_idle`."""
+        return not self._call("cuStreamQuery", stream, expected=_NOT_YET)
+
     def event(self, device: int) -> int:
         """See `Driver.event`."""
         made = c_void_p()
@@ -185,7 +183,7 @@ class Cuda(Driver):
 
     def is_past(self, event: int) -> bool:
         """See `Driver.is_past`."""
-        return not self._call("cuEventQuery", event, expected=(_NOT_READY,))
+        return not self._call("cuEventQuery", event, expected=_NOT_YET)
 
     def wait_for(self, event: int) -> None:
         """See `Driver.wait_for`."""
@@ -287,6 +285,48 @@ class Cuda(Driver):
         return DeviceError(call, code, (name.value or b"an unknown error").decode(), said)
 
 
+class _Inside(threading.local):
+    """Which device a thread has made current by `Cuda.on`."""
+
+    device: int | None = None
+
+
+class _On:
+    """Makes a device current, and its thread's captures the only ones that forbid calls; nothing where both are so."""
+
+    __slots__ = ("_before", "_cuda", "_device", "_mode")
+
+    def __init__(self, cuda: Cuda, device: int) -> None:
+        self._cuda, self._device = cuda, device
+        self._mode: c_int | None = None
+
+    def __enter__(self) -> None:
+        cuda, device = self._cuda, self._device
+        inside = cuda._inside
+        self._before = inside.device
+        if self._before == device:
+            return
+        cuda._call("cuCtxPushCurrent_v2", cuda._contexts.get(device) or cuda._retain(device))
+        mode = c_int(_CAPTURE_THREAD_LOCAL)
+        try:
+            cuda._call("cuThreadExchangeStreamCaptureMode", byref(mode))
+        except BaseException:
+            cuda._call("cuCtxPopCurrent_v2", byref(c_void_p()), expected=_RELEASED)
+            raise
+        self._mode = mode
+        inside.device = device
+
+    def __exit__(self, *_: object) -> None:
+        cuda, mode = self._cuda, self._mode
+        if mode is None:
+            return
+        cuda._inside.device, self._mode = self._before, None
+        try:
+            cuda._call("cuThreadExchangeStreamCaptureMode", byref(mode))
+        finally:
+            cuda._call("cuCtxPopCurrent_v2", byref(c_void_p()), expected=_RELEASED)
+
+
 def _load(library: ctypes.CDLL, signatures: dict[str, tuple[Any, ...]]) -> dict[str, Callable[..., int]]:
     functions = {name: getattr(library, name) for name in signatures}
     for name, function in functions.items():
@@ -308,6 +348,8 @@ def driver() -> Cuda:
         See `Cuda`. In a process that was forked after the first call, the driver's methods raise DeviceError.
     """
     global _driver
+    if _driver is not None:
+        return _driver
     with _making:
         if _driver is None:
             _driver = Cuda(LIBRARY)

@@ -49,7 +49,7 @@ class Driver(ABC):
     def on(self, device: int) -> AbstractContextManager[None]:
         """Make a device current for this thread, and what was current before afterwards.
 
-        Inside, CUDA graphs that other threads capture do not forbid calls.
+        Inside, CUDA graphs that other threads capture do not forbid calls. To do so once more inside costs little.
 
         Raises
         ------
@@ -69,6 +69,13 @@ class Driver(ABC):
     @abstractmethod
     def capturing(self, stream: int) -> bool:
         """Tell whether what is queued on a stream becomes part of a CUDA graph, instead of being carried out."""
+
+    @abstractmethod
+    def is_idle(self, stream: int) -> bool:
+        """Tell whether a stream has carried out all that it holds. It must not be captured: that would end the graph.
+
+        For the default stream of a device that includes what other streams hold that it waits for.
+        """
 
     @abstractmethod
     def event(self, device: int) -> int:

@@ -35,9 +35,10 @@ class _Shared:
 
     @property
     def pins(self) -> Pins:
+        pool = self.pool
         with self.lock:
             if self._pins is None:
-                self._pins = Pins(driver())
+                self._pins = Pins(driver(), pool)
             return self._pins
 
     @property

@@ -83,7 +83,7 @@ class PinnedPool:
     cuda : Driver
         It pins.
     limit_bytes : int
-        How much is pinned at most.
+        How much is pinned at most, with what others pin (`allow`).
 
     ``unpinned_bytes`` : the most ordinary memory that was borrowed at a time.  ``leaked_bytes`` : what `close` left
     pinned because it was in use.  ``refused`` : why less than the limit can be pinned; None if all can.
@@ -97,6 +97,7 @@ class PinnedPool:
         self._cuda = cuda
         self._limit_bytes = limit_bytes
         self._slabs: list[_Slab] = []
+        self._others_bytes = 0
         self._unpinned_now = 0
         # Python may free a block anywhere, also where this thread holds the lock. So blocks only line up here.
         self._returned: deque[tuple[_Slab | None, int, int]] = deque()
@@ -105,8 +106,8 @@ class PinnedPool:
 
     @property
     def bytes(self) -> int:
-        """How much is pinned now."""
-        return sum(slab.nbytes for slab in tuple(self._slabs)) + self.leaked_bytes
+        """How much is pinned now, that of others too."""
+        return sum(slab.nbytes for slab in tuple(self._slabs)) + self.leaked_bytes + self._others_bytes
 
     def reserve(self, nbytes: int, device: int) -> None:
         """Pin more memory if no block of ``nbytes`` is free; takes milliseconds then.
@@ -170,6 +171,30 @@ class PinnedPool:
         owner = _Block(slab, begin, nbytes)
         self._return_with(owner, (slab, begin, begin + size))
         return np.asarray(owner)
+
+    def allow(self, nbytes: int) -> bool:
+        """Tell whether others may pin memory of theirs, and count it, as ordinary memory if they may not.
+
+        If the limit leaves no room, slabs that nobody borrows from are unpinned.
+        """
+        with self._growing:
+            with self._lock:
+                self._take_back()
+                idle = self._without_idle(nbytes)
+            for slab in idle:
+                self._unpin(slab)
+            is_allowed = nbytes <= self._limit_bytes - self.bytes
+            self.count(nbytes, is_pinned=is_allowed)
+        return is_allowed
+
+    def count(self, nbytes: int, *, is_pinned: bool) -> None:
+        """Count more memory of others, or less, as pinned or as ordinary memory that is used instead."""
+        with self._lock:
+            if is_pinned:
+                self._others_bytes += nbytes
+            else:
+                self._unpinned_now += nbytes
+                self.unpinned_bytes = max(self.unpinned_bytes, self._unpinned_now)
 
     def close(self) -> None:
         """Unpin all that nobody borrows; what is borrowed stays pinned. `take` returns ordinary memory from now on."""

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detcoll.device.driver import Driver
+from detcoll.device.pinned import PinnedPool
 from detcoll.errors import DeviceError
 
 log = logging.getLogger("detcoll")
@@ -34,10 +35,12 @@ class Pins:
     ----------
     cuda : Driver
         It pins.
+    pool : PinnedPool
+        Says how much may be pinned, and counts it.
     """
 
-    def __init__(self, cuda: Driver) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: Driver, pool: PinnedPool) -> None:
+        self._cuda, self._pool = cuda, pool
         self._pins: dict[int, _Pin] = {}
         self._lock = threading.Lock()
 
@@ -57,19 +60,31 @@ class Pins:
         """
         address = memory.__array_interface__["data"][0]
         with self._lock:
-            pin = self._pins.get(address) or _Pin(memory)
-            if not pin.users:
-                try:
-                    with self._cuda.on(device):
-                        self._cuda.register(address, memory.nbytes)
-                    pin.is_pinned = True
-                except DeviceError as error:
-                    if error.is_sticky:
-                        raise
-                    log.warning("%d bytes of shared memory cannot be pinned, so copies block: %s", memory.nbytes, error)
+            pin = self._pins.get(address)
+            if pin is None:
+                pin = _Pin(memory)
+                self._begin(pin, address, device)
                 self._pins[address] = pin
             pin.users += 1
         return partial(self._unpin, address, device)
+
+    def _begin(self, pin: _Pin, address: int, device: int) -> None:
+        nbytes, pool = pin.memory.nbytes, self._pool
+        if not pool.allow(nbytes):
+            log.warning(
+                "%d bytes of shared memory are not pinned, since %d are; copies block", nbytes, self._pool.bytes
+            )
+            return
+        try:
+            with self._cuda.on(device):
+                self._cuda.register(address, nbytes)
+            pin.is_pinned = True
+        except DeviceError as error:
+            pool.count(-nbytes, is_pinned=True)
+            if error.is_sticky:
+                raise
+            pool.count(nbytes, is_pinned=False)
+            log.warning("%d bytes of shared memory cannot be pinned, so copies block: %s", nbytes, error)
 
     def _unpin(self, address: int, device: int) -> None:
         with self._lock:
@@ -82,5 +97,6 @@ class Pins:
                     with self._cuda.on(device):
                         self._cuda.unregister(address)
                 except DeviceError:
-                    return  # it is not known whether the device still uses the memory, so it stays mapped
+                    return  # it is not known whether the device still uses the memory, so it stays mapped, and counts
+            self._pool.count(-pin.memory.nbytes, is_pinned=pin.is_pinned)
             del self._pins[address]

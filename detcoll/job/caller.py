@@ -67,7 +67,7 @@ class Request(msgspec.Struct, frozen=True):
     @property
     def count(self) -> int:
         """Elements of the whole collective, see `detcoll.plan.Collective`."""
-        return self.output.array.size if self.elems < 0 else self.elems
+        return self.output.size if self.elems < 0 else self.elems
 
     @property
     def cut(self) -> Sequence[int]:
@@ -99,13 +99,14 @@ def devices_of(output: Bound, source: Bound | None = None) -> Devices | None:
     DeviceError
         If a device cannot be used.
     """
-    bounds = {Buffer.DEVICE_OUT: output, Buffer.DEVICE_IN: source}
-    buffers: dict[int, DeviceBuffer] = {
-        name: buffer for name, bound in bounds.items() if bound is not None and (buffer := bound.buffer) is not None
-    }
+    buffers: dict[int, DeviceBuffer] = {}
+    streams: set[tuple[int, int]] = set()
+    for name, bound in ((Buffer.DEVICE_OUT, output), (Buffer.DEVICE_IN, source)):
+        if bound is not None and (buffer := bound.buffer) is not None:
+            buffers[name] = buffer
+            streams |= bound.streams
     if not buffers:
         return None
-    streams = set().union(*(bound.streams for bound in bounds.values() if bound is not None))
     return Devices(buffers, [Gate(driver(), device, stream) for device, stream in sorted(streams)])
 
 
@@ -209,14 +210,14 @@ class Caller:
         try:
             is_staged = output.staged or (source is not None and source.staged)
             load, store, on_device = _staging_of(request, native) if is_staged else _NOT_STAGED
-        except DetcollError as error:
+            array = output.array if on_device is None else output.outline
+            given = None if source is None else source.array
+        except BaseException as error:
             self._tell_refusal(request.kind, sequence, error)
             raise
-        array = output.array
         call = NativeCall(
-            request.kind, array, array.size if request.elems < 0 else request.elems, request.op, request.root,
-            None if source is None else source.array, request.counts, request.out_counts, request.arrays, name,
-            sequence, request.cut if request.arrays > 1 else (), request.shape, on_device,
+            request.kind, array, request.count, request.op, request.root, given, request.counts, request.out_counts,
+            request.arrays, name, sequence, request.cut if request.arrays > 1 else (), request.shape, on_device,
         )  # fmt: skip
         release = on_device.release if on_device is not None else None
         if wait and native.run_at_once(call, timeout_ns, called_ns, load, store, release):
@@ -233,13 +234,11 @@ class Caller:
     def _is_native(self, native: NativeRunner, request: Request) -> bool:
         """Tell whether the transport does this call by itself; reads nothing that ranks do not compare."""
         if request.source is None:
-            return native.supports(request.kind, request.output.array.dtype, request.op)
+            return native.supports(request.kind, request.output.dtype, request.op)
         if request.out_counts:  # sizes that differ between ranks decide nothing
-            return native.supports(request.kind, request.output.array.dtype, request.op, uneven=True)
+            return native.supports(request.kind, request.output.dtype, request.op, uneven=True)
         nbytes = request.count * request.output.dtype.itemsize
-        return native.supports(
-            request.kind, request.output.array.dtype, request.op, nbytes, uneven=bool(request.counts)
-        )
+        return native.supports(request.kind, request.output.dtype, request.op, nbytes, uneven=bool(request.counts))
 
     def _submit(self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str) -> Work:
         kind, collective, output = request.kind, request.collective, request.output

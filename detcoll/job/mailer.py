@@ -36,7 +36,7 @@ def transfer(
         bound.store if is_staged and not is_send else None, devices,
     )  # fmt: skip
     call = Transfer(
-        group, is_send, rank, tag, bound.dtype.name, bound.array.size, bound.array.nbytes, round(timeout_s * 1e9),
+        group, is_send, rank, tag, bound.dtype.name, bound.size, bound.array.nbytes, round(timeout_s * 1e9),
         time.monotonic_ns(), spans=bound.spans, name=name, memory=parcel, is_on_device=devices is not None,
         awaits_receive=awaits_receive,
     )  # fmt: skip

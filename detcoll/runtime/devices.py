@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.device import Copies, Copy, DeviceBuffer, Gate, copy_now, give_copies, pins, take_copies
+from detcoll.device import Copies, Copy, DeviceBuffer, Gate, copy_now, driver, give_copies, pins, take_copies
+from detcoll.errors import DeviceError
 from detcoll.plan.ir import Buffer
 
 
@@ -66,9 +68,13 @@ class OnDevice:
     def __init__(self, buffer: DeviceBuffer, gates: Sequence[Gate]) -> None:
         self._buffer, self._gates = buffer, gates
         self._copies: Copies | None = None
+        self._inside: AbstractContextManager[None] | None = None
 
     def is_ready(self) -> bool:
         """See `detcoll.transport.DeviceArray.is_ready`."""
+        if self._inside is None:  # until the end of the call, which asks the device many times
+            self._inside = driver().on(self._buffer.device)
+            self._inside.__enter__()
         return all(gate.is_open() for gate in self._gates)
 
     def begin(self, begin: int, end: int, host: NDArray[np.uint8], *, to_device: bool) -> Copy:
@@ -83,7 +89,11 @@ class OnDevice:
         return pins().pin(memory, self._buffer.device)
 
     def release(self) -> None:
-        """Give the streams back, when the transport is through with the call."""
+        """Give the streams back, when the transport is through with the call, on the thread that carried it out."""
         copies, self._copies = self._copies, None
         if copies is not None:
             give_copies(copies)
+        inside, self._inside = self._inside, None
+        if inside is not None:
+            with suppress(DeviceError):  # then no call of the driver means anything any more
+                inside.__exit__(None, None, None)

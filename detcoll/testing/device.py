@@ -3,7 +3,7 @@
 Device memory lies at addresses that the host does not have. Only `peek` and `poke` read and write it, which are the
 test's; `kernel` queues a function of the test, as a program queues its kernels. Streams are queues, and nothing in them
 happens before the test drives it: `drive` carries out all, `drive_one` one operation of a stream, and after `seeded`
-each `is_past` carries out one operation, drawn from those that may be next.
+each `is_past` and `is_idle` carries out one operation, drawn from those that may be next.
 
 A copy fills its target with 0xFB when it is queued and writes it when it is carried out, from what its source holds
 then. So whoever reads too early, or changes a source too early, gets wrong bytes. What no byte would show raises
@@ -104,7 +104,7 @@ class StrictDevice(Driver):
             return self._streams.run_one(self._streams.find(stream, device))
 
     def seeded(self, seed: int) -> None:
-        """Carry out one operation at each `is_past` from now on, drawn from those that may be next."""
+        """Carry out one operation at each question from now on, drawn from those that may be next."""
         self._random = random.Random(seed)
 
     def capture(self, stream: int, is_captured: bool = True, device: int = 0) -> None:
@@ -166,6 +166,17 @@ class StrictDevice(Driver):
             if stream in (0, 1):
                 return any(each.is_captured for each in self._streams.all if each.device == found.device)
             return found.is_captured
+
+    def is_idle(self, stream: int) -> bool:
+        """See `Driver.is_idle`."""
+        with self._lock:
+            found = self._stream(stream)
+            self._check("is_idle", found.device)
+            if found.is_captured:
+                raise self._misuse("is_idle of a stream that captures a CUDA graph")
+            if self._random is not None:
+                self._streams.run_one(choose=self._random)
+            return not found.queue
 
     def event(self, device: int) -> int:
         """See `Driver.event`."""

@@ -61,7 +61,8 @@ class CallLayout:
     """One kind of call: equal for all calls with equal arguments.
 
     ``chunks`` : how many there are; 0 where every rank folds everything from what all others give whole.
-    ``whole`` : by half of the stage, the memory for the arrays of all ranks.  ``fold`` : combines arrays of all ranks.
+    ``whole`` : by half of the stage, the memory for the arrays of all ranks.  ``whole_out`` : the memory for the result
+    on its way to a device.  ``fold`` : combines arrays of all ranks.
     ``rooms`` : for the sums of groups, of a small array, a chunk or a step.  ``read_step_bytes`` : how much is read of
     another's array at once.
     """
@@ -76,6 +77,7 @@ class CallLayout:
     full: tuple[Cut, ...]
     last: tuple[Cut, ...]
     whole: tuple[tuple[NDArray[Any], ...], ...]
+    whole_out: tuple[NDArray[Any], ...]
     rooms: tuple[NDArray[Any], ...]
     fold: Folder
 
@@ -115,12 +117,13 @@ class Cutter:
         step = self._step_bytes(nbytes, dtype.itemsize, self.chunk_bytes)
         if nbytes * (len(self.stages) - 1) <= self.direct_bytes and nbytes <= self.chunk_bytes:
             whole = tuple(tuple(s.given[half][:nbytes].view(dtype) for s in self.stages) for half in (0, 1))
+            out = tuple(half[:nbytes].view(dtype) for half in self.stages[self.rank].folded)
             rooms = self._rooms(descriptor.count, dtype)
-            return CallLayout(descriptor, digest, dtype, step, 0, nbytes, 0, (), (), whole, rooms, fold)
+            return CallLayout(descriptor, digest, dtype, step, 0, nbytes, 0, (), (), whole, out, rooms, fold)
         chunks, full, last = self._chunks(nbytes, step, dtype)
         read_step = self._read_step_bytes(nbytes, dtype.itemsize)
         rooms = self._rooms(max(step, read_step) // dtype.itemsize, dtype)
-        return CallLayout(descriptor, digest, dtype, step, read_step, nbytes, chunks, full, last, (), rooms, fold)
+        return CallLayout(descriptor, digest, dtype, step, read_step, nbytes, chunks, full, last, (), (), rooms, fold)
 
     def for_devices(self, layout: CallLayout) -> CallLayout:
         """Return the layout of the same call in large chunks, since each costs copies that have to be waited for."""

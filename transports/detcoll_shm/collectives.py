@@ -167,33 +167,44 @@ class Collectives:
         (self._all_reduce_in_chunks if layout.chunks else self._all_reduce_whole)(layout, call, deadline_ns)
 
     def _all_reduce_whole(self, layout: CallLayout, call: NativeCall, deadline_ns: int) -> None:
-        given, array, device = layout.whole[self._chunk & 1], call.array, call.device
-        lockstep = self._lockstep
+        half, out, device = self._chunk & 1, call.array, call.device
+        given, lockstep = layout.whole[half], self._lockstep
         if device is None:
-            given[lockstep.rank][...] = array
+            given[lockstep.rank][...] = out
         else:
+            out = layout.whole_out[half]
             lockstep.prepare(layout.descriptor, deadline_ns)
             self.transfers.open(device)
             self.transfers.copy(device, 0, given[lockstep.rank].view(np.uint8), to_device=False)
         lockstep.arrive(layout.descriptor, layout.digest, deadline_ns)
         lockstep.await_all_here()
-        layout.fold(given, array, layout.rooms)
+        layout.fold(given, out, layout.rooms)
         self._chunk += 1
         if device is not None:
-            self.transfers.copy(device, 0, array.view(np.uint8), to_device=True)
+            self.transfers.copy(device, 0, out.view(np.uint8), to_device=True)
 
     def _all_reduce_in_chunks(self, layout: CallLayout, call: NativeCall, deadline_ns: int) -> None:
-        lockstep, memory, device = self._lockstep, call.array.view(np.uint8), call.device
+        lockstep, device = self._lockstep, call.device
         lockstep.last_word = FOLDED, NEVER
-        place = self._place_of(layout, memory) if device is None else DEVICE
         if device is not None:
             lockstep.prepare(layout.descriptor, deadline_ns)
+            lockstep.arrive(layout.descriptor, layout.digest, deadline_ns, DEVICE)
+            lockstep.await_all_here()
+            self._chunk += 1  # as on ranks that did not know of a device
+            self._all_reduce_on_device(self._for_devices(layout), device)
+            self._finish()
+            return
+        memory = call.array.view(np.uint8)
+        place = self._place_of(layout, memory)
         if place is NOWHERE:
             self._give(layout, 0, memory)
         lockstep.arrive(layout.descriptor, layout.digest, deadline_ns, place)
         lockstep.await_all_here()
         if lockstep.anyone_is(DEVICE.region):
-            self._all_reduce_with_devices(layout, memory, device)
+            layout = self._for_devices(layout)
+            self._chunk += 1  # a rank that did not know that there are devices has given a small first chunk
+            self._give(layout, 0, memory)
+            self._all_reduce_staged(layout, memory)
             self._finish()
             return
         if place is NOWHERE:
@@ -235,17 +246,6 @@ class Collectives:
             if step <= chunks:
                 self._fold(layout, step - 1, memory)
         self._chunk += chunks
-
-    def _all_reduce_with_devices(
-        self, layout: CallLayout, memory: NDArray[np.uint8], device: DeviceArray | None
-    ) -> None:
-        layout = self._for_devices(layout)
-        self._chunk += 1  # a rank that did not know that there are devices has given a small first chunk
-        if device is not None:
-            self._all_reduce_on_device(layout, device)
-            return
-        self._give(layout, 0, memory)
-        self._all_reduce_staged(layout, memory)
 
     def _all_reduce_on_device(self, layout: CallLayout, device: DeviceArray) -> None:
         """Go through the stages, to which the device copies and from which it takes."""
@@ -378,9 +378,7 @@ class Collectives:
             self._show(call, 0, step, self._chunk)
         lockstep.arrive(layout.descriptor, layout.digest, deadline_ns, place)
         lockstep.await_all_here()
-        if has_many and lockstep.anyone_is(
-            DEVICE.region
-        ):  # begin anew with large chunks, see `_all_reduce_with_devices`
+        if has_many and lockstep.anyone_is(DEVICE.region):  # begin anew with large chunks, see `_all_reduce_in_chunks`
             step, begins_here = self._cutter.device_chunk_bytes, False
             self._chunk += 1
         first = self._chunk

@@ -14,10 +14,11 @@ class Settings:
     ``unexpected_bytes`` : bound on messages copied out because they came before their receive was posted.
     ``pool_bytes`` : bound on used buffers that are kept.  ``spin_ns`` : how long to look again before each sleep.
     ``chunk_bytes`` : parts of arrays in collectives, equal on all ranks.  ``device_chunk_bytes`` : the same where the
-    array of a rank is on a device.  ``direct_bytes`` : where all other ranks' arrays have no more than this together,
-    every rank folds them whole, which saves a round of waiting.  ``wait_ns`` : what ``spin_ns`` is, in collectives: all
-    ranks are about to come, and waking one that sleeps takes longer than most of them last.  ``read_bytes`` : arrays
-    from this size are read from each other's processes where the system allows it, which saves a copy.
+    array of a rank is on a device; less where there are many ranks.  ``direct_bytes`` : where all other ranks' arrays
+    have no more than this together, every rank folds them whole, which saves a round of waiting.  ``wait_ns`` : what
+    ``spin_ns`` is, in collectives: all ranks are about to come, and waking one that sleeps takes longer than most of
+    them last.  ``read_bytes`` : arrays from this size are read from each other's processes where the system allows it,
+    which saves a copy.
     """
 
     ring_bytes: int = 4 * 2**20

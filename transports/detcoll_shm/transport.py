@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from detcoll.errors import TransportUnavailable, UsageError
@@ -17,6 +17,8 @@ from detcoll_shm.layout import LINE_BYTES, SMALLEST_RING_BYTES
 from detcoll_shm.settings import Settings
 
 LARGEST_OPTION = 2**32
+LARGEST_STAGES_BYTES = 64 * 2**20
+"""What the stages of all ranks may take together: each rank with a device pins them all, and so for each group."""
 
 
 class ShmTransport(Transport):
@@ -52,6 +54,9 @@ class ShmTransport(Transport):
             raise UsageError(f"rank={rank} must be from 0 to {size - 1}")
         settings = _settings(options)
         _check_platform()
+        most = LARGEST_STAGES_BYTES // (4 * size) // LINE_BYTES * LINE_BYTES
+        if settings.device_chunk_bytes > most:
+            settings = replace(settings, device_chunk_bytes=max(most, LINE_BYTES))
         return ShmEndpoint(rank, size, clock, settings, self.capabilities.largest_message_bytes)
 
 
