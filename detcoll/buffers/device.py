@@ -53,12 +53,12 @@ def any_torch_part(x: Any, name: str, writable: bool) -> Part:
     torch = sys.modules["torch"]
     check_torch(torch, x, name)
     dtype = DTYPES[str(x.dtype).removeprefix("torch.")]
-    flat = x.detach().reshape(-1)
-    if x.device.type == "cuda" and torch.version.hip is None:
-        handle = _stream(torch.cuda.current_stream(x.device).cuda_stream)
-        return _cuda_part(name, dtype, x.numel(), Place(x.device.index, x.data_ptr(), handle, flat))
-    load, store = _by_torch(torch, flat)
-    return Part(name, dtype, x.numel(), str(x.device), x.data_ptr(), x.numel() * dtype.itemsize, None, load, store)
+    place, held = x.device, x.detach()
+    if place.type == "cuda" and torch.version.hip is None:
+        handle = _stream(torch.cuda.current_stream(place).cuda_stream)
+        return _cuda_part(name, dtype, x.numel(), Place(place.index, x.data_ptr(), handle, held))
+    load, store = _by_torch(torch, held.reshape(-1))
+    return Part(name, dtype, x.numel(), str(place), x.data_ptr(), x.numel() * dtype.itemsize, None, load, store)
 
 
 def _by_torch(torch: Any, flat: Any) -> tuple[Callable[..., None], Callable[..., None]]:
