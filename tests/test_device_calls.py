@@ -318,10 +318,11 @@ def test_finalize_does_not_wait_for_ever_for_a_stream(device: StrictDevice, tran
     device.seeded(5)
     stream = own_stream(device)
     released = hold(device, stream)
-    x = device.array(np.ones(5000), 0, stream)
+    x, called = device.array(np.ones(5000), 0, stream), threading.Barrier(2)
 
     def program(comm: Communicator) -> None:
         work = comm.all_reduce(x if comm.rank == 0 else np.ones(5000), async_op=True)
+        called.wait(30)
         with pytest.raises(DetcollError):
             comm.finalize(0.3)
         assert work.exception(20) is not None

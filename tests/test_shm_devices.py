@@ -18,13 +18,14 @@ from ranks import grouped, run_ranks
 from test_kinds import serve
 
 from detcoll.buffers import bind
+from detcoll.clock import MonotonicClock
 from detcoll.communicator import Communicator
 from detcoll.device import DeviceBuffer, Gate, PinnedPool, Pins, Segment, cuda, now
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, DeviceError
 from detcoll.fold import reference
 from detcoll.runtime.devices import OnDevice
 from detcoll.testing.device import StrictDevice
-from detcoll.testing.fabric import Here, ThreadFabric
+from detcoll.testing.fabric import Here, LocalMeeting, ThreadFabric
 from detcoll.testing.values import varied
 from detcoll.transport import NativeCall
 from detcoll.types import DTYPES, ReduceOp, operators_of
@@ -73,6 +74,7 @@ class Held:
             here.endpoint.run(call, here.clock.now_ns() + round(timeout_s * 1e9))
         finally:
             on_device.release()
+        assert self.strict._current() is None, "the device is still current"
 
     @property
     def bytes(self) -> bytes:
@@ -304,3 +306,11 @@ def test_what_others_pin_counts_in_the_limit_and_takes_the_place_of_what_nobody_
     assert (strict.pinned_bytes, pool.bytes) == (0, 0)
     pool.take(3 * unit)
     assert pool.unpinned_bytes == 3 * unit, "memory of others counts although it is used no more"
+
+
+def test_stages_of_many_ranks_hold_less_of_an_array() -> None:
+    """Each rank with a device pins them all."""
+    for size, chunk_bytes in ((2, 4 * 2**20), (4, 4 * 2**20), (16, 2**20), (1024, 16 * 2**10)):
+        endpoint = ShmTransport().open(0, size, LocalMeeting(1).member(0), MonotonicClock(), {})
+        assert endpoint._settings.device_chunk_bytes == chunk_bytes
+        endpoint.abort()

@@ -18,8 +18,8 @@ import os
 import random
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -131,20 +131,9 @@ class StrictDevice(Driver):
 
     # What the code under test does.
 
-    @contextmanager
-    def on(self, device: int) -> Iterator[None]:
+    def on(self, device: int) -> AbstractContextManager[None]:
         """See `Driver.on`."""
-        self._check_process("on")
-        if self._failures["on"]:
-            raise refusal("on", self._failures["on"].popleft())
-        if device not in self._used:
-            raise refusal("on", 201 if device in self._devices else 101)
-        current = self._thread.__dict__.setdefault("current", [])
-        current.append(device)
-        try:
-            yield
-        finally:
-            current.pop()
+        return _On(self, device)
 
     def stream(self, device: int) -> int:
         """See `Driver.stream`."""
@@ -319,3 +308,22 @@ class StrictDevice(Driver):
 
     def _stream(self, handle: int) -> Stream:
         return self._streams.find(handle, self._current())
+
+
+class _On:
+    """Makes a device current until it is left: not a generator, which would be left when nobody holds it any more."""
+
+    def __init__(self, strict: StrictDevice, device: int) -> None:
+        self._strict, self._device = strict, device
+
+    def __enter__(self) -> None:
+        strict, device = self._strict, self._device
+        strict._check_process("on")
+        if strict._failures["on"]:
+            raise refusal("on", strict._failures["on"].popleft())
+        if device not in strict._used:
+            raise refusal("on", 201 if device in strict._devices else 101)
+        strict._thread.__dict__.setdefault("current", []).append(device)
+
+    def __exit__(self, *_: object) -> None:
+        self._strict._thread.__dict__["current"].pop()
