@@ -44,6 +44,11 @@ class DeviceBuffer:
     owner: object
     itemsize: int
 
+    @property
+    def elems(self) -> int:
+        """How many elements it has."""
+        return self.segments[-1].first + self.segments[-1].elems if self.segments else 0
+
     def cut(self, begin: int, length: int) -> list[tuple[int, int, int]]:
         """Return where elements ``[begin, begin + length)`` lie: address, bytes from the first one on, and bytes.
 

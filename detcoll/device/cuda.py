@@ -246,7 +246,7 @@ class Cuda(Driver):
         return count.value
 
     def pci_bus_id(self, device: int) -> str:
-        """Return where a device is attached, as the kernel writes it, such as ``"0000:3b:00.0"``."""
+        """See `Driver.pci_bus_id`. May be called outside of `on`."""
         domain, bus, slot = (self._attribute(device, number) for number in (_PCI_DOMAIN, _PCI_BUS, _PCI_DEVICE))
         return f"{domain:04x}:{bus:02x}:{slot:02x}.0"
 

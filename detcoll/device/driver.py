@@ -128,3 +128,7 @@ class Driver(ABC):
     @abstractmethod
     def memory_type(self, address: int) -> MemoryType:
         """Return what kind of memory is at an address."""
+
+    @abstractmethod
+    def pci_bus_id(self, device: int) -> str:
+        """Return where a device is attached, as the kernel writes it, such as ``"0000:3b:00.0"``."""

@@ -253,6 +253,10 @@ class StrictDevice(Driver):
             return MemoryType.DEVICE
         return MemoryType.HOST if self._pinned.holds(address, 1) else MemoryType.UNKNOWN
 
+    def pci_bus_id(self, device: int) -> str:
+        """See `Driver.pci_bus_id`."""
+        return f"0000:{device:02x}:00.0"
+
     def _copy(self, call: str, host: int, device_address: int, nbytes: int, stream: int) -> None:
         with self._lock:
             found = self._stream(stream)

@@ -118,7 +118,7 @@ class DeviceMemory:
         return held[address - begin : address - begin + nbytes]
 
     def _around(self, address: int) -> int | None:
-        for begin, (_, held) in list(self._pieces.items()):  # other threads make arrays
+        for begin, (_, held) in self._pieces.copy().items():  # other threads make arrays
             if begin <= address < begin + max(held.size, 1):
                 return begin
         return None
