@@ -24,7 +24,7 @@ FIELDS = {
     "sequence": "the number of the call", "kind": "the kind", "op": "the operation", "dtype": "the type",
     "count": "the number of elements", "root": "the root", "arrays": "the number of arrays", "group": "the group",
     "name": "the name", "counts": "the sizes of blocks (counts)", "pair": "what they send each other",
-    "cut": "the sizes of the arrays in their lists", "shape": "the shape",
+    "cut": "the sizes of the arrays in their lists", "shape": "the shape", "by": "who reduces inside a site",
 }  # fmt: skip
 """What errors call the fields of a descriptor."""
 
@@ -38,6 +38,7 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     to it, and gets from it.
     ``cut`` : of a list of arrays, `digest_of` their elements in a block; empty for one array.
     ``shape`` : for people, and empty where shapes may differ; what is too long for the record is a digest there.
+    ``by`` : ``NCCL`` where the devices of a site reduce, otherwise empty.
     """
 
     sequence: int
@@ -53,11 +54,13 @@ class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     pair: tuple[int, ...] = ()
     cut: str = ""
     shape: str = ""
+    by: str = ""
 
     @property
     def brief(self) -> str:
         """What was called, for people: the same for calls that fit together."""
-        return brief(self.kind, self.op, self.dtype, self.count, self.root, self.arrays, self.name, self.shape)
+        said = brief(self.kind, self.op, self.dtype, self.count, self.root, self.arrays, self.name, self.shape)
+        return f"{said} by {self.by}" if self.by else said
 
     @property
     def told(self) -> str:

@@ -17,9 +17,9 @@ from detcoll.testing.device_streams import Operation, nothing
 
 
 @contextmanager
-def doubled(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
+def doubled(monkeypatch: pytest.MonkeyPatch, devices: int = 2) -> Iterator[StrictDevice]:
     """Let all ranks of this process have devices."""
-    strict = StrictDevice()
+    strict = StrictDevice(devices)
     monkeypatch.setattr(cuda, "_driver", strict)
     now._shared.forget()
     yield strict

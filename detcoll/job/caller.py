@@ -19,10 +19,11 @@ import msgspec
 
 from detcoll.buffers import Bound
 from detcoll.descriptor import digest_of
-from detcoll.device import DeviceBuffer, Gate, driver
+from detcoll.device import DeviceBuffer, Gate, driver, pinned_memory
 from detcoll.errors import Closed, DetcollError, TransportError, UsageError
 from detcoll.job.job import Job
-from detcoll.plan import Buffer, Calendar, Collective, Planner
+from detcoll.job.rails import Rails
+from detcoll.plan import Buffer, Calendar, Collective, Plan, Planner
 from detcoll.runtime import Descriptor, Group, Memory, Operation, Work
 from detcoll.runtime.devices import Devices, OnDevice
 from detcoll.runtime.group import WORLD_ID
@@ -154,6 +155,7 @@ class Caller:
         self._membership = job.membership(group)
         self.planner = Planner(topology, self.rank, calendar, job.costs)
         job.keep_planner(group, self.planner)
+        self._rails = Rails.of(job, group, topology, self.rank, calendar)
         self._sequence = itertools.count()
         self._order = threading.Lock()
         self._is_closed = False
@@ -196,6 +198,9 @@ class Caller:
         self.check_usable()
         called_ns, timeout_ns = time.monotonic_ns(), round(timeout_s * 1e9)
         with self._order:
+            rails = self._rails
+            if rails is not None and rails.take(request.kind, request.op, request.output.dtype, request.output.buffer):
+                return self._submit(next(self._sequence), request, timeout_ns, called_ns, name, rails)
             native = self.native
             if native is not None and self._is_native(native, request):
                 return self._do_native(native, request, timeout_ns, called_ns, name, wait)
@@ -240,33 +245,28 @@ class Caller:
         nbytes = request.count * request.output.dtype.itemsize
         return native.supports(request.kind, request.output.dtype, request.op, nbytes, uneven=bool(request.counts))
 
-    def _submit(self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str) -> Work:
+    def _submit(
+        self, sequence: int, request: Request, timeout_ns: int, called_ns: int, name: str, rails: Rails | None = None
+    ) -> Work:  # fmt: skip
         kind, collective, output = request.kind, request.collective, request.output
         is_pairwise = bool(collective.out_counts)
         descriptor = Descriptor(
             sequence, kind, request.op.value, output.dtype.name, 0 if is_pairwise else collective.count,
             collective.root, request.arrays, self._group_text, name,
             "" if is_pairwise else digest_of(collective.counts), cut=digest_of(request.cut), shape=request.shape,
+            by="NCCL" if rails is not None else "",
         )  # fmt: skip
         work = Work(f"{kind} number {sequence}", request.result, sequence)
         spans = request.spans
         ahead = self.job.ahead if self.job.natives else None
+        hello = b"" if is_pairwise else descriptor.encode()
         try:
-            devices = devices_of(output, request.source)
-            on_devices = devices.buffers if devices is not None else ()
-            plan = self.planner.plan(
-                collective, device_in=Buffer.DEVICE_IN in on_devices, device_out=Buffer.DEVICE_OUT in on_devices,
-                disturbs=request.disturbs,
-            )  # fmt: skip
-            loads, loaded = request.source or output, Buffer.DEVICE_IN if request.source else Buffer.DEVICE_OUT
-            memory = Memory(
-                output.array, request.op, work, b"" if is_pairwise else descriptor.encode(),
-                loads.load if loads.staged and loaded not in on_devices else None,
-                output.store if output.staged and Buffer.DEVICE_OUT not in on_devices else None,
-                None if request.source is None else request.source.array, devices,
-            )  # fmt: skip
             if ahead is not None:
                 ahead.wait(spans, None)
+            if rails is not None:
+                plan, memory = self._on_rails(rails, request, work, hello)
+            else:
+                plan, memory = self._planned(request, work, hello)
             writes = None if request.source is None else output.spans  # an input that is apart is only read
             self.job.loop.submit(Operation(self.group, descriptor, plan, timeout_ns, called_ns, spans, memory, writes))
         except BaseException as error:
@@ -275,6 +275,37 @@ class Caller:
         if ahead is not None:
             ahead.note(spans, work, None)
         return work
+
+    def _planned(self, request: Request, work: Work, hello: bytes) -> tuple[Plan, Memory]:
+        output = request.output
+        devices = devices_of(output, request.source)
+        on_devices = devices.buffers if devices is not None else ()
+        plan = self.planner.plan(
+            request.collective, device_in=Buffer.DEVICE_IN in on_devices, device_out=Buffer.DEVICE_OUT in on_devices,
+            disturbs=request.disturbs,
+        )  # fmt: skip
+        loads, loaded = request.source or output, Buffer.DEVICE_IN if request.source else Buffer.DEVICE_OUT
+        return plan, Memory(
+            output.array, request.op, work, hello,
+            loads.load if loads.staged and loaded not in on_devices else None,
+            output.store if output.staged and Buffer.DEVICE_OUT not in on_devices else None,
+            None if request.source is None else request.source.array, devices,
+        )  # fmt: skip
+
+    def _on_rails(self, rails: Rails, request: Request, work: Work, hello: bytes) -> tuple[Plan, Memory]:
+        output = request.output
+        devices = devices_of(output)
+        assert devices is not None
+        dtype, whole = output.dtype, devices.buffers[Buffer.DEVICE_OUT]
+        op = ReduceOp.SUM if request.op is ReduceOp.AVG else request.op  # the last fold divides
+        inner = Work(f"{request.kind} by NCCL")
+        call = rails.onsite.add(whole, dtype.name, op.value, devices.gates, work, inner)
+        elems = call.share.elems if len(self.planner.topology.sites) > 1 else 0
+        array = pinned_memory(elems * dtype.itemsize, whole.device).view(dtype)
+        on_share = Devices({Buffer.DEVICE_OUT: call.share}, ())
+        return rails.plan(request.collective, elems), Memory(
+            array, request.op, inner, hello, devices=on_share, onsite=call
+        )  # fmt: skip
 
     def _tell_refusal(self, kind: str, sequence: int, error: BaseException) -> None:
         """Report a call that has a number and was not handed over; others would wait for it."""

@@ -40,6 +40,7 @@ from detcoll.runtime.engine import Wide
 from detcoll.runtime.failures import EXPLANATION_NS
 from detcoll.runtime.group import WORLD_ID, world
 from detcoll.runtime.membership import Membership
+from detcoll.runtime.onsite import OnSite
 from detcoll.runtime.recorder import Recorder
 from detcoll.runtime.snapshot import merged, snapshot
 from detcoll.topology import Topology
@@ -89,6 +90,7 @@ class Job:
             assembled.native, assembled.transport.capabilities, session.rank, self.trace, self.recorder,
             self._native_failed, self.refuse, self._explain_native,
         )  # fmt: skip
+        self._onsites: dict[int, OnSite] = {}
         self.natives.open_world(self.world)
         try:
             if not self.natives or session.size > 1:
@@ -175,6 +177,19 @@ class Job:
         """Keep the planner that predicts the calls of a group, if a trace is recorded."""
         if self.trace.recording:
             self._planners[group.number] = planner
+
+    def keep_onsite(self, group: Group, onsite: OnSite) -> None:
+        """Keep what reduces on the devices of the site for a group, which ends with the group."""
+        self._onsites[group.id] = onsite
+
+    def _close_onsites(self) -> None:
+        for onsite in list(self._onsites.values()):
+            onsite.close()
+
+    def _close_onsite(self, group: Group) -> None:
+        onsite = self._onsites.pop(group.id, None)
+        if onsite is not None:
+            onsite.close()
 
     @property
     def usable(self) -> bool:
@@ -263,6 +278,8 @@ class Job:
         except BaseException:
             self.natives.close(group, clean=False)
             raise
+        finally:
+            self._close_onsite(group)
         self.natives.close(group, clean=is_clean)
 
     def _leave_group(
@@ -439,6 +456,7 @@ class Job:
         self.natives.end()
         if self._loop is not None:
             self._loop.close()
+        self._close_onsites()
         self._complete_trace()
         if failure is not None:
             deadline_ns = min(deadline_ns, deadline_after(_PARTING_AFTER_FAILURE_S))
@@ -471,6 +489,7 @@ class Job:
         if loop is not None:
             loop.fail(error)
             loop.close()
+        self._close_onsites()
         for endpoint in self.assembled.endpoints:
             if self.natives:
                 endpoint.abort()

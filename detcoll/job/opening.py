@@ -16,6 +16,7 @@ from detcoll.errors import UsageError
 from detcoll.job.assembly import Assembled, assemble, deadline_after
 from detcoll.job.calendars import agree_on_calendar, aligns_arrivals
 from detcoll.job.job import Job
+from detcoll.job.rails import check_sites
 from detcoll.job.settings import Facts, Settings, agree, configure_logging, place, read_settings, warn_of_unknown
 from detcoll.launch.launchers import World, read_environment
 from detcoll.marks import job_opened
@@ -66,6 +67,8 @@ def open_job(
     try:
         facts = _introduce(session, settings, world.site or "", world.launcher, deadline_ns)
         placed = place(settings.topology, [fact.site for fact in facts])
+        if settings.nccl:
+            check_sites(placed)
         assembled = assemble(settings, facts, placed, session.rank, session, deadline_ns)
         try:
             calendar, timekeeper = _calendar(settings, placed, facts, session, deadline_ns, assembled)
@@ -154,7 +157,7 @@ def _introduce(session: Session, settings: Settings, site: str, launcher: str, d
         settings.slotting.value if settings.slotting else "", settings.congestion, site,
         settings.host or host_identity(),
         clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
-        f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}",
+        f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}", settings.nccl,
     )  # fmt: skip
     answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
     everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]

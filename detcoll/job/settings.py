@@ -45,9 +45,9 @@ VARIABLES = frozenset(
     PREFIX + name
     for name in (
         "ADVERTISE", "COMPARE", "CONGESTION", "DSCP", "HOST", "INSECURE", "IN_USER_NAMESPACE", "INTERFACE", "JOB",
-        "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOG", "MARKS", "PORTS", "PROXY", "RANK", "REALTIME", "RECORD", "RENDEZVOUS",
-        "RENDEZVOUS_FD", "REPORTS", "ROUTER", "SITE", "SITES", "SLOTTING", "TESTING_ORDER", "TESTING_WORLD", "TIMEOUT",
-        "TOLERANCE", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
+        "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOG", "MARKS", "NCCL", "PORTS", "PROXY", "RANK", "REALTIME", "RECORD",
+        "RENDEZVOUS", "RENDEZVOUS_FD", "REPORTS", "ROUTER", "SITE", "SITES", "SLOTTING", "TESTING_ORDER",
+        "TESTING_WORLD", "TIMEOUT", "TOLERANCE", "TOPOLOGY", "TRACE", "TRANSPORT", "WORLD_SIZE",
     )
 )  # fmt: skip
 """Every environment variable that detcoll, its launchers or its tests read."""
@@ -66,7 +66,8 @@ class Settings(msgspec.Struct, frozen=True):
     ``proxy`` : host:port of a SOCKS5 proxy through which the slotted transport reaches other sites; empty for none.
     ``tolerance_s`` : how long a connection may be silent or down before its peer counts as lost.  ``record`` : where
     flight records go, see `job.flight`.  ``host`` : what the user calls this host; empty where the system's
-    own identity serves. Ranks of different hosts do not share memory.
+    own identity serves. Ranks of different hosts do not share memory.  ``nccl`` : whether arrays on devices are reduced
+    inside the sites by NCCL.
     """
 
     transport: str
@@ -84,6 +85,7 @@ class Settings(msgspec.Struct, frozen=True):
     tolerance_s: float = LONGEST_CUT_S
     record: str | None = None
     host: str = ""
+    nccl: bool = False
 
     @property
     def options(self) -> dict[str, object]:
@@ -115,9 +117,10 @@ class Facts(msgspec.Struct, frozen=True):
     cores: tuple[int, ...]
     compare: bool = True
     job: str = ""
+    nccl: bool = False
 
 
-_MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion", "compare")
+_MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion", "compare", "nccl")
 
 
 def read_settings(
@@ -159,7 +162,17 @@ def read_settings(
         tolerance_s=read_tolerance_s(environ, timeout_s),
         record=environ.get("DETCOLL_RECORD"),
         host=environ.get("DETCOLL_HOST", ""),
+        nccl=_nccl(environ.get("DETCOLL_NCCL", ""), bool(reproducible)),
     )
+
+
+def _nccl(text: str, reproducible: bool) -> bool:
+    is_asked = parse_flag(text, "DETCOLL_NCCL", default=False)
+    if is_asked and reproducible:
+        raise UsageError(
+            f"DETCOLL_NCCL={text!r} with reproducible=True: NCCL adds in an order of its own; expected one of them"
+        )
+    return is_asked
 
 
 def read_tolerance_s(environ: Mapping[str, str], timeout_s: float) -> float:

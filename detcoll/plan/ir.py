@@ -16,7 +16,8 @@ the array's own type, ACCUMULATOR scratch in the type that folds use (float32 fo
 chunk-sized places that steps reuse in turn, so memory does not grow with the array.
 
 Where the caller's arrays lie on a device they are DEVICE_IN and DEVICE_OUT, and IN and OUT are memory of the host.
-FOLDs of one input copy between them; no other step touches a device (`detcoll.plan.staging`).
+FOLDs of one input copy between them; no other step touches a device (`detcoll.plan.staging`). Where the devices of a
+site reduce among themselves, FOLDs from a device to a device are what they do (`detcoll.plan.rails`).
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ class Plan:
 
     ``in_elems``, ``out_elems``, ``partial_elems``, ``accumulator_elems`` : how many elements the buffers hold.
     ``device_in``, ``device_out`` : whether the caller's input and output lie on a device.
+    ``mates`` : the other ranks whose devices reduce with this one's; none if devices do not reduce.
     """
 
     collective: Collective
@@ -200,6 +202,7 @@ class Plan:
     accumulator_elems: int = 0
     device_in: bool = False
     device_out: bool = False
+    mates: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -207,7 +210,7 @@ class Plan:
         hashed = hashlib.blake2b(digest_size=16)
         elems = (self.out_elems, self.in_elems, self.partial_elems, self.accumulator_elems)
         head = (self.collective, self.algorithm, self.rank, self.size, *elems, self.device_in, self.device_out)
-        hashed.update(repr(head).encode())
+        hashed.update(repr((*head, self.mates) if self.mates else head).encode())
         for part in (self.steps, self.after, self.inputs):
             hashed.update(np.ascontiguousarray(part).tobytes())
         return hashed.hexdigest()
@@ -241,11 +244,24 @@ class Plan:
         """The steps that copy between a device and the host."""
         if not (self.device_in or self.device_out):
             return frozenset()
+        from_device, to_device = self._on_devices
+        return frozenset(np.flatnonzero(from_device ^ to_device).tolist())
+
+    @cached_property
+    def onsite(self) -> frozenset[int]:
+        """The steps in which the devices of a site reduce or gather among themselves."""
+        if not self.mates:
+            return frozenset()
+        from_device, to_device = self._on_devices
+        return frozenset(np.flatnonzero(from_device & to_device).tolist())
+
+    @property
+    def _on_devices(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """For each step, whether it is a FOLD of one input that is on a device, and whether it writes to a device."""
         firsts = np.diff(self.steps["inputs_end"], prepend=0) == 1
-        to_host = np.zeros(len(self.steps), bool)
-        to_host[firsts] = np.isin(self.inputs["buffer"][self.steps["inputs_end"][firsts] - 1], _DEVICES)
-        to_device = np.isin(self.steps["buffer"], _DEVICES)
-        return frozenset(np.flatnonzero(to_host | to_device).tolist())
+        from_device = np.zeros(len(self.steps), bool)
+        from_device[firsts] = np.isin(self.inputs["buffer"][self.steps["inputs_end"][firsts] - 1], _DEVICES)
+        return from_device, np.isin(self.steps["buffer"], _DEVICES)
 
     @cached_property
     def followers(self) -> list[list[int]]:
@@ -261,8 +277,8 @@ class Plan:
 
     @cached_property
     def peers(self) -> frozenset[int]:
-        """The ranks that this part sends to or receives from."""
-        return frozenset(np.unique(self.steps["peer"][self.steps["kind"] != Kind.FOLD]).tolist())
+        """The ranks that this part sends to, receives from, or reduces with on devices."""
+        return frozenset(np.unique(self.steps["peer"][self.steps["kind"] != Kind.FOLD]).tolist()).union(self.mates)
 
     @cached_property
     def _input_rows(self) -> list[tuple[int, int]]:

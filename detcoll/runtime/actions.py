@@ -40,3 +40,5 @@ class Act(IntEnum):
     """verb of `detcoll.runtime.messages`, and its fields: something about send and recv."""
     STOP = 15
     """group, error: end its native collectives, since the group has failed."""
+    ONSITE = 16
+    """operation, step: let the site's devices do it; all ranks of the site have confirmed the call."""

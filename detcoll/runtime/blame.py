@@ -108,7 +108,7 @@ def look_into(
     live_ns = max((inquiry.asked_ns - answer.idle_ns for answer in waiting), default=operation.live_ns)
     if live_ns + operation.timeout_ns > now_ns:
         progressed(operation, live_ns)
-    elif inquiry.is_last:
+    elif inquiry.is_last or not inquiry.answers:  # whoever waits for no rank waits for its device, and knows it first
         return [], DeadlineMissed(_late(rank, operation, queued))
     else:
         inquiry.hears = True
@@ -187,8 +187,17 @@ def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
     whose = "a rank that waits for this one" if operation.is_hurried else "the call"
     return (
         f"rank {rank}: {operation.title} was not finished after {operation.timeout_ns / 1e9:g} s "
-        f"without progress (the timeout of {whose}); it waits for {peers or 'no other rank'}"
+        f"without progress (the timeout of {whose}); it waits for {peers or _devices(operation) or 'no other rank'}"
     )
+
+
+def _devices(operation: Operation) -> str:
+    """Return for which devices a call waits."""
+    under_way, plan = operation.machine.under_way, operation.plan
+    if not under_way & plan.onsite:
+        return "its device" if under_way & plan.copies else ""
+    named = ", ".join(f"rank {rank}" for rank in sorted(operation.mates)[:MOST_NAMED])
+    return f"NCCL in its site, with {named}, and what callers queued on their devices"
 
 
 def _awaited(count: int) -> str:

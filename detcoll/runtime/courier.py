@@ -75,6 +75,8 @@ class Courier:
         self._endpoint_of, self._pool = routes.endpoint_of, ScratchPool()
         self.endings, self.peers_may_leave = Endings(), False
         self.copying: Copying | None = None
+        self.note: Callable[[Callable[[int], None]], None] | None = None
+        """Lets the progress thread call something soon; of its loop."""
         self._postman = Postman(
             engine, self._post_recv, self._post_send, self._settle, self._note_send, self._lose, self._copy_message,
             MAIL,
@@ -82,7 +84,7 @@ class Courier:
         self._carry: tuple[Callable[..., object], ...] = (
             self._open, self._recv, self._send, self._hello, self._await_hello, self._copy, self._finish,
             self._close_call, self._listen, self._tell, announce, self._discard, record, self._lift, self._postman.act,
-            stop_natives,
+            stop_natives, self._onsite,
         )  # fmt: skip
 
     # Actions.
@@ -209,6 +211,15 @@ class Courier:
 
     def _copy(self, operation: Operation, step: int) -> None:
         operation.memory.keep(step)
+
+    def _onsite(self, operation: Operation, step: int) -> None:
+        note, engine = self.note, self._engine
+        if operation.over:
+            return
+        assert note is not None
+        operation.memory.onsite.begin(
+            step == 0, lambda: note(lambda now_ns: engine.worked(operation, step, now_ns))
+        )  # fmt: skip
 
     def _copy_message(self, transfer: Transfer) -> None:
         assert self.copying is not None
@@ -368,5 +379,6 @@ class Courier:
         if self._trace.recording:
             plan, group = operation.plan, operation.group
             collective = plan.collective
-            call = Call(operation.descriptor.kind, collective.nbytes, plan.algorithm, collective, group.number)
+            predicted = None if plan.mates else collective  # what devices take is not known
+            call = Call(operation.descriptor.kind, collective.nbytes, plan.algorithm, predicted, group.number)
             self._trace.note_collective(operation.sequence, call, operation.called_ns, time.monotonic_ns())

@@ -143,6 +143,10 @@ class Engine:
         membership.natives = natives
         return membership.refused
 
+    def bind(self, group: Group) -> None:
+        """Let a call that one rank refuses end the group: the site's devices count calls, so none may be left out."""
+        self.groups[group.id].is_bound = True
+
     def leave(self, group: Group) -> None:
         """Remove a group. Its calls that have not finished end as Closed."""
         membership = self.groups.pop(group.id, None)
@@ -299,10 +303,19 @@ class Engine:
                 self.actions.append((POST, operation, step))
             elif kind == SEND and not self._lines_cost and operation.peer(step) in self.wide:
                 self._send(operation, step, now_ns)
+            elif step in operation.plan.onsite:
+                operation.onsite.append(step)
+                self._let_devices(operation)
             else:
                 if not membership.work:
                     self._ready.append(membership)
                 heapq.heappush(membership.work, (operation.order, step, operation))
+
+    def _let_devices(self, operation: Operation) -> None:
+        """Let the site's devices do what they may: their library would hang, or worse, where ranks call differently."""
+        if operation.onsite and not operation.strangers & operation.mates:
+            self.actions.extend((Act.ONSITE, operation, step) for step in operation.onsite)
+            operation.onsite.clear()
 
     def next_work(self) -> tuple[Operation, int] | None:
         """Return a fold or a send to be done now, or None; groups take turns."""
@@ -458,6 +471,7 @@ class Engine:
         operation.strangers.discard(peer)
         self._may_retire = True
         self.credit.has_called(operation, peer)
+        self._let_devices(operation)
         for step in operation.unsent.pop(peer, ()):
             self._send(operation, step, now_ns)
         held, operation.held = operation.held, []

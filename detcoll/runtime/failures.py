@@ -79,6 +79,10 @@ class Failures:
             return
         membership.made(sequence)
         self._recorder.note(now_ns, "refuse", group.number, sequence)
+        if membership.is_bound:
+            self.end_group(membership, error, now_ns)
+            membership.told = True  # the caller is about to raise it
+            return
         if membership.refused.pop(sequence, None) is None and membership.failure is None:
             self._discard_call(membership, sequence)
             self._spread(membership, Cause.of(group.id, sequence, error, self._rank), self._rank)
@@ -87,6 +91,9 @@ class Failures:
         """End a call that cannot begin here, such as one whose array cannot be read, on all members."""
         membership = self._groups.get(operation.group.id)
         if membership is None or operation.over or operation.reported:
+            return
+        if membership.is_bound:
+            self.end_group(membership, error, now_ns)
             return
         self._spread(membership, Cause.of(membership.group.id, operation.sequence, error, self._rank), self._rank)
         self.end_call(membership, operation, error, now_ns)

@@ -99,7 +99,7 @@ class Loop:
             engine, routes, trace, rest.announce, on_failure, self._room.release, stop_natives
         )  # fmt: skip
         self._copying = Copying(self._copies_begin, self._copied, self._device_failed)
-        self._courier.copying = self._copying
+        self._courier.copying, self._courier.note = self._copying, self.note
         self._failure: Exception | None = None
         self._closing = self._stopping = self._asleep = False
         self._awaited_idle: list[tuple[Membership, threading.Event]] = []
@@ -146,6 +146,12 @@ class Loop:
         with self._lock:
             self._check_open()
             self._posted.append(action)
+        if self._asleep:
+            self._wake()
+
+    def note(self, action: Callable[[int], None]) -> None:
+        """Do as `post`, also while closing; nothing happens once the thread has ended."""
+        self._posted.append(action)
         if self._asleep:
             self._wake()
 

@@ -48,6 +48,7 @@ class Membership:
     ``told`` : whether the failure was raised to a caller.  ``mail`` : sends and receives.  ``natives`` : the calls that
     a transport does, None if all are planned.  ``numbers`` : of the latest calls that were planned or refused here,
     kept where others are native.  ``doubts`` : what may end the group because of its native calls.
+    ``is_bound`` : whether a call that one rank refuses ends the group.
     """
 
     group: Group
@@ -66,6 +67,7 @@ class Membership:
     natives: NativeCalls | None = None
     numbers: deque[int] = field(default_factory=lambda: deque(maxlen=LARGEST_KEPT_NUMBERS))
     doubts: list[Doubt] = field(default_factory=list)
+    is_bound: bool = False
 
     def made(self, sequence: int) -> None:
         """Take note that a call of this number was planned or refused here."""

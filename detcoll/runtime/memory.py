@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from detcoll.fold import fold_step
 from detcoll.plan.ir import Buffer, Plan
 from detcoll.runtime.devices import DeviceCopy, Devices
+from detcoll.runtime.onsite import OnSiteCall
 from detcoll.runtime.work import Work
 from detcoll.transport import Ticket, byte_view
 from detcoll.types import ReduceOp, accumulation_dtype
@@ -44,6 +45,7 @@ class Memory:
     ``hello`` : the record that ranks compare; empty if each rank is told another.
     ``load``, ``store`` : copy between a staging array and the caller's memory; None where there is none.
     ``devices`` : where the caller's arrays are, if the plan copies from and to devices.
+    ``onsite`` : the call as the site's devices see it, if they reduce.
     """
 
     array: NDArray[Any]
@@ -54,6 +56,7 @@ class Memory:
     store: Callable[[], None] | None = None
     source: NDArray[Any] | None = None
     devices: Devices | None = None
+    onsite: OnSiteCall | None = None
     lent: dict[int, Ticket] = field(default_factory=dict)
     copies: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     """What was lent and had to be copied, by RECV step."""
@@ -88,7 +91,7 @@ class Memory:
         self._buffers.clear()
         self._scratch.clear()
         # The error of the call, which is kept, may refer to the call by its traceback.
-        self.array, self.source, self.devices = np.empty(0, self.array.dtype), None, None
+        self.array, self.source, self.devices, self.onsite = np.empty(0, self.array.dtype), None, None, None
 
     @property
     def accumulator_dtype(self) -> np.dtype[Any]:

@@ -76,6 +76,8 @@ class Operation:
     """Ranks that have not confirmed this call yet; messages from them are held back."""
     held: list[int] = field(default_factory=list)
     """RECV steps whose message has arrived although its sender has not confirmed the call."""
+    onsite: list[int] = field(default_factory=list)
+    """Steps of the site's devices that wait until all ranks of the site have confirmed the call."""
     settled: set[int] = field(default_factory=set)
     """RECV steps that have not ended but will get no message: the receive failed, or was never posted."""
     wrong: dict[int, Exception] = field(default_factory=dict)
@@ -119,6 +121,11 @@ class Operation:
         if self.plan.collective.out_counts:
             return set(ranks) - {ranks[self.plan.rank]}
         return {ranks[peer] for peer in self.plan.peers}
+
+    @property
+    def mates(self) -> set[int]:
+        """The ranks of the job whose devices reduce with this one's."""
+        return {self.group.ranks[mate] for mate in self.plan.mates}
 
     def described_to(self, peer: int) -> Descriptor:
         """Return the descriptor as it is told to ``peer``, a rank of the job."""
