@@ -1,7 +1,7 @@
-"""All-reduces that NCCL does inside the sites, on a real device: ``nccl_ranks.py CONTAINER CASES|ddp`` on every rank.
+"""All-reduces that NCCL does inside sites, on a device: ``nccl_ranks.py CONTAINER CASES [costs] [ddp]`` on each rank.
 
-All ranks share one device; NCCL lets them, since each says that it is another host. Rank r says how many calls were
-right, or what a training ends with, as a line of JSON.
+All ranks share one device; NCCL lets them, since each says that it is another host. Each rank says what was right as
+lines of JSON.
 """
 
 import os
@@ -136,8 +136,8 @@ def costs(comm: Any, library: Torch | Cupy) -> None:
     say({"ms": times, "MiB of the device for all ranks": used, "pinned MiB": comm.counters()["pinned_bytes"] / 2**20})
 
 
-def ddp() -> None:
-    """Train with DDP, in several buckets; say the digest of the parameters."""
+def trained() -> str:
+    """Train with DDP, in several buckets; return the digest of the parameters."""
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -147,24 +147,31 @@ def ddp() -> None:
     dist.init_process_group("detcoll")
     rank = dist.get_rank()
     model = nn.Sequential(*[nn.Linear(301, 301) for _ in range(6)]).cuda()
-    trained = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.5)
-    optimizer = torch.optim.SGD(trained.parameters(), 0.01)
+    parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.5)
+    optimizer = torch.optim.SGD(parallel.parameters(), 0.01)
     for step in range(6):
         x = torch.full((17, 301), 0.01 * (rank + step + 1), device="cuda")
         optimizer.zero_grad()
-        trained(x).square().mean().backward()
+        parallel(x).square().mean().backward()
         optimizer.step()
     held = b"".join(each.detach().cpu().numpy().tobytes() for each in model.parameters())
     dist.destroy_process_group()
-    say(hashlib.sha256(held).hexdigest())
+    return hashlib.sha256(held).hexdigest()
+
+
+def main(container: str, cases: int, *more: str) -> None:
+    library, comm = Torch() if container == "torch" else Cupy(), detcoll.init()
+    drawn(comm, cases, library)
+    if "costs" in more:
+        costs(comm, library)
+    detcoll.finalize()
+    if "ddp" in more:
+        digests = []
+        for is_on in "10":
+            os.environ["DETCOLL_NCCL"] = is_on
+            digests.append(trained())
+        say("DDP has the same bits with NCCL and without" if len(set(digests)) == 1 else digests)
 
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-if sys.argv[2] == "ddp":
-    ddp()
-else:
-    chosen, world = Torch() if sys.argv[1] == "torch" else Cupy(), detcoll.init()
-    drawn(world, int(sys.argv[2]), chosen)
-    if len(sys.argv) > 3:
-        costs(world, chosen)
-    detcoll.finalize()
+main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
