@@ -12,33 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Ended, environment, free_port
+from forked import launch_forked
+from jobs import environment, free_port
 from ranks import PROGRAMS, launch
 
 pytest.importorskip("torch")
 
 pytestmark = pytest.mark.timeout(200)
 GUARD_S = 100.0
-
-
-def alone(size: int, program: str, *arguments: object) -> Ended:
-    """Run ranks as processes that nobody ends when one of them does."""
-    port, plain = free_port(), {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAMS / program), *map(str, arguments)],
-            env=environment(plain | {"RANK": str(rank), "MASTER_PORT": str(port)}),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=GUARD_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    return Ended(max(codes), "".join(out for out, _ in outputs), "".join(err for _, err in outputs))
 
 
 def test_groups_begin_work_and_end(tmp_path: Path) -> None:
@@ -54,7 +35,7 @@ def test_groups_begin_work_and_end(tmp_path: Path) -> None:
 
 
 def test_callbacks_make_collectives_in_an_order_of_their_own() -> None:
-    ended = launch(3, "torch_callbacks.py", 12, timeout_s=GUARD_S)
+    ended = launch_forked(3, "torch_callbacks.py", 12, timeout_s=GUARD_S)
     assert ended.said == {rank: ["done"] for rank in range(3)}, ended.err
 
 
@@ -66,7 +47,7 @@ def test_ddp_trains_as_over_gloo_under_torchrun() -> None:
 
 
 def test_ddp_gives_one_clusters_bits_across_sites_of_the_same_grouping() -> None:
-    ended = launch(3, "torch_training.py", "grouped", environ={"OMP_NUM_THREADS": "1"}, timeout_s=GUARD_S)
+    ended = launch_forked(3, "torch_training.py", "grouped", environ={"OMP_NUM_THREADS": "1"}, timeout_s=GUARD_S)
     assert ended.code == 0, ended.err
     told = ended.said[0]
     assert len(told) == 3, "every rank tells"
@@ -88,8 +69,8 @@ def both_called(heard: Any, rank: int, odd: int) -> str:
 
 
 def test_calls_that_differ_end_on_every_rank() -> None:
-    ended = launch(3, "torch_groups.py", "mismatches", timeout_s=GUARD_S)
-    assert sorted(ended.said) == [0, 1, 2], ended.err
+    ended = launch_forked(3, "torch_groups.py", "mismatches", timeout_s=GUARD_S)
+    assert (ended.code, sorted(ended.said)) == (0, [0, 1, 2]), ended.err
     expected = {
         "kind": ("all_reduce", "broadcast"), "size": ("of 4", "of 5"),
         "shape": ("shape (2, 3), sum", "shape (3, 2), sum"), "shapes": ("shape (4,) (6, 1)", "shape (4,) (1, 6)"),
@@ -113,7 +94,7 @@ def test_calls_that_differ_end_on_every_rank() -> None:
 
 
 def test_survivors_name_a_killed_rank() -> None:
-    ended = alone(3, "torch_groups.py", "lost")
+    ended = launch_forked(3, "torch_groups.py", "lost", timeout_s=GUARD_S)
     assert sorted(ended.said) == [0, 1], ended.err
     for [heard] in ended.said.values():
         for name, (kind, text) in heard.items():

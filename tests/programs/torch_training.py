@@ -37,6 +37,13 @@ class Net(torch.nn.Module):
 def losses(backend: str) -> list[float]:
     """Return the losses of some training, with all that DDP does."""
     rank, _ = begin(backend)
+    found = everything(rank)  # DDP ends before its group, see `steps`
+    dist.destroy_process_group()
+    return found
+
+
+def everything(rank: int) -> list[float]:
+    """Return what `losses` does."""
     found = []
     for options in OPTIONS:
         torch.manual_seed(3)
@@ -62,7 +69,6 @@ def losses(backend: str) -> list[float]:
             plain(torch.ones(2, 4)).sum().backward()
     total = torch.cat([each.grad.reshape(-1) for each in plain.parameters()]).sum()
     found.append(float(total))
-    dist.destroy_process_group()
     return found
 
 
@@ -93,6 +99,18 @@ def grouped() -> None:
 def trained(backend: str, **options: Any) -> tuple[str, list[float], str]:
     """Return the bits of the weights after some steps of DDP, the loss of each step, and the transport."""
     rank, _ = begin(backend, **options)
+    weights, losses = steps(rank)
+    transport = communicator().transport if backend == "detcoll" else backend
+    dist.destroy_process_group()
+    return weights, losses, transport
+
+
+def steps(rank: int) -> tuple[str, list[float]]:
+    """Return what `trained` does of weights and losses.
+
+    DDP ends with this function, before its group is destroyed. Else it is DDP that frees the group, which for Gloo
+    joins threads that may wait for the lock of Python, and that is held meanwhile.
+    """
     torch.manual_seed(3)
     model = DistributedDataParallel(Net(), bucket_cap_mb=0.001)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -105,9 +123,7 @@ def trained(backend: str, **options: Any) -> tuple[str, list[float], str]:
         optimizer.step()
         losses.append(loss.item())
     weights = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
-    transport = communicator().transport if backend == "detcoll" else backend
-    dist.destroy_process_group()
-    return weights.numpy().tobytes().hex(), losses, transport
+    return weights.numpy().tobytes().hex(), losses
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["grouped"]:

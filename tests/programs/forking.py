@@ -1,0 +1,96 @@
+"""Runs programs of torch on ranks that are forked from this process, which has imported torch; see `forked.py` above.
+
+Reads one request a line, and answers with one line: the exit code of each rank, negative for a signal.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from suite_ranks import end_with_parent
+
+from detcoll.launch.environment import rank_environments
+
+IMPORTED = ("torch._dynamo", "torch.nn.parallel", "detcoll.torch.process_group", "detcoll_shm", "zmq")
+"""What each rank would import for itself; torch imports the first with an optimizer and with DDP."""
+GRACE_S = 30.0
+"""What other ranks get to end by themselves once one has failed."""
+
+Request = Mapping[str, Any]
+
+
+def fork(request: Request) -> list[int] | None:
+    """Fork all ranks and return their pids; in a rank, be that rank and return None."""
+    with socket.create_server(("127.0.0.1", 0)) as meeting:
+        environments = rank_environments(request["size"], request["environ"], meeting)
+        pids = []
+        for rank, environ in enumerate(environments):
+            pids.append(os.fork())
+            if not pids[-1]:
+                become(environ, request)
+                if rank == 0:
+                    meeting.detach()  # it adopts the descriptor
+                return None
+    return pids
+
+
+def become(environ: Mapping[str, str], request: Request) -> None:
+    """Let this process look like one that was started with this environment and these arguments."""
+    end_with_parent()
+    for number, path in enumerate((os.devnull, request["out"], request["err"])):
+        opened = os.open(path, os.O_RDWR | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv = [request["program"], *request["arguments"]]
+
+
+def follow(pids: list[int], deadline_s: float) -> list[int]:
+    """Wait until all ranks have ended; kill those that are there at the deadline, or long after another has failed."""
+    until_s = time.monotonic() + deadline_s
+    codes: dict[int, int] = {}
+    handles = {os.pidfd_open(pid): pid for pid in pids}
+    while handles:
+        ended = select.select(list(handles), [], [], max(0.0, until_s - time.monotonic()))[0]
+        for handle in ended or list(handles):
+            pid = handles.pop(handle)
+            os.close(handle)
+            if not ended:
+                os.kill(pid, signal.SIGKILL)
+            codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if codes[pid]:
+                until_s = min(until_s, time.monotonic() + GRACE_S)
+    return [codes[pid] for pid in pids]
+
+
+def serve() -> bool:
+    """Serve requests until the input ends; returns True where this process has become a rank."""
+    end_with_parent()
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        pids = fork(request)
+        if pids is None:
+            return True
+        print(json.dumps(follow(pids, request["deadline_s"])), flush=True)
+    return False
+
+
+if __name__ == "__main__" and serve():  # the program is at the top of a rank, as if Python had started it
+    with open(sys.argv[0], encoding="utf-8") as source:
+        __file__ = sys.argv[0]
+        program = compile(source.read(), __file__, "exec", dont_inherit=True)
+    exec(program)
