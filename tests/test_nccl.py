@@ -17,6 +17,7 @@ from detcoll.device.nccl import TYPES
 from detcoll.errors import (
     DeadlineMissed,
     DetcollError,
+    PeerLost,
     PlanMismatch,
     TransportError,
     TransportUnavailable,
@@ -256,9 +257,18 @@ def hold_lane(comm: Communicator, number: int) -> None:
 
 
 @pytest.mark.parametrize("place", ["one site", "two sites"])
-def test_a_rank_that_leaves_is_named_by_all(nccl: FakeNccl, device: StrictDevice, place: str) -> None:
+@pytest.mark.parametrize("is_lost", [False, True], ids=["leaves", "is lost"])
+def test_a_rank_that_goes_is_named_by_all(nccl: FakeNccl, device: StrictDevice, place: str, is_lost: bool) -> None:
     transport, topology, size = PLACES[place]
     device.seeded(11)
+
+    def lose(comm: Communicator) -> None:
+        """Do as a rank does that hears from the rendezvous that rank 1 is gone."""
+        failures = comm._job.loop.engine.failures
+        until(lambda: is_under_way(nccl, size))
+        if topology is None:
+            assert "waits for NCCL in its site, with rank" in str(comm._job.describe())  # as flight records tell it
+        comm._job.loop.post(lambda now_ns: failures.rank_lost(1, "rank 1 is gone", now_ns, is_known=True))
 
     def program(comm: Communicator) -> str:
         comm.all_reduce(ones(device, comm))
@@ -266,18 +276,28 @@ def test_a_rank_that_leaves_is_named_by_all(nccl: FakeNccl, device: StrictDevice
         clique = comm._caller._rails.onsite._lanes[0].clique
         if comm.rank == 1:
             hold_stream(device, x)
-            comm.all_reduce(x, async_op=True)
-            until(lambda: nccl.calls.count("all_reduce" if topology is None else "reduce_scatter") == 2 * size - 1)
+            work = comm.all_reduce(x, async_op=True)
+            until(lambda: is_under_way(nccl, size))
+            if is_lost:
+                work.exception(20)
             raise ZeroDivisionError("rank 1 leaves")
-        with pytest.raises(TransportError) as caught:
-            comm.all_reduce(x)
+        work = comm.all_reduce(x, async_op=True)
+        if is_lost:
+            lose(comm)
+        error = work.exception(20)
+        assert isinstance(error, PeerLost if is_lost else TransportError)
         if comm.rank < len(comm.topology.sites[0].ranks):
             assert clique.is_aborted, "its caller heard of the end before NCCL had let its array go"
-        return str(caught.value)
+        return str(error)
 
     answers = attempt(size, program, transport=transport, topology=topology, environ=NCCL)
     assert isinstance(answers.pop(1), ZeroDivisionError)
-    assert all("rank 1 leaves" in str(answer) for answer in answers), answers
+    assert all(f"rank 1 {'is gone' if is_lost else 'gave up: '}" in str(answer) for answer in answers), answers
+
+
+def is_under_way(nccl: FakeNccl, size: int) -> bool:
+    """Tell whether all ranks but one have begun to reduce for the second time."""
+    return sum(nccl.calls.count(call) for call in ("all_reduce", "reduce_scatter")) == 2 * size - 1
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,13 @@ def answered(operation: Operation, peer: int, told: Answer, now_ns: int) -> None
 
 
 def awaited(operation: Operation) -> dict[int, int]:
-    """Return by rank how many messages a call waits for; ranks that have not confirmed the call come first."""
-    ranks = operation.group.ranks
-    counts = {ranks[peer]: count for peer, count in sorted(operation.machine.waiting_for().items())}
+    """Return by rank how many messages a call waits for; ranks that have not confirmed the call come first.
+
+    While devices reduce, no message is waited for: what has been posted comes afterwards.
+    """
+    ranks, machine = operation.group.ranks, operation.machine
+    messages = {} if machine.under_way & operation.plan.onsite else machine.waiting_for()
+    counts = {ranks[peer]: count for peer, count in sorted(messages.items())}
     return {peer: counts.get(peer, 0) for peer in sorted(operation.strangers)} | counts
 
 
@@ -187,11 +191,11 @@ def _late(rank: int, operation: Operation, to_blame: list[int]) -> str:
     whose = "a rank that waits for this one" if operation.is_hurried else "the call"
     return (
         f"rank {rank}: {operation.title} was not finished after {operation.timeout_ns / 1e9:g} s "
-        f"without progress (the timeout of {whose}); it waits for {peers or _devices(operation) or 'no other rank'}"
+        f"without progress (the timeout of {whose}); it waits for {peers or devices(operation) or 'no other rank'}"
     )
 
 
-def _devices(operation: Operation) -> str:
+def devices(operation: Operation) -> str:
     """Return for which devices a call waits."""
     under_way, plan = operation.machine.under_way, operation.plan
     if not under_way & plan.onsite:

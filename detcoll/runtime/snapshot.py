@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
+from detcoll.runtime import blame
 from detcoll.runtime.engine import Engine
 from detcoll.runtime.group import WORLD_ID
 from detcoll.runtime.membership import Membership
@@ -56,13 +57,14 @@ def _of_group(membership: Membership, rank: int) -> dict[str, Any]:
 
 
 def _of_call(operation: Operation) -> dict[str, Any]:
-    ranks = operation.group.ranks
     strangers = sorted(operation.strangers)
-    waits = strangers or sorted(ranks[peer] for peer in operation.machine.waiting_for())
+    waits = strangers or sorted(blame.awaited(operation))
     if strangers:
         state = f"has not heard that {_ranks(strangers)} called it"
     elif waits:
         state = f"waits for messages from or to {_ranks(waits)}"
+    elif devices := blame.devices(operation):
+        state = f"waits for {devices}"
     else:
         state = "folds and copies"
     return {
