@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -217,6 +218,20 @@ def test_calls_on_the_same_memory_are_carried_out_in_order(nccl: FakeNccl, devic
         assert (device.peek(x) == 4 * 10**4).all()
 
     run_ranks(4, program, transport="shm", topology=grouped(2, 2), environ=NCCL)
+
+
+def test_an_array_that_its_caller_drops_lives_as_long_as_the_call(nccl: FakeNccl, device: StrictDevice) -> None:
+    device.seeded(16)
+
+    def program(comm: Communicator) -> None:
+        works = [comm.all_reduce(ones(device, comm), async_op=True) for _ in range(4)]
+        gc.collect()
+        for work in works:
+            work.wait(20)  # the double notices memory that is used when it was freed
+
+    run_ranks(4, program, transport="tcp", topology=grouped(2, 2), environ=NCCL)
+    gc.collect()
+    assert device._memory._freed == set(device._memory._pieces), "memory is kept after the calls"
 
 
 @pytest.mark.parametrize("step", ["reduces", "gathers"])
