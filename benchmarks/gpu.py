@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -59,6 +60,8 @@ from detcoll.topology import Topology
 SCHEMA = "detcoll.gpu/1"
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_S, FACTS_S = 360.0, 60.0
+LARGEST_WORKERS = 4
+"""How many tests run at once, where there are enough processors."""
 PATIENCE = 5
 """On the double nothing is measured, so all may take so many times as long: a machine that runs tests may be busy."""
 KIB, MIB = 2**10, 2**20
@@ -123,6 +126,9 @@ def run_tests(call: Call) -> list[Line]:
     report, log = call.folder / "report.xml", call.folder / "pytest.log"
     what = "tests/test_bench_device.py" if call.is_dry else "tests"
     argv = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", what]
+    workers = min(LARGEST_WORKERS, (os.cpu_count() or 1) // 4)  # each test has a few ranks
+    if workers > 1 and find_spec("xdist"):
+        argv += ["-n", str(workers), "-p", "no:benchmark"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     with log.open("wb") as out:
         ran = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True)
