@@ -322,6 +322,14 @@ def test_what_each_network_costs_an_iteration_is_told() -> None:
     ]
     [quick] = network_costs([CLUSTER, replace(slotted, iteration_s=Summary(0.09, 0.09, 0.09, (0.09,)))])
     assert quick.endswith("the lines cost it nothing")
+    near = replace(CLUSTER, sync_s=Summary(0.001, 0.001, 0.001, (0.001,)))
+    for sync_s, cost in (
+        (0.014, "the lines cost it 25 ms, 20.0% of its time"),
+        (0.011, "25 ms more, 20.0% of its time; 10 ms of that is waiting for the lines, the rest computing"),
+        (0.0005, "25 ms more, 20.0% of its time; none of that is waiting for the lines, the rest computing"),
+    ):
+        [cost_told] = network_costs([near, replace(slotted, sync_s=Summary(sync_s, sync_s, sync_s, (sync_s,)))])
+        assert cost_told.endswith(f"across sites: {cost}")
     assert network_costs([CLUSTER, replace(slotted, without="overlap")]) == network_costs([slotted]) == []
 
 

@@ -300,6 +300,21 @@ def test_batches_of_an_iteration_are_averaged_and_reduced_once(
     np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-6)
 
 
+def test_a_backward_pass_of_several_batches_begins_with_the_first(digits_file: str) -> None:
+    def begins_first(comm: Any, batches: int) -> bool:
+        digits = Digits(comm, WorkloadSpec("digits", 256 * KiB, data_path=digits_file, batches=batches))
+        ahead, times_ns = digits._ahead, []
+
+        def noted(batch: int) -> Any:
+            times_ns.append(time.monotonic_ns())
+            return ahead(batch)
+
+        digits._ahead = noted  # type: ignore[method-assign]
+        return digits.iterate(0).backward_begin_ns <= times_ns[0]
+
+    assert on_crew(1, lambda comm: [begins_first(comm, batches) for batches in (1, 3)]) == [[False, True]]
+
+
 def test_digits_depend_on_what_was_reduced(digits_file: str, tmp_path: Path) -> None:
     spec = WorkloadSpec("digits", bucket_bytes=256 * KiB, data_path=digits_file)
 

@@ -137,6 +137,8 @@ def measure(
     device
         Where the workload's arrays are and its arithmetic is done: cpu (the default), or cuda (by torch, or else by
         CuPy; ranks use the CUDA devices of this machine in turn, and share them). A script chooses its own.
+        The digits are too small for a GPU, which mostly waits for Python: for an efficiency, give --workload synthetic
+        and your compute time.
     deadline
         How long one setting may take in one round.
     relay

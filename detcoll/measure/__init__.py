@@ -11,7 +11,8 @@ to. Figures, all from the hosts' own clock:
 - Efficiency: median iteration time in the single cluster / median iteration time in this setting; its spread is the
   same median over this setting's p99 and p01.
 - Wire busy fraction: bytes that the busiest site sent into the wide area while iterations were measured, at the line's
-  payload rate, as a share of the time that the backward passes took; 1 at most. A high efficiency at a small fraction
+  payload rate, as a share of the time that the backward passes took; 1 at most. Where an iteration has several
+  batches, the time of all of them counts. A high efficiency at a small fraction
   says little, since the line had nothing to do.
 - Retransmits: TCP segments sent again, as the kernel of each site counted them.
 - Networks: each transport is measured on every service (best effort, deterministic) with every share of others'

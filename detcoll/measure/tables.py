@@ -113,15 +113,28 @@ def network_costs(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if run.is_wide and run.transport == SLOTTED and run.without is None:
             across_s = run.iteration_s.median
-            more_s = across_s - inside_s
-            cost = f"cost it {_time(more_s)}, {more_s / across_s:.1%} of its time" if more_s > 0 else "cost it nothing"
             parts = " and ".join(dict.fromkeys(f"the {_PARTS[limit.by]}" for limit in run.limits or ()))
             limited = f" (limited by {parts})" if parts else ""
             found.append(
                 f"an iteration takes {_time(inside_s)} in one cluster and {_time(across_s)} across sites"
-                f"{_where(run)}: the lines {cost}{limited}"
+                f"{_where(run)}: {_cost(single, run)}{limited}"
             )
     return found
+
+
+def _cost(single: Run, run: Run) -> str:
+    """Return what an iteration of ``run`` takes beyond one of the single cluster: for the lines, or for computing."""
+    across_s = run.iteration_s.median
+    more_s = across_s - single.iteration_s.median
+    if more_s <= 0:
+        return "the lines cost it nothing"
+    share = f"{more_s / across_s:.1%} of its time"
+    if single.sync_s is not None and run.sync_s is not None:
+        waiting_s = run.sync_s.median - single.sync_s.median
+        if waiting_s < more_s / 2:
+            waiting = f"{_time(waiting_s)} of that" if waiting_s > 0 else "none of that"
+            return f"{_time(more_s)} more, {share}; {waiting} is waiting for the lines, the rest computing"
+    return f"the lines cost it {_time(more_s)}, {share}"
 
 
 def _where(run: Run) -> str:

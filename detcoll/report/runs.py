@@ -242,7 +242,7 @@ def _run_table(result: ReportedResult) -> Element:
         "Limited by: where it is the machine (router, processors) or the baseline, the efficiency says little of the "
         "lines. "
         "Waiting: from the end of the backward pass to the reduced gradient. Line busy: the share of the backward pass "
-        "in which the line carried data. Resent: TCP segments. Digest: of the trained parameters."
+        "that the line needs for what was sent. Resent: TCP segments. Digest: of the trained parameters."
     )
     shown = table("Medians of each run", headings, rows, names=1 + len(network)) if rows else None
     return section("All figures of training", told, shown, notes(remarks(result)))

@@ -155,15 +155,15 @@ class Digits:
         return activations
 
     def _gradient_of(self, index: int) -> tuple[Any, int, int, int]:
-        """Leave the averaged gradient of iteration ``index``; return the loss and the marks of the last batch."""
-        first, loss = index * self._batches, 0.0
+        """Leave the averaged gradient of iteration ``index``; return the loss and the marks of its backward pass."""
+        first, loss, began_ns = index * self._batches, 0.0, time.monotonic_ns()
         for batch in range(first, first + self._batches - 1):
             activations, delta, own = self._ahead(batch)
             self._back(activations, delta, lambda depth: None)
             loss += own
             self._earlier[:] = self._gradient if batch == first else self._earlier + self._gradient
         activations, delta, own = self._ahead(first + self._batches - 1)
-        begin_ns = time.monotonic_ns()
+        begin_ns = began_ns if self._batches > 1 else time.monotonic_ns()
         self._back(activations, delta, self._layer_done)
         self._arrays.settle()
         backward_end_ns = time.monotonic_ns()

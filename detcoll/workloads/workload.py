@@ -35,6 +35,7 @@ class WorkloadSpec:
 class Stamps:
     """When one iteration passed its marks, in nanoseconds of the host's monotonic clock.
 
+    Of several batches, the backward pass begins with all that is computed of the first.
     ``reduced_ns`` is when this rank had the whole reduced gradient, ``end_ns`` when it had applied it.
     """
 
