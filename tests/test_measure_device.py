@@ -137,6 +137,18 @@ def test_a_missing_device_is_told_before_anything_starts(
     assert "device='cuda' needs torch or CuPy with a CUDA device: torch is not installed; CuPy is not" in told
 
 
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_a_library_that_cannot_be_imported_is_told(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise OSError(f"{name} needs libcudart.so")
+
+    monkeypatch.setattr(arrays, "find_spec", lambda name: name)
+    monkeypatch.setattr(arrays, "import_module", broken)
+    why = arrays.torch_lacks() if library == "torch" else arrays.cupy_lacks()
+    assert why is not None
+    assert why.endswith(f" cannot be used: {library} needs libcudart.so")
+
+
 def test_a_script_chooses_its_device_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["measure", "--device", "cuda", "--", str(tmp_path / "train.py")]) == 2
     assert "device='cuda': of no use to a script, which has its own" in " ".join(capsys.readouterr().err.split())

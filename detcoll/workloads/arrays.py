@@ -170,7 +170,10 @@ def torch_lacks() -> str | None:
     """Return why torch makes no arrays on CUDA devices here, or None if it does."""
     if find_spec("torch") is None:
         return "torch is not installed"
-    torch = import_module("torch")
+    try:
+        torch = import_module("torch")
+    except Exception as error:  # import fails in many ways where libraries of CUDA are missing
+        return f"torch cannot be used: {error}"
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is a build without CUDA"
     return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device"
@@ -183,7 +186,7 @@ def cupy_lacks() -> str | None:
         return f"CuPy is not installed; install it with: {commands}"
     try:
         is_available = import_module("cupy").cuda.is_available()
-    except Exception as error:  # import fails in many ways where libraries of CUDA are missing
+    except Exception as error:  # as for torch
         return f"CuPy cannot be used: {error}"
     return None if is_available else "CuPy finds no CUDA device"
 
