@@ -324,7 +324,7 @@ class Communicator(Collectives, Messages):
 
         ``pinned_bytes`` is how much memory of the host is pinned now for copies from and to GPUs, by all jobs of this
         process, ``unpinned_bytes`` the most ordinary memory that calls used at a time instead, which makes their copies
-        slower. Both exist only once an array was on a GPU.
+        slower. Both exist only once an array was on a GPU. A trace ends with the counters.
         """
         return self._job.counters()
 

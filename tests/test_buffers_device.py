@@ -45,34 +45,17 @@ def use(bound: Any, device: StrictDevice, *arrays: Any) -> list[list[Any]]:
     return [device.peek(array).reshape(-1).tolist() for array in arrays]
 
 
-class FakeDevice:
-    def __init__(self, number: int, cupy: FakeCupy) -> None:
-        self.id = number
-        self._cupy = cupy
-        self._outer: list[int] = []
-
-    def __enter__(self) -> None:
-        self._outer.append(self._cupy.local.device)
-        self._cupy.local.device = self.id
-
-    def __exit__(self, *_: object) -> None:
-        self._cupy.local.device = self._outer.pop()
-
-
 class FakeCupy(ModuleType):
-    """What detcoll uses of CuPy: where an array is, and the stream that is current for a thread and device."""
+    """What detcoll uses of CuPy: where an array is, and the current stream of each device."""
 
     def __init__(self, strict: StrictDevice) -> None:
         super().__init__("cupy")
-        fake = self
-        self.local = threading.local()
-        self.local.device = 0
         self.streams = {number: own_stream(strict, number) for number in (0, 1)}
 
         class FakeNdarray:
             def __init__(self, values: np.ndarray, number: int = 0, memory: Any = None) -> None:
                 self.memory = strict.array(np.ascontiguousarray(values), number) if memory is None else memory
-                self.device = FakeDevice(number, fake)
+                self.device = SimpleNamespace(id=number)
                 self.dtype, self.shape, self.strides, self.size = (
                     values.dtype, values.shape, values.strides, values.size,
                 )  # fmt: skip
@@ -84,7 +67,7 @@ class FakeCupy(ModuleType):
 
         self.ndarray = FakeNdarray
         self.cuda = SimpleNamespace(
-            get_current_stream=lambda: SimpleNamespace(ptr=self.streams[self.local.device]),
+            get_current_stream=lambda number: SimpleNamespace(ptr=self.streams[number]),
             runtime=SimpleNamespace(is_hip=False),
         )
 
@@ -112,7 +95,6 @@ def test_a_cupy_array_is_staged_from_its_device_after_its_stream(
     assert bound.device == f"cuda:{number}"
     assert bound.streams == {(number, cupy.streams[number])}
     assert use(bound, device, x.memory) == [[10, 11, 12, 13, 14, 15]]
-    assert cupy.local.device == 0
 
 
 def test_a_list_of_cupy_arrays_is_coalesced(device: StrictDevice, cupy: FakeCupy) -> None:
@@ -127,12 +109,7 @@ def test_the_stream_is_that_of_the_caller_of_bind(device: StrictDevice, cupy: Fa
     device.kernel(users, lambda: device.poke(x.memory, np.arange(3.0)))
     bound = bind(x)
     cupy.streams[0] = own_stream(device)
-
-    def progress() -> None:
-        cupy.local.device = 0
-        bound.load()
-
-    thread = threading.Thread(target=progress)
+    thread = threading.Thread(target=bound.load)
     thread.start()
     thread.join(30)
     assert bound.array.tolist() == [0, 1, 2]
@@ -376,14 +353,17 @@ def test_dlpack_that_cannot_be_used_is_refused(x: Exporter, words: str) -> None:
 class FakeTorch(ModuleType):
     """What detcoll uses of a torch that has CUDA: tensors of float64 on ``cuda:0``, and the current stream."""
 
-    def __init__(self, stream: int, is_available: bool = True) -> None:
+    def __init__(self, stream: int, is_available: bool = True, has_raw: bool = True) -> None:
         super().__init__("torch")
         fake = self
         self.strided = object()
         self.version = SimpleNamespace(hip=None)
-        self.cuda = SimpleNamespace(
-            current_stream=lambda device: SimpleNamespace(cuda_stream=stream), is_available=lambda: is_available
-        )
+        self.cuda = SimpleNamespace(is_available=lambda: is_available)
+        self._C = SimpleNamespace()
+        if has_raw:
+            self._C._cuda_getCurrentRawStream = {0: stream}.__getitem__
+        else:
+            self.cuda.current_stream = lambda device: {0: SimpleNamespace(cuda_stream=stream)}[device.index]
 
         class Tensor:
             __torch_dispatch__ = None
@@ -409,11 +389,12 @@ class FakeTorch(ModuleType):
         return self.Tensor(x.there)
 
 
+@pytest.mark.parametrize("has_raw", [True, False])
 def test_a_torch_tensor_on_cuda_needs_no_cupy(
-    monkeypatch: pytest.MonkeyPatch, alone: None, device: StrictDevice
+    monkeypatch: pytest.MonkeyPatch, alone: None, device: StrictDevice, has_raw: bool
 ) -> None:
     stream = own_stream(device)
-    torch, there = FakeTorch(stream), device.array(np.zeros(3))
+    torch, there = FakeTorch(stream, has_raw=has_raw), device.array(np.zeros(3))
     monkeypatch.setitem(sys.modules, "torch", torch)
     device.kernel(stream, lambda: device.poke(there, np.arange(3.0)))
     bound = bind(torch.Tensor(there))

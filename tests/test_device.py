@@ -119,15 +119,6 @@ def test_an_open_gate_asks_no_more_and_gives_its_event_back(
     assert made == [0, 1], "an event belongs to one device"
 
 
-def test_a_stream_that_holds_nothing_takes_no_event(fake: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = count_events(fake, monkeypatch)
-    stream = fake.stream(0)
-    gate = Gate(fake, 0, stream)
-    fake.kernel(stream, lambda: None)
-    assert gate.is_open(), "what is queued after the call is not waited for"
-    assert made == []
-
-
 def test_a_captured_stream_is_refused(fake: StrictDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     made = count_events(fake, monkeypatch)
     stream = fake.stream(0)

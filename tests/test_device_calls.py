@@ -472,6 +472,8 @@ def test_counters_speak_of_pinned_memory_only_if_there_is_some(device: StrictDev
         comm.all_reduce(device.array(np.ones(10)))
         assert comm.counters()["pinned_bytes"] > 0
         assert comm.counters()["unpinned_bytes"] == 0
+        comm.finalize()
+        assert comm.trace.counts["pinned_bytes"] > 0
 
     run_ranks(2, program)
 

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from detcoll.device.driver import Driver
 from detcoll.errors import DeadlineMissed, DetcollError, UsageError
 
-LARGEST_DEFAULT = 2
-"""The largest handle of a default stream."""
-
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 1e-3
 
 
@@ -66,8 +63,6 @@ class Gate:
                     f"stream {stream:#x} of cuda:{device} is in CUDA graph capture, of which a collective of detcoll "
                     "cannot be part; call it outside of the graph"
                 )
-            if stream > LARGEST_DEFAULT and cuda.is_idle(stream):
-                return  # an event would be carried out by the unit that runs kernels, which others may use just now
             self._event = cuda.take_event(device)
             cuda.record(self._event, stream)
 
