@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -64,6 +65,16 @@ def test_options_come_in_groups(command: str, groups: list[str], capsys: pytest.
     main([command, "--help"])
     shown = capsys.readouterr().out
     assert [group for group in groups if f"─ {group} ─" not in shown] == []
+
+
+@pytest.mark.parametrize("command", ["run", "lab", "measure", "bench", "plan", "simulate"])
+def test_nothing_is_rounded_to_a_whole_number(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([command, "--help"])
+    options = re.findall(r"│ (--[\w-]+)(?: -n)? INT", capsys.readouterr().out)
+    for option in options:
+        assert main([command, option, "2.5"]) == 2
+        assert f"{option}: '2.5' is no whole number" in " ".join(capsys.readouterr().err.split())
+    assert options
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")

@@ -15,7 +15,7 @@ from detcoll.bench.runs import LabBench, run_here, run_in_lab
 from detcoll.bench.sweep import Sweep
 from detcoll.cli.invocation import command_line
 from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.cli.relaying import must_relay, refuse_with_relay
 from detcoll.cli.terminal import output_console
 from detcoll.emulation.lab import Conditions
@@ -54,10 +54,10 @@ class SweepOptions:
     transport: str | None = None
     """One or several separated by commas, one after another; auto unless given, slotted with --lab."""
 
-    iterations: int = 20
+    iterations: Whole = 20
     """Timed calls a size."""
 
-    warmup: int = 3
+    warmup: Whole = 3
     """Calls before those."""
 
     time_limit: Quantity | None = None

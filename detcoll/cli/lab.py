@@ -12,7 +12,7 @@ import msgspec
 from cyclopts import Parameter
 
 from detcoll.cli.lines import ANY_LINES, NETWORK_GROUP, LineOptions, OthersOptions
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.cli.relaying import must_relay, refuse_with_relay, run_through_relay
 from detcoll.cli.splitting import executed
 from detcoll.emulation.lab import Conditions, Failure, Lab, Launcher, Service, run_ranks
@@ -64,7 +64,7 @@ class ConditionOptions(OthersOptions):
     """When links are down, such as "5 s to 7 s" or "site0 and site1: 5 s to 7 s", from the lab's opening; may be
     repeated."""
 
-    seed: int = 0
+    seed: Whole = 0
     """Of losses, jitter and others' traffic."""
 
     def changed(self) -> dict[str, object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.emulation.lab.conditions import CrossTrafficKind
 from detcoll.errors import UsageError
 from detcoll.measure.networks import Network, parse_networks, reserve
@@ -35,10 +35,10 @@ class SiteOptions:
     topology: Path | None = None
     """A topology file, instead of the four that follow."""
 
-    sites: int | None = None
+    sites: Whole | None = None
     """Number of sites; 2 unless given."""
 
-    ranks_per_site: int | None = None
+    ranks_per_site: Whole | None = None
     """Ranks in each site; 2 unless given."""
 
     rate: Quantity | None = None

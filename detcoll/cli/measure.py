@@ -12,7 +12,7 @@ from rich.text import Text
 
 from detcoll.cli.invocation import command_line
 from detcoll.cli.lines import ANY_LINES, ANY_NETWORK, LineOptions, NetworkOptions, comma_separated, given, present
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.cli.relaying import must_relay, refuse_with_relay
 from detcoll.cli.results import RESULTS_GROUP, ResultOptions
 from detcoll.cli.terminal import error_console, output_console
@@ -42,15 +42,37 @@ _COMPUTE, _GRADIENT, _BUCKET = "400 ms", "16MiB", "1MiB"
 class LengthOptions:
     """How much is measured."""
 
-    iterations: int | None = None
+    iterations: Whole | None = None
     """Iterations measured in each setting; 60 for digits and 20 for synthetic unless given."""
 
-    rounds: int | None = None
+    rounds: Whole | None = None
     """In how many rounds the settings take turns, each of which starts the ranks anew; 4 unless given, 2 of a script.
     More rounds even out what the machine is busy with."""
 
-    warmup: int | None = None
+    warmup: Whole | None = None
     """Iterations of each setting before the measured ones, in each round; 3 unless given."""
+
+
+@Parameter(name="*", group="What is trained")
+@dataclass(frozen=True, kw_only=True)
+class TrainedOptions:
+    """What is trained, unless a script says it."""
+
+    workload: WorkloadName | None = None
+    """digits: real training of a perceptron on handwritten digits (the default). synthetic: given compute time and
+    gradient size."""
+
+    bucket_bytes: Quantity | None = None
+    """What is reduced at once while the backward pass goes on; 1MiB unless given. A script has its own."""
+
+    batches: Whole | None = None
+    """Of the digits: batches in an iteration, whose gradients are added up before they are reduced; 1 unless given."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Where the workload's arrays are and its arithmetic is done: cpu (the default), or cuda (by torch, or else by
+    CuPy; ranks use the CUDA devices of this machine in turn, and share them). A script chooses its own. The digits are
+    too small for a GPU, which mostly waits for Python: for an efficiency, give --workload synthetic and your compute
+    time."""
 
 
 @Parameter(name="*", group="A synthetic iteration")
@@ -96,20 +118,17 @@ class MeasureResultOptions(ResultOptions):
     """Directory for report.html, its results.json, and traces of the slotted run's last round."""
 
 
-_LENGTH, _SYNTHETIC, _COMPARED = LengthOptions(), SyntheticOptions(), ComparedOptions()
+_TRAINED, _LENGTH, _SYNTHETIC, _COMPARED = TrainedOptions(), LengthOptions(), SyntheticOptions(), ComparedOptions()
 _RESULTS = MeasureResultOptions()
 
 
 def measure(
     *script: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    workload: Literal["digits", "synthetic"] | None = None,
+    trained: TrainedOptions = _TRAINED,
     lines: LineOptions = ANY_LINES,
     network: NetworkOptions = ANY_NETWORK,
     length: LengthOptions = _LENGTH,
     synthetic: SyntheticOptions = _SYNTHETIC,
-    bucket_bytes: Quantity | None = None,
-    batches: int | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
     compared: ComparedOptions = _COMPARED,
     results: MeasureResultOptions = _RESULTS,
     deadline: Quantity = "10 min",
@@ -127,18 +146,6 @@ def measure(
     script
         A training script of your own and its arguments, as the workload; put ``--`` before it where its arguments
         look like options. It is timed by its calls of ``detcoll.measure.step()``, once an iteration, or as a whole.
-    workload
-        digits: real training of a perceptron on handwritten digits (the default). synthetic: given compute time and
-        gradient size.
-    bucket_bytes
-        What is reduced at once while the backward pass goes on; 1MiB unless given. A script has its own.
-    batches
-        Of the digits: batches in an iteration, whose gradients are added up before they are reduced; 1 unless given.
-    device
-        Where the workload's arrays are and its arithmetic is done: cpu (the default), or cuda (by torch, or else by
-        CuPy; ranks use the CUDA devices of this machine in turn, and share them). A script chooses its own.
-        The digits are too small for a GPU, which mostly waits for Python: for an efficiency, give --workload synthetic
-        and your compute time.
     deadline
         How long one setting may take in one round.
     relay
@@ -146,13 +153,13 @@ def measure(
         the command ends with an error where the lab is forbidden.
     """
     results.require_writable()
-    name = workload or _DEFAULT
-    _refuse_of_no_use(script, workload, length, synthetic, bucket_bytes, batches, device)
+    name = trained.workload or _DEFAULT
+    _refuse_of_no_use(script, trained, length, synthetic)
     of_the_lab = {"against": comma_separated(compared.against or ""), **given(network)}
     if relay:
         refuse_with_relay(**of_the_lab)
     topology = network.reserve(lines.wide_topology())
-    builtin = _workload(name, synthetic, bucket_bytes, 1 if batches is None else batches, device or CPU)
+    builtin = _workload(name, trained, synthetic)
     relay = relay or must_relay(may_relay=relay is None, **of_the_lab)
     transports, left_out = compared.transports(relay=relay)
     iterations = _ITERATIONS[name] if length.iterations is None else length.iterations
@@ -213,18 +220,18 @@ def _exit_code(result: Measurement, experiment: Experiment) -> int:
 
 
 def _refuse_of_no_use(
-    script: tuple[str, ...], workload: WorkloadName | None, length: LengthOptions, synthetic: SyntheticOptions,
-    bucket_bytes: str | None, batches: int | None, device: str | None,
-) -> None:  # fmt: skip
+    script: tuple[str, ...], trained: TrainedOptions, length: LengthOptions, synthetic: SyntheticOptions
+) -> None:
     """Refuse options that mean nothing to the script or the workload."""
+    workload = trained.workload
     if script and workload is not None:
         raise UsageError(f"workload={workload!r} and a script are two workloads; give one")
     if script:
         what = "a script, which has its own"
-        own = {"iterations": length.iterations, "warmup": length.warmup, "bucket_bytes": bucket_bytes}
-        _refuse(what, **own, batches=batches, device=device)
+        own = {"iterations": length.iterations, "warmup": length.warmup, "bucket_bytes": trained.bucket_bytes}
+        _refuse(what, **own, batches=trained.batches, device=trained.device)
     if workload == "synthetic":
-        _refuse("workload='synthetic', whose compute time is given", batches=batches)
+        _refuse("workload='synthetic', whose compute time is given", batches=trained.batches)
     if script or workload != "synthetic":
         what = "a script" if script else f"workload={workload or _DEFAULT!r}"
         _refuse(f"{what}; expected with --workload synthetic", **given(synthetic))
@@ -237,10 +244,9 @@ def _refuse(workload: str, **options: object) -> None:
         raise UsageError(f"{', '.join(useless)}: of no use to {workload}")
 
 
-def _workload(
-    name: WorkloadName, synthetic: SyntheticOptions, bucket_bytes: str | None, batches: int, device: str
-) -> WorkloadSpec:  # fmt: skip
-    bucket = parse_size_bytes(_BUCKET if bucket_bytes is None else bucket_bytes, "bucket_bytes")
+def _workload(name: WorkloadName, trained: TrainedOptions, synthetic: SyntheticOptions) -> WorkloadSpec:
+    device, batches = trained.device or CPU, 1 if trained.batches is None else trained.batches
+    bucket = parse_size_bytes(_BUCKET if trained.bucket_bytes is None else trained.bucket_bytes, "bucket_bytes")
     gradient = parse_size_bytes(
         _GRADIENT if synthetic.gradient_bytes is None else synthetic.gradient_bytes, "gradient_bytes"
     )

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from detcoll.cli.lines import LINES_GROUP, SiteOptions
 from detcoll.cli.plan_tables import print_calendar, print_needed, print_reservation
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.cli.terminal import progress_bars
 from detcoll.cli.training import ITERATION_GROUP, IterationOptions
 from detcoll.draw import cycle_of_calendar, cycle_picture, svg_text
@@ -88,7 +88,7 @@ def plan(
     what: CollectiveOptions = _COLLECTIVE,
     slotting: Literal["calendar", "turns", "share", "off"] | None = None,
     efficiency: float | None = None,
-    parameters: int | None = None,
+    parameters: Whole | None = None,
     precision: str | None = None,
     iteration: PlannedIteration = _ITERATION,
     reservation: bool = False,

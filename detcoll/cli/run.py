@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from detcoll import registry
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.cli.splitting import executed
 from detcoll.errors import ConnectError, UsageError
 from detcoll.job.settings import AUTO, log_level, place, read_settings
@@ -27,8 +27,8 @@ _A_TIMEOUT_S = 60.0  # the script's own is not known here
 
 def run(
     *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    ranks: Annotated[int | None, Parameter(name=["-n", "--ranks"])] = None,
-    sites: int | None = None,
+    ranks: Annotated[Whole | None, Parameter(name=["-n", "--ranks"])] = None,
+    sites: Whole | None = None,
     topology: Path | None = None,
     transport: str | None = None,
     timeout: Quantity | None = None,

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from detcoll.cli.invocation import command_line
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.cli.results import NO_RESULTS, ResultOptions
 from detcoll.cli.terminal import output_console, progress_bars
 from detcoll.cli.training import ANY_ITERATION, IterationOptions
@@ -51,7 +51,7 @@ class ChangedNetwork:
     cross_traffic: float | None = None
     """Share of every line that others take from it."""
 
-    connections: int | None = None
+    connections: Whole | None = None
     """TCP connections of each pair of ranks on it."""
 
     def values(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def simulate(
     *,
     efficiency: float | None = None,
     network: ChangedNetwork = _UNCHANGED,
-    parameters: int | None = None,
+    parameters: Whole | None = None,
     iteration: IterationOptions = ANY_ITERATION,
     slotting: Literal["calendar", "turns", "share"] | None = None,
     variants: bool = True,

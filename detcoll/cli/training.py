@@ -7,7 +7,7 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from detcoll.cli.quantity import Quantity
+from detcoll.cli.quantity import Quantity, Whole
 from detcoll.quantities import parse_duration_ns
 
 ITERATION_GROUP = "An iteration of training"
@@ -25,7 +25,7 @@ class IterationOptions:
     backward: float | None = None
     """Share of the computing time in which gradients become final."""
 
-    buckets: int | None = None
+    buckets: Whole | None = None
     """How many buckets gradients are cut into."""
 
     overlap: float | None = None
