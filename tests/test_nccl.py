@@ -407,6 +407,33 @@ def test_an_error_of_nccl_ends_the_group(nccl: FakeNccl, device: StrictDevice, m
     assert all("unhandled cuda error" in str(answer) for answer in answers), answers
 
 
+@pytest.mark.parametrize("error", [TransportError, RuntimeError])
+def test_an_array_is_kept_where_nccl_cannot_be_given_up(
+    nccl: FakeNccl, device: StrictDevice, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    device.seeded(17)
+    kept: list[object] = []
+    monkeypatch.setattr(onsite, "_abandoned", kept)
+
+    def failing(clique: FakeClique) -> None:
+        raise error("NCCL cannot abort")
+
+    def program(comm: Communicator) -> None:
+        comm.all_reduce(ones(device, comm))
+        if comm.rank == 0:
+            hold_lane(comm, 0)
+            monkeypatch.setattr(FakeClique, "abort", failing)
+        comm.barrier()
+        comm.all_reduce(ones(device, comm), timeout=0.3, async_op=True).wait(10)
+
+    answers = attempt(2, program, environ=NCCL)
+    assert all("NCCL in its site" in str(answer) for answer in answers), f"callers did not hear of the end: {answers}"
+    answers.clear()
+    gc.collect()
+    assert len(kept) == 2
+    assert len(set(device._memory._pieces) - device._memory._freed) == 2, "memory that the device may use was freed"
+
+
 TAKEN = [
     ("sum", "float32", 8, 1, True),
     ("avg", "float32", 8, 1, False),

@@ -11,7 +11,7 @@ import pytest
 
 from detcoll.device import DeviceBuffer, Segment, nccl, shares
 from detcoll.device.nccl import Nccl, Part
-from detcoll.errors import TransportError, TransportUnavailable
+from detcoll.errors import TransportError, TransportUnavailable, UsageError
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 SOURCE = Path(__file__).with_name("fake_nccl.c")
@@ -145,3 +145,9 @@ def test_shares_are_apart_and_together_are_all(size: int) -> None:
             sum(segment.elems for segment in part.segments[:at]) for at in range(len(part.segments))
         ]
         assert part.elems == sum(segment.elems for segment in part.segments)
+
+
+def test_launches_in_the_order_of_the_program_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    with pytest.raises(UsageError, match="NCCL_LAUNCH_ORDER_IMPLICIT='1' with DETCOLL_NCCL: expected 0 or none"):
+        nccl.load()

@@ -19,7 +19,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detcoll.errors import TransportError, TransportUnavailable
+from detcoll.errors import TransportError, TransportUnavailable, UsageError
 
 LIBRARY = "libnccl.so.2"
 OLDEST = 21400
@@ -237,7 +237,15 @@ def load() -> Library:
     ------
     TransportUnavailable
         See `Nccl`.
+    UsageError
+        If NCCL is told to launch in the order of the program, of which there is none here.
     """
+    order = os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT", "")
+    if order not in ("", "0"):
+        raise UsageError(
+            f"NCCL_LAUNCH_ORDER_IMPLICIT={order!r} with DETCOLL_NCCL: expected 0 or none, since several threads "
+            "launch, in an order that differs between ranks"
+        )
     return Nccl(next(_places(Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace"))))
 
 

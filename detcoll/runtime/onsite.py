@@ -23,11 +23,11 @@ The cliques are made when the first call has been agreed on, since ranks that ca
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +41,8 @@ from detcoll.device.shares import parts_to_all_reduce, parts_to_gather, parts_to
 from detcoll.errors import DetcollError, DeviceError, TransportError, UsageError
 from detcoll.priority import shorten_turns
 from detcoll.runtime.work import Work
+
+log = logging.getLogger("detcoll")
 
 LONGEST_MAKING_NS = 60 * 10**9
 """How long the ranks of a site try to make their cliques; all of them are known to be there."""
@@ -125,18 +127,24 @@ class _Lane:
         return True
 
     def abort(self) -> None:
-        """End what is under way, wait until the device has stopped it, and give all up."""
+        """End what is under way, wait until the device has stopped it, and give all up. Raises nothing."""
         clique, self.clique = self.clique, None
-        with suppress(DetcollError), self._cuda.on(self._device):
-            if clique is not None:
-                clique.abort()
-            if self._under_way is not None:
-                event = self._cuda.take_event(self._device)
-                self._cuda.record(event, self._stream)
-                if not wait_until(partial(self._cuda.is_past, event), time.monotonic_ns() + LONGEST_SETTLING_NS):
-                    _abandoned.append(self._under_way.owner)
-                self._cuda.give_event(self._device, event)
-            self._cuda.destroy_stream(self._stream)
+        has_stopped = self._under_way is None
+        try:
+            with self._cuda.on(self._device):
+                if clique is not None:
+                    clique.abort()
+                if not has_stopped:
+                    event = self._cuda.take_event(self._device)
+                    self._cuda.record(event, self._stream)
+                    deadline_ns = time.monotonic_ns() + LONGEST_SETTLING_NS
+                    has_stopped = wait_until(partial(self._cuda.is_past, event), deadline_ns)
+                    self._cuda.give_event(self._device, event)
+                self._cuda.destroy_stream(self._stream)
+        except Exception as error:  # callers wait for the end of this
+            log.warning("NCCL on cuda:%d was not given up: %r", self._device, error)
+        if self._under_way is not None and not has_stopped:
+            _abandoned.append(self._under_way.owner)
         if self._event is not None:
             self._cuda.give_event(self._device, self._event)
         self._under_way, self._event = None, None
