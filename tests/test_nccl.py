@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from detcoll.errors import (
 )
 from detcoll.fold import reference
 from detcoll.job import rails
+from detcoll.rendezvous.session import Session
 from detcoll.runtime import onsite
 from detcoll.testing.device import DeviceArray, StrictDevice
 from detcoll.testing.nccl import FakeClique, FakeNccl
@@ -405,6 +407,38 @@ def test_an_error_of_nccl_ends_the_group(nccl: FakeNccl, device: StrictDevice, m
     monkeypatch.setattr(FakeClique, call, failing)
     answers = attempt(2, lambda comm: comm.all_reduce(ones(device, comm)), environ=NCCL)
     assert all("unhandled cuda error" in str(answer) for answer in answers), answers
+
+
+@pytest.mark.parametrize("closes", ["close ", "finalize"])
+def test_nccl_is_given_up_when_all_ranks_have_ended_their_calls(
+    nccl: FakeNccl, device: StrictDevice, monkeypatch: pytest.MonkeyPatch, closes: str
+) -> None:
+    device.seeded(18)
+    parts = threading.Event()
+    exchange, is_settled = Session.exchange, FakeClique.is_settled
+
+    def parting(session: Session, name: str, *arguments: Any) -> list[bytes]:
+        if session.rank == 0 and name.startswith(closes):
+            parts.set()
+        return exchange(session, name, *arguments)
+
+    def late(clique: FakeClique) -> bool:
+        is_last = clique._place == 1 and clique._count == 1  # one that was given up raises
+        return is_settled(clique) and (parts.is_set() or not is_last)
+
+    monkeypatch.setattr(Session, "exchange", parting)
+    monkeypatch.setattr(FakeClique, "is_settled", late)
+
+    def program(comm: Communicator) -> None:
+        group = comm.group([0, 1]) if closes == "close " else comm
+        x = ones(device, group)
+        group.all_reduce(x)
+        assert (device.peek(x) == 3).all()
+        if group is not comm:
+            group.close()
+
+    run_ranks(2, program, environ=NCCL)
+    assert parts.is_set()
 
 
 @pytest.mark.parametrize("error", [TransportError, RuntimeError])
