@@ -306,7 +306,9 @@ class Job:
     def standing(self, group: Group) -> tuple[int, int] | None:
         """Return what changes while the calls of a group make progress, or None if all have ended."""
         runner = self.natives.of(group)
-        latest = -1 if runner is None or runner.unfinished is None else runner.latest
+        latest = -1
+        if runner is not None and runner.failure is None and runner.unfinished is not None:
+            latest = runner.latest
 
         def look(now_ns: int) -> tuple[int, int] | None:
             membership = self.membership(group)

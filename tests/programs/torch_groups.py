@@ -19,7 +19,7 @@ from torch_ranks import begin, say
 
 import detcoll
 from detcoll.topology import Topology
-from detcoll.torch import Options, communicator, process_group
+from detcoll.torch import Options, communicator, jobs, process_group
 
 FAR_S = 60.0
 
@@ -281,6 +281,8 @@ def mismatches() -> None:
         began = time.monotonic()
         error = error_of(lambda call=call, group=group: call(group))  # type: ignore[misc]
         heard[name] = (type(error).__name__, str(error), round(time.monotonic() - began, 2))
+        still = jobs._standing_of(communicator(group))()
+        assert still is None, f"{name}: nothing is under way in a group that has failed, {still}"
     refused = {
         "device": lambda: dist.all_reduce(torch.ones(1, device="meta")),
         "sparse": lambda: dist.all_reduce(torch.ones(2).to_sparse(), dist.ReduceOp.MAX),
@@ -299,7 +301,6 @@ def mismatches() -> None:
     error = error_of(lambda: dist.all_reduce(torch.ones(4).expand(2, 4) if rank else torch.ones(8)))
     heard["one rank"] = (type(error).__name__, str(error), 0.0)
     say(rank, heard)
-    process_group.CLOSING_S = 0.5  # some of the groups wait for calls that will not go on
     dist.destroy_process_group()
 
 
