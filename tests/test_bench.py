@@ -261,7 +261,7 @@ def test_a_reserved_rate_holds_beside_others(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     done = run_cli(
         "bench", "--lab", "--ranks-per-site", "1", "--rate", "100 Mbit/s", "--round-trip", "4 ms", "--bytes", "1MiB",
-        "--iterations", "3", "--service", "deterministic", "--cross-traffic", "0,2.0", "--reserved", "50 Mbit/s",
+        "--iterations", "6", "--service", "deterministic", "--cross-traffic", "0,2.0", "--reserved", "50 Mbit/s",
         "--json", str(path),
     )  # fmt: skip
     data = read_json(path)

@@ -126,6 +126,8 @@ MAY_NAME_KINDS = {
     "communicator.py": "their methods",
     "__init__.py": "the façade",
     "bench/start.py": "a way in which ranks begin together, which happens to be a barrier",
+    "device/nccl.py": "what NCCL calls its own",
+    "job/rails.py": "the only one that NCCL takes part in",
     "testing": "programs for transports, which call each kind as its method",
 }
 
