@@ -20,7 +20,6 @@ from detcoll.errors import (
     DeadlineMissed,
     DetcollError,
     PeerLost,
-    PlanMismatch,
     TransportError,
     TransportUnavailable,
     UsageError,
@@ -163,7 +162,8 @@ def test_calls_that_differ_raise_on_every_rank_before_nccl_begins(
         comm.all_reduce(x, "prod" if odd and wrong == "op" else "sum", timeout=10)
 
     answers = attempt(size, program, transport=transport, topology=topology, environ=NCCL)
-    assert [type(answer) for answer in answers] == [PlanMismatch] * size, answers
+    # Whoever has heard it leaves the job, and others may hear of that first, with the cause.
+    assert all("ranks called different collectives" in str(answer) for answer in answers), answers
     assert topology is not None or not nccl.calls  # another site may have agreed
     answers.clear()  # errors keep the frames in which they were raised
     assert_nothing_left(device)
@@ -266,11 +266,12 @@ def hold_stream(device: StrictDevice, x: DeviceArray) -> None:
     device._streams.find(x.stream, x.device).queue[-1].may_run = lambda: False
 
 
-def hold_lane(comm: Communicator, number: int) -> None:
-    """Let nothing happen on the stream of a lane any more."""
+def hold_lane(comm: Communicator, number: int, *, for_good: bool = False) -> None:
+    """Let nothing happen on the stream of a lane any more, until its clique is given up or ``for_good``."""
     lane = comm._caller._rails.onsite._lanes[number]
     lane._cuda.kernel(lane._stream, lambda: None, lane._device)
-    lane._cuda._streams.find(lane._stream, lane._device).queue[-1].may_run = lambda: lane.clique is None
+    held = lane._cuda._streams.find(lane._stream, lane._device).queue[-1]
+    held.may_run = lambda: not for_good and lane.clique is None
 
 
 @pytest.mark.parametrize("place", ["one site", "two sites"])
@@ -455,10 +456,10 @@ def test_an_array_is_kept_where_nccl_cannot_be_given_up(
     def program(comm: Communicator) -> None:
         comm.all_reduce(ones(device, comm))
         if comm.rank == 0:
-            hold_lane(comm, 0)
+            hold_lane(comm, 0, for_good=True)  # else one rank gives up, and the other one's call ends well
             monkeypatch.setattr(FakeClique, "abort", failing)
         comm.barrier()
-        comm.all_reduce(ones(device, comm), timeout=0.3, async_op=True).wait(10)
+        comm.all_reduce(ones(device, comm), timeout=1.0, async_op=True).wait(10)
 
     answers = attempt(2, program, environ=NCCL)
     assert all("NCCL in its site" in str(answer) for answer in answers), f"callers did not hear of the end: {answers}"
