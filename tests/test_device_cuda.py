@@ -6,7 +6,6 @@ import ctypes
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,12 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from compiled import COMPILER, compiled
 
 from detcoll.device import Cuda, MemoryType
 from detcoll.device import cuda as room
 from detcoll.errors import DeviceError, TransportUnavailable
 
-COMPILER = shutil.which("cc") or shutil.which("gcc")
 SOURCE = Path(__file__).with_name("fake_cuda.c")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for the fake libcuda")
 
@@ -63,10 +62,7 @@ class Fake:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("fake") / "libcuda.so.1"
-    assert COMPILER is not None
-    subprocess.run([COMPILER, "-std=gnu11", "-Wall", "-Werror", "-fPIC", "-shared", "-o", made, SOURCE], check=True)
-    return made
+    return compiled(SOURCE, tmp_path_factory.mktemp("fake") / "libcuda.so.1")
 
 
 @pytest.fixture

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from compiled import COMPILER, compiled
 
 from detcoll.device import DeviceBuffer, Segment, nccl, shares
 from detcoll.device.nccl import Nccl, Part
 from detcoll.errors import TransportError, TransportUnavailable, UsageError
 
-COMPILER = shutil.which("cc") or shutil.which("gcc")
 SOURCE = Path(__file__).with_name("fake_nccl.c")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for the fake libnccl")
 
@@ -47,10 +45,7 @@ class Fake:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("fake") / "libnccl.so.2"
-    assert COMPILER is not None
-    subprocess.run([COMPILER, "-std=gnu11", "-Wall", "-Werror", "-fPIC", "-shared", "-o", made, SOURCE], check=True)
-    return made
+    return compiled(SOURCE, tmp_path_factory.mktemp("fake") / "libnccl.so.2")
 
 
 @pytest.fixture
