@@ -411,6 +411,7 @@ class NativeCall(msgspec.Struct, frozen=True):
     ``device`` : where the values are, if they are on a device and the transport says ``native_devices``; only a
     collective on one array has it. Then ``array`` has only the type and the size, and no memory behind its elements.
     Before `run` returns or raises, all copies are past, as long as the device ends them at all.
+    ``timeout_ns`` : what the caller allows the call, 0 if that is not known; for people, `run` has the deadline.
     """
 
     kind: str
@@ -427,6 +428,7 @@ class NativeCall(msgspec.Struct, frozen=True):
     cut: Sequence[int] = ()
     shape: str = ""
     device: DeviceArray | None = None
+    timeout_ns: int = 0
 
     @property
     def announcement(self) -> Announcement:

@@ -235,7 +235,10 @@ def native():
 
     def call(kind: str, root: int = 0, wait: bool = False, seconds: float = 20.0) -> Work:
         work = Work(kind)
-        native_call = Submission(NativeCall(kind, np.zeros(1), 1, root=root, sequence=root), int(seconds * 1e9), 0)
+        timeout_ns = round(seconds * 1e9)
+        native_call = Submission(
+            NativeCall(kind, np.zeros(1), 1, root=root, sequence=root, timeout_ns=timeout_ns), called_ns=0
+        )
         if wait and runner.run_at_once(*native_call):
             work.finish()
         else:

@@ -223,13 +223,14 @@ class Caller:
         call = NativeCall(
             request.kind, array, request.count, request.op, request.root, given, request.counts, request.out_counts,
             request.arrays, name, sequence, request.cut if request.arrays > 1 else (), request.shape, on_device,
+            timeout_ns,
         )  # fmt: skip
         release = on_device.release if on_device is not None else None
-        if wait and native.run_at_once(call, timeout_ns, called_ns, load, store, release):
+        if wait and native.run_at_once(call, called_ns, load, store, release):
             return None
         work = Work(f"{request.kind} number {sequence}", request.result, sequence)
         try:
-            native.run(Submission(call, timeout_ns, called_ns, load, store, release), work)
+            native.run(Submission(call, called_ns, load, store, release), work)
         except BaseException as error:
             self._tell_refusal(request.kind, sequence, error)
             raise

@@ -36,12 +36,11 @@ _WITHIN = "in the transport's own collective"
 class Submission(NamedTuple):
     """A native call that was submitted.
 
-    ``timeout_ns`` : counts from when the call runs.  ``load``, ``store`` : fill its input and empty its output until
-    then, where the caller's memory is elsewhere.  ``release`` : called when it has ended in any way, or is queued.
+    Its timeout counts from when the call runs.  ``load``, ``store`` : fill its input and empty its output until then,
+    where the caller's memory is elsewhere.  ``release`` : called when it has ended in any way, or is queued.
     """
 
     call: NativeCall
-    timeout_ns: int
     called_ns: int
     load: Callable[[int], None] | None = None
     store: Callable[[int], None] | None = None
@@ -141,7 +140,7 @@ class NativeRunner:
                 self._thread = threading.Thread(target=self._serve, name="detcoll-native", daemon=True)
                 self._thread.start()
         try:
-            self._queue.put((submission, work), timeout=submission.timeout_ns / 1e9)
+            self._queue.put((submission, work), timeout=submission.call.timeout_ns / 1e9)
         except BaseException as error:
             with self._count:
                 self._queued -= 1
@@ -153,7 +152,7 @@ class NativeRunner:
             raise
 
     def run_at_once(
-        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[int], None] | None = None,
+        self, call: NativeCall, called_ns: int, load: Callable[[int], None] | None = None,
         store: Callable[[int], None] | None = None, release: Callable[[], None] | None = None,
     ) -> bool:  # fmt: skip
         """Run a call on this thread and return True, or return False if other calls of the group are pending.
@@ -171,7 +170,7 @@ class NativeRunner:
         try:
             if self._queued:
                 return False
-            error = self._do(call, timeout_ns, called_ns, load, store)
+            error = self._do(call, called_ns, load, store)
         except BaseException as interrupt:  # ranks may be out of step, so no later call can be trusted to match
             what = f"rank {self._rank} was interrupted in {_title(call)}"
             self._give_up(TransportError(f"{what}: {type(interrupt).__name__}"))
@@ -262,7 +261,7 @@ class NativeRunner:
             work.finish(error)
 
     def _do(
-        self, call: NativeCall, timeout_ns: int, called_ns: int, load: Callable[[int], None] | None,
+        self, call: NativeCall, called_ns: int, load: Callable[[int], None] | None,
         store: Callable[[int], None] | None,
     ) -> Exception | None:  # fmt: skip
         """Run a call; return the error that ended it, or None on success."""
@@ -277,7 +276,7 @@ class NativeRunner:
             return self._refuse(sequence, cause.error())
         self._recorder.note(called_ns, "call", number, sequence, detail=_called(call))
         try:
-            deadline_ns = time.monotonic_ns() + timeout_ns
+            deadline_ns = time.monotonic_ns() + call.timeout_ns
             if load is not None:
                 load(deadline_ns)
             self._collectives.run(call, deadline_ns)

@@ -34,9 +34,12 @@ class Natives:
             NativeCall("broadcast", array, array.size, root=root, arrays=arrays, name=name), deadline_ns
         )
 
-    def barrier(self, deadline_ns: int, name: str = "") -> None:
-        """Return once every rank has called."""
-        self._collectives.run(NativeCall("barrier", np.zeros(1, np.uint8), 1, ReduceOp.MAX, name=name), deadline_ns)
+    def barrier(self, deadline_ns: int, name: str = "", timeout_ns: int = 0) -> None:
+        """Return once every rank has called; ``timeout_ns`` : what the caller says that it allows."""
+        array = np.zeros(1, np.uint8)
+        self._collectives.run(
+            NativeCall("barrier", array, 1, ReduceOp.MAX, name=name, timeout_ns=timeout_ns), deadline_ns
+        )
 
     def arrange(self, groups: list[list[int]]) -> None:
         """Set the fold order; see `NativeCollectives.arrange`."""

@@ -112,7 +112,7 @@ class Collectives:
         with self.turn:
             if self._ended:
                 raise Closed(self._ended) from self._cause
-            before, lockstep.number = lockstep.sequence, call.sequence
+            before, lockstep.number, lockstep.timeout_ns = lockstep.sequence, call.sequence, call.timeout_ns
             try:
                 _HOW[call.kind](self, layout, call, deadline_ns)
             except BaseException as error:

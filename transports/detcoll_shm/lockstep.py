@@ -106,6 +106,7 @@ class Lockstep:
 
     ``rank`` : this rank's number in the group.  ``name`` : its rank in the job.  ``sequence`` : number of the
     collective under way, from 1.  ``number`` : what its caller counts it as, which ranks compare too, or -1.
+    ``timeout_ns`` : what its caller allows it, or 0.
     ``last_word`` : with which word and value the collective under way ends, where that is not its ARRIVED.
     """
 
@@ -115,7 +116,7 @@ class Lockstep:
     ) -> None:  # fmt: skip
         self.rank, self.name, self.stage, self.peers = rank, name, stage, tuple(peers)
         self.sequence = 0
-        self.number = -1
+        self.number, self.timeout_ns = -1, 0
         self.last_word: tuple[int, int] | None = None
         self._hooks, self._counts = hooks, counts
         self._wait_ns = wait_ns
@@ -124,7 +125,7 @@ class Lockstep:
         self._words[PROCESS], self._words[BELL] = os.getpid(), hooks.bell_fd
         self._peers = tuple((peer, peer.stage.words) for peer in peers)
         self._descriptor = Descriptor(0, "", "", "", 0, 0)
-        self._digest = self._began_ns = self._deadline_ns = 0
+        self._digest = self._deadline_ns = 0
         self._coming = 0
         self._thread = _Thread()
         self._relayed: Reason | None = None
@@ -134,7 +135,6 @@ class Lockstep:
         """Show that this rank is in its next collective, what it called, and where its array is if others look."""
         digest = digest + self.number & LARGEST_DIGEST
         self._descriptor, self._digest, self._deadline_ns = descriptor, digest, deadline_ns
-        self._began_ns = time.monotonic_ns()
         self._words[THREAD] = self._thread.id
         self.sequence = sequence = self.sequence + 1
         self._words[DIGEST + (sequence & 1)] = digest
@@ -145,7 +145,7 @@ class Lockstep:
 
     def prepare(self, descriptor: Descriptor, deadline_ns: int) -> None:
         """Say what the next collective is, for waits for a device that come before `arrive`."""
-        self._descriptor, self._deadline_ns, self._began_ns = descriptor, deadline_ns, time.monotonic_ns()
+        self._descriptor, self._deadline_ns = descriptor, deadline_ns
         self._coming = self.sequence + 1
 
     def await_device(self, is_past: Callable[[], bool], what: str) -> None:
@@ -415,11 +415,8 @@ class Lockstep:
         return self._missed(awaited or "nobody")
 
     def _missed(self, awaited: str) -> DeadlineMissed:
-        seconds = round((self._deadline_ns - self._began_ns) / 1e9, 2)
-        return DeadlineMissed(
-            f"rank {self.name}: {self._call} was not finished after {seconds:g} s, when its timeout had passed; "
-            f"it waits for {awaited}"
-        )
+        until = f"after {self.timeout_ns / 1e9:g} s (the timeout of the call)" if self.timeout_ns else "by its deadline"
+        return DeadlineMissed(f"rank {self.name}: {self._call} was not finished {until}; it waits for {awaited}")
 
     def _compare_with_those_here(self) -> None:
         sequence, half = self.sequence, self.sequence & 1
