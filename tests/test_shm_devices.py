@@ -6,26 +6,24 @@ import gc
 import itertools
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import kinds
 import numpy as np
 import pytest
 from devices import until
-from numpy.typing import NDArray
 from ranks import grouped, run_ranks
 from test_kinds import serve
 
-from detcoll.buffers import bind
 from detcoll.clock import MonotonicClock
 from detcoll.communicator import Communicator
-from detcoll.device import DeviceBuffer, Gate, PinnedPool, Pins, Segment, cuda, now
+from detcoll.device import PinnedPool, Pins, cuda, now
 from detcoll.errors import Closed, DeadlineMissed, DetcollError, DeviceError
 from detcoll.fold import reference
 from detcoll.runtime.devices import OnDevice
 from detcoll.testing.device import StrictDevice
 from detcoll.testing.fabric import Here, LocalMeeting, ThreadFabric
+from detcoll.testing.programs.devices import Held
 from detcoll.testing.values import varied
 from detcoll.transport import NativeCall
 from detcoll.types import DTYPES, ReduceOp, operators_of
@@ -48,37 +46,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
     now._shared.forget()
     assert not strict.misuses
     assert not strict.unpinned, "a copy blocked"
-
-
-@dataclass
-class Held:
-    """An array on a device, whose values the caller's stream brings there."""
-
-    strict: StrictDevice
-    values: NDArray[Any]
-    number: int = 0
-
-    def __post_init__(self) -> None:
-        with self.strict.on(self.number):
-            self.stream = self.strict.stream(self.number)
-        self.array = self.strict.array(np.full(self.values.nbytes, 0x77, np.uint8), self.number, self.stream)
-        self.strict.kernel(self.stream, lambda: self.strict.poke(self.array, self.values.view(np.uint8)))
-
-    def run(self, here: Here, kind: str, op: ReduceOp = ReduceOp.SUM, root: int = 0, timeout_s: float = 20) -> None:
-        size = self.values.itemsize
-        buffer = DeviceBuffer((Segment(0, self.values.size, self.array.address),), self.number, self.array, size)
-        on_device = OnDevice(buffer, [Gate(self.strict, self.number, self.stream)])
-        outline = bind([self.values]).outline
-        call = NativeCall(kind, outline, outline.size, op, root, device=on_device)
-        try:
-            here.endpoint.run(call, here.clock.now_ns() + round(timeout_s * 1e9))
-        finally:
-            on_device.release()
-        assert self.strict._current() is None, "the device is still current"
-
-    @property
-    def bytes(self) -> bytes:
-        return self.strict.peek(self.array).tobytes()
 
 
 def random_calls(here: Here, strict: StrictDevice, groups: list[list[int]], seed: int, calls: int) -> None:

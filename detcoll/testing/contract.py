@@ -24,7 +24,17 @@ from collections.abc import Sequence
 import pytest
 
 from detcoll.testing.fabric import Fabric
-from detcoll.testing.programs import beside, blocks, collectives, discarding, endings, messages, ownership, windows
+from detcoll.testing.programs import (
+    beside,
+    blocks,
+    collectives,
+    devices,
+    discarding,
+    endings,
+    messages,
+    ownership,
+    windows,
+)
 from detcoll.transport import Capabilities
 
 MIB = 2**20
@@ -358,6 +368,17 @@ class CollectiveContract(MessageContract):
         with self.fabric(2) as fabric:
             fabric.run(blocks.different_counts, kind=kind)
 
+    def test_collectives_of_arrays_on_devices(self) -> None:
+        self._require_devices()
+        with self.fabric(3) as fabric:
+            fabric.run(devices.each_call, counts=[1, 301])
+
+    @pytest.mark.parametrize("count", [1, 100_001])
+    def test_a_device_is_late(self, count: int) -> None:
+        self._require_devices()
+        with self.fabric(2) as fabric:
+            fabric.run(devices.late_stream, count=min(count, self.large_count))
+
     def test_collectives_of_groups(self) -> None:
         self._require_groups()
         with self.fabric(3) as fabric:
@@ -432,6 +453,10 @@ class CollectiveContract(MessageContract):
             self._require(name)
         with self.fabric(2) as fabric:
             fabric.run(collectives.bad_arguments)
+
+    def _require_devices(self) -> None:
+        if not self.capabilities.native_devices:
+            pytest.skip("it takes no arrays on devices")
 
     def _require_groups(self) -> None:
         if not self.capabilities.native_groups:
