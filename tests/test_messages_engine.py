@@ -618,7 +618,7 @@ def test_the_flight_record_tells_who_waits_for_whom_and_which_tag() -> None:
 )  # fmt: skip
 @settings(max_examples=60)
 def test_random_messages_all_arrive(seed: int, sites: Sequence[int], count: int, credit_bytes: int | None) -> None:
-    """Everything is posted at once, in an order that differs by rank, beside all-reduces."""
+    """All are posted at once, in an order that differs by rank, beside all-reduces. Some arrays are on devices."""
     draw = np.random.default_rng(seed)
     size = sum(sites)
     fleet = Fleet(sites, delay_ns=lambda source, dst: int((1 + source * 3 + dst) * MS), credit_bytes=credit_bytes)
@@ -628,8 +628,13 @@ def test_random_messages_all_arrive(seed: int, sites: Sequence[int], count: int,
         elems = int(draw.choice([0, 1, 1000, 5000, 40_000]))
         at_ns = [int(at) for at in draw.integers(0, 50 * MS, 2)]
         awaits = bool(draw.integers(0, 2))
-        sent = fleet.send(source, dst, numbers(elems, number), number, at_ns=at_ns[0], awaits_receive=awaits)
-        pairs.append((sent, fleet.recv(dst, draw.choice([source, None]), room(elems), number, at_ns=at_ns[1])))
+        copies = [int(draw.integers(0, 20 * MS)) if draw.integers(0, 2) else None for _ in "sr"]
+        sent = fleet.send(
+            source, dst, numbers(elems, number), number, at_ns=at_ns[0], awaits_receive=awaits, copy_ns=copies[0]
+        )
+        origin = draw.choice([source, None])
+        got = fleet.recv(dst, origin, room(elems), number, at_ns=at_ns[1], copy_ns=copies[1])
+        pairs.append((sent, got))
     calls = [fleet.call(rank, "all_reduce", numbers(3000, 1)) for _ in range(5) for rank in range(size)]
     fleet.run()
     for sent, got in pairs:

@@ -47,6 +47,8 @@ from detcoll.types import ReduceOp, accumulation_dtype, check_op
 
 SECOND_NS = 1_000_000_000
 LONGEST_RUN_NS = 3_600 * SECOND_NS
+PENDING = 0xFB
+"""What host memory has before a device's copy wrote to it."""
 
 Program = Generator["Called", None, None]
 Delay = Callable[[int, int], int]
@@ -54,7 +56,10 @@ Delay = Callable[[int, int], int]
 
 @dataclass(eq=False, slots=True)
 class Called:
-    """A call that a rank made: its array, and what became of it and when."""
+    """A call that a rank made: its array, and what became of it and when.
+
+    ``copy_ns`` : how long a copy between the array and the host takes, for a message whose array is on a device.
+    """
 
     rank: int
     operation: Operation | Transfer | None
@@ -62,6 +67,7 @@ class Called:
     error: Exception | None = None
     ended_ns: int = -1
     then: Callable[[], None] | None = None
+    copy_ns: int = 0
 
     @property
     def ended(self) -> bool:
@@ -225,7 +231,7 @@ class Fleet:
         return called
 
     def send(self, rank: int, dst: int, array: NDArray[Any], tag: int = 0, **given: Any) -> Called:
-        """Let a rank send; see `call` for what may be given."""
+        """Let a rank send; see `call` for what may be given. ``copy_ns`` : the array is on a device, see `Called`."""
         return self._message(rank, dst, array, tag, is_send=True, **given)
 
     def recv(self, rank: int, src: int | None, array: NDArray[Any], tag: int = 0, **given: Any) -> Called:
@@ -236,16 +242,17 @@ class Fleet:
         self, rank: int, peer: int, array: NDArray[Any], tag: int, *, is_send: bool, group: Group | None = None,
         timeout_s: float = 600.0, at_ns: int | None = None, spans: bool = False, name: str = "",
         chunk_bytes: int = 65_536, ahead_bytes: int = 262_144, load: Callable[[], None] | None = None,
-        awaits_receive: bool = False,
+        awaits_receive: bool = False, copy_ns: int | None = None,
     ) -> Called:  # fmt: skip
+        on_host = array if copy_ns is None else np.full_like(array, PENDING)
         address = array.__array_interface__["data"][0]
         transfer = Transfer(
             group or self.world, is_send, peer, tag, array.dtype.name, array.size, array.nbytes,
             round(timeout_s * SECOND_NS), self.now_ns, chunk_bytes, ahead_bytes,
-            [(address, address + array.nbytes)] if spans else (), name, Parcel(array, Work("message"), load),
-            awaits_receive=awaits_receive,
+            [(address, address + array.nbytes)] if spans else (), name, Parcel(on_host, Work("message"), load),
+            awaits_receive=awaits_receive, is_on_device=copy_ns is not None,
         )  # fmt: skip
-        host, called = self.hosts[rank], Called(rank, transfer, array)
+        host, called = self.hosts[rank], Called(rank, transfer, array, copy_ns=copy_ns or 0)
         host.calls[transfer] = called
         self.at(self.now_ns if at_ns is None else at_ns, rank, lambda: host.engine.submit(transfer, self.now_ns))
         return called
@@ -441,6 +448,17 @@ class Fleet:
     def _mail_open(self, host: Host, transfer: Transfer) -> None:
         if transfer.memory.load is not None:
             transfer.memory.load()
+
+    def _mail_copy(self, host: Host, transfer: Transfer) -> None:
+        called = host.calls[transfer]
+
+        def done() -> None:
+            if not transfer.over:
+                on_host, on_device = transfer.memory.array, called.array
+                np.copyto(*((on_host, on_device) if transfer.is_send else (on_device, on_host)))
+                host.engine.messages.copied(transfer, self.now_ns)
+
+        self.at(self.now_ns + called.copy_ns, host.engine.rank, done)
 
     def _mail_keep(self, host: Host, transfer: Transfer) -> None:
         transfer.memory.keep()
