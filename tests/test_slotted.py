@@ -882,7 +882,8 @@ def test_where_the_host_paces_messages_are_handed_over_at_their_rate(monkeypatch
         seen = watch_bulk(monkeypatch, fabric[0])
         window, payload = Window(now_ns(), None, rate), memoryview(bytes(size))
         sends = [fabric[0].send(1, tag, payload, window) for tag in range(6)]
-        assert len(seen) == 1, "the others would leave more than a moment too early"
+        may_leave = 1 + (now_ns() + AHEAD_NS - window.not_before_ns) // takes_ns
+        assert 0 < len(seen) <= may_leave, "the others would leave more than a moment too early"
         received = [fabric[1].recv(0, tag, size) for tag in range(6)]
         settle(fabric, *sends, *received)
         assert {ticket.status for ticket in sends + received} == {DONE}
