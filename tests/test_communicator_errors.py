@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import msgspec
 import numpy as np
 import pytest
+from devices import until
 from ranks import PROGRAMS, attempt, give_up_after, grouped, launch, lines, run_ranks
 
 from detcoll.communicator import Communicator, _ending, _said
@@ -132,7 +133,7 @@ def test_a_group_that_has_failed_costs_no_other_group() -> None:
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, object], text: str) -> None:
-    for answer in attempt(2, lambda comm: None, **({"timeout": 5.0} | settings)):
+    for answer in attempt(2, lambda comm: None, **settings):
         assert isinstance(answer, UsageError)
         with pytest.raises(UsageError, match=text):
             raise answer
@@ -168,7 +169,7 @@ LINK = '[[link]]\nbetween=["a","b"]\none_way="1 ms"\n'
 def test_topology_files_that_cannot_be_used(tmp_path, text: str, message: str) -> None:
     path = tmp_path / "topology.toml"
     path.write_text(text)
-    for answer in attempt(2, lambda comm: None, environ={"DETCOLL_TOPOLOGY": str(path)}, timeout=5.0):
+    for answer in attempt(2, lambda comm: None, environ={"DETCOLL_TOPOLOGY": str(path)}):
         assert isinstance(answer, UsageError)
         with pytest.raises(UsageError, match=message):
             raise answer
@@ -369,6 +370,32 @@ def test_finalize_tells_what_was_not_finished() -> None:
         assert told.wait(20)
 
     run_ranks(2, program)
+
+
+def test_finalize_tells_nothing_of_calls_that_were_not_its_own() -> None:
+    """Rank 1 has none under way when rank 0 gives up one of its own, and hears of that in the middle of finalize."""
+    begun = threading.Event()
+
+    def program(comm):
+        comm.barrier()
+        if comm.rank == 0:
+            comm.all_reduce(np.ones(10), async_op=True)
+            assert begun.wait(20)
+            with pytest.raises(DeadlineMissed):
+                comm.finalize(0.1)
+            return
+        loop, world = comm._job.loop, comm._group
+        drain = loop.drain
+
+        def drain_late(deadline_ns: int) -> bool:
+            begun.set()
+            until(lambda: comm._job.failure(world))
+            return drain(deadline_ns)
+
+        loop.drain = drain_late
+        comm.finalize()
+
+    run_ranks(2, program, transport="slotted")
 
 
 def call_often(comm: Communicator) -> None:

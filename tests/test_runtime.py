@@ -304,6 +304,16 @@ def test_draining_native_calls_waits_for_them_but_not_for_ever(native) -> None:
     work.wait(20)
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_the_first_native_call_after_a_failure_is_told_of_it(native, wait: bool) -> None:
+    """It may have come from other ranks since the caller looked."""
+    runner, _, call, _ = native
+    runner.fail(PlanMismatch("ranks called different collectives"))
+    for error in (PlanMismatch, Closed):
+        with pytest.raises(error, match="ranks called different collectives"):
+            call("broadcast", wait=wait)
+
+
 def test_a_native_call_that_comes_while_the_runner_closes_is_carried_out(native) -> None:
     """It has been let in, and is put into the queue only when the runner has been told to close."""
     runner, _, call, _ = native

@@ -428,7 +428,7 @@ class Job:
 
     def _drain(self, deadline_ns: int) -> Exception | None:
         """Wait for all calls to end; return the error that ended them if no caller has got it."""
-        had_failed = self._failed() is not None
+        had_calls, had_failed = self._has_calls(), self._failed() is not None
         is_drained = self.natives.drain(deadline_ns)
         loop = self._loop
         if loop is not None and not loop.drain(deadline_ns):
@@ -439,11 +439,18 @@ class Job:
         failure = self._failed()
         if not is_drained and not had_failed:
             return failure
-        if loop is not None and failure is not None and not had_failed:
+        if loop is not None and failure is not None and had_calls and not had_failed:
             membership = loop.engine.groups.get(WORLD_ID)
             if membership is not None and not membership.told and not isinstance(failure, Closed):
                 return failure
         return None
+
+    def _has_calls(self) -> bool:
+        """Tell whether calls of the world are under way, without waiting for the progress thread, which may hang."""
+        runner, loop, membership = self.natives.of(self.world), self._loop, self.membership(self.world)
+        if (runner is not None and runner.unfinished is not None) or (loop is not None and loop.has_posted):
+            return True
+        return membership is not None and not membership.idle
 
     def _untold_mismatch(self, failure: Exception | None) -> PlanMismatch | None:
         if failure is None:

@@ -155,6 +155,11 @@ class Loop:
         if self._asleep:
             self._wake()
 
+    @property
+    def has_posted(self) -> bool:
+        """Whether something was handed over that the thread has not taken in."""
+        return bool(self._posted)
+
     def ask(self, action: Callable[[int], Any]) -> Any:
         """Let the thread call ``action(now_ns)``, and return or raise what that does."""
         answered = threading.Event()

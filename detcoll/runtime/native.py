@@ -129,7 +129,7 @@ class NativeRunner:
         Raises
         ------
         Closed
-            If the collectives have failed or the job is closing.
+            If the collectives have failed or the job is closing; what failed first, to the first caller after that.
         DeadlineMissed
             If the queue stays full for the timeout of the call.
         """
@@ -184,6 +184,9 @@ class NativeRunner:
         return True
 
     def _check_usable(self) -> None:
+        if self.failure is not None and not (self.was_told or self._closing):
+            self.was_told = True  # it came since the caller looked whether the group can be used
+            raise self.failure
         if self.failure is not None or self._closing:
             reason = "the job is closed" if self.failure is None else f"the group has ended: {self.failure}"
             raise Closed(reason) from self.failure
