@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = str(Path(__file__).parent / "programs" / "regressions.py")
-GUARD_S = 30
+GUARD_S = 60
 """Ends a job that hangs; nothing waits for it to pass."""
 
 

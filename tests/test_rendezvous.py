@@ -403,7 +403,8 @@ def test_a_rank_that_dies_before_all_have_come() -> None:
 class Dictionary:
     """A store as torch's are, with what the ranks of one process need."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 20.0) -> None:
+        self.patience_s = patience_s
         self.values: dict[str, bytes] = {}
         self.changed = threading.Condition()
 
@@ -414,7 +415,7 @@ class Dictionary:
 
     def get(self, key: str) -> bytes:
         with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, timeout=0.3):
+            if not self.changed.wait_for(lambda: key in self.values, self.patience_s):
                 raise RuntimeError("wait timeout")
             return self.values[key]
 
@@ -431,7 +432,7 @@ def test_meeting_through_a_store() -> None:
 
 def test_a_store_without_rank_0() -> None:
     with pytest.raises(ConnectError, match="rank 0 never came"):
-        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary())
+        meet(World(1, 2, 1, 2, "torchrun", "store", "localhost:1", "run.0"), ahead(), {}, Dictionary(0.3))
 
 
 def store_world(rank: int, job: str) -> World:

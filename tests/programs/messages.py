@@ -168,8 +168,8 @@ def interrupted(transport: str) -> None:
         room = np.zeros(50_000)
         work = comm.recv(room, 1, async_op=True)
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         try:
+            timer.start()  # here, since this thread may not run again before the signal
             work.wait()
         except KeyboardInterrupt:
             comm.send(np.zeros(1), 1)

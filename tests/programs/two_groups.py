@@ -103,6 +103,6 @@ for thread in threads:
 for thread in threads:
     thread.join()
 with contextlib.suppress(detcoll.DetcollError):
-    detcoll.finalize(3.0)
+    detcoll.finalize(20.0)
 del threads
 print(json.dumps({"rank": comm.rank, "told": told, "left": left_behind()}), flush=True)

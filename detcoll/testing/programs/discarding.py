@@ -73,14 +73,12 @@ def discarded_messages(here: Here, nbytes: int, rounds: int = 1, others: int = 0
     assert here.take(0, PREFIX + 1, nbytes) == pattern(77, nbytes)
 
 
-LAST_POLL_NS = 200_000_000
-
-
 def discarded_while_they_arrive(here: Here, nbytes: int) -> None:
     """Receives that are discarded at any moment end, DONE or CANCELLED, and leave their memory alone afterwards."""
     if here.rank == 0:
         for round_ in range(10):
             here.finish(here.send(1, PREFIX + round_, pattern(1, nbytes)), here.send(1, 3, b"x"))
+        here.finish(here.send(1, 4, b"all has gone"))
         return
     for round_ in range(10):
         memory = bytearray(nbytes)
@@ -97,7 +95,7 @@ def discarded_while_they_arrive(here: Here, nbytes: int) -> None:
         memory[:] = b"\xaa" * nbytes
         assert here.take(0, 3, 1) == b"x"
         assert memory == b"\xaa" * nbytes
-    here.endpoint.poll(here.clock.now_ns() + LAST_POLL_NS)  # what a sender has yet to be told is told in a poll
+    assert here.take(0, 4, 12) == b"all has gone"  # what the sender has yet to be told is told in a poll
 
 
 def sending_ends_it(here: Here) -> None:
