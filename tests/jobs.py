@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 PROGRAM = str(Path(__file__).parent / "programs" / "regressions.py")
-GUARD_S = 60
+GUARD_S = 80
 """Ends a job that hangs; nothing waits for it to pass."""
 
 
@@ -95,6 +97,8 @@ class Rank:
 
 
 def free_port() -> int:
-    """Return a TCP port of loopback that was free just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a TCP port of loopback that was free just now, of those that Linux gives to nobody who asks for any."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -123,7 +123,7 @@ def launch(
     environ: Mapping[str, str] | None = None,
     launcher: Sequence[str] | None = None,
     cwd: Path | None = None,
-    timeout_s: float = 60.0,
+    timeout_s: float = 90.0,
 ) -> Ended:
     """Run a program of the folder ``programs`` on ``size`` processes under ``detcoll run`` or another launcher."""
     if launcher is None:
@@ -141,7 +141,7 @@ def launch(
     since_ns = now_ns()
     done = subprocess.run(
         [*command, *interpreter, str(PROGRAMS / program), *map(str, arguments)],
-        env=given, cwd=cwd, capture_output=True, text=True, timeout=timeout_s + 30, check=False,
+        env=given, cwd=cwd, capture_output=True, text=True, timeout=timeout_s + 20, check=False,
     )  # fmt: skip
     remove_segments(since_ns)  # MPICH leaves its own where ranks are killed
     return Ended(done.returncode, done.stdout, done.stderr)

@@ -28,7 +28,7 @@ from detcoll.measure.results import BENCH_SCHEMA, AuditResult, BenchLine, BenchR
 from detcoll.measure.tables import bench_table, came
 from detcoll.topology import Topology
 
-TIMEOUT_S = 60
+TIMEOUT_S = 100
 ROW = Row(
     "all_reduce", "slotted", "exchange", 4, 2, "float32", 0.018, 0.03, 0.029, 0.0187, 0.021, 0.935, 0.05, 20, "instant",
     1e-4, bytes=2**20, median_s=0.02, cpu_s_per_gb=0.625, extra_memory_bytes=3 * 2**20,

@@ -107,4 +107,4 @@ def test_nothing_is_left_behind() -> None:
     before = threading.active_count()
     with ThreadFabric(MemoryTransport(), 3):
         pass
-    assert threading.active_count() == before
+    assert threading.active_count() <= before

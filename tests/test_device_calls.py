@@ -320,14 +320,17 @@ def test_finalize_does_not_wait_for_ever_for_a_stream(device: StrictDevice, tran
     released = hold(device, stream)
     x, called = device.array(np.ones(5000), 0, stream), threading.Barrier(2)
 
-    def program(comm: Communicator) -> None:
-        work = comm.all_reduce(x if comm.rank == 0 else np.ones(5000), async_op=True)
+    def program(comm: Communicator) -> bool:
+        work, was_told = comm.all_reduce(x if comm.rank == 0 else np.ones(5000), async_op=True), False
         called.wait(30)
-        with pytest.raises(DetcollError):
+        try:
             comm.finalize(0.3)
+        except DetcollError:
+            was_told = True
         assert work.exception(20) is not None
+        return was_told
 
-    run_ranks(2, program, transport=transport)
+    assert any(run_ranks(2, program, transport=transport)), "one of them gives up first"
     released.set()
     device.drive()
     assert (device.peek(x) == 1).all()

@@ -147,7 +147,7 @@ with Guard() as guard:
     for process in crew:
         guard.watch(process)
     print(guard._process.pid, guard._process.pid, flush=True)
-    sys.exit(supervise(crew, grace_s=5.0, on_interrupt=int(sys.argv[1])))
+    sys.exit(supervise(crew, grace_s=30.0, on_interrupt=int(sys.argv[1])))
 """
 
 

@@ -16,7 +16,7 @@ import pytest
 from jobs import Rank, free_port, run
 from ranks import launch
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(120)
 
 SIGNATURE = b"\xff"
 """The first byte of a greeting (RFC 37/ZMTP 3.1)."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jobs import run
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from jobs import Rank, free_port, run
 from paths import NetworkPath
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_jobs_wait_ten_minutes_unless_told_otherwise() -> None:
 
 
 def test_the_environment_sets_the_timeout() -> None:
-    ended = run(2, "come_alone", environ={"DETCOLL_TIMEOUT": "1 s"})
+    ended = run(2, "come_alone", environ={"DETCOLL_TIMEOUT": "3 s"})
     [end] = ended.said.get(0, ["nothing in time"])
     assert end.startswith("ConnectError")
     assert "rank 1 never came" in end

@@ -32,7 +32,7 @@ from detcoll.topology import Topology
 
 HOST = "127.0.0.1"
 FAST = Topology.uniform(2, 2, 100e6, 1_000_000)
-PATIENCE_S = 60
+PATIENCE_S = 100
 
 SUMS = """
 import sys

@@ -64,7 +64,7 @@ def cuttable() -> Iterator[Callable[..., Cuttable]]:
 
 
 def test_no_two_jobs_of_this_process_meet_at_one_address() -> None:
-    count = 1_000  # of 14,000 ports: without a memory about 36 would come twice
+    count = 1_000  # of 22,000 ports: without a memory about 23 would come twice
     assert len({free_address() for _ in range(count)}) == count
 
 
@@ -94,7 +94,7 @@ def test_threads_that_end_late_give_their_descriptors_back(monkeypatch: pytest.M
     close_all(met[:1], seconds=2)
     for thread in late:
         thread.join()
-    assert eventfds() == before
+    assert eventfds() <= before
 
 
 def test_a_reset_connection_is_made_again_and_nothing_is_lost_or_doubled(cuttable: Callable[..., Cuttable]) -> None:
@@ -266,8 +266,8 @@ def test_one_name_of_different_ranks_does_not_meet_and_harms_nothing() -> None:
     address = free_address()
     met: list[Session] = meet_all([world_at(rank, 3, address) for rank in range(3)])
     calls = [
-        lambda: met[0].exchange("x", b"", ahead(1), [0, 1]),
-        lambda: met[1].exchange("x", b"", ahead(3), [1, 2]),
+        lambda: met[0].exchange("x", b"", ahead(3), [0, 1]),
+        lambda: met[1].exchange("x", b"", ahead(4), [1, 2]),
     ]
     errors = in_threads(calls)
     assert str(errors[0]) == "exchange 'x': rank 1 did not arrive in time; rank 1 came to 'x' of ranks 1, 2"

@@ -217,8 +217,9 @@ def test_memory_that_a_hanging_device_may_use_stays(
 
     def program(here: Here) -> None:
         held = Held(device, np.ones(count), here.rank)
+        here.meet()
         with pytest.raises(DeadlineMissed):
-            held.run(here, "all_reduce", timeout_s=0.2)
+            held.run(here, "all_reduce", timeout_s=0.5)
 
     with ThreadFabric(ShmTransport(), 2, SMALL) as fabric:
         fabric.run(program)

@@ -104,7 +104,7 @@ class Child:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait(10)
+        self._process.wait(30)
 
     def hears(self) -> str:
         """Return the next line that the child prints."""
@@ -115,7 +115,7 @@ class Child:
 
     def leave(self) -> None:
         self._write("")
-        assert self._process.wait(10) == 0
+        assert self._process.wait(30) == 0
 
     def __enter__(self) -> Child:
         return self
@@ -352,8 +352,8 @@ class TestOneThatGivesUp:
 
 
 def _shared_files() -> list[str]:
-    """Return the files in shared memory, without those of MPI programs that may run beside this test."""
-    return sorted(name for name in os.listdir("/dev/shm") if not name.startswith("mpich_shm_"))
+    """Return our files in shared memory, where other programs that run beside this test have theirs."""
+    return sorted(name for name in os.listdir("/dev/shm") if "detcoll" in name)
 
 
 def _descriptors() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import random
 import select
 import signal
 import socket
@@ -46,16 +48,24 @@ def ahead(seconds: float = 20.0) -> int:
 def free_address(host: str = "127.0.0.1") -> str:
     """Return an address where nobody listens and that was not returned before in this process.
 
+    Its port is none that Linux gives to sockets which ask for any, such as those of other tests until this one listens.
+
     Ranks count their meetings at each address, and the counts of one job must agree. They would differ if an earlier
     job used the address and a rank of the next one reached it through a relay, under another address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
-        with socket.create_server((host, 0), family=family) as probe:
-            address = Address(host, probe.getsockname()[1])
-        if address not in _given:
-            _given.add(address)
-            return str(address)
+        address = Address(host, random.randrange(10_000, 32_000))
+        if address in _given:
+            continue
+        try:
+            socket.create_server((host, address.port), family=family).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            continue
+        _given.add(address)
+        return str(address)
 
 
 def world_at(rank: int, size: int, address: str | None, **changes: Any) -> World:

@@ -24,6 +24,9 @@ from detcoll.errors import DetcollError, TransportUnavailable
 from detcoll.launch.launchers import read_environment
 from detcoll.testing.values import EDGE_OPS, FLOATS, require_edges, require_types
 
+PATIENCE_S = 50.0
+"""For what should succeed, also where ranks share a busy host; nothing waits for it to pass."""
+
 
 def say(something: object) -> None:
     """Print one line, whole, whoever prints at the same time."""
@@ -38,7 +41,7 @@ def describe(error: BaseException) -> list[str]:
 
 def small(transport: str = "auto") -> None:
     """Sum once and tell the transport and the result."""
-    comm = detcoll.init(transport, timeout=20)
+    comm = detcoll.init(transport, timeout=PATIENCE_S)
     x = np.full(50_000, comm.rank + 1, np.float32)
     detcoll.all_reduce(x)
     assert (x == sum(range(1, comm.size + 1))).all()
@@ -48,7 +51,7 @@ def small(transport: str = "auto") -> None:
 
 def values() -> None:
     """Reduce natively by MPI what goes wrong easily, and every type; tell the algorithm and what went wrong."""
-    comm = detcoll.init("mpi", timeout=20)
+    comm = detcoll.init("mpi", timeout=PATIENCE_S)
     wrong, groups = [], [range(comm.size)]
 
     def reduce(array, op) -> None:
@@ -75,7 +78,7 @@ def one_without_mpi4py() -> None:
     if read_environment(os.environ).rank == 1:
         sys.modules["mpi4py"] = None  # type: ignore[assignment]
     try:
-        detcoll.init("mpi", timeout=20)
+        detcoll.init("mpi", timeout=PATIENCE_S)
     except TransportUnavailable as error:
         say([describe(error), "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].Is_initialized()])
 
@@ -94,7 +97,7 @@ def differ(transport: str) -> None:
             lambda size: detcoll.barrier(),
             lambda size: detcoll.all_reduce(ones(size, np.float32), name="weights"),
         ):
-            comm = detcoll.init(transport, timeout=20)
+            comm = detcoll.init(transport, timeout=PATIENCE_S)
             detcoll.barrier()
             try:
                 if comm.rank == comm.size - 1:
@@ -123,7 +126,7 @@ def freeze_one() -> None:
 
 def containers(transport: str) -> None:
     """All collectives of a transport, on several containers."""
-    comm = detcoll.init(transport, timeout=20)
+    comm = detcoll.init(transport, timeout=PATIENCE_S)
     total = sum(range(1, comm.size + 1))
     for dtype in (np.float32, np.float64, np.int32, np.uint8, ml_dtypes.bfloat16):
         x = np.full((2, 3), comm.rank + 1, dtype)
@@ -150,7 +153,7 @@ def containers(transport: str) -> None:
 
 def killed() -> None:
     """The last rank is killed in the middle of collectives; the others tell what they saw and what is left."""
-    comm = detcoll.init(timeout=30)
+    comm = detcoll.init(timeout=PATIENCE_S)
     x = np.ones(2_000_000, np.float32)
     begun = time.monotonic()
     try:
@@ -184,7 +187,7 @@ def never_calls(timeout: str) -> None:
 
 def no_finalize(transport: str) -> None:
     """Rank 0 just returns after the last collective; so do the others."""
-    comm = detcoll.init(transport, timeout=20)
+    comm = detcoll.init(transport, timeout=PATIENCE_S)
     x = np.ones(10, np.float32)
     detcoll.all_reduce(x)
     say(float(x[0]) == comm.size)
@@ -192,7 +195,7 @@ def no_finalize(transport: str) -> None:
 
 def leaves_early() -> None:
     """Rank 0 exits while the others go on to a collective that needs it."""
-    comm = detcoll.init(timeout=20)
+    comm = detcoll.init(timeout=PATIENCE_S)
     detcoll.barrier()
     if comm.rank == 0:
         return
@@ -205,7 +208,7 @@ def leaves_early() -> None:
 def raises() -> None:
     """Rank 1 raises inside the with block, the others are in a collective."""
     try:
-        with detcoll.init(timeout=20) as comm:
+        with detcoll.init(timeout=PATIENCE_S) as comm:
             detcoll.barrier()
             if comm.rank == 1:
                 raise KeyError("lost the key")
@@ -216,7 +219,7 @@ def raises() -> None:
 
 def ends_by_an_exception(transport: str) -> None:
     """Rank 1 ends by an exception that nobody catches; rank 0 only finalizes, and rank 2 calls a collective."""
-    comm = detcoll.init(transport, timeout=20)
+    comm = detcoll.init(transport, timeout=PATIENCE_S)
     if comm.rank == 1:
         detcoll.barrier()
         raise KeyError("lost the key")
@@ -231,7 +234,7 @@ def ends_by_an_exception(transport: str) -> None:
 
 def forked() -> None:
     """A child made by fork may not use the communicator; the parent may go on."""
-    comm = detcoll.init(timeout=20)
+    comm = detcoll.init(timeout=PATIENCE_S)
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -254,7 +257,7 @@ def forked() -> None:
 def lifecycle() -> None:
     """Init twice, finalize twice, use after finalize, and init again."""
     errors = []
-    comm = detcoll.init(timeout=20)
+    comm = detcoll.init(timeout=PATIENCE_S)
     try:
         detcoll.init()
     except detcoll.DetcollError as error:
@@ -268,7 +271,7 @@ def lifecycle() -> None:
             call()
         except detcoll.DetcollError as error:
             errors.append(describe(error))
-    again = detcoll.init(timeout=20)
+    again = detcoll.init(timeout=PATIENCE_S)
     x = np.ones(3, np.float32)
     again.all_reduce(x)
     detcoll.finalize()
@@ -311,7 +314,7 @@ def many_operations(count: str) -> None:
 
 def shifted() -> None:
     """Sum many times, with the clocks of odd ranks ahead; tell the site's offset and its bound."""
-    comm = detcoll.init(timeout=20)
+    comm = detcoll.init(timeout=PATIENCE_S)
     total = sum(range(1, comm.size + 1))
     for _ in range(12):
         x = np.full(100_000, comm.rank + 1, np.float32)
@@ -324,7 +327,7 @@ def shifted() -> None:
 
 def shifted_sites() -> None:
     """Sum many times in sites of two ranks, with the clock of each site ahead of the one before."""
-    comm = detcoll.init(timeout=30)
+    comm = detcoll.init(timeout=PATIENCE_S)
     total = sum(range(1, comm.size + 1))
     for _ in range(4):
         x = np.full(500_000, comm.rank + 1, np.float32)
@@ -337,7 +340,7 @@ def shifted_sites() -> None:
 
 def asked(folder: str) -> None:
     """Rank 1 does not come to a barrier until doctor has asked both ranks where they stand."""
-    comm = detcoll.init(timeout=30)
+    comm = detcoll.init(timeout=PATIENCE_S)
     comm.barrier()
     if comm.rank == 0:
         comm.all_reduce(np.ones(10, np.float32))
