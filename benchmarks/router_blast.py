@@ -131,7 +131,8 @@ def through_router(program: Path, segments: int, for_s: float, rate: float, one_
             time.sleep(0.01)
         before = lab.statistics()
         time.sleep(for_s)
-        after = lab.statistics()
+        while (after := lab.statistics()).direction(0, 1).units == before.direction(0, 1).units:
+            time.sleep(0.01)  # a busy machine may have let neither process run
     entries = [each.direction(0, 1) for each in (before, after)]
     units = entries[1].units - entries[0].units
     return {

@@ -125,10 +125,14 @@ def launch(
     cwd: Path | None = None,
     timeout_s: float = 90.0,
 ) -> Ended:
-    """Run a program of the folder ``programs`` on ``size`` processes under ``detcoll run`` or another launcher."""
+    """Run a program of the folder ``programs`` on ``size`` processes under ``detcoll run`` or another launcher.
+
+    ``detcoll run`` is patient: where a rank fails, it leaves the others the time that a busy machine needs.
+    """
     if launcher is None:
         interpreter: list[str] = []
-        launcher = [sys.executable, "-m", "detcoll", "run", "-n", str(size), "--timeout", f"{timeout_s:.0f} s"]
+        patient = str(PROGRAMS / "patient.py")
+        launcher = [sys.executable, patient, "run", "-n", str(size), "--timeout", f"{timeout_s:.0f} s"]
     else:
         interpreter = [sys.executable]
     command = [*launcher, *options]

@@ -326,7 +326,7 @@ def test_interference_shows_cells_that_fail_beside_those_that_do_not(tmp_path: P
     done = run(
         sys.executable, "-c", two_ranks, "--rate", "100 Mbit/s", "--bytes", "64KiB", "--iterations", "1", "--rounds",
         "1", "--round-trip", "4 ms", "--time-limit", "0.3 s", "--transports", "slotted,shm", "--cross-traffic", "0.05",
-        "--light", "0.05", "--deadline", "20 s", "--json", str(written), "--plot", str(drawn), "--markdown", str(told),
+        "--light", "0.05", "--deadline", "80 s", "--json", str(written), "--plot", str(drawn), "--markdown", str(told),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     wrote = json.loads(written.read_bytes())

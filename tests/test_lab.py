@@ -202,7 +202,7 @@ class TestLine:
 import numpy as np, detcoll
 comm = detcoll.init(transport="slotted")
 x, switches = np.ones(100_000, np.float32), np.zeros(1, np.int32)
-for _ in range(60):
+for _ in range(1000):  # which take longer than there is
     detcoll.all_reduce(x, op="max")
     switches[0] = comm.counters()["congestion_switches"]
     detcoll.all_reduce(switches)
@@ -243,8 +243,8 @@ assert (x == 2).all()
         with Lab(two_sites(one_way_ns=1_000_000)) as near, Lab(two_sites(one_way_ns=30_000_000)) as far:
             with serve(near, 1, ECHO) as first, serve(far, 1, ECHO) as second:
                 asks = [
-                    lab.popen(0, python(PING, lab.address(1), 5), stdout=subprocess.PIPE, text=True)
-                    for lab in (near, far)
+                    lab.popen(0, python(PING, lab.address(1), count), stdout=subprocess.PIPE, text=True)
+                    for lab, count in ((near, 25), (far, 5))
                 ]
                 quick, slow = (json.loads(ask.communicate(timeout=60)[0]) for ask in asks)
                 first.kill()

@@ -27,6 +27,7 @@ from detcoll.emulation.relay.socks import Answer
 from detcoll.errors import Closed, DetcollError, UsageError
 from detcoll.job import settings
 from detcoll.job.settings import read_settings
+from detcoll.measure.load import LEAST_S
 from detcoll.testing.socks import ask, open_through, receive, request
 from detcoll.topology import Topology
 
@@ -351,7 +352,8 @@ signal.pause()
         assert (row["transport"], row["sites"], row["retransmits"]) == ("slotted", 2, None)
         assert row["load"]["router_late_s"] > 0
         assert row["load"]["cores"] >= 1
-        assert row["load"]["processors_share"] is None, "two short calls say nothing of it"
+        is_short = row["max_s"] < LEAST_S / 2
+        assert row["load"]["processors_share"] is None or not is_short, "two short calls say nothing of it"
 
     def test_measure_compares_and_leaves_null_what_loopback_does_not_tell(self, tmp_path: Path) -> None:
         path = tmp_path / "measure.json"
