@@ -184,4 +184,6 @@ def interrupted(transport: str) -> None:
 
 
 if __name__ == "__main__":
+    if "gloo" in sys.argv:
+        import torch  # noqa: F401  # which takes long, so before there is a deadline
     globals()[sys.argv[1]](*sys.argv[2:])
