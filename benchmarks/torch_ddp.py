@@ -144,6 +144,7 @@ def timed(task: Task, row: str) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
             marks_ns.append(time.monotonic_ns()) if number >= task.warmup else None
+        del model  # before its group ends: DDP's destructor may wait for ever for a thread of Gloo that ends with it
         return {"marks_ns": marks_ns, "loss": loss.item(), "cpu_s": (time.process_time() - began_s) / task.steps}
 
 
