@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import free_port
 from ranks import attempt, launch, lines, run_ranks
 
 from detcoll import registry
@@ -30,8 +31,7 @@ def taken_port():
 
 def elsewhere() -> str:
     """Return an address for the meeting itself, which would take a port of the range too."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def facts(host: str = "here", launcher: str = "detcoll run") -> Facts:
