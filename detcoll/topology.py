@@ -27,6 +27,7 @@ TCP_IP_HEADER_BYTES = 52
 """IPv4 (20) and TCP with the timestamp option (32), which Linux sends on every data segment."""
 
 LARGEST_WORLD = 65536
+BRIEF_SITES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,14 @@ class Topology:
     def digest(self) -> str:
         """A hexadecimal digest that is equal on ranks that hold the same topology."""
         return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).hexdigest()
+
+    @property
+    def brief(self) -> str:
+        """Sites and lines in a few words, for messages."""
+        names = [f"{site.name!r} of {len(site.ranks)}" for site in self.sites[:BRIEF_SITES]]
+        names += ["..."] * (len(self.sites) > BRIEF_SITES)
+        sites = f"{len(self.sites)} site{'s' * (len(self.sites) > 1)} for {self.size} ranks ({', '.join(names)})"
+        return f"{sites} {'with' if self.is_wide else 'without'} lines"
 
     def site_of(self, rank: int) -> int:
         """Return the index of the site that ``rank`` is in."""

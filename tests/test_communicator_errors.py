@@ -127,7 +127,14 @@ def test_a_group_that_has_failed_costs_no_other_group() -> None:
         ({"environ": [{"DETCOLL_SITE": "s0"}, {}], "topology": lines(1, 1)}, r"ranks \[1\] lack it"),
         ({"environ": {"DETCOLL_SITE": "s0"}, "topology": lines(1, 1)}, "declares 1 ranks but 2 are in it"),
         ({"transport": ["shm", "slotted"]}, "disagree about transport: rank 0 has 'shm', rank 1 has 'slotted'"),
-        ({"topology": [lines(1, 1), None]}, "ranks disagree about topology"),
+        (
+            {"topology": [lines(1, 1), None]},
+            r"rank 0 has 2 sites for 2 ranks \('s0' of 1, 's1' of 1\) with lines, rank 1 has 1 site for 2 ranks",
+        ),
+        (
+            {"topology": [lines(1, 1), lines(1, 1, rate_bytes_per_s=9e6)]},
+            r"rank 1 has the same with other ranks in them, rates or delays; give all ranks the same",
+        ),
         ({"environ": [{"DETCOLL_COMPARE": "0"}, {}]}, "ranks disagree about compare"),
         ({"environ": [{"DETCOLL_CONGESTION": "reno"}, {}]}, "ranks disagree about congestion"),
     ],

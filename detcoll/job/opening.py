@@ -158,6 +158,7 @@ def _introduce(session: Session, settings: Settings, site: str, launcher: str, d
         settings.host or host_identity(),
         clock_domain(), launcher, tuple(sorted(os.sched_getaffinity(0))), settings.compare,
         f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}", settings.nccl,
+        settings.topology.brief,
     )  # fmt: skip
     answers = session.exchange("settings", msgspec.json.encode(facts), deadline_ns)
     everybody = [msgspec.json.decode(answer, type=Facts) for answer in answers]

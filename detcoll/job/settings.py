@@ -102,7 +102,10 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """Facts about a rank, exchanged before endpoints are opened. ``job`` of rank 0 is the name of the job."""
+    """Facts about a rank, exchanged before endpoints are opened.
+
+    ``job`` of rank 0 is the name of the job.  ``topology`` : its digest, and ``sites`` what it has, for people.
+    """
 
     version: str
     transport: str
@@ -118,6 +121,7 @@ class Facts(msgspec.Struct, frozen=True):
     compare: bool = True
     job: str = ""
     nccl: bool = False
+    sites: str = ""
 
 
 _MUST_AGREE = ("version", "transport", "topology", "reproducible", "slotting", "congestion", "compare", "nccl")
@@ -259,7 +263,18 @@ def agree(facts: Sequence[Facts]) -> None:
         for name in _MUST_AGREE:
             ours, theirs = getattr(facts[0], name), getattr(other, name)
             if ours != theirs:
+                if name == "topology":
+                    raise _other_topology(facts[0].sites, rank, other.sites)
                 raise UsageError(f"ranks disagree about {name}: rank 0 has {ours!r}, rank {rank} has {theirs!r}")
+
+
+def _other_topology(ours: str, rank: int, theirs: str) -> UsageError:
+    if theirs == ours:
+        theirs = "the same with other ranks in them, rates or delays"
+    return UsageError(
+        f"ranks disagree about topology: rank 0 has {ours}, rank {rank} has {theirs}; give all ranks the same, such as "
+        "one file on all hosts by DETCOLL_TOPOLOGY"
+    )
 
 
 def place(topology: Topology, sites: Sequence[str]) -> Topology:
