@@ -197,6 +197,29 @@ def test_who_loses_the_store_is_not_told_that_a_rank_was_late() -> None:
         _introduce(own, 0, 2, silent)
 
 
+def test_who_waits_for_a_rank_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    from detcoll.torch import jobs
+
+    said, texts, told, store = threading.Event(), list[str](), list[Any](), dist.HashStore()
+
+    def note(text: str, *values: object) -> None:
+        texts.append(text % values)
+        said.set()
+
+    monkeypatch.setattr(jobs, "HINT_S", 0.01)
+    monkeypatch.setattr(jobs.log, "warning", note)
+    own = jobs._Introduction("host", "network", "", "job")
+    waits = threading.Thread(target=lambda: told.extend(jobs._introduce(own, 0, 2, store)))
+    waits.start()
+    assert said.wait(GUARD_S)
+    jobs._introduce(own, 1, 2, store)
+    waits.join()
+    assert told == [own, own]
+    assert texts[0] == "rank 0 waits for rank 1, which has not yet made this process group with the backend 'detcoll'"
+
+
 REGISTERED = "import torch.distributed as dist; assert 'detcoll' in dist.Backend.backend_list"
 
 

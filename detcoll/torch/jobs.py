@@ -48,6 +48,9 @@ _LEVELS = {"INFO": "info", "DETAIL": "debug"}
 SHORTEST_CLOSING_S = 0.1
 """How long to wait for the other ranks of a group when the time for all of them has passed."""
 
+HINT_S = 10.0
+"""How long ranks wait for each other before they say for whom."""
+
 LOOK_S = 0.01
 """How often to look whether the calls of a group that is closed have ended."""
 
@@ -319,15 +322,30 @@ def _introduce(own: _Introduction, rank: int, size: int, store: Any) -> list[_In
     """Tell the other ranks where this one is; return what all ranks tell."""
     meeting = f"detcoll/{size} ranks/meeting {store.add(f'detcoll/{size} ranks/{rank}/meetings', 1)}"
     store.set(f"{meeting}/{rank}", msgspec.json.encode(own).decode())
-    told = []
-    for other in range(size):
-        try:
-            text = store.get(f"{meeting}/{other}")
-        except dist.DistNetworkError as error:
-            raise ConnectError(f"the store was lost while this rank waited for rank {other} ({error})") from error
-        except RuntimeError as error:  # of torch's stores; the kind differs
-            raise ConnectError(f"rank {other} did not make this process group in time ({error})") from error
-        told.append(msgspec.json.decode(text, type=_Introduction))
+    told: list[_Introduction] = []
+
+    def say() -> None:
+        if len(told) < size:
+            log.warning(
+                "rank %d waits for rank %d, which has not yet made this process group with the backend 'detcoll'",
+                rank, len(told),
+            )  # fmt: skip
+
+    hint = threading.Timer(HINT_S, say)
+    hint.daemon = True
+    hint.start()
+    try:
+        for other in range(size):
+            try:
+                text = store.get(f"{meeting}/{other}")
+            except dist.DistNetworkError as error:
+                raise ConnectError(f"the store was lost while this rank waited for rank {other} ({error})") from error
+            except RuntimeError as error:  # of torch's stores; the kind differs
+                raise ConnectError(f"rank {other} did not make this process group in time ({error})") from error
+            told.append(msgspec.json.decode(text, type=_Introduction))
+    finally:
+        hint.cancel()
+        hint.join()
     return told
 
 

@@ -25,6 +25,7 @@ from detcoll.torch.scopes import Lanes, short
 from detcoll.torch.settings import Options
 from detcoll.torch.untraced import untraced
 from detcoll.torch.work import Work, after, all_of
+from detcoll.uncaught import show_own_errors_short
 
 log = logging.getLogger("detcoll")
 
@@ -215,6 +216,7 @@ def create(*arguments: Any) -> ProcessGroup:
     else:
         members = Members(tuple(range(size)), size, given.group_rank, given.group_id, "default")
     mark_steps()
+    show_own_errors_short()
     leased = lease(members, given.store, given.timeout, options or Options())
     return ProcessGroup(leased, given.timeout, given.group_id)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -40,10 +42,19 @@ def error_of(call: Callable[[], Any]) -> Exception:
     raise AssertionError(f"{call} raised nothing")
 
 
+def shown(error: Exception) -> str:
+    """Return what is printed of an error that nobody catches."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        sys.excepthook(type(error), error, error.__traceback__)
+    return printed.getvalue()
+
+
 def beginnings(folder: str) -> None:
     """Open the default group in every way that torch knows, again and again in one process."""
     rank, size = begin()
     assert total() == size
+    refused = shown(error_of(lambda: communicator().all_reduce(1)))  # type: ignore[arg-type]
+    assert (refused.count("\n"), "UsageError in " in refused) == (1, True), refused
     dist.destroy_process_group()
     for _ in range(2):
         begin(init_method="env://")
