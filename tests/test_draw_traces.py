@@ -95,13 +95,19 @@ def test_slots_too_small_to_be_told_apart_are_joined() -> None:
 
 
 def test_messages_of_a_flow_leave_one_after_another() -> None:
-    sends = [send(0, 10, 1), send(1, 20, 1), send(2, 3, 1, nbytes=10), send(30, 0, 1, left_ns=0), send(4, 9, 2)]
+    sends = [
+        send(1, 11, 1), send(2, 21, 1), send(3, 4, 1, nbytes=10), send(31, 0, 1, left_ns=0), send(5, 10, 2),
+        send(40, 41, 1, not_before_ns=0),
+    ]  # fmt: skip
     timed = timed_sends(*known(trace(0, 0, sends=sends)), {1: 1})
-    assert [(each.begin_ns / MS, each.end_ns / MS) for each in timed] == [(0, 10), (10, 20), (2, 3), (4, 9), (30, 30)]
+    assert [(each.begin_ns / MS, each.end_ns / MS) for each in timed] == [
+        (1, 11), (11, 21), (3, 4), (5, 10), (31, 31), (40, 41),
+    ]  # fmt: skip
     planned = [(each.planned_begin_ns / MS, each.planned_end_ns / MS) for each in timed]
-    assert planned[:2] == [(0, 5), (5, 10)], "100 kB at 20 MB/s, one behind the other"
-    assert planned[3:] == [(4, 4), (30, 30)], "no rate is known, or it left at once"
-    assert [each.dst_site for each in timed] == [1, 1, 1, -1, 1]
+    assert planned[:2] == [(1, 6), (6, 11)], "100 kB at 20 MB/s, one behind the other"
+    assert planned[3:5] == [(5, 5), (31, 31)], "no rate is known, or it left at once"
+    assert planned[5] == (40, 40), "what has no window is due when it is handed over"
+    assert [each.dst_site for each in timed] == [1, 1, 1, -1, 1, 1]
 
 
 def test_each_rank_is_set_to_its_sites_clock() -> None:

@@ -95,8 +95,9 @@ class TimedSend:
     """A send beside its plan, in nanoseconds of the site's clock; ``dst_site`` -1: not known.
 
     Planned is its window; where that has no end, the time that its reserved rate gives it, behind what its flow sent
-    before. ``begin_ns`` and ``end_ns`` are when it was on the line: a flow's messages leave one after another, so one
-    begins when it was handed over or, if later, when the one before had left.
+    before; without a window, as small messages may go, its begin. ``begin_ns`` and ``end_ns`` are when it was on the
+    line: a flow's messages leave one after another, so one begins when it was handed over or, if later, when the one
+    before had left.
     """
 
     send: TracedSend
@@ -124,7 +125,9 @@ def timed_sends(trace: RankTrace, site_of: Mapping[int, int]) -> list[TimedSend]
             begin_ns = min(max(begin_ns, free_ns.get(send.dst, 0)), end_ns)
             free_ns[send.dst] = end_ns
         planned_ns = send.not_before_ns, send.not_after_ns
-        if not send.not_after_ns:
+        if not any(planned_ns):  # without a window: due when it was handed over
+            planned_ns = begin_ns, begin_ns
+        elif not send.not_after_ns:
             planned_ns = _at_rate(send, trace.rate_bytes_per_s(dst_site), planned_free_ns)
         timed.append(TimedSend(send, dst_site, *(at + trace.offset_ns for at in (*planned_ns, begin_ns, end_ns))))
     return timed
