@@ -234,8 +234,8 @@ def test_the_folder_of_all_records_is_listed(tmp_path: Path, capsys: pytest.Capt
     assert main(["report", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     early, late = (next(line for line in lines if name in line and "rank" in line) for name in ("early", "late"))
-    assert re.search(r"[0-9:]{8} .* rank 0, 2 of 3 .* rank 1 is lost", early)
-    assert re.search(r"[0-9:]{8} .* rank 0 of 3 .* asked", late)
+    assert re.search(r"[0-9:]{8} .* 2 of 3 ranks \(0, 2\) .* rank 1 is lost", early)
+    assert re.search(r"[0-9:]{8} .* 1 of 3 ranks \(0\) .* asked", late)
     assert lines[-1].endswith(f"detcoll report {tmp_path / 'late'}")
     for name in ("early", "late"):
         shutil.rmtree(tmp_path / name)

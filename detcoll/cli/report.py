@@ -89,10 +89,10 @@ def _print_jobs(folder: Path) -> None:
     jobs = recorded_jobs(folder)
     if not jobs:
         raise UsageError(f"{str(folder)!r} has no job whose flight records can be read")
-    table = Table("job", "first record", "records of", "reason of the first")
+    table = Table("job", "first record", "records", "reason of the first")
     for job in jobs:
         time = datetime.fromtimestamp(job.at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        ranks = f"rank {', '.join(map(str, job.ranks))} of {job.size}"
+        ranks = f"{len(job.ranks)} of {job.size} ranks ({', '.join(map(str, job.ranks))})"
         table.add_row(Text(job.folder.name), time, ranks, Text(job.reason))
     console = output_console()
     console.print(table)
