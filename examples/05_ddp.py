@@ -17,6 +17,7 @@ Needs: ``pip install -e ".[measure,torch]"``
 """
 
 import argparse
+import gc
 
 import torch
 import torch.distributed as dist
@@ -61,4 +62,6 @@ if rank == 0:
     with torch.no_grad():
         guesses = model.module(pixels).argmax(dim=1)
     print(f"accuracy {(guesses == labels).float().mean():.3f}", flush=True)
+del model  # before its group ends: DDP's destructor over Gloo may wait for ever for a thread
+gc.collect()  # torch may keep the first DDP in a cycle
 dist.destroy_process_group()
