@@ -78,7 +78,7 @@ def discarded_while_they_arrive(here: Here, nbytes: int) -> None:
     if here.rank == 0:
         for round_ in range(10):
             here.finish(here.send(1, PREFIX + round_, pattern(1, nbytes)), here.send(1, 3, b"x"))
-        here.finish(here.send(1, 4, b"all has gone"))
+        here.send(1, 4, b"all has gone")  # leaves at once; nobody polls any more who could say that it has come
         return
     for round_ in range(10):
         memory = bytearray(nbytes)
