@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -99,7 +100,8 @@ def test_an_endpoint_that_dies_ends_all(use, topology: str, step: int) -> None:
     assert isinstance(answers[2], Closed)
     for rank in (0, 1, 3):
         assert isinstance(answers[rank], TransportError), answers[rank]
-        assert f"killed rank 2 at step {step}" in str(answers[rank])
+        # Who sees the endpoint gone asks why, and goes without the reason if that takes too long.
+        assert re.search(f"killed rank 2 at step {step}|^rank 2 is gone$", str(answers[rank]))
 
 
 def test_a_late_message_is_no_loss(use) -> None:
