@@ -24,6 +24,7 @@ the least and the greatest. After every round, losses must agree with Gloo's. Ne
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -144,7 +145,10 @@ def timed(task: Task, row: str) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
             marks_ns.append(time.monotonic_ns()) if number >= task.warmup else None
-        del model  # before its group ends: DDP's destructor may wait for ever for a thread of Gloo that ends with it
+        # DDP goes before its group: its destructor may wait for ever for a thread of Gloo that ends with the group.
+        # torch may keep the first DDP in a cycle.
+        del model
+        gc.collect()
         return {"marks_ns": marks_ns, "loss": loss.item(), "cpu_s": (time.process_time() - began_s) / task.steps}
 
 

@@ -1,5 +1,6 @@
 """Programs of DDP over Gloo whose gradients go through detcoll, for tests of `detcoll.torch`."""
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ def averages() -> None:
     say([torch.allclose(a, b, atol=1e-6) for a, b in zip(own, hooked, strict=True)])
     say(detcoll.all_gather_object([t.numpy().tobytes() for t in hooked]).count([t.numpy().tobytes() for t in hooked]))
     say(sorted({name for name in seen if name.startswith("bucket")}))
+    gc.collect()  # torch may keep the first DDP in a cycle
     dist.destroy_process_group()
     copies(comm)
     detcoll.finalize()

@@ -6,6 +6,7 @@ grouping, and in one of another grouping, and tells the weights and losses of ea
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -38,6 +39,7 @@ def losses(backend: str) -> list[float]:
     """Return the losses of some training, with all that DDP does."""
     rank, _ = begin(backend)
     found = everything(rank)  # DDP ends before its group, see `steps`
+    gc.collect()  # torch may keep the first DDP in a cycle
     dist.destroy_process_group()
     return found
 
@@ -101,6 +103,7 @@ def trained(backend: str, **options: Any) -> tuple[str, list[float], str]:
     rank, _ = begin(backend, **options)
     weights, losses = steps(rank)
     transport = communicator().transport if backend == "detcoll" else backend
+    gc.collect()  # torch may keep the first DDP in a cycle
     dist.destroy_process_group()
     return weights, losses, transport
 
