@@ -48,7 +48,7 @@ _LEVELS = {"INFO": "info", "DETAIL": "debug"}
 SHORTEST_CLOSING_S = 0.1
 """How long to wait for the other ranks of a group when the time for all of them has passed."""
 
-HINT_S = 10.0
+HINT_S = 30.0
 """How long ranks wait for each other before they say for whom."""
 
 LOOK_S = 0.01
