@@ -67,7 +67,8 @@ def test_who_is_behind_shows(tmp_path: Path) -> None:
                 part.barrier(timeout=0.5)
         comm.barrier()
 
-    attempt(3, program, transport="slotted", environ={"DETCOLL_RECORD": str(tmp_path)})
+    answers = attempt(3, program, transport="slotted", environ={"DETCOLL_RECORD": str(tmp_path)})
+    assert answers == [None] * 3
     (folder,) = tmp_path.iterdir()
     told = findings(read_records(folder))
     assert "No record of rank 2." in told

@@ -504,7 +504,7 @@ def test_finalize_with_a_pending_message_fails(transport: str) -> None:
             with pytest.raises(Closed):
                 comm.send(np.zeros(1), 1)
 
-    attempt(2, program, transport=transport)
+    assert attempt(2, program, transport=transport)[0] is None
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted"])
