@@ -58,25 +58,30 @@ def test_clocks_that_are_an_hour_apart(tmp_path) -> None:
 def test_windows_of_sites_whose_clocks_are_apart_do_not_meet_at_a_receiver(tmp_path) -> None:
     """On one host the true time is known: that of rank 0, from which the other clocks differ by whole seconds."""
     shift_s, topology = 7, lines(2, 2, 2)
-    ended = launch(
-        6, "shifted.py", "shifted_sites", shift_s, 2, topology=topology, folder=tmp_path,
-        environ={"DETCOLL_TRACE": str(tmp_path), "DETCOLL_SLOTTING": "calendar"},
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-    told = {rank: said[0] for rank, said in ended.said.items()}
-    arrivals: dict[int, set[tuple[int, int, int]]] = {0: set(), 1: set(), 2: set()}
+    for _ in range(6):  # a busy machine may not tell arrivals well enough for windows, or be late for those of a site
+        ended = launch(
+            6, "shifted.py", "shifted_sites", shift_s, 2, topology=topology, folder=tmp_path,
+            environ={"DETCOLL_TRACE": str(tmp_path), "DETCOLL_SLOTTING": "calendar"},
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        told = {rank: said[0] for rank, said in ended.said.items()}
+        arrivals: dict[int, set[tuple[int, int, int]]] = {0: set(), 1: set(), 2: set()}
+        for rank in range(6):
+            site = rank // 2
+            for send in json.loads((tmp_path / f"rank{rank}.json").read_text())["sends"]:
+                if send["not_after_ns"]:
+                    there = send["dst"] // 2
+                    late_ns = topology.one_way_ns(site, there) - site * shift_s * 10**9
+                    arrivals[there].add((send["not_before_ns"] + late_ns, send["not_after_ns"] + late_ns, site))
+        senders = [{site for _, _, site in windows} for windows in arrivals.values()]
+        if {mode for mode, *_ in told.values()} == {"calendar"} and all(len(sites) == 2 for sites in senders):
+            break
     for rank in range(6):
         site, (mode, guard_ns, now_ns, _, _) = rank // 2, told[rank]
         assert mode == "calendar", ended.err
         assert guard_ns >= 500_000, "guards allow for hosts, ranks of a site, and readings that wander"
         assert abs(now_ns - told[0][2] - site * shift_s * 10**9) < 5 * 10**9, "the clocks were not apart"
-        for send in json.loads((tmp_path / f"rank{rank}.json").read_text())["sends"]:
-            if send["not_after_ns"]:
-                there = send["dst"] // 2
-                late_ns = topology.one_way_ns(site, there) - site * shift_s * 10**9
-                arrivals[there].add((send["not_before_ns"] + late_ns, send["not_after_ns"] + late_ns, site))
+    assert senders == [{1, 2}, {0, 2}, {0, 1}]
     for windows in arrivals.values():
-        ordered = sorted(windows)
-        assert len({site for _, _, site in ordered}) == 2
-        for (_, end_ns, site), (start_ns, _, next_site) in pairwise(ordered):
+        for (_, end_ns, site), (start_ns, _, next_site) in pairwise(sorted(windows)):
             assert site == next_site or start_ns > end_ns
