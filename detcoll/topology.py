@@ -28,6 +28,7 @@ TCP_IP_HEADER_BYTES = 52
 
 LARGEST_WORLD = 65536
 BRIEF_SITES = 4
+"""How many sites a message names."""
 
 
 @dataclass(frozen=True, slots=True)
