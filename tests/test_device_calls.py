@@ -226,12 +226,13 @@ def test_a_call_that_fails_waits_for_its_copies_that_have_begun_and_drops_the_ot
     """So nothing is written to an array, and none of its memory is read, after its caller has heard of the failure."""
     device.seeded(2)
     monkeypatch.setattr(copies, "UNDER_WAY_BYTES", 1)
-    held = held_at(device, monkeypatch, call)
+    held, called = held_at(device, monkeypatch, call), threading.Barrier(2)
 
     def program(comm: Communicator) -> None:
         pair = comm.group([0, 1], "pair")
         x = device.array(np.full(500_000, 1.0), 0, own_stream(device)) if comm.rank == 0 else np.ones(500_000)
         work = pair.all_reduce(x, async_op=True)
+        called.wait(20)
         if comm.rank == 0:
             until(lambda: held)
             pair.abort("enough")
@@ -253,16 +254,18 @@ def test_memory_that_a_copy_still_uses_is_not_borrowed_again(
     """A device that does not end a copy is not waited for without end, so the copy outlives its call."""
     device.seeded(3)
     monkeypatch.setattr(copying, "LONGEST_SETTLING_NS", 0)
-    held = held_at(device, monkeypatch, "to_host")
+    held, called = held_at(device, monkeypatch, "to_host"), threading.Event()
 
     def program(comm: Communicator) -> None:
         pair = comm.group([0, 1], "pair")
         if comm.rank == 1:
-            assert pair.all_reduce(np.ones(500), async_op=True).exception(20) is not None
+            work = pair.all_reduce(np.ones(500), async_op=True)
+            called.set()
+            assert work.exception(20) is not None
             return
         address = now.pinned_memory(4000, 0).__array_interface__["data"][0]
         work = pair.all_reduce(device.array(np.ones(500), 0, own_stream(device)), async_op=True)
-        until(lambda: held)
+        until(lambda: held and called.is_set())
         pair.abort("enough")
         assert work.exception(20) is not None
         del work
