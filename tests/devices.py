@@ -1,4 +1,4 @@
-"""The double of CUDA as the devices of a test's ranks, and what a test asks of it."""
+"""What a test asks of the double of CUDA."""
 
 from __future__ import annotations
 
@@ -6,25 +6,11 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import pytest
-
-from detcoll.device import cuda, now
+from detcoll.device import now
 from detcoll.testing.device import StrictDevice
 from detcoll.testing.device_streams import Operation, nothing
-
-
-@contextmanager
-def doubled(monkeypatch: pytest.MonkeyPatch, devices: int = 2) -> Iterator[StrictDevice]:
-    """Let all ranks of this process have devices."""
-    strict = StrictDevice(devices)
-    monkeypatch.setattr(cuda, "_driver", strict)
-    now._shared.forget()
-    yield strict
-    now._shared.forget()
-    assert not strict.misuses
 
 
 def until(is_so: Callable[[], object]) -> None:

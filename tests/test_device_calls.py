@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import kinds
 import numpy as np
 import pytest
-from devices import assert_nothing_left, doubled, hold, own_stream, until
+from devices import assert_nothing_left, hold, own_stream, until
 from ranks import attempt, launch, lines, run_ranks
 from test_kinds import serve
 
@@ -20,13 +20,13 @@ from detcoll.communicator import Communicator
 from detcoll.device import PinnedPool, copies, now
 from detcoll.errors import DetcollError, DeviceError, UsageError
 from detcoll.runtime import copying
-from detcoll.testing.device import StrictDevice
+from detcoll.testing.device import StrictDevice, in_place_of_cuda
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
     """Let all ranks of this process have devices."""
-    with doubled(monkeypatch) as strict:
+    with in_place_of_cuda() as strict:
         monkeypatch.setattr(kinds, "cuda", strict)
         yield strict
 

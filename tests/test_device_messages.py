@@ -7,19 +7,19 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from devices import assert_nothing_left, doubled, hold, own_stream, until
+from devices import assert_nothing_left, hold, own_stream, until
 from ranks import lines, run_ranks
 
 from detcoll.communicator import Communicator
 from detcoll.device import copies
 from detcoll.errors import DeadlineMissed, DetcollError, UsageError
 from detcoll.runtime import messages
-from detcoll.testing.device import StrictDevice
+from detcoll.testing.device import StrictDevice, in_place_of_cuda
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
-    with doubled(monkeypatch) as strict:
+def device() -> Iterator[StrictDevice]:
+    with in_place_of_cuda() as strict:
         yield strict
         assert_nothing_left(strict)
 

@@ -7,21 +7,21 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from devices import assert_nothing_left, doubled
+from devices import assert_nothing_left
 from ranks import lines, run_ranks
 
 from detcoll.communicator import Communicator
 from detcoll.device import CopyRates, copy_rates, cuda, rates
-from detcoll.testing.device import StrictDevice
+from detcoll.testing.device import StrictDevice, in_place_of_cuda
 
 NBYTES = 4_000_000
 ROOM = import_module("detcoll.communicator")
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
+def device() -> Iterator[StrictDevice]:
     rates._known.forget()
-    with doubled(monkeypatch) as strict:
+    with in_place_of_cuda() as strict:
         strict.seeded(7)
         yield strict
     rates._known.forget()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import doubled
 from numpy.typing import NDArray
 from ranks import run_ranks
 
@@ -25,7 +24,7 @@ from detcoll.measure.results import MEASURE_SCHEMA, Measurement, Run
 from detcoll.measure.statistics import summarize
 from detcoll.measure.tables import measurement_table
 from detcoll.measure.worker import measure_rank
-from detcoll.testing.device import StrictDevice
+from detcoll.testing.device import StrictDevice, in_place_of_cuda
 from detcoll.topology import Topology
 from detcoll.workloads import arrays
 from detcoll.workloads.arrays import Arrays, HostArrays, TorchArrays
@@ -86,8 +85,8 @@ class TorchOnHost(TorchArrays):
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
-    with doubled(monkeypatch) as strict:
+def device() -> Iterator[StrictDevice]:
+    with in_place_of_cuda() as strict:
         strict.seeded(3)
         yield strict
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import assert_nothing_left, doubled, own_stream, until
+from devices import assert_nothing_left, own_stream, until
 from ranks import attempt, grouped, lines, run_ranks
 
 from detcoll.communicator import Communicator
@@ -28,7 +28,7 @@ from detcoll.fold import reference
 from detcoll.job import rails
 from detcoll.rendezvous.session import Session
 from detcoll.runtime import onsite
-from detcoll.testing.device import DeviceArray, StrictDevice
+from detcoll.testing.device import DeviceArray, StrictDevice, in_place_of_cuda
 from detcoll.testing.nccl import FakeClique, FakeNccl
 from detcoll.testing.values import varied
 from detcoll.types import DTYPES, ReduceOp, operators_of
@@ -38,9 +38,9 @@ CALLS = int(os.environ.get("TEST_DRAWS", "4"))
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictDevice]:
+def device() -> Iterator[StrictDevice]:
     """Let all ranks of this process have devices."""
-    with doubled(monkeypatch, 6) as strict:
+    with in_place_of_cuda(6) as strict:
         yield strict
 
 

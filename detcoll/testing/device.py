@@ -18,14 +18,14 @@ import os
 import random
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detcoll.device import Driver, MemoryType
+from detcoll.device import Driver, MemoryType, cuda, now
 from detcoll.errors import DeviceError
 from detcoll.testing.device_memory import DeviceArray, DeviceMemory, Misuse, PinnedRanges, refusal
 from detcoll.testing.device_streams import Event, Operation, Stream, Streams, nothing
@@ -331,3 +331,17 @@ class _On:
 
     def __exit__(self, *_: object) -> None:
         self._strict._thread.__dict__["current"].pop()
+
+
+@contextmanager
+def in_place_of_cuda(devices: int = 2) -> Iterator[StrictDevice]:
+    """Let all ranks of this process have so many fake devices; raise AssertionError at the end if one was misused."""
+    strict, before = StrictDevice(devices), cuda._driver
+    cuda._driver = strict  # type: ignore[assignment]
+    now._shared.forget()
+    try:
+        yield strict
+    finally:
+        cuda._driver = before
+        now._shared.forget()
+    assert not strict.misuses, strict.misuses

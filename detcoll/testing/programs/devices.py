@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from detcoll.buffers import bind
-from detcoll.device import DeviceBuffer, Gate, Segment, cuda, now
+from detcoll.device import DeviceBuffer, Gate, Segment
 from detcoll.errors import TransportError
 from detcoll.runtime.devices import OnDevice
-from detcoll.testing.device import StrictDevice
+from detcoll.testing.device import StrictDevice, in_place_of_cuda
 from detcoll.testing.device_streams import Operation, nothing
 from detcoll.testing.fabric import Here
 from detcoll.testing.programs.blocks import LATE_NS
@@ -30,31 +30,24 @@ class _Doubled:
     """The devices of this process while any of its ranks is `inside`."""
 
     def __init__(self) -> None:
-        self._turn, self._inside = threading.Lock(), 0
-        self._strict: StrictDevice | None = None
-        self._before: cuda.Cuda | None = None
+        self._turn, self._inside, self._devices = threading.Lock(), 0, ExitStack()
 
     @contextmanager
     def inside(self) -> Iterator[StrictDevice]:
         """Let this process have two fake devices; the last rank that leaves checks that they were used well."""
         with self._turn:
             if not self._inside:
-                self._strict = StrictDevice()
+                self._strict = self._devices.enter_context(in_place_of_cuda())
                 self._strict.seeded(7)
-                self._before, cuda._driver = cuda._driver, self._strict  # type: ignore[assignment]
-                now._shared.forget()
             self._inside += 1
             strict = self._strict
-        assert strict is not None
         try:
             yield strict
         finally:
             with self._turn:
                 self._inside -= 1
                 if not self._inside:
-                    cuda._driver, self._strict = self._before, None
-                    now._shared.forget()
-        assert not strict.misuses
+                    self._devices.close()
         assert not strict.unpinned, "a copy used memory that is not pinned"
 
 
