@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 NAME = "detcoll"
 
@@ -42,6 +41,8 @@ def install_command(extra: str) -> str:
 
 def _what(origin: dict[str, Any], extra: str) -> str:
     """Return what to install, as arguments of pip."""
+    from urllib.request import url2pathname  # it brings HTTP and TLS, which no call needs
+
     url = origin.get("url", "")
     path = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else None
     if not url or (path is not None and not path.exists()):
