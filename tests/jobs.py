@@ -1,6 +1,6 @@
 """Jobs of several processes, for tests that use detcoll only as its users do.
 
-Nothing here imports detcoll, so that these tests can be run with any version of it.
+Nothing here imports detcoll, so that these tests can be run with other versions of it.
 """
 
 from __future__ import annotations

@@ -113,6 +113,13 @@ def run_ranks(size: int, function: Callable[[Communicator], Any], **settings: An
     return answers
 
 
+def written(topology: Topology, folder: Path) -> str:
+    """Write a topology into a folder, and return the path of the file."""
+    path = folder / "topology.toml"
+    path.write_text(topology.to_toml())
+    return str(path)
+
+
 def launch(
     size: int,
     program: str,
@@ -139,9 +146,7 @@ def launch(
     given = environment(environ)
     if topology is not None:
         assert folder is not None
-        path = folder / "topology.toml"
-        path.write_text(topology.to_toml())
-        given["DETCOLL_TOPOLOGY"] = str(path)
+        given["DETCOLL_TOPOLOGY"] = written(topology, folder)
     since_ns = now_ns()
     done = subprocess.run(
         [*command, *interpreter, str(PROGRAMS / program), *map(str, arguments)],

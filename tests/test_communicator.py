@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import threading
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 import pytest
-from ranks import TIMEOUT_S, grouped, launch, lines, run_ranks
+from forked import launch_forked
+from ranks import TIMEOUT_S, grouped, launch, lines, run_ranks, written
 
 from detcoll.errors import UsageError
 from detcoll.fold import reference
@@ -349,7 +351,7 @@ def test_small_messages_leave_at_once_until_the_headroom_is_used_up(tmp_path) ->
     assert windows == {0: {False}, 1: {True}}
 
 
-@pytest.mark.parametrize("transport", ["shm", "slotted", "gloo"])
+@pytest.mark.parametrize("transport", ["shm", "slotted", "tcp", "gloo"])
 def test_processes_of_detcoll_run(transport: str) -> None:
     if transport == "gloo":
         pytest.importorskip("torch")
@@ -400,13 +402,15 @@ def test_mpi_starts_on_no_rank_unless_all_have_it(mpiexec: list[str]) -> None:
 
 
 def test_random_all_reduces_have_the_same_bits_everywhere(tmp_path, mpiexec: list[str]) -> None:
-    topology = lines(2, 2, rate_bytes_per_s=1e9)
+    topology, launcher = written(lines(2, 2, rate_bytes_per_s=1e9), tmp_path), [*mpiexec, "-n", "4"]
     digests = {}
-    for transport, launcher in (("slotted", None), ("shm", None), ("mpi", [*mpiexec, "-n", "4"])):
-        ended = launch(
-            4, "random_all_reduces.py", 40, 11, 3000, topology=topology, folder=tmp_path, launcher=launcher,
-            environ={"DETCOLL_TRANSPORT": transport},
-        )  # fmt: skip
+    for transport, start in (
+        ("slotted", launch_forked),
+        ("shm", launch_forked),
+        ("mpi", partial(launch, launcher=launcher)),
+    ):
+        environ = {"DETCOLL_TOPOLOGY": topology, "DETCOLL_TRANSPORT": transport}
+        ended = start(4, "random_all_reduces.py", 40, 11, 3000, environ=environ)
         assert ended.code == 0, ended.err
         name, digests[transport] = ended.out.split()
         assert name == transport
@@ -414,7 +418,7 @@ def test_random_all_reduces_have_the_same_bits_everywhere(tmp_path, mpiexec: lis
 
 
 def test_memory_does_not_grow_with_the_number_of_operations() -> None:
-    ended = launch(2, "calls.py", "many_operations", 1250)
+    ended = launch_forked(2, "calls.py", "many_operations", 1250)
     assert ended.code == 0, ended.err
     for (grown_bytes,) in ended.said.values():
         assert grown_bytes < 8e6  # traces of 10,000 operations are 2 MB

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,8 @@ import msgspec
 import numpy as np
 import pytest
 from devices import until
-from ranks import PROGRAMS, attempt, give_up_after, grouped, launch, lines, run_ranks
+from forked import PLAIN, TORCH, launch_forked
+from ranks import PROGRAMS, attempt, give_up_after, grouped, lines, run_ranks
 
 from detcoll.communicator import Communicator, _ending, _said
 from detcoll.errors import Closed, ConnectError, DeadlineMissed, PeerLost, PlanMismatch, TransportError, UsageError
@@ -457,9 +459,9 @@ def test_the_progress_thread_sleeps_although_operations_wait_to_be_started() -> 
 
 
 def test_a_killed_rank_is_lost_to_all_others() -> None:
-    for options in ([], ["--transport", "slotted"]):
-        ended = launch(3, "calls.py", "killed", options=options)
-        assert ended.code == 128 + 9
+    for environ in ({}, {"DETCOLL_TRANSPORT": "slotted"}):
+        ended = launch_forked(3, "calls.py", "killed", environ=environ)
+        assert ended.code == -signal.SIGKILL
         assert sorted(ended.said) == [0, 1]
         for (said,) in ended.said.values():
             kind, text = said["seen"]
@@ -471,19 +473,20 @@ def test_a_killed_rank_is_lost_to_all_others() -> None:
 
 @pytest.mark.parametrize("transport", ["shm", "slotted", "tcp", pytest.param("gloo", marks=NEEDS_TORCH)])
 def test_ranks_may_end_without_finalize(transport: str) -> None:
-    ended = launch(2, "calls.py", "no_finalize", transport)
+    modules, environ = TORCH if transport == "gloo" else PLAIN, {"TEST_WHOLE_END": "1"}
+    ended = launch_forked(2, "calls.py", "no_finalize", transport, modules=modules, environ=environ)
     assert (ended.code, ended.said, ended.err) == (0, {0: [True], 1: [True]}, "")
 
 
 def test_who_leaves_early_is_lost() -> None:
-    ended = launch(3, "calls.py", "leaves_early")
+    ended = launch_forked(3, "calls.py", "leaves_early")
     for rank in (1, 2):
         assert ended.said[rank][0][0] == PeerLost.__name__
         assert "rank 0" in ended.said[rank][0][1]
 
 
 def test_an_exception_inside_with_ends_all() -> None:
-    ended = launch(3, "calls.py", "raises")
+    ended = launch_forked(3, "calls.py", "raises")
     assert ended.said[1] == [["KeyError", "'lost the key'"]]
     for rank in (0, 2):
         assert ended.said[rank] == [["TransportError", "rank 1 gave up: KeyError: 'lost the key'"]]
@@ -492,7 +495,7 @@ def test_an_exception_inside_with_ends_all() -> None:
 @pytest.mark.parametrize("transport", ["slotted", "shm"])
 def test_a_program_that_ends_by_an_exception_is_told_to_be_the_cause(transport: str) -> None:
     """Without ``with``; those that are in `finalize` meanwhile do not say that others failed to come."""
-    ended = launch(3, "calls.py", "ends_by_an_exception", transport)
+    ended = launch_forked(3, "calls.py", "ends_by_an_exception", transport)
     reason = "rank 1 gave up: its program ended: KeyError: 'lost the key'"
     assert ended.said.pop(2) == [["TransportError", reason]]
     assert all(said == [["TransportError", reason]] for said in ended.said.values())
@@ -530,7 +533,7 @@ def test_a_program_may_end_by_an_exception_without_a_text() -> None:
 
 
 def test_a_forked_child_may_not_use_the_communicator() -> None:
-    ended = launch(2, "calls.py", "forked")
+    ended = launch_forked(2, "calls.py", "forked")
     assert ended.code == 0, ended.err
     for (said,) in ended.said.values():
         assert said[0] == "UsageError"
@@ -539,7 +542,7 @@ def test_a_forked_child_may_not_use_the_communicator() -> None:
 
 
 def test_the_life_of_a_communicator() -> None:
-    ended = launch(2, "calls.py", "lifecycle")
+    ended = launch_forked(2, "calls.py", "lifecycle")
     assert ended.code == 0, ended.err
     for (said,) in ended.said.values():
         errors, total, left = said

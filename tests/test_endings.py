@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import PROGRAMS, lines
+from forked import launch_forked
+from jobs import environment
+from ranks import PROGRAMS, lines, written
 
 from detcoll.launch.environment import rank_environments
 
@@ -50,41 +52,29 @@ class Case:
     timeout_s: float
     tolerance_s: float = 20.0
 
-    def command(self, folder: Path) -> list[str]:
-        """Return what every rank runs."""
-        words = [self.transport, self.victim, self.at, self.how, self.timeout_s, folder / "event"]
-        return [sys.executable, str(PROGRAMS / "two_groups.py"), *map(str, words)]
+    def words(self, folder: Path) -> list[str]:
+        """Return the arguments of the program that every rank runs."""
+        return list(map(str, [self.transport, self.victim, self.at, self.how, self.timeout_s, folder / "event"]))
 
     def variables(self, folder: Path) -> dict[str, str]:
-        """Return the environment of all ranks."""
-        inherited = os.environ | {"DETCOLL_TOLERANCE": f"{self.tolerance_s:g}"}
+        """Return what the environment of all ranks has besides that of this process."""
+        given = {"DETCOLL_TOLERANCE": f"{self.tolerance_s:g}"}
         if self.transport != "shm":
-            path = folder / "topology.toml"
-            path.write_text(lines(2, 2, rate_bytes_per_s=1e9).to_toml())
-            inherited["DETCOLL_TOPOLOGY"] = str(path)
-        return inherited
+            given["DETCOLL_TOPOLOGY"] = written(lines(2, 2, rate_bytes_per_s=1e9), folder)
+        return given
 
 
 def run(case: Case, folder: Path) -> dict[int, dict[str, Any]]:
-    """Run the ranks, end the one that froze, and return what the others said."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    started = []
-    with listener:
-        for rank, environment in enumerate(rank_environments(SIZE, case.variables(folder), listener)):
-            fds = [listener.fileno()] if rank == 0 else []
-            started.append(
-                subprocess.Popen(
-                    case.command(folder), env=environment, pass_fds=fds, stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE, text=True,
-                )
-            )  # fmt: skip
-    try:
-        others = [rank for rank in range(SIZE) if rank != case.victim]
-        return {rank: said(rank, *started[rank].communicate(timeout=PATIENCE_S)) for rank in others}
-    finally:
-        for process in started:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+    """Run the ranks, and return what those said that were not ended."""
+    frozen = [case.victim] if case.how == "freeze" else []
+    ended = launch_forked(
+        SIZE, "two_groups.py", *case.words(folder), environ=case.variables(folder), timeout_s=PATIENCE_S,
+        grace_s=PATIENCE_S, frozen=frozen,
+    )  # fmt: skip
+    others = set(range(SIZE)) - {case.victim}
+    told = {record["rank"]: record for record in map(json.loads, ended.out.splitlines())}
+    assert set(told) == others, ended.err
+    return told
 
 
 def said(rank: int, out: str, err: str) -> dict[str, Any]:
@@ -115,12 +105,13 @@ def apart(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def run_apart(apart: list[str], case: Case, folder: Path, networks: tuple[int, ...]) -> dict[int, dict[str, Any]]:
     """Run the ranks on networks of their own, and return what all said, the one that is cut off too."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
-        environments = rank_environments(SIZE, case.variables(folder), unused)
-    for environment in environments:
-        environment.pop("DETCOLL_RENDEZVOUS_FD", None)
-        environment |= {"DETCOLL_RENDEZVOUS": "10.77.0.1:29400", "DETCOLL_INSECURE": "lab"}
+        environments = rank_environments(SIZE, environment(case.variables(folder)), unused)
+    for variables in environments:
+        variables.pop("DETCOLL_RENDEZVOUS_FD", None)
+        variables |= {"DETCOLL_RENDEZVOUS": "10.77.0.1:29400", "DETCOLL_INSECURE": "lab"}
     job = {
-        "command": case.command(folder), "environments": environments, "networks": networks, "folder": str(folder),
+        "command": [sys.executable, str(PROGRAMS / "two_groups.py"), *case.words(folder)],
+        "environments": environments, "networks": networks, "folder": str(folder),
         "are_hosts": case.transport == "slotted",
     }  # fmt: skip
     process = subprocess.Popen(

@@ -20,8 +20,9 @@ import pytest
 with contextlib.suppress(ImportError):
     import torch  # noqa: F401
 
+from forked import launch_forked
 from kinds import KINDS, Call, drawn, drawn_whole
-from ranks import grouped, launch, lines, run_ranks
+from ranks import grouped, launch, lines, run_ranks, written
 
 from detcoll.communicator import Communicator
 from detcoll.testing import mpi_launcher
@@ -107,18 +108,17 @@ def test_every_kind_with_every_type(place: str) -> None:
 @pytest.mark.parametrize("transport", ["slotted", "shm", "mpi"])
 def test_random_calls_in_processes(tmp_path: Path, transport: str) -> None:
     """Groups from threads of one job, of MPI by its own collectives, which needs processes."""
-    launcher = None
+    start = launch_forked
     if transport == "mpi":
         found = mpi_launcher()
         if find_spec("mpi4py") is None or found is None:
             pytest.skip("mpi4py or mpiexec is not installed")
-        launcher = [word.format(n=4) for word in found]
+        start = partial(launch, launcher=[word.format(n=4) for word in found])
+    topology = written(lines(2, 2, rate_bytes_per_s=1e9), tmp_path)
+    environ = {"DETCOLL_TOPOLOGY": topology, "DETCOLL_TRANSPORT": transport}
     for seed, calls in JOBS:
-        ended = launch(
-            4, "random_kinds.py", max(80, calls), seed, 2000, *["whole"] * (transport == "mpi"),
-            topology=lines(2, 2, rate_bytes_per_s=1e9), folder=tmp_path, launcher=launcher,
-            environ={"DETCOLL_TRANSPORT": transport}, timeout_s=85,
-        )  # fmt: skip
+        is_whole = ["whole"] * (transport == "mpi")
+        ended = start(4, "random_kinds.py", max(80, calls), seed, 2000, *is_whole, environ=environ, timeout_s=85)
         assert ended.code == 0, ended.err
         assert ended.out.split()[0] == transport
 

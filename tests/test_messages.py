@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from forked import PLAIN, TORCH, launch_forked
 from ranks import PROGRAMS, TIMEOUT_S, attempt, give_up_after, grouped, launch, lines, run_ranks
 
 import detcoll
@@ -302,8 +305,11 @@ PROCESSES = [
 @pytest.mark.timeout(200)  # a busy host takes most of a minute to import torch in each rank
 @pytest.mark.parametrize(("transport", "size"), PROCESSES)
 def test_threads_and_groups_in_processes(request, transport: str, size: int) -> None:
-    launcher = [*request.getfixturevalue("mpiexec"), "-n", str(size)] if transport == "mpi" else None
-    ended = launch(size, "messages.py", "together", transport, 3, 100_000, launcher=launcher, timeout_s=150)
+    if transport == "mpi":
+        start = partial(launch, launcher=[*request.getfixturevalue("mpiexec"), "-n", str(size)])
+    else:
+        start = partial(launch_forked, modules=TORCH if transport == "gloo" else PLAIN)
+    ended = start(size, "messages.py", "together", transport, 3, 100_000, timeout_s=150)
     assert ended.code == 0, ended.err
     assert ended.said == {rank: [transport] for rank in range(size)}
 
@@ -453,8 +459,8 @@ def test_messages_wait_no_longer_than_the_timeout_of_the_group(transport: str) -
 
 @pytest.mark.parametrize("transport", ["shm", "slotted"])
 def test_a_killed_peer_ends_its_messages(transport: str) -> None:
-    ended = launch(3, "messages.py", "killed", transport)
-    assert ended.code == 128 + 9
+    ended = launch_forked(3, "messages.py", "killed", transport)
+    assert ended.code == -signal.SIGKILL
     assert sorted(ended.said) == [0, 1]
     for (said,) in ended.said.values():
         assert len(said) == 3
@@ -489,7 +495,7 @@ def test_a_receive_that_ends_as_the_progress_thread_fails_has_its_message() -> N
 
 @pytest.mark.parametrize("transport", ["shm", "slotted"])
 def test_an_interrupted_wait_leaves_the_message_pending(transport: str) -> None:
-    ended = launch(2, "messages.py", "interrupted", transport)
+    ended = launch_forked(2, "messages.py", "interrupted", transport)
     assert (ended.code, ended.said) == (0, {0: [[1, 50_000.0]]}), ended.err
 
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from jobs import Rank, free_port, run
+from forked import launch_forked
+from jobs import PROGRAM, Rank, free_port
 from ranks import launch
 
 pytestmark = pytest.mark.timeout(120)
@@ -37,12 +38,12 @@ def test_too_few_descriptors_are_told_and_not_waited_for(limit: int) -> None:
 
 def test_few_descriptors_are_enough() -> None:
     """Ranks connect to those that their calls need, and few descriptors go to each."""
-    ended = run(6, "low_limit", 75, 75, options=["--sites", "2"])
+    ended = launch_forked(6, PROGRAM, "low_limit", 75, 75, environ={"DETCOLL_SITES": "2"})
     assert {rank: said[-1] for rank, said in ended.said.items()} == dict.fromkeys(range(6), 6.0), ended.err
 
 
 def test_a_process_raises_its_own_limit_of_descriptors() -> None:
-    ended = run(4, "low_limit", 48, 4096, options=["--sites", "2"])
+    ended = launch_forked(4, PROGRAM, "low_limit", 48, 4096, environ={"DETCOLL_SITES": "2"})
     assert {rank: said[-1] for rank, said in ended.said.items()} == dict.fromkeys(range(4), 4.0), ended.err
 
 

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from jobs import Rank, free_port, run
+from forked import TORCH, launch_forked
+from jobs import PROGRAM, Rank, free_port, run
 from paths import NetworkPath
 
 pytestmark = pytest.mark.timeout(120)
@@ -92,8 +93,8 @@ def test_nobody_is_said_not_to_have_called_where_the_path_is_dead(tmp_path: Path
 
 def test_calls_may_queue_for_longer_than_their_timeout_while_all_make_progress(tmp_path: Path) -> None:
     """Ten calls of half a megabyte over 2 MB/s take 2.5 s."""
-    topology = two_sites(tmp_path, "2 MB/s")
-    ended = run(2, "many_calls", "slotted", 1.5, 10, 125_000, options=["--topology", topology])
+    environ = {"DETCOLL_TOPOLOGY": two_sites(tmp_path, "2 MB/s")}
+    ended = launch_forked(2, PROGRAM, "many_calls", "slotted", 1.5, 10, 125_000, environ=environ)
     assert ended.said == {0: [["done"]], 1: [["done"]]}, ended.err
 
 
@@ -120,7 +121,7 @@ def test_ranks_that_do_not_come_are_named_under_mpi(mpiexec: list[str], fifo: Pa
 
 def test_an_interrupted_call_leaves_nothing_for_which_others_wait(fifo: Path) -> None:
     """No rank runs into its timeout, gets a wrong partner, or blames another one."""
-    ended = run(2, "interrupted", fifo)
+    ended = launch_forked(2, PROGRAM, "interrupted", fifo)
     assert ended.said[0][0] == "interrupted", ended.err
     ends = ended.said[0][1:] + ended.said[1]
     assert len(ends) == 4
@@ -129,23 +130,23 @@ def test_an_interrupted_call_leaves_nothing_for_which_others_wait(fifo: Path) ->
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_a_type_that_gloo_does_not_know_ends_no_job() -> None:
-    ended = run(2, "unsuitable")
+    ended = launch_forked(2, PROGRAM, "unsuitable", modules=TORCH)
     assert [said[-1] for said in ended.said.values()] == [2.0, 2.0], ended.said
 
 
 def test_jobs_wait_ten_minutes_unless_told_otherwise() -> None:
     """Longer than it takes to write a checkpoint, for which others wait."""
-    assert run(1, "default_timeout").said == {0: [600.0]}
+    assert launch_forked(1, PROGRAM, "default_timeout").said == {0: [600.0]}
 
 
 def test_the_environment_sets_the_timeout() -> None:
-    ended = run(2, "come_alone", environ={"DETCOLL_TIMEOUT": "1 s"})
+    ended = launch_forked(2, PROGRAM, "come_alone", environ={"DETCOLL_TIMEOUT": "1 s"})
     [end] = ended.said.get(0, ["nothing in time"])
     assert end.startswith("ConnectError")
     assert "rank 1 never came" in end or "did not say in time which ranks are missing" in end
 
 
 def test_a_call_may_have_a_timeout_of_its_own(fifo: Path) -> None:
-    [end] = run(2, "timeout_of_a_call", fifo).said[0]
+    [end] = launch_forked(2, PROGRAM, "timeout_of_a_call", fifo).said[0]
     assert end.startswith("DeadlineMissed")
     assert "was not finished after 0.5 s" in end

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import pytest
-from forked import launch_forked
+from forked import TORCH, launch_forked
 from jobs import Ended
 
 pytest.importorskip("torch")
@@ -20,7 +20,7 @@ SIZE = int(os.environ.get("TEST_TORCH_RANKS", "2"))
 def trained() -> dict[str, Ended]:
     environ = {"OMP_NUM_THREADS": "1"}
     return {
-        backend: launch_forked(SIZE, "torch_builds.py", backend, environ=environ, timeout_s=300)
+        backend: launch_forked(SIZE, "torch_builds.py", backend, modules=TORCH, environ=environ, timeout_s=300)
         for backend in ("gloo", "detcoll")
     }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import launch_forked
+from forked import TORCH, launch_forked
 from jobs import environment, free_port
 from ranks import PROGRAMS, launch
 
@@ -35,7 +35,7 @@ def test_groups_begin_work_and_end(tmp_path: Path) -> None:
 
 
 def test_callbacks_make_collectives_in_an_order_of_their_own() -> None:
-    ended = launch_forked(3, "torch_callbacks.py", 12, timeout_s=GUARD_S)
+    ended = launch_forked(3, "torch_callbacks.py", 12, modules=TORCH, timeout_s=GUARD_S)
     assert ended.said == {rank: ["done"] for rank in range(3)}, ended.err
 
 
@@ -47,7 +47,7 @@ def test_ddp_trains_as_over_gloo_under_torchrun() -> None:
 
 
 def test_ddp_gives_one_clusters_bits_across_sites_of_the_same_grouping() -> None:
-    ended = launch_forked(3, "torch_training.py", "grouped", environ={"OMP_NUM_THREADS": "1"}, timeout_s=GUARD_S)
+    ended = launch_forked(3, "torch_training.py", "grouped", modules=TORCH, timeout_s=GUARD_S)
     assert ended.code == 0, ended.err
     told = ended.said[0]
     assert len(told) == 3, "every rank tells"
@@ -69,7 +69,7 @@ def both_called(heard: Any, rank: int, odd: int) -> str:
 
 
 def test_calls_that_differ_end_on_every_rank() -> None:
-    ended = launch_forked(3, "torch_groups.py", "mismatches", timeout_s=GUARD_S)
+    ended = launch_forked(3, "torch_groups.py", "mismatches", modules=TORCH, timeout_s=GUARD_S)
     assert (ended.code, sorted(ended.said)) == (0, [0, 1, 2]), ended.err
     expected = {
         "kind": ("all_reduce", "broadcast"), "size": ("of 4", "of 5"),
@@ -94,7 +94,7 @@ def test_calls_that_differ_end_on_every_rank() -> None:
 
 
 def test_survivors_name_a_killed_rank() -> None:
-    ended = launch_forked(3, "torch_groups.py", "lost", timeout_s=GUARD_S)
+    ended = launch_forked(3, "torch_groups.py", "lost", modules=TORCH, timeout_s=GUARD_S)
     assert sorted(ended.said) == [0, 1], ended.err
     for [heard] in ended.said.values():
         for name, (kind, text) in heard.items():

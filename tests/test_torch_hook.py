@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from forked import launch_forked
+from forked import TORCH, launch_forked
 
 pytest.importorskip("torch")
 
 
 def test_gradients_and_parameters_agree_as_over_the_own_backend() -> None:
-    ended = launch_forked(3, "torch_hook.py", "averages")
+    ended = launch_forked(3, "torch_hook.py", "averages", modules=TORCH)
     assert ended.code == 0, ended.err
     assert sorted(ended.said) == [0, 1, 2]
     for rank, said in ended.said.items():
@@ -26,7 +26,7 @@ def test_gradients_and_parameters_agree_as_over_the_own_backend() -> None:
 
 
 def test_an_error_of_detcoll_ends_the_backward_pass() -> None:
-    ended = launch_forked(2, "torch_hook.py", "fails")
+    ended = launch_forked(2, "torch_hook.py", "fails", modules=TORCH)
     told = [text for said in ended.said.values() for text in said]
     assert told
     assert "PlanMismatch: ranks called different collectives" in told[0]

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from forked import launch_forked
+from forked import TORCH, launch_forked
 
 pytest.importorskip("torch")
 
@@ -59,7 +59,9 @@ def test_options_are_the_last_argument_and_may_be_left_out() -> None:
     ("size", "environ", "cases"), [(3, {}, 204), (2, {"DETCOLL_TRANSPORT": "tcp"}, 102)], ids=["shm", "tcp"]
 )
 def test_drawn_calls_give_what_numpy_gives(size: int, environ: dict[str, str], cases: int) -> None:
-    ended = launch_forked(size, "torch_kinds.py", f"seed {size}", cases, environ=environ, timeout_s=100.0)
+    ended = launch_forked(
+        size, "torch_kinds.py", f"seed {size}", cases, modules=TORCH, environ=environ, timeout_s=100.0
+    )
     assert ended.said == {rank: [f"{cases} cases"] for rank in range(size)}, ended.err
 
 

@@ -1,10 +1,13 @@
-"""Runs programs of torch on ranks that are forked from this process, which has imported torch; see `forked.py` above.
+"""Runs programs on ranks that are forked from this process, which has imported what they need; see `forked.py` above.
+
+    python tests/programs/forking.py MODULE ...
 
 Reads one request a line, and answers with one line: the exit code of each rank, negative for a signal.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -13,6 +16,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,11 +24,6 @@ from typing import Any
 from suite_ranks import end_with_parent
 
 from detcoll.launch.environment import rank_environments
-
-IMPORTED = ("torch._dynamo", "torch.nn.parallel", "detcoll.torch.process_group", "detcoll_shm", "zmq")
-"""What each rank would import for itself; torch imports the first with an optimizer and with DDP."""
-GRACE_S = 30.0
-"""What other ranks get to end by themselves once one has failed."""
 
 Request = Mapping[str, Any]
 
@@ -56,12 +55,15 @@ def become(environ: Mapping[str, str], request: Request) -> None:
     sys.argv = [request["program"], *request["arguments"]]
 
 
-def follow(pids: list[int], deadline_s: float) -> list[int]:
-    """Wait until all ranks have ended; kill those that are there at the deadline, or long after another has failed."""
-    until_s = time.monotonic() + deadline_s
+def follow(pids: list[int], request: Request) -> list[int]:
+    """Wait until the ranks have ended; kill those that are there at the deadline, or long after another has failed."""
+    until_s = time.monotonic() + request["deadline_s"]
     codes: dict[int, int] = {}
     handles = {os.pidfd_open(pid): pid for pid in pids}
+    frozen = {pids[rank] for rank in request["frozen"]}
     while handles:
+        if frozen.issuperset(handles.values()):
+            until_s = 0.0
         ended = select.select(list(handles), [], [], max(0.0, until_s - time.monotonic()))[0]
         for handle in ended or list(handles):
             pid = handles.pop(handle)
@@ -70,14 +72,14 @@ def follow(pids: list[int], deadline_s: float) -> list[int]:
                 os.kill(pid, signal.SIGKILL)
             codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             if codes[pid]:
-                until_s = min(until_s, time.monotonic() + GRACE_S)
+                until_s = min(until_s, time.monotonic() + request["grace_s"])
     return [codes[pid] for pid in pids]
 
 
 def serve() -> bool:
     """Serve requests until the input ends; returns True where this process has become a rank."""
     end_with_parent()
-    for name in IMPORTED:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
     gc.freeze()
     while line := sys.stdin.readline():
@@ -85,8 +87,19 @@ def serve() -> bool:
         pids = fork(request)
         if pids is None:
             return True
-        print(json.dumps(follow(pids, request["deadline_s"])), flush=True)
+        print(json.dumps(follow(pids, request)), flush=True)
     return False
+
+
+def end_rank() -> None:
+    """End as Python does, but for the interpreter itself where torch is loaded: that takes a third of a second."""
+    if "torch" not in sys.modules or "TEST_WHOLE_END" in os.environ:
+        return
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__" and serve():  # the program is at the top of a rank, as if Python had started it
@@ -94,3 +107,4 @@ if __name__ == "__main__" and serve():  # the program is at the top of a rank, a
         __file__ = sys.argv[0]
         program = compile(source.read(), __file__, "exec", dont_inherit=True)
     exec(program)
+    end_rank()

@@ -131,10 +131,15 @@ def orders_of_threads(apart: str) -> None:
     def reduce(name: str, earlier: str | None) -> None:
         if earlier is not None:
             called[earlier].wait(PATIENCE_S)
+        ends[name] = outcome(lambda: call(name))
+
+    def call(name: str) -> None:
         options = accepted(name=name) if apart == "names" else {}
-        work = groups[name].all_reduce(arrays[name], async_op=True, **options)
-        called[name].set()
-        ends[name] = outcome(work.wait)
+        try:
+            work = groups[name].all_reduce(arrays[name], async_op=True, **options)
+        finally:
+            called[name].set()
+        work.wait()
 
     first, second = arrays if comm.rank == 0 else reversed(arrays)
     threads = [threading.Thread(target=reduce, args=each) for each in ((first, None), (second, first))]
