@@ -49,6 +49,7 @@ LARGEST_ARITHMETIC_RATIO, LEAST_BUSY, LEAST_EFFICIENCY, LARGEST_CHANGE = 1.01, 0
 LARGEST_BASELINE = 1.1
 """Times its own arithmetic: an efficiency against a single cluster that is slower says nothing."""
 
+RANKS_PER_SITE = 2
 DEADLINE_S = 900
 WIDTH = 960.0
 
@@ -103,11 +104,14 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
             yield from make(given)
 
 
-def _job(given: argparse.Namespace, bucket: str, iterations: int, *more: str, ranks: int = 2) -> tuple[str, ...]:
+def _job(
+    given: argparse.Namespace, bucket: str, iterations: int, *more: str, ranks: int | None = None
+) -> tuple[str, ...]:
     """Return what describes the job, with ``more`` of the setting."""
     return (
-        "--sites", "2", "--ranks-per-site", str(ranks), "--rate", given.rate, "--compute", given.compute,
-        "--gradient-bytes", given.gradient_bytes, "--bucket-bytes", bucket, "--iterations", str(iterations), *more,
+        "--sites", "2", "--ranks-per-site", str(ranks or RANKS_PER_SITE), "--rate", given.rate, "--compute",
+        given.compute, "--gradient-bytes", given.gradient_bytes, "--bucket-bytes", bucket, "--iterations",
+        str(iterations), *more,
     )  # fmt: skip
 
 

@@ -10,18 +10,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from forked import TORCH, launch_forked
 from numpy.typing import NDArray
 
 from detcoll.emulation.lab import why_unavailable
 from detcoll.launch.mpiexec import find_mpiexec
+from detcoll.measure.aggregate import Setting
 from detcoll.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +45,21 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environ |= MPIEXEC.environment if MPIEXEC else {}
     return subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=ROOT, env=environ)
+
+
+def run_here(script: str, *argv: str, **changed: object) -> subprocess.CompletedProcess[str]:
+    """Do as `run` with a benchmark, in this process, which has imported what it needs; names of it may be changed."""
+    path, code = str(BENCHMARKS / script), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.syspath_prepend(str(BENCHMARKS))
+        patch.setattr(sys, "argv", [path, *argv])
+        main = runpy.run_path(path)["main"]
+        main.__globals__.update(changed)
+        try:
+            code = main() or 0
+        except SystemExit as ended:
+            code = ended.code or 0
+    return subprocess.CompletedProcess([path, *argv], code, out.getvalue(), err.getvalue())
 
 
 def test_alone() -> None:
@@ -190,7 +209,7 @@ def test_under_mpirun() -> None:
 @pytest.mark.lab
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_the_lab_line_is_held_against_what_it_was_told() -> None:
-    done = run(sys.executable, str(BENCHMARKS / "lab_line.py"), "--pings", "3", "--stretches", "1")
+    done = run_here("lab_line.py", "--pings", "3", "--stretches", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(done.stdout)
     assert facts["least_round_trip_over_stated"] >= 1
@@ -205,16 +224,8 @@ def test_the_lab_line_is_held_against_what_it_was_told() -> None:
 def test_the_router_is_held_against_a_loop_in_c(asked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DETCOLL_ROUTER", asked)
     written = tmp_path / "blast.json"
-    done = run(
-        sys.executable,
-        str(BENCHMARKS / "router_blast.py"),
-        "--rounds",
-        "1",
-        "--seconds",
-        "0.2",
-        "--json",
-        str(written),
-    )
+    given = ["--rounds", "1", "--seconds", "0.02", "--json", str(written)]
+    done = run(sys.executable, str(BENCHMARKS / "router_blast.py"), *given)
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(written.read_bytes())
     assert list(facts["units"]) == ["two segments", "64 kB"]
@@ -238,7 +249,7 @@ def test_the_loop_in_c_says_where_there_is_no_compiler(monkeypatch: pytest.Monke
 def test_the_figures_of_the_docs_can_be_taken(tmp_path: Path) -> None:
     written, drawn = tmp_path / "performance.json", tmp_path / "performance.svg"
     given = ["--iterations", "1", "--only", "growth: 2", "--json", str(written), "--plot", str(drawn)]
-    done = run(sys.executable, str(BENCHMARKS / "performance.py"), *given)
+    done = run_here("performance.py", *given)
     assert done.returncode == 0, done.stdout + done.stderr
     [case] = json.loads(written.read_bytes())["cases"]
     assert case["command"].startswith("python -m detcoll bench --lab --sites 2")
@@ -271,10 +282,10 @@ def test_training_under_load_can_be_measured(tmp_path: Path) -> None:
     written, table, drawn = (tmp_path / name for name in ("training.json", "training.md", "training.svg"))
     other = {"part": "busy", "name": "kept", "runs": [], "left_out": [], "workload": {}, "digests_equal": None}
     written.write_text(json.dumps({"schema": "detcoll.training/1", "cases": [other]}))
-    done = run(
-        sys.executable, str(BENCHMARKS / "training.py"), "--only", "line", "--iterations", "1", "--rounds", "1",
-        "--compute", "60 ms", "--gradient-bytes", "64KiB", "--bucket-bytes", "32KiB", "--rate", "100 Mbit/s",
-        "--json", str(written), "--markdown", str(table), "--picture", str(drawn),
+    done = run_here(
+        "training.py", "--only", "line", "--iterations", "1", "--rounds", "1", "--compute", "60 ms", "--gradient-bytes",
+        "64KiB", "--bucket-bytes", "32KiB", "--rate", "100 Mbit/s", "--json", str(written), "--markdown", str(table),
+        "--picture", str(drawn), RANKS_PER_SITE=1,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(written.read_bytes())
@@ -305,8 +316,8 @@ def test_failure_of_another_rank_shows() -> None:
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_the_simulator_is_held_against_the_lab(tmp_path: Path) -> None:
     path = tmp_path / "simulator.json"
-    done = run(
-        sys.executable, str(BENCHMARKS / "simulator.py"), "--only", "2 x 1, 200 Mbit/s", "--iterations", "2", "--json",
+    done = run_here(
+        "simulator.py", "--only", "2 x 1, 200 Mbit/s", "--iterations", "2", "--json",
         str(path),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -321,12 +332,11 @@ def test_the_simulator_is_held_against_the_lab(tmp_path: Path) -> None:
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_interference_shows_cells_that_fail_beside_those_that_do_not(tmp_path: Path) -> None:
     written, drawn, told = (tmp_path / f"interference.{ending}" for ending in ("json", "svg", "md"))
-    two_ranks = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import interference"
-    two_ranks += "; interference.RANKS_PER_SITE = 1; sys.exit(interference.main())"
-    done = run(
-        sys.executable, "-c", two_ranks, "--rate", "100 Mbit/s", "--bytes", "64KiB", "--iterations", "1", "--rounds",
-        "1", "--round-trip", "4 ms", "--time-limit", "0.3 s", "--transports", "slotted,shm", "--cross-traffic", "0.05",
+    done = run_here(
+        "interference.py", "--rate", "100 Mbit/s", "--bytes", "64KiB", "--iterations", "1", "--rounds", "1",
+        "--round-trip", "4 ms", "--time-limit", "0.3 s", "--transports", "slotted,shm", "--cross-traffic", "0.05",
         "--light", "0.05", "--deadline", "80 s", "--json", str(written), "--plot", str(drawn), "--markdown", str(told),
+        RANKS_PER_SITE=1,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     wrote = json.loads(written.read_bytes())
@@ -349,8 +359,8 @@ def test_interference_shows_cells_that_fail_beside_those_that_do_not(tmp_path: P
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_fast_lines_compare_transports_in_one_run(tmp_path: Path) -> None:
     written = tmp_path / "fast_lines.json"
-    done = run(
-        sys.executable, str(BENCHMARKS / "fast_lines.py"), "--transports", "slotted,shm", "--baseline", "shm",
+    done = run_here(
+        "fast_lines.py", "--transports", "slotted,shm", "--baseline", "shm",
         "--bytes", "64KiB", "--rounds", "2", "--iterations", "1", "--warmup", "0", "--json", str(written),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -366,29 +376,49 @@ def test_fast_lines_compare_transports_in_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not find_spec("torch"), reason="torch is not installed")
 @pytest.mark.skipif(not entry_points(group="torch.backends", name="detcoll"), reason="torch cannot find this detcoll")
-@pytest.mark.parametrize(
-    ("only", "rows"),
-    [
-        ("one host", ["none", "gloo", "detcoll"]),
-        pytest.param("HSDP", ["none", "gloo", "detcoll", "tcp"], marks=pytest.mark.lab),
-    ],
-)
-def test_torch_trains_over_gloo_and_detcoll_in_turns(only: str, rows: list[str], tmp_path: Path) -> None:
-    if only == "HSDP" and (reason := why_unavailable()) is not None:
-        pytest.skip(reason)
-    written = tmp_path / "torch_ddp.json"
-    done = run(
-        sys.executable, str(BENCHMARKS / "torch_ddp.py"), "--only", only, "--layers", "1", "--width", "32", "--rounds",
-        "2", "--steps", "2", "--warmup", "1", "--round-trip", "2 ms", "--json", str(written),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    wrote = json.loads(written.read_bytes())
-    assert [line["row"] for line in wrote["lines"]] == rows
-    assert [line["steps"] for line in wrote["lines"]] == [4] * len(rows)
-    assert [row["row"] for row in wrote["rows"]] == [*rows, *rows[1:], rows[0]], "rows take turns"
-    assert wrote["lines"][1]["speed"] == 1.0
-    assert wrote["parameters"] == 12 * 32**2 + 13 * 32 + 2 * 256 * 32 + 256
-    assert "a step without communication is" in done.stdout
+class TestTorch:
+    """Training over Gloo and over detcoll, in turns."""
+
+    TINY = ("--layers", "1", "--width", "32", "--steps", "2", "--warmup", "1", "--round-trip", "2 ms")
+
+    def require(self, written: Path, said: str, rows: list[str], rounds: int) -> None:
+        wrote = json.loads(written.read_bytes())
+        assert [line["row"] for line in wrote["lines"]] == rows
+        assert [line["steps"] for line in wrote["lines"]] == [2 * rounds] * len(rows)
+        assert [row["row"] for row in wrote["rows"]] == [*rows, *rows[1:], rows[0]][: rounds * len(rows)]
+        assert wrote["lines"][1]["speed"] == 1.0
+        assert wrote["parameters"] == 12 * 32**2 + 13 * 32 + 2 * 256 * 32 + 256
+        assert "a step without communication is" in said
+
+    @pytest.mark.lab
+    def test_sharded_in_the_lab(self, tmp_path: Path) -> None:
+        if (reason := why_unavailable()) is not None:
+            pytest.skip(reason)
+        written = tmp_path / "torch_ddp.json"
+        given = ["--only", "HSDP", *self.TINY, "--rounds", "1", "--json", str(written)]
+        done = run(sys.executable, str(BENCHMARKS / "torch_ddp.py"), *given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.require(written, done.stdout, ["none", "gloo", "detcoll", "tcp"], 1)
+
+    def test_on_one_host_in_turns(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        program, written = str(BENCHMARKS / "torch_ddp.py"), tmp_path / "torch_ddp.json"
+        main = runpy.run_path(program)["main"]
+
+        class ForkedRanks:  # the lab's are started as those of users are
+            def __init__(self, topology: Topology, deadline_s: float) -> None:
+                self.size = topology.size
+
+            def run(self, setting: Setting, argv: list[str], logs: Path) -> None:
+                done = launch_forked(self.size, *argv[1:], modules=TORCH, timeout_s=TIMEOUT_S)
+                assert done.code == 0, done.err
+
+        monkeypatch.setitem(main.__globals__, "Runner", ForkedRanks)
+        given = ["--only", "one host", *self.TINY, "--rounds", "2", "--json", str(written)]
+        monkeypatch.setattr(sys, "argv", [program, *given])
+        main()
+        self.require(written, capsys.readouterr().out, ["none", "gloo", "detcoll"], 2)
 
 
 def test_torch_benchmarks_compare_steps_of_one_round() -> None:

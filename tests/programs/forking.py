@@ -53,6 +53,9 @@ def become(environ: Mapping[str, str], request: Request) -> None:
     os.environ.clear()
     os.environ.update(environ)
     sys.argv = [request["program"], *request["arguments"]]
+    sys.path[0] = os.path.dirname(request["program"])
+    told = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[1:1] = [folder for folder in told if folder not in sys.path]
 
 
 def follow(pids: list[int], request: Request) -> list[int]:
