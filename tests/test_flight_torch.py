@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +46,25 @@ def records(folder: Path, transport: str, wrong: int) -> Path:
     return job
 
 
-def analysis(folder: Path) -> str:
-    """Return what PyTorch's analyzer says of dumps."""
-    pytest.importorskip(
+@pytest.fixture
+def analysis(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Callable[[Path], str]:
+    """What PyTorch's analyzer says of dumps."""
+    analyzer = pytest.importorskip(
         "torch.distributed.flight_recorder.fr_trace", reason="this torch has no analyzer, or none is installed"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", str(folder)],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    return done.stdout + done.stderr
+
+    def analysed(folder: Path) -> str:
+        analyzer.main([str(folder)])
+        printed = capsys.readouterr()
+        return printed.out + printed.err + caplog.text
+
+    return analysed
 
 
 @pytest.mark.parametrize("transport", ["shm", "slotted"])
-def test_the_analyzer_finds_the_rank_that_called_something_else(tmp_path: Path, transport: str) -> None:
+def test_the_analyzer_finds_the_rank_that_called_something_else(
+    tmp_path: Path, analysis: Callable[[Path], str], transport: str
+) -> None:
     job = records(tmp_path / "records", transport, wrong=2)
     assert main(["report", str(job), "--torch", str(tmp_path / "dumps")]) == 0
     said = analysis(tmp_path / "dumps")
@@ -70,7 +74,9 @@ def test_the_analyzer_finds_the_rank_that_called_something_else(tmp_path: Path, 
     assert ("[[100]]" in said) == ("[[101]]" in said) or "missing ranks" in said
 
 
-def test_every_kind_is_one_that_the_analyzer_knows_and_finds_right(tmp_path: Path) -> None:
+def test_every_kind_is_one_that_the_analyzer_knows_and_finds_right(
+    tmp_path: Path, analysis: Callable[[Path], str]
+) -> None:
     job = records(tmp_path / "records", "slotted", wrong=-1)
     assert main(["report", str(job), "--torch", str(tmp_path / "dumps")]) == 0
     dump = pickle.loads((tmp_path / "dumps" / f"{PREFIX}0").read_bytes())

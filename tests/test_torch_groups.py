@@ -24,7 +24,9 @@ GUARD_S = 100.0
 
 def test_groups_begin_work_and_end(tmp_path: Path) -> None:
     environ = {"TEST_WHOLE_END": "1"}
-    ended = launch(3, "torch_groups.py", "works", tmp_path, 200, environ=environ, timeout_s=GUARD_S)
+    ended = launch_forked(
+        3, "torch_groups.py", "works", tmp_path, 200, modules=TORCH, environ=environ, timeout_s=GUARD_S
+    )
     assert ended.code == 0, ended.err
     for said in ended.said.values():
         *done, left, late, last = said
@@ -39,11 +41,12 @@ def test_callbacks_make_collectives_in_an_order_of_their_own() -> None:
     assert ended.said == {rank: ["done"] for rank in range(3)}, ended.err
 
 
-def test_ddp_trains_as_over_gloo_under_torchrun() -> None:
+def test_under_torchrun_ranks_meet_by_its_store_and_ddp_trains_as_over_gloo() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-endpoint",
                 f"127.0.0.1:{free_port()}", "--rdzv-backend", "c10d", "--no-python"]  # fmt: skip
     ended = launch(2, "torch_training.py", launcher=torchrun, environ={"OMP_NUM_THREADS": "1"}, timeout_s=GUARD_S)
-    assert ended.said == {0: [19, 19]}, ended.err
+    met = ["torchrun", "store", [0, 1], False]
+    assert ended.said == {rank: [met, 19] for rank in range(2)}, ended.err
 
 
 def test_ddp_gives_one_clusters_bits_across_sites_of_the_same_grouping() -> None:

@@ -84,7 +84,7 @@ def serve() -> bool:
     end_with_parent()
     for name in sys.argv[1:]:
         importlib.import_module(name)
-    gc.freeze()
+    gc.freeze()  # what ranks need not look through
     while line := sys.stdin.readline():
         request = json.loads(line)
         pids = fork(request)
