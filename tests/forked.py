@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from jobs import Ended, environment
+from jobs import GUARD_S, PROGRAM, Ended, environment
 from ranks import PROGRAMS
 
 PLAIN = ("detcoll.testing.values", "detcoll_shm", "detcoll_slotted", "detcoll_tcp", "numpy.ma")
@@ -35,6 +40,20 @@ def server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
     return process
 
 
+def asked(request: Mapping[str, object], modules: tuple[str, ...]) -> Any:
+    """Return what the process that has imported the modules answers."""
+    process = server(modules)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        print(json.dumps(request), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+    except BaseException:
+        process.kill()  # with its ranks; what it would answer belongs to no later request
+        server.cache_clear()
+        raise
+
+
 def launch_forked(
     size: int, program: str, *arguments: object, modules: tuple[str, ...] = PLAIN,
     environ: Mapping[str, str] | None = None, timeout_s: float = 90.0, grace_s: float = 30.0,
@@ -45,23 +64,57 @@ def launch_forked(
     Where a rank fails, the others get ``grace_s`` to end by themselves. Those that are ``frozen`` are not waited for.
     The code is that of the first rank that failed, negative for a signal.
     """
-    process = server(modules)
-    assert process.stdin is not None
-    assert process.stdout is not None
     with TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch()
         err.touch()
         request = {
             "size": size, "program": str(PROGRAMS / program), "arguments": list(map(str, arguments)),
-            "environ": environment(environ), "out": str(out), "err": str(err), "deadline_s": timeout_s,
-            "grace_s": grace_s, "frozen": list(frozen),
+            "environ": environment(environ), "in": os.devnull, "out": str(out), "err": str(err),
+            "deadline_s": timeout_s, "grace_s": grace_s, "frozen": list(frozen),
         }  # fmt: skip
-        try:
-            print(json.dumps(request), file=process.stdin, flush=True)
-            codes = json.loads(process.stdout.readline())
-        except BaseException:
-            process.kill()  # with its ranks; what it would answer belongs to no later request
-            server.cache_clear()
-            raise
+        codes = asked(request, modules)
         return Ended(next(filter(None, codes), 0), out.read_text(), err.read_text())
+
+
+class Rank:
+    """One forked rank, with what every launcher sets, which runs a function of a program; a test talks to it."""
+
+    def __init__(
+        self, rank: int, size: int, port: int, name: str, *arguments: object, environ: Mapping[str, str] | None = None
+    ) -> None:
+        plain = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self._stack = ExitStack()
+        folder = self._stack.enter_context(TemporaryDirectory())
+        paths = {way: os.path.join(folder, way) for way in ("in", "out", "err")}
+        os.mkfifo(paths["in"])
+        os.mkfifo(paths["out"])
+        self._err = Path(paths["err"])
+        self._err.touch()
+        request = {
+            **paths, "program": PROGRAM, "arguments": [name, *map(str, arguments)],
+            "environ": environment(plain | dict(environ or {})),
+        }  # fmt: skip
+        self.pid: int = asked(request, PLAIN)
+        self._out = self._stack.enter_context(open(paths["out"], encoding="utf-8"))  # noqa: SIM115
+        self._in = self._stack.enter_context(open(paths["in"], "w", encoding="utf-8"))  # noqa: SIM115
+        self._guard = threading.Timer(GUARD_S, os.kill, (self.pid, signal.SIGKILL))
+        self._guard.start()
+
+    def hears(self) -> Any:
+        """Return what the rank says next, None where it has ended."""
+        line = self._out.readline()
+        return json.loads(line)["said"] if line else None
+
+    def go_on(self) -> None:
+        """Let the rank go on from where it waits."""
+        print(file=self._in, flush=True)
+
+    def __enter__(self) -> Rank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._guard.cancel()
+        asked({"end": self.pid}, PLAIN)
+        print(self._err.read_text(), file=sys.stderr, end="")  # pytest shows it where the test fails
+        self._stack.close()

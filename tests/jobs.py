@@ -11,7 +11,6 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,41 +58,6 @@ def run(
         command, env=environment(environ), capture_output=True, text=True, timeout=GUARD_S + 20, check=False
     )
     return Ended(done.returncode, done.stdout, done.stderr)
-
-
-class Rank:
-    """One rank as a process of its own, with what every launcher sets; its output is read as it comes."""
-
-    def __init__(
-        self, rank: int, size: int, port: int, name: str, *arguments: object, environ: Mapping[str, str] | None = None
-    ) -> None:
-        plain = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, name, *map(str, arguments)], env=environment(plain | dict(environ or {})),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._guard = threading.Timer(GUARD_S, self.process.kill)
-        self._guard.start()
-
-    def hears(self) -> Any:
-        """Return what the rank says next, None where it has ended."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        return json.loads(line)["said"] if line else None
-
-    def go_on(self) -> None:
-        """Let the rank go on from where it waits."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def __enter__(self) -> Rank:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._guard.cancel()
-        self.process.kill()
-        self.process.communicate()
 
 
 def free_port() -> int:

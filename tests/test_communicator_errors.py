@@ -222,6 +222,18 @@ def test_a_rank_that_calls_something_else(text: str, transport: str, topology: T
         assert "called all_reduce of 100 float32, sum" in str(answer)
 
 
+@NEEDS_TORCH
+def test_a_type_that_gloo_does_not_know_ends_no_job() -> None:
+    def program(comm):
+        with contextlib.suppress(UsageError):
+            comm.all_reduce(np.ones(100, np.int16))
+        x = np.ones(100, np.float32)
+        comm.all_reduce(x)
+        assert (x == 2).all()
+
+    run_ranks(2, program, transport="gloo")
+
+
 @pytest.mark.parametrize(("transport", "topology"), COMPARED)
 def test_ranks_that_broadcast_from_different_roots(transport: str, topology: Topology | None) -> None:
     def program(comm):

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from forked import launch_forked
-from jobs import PROGRAM, Rank, free_port
+from forked import Rank, launch_forked
+from jobs import PROGRAM, free_port
 from ranks import launch
 
 pytestmark = pytest.mark.timeout(120)
@@ -105,7 +105,7 @@ def attacked() -> Iterator[tuple[Rank, list[int]]]:
     port = free_port()
     with Rank(0, 2, port, "alone_in_a_call") as first, Rank(1, 2, port, "alone_in_a_call") as second:
         assert [first.hears(), second.hears()] == ["ready", "ready"]
-        ports = listening_ports(second.process.pid)
+        ports = listening_ports(second.pid)
         assert ports
         yield second, ports
 
@@ -151,14 +151,14 @@ def test_messages_without_an_end_are_not_kept() -> None:
     """64 MiB of parts, each with a promise of more, cost a rank no memory."""
     part = b"\x03" + (2**20).to_bytes(8, "big") + bytes(2**20)
     with attacked() as (rank, ports):
-        before, begun = most_memory(rank.process.pid), 0
+        before, begun = most_memory(rank.pid), 0
         for port in ports:
             with suppress(OSError), stranger(port) as connection:
                 begun += 1
                 for _ in range(64):
                     connection.sendall(part)
         assert begun, "no port answered a stranger"
-        assert most_memory(rank.process.pid) - before < 32 * 2**20
+        assert most_memory(rank.pid) - before < 32 * 2**20
 
 
 def most_memory(pid: int) -> int:

@@ -2,7 +2,8 @@
 
     python tests/programs/forking.py MODULE ...
 
-Reads one request a line, and answers with one line: the exit code of each rank, negative for a signal.
+Reads one request a line, and answers with one line: the exit code of each rank, negative for a signal. Requests without
+a number of ranks are for one rank that a test talks to: they fork it, which is answered with its pid, and end it.
 """
 
 from __future__ import annotations
@@ -43,10 +44,26 @@ def fork(request: Request) -> list[int] | None:
     return pids
 
 
+def fork_one(request: Request) -> int:
+    """Fork a rank with its whole environment, and return its pid, or 0 in the rank."""
+    pid = os.fork()
+    if not pid:
+        become(request["environ"], request)
+    return pid
+
+
+def end_one(pid: int) -> bool:
+    """End a rank that this process has forked."""
+    if os.waitpid(pid, os.WNOHANG) == (0, 0):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return True
+
+
 def become(environ: Mapping[str, str], request: Request) -> None:
     """Let this process look like one that was started with this environment and these arguments."""
     end_with_parent()
-    for number, path in enumerate((os.devnull, request["out"], request["err"])):
+    for number, path in enumerate((request["in"], request["out"], request["err"])):
         opened = os.open(path, os.O_RDWR | os.O_APPEND)
         os.dup2(opened, number)
         os.close(opened)
@@ -87,10 +104,14 @@ def serve() -> bool:
     gc.freeze()  # what ranks need not look through
     while line := sys.stdin.readline():
         request = json.loads(line)
-        pids = fork(request)
-        if pids is None:
+        if "size" in request:
+            pids = fork(request)
+            answer: object = pids and follow(pids, request)
+        else:
+            answer = end_one(request["end"]) if "end" in request else fork_one(request)
+        if not answer:
             return True
-        print(json.dumps(follow(pids, request)), flush=True)
+        print(json.dumps(answer), flush=True)
     return False
 
 

@@ -3,8 +3,9 @@
 The groups: the world, one inside each site, one across, and one overlapping pair (ranks 0 and 3 of four). Every thread
 serves one group. At the end the job must have left no thread, no descriptor, no shared memory, and little memory.
 
-Usage: random_kinds.py COUNT SEED [LARGEST [whole]]; COUNT calls in all. With ``whole``, of whole numbers alone, and in
-any order of folds, so that transports use all their own collectives. Prints the transport and the calls of rank 0.
+Usage: random_kinds.py COUNT SEED [LARGEST [any | whole]]; COUNT calls in all. With ``whole``, of whole numbers
+alone, and in any order of folds, so that transports use all their own collectives. Prints the transport and the calls
+of rank 0.
 """
 
 from __future__ import annotations

@@ -290,17 +290,6 @@ def raise_in_the_transport(number: int, frame: FrameType | None) -> None:
         frame = frame.f_back
 
 
-def unsuitable() -> None:
-    """Sum what Gloo cannot sum, and then what it can."""
-    comm = detcoll.init("gloo", timeout=PATIENCE_S)
-    for dtype in (np.int16, np.float32):
-        x = np.ones(100, dtype)
-        end = outcome(lambda x=x: detcoll.all_reduce(x))
-        say(comm, end if end != "done" else float(x[0]))
-    with contextlib.suppress(DetcollError):
-        detcoll.finalize()
-
-
 def default_timeout() -> None:
     """Tell how long a job waits that does not say it."""
     comm = detcoll.init()
@@ -355,6 +344,6 @@ def alone_in_a_call() -> None:
 
 
 if __name__ == "__main__":
-    if "gloo" in sys.argv or "unsuitable" in sys.argv:
+    if "gloo" in sys.argv:
         import torch  # noqa: F401  # which takes long, so before there is a deadline
     globals()[sys.argv[1]](*sys.argv[2:])
