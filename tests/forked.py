@@ -24,6 +24,9 @@ from typing import Any
 from jobs import GUARD_S, PROGRAM, Ended, environment
 from ranks import PROGRAMS
 
+from detcoll.emulation.lab import Lab
+from detcoll.emulation.lab.launch import rank_environments
+
 PLAIN = ("detcoll.testing.values", "detcoll_shm", "detcoll_slotted", "detcoll_tcp", "numpy.ma")
 TORCH = (*PLAIN, "torch._dynamo", "torch.nn.parallel", "detcoll.torch.process_group", "detcoll_gloo")
 """What each rank would import for itself; torch imports ``torch._dynamo`` with an optimizer and with DDP."""
@@ -54,15 +57,26 @@ def asked(request: Mapping[str, object], modules: tuple[str, ...]) -> Any:
         raise
 
 
+def places(lab: Lab, folder: str, environ: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    """Return, for each rank, the namespaces of its site and what the lab tells it, with ``environ`` over that."""
+    topology, path = lab.topology, Path(folder, "topology.toml")
+    path.write_text(topology.to_toml())
+    return [
+        {"namespaces": lab.namespace_paths(topology.site_of(rank)), "environ": own | dict(environ or {})}
+        for rank, own in enumerate(rank_environments(lab, str(path)))
+    ]
+
+
 def launch_forked(
     size: int, program: str, *arguments: object, modules: tuple[str, ...] = PLAIN,
     environ: Mapping[str, str] | None = None, timeout_s: float = 90.0, grace_s: float = 30.0,
-    frozen: Collection[int] = (),
+    frozen: Collection[int] = (), lab: Lab | None = None,
 ) -> Ended:  # fmt: skip
     """Run a program of the folder ``programs`` as `ranks.launch` does, on forked ranks that have imported ``modules``.
 
     Where a rank fails, the others get ``grace_s`` to end by themselves. Those that are ``frozen`` are not waited for.
-    The code is that of the first rank that failed, negative for a signal.
+    With ``lab``, each rank is in its site and knows what the lab tells. The code is that of the first rank that
+    failed, negative for a signal.
     """
     with TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -72,6 +86,7 @@ def launch_forked(
             "size": size, "program": str(PROGRAMS / program), "arguments": list(map(str, arguments)),
             "environ": environment(environ), "in": os.devnull, "out": str(out), "err": str(err),
             "deadline_s": timeout_s, "grace_s": grace_s, "frozen": list(frozen),
+            "places": [] if lab is None else places(lab, folder, environ),
         }  # fmt: skip
         codes = asked(request, modules)
         return Ended(next(filter(None, codes), 0), out.read_text(), err.read_text())

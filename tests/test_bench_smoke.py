@@ -20,12 +20,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from forked import TORCH, launch_forked
+from forked import TORCH
+from forked_runs import fork_ranks_of_runs
 from numpy.typing import NDArray
 
 from detcoll.emulation.lab import why_unavailable
 from detcoll.launch.mpiexec import find_mpiexec
-from detcoll.measure.aggregate import Setting
 from detcoll.topology import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -376,49 +376,32 @@ def test_fast_lines_compare_transports_in_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not find_spec("torch"), reason="torch is not installed")
 @pytest.mark.skipif(not entry_points(group="torch.backends", name="detcoll"), reason="torch cannot find this detcoll")
-class TestTorch:
-    """Training over Gloo and over detcoll, in turns."""
-
-    TINY = ("--layers", "1", "--width", "32", "--steps", "2", "--warmup", "1", "--round-trip", "2 ms")
-
-    def require(self, written: Path, said: str, rows: list[str], rounds: int) -> None:
-        wrote = json.loads(written.read_bytes())
-        assert [line["row"] for line in wrote["lines"]] == rows
-        assert [line["steps"] for line in wrote["lines"]] == [2 * rounds] * len(rows)
-        assert [row["row"] for row in wrote["rows"]] == [*rows, *rows[1:], rows[0]][: rounds * len(rows)]
-        assert wrote["lines"][1]["speed"] == 1.0
-        assert wrote["parameters"] == 12 * 32**2 + 13 * 32 + 2 * 256 * 32 + 256
-        assert "a step without communication is" in said
-
-    @pytest.mark.lab
-    def test_sharded_in_the_lab(self, tmp_path: Path) -> None:
-        if (reason := why_unavailable()) is not None:
-            pytest.skip(reason)
-        written = tmp_path / "torch_ddp.json"
-        given = ["--only", "HSDP", *self.TINY, "--rounds", "1", "--json", str(written)]
-        done = run(sys.executable, str(BENCHMARKS / "torch_ddp.py"), *given)
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.require(written, done.stdout, ["none", "gloo", "detcoll", "tcp"], 1)
-
-    def test_on_one_host_in_turns(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        program, written = str(BENCHMARKS / "torch_ddp.py"), tmp_path / "torch_ddp.json"
-        main = runpy.run_path(program)["main"]
-
-        class ForkedRanks:  # the lab's are started as those of users are
-            def __init__(self, topology: Topology, deadline_s: float) -> None:
-                self.size = topology.size
-
-            def run(self, setting: Setting, argv: list[str], logs: Path) -> None:
-                done = launch_forked(self.size, *argv[1:], modules=TORCH, timeout_s=TIMEOUT_S)
-                assert done.code == 0, done.err
-
-        monkeypatch.setitem(main.__globals__, "Runner", ForkedRanks)
-        given = ["--only", "one host", *self.TINY, "--rounds", "2", "--json", str(written)]
-        monkeypatch.setattr(sys, "argv", [program, *given])
-        main()
-        self.require(written, capsys.readouterr().out, ["none", "gloo", "detcoll"], 2)
+@pytest.mark.parametrize(
+    ("only", "rows", "rounds"),
+    [
+        ("one host", ["none", "gloo", "detcoll"], 2),
+        pytest.param("HSDP", ["none", "gloo", "detcoll", "tcp"], 1, marks=pytest.mark.lab),
+    ],
+)
+def test_torch_trains_over_gloo_and_detcoll_in_turns(
+    only: str, rows: list[str], rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if only == "HSDP" and (reason := why_unavailable()) is not None:
+        pytest.skip(reason)
+    fork_ranks_of_runs(monkeypatch, TORCH)
+    written = tmp_path / "torch_ddp.json"
+    done = run_here(
+        "torch_ddp.py", "--only", only, "--layers", "1", "--width", "32", "--rounds", str(rounds), "--steps", "2",
+        "--warmup", "1", "--round-trip", "2 ms", "--json", str(written),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrote = json.loads(written.read_bytes())
+    assert [line["row"] for line in wrote["lines"]] == rows
+    assert [line["steps"] for line in wrote["lines"]] == [2 * rounds] * len(rows)
+    assert [row["row"] for row in wrote["rows"]] == [*rows, *rows[1:], rows[0]][: rounds * len(rows)]
+    assert wrote["lines"][1]["speed"] == 1.0
+    assert wrote["parameters"] == 12 * 32**2 + 13 * 32 + 2 * 256 * 32 + 256
+    assert "a step without communication is" in done.stdout
 
 
 def test_torch_benchmarks_compare_steps_of_one_round() -> None:

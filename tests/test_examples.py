@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 from forked import TORCH, launch_forked
 
-from detcoll.emulation.lab import why_unavailable
+from detcoll.emulation.lab import Lab, why_unavailable
 from detcoll.launch.mpiexec import find_mpiexec
+from detcoll.topology import Topology
 from detcoll.workloads.digits import save_digits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,17 +33,14 @@ BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defp
 MPIEXEC, TORCHRUN = find_mpiexec(), shutil.which("torchrun", path=BIN)
 
 LINES = ["--rate", "1 Gbit/s", "--round-trip", "4 ms"]
-IN_LAB = [sys.executable, "-m", "detcoll", "lab", "--sites", "2"]
 LAUNCHERS = {
     "detcoll run": [sys.executable, "-m", "detcoll", "run", "-n", RANKS],
-    "2 sites of 2": [*IN_LAB, "--ranks-per-site", "2", *LINES, "--", sys.executable],
     "mpiexec": [*(MPIEXEC.command(RANKS) if MPIEXEC else []), sys.executable],
     "torchrun": [TORCHRUN or "torchrun", "--nproc-per-node", RANKS],
 }
 WHY_NOT = {
     "mpiexec": None if MPIEXEC and find_spec("mpi4py") else "MPI is not installed",
     "torchrun": None if TORCHRUN else "torchrun is not installed",
-    "2 sites of 2": why_unavailable(),
 }
 IS_BACKEND = any(point.name == "detcoll" for point in entry_points(group="torch.backends"))
 WHY_NOT_TORCH = (
@@ -76,14 +74,15 @@ def run(launcher: str, script: str, *arguments: str, more: Mapping[str, str] | N
     return done.stdout
 
 
-def run_over_gloo(ranks: int, script: str, *arguments: str, more: Mapping[str, str]) -> str:
-    """Run a script of torch on the host with Gloo, to compare with; what it needs not prove is how ranks start."""
+def run_forked(ranks: int, script: str, *arguments: str, more: Mapping[str, str], lab: Lab | None = None) -> list[str]:
+    """Run an example of torch where it proves nothing how ranks start, and return the lines that it prints."""
     done = launch_forked(
-        ranks, str(EXAMPLES / script), *arguments, "--backend", "gloo", modules=TORCH, environ=more, timeout_s=TIMEOUT_S
+        ranks, str(EXAMPLES / script), *arguments, modules=TORCH, environ=more, timeout_s=TIMEOUT_S, lab=lab
     )
     # Threads of Gloo that still free objects of Python when that ends abort the process, after all was printed.
-    assert done.code == 0 or "terminate called without an active exception" in done.err, done.out + done.err
-    return done.out
+    aborted = "gloo" in arguments and "terminate called without an active exception" in done.err
+    assert done.code == 0 or aborted, done.out + done.err
+    return done.out.splitlines()
 
 
 def what_is_needed(script: str) -> list[str]:
@@ -185,14 +184,14 @@ def test_own_transport_passes_the_contract() -> None:
     assert " passed" in done.stdout
 
 
-def losses(output: str) -> list[str]:
+def losses(printed: list[str]) -> list[str]:
     """What an example of torch prints of its losses, to the last digit."""
-    return [line for line in output.splitlines() if line.startswith("iteration")]
+    return [line for line in printed if line.startswith("iteration")]
 
 
 @of_torch
 def test_a_ddp_script_changes_its_backend_by_one_word(under_torchrun: list[str], digits: dict[str, str]) -> None:
-    over_gloo = run_over_gloo(2, "05_ddp.py", "--iterations", "21", more=digits).splitlines()
+    over_gloo = run_forked(2, "05_ddp.py", "--iterations", "21", "--backend", "gloo", more=digits)
     assert len(over_gloo) == 4
     assert under_torchrun[-4:] == over_gloo  # with two ranks a sum has one order
     assert float(over_gloo[-1].removeprefix("accuracy ")) > 0.6
@@ -200,15 +199,16 @@ def test_a_ddp_script_changes_its_backend_by_one_word(under_torchrun: list[str],
 
 @of_torch
 @pytest.mark.lab
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 def test_hybrid_sharding_has_one_loss_curve_wherever_and_whatever_carries_the_sites(digits: dict[str, str]) -> None:
     if tuple(map(int, re.findall(r"\d+", version("torch"))[:2])) < (2, 10):
         pytest.skip("torch is older than 2.10")
-    if (reason := WHY_NOT["2 sites of 2"]) is not None:
-        pytest.skip(reason)
-    mixed = run_over_gloo(4, "07_hsdp.py", "--iterations", "11", more=digits | {"DETCOLL_SITES": "2"})
-    apart = run("2 sites of 2", "07_hsdp.py", "--iterations", "11", more=digits)
-    assert len(losses(apart)) == 2
-    assert mixed == apart  # two ranks a site, so Gloo adds in the same order
+    mixed, apart = ["--iterations", "11", "--backend", "gloo"], ["--iterations", "11"]
+    together = run_forked(4, "07_hsdp.py", *mixed, more=digits | {"DETCOLL_SITES": "2"})
+    with Lab(Topology.uniform(2, 2, 125e6, 2_000_000)) as lab:
+        across = run_forked(4, "07_hsdp.py", *apart, more=digits, lab=lab)
+    assert len(losses(across)) == 2
+    assert together == across  # two ranks a site, so Gloo adds in the same order
 
 
 @of_torch
@@ -229,6 +229,6 @@ def test_measure_times_an_unmodified_script_with_one_loss_curve_in_one_cluster_a
     runs = json.loads(result.read_bytes())["runs"]
     assert [len(one["iteration_s"]["samples"]) for one in runs] == [3, 3]
     assert "in one cluster and" in done.stdout
-    together, apart = (losses((tmp_path / transport).read_text()) for transport in ("shm", "slotted"))
+    together, apart = (losses((tmp_path / transport).read_text().splitlines()) for transport in ("shm", "slotted"))
     assert len(together) == 2
     assert together == apart

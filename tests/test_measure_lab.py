@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_runs import fork_ranks_of_runs
 
+from detcoll.cli import main
 from detcoll.emulation.lab import why_unavailable
 
 TIMEOUT_S = 110
@@ -37,15 +39,23 @@ detcoll.finalize()
 """
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the ranks of what `measure` runs; those of `test_script` are started as those of users are."""
+    fork_ranks_of_runs(monkeypatch)
+
+
+def command(path: Path, *arguments: str, ranks_per_site: int = 1) -> list[str]:
+    return ["measure", *arguments, *LINES, "--ranks-per-site", str(ranks_per_site), "--json", str(path)]
+
+
 def measure(path: Path, *arguments: str, ranks_per_site: int = 1) -> dict[str, Any]:
-    ranks = ["--ranks-per-site", str(ranks_per_site)]
-    argv = [sys.executable, "-m", "detcoll", "measure", *arguments, *LINES, *ranks, "--json", str(path)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(command(path, *arguments, ranks_per_site=ranks_per_site)) == 0
     data: dict[str, Any] = json.loads(path.read_text())
     return data
 
 
+@pytest.mark.usefixtures("forked")
 def test_digits(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     data = measure(tmp_path / "m.json", "--iterations", "6", "--rounds", "1", "--warmup", "1", "--against", "none")
@@ -59,7 +69,11 @@ def test_digits(tmp_path: Path) -> None:
 def test_script(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    data = measure(tmp_path / "m.json", str(script), "--epochs", "1", "--rounds", "1", "--against", "none")
+    own = [str(script), "--epochs", "1", "--rounds", "1", "--against", "none"]
+    argv = [sys.executable, "-m", "detcoll", *command(path := tmp_path / "m.json", *own)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(path.read_text())
     assert [len(run["iteration_s"]["samples"]) for run in data["runs"]] == [3, 3]
     assert data["digests_equal"] is None
     slotted = data["runs"][1]
@@ -67,6 +81,7 @@ def test_script(tmp_path: Path) -> None:
     assert slotted["retransmits"] >= 0
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_reserved_rate_beside_others(tmp_path: Path) -> None:
     arguments = [
         "--workload", "synthetic", "--compute", "60 ms", "--gradient-bytes", "256KiB", "--bucket-bytes", "64KiB",
@@ -104,6 +119,7 @@ def test_a_reserved_rate_beside_others(tmp_path: Path) -> None:
     assert data["workload"]["reserved_bytes_per_s"] == [12.5e6]
 
 
+@pytest.mark.usefixtures("forked")
 def test_each_gain_apart(tmp_path: Path) -> None:
     arguments = [
         "--workload", "synthetic", "--compute", "20 ms", "--gradient-bytes", "1MiB", "--bucket-bytes", "256KiB",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import PROGRAMS
+from forked import launch_forked
 
-from detcoll.emulation.lab import Lab, audit, read_log, read_traces, run_ranks, why_unavailable
+from detcoll.emulation.lab import Lab, audit, read_log, read_traces, why_unavailable
 from detcoll.topology import Topology
 
 UNAVAILABLE = why_unavailable()
@@ -22,9 +21,9 @@ def test_messages_and_collectives_share_what_is_reserved(tmp_path: Path, slottin
     topology, log = Topology.uniform(2, 2, 12.5e6, 5_000_000), tmp_path / "arrivals.npy"
     environ = {"DETCOLL_SLOTTING": slotting, "DETCOLL_TRACE": str(tmp_path)}
     with Lab(topology, log_path=log) as lab:
-        code = run_ranks(lab, [sys.executable, str(PROGRAMS / "messages.py"), program], env=environ, deadline_s=60)
+        done = launch_forked(4, "messages.py", program, environ=environ, timeout_s=60.0, lab=lab)
         late_ns = lab.statistics().late_peak_ns
-    assert code == 0
+    assert done.code == 0, done.err
     traces = read_traces([tmp_path / f"rank{rank}.json" for rank in range(4)])
     seen = audit(read_log(log), traces, topology, late_ns)
     assert seen.mode == slotting

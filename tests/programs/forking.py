@@ -9,6 +9,7 @@ a number of ranks are for one rank that a test talks to: they fork it, which is 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
@@ -19,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from suite_ranks import end_with_parent
@@ -31,14 +32,19 @@ Request = Mapping[str, Any]
 
 def fork(request: Request) -> list[int] | None:
     """Fork all ranks and return their pids; in a rank, be that rank and return None."""
+    places = request["places"]
     with socket.create_server(("127.0.0.1", 0)) as meeting:
         environments = rank_environments(request["size"], request["environ"], meeting)
+        if places:
+            environments = [request["environ"] | place["environ"] for place in places]
         pids = []
         for rank, environ in enumerate(environments):
             pids.append(os.fork())
             if not pids[-1]:
+                if places:
+                    enter(places[rank]["namespaces"])
                 become(environ, request)
-                if rank == 0:
+                if rank == 0 and not places:
                     meeting.detach()  # it adopts the descriptor
                 return None
     return pids
@@ -58,6 +64,15 @@ def end_one(pid: int) -> bool:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return True
+
+
+def enter(namespaces: Sequence[str]) -> None:
+    """Be in a site of the lab, as what the lab starts there is."""
+    library, folder = ctypes.CDLL(None, use_errno=True), os.getcwd()
+    for path in namespaces:
+        if library.setns(os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0):
+            raise OSError(ctypes.get_errno(), "a rank cannot enter its site")
+    os.chdir(folder)
 
 
 def become(environ: Mapping[str, str], request: Request) -> None:

@@ -1,0 +1,51 @@
+"""Lets `detcoll bench` and `detcoll measure`, and what is built on them, fork their ranks where tests run them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from forked import PLAIN, launch_forked
+
+from detcoll.emulation.lab import Lab
+from detcoll.measure.aggregate import Setting
+from detcoll.measure.runner import Runner
+
+
+def fork_ranks_of_runs(patch: pytest.MonkeyPatch, modules: tuple[str, ...] = PLAIN) -> None:
+    """Let those in this process fork the ranks of this host and of the lab, but for those that mpiexec starts."""
+    as_users_do = Runner._run_apart
+
+    def launched(runner: Runner, argv: Sequence[str], env: Mapping[str, str], logs: Path, lab: Lab | None) -> int:
+        program, *arguments = argv[1:]
+        if program == "-m":
+            name, *arguments = arguments
+            spec = find_spec(name)
+            assert spec is not None
+            program = str(spec.origin)
+        done = launch_forked(
+            runner._topology.size, program, *arguments, modules=modules, environ=env, timeout_s=runner._deadline_s,
+            lab=lab,
+        )  # fmt: skip
+        (logs / "ranks.out").write_text(done.out)
+        sys.stderr.write(done.err)
+        return done.code
+
+    def apart(
+        runner: Runner, lab: Lab, setting: Setting, argv: Sequence[str], env: Mapping[str, str], logs: Path
+    ) -> int:
+        if setting.transport == "mpi":
+            return as_users_do(runner, lab, setting, argv, env, logs)
+        return launched(runner, argv, env, logs, lab)
+
+    def together(
+        runner: Runner, argv: Sequence[str], env: Mapping[str, str], logs: Path, told: Sequence[Mapping[str, str]]
+    ) -> int:
+        assert not any(told), "those of a relay are started"
+        return launched(runner, argv, env, logs, None)
+
+    patch.setattr(Runner, "_run_apart", apart)
+    patch.setattr(Runner, "_run_together", together)
