@@ -28,7 +28,11 @@ from detcoll.emulation.lab import Lab
 from detcoll.emulation.lab.launch import rank_environments
 
 PLAIN = ("detcoll.testing.values", "detcoll_shm", "detcoll_slotted", "detcoll_tcp", "numpy.ma")
-TORCH = (*PLAIN, "torch._dynamo", "torch.nn.parallel", "detcoll.torch.process_group", "detcoll_gloo")
+TORCH = (
+    *PLAIN, "torch._dynamo", "torch._functorch.aot_autograd", "torch.nn.parallel", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "torch.distributed.optim", "torch.distributed.tensor.parallel",
+    "detcoll.torch.process_group", "detcoll_gloo",
+)  # fmt: skip
 """What each rank would import for itself; torch imports ``torch._dynamo`` with an optimizer and with DDP."""
 
 

@@ -264,10 +264,10 @@ session.close(deadline_ns)
 """
 
 
-def launched(*arguments: str, environ: dict[str, str] | None = None) -> list[str]:
-    program = Path(sys.executable).with_name("mpiexec")
-    if not program.exists() or not program.with_name("mpichversion").exists():
-        pytest.skip("no mpiexec of MPICH beside this Python")
+def launched(launcher: str, *arguments: str, environ: dict[str, str] | None = None) -> list[str]:
+    program = Path(sys.executable).with_name(launcher)
+    if not program.exists() or (launcher == "mpiexec" and not program.with_name("mpichversion").exists()):
+        pytest.skip(f"no {launcher} (of MPICH) beside this Python")
     done = subprocess.run(
         [str(program), *arguments],
         env=dict(os.environ) | (environ or {}),
@@ -283,11 +283,18 @@ def launched(*arguments: str, environ: dict[str, str] | None = None) -> list[str
 def test_under_mpiexec_on_one_host_mpi_is_not_started() -> None:
     line = "mpich mpi 012 False"
     # The shell is a process between the launcher and the rank, as many users have.
-    assert launched("-n", "3", "bash", "-c", f"'{sys.executable}' -c \"$0\"; true", MEET) == [line] * 3
+    assert launched("mpiexec", "-n", "3", "bash", "-c", f"'{sys.executable}' -c \"$0\"; true", MEET) == [line] * 3
 
 
 def test_under_mpiexec_across_hosts_mpi_tells_the_address() -> None:
     pytest.importorskip("mpi4py")
     pretend = {"DETCOLL_INTERFACE": "127.0.0.1"}  # each rank believes to be alone on its host
-    lines = launched("-n", "2", "env", "MPI_LOCALNRANKS=1", sys.executable, "-c", MEET, environ=pretend)
+    lines = launched("mpiexec", "-n", "2", "env", "MPI_LOCALNRANKS=1", sys.executable, "-c", MEET, environ=pretend)
     assert lines == ["mpich mpi 01 True"] * 2
+
+
+def test_under_torchrun_the_store_tells_the_address(tmp_path: Path) -> None:
+    script = tmp_path / "meet.py"
+    script.write_text(MEET, encoding="utf-8")
+    lines = launched("torchrun", "--nproc-per-node", "2", str(script), environ={"TMPDIR": str(tmp_path)})
+    assert lines == ["torchrun store 01 False"] * 2

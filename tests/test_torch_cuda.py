@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import TORCH, launch_forked
 from ranks import Ended, launch
 
 from detcoll.buffers import Joined, bind
@@ -30,15 +31,16 @@ def on_cuda(*values: Any) -> Any:
     return pytest.param(*values, marks=[pytest.mark.gpu, skipped])
 
 
-def run(size: int, device: str, program: str, *arguments: object, **options: Any) -> Ended:
+def run(size: int, device: str, program: str, *arguments: object) -> Ended:
     """Run a program on ranks, without a device as if tensors were on one."""
-    programs = [program] if device == "cuda" else ["torch_far.py", program]
-    return launch(size, *programs, *arguments, environ=ENVIRON, timeout_s=200.0, **options)
+    if device == "cuda":
+        return launch(size, program, *arguments, environ=ENVIRON, timeout_s=200.0)
+    return launch_forked(size, "torch_far.py", program, *arguments, modules=TORCH, environ=ENVIRON, timeout_s=200.0)
 
 
 @pytest.mark.parametrize(("size", "device"), [(2, "cpu"), on_cuda(2, "cuda")])
 def test_drawn_calls_give_what_numpy_gives(size: int, device: str) -> None:
-    cases = 102 if size == 3 else 204
+    cases = 204 if device == "cuda" else 102
     ended = run(size, device, "torch_kinds.py", f"far {size}", cases, device)
     assert ended.said == {rank: [f"{cases} cases"] for rank in range(size)}, ended.err
 
