@@ -7,7 +7,10 @@ A comment stands on the line before a fence, and holds some of these, separated 
     <!-- test adds: --rounds 1 -->   arguments that keep the last command of the block short
     <!-- prints -->                  some output of the commands before; figures may differ
     <!-- prints: exactly -->         the same, with these figures
-    <!-- host: a -->                 blocks of several hosts, one after another on the page, which run at the same time
+    <!-- host: a -->                 blocks of several hosts, one after another on the page, which run at the same time;
+                                     a host that comes again begins anew
+    <!-- forked -->                 ranks of `detcoll run` are forked from a process that has imported torch, which is
+                                     cheap; other blocks and tests show that the command starts them
     <!-- run by: .ci/run -->         that file carries the commands out
     <!-- quote: PATH -->             that file holds the block
     <!-- not run: WHY -->            it cannot be run
@@ -23,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<said>[^\n]*) -->\n)?^```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-_KEYS = {"file", "needs", "test adds", "prints", "host", "run by", "quote", "not run"}
+_KEYS = {"file", "needs", "test adds", "prints", "host", "forked", "run by", "quote", "not run"}
 
 
 @dataclass(frozen=True)

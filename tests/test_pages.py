@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from forked import TORCH, launch_forked
 from jobs import environment, free_port
 from pages import ROOT, Block, blocks_of
 
@@ -62,7 +63,7 @@ class Reader:
         self.folder, self.output = folder, ""
         own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOST": "127.0.0.1"}
         mpi = {**MPIEXEC.environment, **MPIEXEC.files_in(str(folder))} if MPIEXEC else {}
-        self.environ = environment({**own, **mpi, "DETCOLL_RECORD": "records"})
+        self.environ = environment({**own, **mpi, "DETCOLL_RECORD": str(folder / "records")})
         self.port = str(free_port())
 
     def start(self, block: Block) -> subprocess.Popen[str]:
@@ -86,6 +87,18 @@ class Reader:
             assert process.returncode == 0, f"{block.text}\nended with {process.returncode}:\n{output}"
         self.output = "\n".join(outputs)
 
+    def fork(self, block: Block) -> None:
+        """Carry out a `detcoll run` on forked ranks, and keep what they print."""
+        told = re.fullmatch(r"detcoll run -n (\d)(?: --sites (\d))? (\S+\.py)(.*)\n", block.text)
+        assert told, f"ranks of this cannot be forked:\n{block.text}"
+        sites = {"DETCOLL_SITES": told[2]} if told[2] else {}
+        ended = launch_forked(
+            int(told[1]), str(self.folder / told[3]), *told[4].split(), modules=TORCH,
+            environ=self.environ | sites, timeout_s=TIMEOUT_S,
+        )  # fmt: skip
+        self.output = ended.out + ended.err
+        assert ended.code == 0, f"{block.text}\nended with {ended.code}:\n{self.output}"
+
     def take(self, block: Block) -> None:
         """Write a file, compare an output, or run the block."""
         if "file" in block.said:
@@ -95,6 +108,8 @@ class Reader:
             printed = [seen(line) for line in self.output.splitlines()]
             for line in filter(str.strip, block.text.splitlines()):
                 assert seen(line) in printed, f"{line!r} is not printed; this is:\n{self.output}"
+        elif "forked" in block.said:
+            self.fork(block)
         else:
             assert block.language in {"sh", "python"}, f"say how this is tested:\n{block.text}"
             if block.language == "python":
@@ -113,7 +128,7 @@ def test_what_a_page_tells_to_do_can_be_done(page: Path, tmp_path: Path) -> None
     reader, left_out, beside = Reader(tmp_path), set[str](), list[Block]()
     omitted = False
     for block in [*blocks_of(page), Block("", "", {"not run": "the end of the page"})]:
-        if beside and "host" not in block.said:
+        if beside and block.said.get("host") in {None, *(one.said["host"] for one in beside)}:
             reader.carry_out(beside)
             beside.clear()
         if block.said.keys() & {"run by", "quote", "not run"}:
