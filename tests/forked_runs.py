@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from forked import PLAIN, launch_forked
 
+from detcoll.cli import main
 from detcoll.emulation.lab import Lab
 from detcoll.measure.aggregate import Setting
 from detcoll.measure.runner import Runner
@@ -49,3 +56,14 @@ def fork_ranks_of_runs(patch: pytest.MonkeyPatch, modules: tuple[str, ...] = PLA
 
     patch.setattr(Runner, "_run_apart", apart)
     patch.setattr(Runner, "_run_together", together)
+
+
+def command_here(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Do as `subprocess.run` with a command of detcoll, in this process; `lab` writes to descriptors, so it is run."""
+    assert list(argv[1:3]) == ["-m", "detcoll"]
+    if argv[3] == "lab":
+        return subprocess.run(argv, **options)
+    environ = mock.patch.dict(os.environ, options.get("env") or {})
+    with environ, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = main(list(argv[3:]))
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())

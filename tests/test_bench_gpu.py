@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_bench_smoke import BENCHMARKS, run
+from forked_runs import fork_ranks_of_runs
+from test_bench_smoke import BENCHMARKS, run, run_here
 
 from detcoll.emulation.lab import why_unavailable
 from detcoll.measure.results import Limit, LimitKind
@@ -26,8 +27,7 @@ pytestmark = [
 def tried(tmp_path: Path, only: str) -> dict[str, dict[str, Any]]:
     """Try steps on the double, and return them by their names."""
     written = tmp_path / "gpu.json"
-    argv = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "double", "--only", only, "--json", str(written)]
-    done = run(*argv)
+    done = run_here("gpu.py", "--device", "double", "--only", only, "--json", str(written))
     assert done.returncode == 0, done.stdout + done.stderr
     wrote = json.loads(written.read_bytes())
     for line in (line for step in wrote["steps"] for line in step["lines"]):
@@ -35,7 +35,8 @@ def tried(tmp_path: Path, only: str) -> dict[str, dict[str, Any]]:
     return {step["step"]: step for step in wrote["steps"]}
 
 
-def test_figures_of_the_double_are_not_shown(tmp_path: Path) -> None:
+def test_figures_of_the_double_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks_of_runs(monkeypatch)
     step = tried(tmp_path, "one host")["one host"]
     assert [(row["way"], row["bytes"]) for row in step["rows"][:4]] == [
         ("host", 2**14), ("double", 2**14), ("double", 2**14), ("host", 2**14),
@@ -47,7 +48,8 @@ def test_figures_of_the_double_are_not_shown(tmp_path: Path) -> None:
 
 @pytest.mark.lab
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-def test_lines_between_sites_are_tried(tmp_path: Path) -> None:
+def test_lines_between_sites_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks_of_runs(monkeypatch)
     steps = tried(tmp_path, "lab,veth")
     assert {(name, step["status"]) for name, step in steps.items()} == {("lab", "ran"), ("veth", "ran")}
     assert all(len(step["rows"]) == 8 for step in steps.values())

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from forked import TORCH
-from forked_runs import fork_ranks_of_runs
+from forked_runs import command_here, fork_ranks_of_runs
 from numpy.typing import NDArray
 
 from detcoll.emulation.lab import why_unavailable
@@ -60,6 +60,10 @@ def run_here(script: str, *argv: str, **changed: object) -> subprocess.Completed
         except SystemExit as ended:
             code = ended.code or 0
     return subprocess.CompletedProcess([path, *argv], code, out.getvalue(), err.getvalue())
+
+
+COMMANDS_HERE = SimpleNamespace(run=command_here, TimeoutExpired=subprocess.TimeoutExpired)
+"""In place of the module ``subprocess``, where a benchmark runs commands of detcoll one after another."""
 
 
 def test_alone() -> None:
@@ -246,10 +250,11 @@ def test_the_loop_in_c_says_where_there_is_no_compiler(monkeypatch: pytest.Monke
 
 @pytest.mark.lab
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-def test_the_figures_of_the_docs_can_be_taken(tmp_path: Path) -> None:
+def test_the_figures_of_the_docs_can_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks_of_runs(monkeypatch)
     written, drawn = tmp_path / "performance.json", tmp_path / "performance.svg"
     given = ["--iterations", "1", "--only", "growth: 2", "--json", str(written), "--plot", str(drawn)]
-    done = run_here("performance.py", *given)
+    done = run_here("performance.py", *given, subprocess=COMMANDS_HERE)
     assert done.returncode == 0, done.stdout + done.stderr
     [case] = json.loads(written.read_bytes())["cases"]
     assert case["command"].startswith("python -m detcoll bench --lab --sites 2")
@@ -314,11 +319,12 @@ def test_failure_of_another_rank_shows() -> None:
 
 @pytest.mark.lab
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-def test_the_simulator_is_held_against_the_lab(tmp_path: Path) -> None:
+def test_the_simulator_is_held_against_the_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks_of_runs(monkeypatch)
     path = tmp_path / "simulator.json"
     done = run_here(
         "simulator.py", "--only", "2 x 1, 200 Mbit/s", "--iterations", "2", "--json",
-        str(path),
+        str(path), subprocess=COMMANDS_HERE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| 2 x 1, 200 Mbit/s, 10 ms, 8MiB |" in done.stdout
@@ -330,13 +336,16 @@ def test_the_simulator_is_held_against_the_lab(tmp_path: Path) -> None:
 
 @pytest.mark.lab
 @pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
-def test_interference_shows_cells_that_fail_beside_those_that_do_not(tmp_path: Path) -> None:
+def test_interference_shows_cells_that_fail_beside_those_that_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_ranks_of_runs(monkeypatch)
     written, drawn, told = (tmp_path / f"interference.{ending}" for ending in ("json", "svg", "md"))
     done = run_here(
         "interference.py", "--rate", "100 Mbit/s", "--bytes", "64KiB", "--iterations", "1", "--rounds", "1",
         "--round-trip", "4 ms", "--time-limit", "0.3 s", "--transports", "slotted,shm", "--cross-traffic", "0.05",
         "--light", "0.05", "--deadline", "80 s", "--json", str(written), "--plot", str(drawn), "--markdown", str(told),
-        RANKS_PER_SITE=1,
+        RANKS_PER_SITE=1, subprocess=COMMANDS_HERE,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     wrote = json.loads(written.read_bytes())
