@@ -99,7 +99,10 @@ def test_survivors_name_a_killed_rank() -> None:
     for [heard] in ended.said.values():
         for name, (kind, text) in heard.items():
             assert "rank 2" in text, (name, text)
-            assert kind == {"backward": "RuntimeError", "later": "Closed"}.get(name, "PeerLost"), (name, kind, text)
+            if name == "backward":  # torch makes it a RuntimeError, unless the loss was known before the pass
+                assert kind in {"RuntimeError", "PeerLost"}, (kind, text)
+            else:
+                assert kind == ("Closed" if name == "later" else "PeerLost"), (name, kind, text)
 
 
 def test_a_future_that_failed_tells_why_wherever_torch_looks() -> None:
