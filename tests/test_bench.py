@@ -273,15 +273,15 @@ def test_a_reserved_rate_holds_beside_others(tmp_path: Path, monkeypatch: pytest
         ("deterministic", 2),
     ]
     bound_s = 2**20 / (50e6 / 8) * 1500 / 1448 + 0.002
+    seen = data["lines"][1]["use"]["co_tenant"]
     for row, line in zip((quiet, busy), data["lines"], strict=True):
         assert row["bound_s"] == pytest.approx(bound_s, rel=1e-3)
         assert row["median_s"] >= bound_s
         assert line["use"]["queue_dropped_segments"] == 0
         assert line["use"]["wire_bytes"] >= 8 * 2**20
-        assert line["use"]["delay_p50_s"] < 0.01
+        assert line["use"]["delay_p50_s"] < seen["median_s"] / 5
     assert busy["retransmits"] >= 0
     assert data["lines"][1]["use"]["burst_dropped_bytes"] > 0
-    seen = data["lines"][1]["use"]["co_tenant"]
     assert seen == busy["co_tenant"]
     assert 0 < seen["counted"] < seen["sent"]  # what left between calls and before them does not count
     assert seen["median_s"] > 0.1  # behind 2.5 MB of others, at half the line's rate
