@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +57,14 @@ class Here:
     def others(self) -> list[int]:
         """All other ranks, beginning with the next one."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def part(self) -> None:
+        """Return once all ranks have come here, and poll until then, as long as others may need it."""
+        with ThreadPoolExecutor(1) as pool:
+            met = pool.submit(self.meet)
+            while not met.done():
+                self.endpoint.poll(self.clock.now_ns() + 1_000_000)
+        met.result()
 
     def deadline_ns(self) -> int:
         """Return the deadline of a wait that begins now."""

@@ -78,7 +78,8 @@ def discarded_while_they_arrive(here: Here, nbytes: int) -> None:
     if here.rank == 0:
         for round_ in range(10):
             here.finish(here.send(1, PREFIX + round_, pattern(1, nbytes)), here.send(1, 3, b"x"))
-        here.send(1, 4, b"all has gone")  # leaves at once; nobody polls any more who could say that it has come
+        here.send(1, 4, b"all has gone")
+        here.part()  # until it has left and come; the other rank tells in a poll what has become of earlier messages
         return
     for round_ in range(10):
         memory = bytearray(nbytes)
@@ -95,7 +96,8 @@ def discarded_while_they_arrive(here: Here, nbytes: int) -> None:
         memory[:] = b"\xaa" * nbytes
         assert here.take(0, 3, 1) == b"x"
         assert memory == b"\xaa" * nbytes
-    assert here.take(0, 4, 12) == b"all has gone"  # what the sender has yet to be told is told in a poll
+    assert here.take(0, 4, 12) == b"all has gone"
+    here.part()
 
 
 def sending_ends_it(here: Here) -> None:
