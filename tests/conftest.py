@@ -16,12 +16,12 @@ from detcoll.launch.mpiexec import find_mpiexec
 sys.path.insert(0, str(Path(__file__).parent))
 
 LONG = (
-    "test_pages.py", "test_contract_shm.py", "test_communicator.py", "test_examples.py", "test_torch_groups.py",
-    "test_bench_smoke.py", "test_endings.py", "test_torch_builds.py", "test_messages.py", "test_measure_lab.py",
-    "test_torch_hook.py", "test_torch_kinds.py", "test_regressions_waiting.py", "test_lab.py", "test_bench.py",
-    "test_communicator_errors.py", "test_relay.py", "test_values.py", "test_shm_collectives.py",
-    "test_contract_gloo.py", "test_kinds.py", "test_cli_run.py", "test_contract_mpi.py", "test_groups.py",
-    "test_slotted.py", "test_runtime.py", "test_torch_suite.py", "test_torch_apart.py",
+    "test_pages.py", "test_bench_smoke.py", "test_contract_shm.py", "test_examples.py", "test_communicator.py",
+    "test_values.py", "test_contract_gloo.py", "test_messages.py", "test_lab.py", "test_contract_mpi.py",
+    "test_communicator_errors.py", "test_endings.py", "test_shm_endings.py", "test_cli_run.py", "test_device_calls.py",
+    "test_check_kinds.py", "test_shm_collectives.py", "test_slotted.py", "test_nccl.py", "test_rendezvous.py",
+    "test_regressions_waiting.py", "test_measure_lab.py", "test_runtime.py", "test_torch_groups.py", "test_reports.py",
+    "test_rendezvous_cuts.py", "test_kinds.py",
 )  # fmt: skip
 """Files that take long, the longest first: begun last, they would keep one worker busy at the end."""
 
