@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -14,8 +16,25 @@ if "detcoll" not in dist.Backend.backend_list:  # detcoll is not installed, or b
     register()
 
 
+NUMBERS = itertools.count()
+
+
+@cache
+def meeting() -> tuple[Any, int, int]:
+    """Return the store of this job, rank and size.
+
+    One store serves all groups. A group with a store of its own ends that of rank 0, to which others may have come
+    already for the next group.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    return store, rank, size
+
+
 def begin(backend: str = "detcoll", **options: Any) -> tuple[int, int]:
-    """Open the default group; return rank and size."""
+    """Open the default group, with what the environment says unless told otherwise; return rank and size."""
+    if not {"store", "init_method"} & options.keys():
+        store, rank, size = meeting()
+        options |= {"store": dist.PrefixStore(str(next(NUMBERS)), store), "rank": rank, "world_size": size}
     dist.init_process_group(backend, **options)
     return dist.get_rank(), dist.get_world_size()
 

@@ -7,9 +7,7 @@ grouping, and in one of another grouping, and tells the weights and losses of ea
 from __future__ import annotations
 
 import gc
-import itertools
 import sys
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,30 +35,9 @@ class Net(torch.nn.Module):
         return self.other(x) if whole else x
 
 
-NUMBERS = itertools.count()
-
-
-@cache
-def meeting() -> tuple[Any, int, int]:
-    """Return the store of this job, rank and size.
-
-    One store serves all groups. A group with a store of its own ends that of rank 0, to which others may have come
-    already for the next group.
-    """
-    store, rank, size = next(dist.rendezvous("env://"))
-    return store, rank, size
-
-
-def begin_next(backend: str, **options: Any) -> int:
-    """Open the default group, and return the rank."""
-    store, rank, size = meeting()
-    begin(backend, store=dist.PrefixStore(str(next(NUMBERS)), store), rank=rank, world_size=size, **options)
-    return rank
-
-
 def losses(backend: str) -> list[float]:
     """Return the losses of some training, with all that DDP does."""
-    rank = begin_next(backend)
+    rank, _ = begin(backend)
     found = everything(rank)  # DDP ends before its group, see `steps`
     gc.collect()  # torch may keep the first DDP in a cycle
     dist.destroy_process_group()
@@ -123,7 +100,7 @@ def grouped() -> None:
 
 def trained(backend: str, **options: Any) -> tuple[str, list[float], str]:
     """Return the bits of the weights after some steps of DDP, the loss of each step, and the transport."""
-    rank = begin_next(backend, **options)
+    rank, _ = begin(backend, **options)
     weights, losses = steps(rank)
     transport = communicator().transport if backend == "detcoll" else backend
     gc.collect()  # torch may keep the first DDP in a cycle
