@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -268,6 +270,28 @@ def test_progress_is_told_and_collection_goes_on() -> None:
     assert len(told) == sum(len(part.steps) for part in parts) // STEPS_A_REPORT > 0
     assert told == sorted(told)
     assert told[-1] <= 1
+    assert gc.isenabled()
+
+
+def test_collection_goes_on_when_the_last_of_several_simulations_has_ended() -> None:
+    topology = sites_of([4, 4])
+    parts = all_parts(Collective("all_reduce", 200_000, 4, 4), topology, "exchange", ChunkSize(100, 64))
+    inside, released = threading.Event(), threading.Event()
+
+    def second(share: float) -> None:
+        inside.set()
+        assert released.wait(20)
+
+    def run(progress: Callable[[float], Any]) -> None:
+        simulate(parts, topology, build_calendar(topology), fluid=True, progress=progress)
+
+    other = threading.Thread(target=run, args=(second,))
+    run(lambda share: inside.is_set() or other.start() or inside.wait(20))
+    try:
+        assert not gc.isenabled()
+    finally:
+        released.set()
+        other.join(20)
     assert gc.isenabled()
 
 

@@ -27,9 +27,9 @@ equal results.
 from __future__ import annotations
 
 import gc
+import threading
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
@@ -147,16 +147,30 @@ def _check_lengths(size: int, **sequences: Sequence[Any] | None) -> None:
             raise UsageError(f"{name} has {len(given)} entries; expected one for each of {size} ranks")
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Disable the garbage collector, which would repeatedly traverse millions of objects that form no cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+class _NoCollection:
+    """Keeps the garbage collector disabled while any thread simulates.
+
+    It would repeatedly traverse millions of objects that form no cycles.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._was_enabled = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._was_enabled:
+                gc.enable()
+
+
+_no_collection = _NoCollection()
 
 
 def _hosts(plans: Sequence[Plan], topology: Topology, calendar: Calendar, costs: Costs) -> list[Host]:
@@ -218,7 +232,7 @@ class _Run:
 
     def go(self, deadline_ns: int) -> None:
         """Run all events until the deadline; raise PlanError if a rank is not done then."""
-        with _no_collection():
+        with _no_collection:
             while self._heap and self.now_ns <= deadline_ns:
                 self.now_ns, _, what, arguments = heappop(self._heap)
                 what(*arguments)
