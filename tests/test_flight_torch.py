@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,10 @@ def analysis(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixtur
     )
 
     def analysed(folder: Path) -> str:
-        analyzer.main([str(folder)])
+        try:
+            analyzer.main([str(folder)])
+        finally:
+            gc.enable()  # it disables the collector, as a program may that ends soon
         printed = capsys.readouterr()
         return printed.out + printed.err + caplog.text
 
