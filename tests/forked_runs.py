@@ -1,4 +1,4 @@
-"""Lets `detcoll bench` and `detcoll measure`, and what is built on them, fork their ranks where tests run them."""
+"""Makes `detcoll bench`, `detcoll measure` and the benchmarks built on them fork their ranks in tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from detcoll.measure.runner import Runner
 
 
 def fork_ranks_of_runs(patch: pytest.MonkeyPatch, modules: tuple[str, ...] = PLAIN) -> None:
-    """Let those in this process fork the ranks of this host and of the lab, but for those that mpiexec starts."""
+    """Make each `Runner` in this process fork its ranks, on this host and in the lab; mpiexec still starts its own."""
     as_users_do = Runner._run_apart
 
     def launched(runner: Runner, argv: Sequence[str], env: Mapping[str, str], logs: Path, lab: Lab | None) -> int:
@@ -59,7 +59,7 @@ def fork_ranks_of_runs(patch: pytest.MonkeyPatch, modules: tuple[str, ...] = PLA
 
 
 def command_here(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Do as `subprocess.run` with a command of detcoll, in this process; `lab` writes to descriptors, so it is run."""
+    """Run a command of detcoll in this process, and answer as `subprocess.run`; `lab` gets a process of its own."""
     assert list(argv[1:3]) == ["-m", "detcoll"]
     if argv[3] == "lab":
         return subprocess.run(argv, **options)

@@ -48,7 +48,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_here(script: str, *argv: str, **changed: object) -> subprocess.CompletedProcess[str]:
-    """Do as `run` with a benchmark, in this process, which has imported what it needs; names of it may be changed."""
+    """Run a benchmark in this process, which spares its imports; ``changed`` replaces global names of the script."""
     path, code = str(BENCHMARKS / script), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
         patch.syspath_prepend(str(BENCHMARKS))

@@ -65,7 +65,7 @@ class Case:
 
 
 def run(case: Case, folder: Path) -> dict[int, dict[str, Any]]:
-    """Run the ranks, and return what those said that were not ended."""
+    """Run the ranks, and return what each but the victim said."""
     frozen = [case.victim] if case.how == "freeze" else []
     ended = launch_forked(
         SIZE, "two_groups.py", *case.words(folder), environ=case.variables(folder), timeout_s=PATIENCE_S,

@@ -59,7 +59,7 @@ class Here:
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def part(self) -> None:
-        """Return once all ranks have come here, and poll until then, as long as others may need it."""
+        """Poll until all ranks have called this, for what others still send or wait to be told."""
         with ThreadPoolExecutor(1) as pool:
             met = pool.submit(self.meet)
             while not met.done():

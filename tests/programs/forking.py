@@ -67,7 +67,7 @@ def end_one(pid: int) -> bool:
 
 
 def enter(namespaces: Sequence[str]) -> None:
-    """Be in a site of the lab, as what the lab starts there is."""
+    """Enter the namespaces of a site of the lab, as processes that the lab starts there do."""
     library, folder = ctypes.CDLL(None, use_errno=True), os.getcwd()
     for path in namespaces:
         if library.setns(os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0):

@@ -10,7 +10,7 @@ import os
 
 
 def forget() -> None:
-    """Leave what there is out of the last search."""
+    """Keep the collector from searching all objects once more as the interpreter ends."""
     if "TEST_WHOLE_END" not in os.environ:
         gc.freeze()
 

@@ -79,7 +79,7 @@ def discarded_while_they_arrive(here: Here, nbytes: int) -> None:
         for round_ in range(10):
             here.finish(here.send(1, PREFIX + round_, pattern(1, nbytes)), here.send(1, 3, b"x"))
         here.send(1, 4, b"all has gone")
-        here.part()  # until it has left and come; the other rank tells in a poll what has become of earlier messages
+        here.part()  # the message may have to wait for room, and leaves in a poll
         return
     for round_ in range(10):
         memory = bytearray(nbytes)
